@@ -1,0 +1,1 @@
+"""SDXL, trained and sampled in JAX."""

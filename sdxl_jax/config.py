@@ -1,0 +1,174 @@
+"""The configuration of a training run: the dataclasses that stand beside the code, gathered into one tree.
+
+A configuration file is Python with a function `get_config()` that returns a `TrainConfig`. Every field can be overridden
+on the command line (`--data.batch-size 64`). The resolved configuration is saved with the run as JSON and compared when
+the run is resumed.
+"""
+
+import dataclasses
+import json
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cattrs
+
+from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.diffusion.loss import LossConfig
+from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.layers import Compute
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.ema import EmaConfig
+from sdxl_jax.training.optimiser import OptimiserConfig
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What the loop does."""
+
+    steps: int = 600_000
+    """Updates. Higher: longer."""
+    seed: int = 0
+    """All random numbers on the device follow from it: initial weights, noise, timesteps, dropout."""
+    trains: tuple[str, ...] = ("^unet/",)
+    """Patterns of the paths of parameters that train; the rest stays as it is."""
+    caption_dropout: float = 0.1
+    """Share of examples whose text is replaced by no text, 0 to 1. Higher: better guidance, weaker prompts."""
+    vae_weights: str | None = None
+    """Safetensors file with the autoencoder in our layout; None: fresh random weights."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    """Steps between checkpoints. Lower: less is lost to a crash, more is written."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The pictures in RUN/samples."""
+
+    every_steps: int | None = 5000
+    """Steps between grids; None: none."""
+    prompts: tuple[str, ...] = ()
+    """One picture a prompt and size."""
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    """(height, width) of the pictures."""
+    steps: int = 30
+    """Euler steps a picture."""
+    guidance: float = 5.0
+    """Strength of classifier-free guidance; 1 is none."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a run depends on."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compute: Compute = field(default_factory=Compute)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+
+MAY_CHANGE = (
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "data.folder",
+    "data.read_ahead",
+    "data.verify_images",
+    "data.workers",
+    "mesh.data",
+    "mesh.fsdp",
+    "training.vae_weights",
+    "validation",
+)
+"""Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. The folder may have
+moved; the frozen weights are in the run."""
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass tree as JSON values: enums by value, tuples as lists."""
+    return json.loads(json.dumps(_converter.unstructure(config)))
+
+
+def from_json(value: Any, kind: type) -> Any:
+    """The reverse of `to_json`. Raises InputError for unknown, missing or mistyped fields."""
+    try:
+        return _converter.structure(value, kind)
+    except (cattrs.BaseValidationError, ValueError, TypeError) as error:
+        problems = "; ".join(cattrs.transform_error(error))
+        raise InputError(f"This is no {kind.__name__} that this version can read: {problems}") from error
+
+
+def load(path: Path) -> TrainConfig:
+    """Runs a configuration file and returns what its `get_config()` gives.
+
+    Raises InputError for a missing file, a file without `get_config`, and unknown fields.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no configuration file {path}. Give a Python file with get_config(), see configs/")
+    try:
+        functions = runpy.run_path(str(path))
+        if "get_config" not in functions:
+            raise InputError(f"{path} has no get_config(). Define it; it returns a sdxl_jax.config.TrainConfig")
+        config = functions["get_config"]()
+    except TypeError as error:
+        raise InputError(f"{path}: {error}{_nearest_field(str(error))}") from error
+    if not isinstance(config, TrainConfig):
+        raise InputError(f"get_config() of {path} returned {type(config).__name__}, expected a TrainConfig")
+    return config
+
+
+def _nearest_field(message: str) -> str:
+    """For Python's message about an unknown keyword: the dataclass's fields, nearest first."""
+    if "unexpected keyword argument" not in message:
+        return ""
+    class_name, unknown = message.split(".", 1)[0], message.split("'")[1]
+    for kind in _dataclasses(TrainConfig):
+        if kind.__name__ == class_name:
+            names = nearest_first(unknown, (field.name for field in dataclasses.fields(kind)))
+            return f". Its fields, nearest first: {', '.join(names)}"
+    return ""
+
+
+def _dataclasses(kind: type) -> list[type]:
+    """A dataclass and those of its fields, from their defaults."""
+    found = [kind]
+    for entry in dataclasses.fields(kind):
+        inner = entry.default_factory() if callable(entry.default_factory) else entry.default
+        for value in inner if isinstance(inner, tuple) else (inner,):
+            if dataclasses.is_dataclass(value):
+                found += _dataclasses(type(value))
+    return [*found, DataConfig]
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """`name: old -> new` for every value that differs between two `to_json` trees."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*old, *(name for name in new if name not in old)]
+        return [
+            line for name in names for line in differences(old.get(name), new.get(name), f"{prefix}{name}.")
+        ]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
+
+
+def blocking_differences(old: Any, new: Any) -> list[str]:
+    """The differences that a resumed run may not have."""
+
+    def may_change(line: str) -> bool:
+        name = line.split(":", 1)[0]
+        return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+    return [line for line in differences(old, new) if not may_change(line)]

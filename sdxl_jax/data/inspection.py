@@ -1,0 +1,77 @@
+"""What training will really see: the counts of `sdxl-jax data inspect --json`, and its `--dump`.
+
+Both go through the training pipeline itself, so what they show is what training gets. Refused files are left out and
+listed, whatever `data.on_refused` says: to list them is what an inspection is for.
+"""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+from PIL import Image
+from tqdm import tqdm
+
+from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+from sdxl_jax.errors import InputError
+
+
+def _no_tokens(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
+    return {}
+
+
+def _open(config: DataConfig) -> BucketedDataset:
+    return BucketedDataset(dataclasses.replace(config, on_refused="skip"), _no_tokens)
+
+
+def inspect(config: DataConfig) -> dict[str, Any]:
+    """Counts of what training would use, ready for JSON.
+
+    `images_found` counts image files; `refused` also has captions and lines of metadata that have no image.
+    Each of `buckets` has height, width, images, batches (an epoch), remainder (images left out of each epoch) and
+    repeated (places of a small bucket's batch that hold an image again). `epoch_steps` sums the batches.
+
+    Raises InputError as BucketedDataset does.
+    """
+    dataset = _open(config)
+    buckets = [bucket._asdict() for bucket in dataset.report()]
+    return {
+        "images_found": dataset.source.found,
+        "images_usable": sum(bucket["images"] for bucket in buckets),
+        "refused": [refused._asdict() for refused in dataset.refused],
+        "buckets": buckets,
+        "epoch_steps": dataset.epoch_steps,
+    }
+
+
+def dump(config: DataConfig, count: int, directory: str | Path) -> None:
+    """Writes the first `count` training examples, in training order, as NNNNNN.png and NNNNNN.json.
+
+    The picture is what the model sees, before normalisation. The JSON has source (relative to the folder),
+    original_size [height, width], crop_top_left [top, left], target_size [height, width], flipped, caption.
+
+    Raises InputError where count is below 1 or the directory is not empty, and as BucketedDataset does.
+    """
+    directory = Path(directory)
+    if count < 1:
+        raise InputError(f"Cannot dump {count} examples. Give 1 or more.")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} is not an empty folder. Give a new or an empty one for the dump.")
+    dataset = _open(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    examples = itertools.islice(dataset.examples(), count)
+    for number, (image, example) in enumerate(tqdm(examples, "Writing examples", count, delay=2, disable=None)):
+        Image.fromarray(example.image).save(directory / f"{number:06d}.png")
+        record = {
+            "source": dataset.source.name(image),
+            "original_size": example.original_size.tolist(),
+            "crop_top_left": example.crop_top_left.tolist(),
+            "target_size": example.target_size.tolist(),
+            "flipped": example.flipped,
+            "caption": dataset.source.captions[image],
+        }
+        text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
+        (directory / f"{number:06d}.json").write_text(text, encoding="utf-8")

@@ -1,0 +1,136 @@
+"""One latent diffusion model, whole: autoencoder, text towers, UNet, and how they belong together.
+
+    ModelConfig   what the weights depend on and how they must be used; hashable, so that compiled functions key on it
+    Model         a configuration with parameters: {"unet": …, "vae": …, "text_encoder": …, …}, named as in diffusers
+
+Also the one function that training and sampling share: what the UNet is told (`condition`).
+"""
+
+import enum
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Key
+
+from sdxl_jax.arrays import MicroConditioning, Params, TokenIds
+from sdxl_jax.conditioning import micro as micro_conditioning
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.micro import MicroConfig, Numbers
+from sdxl_jax.conditioning.text import TextCondition, Tower
+from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.schedule import ScheduleConfig
+from sdxl_jax.errors import InputError
+from sdxl_jax.models import clip, unet, vae
+from sdxl_jax.models.layers import Compute
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.samplers.guidance import Condition
+
+
+class NoPrompt(enum.Enum):
+    """What stands for an absent prompt, in caption dropout and in guidance without a negative prompt."""
+
+    ZEROS = "zeros"
+    """Embeddings of zeros: SDXL base."""
+    EMPTY = "empty"
+    """The embeddings of "": SDXL refiner, SD 1.x and 2.x."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The defaults are SDXL base 1.0."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    """The denoising network."""
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    """The autoencoder between images and latents."""
+    text: tuple[Tower, ...] = text.SDXL_BASE_TEXT
+    """The text encoders, in the order in which their states are concatenated."""
+    micro: MicroConfig | None = field(default_factory=MicroConfig)
+    """Which sizes and positions the UNet is told; None for none (SD 1.x and 2.x)."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The noise schedule that the weights were trained with."""
+    prediction: Prediction = Prediction.EPSILON
+    """What the UNet outputs."""
+    no_prompt: NoPrompt = NoPrompt.ZEROS
+    """What stands for an absent prompt."""
+
+    def check(self) -> None:
+        """Raises InputError for parts that do not fit together."""
+        context = sum(tower.clip.width for tower in self.text)
+        if context != self.unet.context_dim:
+            raise InputError(
+                f"model.unet.context_dim={self.unet.context_dim}, but the text encoders' states are {context} wide "
+                f"together. Set it to {context}"
+            )
+        pooled = self.text[-1].clip.projection_dim
+        expected = self.micro and (pooled or 0) + self.micro.vector_dim
+        if expected != self.unet.vector_dim:
+            raise InputError(
+                f"model.unet.vector_dim={self.unet.vector_dim}, but the pooled text and the sizes make {expected}. "
+                f"Set it to {expected}"
+            )
+        if self.vae.latent_channels != self.unet.out_channels:
+            raise InputError(
+                f"model.vae.latent_channels={self.vae.latent_channels} and model.unet.out_channels="
+                f"{self.unet.out_channels} differ. Set both to the same number"
+            )
+        for name, part in (("unet", self.unet), ("vae", self.vae)):
+            if uneven := [channels for channels in part.block_channels if channels % part.groups]:
+                raise InputError(
+                    f"model.{name}.block_channels has {uneven}, which model.{name}.groups={part.groups} does not "
+                    f"divide. Use multiples of {part.groups}, or fewer groups"
+                )
+        levels = {len(self.unet.block_channels), len(self.unet.transformer_depth), len(self.unet.heads)}
+        if len(levels) != 1:
+            raise InputError(
+                "model.unet.block_channels, transformer_depth and heads differ in length; give one number a level to each"
+            )
+        if self.schedule.zero_terminal_snr and self.prediction is Prediction.EPSILON:
+            raise InputError(
+                "model.schedule.zero_terminal_snr=True leaves nothing to predict noise from at the last timestep. "
+                "Set model.prediction=v_prediction"
+            )
+
+
+SDXL_BASE = ModelConfig()
+SDXL_REFINER = ModelConfig(
+    unet=unet.SDXL_REFINER,
+    text=text.SDXL_REFINER_TEXT,
+    micro=MicroConfig(Numbers.SIZE_CROP_AESTHETIC),
+    no_prompt=NoPrompt.EMPTY,
+)
+SD1 = ModelConfig(unet=unet.SD1, vae=vae.SD_VAE, text=text.SD1_TEXT, micro=None, no_prompt=NoPrompt.EMPTY)
+SD2 = ModelConfig(unet=unet.SD2, vae=vae.SD_VAE, text=text.SD2_TEXT, micro=None, no_prompt=NoPrompt.EMPTY)
+
+
+class Model(NamedTuple):
+    """A model that can be sampled from."""
+
+    config: ModelConfig
+    params: Params
+
+
+def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:
+    """Fresh float32 parameters of every part."""
+    unet_key, vae_key, text_key = jax.random.split(key, 3)
+    towers = {
+        tower.name: clip.init(jax.random.fold_in(text_key, index), tower.clip)
+        for index, tower in enumerate(config.text)
+    }
+    return {"unet": unet.init(unet_key, config.unet), "vae": vae.init(vae_key, config.vae), **towers}
+
+
+def without_prompt(config: ModelConfig, params: Params, empty: dict[str, TokenIds], compute: Compute) -> TextCondition:
+    """What the UNet is told when there is no prompt, batch 1. empty: the token numbers of [""]."""
+    condition = text.encode(config.text, params, empty, compute)
+    return text.zeros_like(condition) if config.no_prompt is NoPrompt.ZEROS else condition
+
+
+def condition(config: ModelConfig, prompt: TextCondition, micro: MicroConditioning) -> Condition:
+    """All that the UNet is told besides latent and timestep."""
+    if config.micro is None:
+        return Condition(prompt.context, None)
+    assert prompt.pooled is not None, "the last text encoder of a model with a conditioning vector has a projection"
+    return Condition(prompt.context, micro_conditioning.vector(config.micro, prompt.pooled, micro))

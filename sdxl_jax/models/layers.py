@@ -1,0 +1,166 @@
+"""Primitives shared by the UNet, the autoencoder and the text towers, and the options of how to compute.
+
+Everything is NHWC. Parameters are float32; activations have the dtype of `Compute`; statistics of norms, the softmax and
+sinusoidal embeddings are float32 whatever the activations are. Names of parameters follow diffusers where it has one.
+"""
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Num
+
+from sdxl_jax.arrays import Params
+
+
+class Dtype(enum.Enum):
+    """Dtype of activations. Parameters stay float32."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Attention(enum.Enum):
+    """Which implementation computes softmax(q kᵀ) v. See `attention.dot_product_attention`."""
+
+    XLA = "xla"
+
+
+class Remat(enum.Enum):
+    """What the backward pass computes again instead of keeping."""
+
+    NONE = "none"
+    BLOCK = "block"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a network is computed: nothing here changes its parameters."""
+
+    dtype: Dtype = Dtype.FLOAT32
+    """Dtype of activations. bfloat16 halves their memory and runs on the matrix units of TPUs and GPUs."""
+    attention: Attention = Attention.XLA
+    """Attention kernel. XLA runs everywhere and materialises the scores."""
+    remat: Remat = Remat.NONE
+    """BLOCK keeps only the inputs of residual and transformer blocks for the backward pass: far less memory, about a
+    third more time."""
+    unroll: bool = False
+    """Unroll the scan over a level's transformer blocks: longer compilation, a little faster on some devices. The
+    parameter tree is the same."""
+
+    @property
+    def activations(self) -> Any:
+        return jnp.dtype(self.dtype.value)
+
+    def block(self, module: type[nn.Module]) -> type[nn.Module]:
+        """The module class, rematerialised if so configured."""
+        return nn.remat(module, prevent_cse=False) if self.remat is Remat.BLOCK else module
+
+
+def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax.Array, "*axes {dim}"]:
+    """[cos(vω₀) … cos(vω_h), sin(vω₀) … sin(vω_h)] with ω_i = 10000^(−i/h), h = dim/2, in float32.
+
+    Integers up to 8192 arrive exactly: they are float32 before the first product, never bfloat16, which would turn 333
+    into 332. The half-and-half order [cos, sin] is that of sgm `modules/diffusionmodules/util.py:timestep_embedding`.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = values.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def dense(features: int, name: str, compute: Compute, **options: Any) -> nn.Dense:
+    return nn.Dense(features, name=name, dtype=compute.activations, **options)
+
+
+def conv(features: int, name: str, compute: Compute, size: int = 3, **options: Any) -> nn.Conv:
+    """Convolution of size×size that keeps height and width unless `padding` or `strides` say otherwise."""
+    return nn.Conv(
+        features, (size, size), name=name, dtype=compute.activations, **{"padding": (size - 1) // 2, **options}
+    )
+
+
+def group_norm(groups: int, epsilon: float, name: str, compute: Compute) -> nn.GroupNorm:
+    # The two-pass variance: the fast one, E[x²] − E[x]², loses digits where the mean is large.
+    return nn.GroupNorm(groups, epsilon=epsilon, name=name, dtype=compute.activations, use_fast_variance=False)
+
+
+def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, name=name, dtype=compute.activations, use_fast_variance=False)
+
+
+class EmbeddingMlp(nn.Module):
+    """Linear, SiLU, linear: from a sinusoidal or conditioning vector to the width that residual blocks are given."""
+
+    features: int
+    compute: Compute
+
+    @nn.compact
+    def __call__(self, vector: Float[jax.Array, "batch inputs"]) -> Float[jax.Array, "batch outputs"]:
+        hidden = dense(self.features, "linear_1", self.compute)(vector)
+        return dense(self.features, "linear_2", self.compute)(nn.silu(hidden))
+
+
+class ResnetBlock(nn.Module):
+    """Norm, SiLU, conv, twice, around a shortcut; the embedding, where there is one, is added between the two."""
+
+    features: int
+    groups: int
+    epsilon: float
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width inputs"], embedding: Float[jax.Array, "batch embedding"] | None
+    ) -> Float[jax.Array, "batch height width outputs"]:
+        hidden = nn.silu(group_norm(self.groups, self.epsilon, "norm1", self.compute)(x))
+        hidden = conv(self.features, "conv1", self.compute)(hidden)
+        if embedding is not None:
+            shift = dense(self.features, "time_emb_proj", self.compute)(nn.silu(embedding))
+            hidden = hidden + shift[:, None, None, :]
+        hidden = nn.silu(group_norm(self.groups, self.epsilon, "norm2", self.compute)(hidden))
+        # Zero at the start, as sgm's zero_module: a fresh block is its shortcut.
+        hidden = conv(self.features, "conv2", self.compute, kernel_init=nn.initializers.zeros)(hidden)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, "conv_shortcut", self.compute, size=1)(x)
+        return x + hidden
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour enlargement to a given size, then a convolution.
+
+    The size is given because it need not be the double: 9 rows come down to 5, and must come back to 9.
+    """
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width channels"], height: int, width: int
+    ) -> Float[jax.Array, "batch height_out width_out channels"]:
+        x = nearest(x, height, axis=1)
+        x = nearest(x, width, axis=2)
+        return conv(x.shape[-1], "conv", self.compute)(x)
+
+
+def nearest(x: Float[jax.Array, "batch height width channels"], size: int, axis: int) -> jax.Array:
+    """Nearest-neighbour resize of one axis: out[i] = in[⌊i · n / size⌋], as torch's `interpolate(mode="nearest")`."""
+    n = x.shape[axis]
+    if size == 2 * n:  # the usual case; a repeat is cheaper than a gather, and so is its gradient
+        return jnp.repeat(x, 2, axis)
+    return jnp.take(x, jnp.arange(size) * n // size, axis)
+
+
+def abstract(init: Callable[..., Any], *arguments: Any) -> Params:
+    """Shapes and dtypes of the parameters that `init(key, *arguments)` would make, without making any."""
+    return jax.eval_shape(init, jax.random.key(0), *arguments)
+
+
+def count(params: Params) -> int:
+    """Number of parameters; abstract ones count too."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

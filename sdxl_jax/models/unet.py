@@ -1,0 +1,231 @@
+"""The UNet of SDXL base, SDXL refiner, SD 1.x and SD 2.x, and any smaller one of the same shape.
+
+    latent ── conv_in ─┬─ down_blocks_0 ─┬─ down_blocks_1 ─┬─ down_blocks_2 ─┐
+                       │                 │                 │                 mid_block
+    output ─ conv_out ─┴── up_blocks_2 ──┴── up_blocks_1 ──┴── up_blocks_0 ──┘
+
+Every block is told one embedding: MLP(timestep) + MLP(vector). The transformers attend to the text context. What the
+vector holds is the business of `conditioning/micro.py`; here it is `vector_dim` numbers. Sources: Rombach et al.
+(arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Key, Num
+
+from sdxl_jax.arrays import Params
+from sdxl_jax.models.attention import SpatialTransformer
+from sdxl_jax.models.layers import (
+    Compute,
+    EmbeddingMlp,
+    ResnetBlock,
+    Upsample,
+    conv,
+    group_norm,
+    sinusoidal_embedding,
+)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """What the UNet's weights depend on. The defaults are SDXL base 1.0."""
+
+    block_channels: tuple[int, ...] = (320, 640, 1280)
+    """Channels of each level, from the finest. Height and width halve from one level to the next."""
+    resnets_per_block: int = 2
+    """Residual blocks of a level on the way down; one more on the way up."""
+    transformer_depth: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks behind each residual block of a level; 0: no attention there."""
+    middle_depth: int = 10
+    """Transformer blocks in the middle."""
+    heads: tuple[int, ...] = (5, 10, 20)
+    """Attention heads of each level; the middle has as many as the last. SDXL: channels / 64."""
+    context_dim: int = 2048
+    """Width of the text states: CLIP-L 768 + bigG 1280."""
+    vector_dim: int | None = 2816
+    """Width of the conditioning vector, None for no vector (SD 1.x and 2.x)."""
+    conv_projection: bool = False
+    """Transformers' projections as 1×1 convolutions (SD 1.x)."""
+    in_channels: int = 4
+    """Channels that come in: 4 latent ones; 9 for inpainting models."""
+    out_channels: int = 4
+    """Channels of the prediction."""
+    groups: int = 32
+    """Groups of every group norm. Must divide all block_channels."""
+
+    @property
+    def embedding_dim(self) -> int:
+        return 4 * self.block_channels[0]
+
+
+SDXL_BASE = UNetConfig()
+SDXL_REFINER = UNetConfig(
+    block_channels=(384, 768, 1536, 1536),
+    transformer_depth=(0, 4, 4, 0),
+    middle_depth=4,
+    heads=(6, 12, 24, 24),
+    context_dim=1280,
+    vector_dim=2560,
+)
+SD1 = UNetConfig(
+    block_channels=(320, 640, 1280, 1280),
+    transformer_depth=(1, 1, 1, 0),
+    middle_depth=1,
+    heads=(8, 8, 8, 8),
+    context_dim=768,
+    vector_dim=None,
+    conv_projection=True,
+)
+SD2 = UNetConfig(
+    block_channels=(320, 640, 1280, 1280),
+    transformer_depth=(1, 1, 1, 0),
+    middle_depth=1,
+    heads=(5, 10, 20, 20),
+    context_dim=1024,
+    vector_dim=None,
+)
+
+
+class _Level(nn.Module):
+    """What the blocks of the UNet share: its options, and how it builds a residual block and a transformer."""
+
+    config: UNetConfig
+    level: int
+    compute: Compute
+
+    def resnet(self, index: int) -> nn.Module:
+        block = self.compute.block(ResnetBlock)
+        features = self.config.block_channels[self.level]
+        return block(features, self.config.groups, 1e-5, self.compute, name=f"resnets_{index}")
+
+    def transformer(self, index: int, depth: int) -> nn.Module:
+        config = self.config
+        name = f"attentions_{index}"
+        heads = config.heads[self.level]
+        return SpatialTransformer(heads, depth, config.groups, config.conv_projection, self.compute, name=name)
+
+
+class DownBlock(_Level):
+    """Residual blocks, each with its transformer, then a stride-2 convolution except at the last level."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[jax.Array, "batch height width inputs"],
+        embedding: Float[jax.Array, "batch embedding"],
+        context: Float[jax.Array, "batch words context"],
+    ) -> list[jax.Array]:
+        """Every intermediate result, in order: the way up takes them as skips, the last one goes on down."""
+        depth = self.config.transformer_depth[self.level]
+        skips = []
+        for index in range(self.config.resnets_per_block):
+            x = self.resnet(index)(x, embedding)
+            if depth:
+                x = self.transformer(index, depth)(x, context)
+            skips.append(x)
+        if self.level + 1 < len(self.config.block_channels):
+            x = conv(x.shape[-1], "downsample", self.compute, strides=2)(x)
+            skips.append(x)
+        return skips
+
+
+class MiddleBlock(_Level):
+    """Residual block, transformer, residual block."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[jax.Array, "batch height width channels"],
+        embedding: Float[jax.Array, "batch embedding"],
+        context: Float[jax.Array, "batch words context"],
+    ) -> Float[jax.Array, "batch height width channels"]:
+        x = self.resnet(0)(x, embedding)
+        x = self.transformer(0, self.config.middle_depth)(x, context)
+        return self.resnet(1)(x, embedding)
+
+
+class UpBlock(_Level):
+    """As `DownBlock`, with a skip concatenated before each residual block, then an enlargement to the next skip."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[jax.Array, "batch height width inputs"],
+        skips: list[jax.Array],
+        embedding: Float[jax.Array, "batch embedding"],
+        context: Float[jax.Array, "batch words context"],
+    ) -> Float[jax.Array, "batch height_out width_out channels"]:
+        """Takes its skips from the end of the list and removes them."""
+        depth = self.config.transformer_depth[self.level]
+        for index in range(self.config.resnets_per_block + 1):
+            x = self.resnet(index)(jnp.concatenate([x, skips.pop()], axis=-1), embedding)
+            if depth:
+                x = self.transformer(index, depth)(x, context)
+        if skips:
+            _, height, width, _ = skips[-1].shape
+            x = Upsample(self.compute, name="upsample")(x, height, width)
+        return x
+
+
+class UNet(nn.Module):
+    config: UNetConfig
+    compute: Compute = Compute()
+
+    @nn.compact
+    def __call__(
+        self,
+        latent: Float[jax.Array, "batch height width inputs"],
+        timestep: Num[jax.Array, "batch"],
+        context: Float[jax.Array, "batch words context"],
+        vector: Float[jax.Array, "batch vector"] | None,
+    ) -> Float[jax.Array, "batch height width outputs"]:
+        config, compute, dtype = self.config, self.compute, self.compute.activations
+        context = context.astype(dtype)
+
+        frequencies = sinusoidal_embedding(timestep, config.block_channels[0])
+        embedding = EmbeddingMlp(config.embedding_dim, compute, name="time_embedding")(frequencies)
+        if vector is not None:
+            embedding += EmbeddingMlp(config.embedding_dim, compute, name="add_embedding")(vector)
+
+        levels = range(len(config.block_channels))
+        x = conv(config.block_channels[0], "conv_in", compute)(latent)
+        skips = [x]
+        for level in levels:
+            skips += DownBlock(config, level, compute, name=f"down_blocks_{level}")(skips[-1], embedding, context)
+        x = MiddleBlock(config, levels[-1], compute, name="mid_block")(skips[-1], embedding, context)
+        for index, level in enumerate(reversed(levels)):
+            x = UpBlock(config, level, compute, name=f"up_blocks_{index}")(x, skips, embedding, context)
+        assert not skips
+
+        x = nn.silu(group_norm(config.groups, 1e-5, "conv_norm_out", compute)(x))
+        out = conv(config.out_channels, "conv_out", compute, kernel_init=nn.initializers.zeros)
+        return out(x).astype(jnp.float32)
+
+
+def apply(
+    config: UNetConfig,
+    params: Params,
+    latent: Float[jax.Array, "batch height width inputs"],
+    timestep: Num[jax.Array, "batch"],
+    context: Float[jax.Array, "batch words context"],
+    vector: Float[jax.Array, "batch vector"] | None = None,
+    compute: Compute = Compute(),
+) -> Float[jax.Array, "batch height width outputs"]:
+    """The network's prediction (ε, v or x₀, as it was trained), float32.
+
+    latent: scaled and noised, any height and width. timestep: 0..999, integers or floats. context: text states,
+    [batch, 77, context_dim]. vector: [batch, vector_dim], None exactly if the configuration has none.
+    """
+    assert (vector is None) == (config.vector_dim is None), "a vector is given exactly if the configuration has one"
+    return UNet(config, compute).apply({"params": params}, latent, timestep, context, vector)  # pyright: ignore
+
+
+def init(key: Key[jax.Array, ""], config: UNetConfig) -> Params:
+    """Fresh float32 parameters. The output convolution and the last one of every block are zero, as in sgm."""
+    side = 2 ** (len(config.block_channels) - 1)
+    vector = None if config.vector_dim is None else jnp.zeros((1, config.vector_dim))
+    latent = jnp.zeros((1, side, side, config.in_channels))
+    return UNet(config).init(key, latent, jnp.zeros(1), jnp.zeros((1, 1, config.context_dim)), vector)["params"]

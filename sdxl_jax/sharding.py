@@ -1,0 +1,118 @@
+"""The whole parallel plan on one page: the mesh, and which axis of which parameter lies along it.
+
+    mesh axes   data   copies of the parameters; the batch is split
+                fsdp   the batch is split, and so is every large parameter, gathered where it is used
+
+A batch is split over both axes. Parameters, their moving average and the optimiser's moments follow the same rules,
+because they have the same paths. The rest is left to XLA's partitioner.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sdxl_jax.arrays import Params
+from sdxl_jax.errors import InputError
+
+RULES: tuple[tuple[str, int | None], ...] = (
+    (r"(conv_out|quant_conv)/kernel$", -2),  # few output channels: split the input channels
+    (r"conv_in/kernel$", -1),
+    (r"(kernel|embedding)$", -1),
+    (r"(bias|scale|position_embedding)$", None),  # small: every device has them whole
+)
+"""(pattern of the path, axis that lies along fsdp, None for replicated); the first that matches decides."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged; −1 fills one axis with the devices that are left."""
+
+    data: int = -1
+    """Copies of the parameters. Higher: more images a step, the same memory on each device."""
+    fsdp: int = 1
+    """Devices that share one copy. Higher: less memory on each device, more communication."""
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data and fsdp over all devices. Raises InputError if they do not multiply up."""
+    devices = devices or jax.devices()
+    shape, count = [config.data, config.fsdp], len(devices)
+    if shape.count(-1) == 1:
+        shape[shape.index(-1)] = count // max(1, -math.prod(shape))
+    if math.prod(shape) != count or min(shape) < 1:
+        raise InputError(
+            f"mesh.data={config.data} × mesh.fsdp={config.fsdp} does not make {count} devices. Choose two numbers "
+            f"whose product is {count}, or set one to -1"
+        )
+    return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+    """Raises InputError if a batch does not split over the devices, `accumulate` times."""
+    shape = dict(mesh.shape)
+    multiple = mesh.size * accumulate
+    if batch_size % multiple:
+        raise InputError(
+            f"data.batch_size={batch_size} cannot be split over {mesh.size} devices (data {shape['data']} × fsdp "
+            f"{shape['fsdp']}) in {accumulate} micro-batches. Use a multiple of {multiple}, e.g. "
+            f"{math.ceil(batch_size / multiple) * multiple}, or another mesh"
+        )
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A jax key path, joined by slashes."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every leaf of a tree of (abstract) arrays, by `RULES`.
+
+    Raises InputError for a parameter that no rule matches, or whose axis does not divide.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        if not leaf.shape:
+            return replicated(mesh)
+        name = path_name(path)
+        for pattern, axis in RULES:
+            if re.search(pattern, name):
+                break
+        else:
+            raise InputError(f"No sharding rule matches {name} {leaf.shape}. Add one to sdxl_jax/sharding.py")
+        if axis is None:
+            return replicated(mesh)
+        if leaf.shape[axis] % mesh.shape["fsdp"]:
+            raise InputError(
+                f"{name} has shape {leaf.shape}, whose axis {axis} cannot be split over mesh.fsdp="
+                f"{mesh.shape['fsdp']}. Choose a divisor of {leaf.shape[axis]}"
+            )
+        spec: list[str | None] = [None] * len(leaf.shape)
+        spec[axis] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def put(mesh: Mesh, params: Params) -> Params:
+    """Host arrays, placed by the rules."""
+    return jax.tree.map(jax.device_put, params, place(mesh, params))
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """This host's rows of a batch as its part of a global array, split over all devices."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)

@@ -1,0 +1,125 @@
+"""Checkpoints, with Orbax v1: `RUN/checkpoints/<step>/`, and `RUN/frozen/` for what does not train.
+
+A checkpoint holds the state, whose `step` is also the position in the data and in the random numbers; its metadata holds
+the configuration and the versions. Saving goes on in the background; `close` waits for it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from sdxl_jax.arrays import Params
+from sdxl_jax.errors import InputError
+from sdxl_jax.sharding import path_name
+from sdxl_jax.training.state import TrainState
+
+
+class Checkpoints:
+    """Writes the checkpoints of one run. A context manager: leaving it finishes what is being written."""
+
+    def __init__(self, directory: Path, keep: int):
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(),
+            # The loop decides when; Orbax's default skips a save while another is running, and says nothing.
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._checkpointer.close()
+
+    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
+        """Starts writing; returns when the arrays are copied. Waits for an earlier save first."""
+        self._checkpointer.wait()
+        response = self._checkpointer.save_async(step, state, custom_metadata=dict(metadata))
+        assert response is not None, f"Orbax skipped the checkpoint of step {step}"
+
+
+def latest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint, None if there is none. What a cut-off save leaves has another name."""
+    return max((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), default=None)
+
+
+def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
+    """The state of a step, placed as `abstract` says (shapes, dtypes, shardings).
+
+    Raises InputError if the checkpoint cannot be read or is of another shape; nothing is changed.
+    """
+    return _load(directory / str(step), abstract)
+
+
+def restore_ema(directory: Path, step: int, abstract: Params) -> Params:
+    """Only the averaged parameters of a step. Raises InputError as `restore`."""
+    path = directory / str(step)
+    stored = _metadata(path)
+    _compare(path, stored["ema"], abstract)
+    return _read(path, jax.tree.map(lambda _: ocp.PLACEHOLDER, stored) | {"ema": abstract})["ema"]
+
+
+def save_frozen(run_dir: Path, params: Params) -> None:
+    """Writes the frozen parameters, once a run."""
+    path = run_dir / "frozen"
+    if not path.exists():
+        ocp.save(path.absolute(), params)
+
+
+def restore_frozen(run_dir: Path, abstract: Params) -> Params:
+    """What `save_frozen` wrote, placed as `abstract` says. Raises InputError as `restore`."""
+    return _load(run_dir / "frozen", abstract)
+
+
+def _metadata(path: Path) -> Any:
+    try:
+        return ocp.metadata(path.absolute()).metadata
+    except Exception as error:  # Orbax raises many types for a damaged directory
+        raise _unreadable(path, error) from error
+
+
+def _load(path: Path, abstract: Any) -> Any:
+    _compare(path, _metadata(path), abstract)
+    return _read(path, abstract)
+
+
+def _read(path: Path, abstract: Any) -> Any:
+    try:
+        return ocp.load(path.absolute(), abstract)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    remedy = "Restore its files"
+    if path.name.isdecimal():
+        remedy += ", or delete this folder to go on from the checkpoint before it"
+    return InputError(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. {remedy}")
+
+
+class _Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _leaves(tree: Any) -> dict[str, _Leaf]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {path_name(path): _Leaf(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flat if hasattr(leaf, "shape")}
+
+
+def _compare(path: Path, stored: Any, expected: Any) -> None:
+    """Orbax casts dtypes without a word and reports other differences at length; this names the first."""
+    have, want = _leaves(stored), _leaves(expected)
+    wrong = [name for name in want if name not in have or have[name] != want[name]] + [n for n in have if n not in want]
+    if wrong:
+        name = wrong[0]
+        raise InputError(
+            f"The checkpoint {path} does not fit this configuration: {len(wrong)} arrays differ, the first is {name}: "
+            f"stored {have.get(name)}, expected {want.get(name)}. Use the configuration of the run, or another run "
+            "directory"
+        )

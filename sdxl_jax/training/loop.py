@@ -1,0 +1,236 @@
+"""The training program: configuration, mesh, data, model, state, restore; then batch, step, log, save, look.
+
+Nothing but logging waits for the device, and logging lags one step behind, so that the device always has work. A run is
+repeated exactly by its configuration; interrupted, it goes on from its last checkpoint as if nothing had happened.
+"""
+
+import contextlib
+import functools
+import json
+import math
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sdxl_jax import config as configuration
+from sdxl_jax import model as models
+from sdxl_jax import pipeline, sharding
+from sdxl_jax.arrays import Params
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
+from sdxl_jax.interop import safetensors
+from sdxl_jax.model import Model
+from sdxl_jax.pictures import contact_sheet, save_png
+from sdxl_jax.training import optimiser as optimisers
+from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
+from sdxl_jax.training.metrics import MetricsWriter
+from sdxl_jax.training.state import TrainState, create, merge, partition
+from sdxl_jax.training.step import make_step
+
+_LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Summary(NamedTuple):
+    """What a run came to."""
+
+    model: Model
+    """With the averaged weights."""
+    steps: int
+    loss: float
+    """Mean over the last hundred steps of this process; NaN if it made none."""
+    images_per_second: float
+    """Median over the steps of this process, compilation left out; NaN if it made none."""
+    seconds: float
+
+
+def train(config: TrainConfig, run_dir: Path, progress: bool = True) -> Summary:
+    """Trains in `run_dir` until `config.training.steps`, from its last checkpoint if there is one.
+
+    Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
+    configuration, a checkpoint that cannot be read.
+    """
+    started = time.monotonic()
+    config.model.check()
+    _check_run(config, run_dir)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
+    tokenizer = Tokenizer.of(config.model.text)
+    dataset = BucketedDataset(config.data, tokenizer, host_index=jax.process_index(), host_count=jax.process_count())
+    optimiser = optimisers.make(config.optimiser, config.training.steps)
+    rate = optimisers.learning_rate(config.optimiser, config.training.steps)
+    step_function = jax.jit(make_step(config, optimiser, tokenizer([""])), donate_argnums=0)
+
+    with jax.set_mesh(mesh):
+        abstract, abstract_frozen = _abstract(config, mesh, optimiser)
+        if (last := latest_step(run_dir / "checkpoints")) is None:
+            state, frozen = _fresh(config, mesh, optimiser, abstract, abstract_frozen)
+        else:
+            state, frozen = restore(run_dir / "checkpoints", last, abstract), restore_frozen(run_dir, abstract_frozen)
+        first, stop = int(state.step), config.training.steps
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _write_config(config, run_dir)
+        save_frozen(run_dir, frozen)
+        if progress:
+            _announce(dataset, tokenizer, run_dir, first)
+        with (
+            Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
+            MetricsWriter(run_dir, first, stop, config.data.batch_size, rate, progress) as writer,
+            contextlib.closing(dataset.iterate(first)) as batches,
+        ):
+            for step in range(first + 1, stop + 1):
+                batch = sharding.put_batch(mesh, next(batches))
+                state, metrics = step_function(state, frozen, batch)
+                writer.log(step, dataset.bucket_of(step - 1), metrics)
+                if _due(step, config.checkpoint.every_steps, stop):
+                    writer.flush()
+                    checkpoints.save(step, state, {"config": configuration.to_json(config), "versions": _versions()})
+                    writer.restart_clock()
+                if config.validation.prompts and _due(step, config.validation.every_steps, stop):
+                    writer.flush()
+                    _look(config, run_dir, step, Model(config.model, merge(state.ema, frozen)))
+                    writer.restart_clock()
+    return Summary(
+        Model(config.model, merge(state.ema, frozen)),
+        stop,
+        float(np.mean(writer.losses[-100:])) if writer.losses else math.nan,
+        float(np.median(writer.speeds)) if writer.speeds else math.nan,
+        time.monotonic() - started,
+    )
+
+
+def _due(step: int, every: int | None, stop: int) -> bool:
+    """Whether something that is done every so many steps, and at the end, is to be done after this step."""
+    return every is not None and (step % every == 0 or step == stop)
+
+
+def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransformation) -> tuple[TrainState, Params]:
+    """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, sharding.place(mesh, tree)
+        )
+
+    params = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
+    trained, frozen = partition(params, config.training.trains)
+    return placed(jax.eval_shape(functools.partial(create, optimiser=optimiser), trained)), placed(frozen)
+
+
+def _fresh(
+    config: TrainConfig,
+    mesh: Mesh,
+    optimiser: optax.GradientTransformation,
+    abstract: TrainState,
+    abstract_frozen: Params,
+) -> tuple[TrainState, Params]:
+    """The state before the first step and the frozen parameters; each array is made where it belongs."""
+
+    def make(key: jax.Array) -> tuple[TrainState, Params]:
+        trained, frozen = partition(models.init(key, config.model), config.training.trains)
+        return create(trained, optimiser), frozen
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
+    state, frozen = jax.jit(make, out_shardings=places)(jax.random.key(config.training.seed))
+    if config.training.vae_weights is not None:
+        frozen |= {"vae": _vae_weights(Path(config.training.vae_weights), mesh, abstract_frozen["vae"])}
+    return state, frozen
+
+
+def _vae_weights(path: Path, mesh: Mesh, abstract: Params) -> Params:
+    params, _ = safetensors.load(path)
+    have, want = (jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (params, abstract))
+    if differences := configuration.differences(have, want):
+        raise InputError(
+            f"The weights in {path} do not fit model.vae: {len(differences)} shapes differ, the first is "
+            f"{differences[0]} (in the file -> in the model). Set model.vae to the file's configuration"
+        )
+    return sharding.put(mesh, {"vae": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)})["vae"]
+
+
+def _check_run(config: TrainConfig, run_dir: Path) -> None:
+    """Raises InputError if the directory holds another run, or something else."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
+            raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
+        return
+    try:
+        old = json.loads(path.read_text())["config"]
+    except (json.JSONDecodeError, KeyError) as error:
+        raise InputError(f"{path} is no configuration of a run ({error}). Restore it, or choose another --run-dir") from error
+    if changed := configuration.blocking_differences(old, configuration.to_json(config)):
+        shown = "\n  ".join(changed[:8])
+        raise InputError(
+            f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
+            f"{shown}\nUse the run's own configuration to go on with it, or another --run-dir"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+def _write_config(config: TrainConfig, run_dir: Path) -> None:
+    path = run_dir / "config.json"
+    partial = path.with_name("config.json.partial")
+    partial.write_text(
+        json.dumps({"config": configuration.to_json(config), "versions": _versions(), "commit": _commit()}, indent=1)
+    )
+    partial.replace(path)
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, None for an installed package."""
+    head = Path(__file__).parents[2] / ".git" / "HEAD"
+    if not head.is_file():
+        return None
+    content = head.read_text().strip()
+    reference = head.parent / content.removeprefix("ref: ")
+    return reference.read_text().strip() if reference.is_file() else content
+
+
+def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, first: int) -> None:
+    tqdm.write(f"{run_dir}: {'starting' if not first else f'going on after step {first}'}")
+    for bucket in dataset.report():
+        if bucket.images:
+            notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
+            notes += f", {bucket.repeated} repeated to fill the batch" if bucket.repeated else ""
+            tqdm.write(
+                f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {bucket.batches} batches an epoch{notes}"
+            )
+    if dataset.refused:
+        tqdm.write(f"  {len(dataset.refused)} files refused, the first: {dataset.refused[0].file}")
+    if cut := sum(count > 0 for count in tokenizer.truncated(dataset.source.captions)):
+        tqdm.write(f"  {cut} captions are longer than 75 tokens and lose their end")
+
+
+def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
+    """Writes the validation grid."""
+    validation = config.validation
+    pictures, captions = [], []
+    for height, width in validation.sizes:
+        pictures += list(
+            pipeline.text_to_image(
+                model,
+                validation.prompts,
+                height=height,
+                width=width,
+                steps=validation.steps,
+                guidance=validation.guidance,
+                compute=config.compute,
+            )
+        )
+        captions += list(validation.prompts)
+    sheet = contact_sheet(pictures, captions, columns=len(validation.prompts))
+    save_png(sheet, run_dir / "samples" / f"step_{step:08d}.png")

@@ -1,0 +1,105 @@
+"""Where a run's numbers go: RUN/metrics.jsonl with all digits, RUN/tensorboard, and the progress bar."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import jax
+import optax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sdxl_jax.data.buckets import Bucket
+
+_SCALARS = ("loss", "grad_norm", "learning_rate", "images_per_second")
+
+
+class MetricsWriter:
+    """One line a step. A context manager: leaving it writes everything out.
+
+    A step's numbers are read when the next step has been started (`log` keeps them until then), so that the device is
+    never idle for their sake.
+    """
+
+    def __init__(self, run_dir: Path, start: int, stop: int, batch_size: int, rate: optax.Schedule, progress: bool):
+        """Removes the lines of steps after `start`, which are about to be made again."""
+        self._path = run_dir / "metrics.jsonl"
+        if self._path.exists():
+            _cut_after(self._path, start)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
+        self._batch_size, self._rate = batch_size, rate
+        self._pending: tuple[int, Bucket, dict[str, jax.Array]] | None = None
+        self._last = time.monotonic()
+        self._seen: set[Bucket] = set()
+        self.losses: list[float] = []
+        """Of every step of this process."""
+        self.speeds: list[float] = []
+        """Images a second of every step but each bucket's first, which includes its compilation."""
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        self._file.close()
+        self._board.close()
+        self._bar.close()
+
+    def log(self, step: int, bucket: Bucket, metrics: dict[str, jax.Array]) -> None:
+        """Takes the numbers of a step that has been started, and writes those of the one before."""
+        self._write()
+        self._pending = step, bucket, metrics
+
+    def flush(self) -> None:
+        """Waits for the last step and brings all lines to the disk."""
+        self._write()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    def restart_clock(self) -> None:
+        """What was done since the last step does not count as the next one's time."""
+        self._last = time.monotonic()
+
+    def _write(self) -> None:
+        if self._pending is None:
+            return
+        step, bucket, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in metrics.items()}  # waits for the device
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        line = {
+            "step": step,
+            **values,
+            "learning_rate": float(self._rate(step - 1)),
+            "bucket": list(bucket),
+            "images_seen": step * self._batch_size,
+            "step_seconds": seconds,
+            "images_per_second": self._batch_size / seconds,
+        }
+        self._file.write(json.dumps(line) + "\n")
+        for name in _SCALARS:
+            self._board.add_scalar(name, line[name], step)
+        self.losses.append(values["loss"])
+        if bucket in self._seen:
+            self.speeds.append(line["images_per_second"])
+        self._seen.add(bucket)
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {line['images_per_second']:.1f} images/s", refresh=False)
+        self._bar.update()
+
+
+def _cut_after(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break  # the line that a crash cut off; whatever it was, it is made again
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

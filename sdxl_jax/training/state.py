@@ -1,0 +1,53 @@
+"""The training state: one tree of arrays, all that a step changes. What is frozen is not in it."""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Int
+
+from sdxl_jax.arrays import Params, flatten, unflatten
+from sdxl_jax.errors import InputError, nearest_first
+
+
+class TrainState(NamedTuple):
+    step: Int[jax.Array, ""]
+    """Updates made so far: the position in the data, and what the next step's random keys derive from."""
+    params: Params
+    """The parameters that train."""
+    ema: Params
+    """Their moving average."""
+    optimiser: optax.OptState
+    """The optimiser's moments."""
+
+
+def create(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+    """The state before the first step; the average starts at the parameters."""
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimiser.init(params))
+
+
+def partition(params: Params, trains: tuple[str, ...]) -> tuple[Params, Params]:
+    """(what trains, what is frozen): a parameter trains if one of the patterns is found in its path.
+
+    Raises InputError for a pattern that matches nothing.
+    """
+    flat = flatten(params)
+    for pattern in trains:
+        if not any(re.search(pattern, path) for path in flat):
+            raise InputError(
+                f"training.trains has {pattern!r}, which matches no parameter. Paths look like "
+                f"{nearest_first(pattern, flat)[:3]}"
+            )
+    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in trains)}
+    return (
+        unflatten({path: value for path, value in flat.items() if path in chosen}),
+        unflatten({path: value for path, value in flat.items() if path not in chosen}),
+    )
+
+
+def merge(trained: Params, frozen: Params) -> Params:
+    """The reverse of `partition`."""
+    return unflatten(flatten(frozen) | flatten(trained))

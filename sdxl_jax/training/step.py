@@ -1,0 +1,85 @@
+"""One training step: a pure function of the state, the frozen parameters and a batch.
+
+    image ── encode, sample ── latent ── add noise ── UNet(…, text, sizes) ── weighted error ── gradient ── update, EMA
+
+Every random number of an example comes from one key: fold(seed, step), split over the rows of the batch. So a resumed
+run repeats, and an example draws the same however the batch is spread over devices or cut into micro-batches.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jaxtyping import Float, Key
+
+from sdxl_jax import arrays, model
+from sdxl_jax.arrays import Batch, Params, TokenIds
+from sdxl_jax.conditioning import text
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.diffusion import loss, schedule
+from sdxl_jax.models import unet, vae
+from sdxl_jax.training import ema
+from sdxl_jax.training.state import TrainState, merge
+
+Metrics = dict[str, Float[jax.Array, ""]]
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+
+
+def batch_loss(
+    trained: Params,
+    frozen: Params,
+    batch: Batch,
+    keys: Key[jax.Array, " batch"],
+    config: TrainConfig,
+    empty: dict[str, TokenIds],
+) -> Float[jax.Array, ""]:
+    """The loss of one (micro-)batch. keys: one an example; empty: the token numbers of [""]."""
+    params, parts, compute = merge(trained, frozen), config.model, config.compute
+    latent_keys, dropout_keys, loss_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
+
+    latent = vae.encode_scaled(parts.vae, params["vae"], arrays.normalise(batch.image), latent_keys, compute)
+    prompt = text.encode(parts.text, params, batch.tokens, compute)
+    nothing = model.without_prompt(parts, params, empty, compute)
+    prompt = text.drop(prompt, nothing, dropout_keys, config.training.caption_dropout)
+    condition = model.condition(parts, prompt, batch.micro)
+
+    def network(x_t: jax.Array, timestep: jax.Array) -> jax.Array:
+        return unet.apply(parts.unet, params["unet"], x_t, timestep, condition.context, condition.vector, compute)
+
+    return loss.diffusion_loss(
+        network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss
+    )
+
+
+def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: dict[str, TokenIds]) -> Step:
+    """The step of a configuration. Pure: compile it with `jax.jit`, donating the state."""
+    value_and_grad = jax.value_and_grad(batch_loss)
+
+    def accumulated(trained: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Params]:
+        """Mean loss and gradient over micro-batches, one after the other."""
+        count = config.optimiser.accumulate
+        if count == 1:
+            return value_and_grad(trained, frozen, batch, keys, config, empty)
+        # Rows are dealt out in turn, so that each micro-batch still has rows on every device.
+        micro = jax.tree.map(lambda x: rearrange(x, "(rows count) ... -> count rows ...", count=count), (batch, keys))
+
+        def add(total: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
+            result = value_and_grad(trained, frozen, *part, config, empty)
+            return jax.tree.map(lambda a, b: a + b / count, total, result), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+        return jax.lax.scan(add, zero, micro)[0]
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
+        keys = jax.random.split(step_key, len(batch.image))
+        value, gradient = accumulated(state.params, frozen, batch, keys)
+        updates, moments = optimiser.update(gradient, state.optimiser, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = ema.update(state.ema, params, ema.decay_at(config.ema, state.step))
+        metrics = {"loss": value, "grad_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, params, average, moments), metrics
+
+    return step

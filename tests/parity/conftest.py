@@ -1,0 +1,54 @@
+"""The parity table: what each test measured against the reference, printed when the run ends.
+
+A figure travels with the test's report (`record_property`), so the table is whole under pytest-xdist, and a JUnit file
+has it too. Without torch, diffusers or transformers the tests skip and say which is missing; see `reference.py`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+TOLERANCE = 2e-5
+"""Largest difference allowed, as a share of the reference's largest absolute value.
+
+Sums of a few hundred float32 products in another order differ by about 1e-6 of the result; thirty layers make a few
+1e-6 of it. The references are made such that an eps of 1e-5 for 1e-6, the smallest mistake we know, is far beyond.
+"""
+
+Agree = Callable[..., None]
+_PROPERTY = "parity"
+
+
+@pytest.fixture
+def agree(record_property: Callable[[str, object], None]) -> Agree:
+    """agree(what, ours, theirs) asserts agreement within `tolerance` of the largest value, and notes the figure."""
+
+    def check(what: str, ours: object, theirs: object, tolerance: float = TOLERANCE) -> None:
+        given, expected = np.asarray(ours), np.asarray(theirs)
+        assert given.shape == expected.shape, f"{what}: shape {given.shape}, the reference has {expected.shape}"
+        largest = float(np.abs(expected).max())
+        assert largest > 0, f"{what}: the reference is zero everywhere, which would prove nothing"
+        difference = float(np.abs(given - expected).max()) / largest
+        record_property(_PROPERTY, [what, difference, tolerance])
+        assert difference <= tolerance, (
+            f"{what}: differs by {difference:.2e} of the maximum, allowed is {tolerance:.0e}"
+        )
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    rows = [
+        value
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        for name, value in getattr(report, "user_properties", [])
+        if name == _PROPERTY
+    ]
+    if not rows:
+        return
+    terminalreporter.section("parity: largest difference / largest value of the reference, float32")
+    width = max(len(what) for what, _, _ in rows)
+    for what, difference, tolerance in sorted(rows):
+        terminalreporter.line(f"{what:<{width}}  {difference:.1e}  (allowed {tolerance:.0e})")

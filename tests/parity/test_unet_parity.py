@@ -1,0 +1,103 @@
+"""The UNet against diffusers: the prediction of each variant, and gradients. Tolerance: see `conftest.TOLERANCE`."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from conftest import TOLERANCE, Agree
+from reference import torch
+
+from sdxl_jax.arrays import Params
+from sdxl_jax.interop import names
+from sdxl_jax.models import unet
+from sdxl_jax.models.layers import Compute, Remat
+
+# Heights and widths that halve evenly all the way, on the way, or not at all; never a square.
+SIZES = {
+    "SDXL base": (9, 16),
+    "SDXL refiner": (11, 6),
+    "SD 1.x": (8, 24),
+    "SD 2.x": (13, 7),
+    "SD 1.x inpainting": (5, 6),
+}
+
+
+@pytest.mark.parametrize("name", reference.UNETS)
+def test_unet_matches_diffusers(name: str, agree: Agree) -> None:
+    config = reference.UNETS[name]
+    pair = reference.unet_pair(config)
+    inputs = reference.unet_inputs(config, *SIZES[name])
+    with torch.no_grad():
+        theirs = reference.run_unet(pair.model, inputs, reference.to_torch(inputs.latent))
+    ours = jax.jit(functools.partial(unet.apply, config))(pair.params, **inputs.ours())
+    agree(f"UNet {name}", ours, reference.from_torch(theirs))
+
+
+KINDS = {
+    "conv_in": r"^conv_in\.weight",
+    "time embedding": r"^time_embedding\.linear_2\.weight",
+    "added embedding": r"^add_embedding\.linear_1\.weight",
+    "resnet conv1": r"resnets\.\d\.conv1\.weight",
+    "resnet time_emb_proj": r"resnets\.\d\.time_emb_proj\.weight",
+    "resnet norm scale": r"resnets\.\d\.norm2\.weight",
+    "resnet shortcut": r"resnets\.\d\.conv_shortcut\.weight",
+    "transformer norm": r"attentions\.\d\.norm\.weight",
+    "transformer proj_in": r"attentions\.\d\.proj_in\.weight",
+    "self-attention to_q": r"transformer_blocks\.[1-9]\.attn1\.to_q\.weight",
+    "self-attention to_k": r"transformer_blocks\.[1-9]\.attn1\.to_k\.weight",
+    "self-attention to_v": r"transformer_blocks\.[1-9]\.attn1\.to_v\.weight",
+    "self-attention to_out": r"transformer_blocks\.[1-9]\.attn1\.to_out\.0\.weight",
+    "cross-attention to_q": r"transformer_blocks\.[1-9]\.attn2\.to_q\.weight",
+    "cross-attention to_k": r"transformer_blocks\.[1-9]\.attn2\.to_k\.weight",
+    "cross-attention to_v": r"transformer_blocks\.[1-9]\.attn2\.to_v\.weight",
+    "cross-attention to_out": r"transformer_blocks\.[1-9]\.attn2\.to_out\.0\.weight",
+    "block norm": r"transformer_blocks\.[1-9]\.norm3\.bias",
+    "feed-forward in": r"transformer_blocks\.[1-9]\.ff\.net\.0\.proj\.weight",
+    "feed-forward out": r"transformer_blocks\.[1-9]\.ff\.net\.2\.weight",
+    "downsample": r"downsamplers\.0\.conv\.weight",
+    "upsample": r"upsamplers\.0\.conv\.weight",
+    "conv_out": r"^conv_out\.weight",
+}
+"""Weights by kind; in a stack, a layer other than the first."""
+
+# What a softmax or a group norm subtracts leaves these gradients small differences of large sums: up to 2e-5 was seen.
+CANCELLING = ("to_q", "to_k", "time_emb_proj", "all others")
+
+
+def test_unet_gradients_match_torch_autograd(agree: Agree) -> None:
+    """With respect to the latent and to every weight, of the inner product of the prediction with a fixed random array.
+
+    A weight's gradient sums over batch and positions on top, 288 of them here: most still agree as well as a prediction
+    does.
+    """
+    config = reference.UNET_FOR_GRADIENTS
+    pair = reference.unet_pair(config)
+    inputs = reference.unet_inputs(config, 9, 16)
+    cotangent = np.random.default_rng(1).standard_normal((*inputs.latent.shape[:3], config.out_channels), np.float32)
+
+    latent = reference.to_torch(inputs.latent).requires_grad_()
+    (reference.run_unet(pair.model, inputs, latent) * reference.to_torch(cotangent)).sum().backward()
+    theirs = {name: parameter.grad.numpy() for name, parameter in pair.model.named_parameters()}
+
+    def loss(params: Params, latent: jax.Array) -> jax.Array:
+        compute = Compute(remat=Remat.BLOCK)  # as in training; the sums are the same
+        return jnp.sum(cotangent * unet.apply(config, params, **{**inputs.ours(), "latent": latent}, compute=compute))
+
+    by_weight, by_latent = jax.jit(jax.grad(loss, argnums=(0, 1)))(pair.params, jnp.asarray(inputs.latent))
+    ours = names.to_tensors(pair.table, by_weight)
+
+    def differs(name: str) -> float:
+        return np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max()
+
+    assert ours.keys() == theirs.keys()
+    agree("UNet gradient: latent", by_latent, reference.from_torch(latent.grad))
+    chosen = {kind: [name for name in ours if re.search(pattern, name)] for kind, pattern in KINDS.items()}
+    assert all(chosen.values()), "no weight has the name of one of the kinds"
+    chosen["all others"] = sorted(ours.keys() - {name for kind in chosen.values() for name in kind})
+    for kind, members in chosen.items():
+        worst = max(members, key=differs)
+        agree(f"UNet gradient: {kind}", ours[worst], theirs[worst], 1e-4 if kind.endswith(CANCELLING) else TOLERANCE)

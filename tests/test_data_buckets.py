@@ -1,0 +1,79 @@
+"""The promises of sdxl_jax.data.buckets."""
+
+import math
+
+import numpy as np
+import pytest
+
+from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, aspect_distance, assign, check_buckets, generate_buckets
+from sdxl_jax.errors import InputError
+
+PAPER = """
+512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472
+704x1408 704x1344 768x1344 768x1280 832x1216 832x1152 896x1152 896x1088 960x1088 960x1024
+1024x1024 1024x960 1088x960 1088x896 1152x896 1152x832 1216x832 1280x768 1344x768 1408x704
+1472x704 1536x640 1600x640 1664x576 1728x576 1792x576 1856x512 1920x512 1984x512 2048x512
+"""
+
+
+def sizes(*pairs: tuple[int, int]) -> np.ndarray:
+    return np.array(pairs, np.int32)
+
+
+def test_buckets_are_the_forty_of_the_paper_in_its_order():
+    assert [f"{height}x{width}" for height, width in SDXL_BUCKETS] == PAPER.split()
+
+
+def test_generated_buckets_are_the_papers_and_one_transpose():
+    generated = generate_buckets(1024 * 1024)
+    assert set(generated) - set(SDXL_BUCKETS) == {Bucket(1344, 704)}
+    assert [bucket for bucket in generated if bucket != (1344, 704)] == list(SDXL_BUCKETS)
+
+
+@pytest.mark.parametrize(("pixels", "multiple", "aspect"), [(512**2, 64, 4.0), (256**2, 32, 2.0), (768**2, 64, 1.0)])
+def test_generated_buckets_keep_their_rule(pixels, multiple, aspect):
+    buckets = generate_buckets(pixels, multiple, aspect)
+    assert {Bucket(width, height) for height, width in buckets} == set(buckets)
+    assert Bucket(math.isqrt(pixels), math.isqrt(pixels)) in buckets
+    for height, width in buckets:
+        assert height % multiple == width % multiple == 0
+        assert 0.9 * pixels <= height * width <= pixels
+        assert 1 / aspect <= height / width <= aspect
+
+
+@pytest.mark.parametrize("arguments", [(0,), (512**2, 60), (512**2, 64, 0.5), (100**2, 64)])
+def test_impossible_bucket_rules_are_refused(arguments):
+    with pytest.raises(InputError, match="pixels"):
+        generate_buckets(*arguments)
+
+
+def test_every_bucket_is_assigned_to_itself():
+    assert assign(sizes(*SDXL_BUCKETS), SDXL_BUCKETS).tolist() == list(range(40))
+
+
+def test_images_go_to_the_nearest_aspect_ratio_whatever_their_size():
+    buckets = ((1024, 1024), (512, 2048), (2048, 512))
+    given = sizes((100, 100), (30, 50), (10, 90), (9000, 1000), (1, 2), (2, 1))
+    assert assign(given, buckets).tolist() == [0, 0, 1, 2, 0, 0]  # 1:2 is as far from 1:1 as from 1:4: the first
+
+
+def test_ties_go_to_the_first_bucket():
+    assert assign(sizes((7, 14), (3, 6)), ((64, 64), (64, 256))).tolist() == [0, 0]
+    assert assign(sizes((7, 14), (3, 6)), ((64, 256), (64, 64))).tolist() == [0, 0]
+    assert assign(sizes((100, 100)), ((64, 64), (128, 128))).tolist() == [0]
+
+
+def test_aspect_distance_is_the_log_of_the_factor():
+    distance = aspect_distance(sizes((100, 200), (200, 100), (50, 50)), sizes((64, 64)))
+    np.testing.assert_allclose(distance, [math.log(2), math.log(2), 0])
+
+
+def test_an_empty_bucket_list_is_refused():
+    with pytest.raises(InputError, match=r"data\.buckets is empty\. Give one"):
+        assign(sizes((1, 1)), ())
+
+
+@pytest.mark.parametrize("bucket", [(1020, 1024), (0, 64), (64, -64)])
+def test_a_bucket_that_the_autoencoder_cannot_take_is_refused(bucket):
+    with pytest.raises(InputError, match=rf"\({bucket[0]}, {bucket[1]}\).*multiples of 8.*Use \("):
+        check_buckets(((64, 64), bucket))

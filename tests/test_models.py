@@ -1,0 +1,413 @@
+"""The networks without a reference: their sizes, and what must hold whatever the weights are.
+
+Agreement with diffusers and transformers is in `parity/`. Sizes here are tiny, except where only shapes are traced.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, get_type_hints
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from sdxl_jax.arrays import Params
+from sdxl_jax.models import attention, clip, layers, unet, vae
+from sdxl_jax.models.layers import Compute, Dtype, Remat
+
+UNET = unet.UNetConfig((16, 32), 1, (0, 3), 2, (1, 2), 12, 24, groups=8)
+VAE = vae.VaeConfig((16, 32), 1, groups=8)
+TOWER = clip.ClipTextConfig(24, 3, 2, 48, clip.Activation.QUICK_GELU, 20, 60, 50)
+
+
+def random_params(init: Callable[..., Params], config: Any, seed: int = 0) -> Params:
+    """Parameters with nothing zero, of a size that keeps the size of what flows through. Nothing is compiled for it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        if path[-1].key == "kernel":
+            stacked = any(key.key in ("transformer_blocks", "layers") for key in path)
+            return jnp.asarray(noise / math.sqrt(math.prod(leaf.shape[stacked:-1])))
+        return jnp.asarray(0.1 * noise + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(draw, abstract(init, config))
+
+
+@functools.cache
+def abstract(init: Callable[..., Params], config: Any) -> Params:
+    return layers.abstract(lambda key: init(key, config))
+
+
+def unet_inputs() -> dict[str, jax.Array]:
+    """latent, timestep, context and vector of a batch of two; 5 rows do not halve evenly."""
+    rng = np.random.default_rng(0)
+    shapes = {"latent": (2, 5, 8, 4), "context": (2, 7, 12), "vector": (2, 24)}
+    arrays = {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    return {**arrays, "timestep": jnp.array([3, 987])}
+
+
+def apply_unet(compute: Compute) -> Callable[[Params], jax.Array]:
+    return lambda params: unet.apply(UNET, params, **unet_inputs(), compute=compute)
+
+
+# Compiling is most of the time that this file takes: each of these is compiled once.
+
+
+@functools.cache
+def compiled_unet(compute: Compute) -> Callable[..., jax.Array]:
+    return jax.jit(lambda params, **inputs: unet.apply(UNET, params, **inputs, compute=compute))
+
+
+@functools.cache
+def unet_gradient(remat: Remat) -> tuple[jax.Array, Params]:
+    """The mean squared prediction at random parameters, and its gradient."""
+    apply = apply_unet(Compute(remat=remat))
+    return jax.jit(jax.value_and_grad(lambda params: jnp.mean(apply(params) ** 2)))(random_params(unet.init, UNET))
+
+
+def relative(ours: jax.Array, expected: jax.Array) -> float:
+    return float(jnp.abs(ours - expected).max() / jnp.abs(expected).max())
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation of a jaxpr, those of inner ones too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+                elif hasattr(inner, "jaxpr"):
+                    yield from equations(inner.jaxpr)
+
+
+# Full size: shapes alone, nothing is computed.
+
+
+@pytest.mark.parametrize(
+    ("init", "config", "expected"),
+    [
+        (unet.init, unet.SDXL_BASE, 2_567_463_684),
+        (unet.init, unet.SDXL_REFINER, 2_259_526_660),
+        (unet.init, unet.SD1, 859_520_964),
+        (unet.init, unet.SD2, 865_910_724),
+        (vae.init, vae.SDXL_VAE, 83_653_863),
+        (clip.init, clip.CLIP_L, 123_060_480),
+        (clip.init, clip.CLIP_BIGG, 694_659_840),
+    ],
+    ids=["UNet base", "UNet refiner", "UNet SD 1.x", "UNet SD 2.x", "VAE", "CLIP-L", "CLIP-bigG"],
+)
+def test_full_size_has_the_published_number_of_parameters(init: Any, config: Any, expected: int) -> None:
+    params = abstract(init, config)
+    assert layers.count(params) == expected
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("config", "side"),
+    [(unet.SDXL_BASE, 128), (unet.SDXL_REFINER, 128), (unet.SD1, 64), (unet.SD2, 96)],
+    ids=["base", "refiner", "SD 1.x", "SD 2.x"],
+)
+def test_full_size_unet_predicts_the_shape_of_its_latent(config: unet.UNetConfig, side: int) -> None:
+    compute = Compute(Dtype.BFLOAT16, remat=Remat.BLOCK)
+    vector = None if config.vector_dim is None else jax.ShapeDtypeStruct((2, config.vector_dim), jnp.float32)
+    out = jax.eval_shape(
+        functools.partial(unet.apply, config, compute=compute),
+        abstract(unet.init, config),
+        jax.ShapeDtypeStruct((2, side, side, 4), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.int32),
+        jax.ShapeDtypeStruct((2, 77, config.context_dim), jnp.float32),
+        vector,
+    )
+    assert (out.shape, out.dtype) == ((2, side, side, 4), jnp.float32)
+
+
+def test_full_size_autoencoder_and_towers_have_the_published_shapes() -> None:
+    compute = Compute(Dtype.BFLOAT16)
+    params = abstract(vae.init, vae.SDXL_VAE)
+    image = jax.ShapeDtypeStruct((2, 1024, 768, 3), jnp.float32)
+    posterior = jax.eval_shape(functools.partial(vae.encode, vae.SDXL_VAE, compute=compute), params, image)
+    assert posterior.mean.shape == posterior.log_variance.shape == (2, 128, 96, 4)
+    decoded = jax.eval_shape(functools.partial(vae.decode, vae.SDXL_VAE, compute=compute), params, posterior.mean)
+    assert (decoded.shape, decoded.dtype) == ((2, 1024, 768, 3), jnp.float32)
+
+    tokens = jax.ShapeDtypeStruct((2, 77), jnp.int32)
+    for config, width, projection in (
+        (clip.CLIP_L, 768, None),
+        (clip.CLIP_H, 1024, 1024),
+        (clip.CLIP_BIGG, 1280, 1280),
+    ):
+        tower = functools.partial(clip.apply, config, compute=compute)
+        states = jax.eval_shape(tower, abstract(clip.init, config), tokens)
+        for state in (states.penultimate, states.penultimate_normed, states.last):
+            assert (state.shape, state.dtype) == ((2, 77, width), jnp.float32)
+        assert states.pooled.shape == (2, width)
+        assert projection is None if states.projected is None else states.projected.shape == (2, projection)
+
+
+# How a network is computed changes nothing but rounding.
+
+
+def test_unrolled_scan_has_the_same_parameters_and_the_same_result() -> None:
+    def fresh(compute: Compute) -> Params:
+        return jax.eval_shape(unet.UNet(UNET, compute).init, jax.random.key(0), **unet_inputs())["params"]
+
+    scanned, unrolled = fresh(Compute()), fresh(Compute(unroll=True))
+    assert jax.tree.map(lambda leaf: leaf.shape, scanned) == jax.tree.map(lambda leaf: leaf.shape, unrolled)
+    params = random_params(unet.init, UNET)
+    # 1e-6: the compiler may fuse the copies differently, and so round differently.
+    results = (compiled_unet(Compute(unroll=unroll))(params, **unet_inputs()) for unroll in (True, False))
+    assert relative(*results) < 1e-6
+
+
+def test_rematerialised_blocks_give_the_same_output_and_gradient() -> None:
+    (kept, kept_gradient), (again, again_gradient) = unet_gradient(Remat.NONE), unet_gradient(Remat.BLOCK)
+    assert relative(again, kept) < 1e-6
+    # 2e-5: the same sums, fused differently, and some gradients are small differences of large sums.
+    worst = max(jax.tree.leaves(jax.tree.map(relative, again_gradient, kept_gradient)))
+    assert worst < 2e-5
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_rematerialised_blocks_keep_far_less_for_the_backward_pass(unroll: bool) -> None:
+    params = abstract(unet.init, UNET)
+
+    def kept(remat: Remat) -> int:
+        """Numbers kept between the forward and the backward pass, the parameters not counted."""
+        apply = apply_unet(Compute(remat=remat, unroll=unroll))
+        backward = jax.eval_shape(lambda params: jax.vjp(apply, params)[1], params)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward)) - layers.count(params)
+
+    assert kept(Remat.BLOCK) < kept(Remat.NONE) / 3
+    jaxpr = jax.make_jaxpr(apply_unet(Compute(remat=Remat.BLOCK, unroll=unroll)))(params)
+    rematerialised = [e for e in equations(jaxpr.jaxpr) if e.primitive.name in ("remat2", "checkpoint")]
+    assert len(rematerialised) == 12  # 8 residual blocks, and the bodies of 4 scans: one down, one middle, two up
+
+
+def test_bfloat16_keeps_float32_parameters_and_output() -> None:
+    params = random_params(unet.init, UNET)
+    low, high = (compiled_unet(Compute(dtype))(params, **unet_inputs()) for dtype in (Dtype.BFLOAT16, Dtype.FLOAT32))
+    assert low.dtype == high.dtype == jnp.float32
+    # bfloat16 has 8 bits: 0.4 % a rounding, and some twenty roundings one after the other.
+    assert 0 < relative(low, high) < 0.05
+    gradient = jax.eval_shape(jax.grad(lambda params: apply_unet(Compute(Dtype.BFLOAT16))(params).sum()), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_autoencoder_and_tower_return_float32() -> None:
+    compute = Compute(Dtype.BFLOAT16)
+    params = random_params(vae.init, VAE)
+    image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
+    low, high = (jax.jit(functools.partial(vae.encode, VAE, compute=c))(params, image) for c in (compute, Compute()))
+    assert low.mean.dtype == low.log_variance.dtype == jnp.float32
+    assert relative(low.mean, high.mean) < 0.05
+    params = random_params(clip.init, TOWER)
+    tokens = jnp.arange(2 * 77, dtype=jnp.int32).reshape(2, 77) % 51
+    low, high = (jax.jit(functools.partial(clip.apply, TOWER, compute=c))(params, tokens) for c in (compute, Compute()))
+    for mine, expected in zip(low, high, strict=True):
+        assert mine.dtype == jnp.float32
+        assert relative(mine, expected) < 0.05
+
+
+@pytest.mark.parametrize("dtype", Dtype)
+def test_group_norm_statistics_are_float32(dtype: Dtype) -> None:
+    """A mean of 300 beside a deviation of 3, over 8192 numbers: bfloat16 sums stop growing long before their end."""
+    compute = Compute(dtype)
+    noise = np.random.default_rng(0).standard_normal((1, 64, 64, 8))
+    x = jnp.asarray(300 + 3 * noise, compute.activations)
+    norm = layers.group_norm(4, 1e-5, "norm", compute)
+    out, _ = norm.init_with_output(jax.random.key(0), x)
+    exact = np.asarray(x, np.float64).reshape(64 * 64, 4, 2)
+    exact = (exact - exact.mean((0, 2), keepdims=True)) / np.sqrt(exact.var((0, 2), keepdims=True) + 1e-5)
+    # bfloat16: the output's own rounding. float32: the mean's, 8192 sums of about 300, over the deviation.
+    tolerance = 2**-8 if dtype is Dtype.BFLOAT16 else 1e-3
+    assert out.dtype == compute.activations
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact.reshape(x.shape), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_softmax_is_float32_in_bfloat16_attention(causal: bool) -> None:
+    x = jnp.zeros((2, 6, 2, 8), jnp.bfloat16)
+    jaxpr = jax.make_jaxpr(lambda x: attention.dot_product_attention(x, x, x, layers.Attention.XLA, causal))(x)
+    exponentials = [equation for equation in equations(jaxpr.jaxpr) if equation.primitive.name in ("exp", "exp2")]
+    assert exponentials
+    for equation in exponentials:
+        assert equation.invars[0].aval.dtype == jnp.float32
+
+
+# Primitives.
+
+
+@pytest.mark.parametrize("dim", [256, 320])
+def test_sinusoidal_embedding_is_exact_for_every_integer_to_8192(dim: int) -> None:
+    values = np.arange(8193)
+    given = np.asarray(jax.jit(layers.sinusoidal_embedding, static_argnums=1)(jnp.asarray(values), dim), np.float64)
+    frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2))
+    angles = values[:, None] * frequencies
+    exact = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
+    # An angle is rounded three times (exponent, frequency, product); the cosine moves by at most as much. The rounding
+    # of the exponent counts nine times: that is its largest value.
+    rounding = 2**-24 * (11 * np.tile(angles, 2) + 2)
+    assert (np.abs(given - exact) <= rounding).all()
+    assert len(np.unique(given, axis=0)) == len(values)
+
+
+@pytest.mark.parametrize("type_of_number", [jnp.int32, jnp.float32])
+def test_sinusoidal_embedding_tells_neighbouring_sizes_apart(type_of_number: Any) -> None:
+    """333 is 332 and 1023 is 1024 in bfloat16."""
+    sizes = jnp.array([332, 333, 1023, 1024], type_of_number)
+    embedded = layers.sinusoidal_embedding(sizes, 256)
+    assert embedded.dtype == jnp.float32
+    assert jnp.abs(embedded[0] - embedded[1]).max() > 0.5
+    assert jnp.abs(embedded[2] - embedded[3]).max() > 0.5
+
+
+def test_bfloat16_unet_tells_neighbouring_timesteps_apart() -> None:
+    params = random_params(unet.init, UNET)
+    apply = compiled_unet(Compute(Dtype.BFLOAT16))
+    out = [apply(params, **{**unet_inputs(), "timestep": jnp.full(2, timestep)}) for timestep in (332, 333)]
+    assert jnp.abs(out[0] - out[1]).max() > 0
+
+
+def test_sinusoidal_embedding_has_cosines_first() -> None:
+    embedded = layers.sinusoidal_embedding(jnp.zeros((2, 3), jnp.int32), 8)
+    assert embedded.shape == (2, 3, 8)
+    np.testing.assert_array_equal(embedded[..., :4], 1)
+    np.testing.assert_array_equal(embedded[..., 4:], 0)
+
+
+@pytest.mark.parametrize("size", [5, 6, 7, 8])
+def test_nearest_enlargement_reaches_any_size(size: int) -> None:
+    out = layers.nearest(jnp.arange(4.0).reshape(1, 4, 1, 1), size, axis=1)
+    np.testing.assert_array_equal(out.ravel(), [i * 4 // size for i in range(size)])
+
+
+def test_causal_attention_sees_no_later_token() -> None:
+    params = random_params(clip.init, TOWER)
+    tokens = jnp.arange(77, dtype=jnp.int32)[None] % 50
+    apply = jax.jit(functools.partial(clip.apply, TOWER))
+    before, after = apply(params, tokens).last, apply(params, tokens.at[0, 40].set(13)).last
+    np.testing.assert_array_equal(before[:, :40], after[:, :40])
+    assert (jnp.abs(before[:, 40:] - after[:, 40:]).max(axis=-1) > 0).all()
+
+
+def test_log_variance_is_clamped() -> None:
+    params = random_params(vae.init, VAE)
+    quant = params["encoder"]["quant_conv"]
+    quant["kernel"] = 100 * quant["kernel"]
+    image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
+    log_variance = jax.jit(functools.partial(vae.encode, VAE))(params, image).log_variance
+    assert (log_variance.min(), log_variance.max()) == (-30, 20)
+
+
+def test_latent_scale_is_multiplied_on_the_way_in_and_divided_on_the_way_out() -> None:
+    config, unscaled = VAE, vae.VaeConfig((16, 32), 1, groups=8, scale=1.0)
+    params = random_params(vae.init, VAE)
+    image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
+    keys = jax.random.split(jax.random.key(1), 2)
+    latent, plain = (jax.jit(functools.partial(vae.encode_scaled, c))(params, image, keys) for c in (config, unscaled))
+    np.testing.assert_allclose(latent, plain * 0.13025, rtol=1e-6)
+    images = [jax.jit(functools.partial(vae.decode, c))(params, x) for c, x in ((config, latent), (unscaled, plain))]
+    # 1e-5: (x · 0.13025) / 0.13025 is not always x.
+    assert relative(images[0], images[1]) < 1e-5
+
+
+# Fresh parameters.
+
+
+def test_fresh_unet_predicts_zero() -> None:
+    config = unet.UNetConfig((8,), 1, (1,), 1, (1,), 4, None, groups=4)  # small: initialisers are slow to compile
+    params = jax.jit(lambda key: unet.init(key, config))(jax.random.key(0))
+    prediction = jax.jit(functools.partial(unet.apply, config))(
+        params, jnp.ones((1, 2, 2, 4)), jnp.ones(1), jnp.ones((1, 1, 4))
+    )
+    np.testing.assert_array_equal(prediction, 0)
+    middle = params["mid_block"]
+    for zero in (params["conv_out"], middle["resnets_0"]["conv2"], middle["attentions_0"]["proj_out"]):
+        np.testing.assert_array_equal(zero["kernel"], 0)
+    assert jnp.abs(params["conv_in"]["kernel"]).max() > 0
+
+
+def test_gradient_reaches_every_parameter_and_every_layer_of_a_stack() -> None:
+    """Fresh parameters would not do: behind a zero convolution nothing learns in the first step."""
+    _, gradient = unet_gradient(Remat.NONE)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
+        name = jax.tree_util.keystr(path)
+        each = leaf if "transformer_blocks" in name else leaf[None]
+        assert all(jnp.abs(layer).max() > 0 for layer in each), f"{name} is not used"
+
+
+# Annotations of shapes, which are checked where pytest runs with --jaxtyping-packages=sdxl_jax,beartype.beartype.
+
+
+@pytest.fixture
+def checked() -> None:
+    if not hasattr(unet.apply, "__wrapped__"):
+        pytest.skip("annotations are not checked in this run: --jaxtyping-packages=sdxl_jax,beartype.beartype")
+
+
+def test_annotations_are_checked_when_the_option_asks_for_it(request: pytest.FixtureRequest) -> None:
+    asked = "sdxl_jax" in (request.config.getoption("--jaxtyping-packages", default=None) or "")
+    assert asked == hasattr(unet.apply, "__wrapped__")
+
+
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("argument", ["latent", "timestep", "context", "vector"])
+def test_array_of_a_wrong_shape_is_refused(argument: str) -> None:
+    given = unet_inputs()
+    given[argument] = given[argument][:1]  # one example where the others have two
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter") as error:
+        unet.apply(UNET, {}, given["latent"], given["timestep"], given["context"], given["vector"])
+    assert "batch" in str(error.value)
+
+
+@pytest.mark.usefixtures("checked")
+@pytest.mark.parametrize("remat", Remat)
+def test_array_of_a_wrong_shape_is_refused_inside_a_scan(remat: Remat) -> None:
+    """Linen's lifted classes call the same checked method."""
+    compute = Compute(remat=remat)
+    blocks = attention.stack(attention.TransformerBlock, 2, compute)(2, compute, name="transformer_blocks")
+    init = functools.partial(jax.eval_shape, blocks.init, jax.random.key(0))
+    init(jnp.zeros((2, 6, 8)), jnp.zeros((2, 7, 12)))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        init(jnp.zeros((2, 6, 8)), jnp.zeros((3, 7, 12)))
+    with pytest.raises(jaxtyping.TypeCheckError):
+        init(jnp.zeros((2, 6, 8), jnp.int32), jnp.zeros((2, 7, 12)))
+
+
+@pytest.mark.usefixtures("checked")
+def test_result_of_a_wrong_shape_is_refused() -> None:
+    class Flat(nn.Module):
+        @nn.compact
+        @jaxtyping.jaxtyped(typechecker=__import__("beartype").beartype)
+        def __call__(self, x: jaxtyping.Float[jax.Array, "batch n"]) -> jaxtyping.Float[jax.Array, "batch n"]:
+            return x[:, 1:]
+
+    with pytest.raises(jaxtyping.TypeCheckError, match="return value"):
+        Flat().init(jax.random.key(0), jnp.zeros((2, 3)))
+
+
+@pytest.mark.usefixtures("checked")
+def test_field_of_a_wrong_type_is_refused() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError):
+        layers.Upsample("float32")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Compute(dtype="float32")  # pyright: ignore[reportArgumentType]
+
+
+def test_named_tuples_have_the_shapes_that_they_promise() -> None:
+    """The import hook does not look into the fields of a NamedTuple: docs/decisions/shape-annotations.md."""
+
+    def check(given: Any) -> None:
+        with jaxtyping.jaxtyped("context"):
+            for field, hint in get_type_hints(type(given)).items():
+                assert isinstance(getattr(given, field), hint), f"{type(given).__name__}.{field}"
+
+    tokens, image = jnp.zeros((2, 77), jnp.int32), jnp.zeros((2, 8, 12, 3))
+    jax.eval_shape(lambda params: check(clip.apply(TOWER, params, tokens)), abstract(clip.init, TOWER))
+    jax.eval_shape(lambda params: check(vae.encode(VAE, params, image)), abstract(vae.init, VAE))
