@@ -1,1 +1,27 @@
-"""SDXL, trained and sampled in JAX."""
+"""SDXL, the latent diffusion model of arXiv:2307.01952, trained and sampled in JAX.
+
+The names below are the public interface. They are imported when first used, so that `import sdxl_jax` is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdxl_jax.loading import load_model
+    from sdxl_jax.pipeline import encode_prompt, text_to_image
+    from sdxl_jax.training.loop import train
+
+__all__ = ["encode_prompt", "load_model", "text_to_image", "train"]
+
+_HOMES = {
+    "encode_prompt": "sdxl_jax.pipeline",
+    "load_model": "sdxl_jax.loading",
+    "text_to_image": "sdxl_jax.pipeline",
+    "train": "sdxl_jax.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdxl_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -55,12 +55,12 @@ def unflatten(flat: dict[str, Any]) -> Params:
     return params
 
 
-def normalise(image: ImageBytes) -> Image:
+def normalise(image: ImageBytes) -> Float[jax.Array, "batch height width 3"]:
     """0..255 to −1..1. The only place where an image changes its range on the way in."""
     return jnp.asarray(image, jnp.float32) / 127.5 - 1
 
 
-def to_bytes(image: Image) -> ImageBytes:
+def to_bytes(image: Image) -> UInt8[jax.Array, "batch height width 3"]:
     """The way out: −1..1, clipped, rounded to 0..255."""
     return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 

@@ -1,8 +1,8 @@
 """The configuration of a training run: the dataclasses that stand beside the code, gathered into one tree.
 
-A configuration file is Python with a function `get_config()` that returns a `TrainConfig`. Every field can be overridden
-on the command line (`--data.batch-size 64`). The resolved configuration is saved with the run as JSON and compared when
-the run is resumed.
+A configuration file is Python with a function `get_config()` that returns a `TrainConfig`. Every field can be
+overridden on the command line (`--data.batch-size 64`). The resolved configuration is saved with the run as JSON and
+compared when the run is resumed.
 """
 
 import dataclasses
@@ -158,9 +158,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """`name: old -> new` for every value that differs between two `to_json` trees."""
     if isinstance(old, dict) and isinstance(new, dict):
         names = [*old, *(name for name in new if name not in old)]
-        return [
-            line for name in names for line in differences(old.get(name), new.get(name), f"{prefix}{name}.")
-        ]
+        return [line for name in names for line in differences(old.get(name), new.get(name), f"{prefix}{name}.")]
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 

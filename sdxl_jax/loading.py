@@ -56,5 +56,7 @@ def saved_config(run_dir: Path) -> TrainConfig:
     try:
         value = json.loads(path.read_text())["config"]
     except (json.JSONDecodeError, KeyError, OSError) as error:
-        raise InputError(f"{path} is no configuration of a run ({error}). Restore it, or choose another directory") from error
+        raise InputError(
+            f"{path} is no configuration of a run ({error}). Restore it, or choose another directory"
+        ) from error
     return configuration.from_json(value, TrainConfig)

@@ -7,6 +7,7 @@ Also the one function that training and sampling share: what the UNet is told (`
 """
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -55,6 +56,8 @@ class ModelConfig:
     """What the UNet outputs."""
     no_prompt: NoPrompt = NoPrompt.ZEROS
     """What stands for an absent prompt."""
+    default_size: tuple[int, int] = (1024, 1024)
+    """(height, width) of pictures unless the user asks for another."""
 
     def check(self) -> None:
         """Raises InputError for parts that do not fit together."""
@@ -85,7 +88,7 @@ class ModelConfig:
         levels = {len(self.unet.block_channels), len(self.unet.transformer_depth), len(self.unet.heads)}
         if len(levels) != 1:
             raise InputError(
-                "model.unet.block_channels, transformer_depth and heads differ in length; give one number a level to each"
+                "model.unet.block_channels, transformer_depth and heads differ in length; give one number a level each"
             )
         if self.schedule.zero_terminal_snr and self.prediction is Prediction.EPSILON:
             raise InputError(
@@ -101,8 +104,12 @@ SDXL_REFINER = ModelConfig(
     micro=MicroConfig(Numbers.SIZE_CROP_AESTHETIC),
     no_prompt=NoPrompt.EMPTY,
 )
-SD1 = ModelConfig(unet=unet.SD1, vae=vae.SD_VAE, text=text.SD1_TEXT, micro=None, no_prompt=NoPrompt.EMPTY)
-SD2 = ModelConfig(unet=unet.SD2, vae=vae.SD_VAE, text=text.SD2_TEXT, micro=None, no_prompt=NoPrompt.EMPTY)
+SD1 = ModelConfig(
+    unet=unet.SD1, vae=vae.SD_VAE, text=text.SD1_TEXT, micro=None, no_prompt=NoPrompt.EMPTY, default_size=(512, 512)
+)
+SD2 = ModelConfig(
+    unet=unet.SD2, vae=vae.SD_VAE, text=text.SD2_TEXT, micro=None, no_prompt=NoPrompt.EMPTY, default_size=(512, 512)
+)
 
 
 class Model(NamedTuple):
@@ -122,7 +129,9 @@ def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:
     return {"unet": unet.init(unet_key, config.unet), "vae": vae.init(vae_key, config.vae), **towers}
 
 
-def without_prompt(config: ModelConfig, params: Params, empty: dict[str, TokenIds], compute: Compute) -> TextCondition:
+def without_prompt(
+    config: ModelConfig, params: Params, empty: Mapping[str, TokenIds], compute: Compute
+) -> TextCondition:
     """What the UNet is told when there is no prompt, batch 1. empty: the token numbers of [""]."""
     condition = text.encode(config.text, params, empty, compute)
     return text.zeros_like(condition) if config.no_prompt is NoPrompt.ZEROS else condition

@@ -12,7 +12,7 @@ _MARGIN, _LINE, _FONT = 6, 13, 11
 
 
 def contact_sheet(
-    pictures: Sequence[UInt8[np.ndarray, "height width 3"]], captions: Sequence[str], columns: int, scale: int = 1
+    pictures: Sequence[UInt8[np.ndarray, "_height _width 3"]], captions: Sequence[str], columns: int, scale: int = 1
 ) -> Image.Image:
     """Rows of pictures, each as high as its highest, captions wrapped under them. `scale` enlarges small pictures."""
     font = ImageFont.load_default(_FONT)

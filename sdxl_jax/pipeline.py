@@ -79,7 +79,8 @@ def _sample(
     compute: Compute,
     guided: bool,
 ) -> jax.Array:
-    """Latents of one batch. micro: of the prompt and of the negative prompt. guided=False evaluates the prompt alone."""
+    """Latents of one batch. micro: of the prompt and of the negative prompt. guided=False evaluates the prompt
+    alone."""
     condition = model.condition(config, text.encode(config.text, params, tokens, compute), micro[0])
     if guided:
         negative = text.encode(config.text, params, negative_tokens, compute)
@@ -102,7 +103,8 @@ def _decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: 
 
 
 def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
-    """Text states of prompts: context [prompts, 77, features] and, where the model has it, pooled [prompts, projection]."""
+    """Text states of prompts: context [prompts, 77, features] and, where the model has it, pooled [prompts,
+    projection]."""
     tokens = Tokenizer.of(model.config.text)(list(prompts))
     return text.encode(model.config.text, model.params, tokens, compute)
 
@@ -112,8 +114,8 @@ def generate(
     prompts: Sequence[str],
     *,
     negative_prompts: Sequence[str | None] | None = None,
-    height: int = 1024,
-    width: int = 1024,
+    height: int | None = None,
+    width: int | None = None,
     steps: int = 30,
     sampler: str = "euler",
     timestep_spacing: Spacing = Spacing.LEADING,
@@ -131,7 +133,7 @@ def generate(
 
     Args:
         negative_prompts: one a prompt; None, or a None in it: no negative prompt, which is not the same as "".
-        height, width: of the pictures, multiples of 8 for SDXL.
+        height, width: of the pictures, multiples of 8 for SDXL; default: the model's own.
         steps: 1 to the schedule's length.
         sampler: ddim, ddpm or euler.
         guidance: strength of classifier-free guidance; 1 is none, and costs half.
@@ -147,10 +149,12 @@ def generate(
     """
     config = model.config
     factor = config.vae.downsampling
+    height = config.default_size[0] if height is None else height
+    width = config.default_size[1] if width is None else width
+    negatives = [None] * len(prompts) if negative_prompts is None else negative_prompts
+    _check(config, prompts, negatives, height, width, steps, sampler, num_images, batch_size)
     prompts = [prompt for prompt in prompts for _ in range(num_images)]
-    negatives = [prompt for prompt in (negative_prompts or [None] * len(prompts)) for _ in range(num_images)]
-    negatives = negatives[: len(prompts)] if negative_prompts is None else negatives
-    _check(config, prompts, negatives, height, width, steps, sampler, num_images)
+    negatives = [prompt for prompt in negatives for _ in range(num_images)]
     size, count = (height, width), len(prompts)
 
     chosen = SAMPLERS[sampler]
@@ -199,20 +203,23 @@ def generate(
     return Generated(np.concatenate(images), np.concatenate(latents))
 
 
-def text_to_image(model: Model, prompts: Sequence[str], **options: object) -> UInt8[np.ndarray, "images height width 3"]:
+def text_to_image(
+    model: Model, prompts: Sequence[str], **options: object
+) -> UInt8[np.ndarray, "images height width 3"]:
     """Pictures of prompts, 0..255. The options are those of `generate`, which also gives the latents."""
     return generate(model, prompts, **options).images  # pyright: ignore[reportArgumentType]
 
 
 def _check(
     config: ModelConfig,
-    prompts: list[str],
-    negatives: list[str | None],
+    prompts: Sequence[str],
+    negatives: Sequence[str | None],
     height: int,
     width: int,
     steps: int,
     sampler: str,
     num_images: int,
+    batch_size: int,
 ) -> None:
     factor, length = config.vae.downsampling, config.schedule.timesteps
     if num_images < 1 or not prompts:
@@ -221,6 +228,8 @@ def _check(
         raise InputError(f"height {height} × width {width}: expected positive multiples of {factor}")
     if not 1 <= steps <= length:
         raise InputError(f"steps={steps}, expected 1 to {length}")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}, expected 1 or more")
     if len(negatives) != len(prompts):
         raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
     if sampler not in SAMPLERS:

@@ -38,7 +38,7 @@ class MeshConfig:
     """Devices that share one copy. Higher: less memory on each device, more communication."""
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     """A mesh with the axes data and fsdp over all devices. Raises InputError if they do not multiply up."""
     devices = devices or jax.devices()
     shape, count = [config.data, config.fsdp], len(devices)
@@ -88,11 +88,10 @@ def place(mesh: Mesh, tree: Any) -> Any:
         if not leaf.shape:
             return replicated(mesh)
         name = path_name(path)
-        for pattern, axis in RULES:
-            if re.search(pattern, name):
-                break
-        else:
+        axes = [axis for pattern, axis in RULES if re.search(pattern, name)]
+        if not axes:
             raise InputError(f"No sharding rule matches {name} {leaf.shape}. Add one to sdxl_jax/sharding.py")
+        axis = axes[0]
         if axis is None:
             return replicated(mesh)
         if leaf.shape[axis] % mesh.shape["fsdp"]:

@@ -55,19 +55,22 @@ def apply_unet(compute: Compute) -> Callable[[Params], jax.Array]:
     return lambda params: unet.apply(UNET, params, **unet_inputs(), compute=compute)
 
 
-# Compiling is most of the time that this file takes: each of these is compiled once.
+# Compiling is most of the time that this file takes: each of these is compiled once, and with little optimisation.
+FAST_COMPILATION = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
 def compiled_unet(compute: Compute) -> Callable[..., jax.Array]:
-    return jax.jit(lambda params, **inputs: unet.apply(UNET, params, **inputs, compute=compute))
+    apply = functools.partial(unet.apply, UNET, compute=compute)
+    return jax.jit(apply, compiler_options=FAST_COMPILATION)
 
 
 @functools.cache
 def unet_gradient(remat: Remat) -> tuple[jax.Array, Params]:
     """The mean squared prediction at random parameters, and its gradient."""
     apply = apply_unet(Compute(remat=remat))
-    return jax.jit(jax.value_and_grad(lambda params: jnp.mean(apply(params) ** 2)))(random_params(unet.init, UNET))
+    gradient = jax.value_and_grad(lambda params: jnp.mean(apply(params) ** 2))
+    return jax.jit(gradient, compiler_options=FAST_COMPILATION)(random_params(unet.init, UNET))
 
 
 def relative(ours: jax.Array, expected: jax.Array) -> float:
@@ -247,12 +250,12 @@ def test_softmax_is_float32_in_bfloat16_attention(causal: bool) -> None:
 def test_sinusoidal_embedding_is_exact_for_every_integer_to_8192(dim: int) -> None:
     values = np.arange(8193)
     given = np.asarray(jax.jit(layers.sinusoidal_embedding, static_argnums=1)(jnp.asarray(values), dim), np.float64)
-    frequencies = np.exp(-math.log(10000) * np.arange(dim // 2) / (dim // 2))
-    angles = values[:, None] * frequencies
+    exponents = math.log(10000) * np.arange(dim // 2) / (dim // 2)
+    angles = values[:, None] * np.exp(-exponents)
     exact = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    # An angle is rounded three times (exponent, frequency, product); the cosine moves by at most as much. The rounding
-    # of the exponent counts nine times: that is its largest value.
-    rounding = 2**-24 * (11 * np.tile(angles, 2) + 2)
+    # The exponent is rounded three times (ln 10000, product, quotient), frequency and angle by five half units more;
+    # cosine and sine move by at most as much as the angle, and are rounded themselves.
+    rounding = 2**-24 * (np.tile(angles * (3 * exponents + 5), 2) + 2)
     assert (np.abs(given - exact) <= rounding).all()
     assert len(np.unique(given, axis=0)) == len(values)
 
@@ -321,8 +324,10 @@ def test_latent_scale_is_multiplied_on_the_way_in_and_divided_on_the_way_out() -
 
 
 def test_fresh_unet_predicts_zero() -> None:
-    config = unet.UNetConfig((8,), 1, (1,), 1, (1,), 4, None, groups=4)  # small: initialisers are slow to compile
-    params = jax.jit(lambda key: unet.init(key, config))(jax.random.key(0))
+    config = unet.UNetConfig(
+        (8,), 1, (1,), 1, (1,), 4, None, groups=4
+    )  # small, and rbg: random numbers are slow to compile
+    params = jax.jit(lambda key: unet.init(key, config))(jax.random.key(0, impl="rbg"))
     prediction = jax.jit(functools.partial(unet.apply, config))(
         params, jnp.ones((1, 2, 2, 4)), jnp.ones(1), jnp.ones((1, 1, 4))
     )

@@ -12,9 +12,10 @@ import enum
 import functools
 import gzip
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,13 +74,15 @@ def _byte_pair_encoder(folder: str | None) -> CLIPTokenizer:
         symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
         words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
         words += ["<|startoftext|>", "<|endoftext|>"]
-        return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=merges)
+        vocabulary = {word: number for number, word in enumerate(words)}
+        return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (pairs are taken)
     paths = [Path(folder) / name for name in ("vocab.json", "merges.txt")]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise InputError(f"{folder} has no {' and no '.join(missing)}. Expected a tokenizer folder with both files")
     vocabulary = json.loads(paths[0].read_text())
     lines = [line for line in paths[1].read_text().splitlines() if line and not line.startswith("#version")]
-    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(line.split()) for line in lines])
+    merges = [tuple(line.split()) for line in lines]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (as above)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
         """One entry a tower: start, the prompt's tokens (truncated to 75), end, padding."""
-        encoded = _byte_pair_encoder(self.vocabulary)(prompts, truncation=True, max_length=TOKENS)["input_ids"]
+        encoded = self._encode(prompts, truncation=True, max_length=TOKENS)
         return {
             name: np.array([row + [pad] * (TOKENS - len(row)) for row in encoded], np.int32).reshape(-1, TOKENS)
             for name, pad in self.pad_tokens
@@ -105,8 +108,11 @@ class Tokenizer:
 
     def truncated(self, prompts: list[str]) -> list[int]:
         """For each prompt, how many of its tokens are beyond the 75 that a tower reads."""
-        encoded = _byte_pair_encoder(self.vocabulary)(prompts, verbose=False)["input_ids"]
-        return [max(0, len(row) - TOKENS) for row in encoded]
+        return [max(0, len(row) - TOKENS) for row in self._encode(prompts, verbose=False)]
+
+    def _encode(self, prompts: list[str], **options: Any) -> list[list[int]]:
+        # transformers fails on an empty list.
+        return _byte_pair_encoder(self.vocabulary)(prompts, **options)["input_ids"] if prompts else []
 
 
 class TextCondition(NamedTuple):
@@ -119,10 +125,10 @@ class TextCondition(NamedTuple):
 
 
 def encode(
-    towers: tuple[Tower, ...], params: Params, tokens: dict[str, TokenIds], compute: Compute = Compute()
+    towers: tuple[Tower, ...], params: Params, tokens: Mapping[str, TokenIds], compute: Compute = Compute()
 ) -> TextCondition:
     """Runs every tower. params and tokens are keyed by tower name; other keys are not read."""
-    states = [clip.apply(tower.clip, params[tower.name], tokens[tower.name], compute) for tower in towers]
+    states = [clip.apply(tower.clip, params[tower.name], jnp.asarray(tokens[tower.name]), compute) for tower in towers]
     context = [getattr(state, tower.context.value) for tower, state in zip(towers, states, strict=True)]
     return TextCondition(jnp.concatenate(context, axis=-1), states[-1].projected)
 

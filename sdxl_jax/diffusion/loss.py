@@ -24,17 +24,18 @@ class LossConfig:
     """How the error is weighed and the noise is drawn."""
 
     min_snr_gamma: float | None = None
-    """Weigh ε-errors by min(SNR, γ) / SNR; 5 is usual. Lower: the nearly clean timesteps count less. None: all alike."""
+    """Weigh ε-errors by min(SNR, γ) / SNR; 5 is usual. Lower: the nearly clean timesteps count less. None: all
+    alike."""
     offset_noise: float = 0.0
-    """Strength of noise that is one number a channel. Higher: overall brightness is learnt better; SDXL uses 0.05 in its
-    last stage."""
+    """Strength of noise that is one number a channel. Higher: overall brightness is learnt better; SDXL uses 0.05 in
+    its last stage."""
 
 
 def min_snr_weight(
     snr: Float[np.ndarray, " timesteps"], gamma: float, prediction: Prediction
 ) -> Float[np.ndarray, " timesteps"]:
-    """Min-SNR-γ, Hang et al. 2023, arXiv:2303.09556, section 3.4: the weight min(SNR, γ) of an error in x₀, expressed as
-    the weight of an error in what the network predicts.
+    """Min-SNR-γ, Hang et al. 2023, arXiv:2303.09556, section 3.4: the weight min(SNR, γ) of an error in x₀, expressed
+    as the weight of an error in what the network predicts.
 
     ‖Δx₀‖² = ‖Δε‖² / SNR = ‖Δv‖² / (SNR + 1). An SNR of 0 (zero terminal SNR) is allowed: the weight of ε is 1 there,
     its limit.
@@ -49,10 +50,9 @@ def min_snr_weight(
             return clipped
 
 
-def draw_noise(
-    key: Key[Array, ""], shape: tuple[int, int, int], offset: float
-) -> Float[Array, "height width channels"]:
-    """Standard normal noise for one latent, plus `offset` × one normal number a channel.
+def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Float[Array, "height width channels"]:
+    """Standard normal noise for one latent of shape [height, width, channels], plus `offset` × one normal number a
+    channel.
 
     Offset noise: Guttenberg 2023, "Diffusion with Offset Noise"; SDXL's stage 3 (arXiv:2307.01952, section 2.5).
     """
@@ -73,8 +73,8 @@ def diffusion_loss(
 ) -> Float[Array, ""]:
     """Mean weighted squared error over the batch.
 
-    network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one an example, so that what an example draws
-    does not depend on how the batch is cut into micro-batches or spread over devices.
+    network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one an example, so that what an example
+    draws does not depend on how the batch is cut into micro-batches or spread over devices.
     """
 
     def draw(key: Array) -> tuple[Array, Array]:

@@ -76,6 +76,7 @@ def make(config: ScheduleConfig) -> Schedule:
 
 
 def rescale_to_zero_terminal_snr(alpha_bar: Float[np.ndarray, " timesteps"]) -> Float[np.ndarray, " timesteps"]:
-    """Shifts √ᾱ so that it ends at 0 and scales it so that it begins where it did. Lin et al., arXiv:2305.08891, alg. 1."""
+    """Shifts √ᾱ so that it ends at 0 and scales it so that it begins where it did. Lin et al., arXiv:2305.08891,
+    alg. 1."""
     root = np.sqrt(alpha_bar)
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2

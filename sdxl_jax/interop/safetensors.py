@@ -13,7 +13,11 @@ from sdxl_jax.errors import InputError
 
 def save(path: Path, params: Params, metadata: dict) -> None:
     """Writes the arrays with their dtypes and `metadata` (anything JSON can hold)."""
-    save_file({name: np.asarray(value) for name, value in flatten(params).items()}, path, metadata={"metadata": json.dumps(metadata)})
+    save_file(
+        {name: np.asarray(value) for name, value in flatten(params).items()},
+        path,
+        metadata={"metadata": json.dumps(metadata)},
+    )
 
 
 def load(path: Path) -> tuple[Params, dict]:
@@ -23,5 +27,7 @@ def load(path: Path) -> tuple[Params, dict]:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is no readable safetensors file ({error}). Check the path, or fetch it anew") from error
+        raise InputError(
+            f"{path} is no readable safetensors file ({error}). Check the path, or fetch it anew"
+        ) from error
     return unflatten(flat), metadata

@@ -1,8 +1,8 @@
 """Attention and the transformer blocks of the UNet.
 
-`dot_product_attention` is the one place where an implementation is chosen; kernels for TPU and GPU are further members of
-`layers.Attention` and further branches there. The blocks of one level are stacked on a leading axis and run under a scan,
-so that compile time does not grow with depth (the SDXL base has 70 blocks, in 11 stacks).
+`dot_product_attention` is the one place where an implementation is chosen; kernels for TPU and GPU are further members
+of `layers.Attention` and further branches there. The blocks of one level are stacked on a leading axis and run under a
+scan, so that compile time does not grow with depth (the SDXL base has 70 blocks, in 11 stacks).
 """
 
 from typing import Any
@@ -57,9 +57,7 @@ class FeedForward(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, hidden: Float[jax.Array, "batch tokens features"]
-    ) -> Float[jax.Array, "batch tokens features"]:
+    def __call__(self, hidden: Float[jax.Array, "batch tokens features"]) -> Float[jax.Array, "batch tokens features"]:
         features = hidden.shape[-1]
         value, gate = jax.numpy.split(dense(8 * features, "proj_in", self.compute)(hidden), 2, axis=-1)
         return dense(features, "proj_out", self.compute)(value * nn.gelu(gate, approximate=False))
@@ -90,7 +88,7 @@ def stack(block: type[nn.Module], depth: int, compute: Compute) -> Any:
         compute.block(block),
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Linen's own marker)
         length=depth,
         unroll=depth if compute.unroll else 1,
     )

@@ -1,8 +1,8 @@
 """The text towers of CLIP: OpenAI's L, OpenCLIP's H and bigG, and smaller ones of the same shape.
 
-A causal transformer over 77 tokens, pre-norm, with learned positions. SDXL reads the states *before* the last layer, not
-normed, from L and bigG, and the projected pooled state of bigG; SD 1.x the normed last states of L; SD 2.x the normed
-states before the last layer of H. Sources: Radford et al. (arXiv:2103.00020), transformers `modeling_clip.py`.
+A causal transformer over 77 tokens, pre-norm, with learned positions. SDXL reads the states *before* the last layer,
+not normed, from L and bigG, and the projected pooled state of bigG; SD 1.x the normed last states of L; SD 2.x the
+normed states before the last layer of H. Sources: Radford et al. (arXiv:2103.00020), transformers `modeling_clip.py`.
 """
 
 import enum
@@ -147,4 +147,4 @@ def apply(
 
 def init(key: Key[jax.Array, ""], config: ClipTextConfig) -> Params:
     """Fresh float32 parameters."""
-    return ClipText(config).init(key, jnp.zeros((1, config.tokens), jnp.int32))["params"]
+    return ClipText(config).init(key, jnp.zeros((1, config.tokens), jnp.int32))["params"]  # pyright: ignore[reportReturnType]

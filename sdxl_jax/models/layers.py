@@ -1,7 +1,8 @@
 """Primitives shared by the UNet, the autoencoder and the text towers, and the options of how to compute.
 
-Everything is NHWC. Parameters are float32; activations have the dtype of `Compute`; statistics of norms, the softmax and
-sinusoidal embeddings are float32 whatever the activations are. Names of parameters follow diffusers where it has one.
+Everything is NHWC. Parameters are float32; activations have the dtype of `Compute`; statistics of norms, the softmax
+and sinusoidal embeddings are float32 whatever the activations are. Names of parameters follow diffusers where it has
+one.
 """
 
 import enum

@@ -228,4 +228,4 @@ def init(key: Key[jax.Array, ""], config: UNetConfig) -> Params:
     side = 2 ** (len(config.block_channels) - 1)
     vector = None if config.vector_dim is None else jnp.zeros((1, config.vector_dim))
     latent = jnp.zeros((1, side, side, config.in_channels))
-    return UNet(config).init(key, latent, jnp.zeros(1), jnp.zeros((1, 1, config.context_dim)), vector)["params"]
+    return UNet(config).init(key, latent, jnp.zeros(1), jnp.zeros((1, 1, config.context_dim)), vector)["params"]  # pyright: ignore[reportReturnType]

@@ -2,8 +2,9 @@
 
     image −1..1 ── encoder ── mean, log variance ── sample × scale ── latent ── / scale ── decoder ── image
 
-Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the encoder
-pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are not here.
+Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the
+encoder pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are
+not here.
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class MiddleBlock(nn.Module):
     def __call__(
         self, x: Float[jax.Array, "batch height width channels"]
     ) -> Float[jax.Array, "batch height width channels"]:
-        _, height, width, channels = x.shape
+        _, height, _, channels = x.shape
         block, groups = self.compute.block(ResnetBlock), self.config.groups
         x = block(channels, groups, _EPSILON, self.compute, name="resnets_0")(x, None)
         hidden = group_norm(groups, _EPSILON, "norm", self.compute)(x)

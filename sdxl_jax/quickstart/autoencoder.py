@@ -1,14 +1,16 @@
 """The quickstart's small autoencoder: the real architecture with few channels, trained on the embedded pictures.
 
-Loss per image: L1 of the pixels, L1 of the horizontal and vertical differences (edges; a stand-in for a perceptual loss,
-which needs a pretrained network), and a KL term that keeps the latents smooth enough to be generated. Trained on random
-crops, which a convolutional network does not mind, in about an hour of one core. Adversarial and perceptual losses, as
-behind SDXL's own autoencoder, are not here.
+Loss per image: L1 of the pixels, L1 of the horizontal and vertical differences (edges; a stand-in for a perceptual
+loss, which needs a pretrained network), and a KL term that keeps the latents smooth enough to be generated. Trained on
+random crops, which a convolutional network does not mind, in about an hour of one core. Adversarial and perceptual
+losses, as behind SDXL's own autoencoder, are not here.
 """
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
+import cattrs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,9 +44,7 @@ def _loss(params: Params, image: Float[Array, "batch height width 3"], key: Key[
     return jnp.abs(difference).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
 
-def _crops(
-    images: list[UInt8[np.ndarray, "height width 3"]], step: int
-) -> Float[np.ndarray, "batch crop crop 3"]:
+def _crops(images: list[UInt8[np.ndarray, "height width 3"]], step: int) -> Float[np.ndarray, "batch crop crop 3"]:
     rng = np.random.default_rng([0, step])
     rows = []
     for index in rng.integers(0, len(images), BATCH):
@@ -74,8 +74,9 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     def update(params: Params, average: Params, state: optax.OptState, image: Array, key: Array):
         loss, gradient = jax.value_and_grad(_loss)(params, image, key)
         updates, state = optimiser.update(gradient, state)
-        params = optax.apply_updates(params, updates)
-        return params, optax.incremental_update(params, average, 0.002), state, loss
+        params = cast(Params, optax.apply_updates(params, updates))
+        average = cast(Params, optax.incremental_update(params, average, 0.002))
+        return params, average, state, loss
 
     state, average = optimiser.init(params), params
     progress = trange(steps, desc="autoencoder", unit="step")
@@ -96,5 +97,4 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
 def load(path: Path = WEIGHTS) -> tuple[VaeConfig, Params]:
     """The configuration and the weights, as float32."""
     params, metadata = safetensors.load(path)
-    config = VaeConfig(**metadata | {"block_channels": tuple(metadata["block_channels"])})
-    return config, jax.tree.map(lambda array: np.asarray(array, np.float32), params)
+    return cattrs.structure(metadata, VaeConfig), jax.tree.map(lambda array: np.asarray(array, np.float32), params)

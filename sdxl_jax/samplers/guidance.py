@@ -1,4 +1,5 @@
-"""Classifier-free guidance: away from what the network says without the prompt. Ho & Salimans, arXiv:2207.12598, eq. 6."""
+"""Classifier-free guidance: away from what the network says without the prompt. Ho & Salimans, arXiv:2207.12598,
+eq. 6."""
 
 from typing import NamedTuple
 

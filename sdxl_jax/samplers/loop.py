@@ -1,6 +1,7 @@
 """The loop over a sampler's steps: one `lax.scan`, so that compile time does not grow with the number of steps."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def sample(
     """
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), plan)
 
-    def body(state: Array, row_and_index: tuple[Plan, Array]) -> tuple[Array, None]:
+    def body(state: Array, row_and_index: Any) -> tuple[Array, None]:
         row, index = row_and_index
         x_t = state * row.input_scale
         result = denoised(prediction, network(x_t, row.timestep), x_t, row.alpha, row.sigma_t)

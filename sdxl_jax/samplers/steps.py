@@ -2,8 +2,8 @@
 
 A sampler is two functions. `plan` (numpy, float64, before compilation) lists what each step needs; `step` (jax, one
 compiled body for all steps) takes the state, the denoised prediction, the step's row of the plan, and fresh noise. Two
-kinds of state are in use: x_t = α x₀ + σ_t ε (DDIM, DDPM), and the EDM form x₀ + sigma ε (Euler), which the network sees
-divided by √(1 + sigma²).
+kinds of state are in use: x_t = α x₀ + σ_t ε (DDIM, DDPM), and the EDM form x₀ + sigma ε (Euler), which the network
+sees divided by √(1 + sigma²).
 
 Sources: DDPM, Ho et al. (arXiv:2006.11239) eq. 6 and 7; DDIM, Song et al. (arXiv:2010.02502) eq. 12; Euler, Karras et
 al. (arXiv:2206.00364) algorithm 1 without churn. Timesteps and constants as in diffusers' schedulers of the same names.
@@ -38,7 +38,8 @@ class Spacing(enum.Enum):
 
 
 def timesteps(count: int, schedule_length: int, spacing: Spacing, offset: int = 1) -> Float[np.ndarray, " steps"]:
-    """The timesteps of `count` steps, from the noisiest. `offset` applies to LEADING alone. 1 ≤ count ≤ schedule_length."""
+    """The timesteps of `count` steps, from the noisiest. `offset` applies to LEADING alone. 1 ≤ count ≤
+    schedule_length."""
     match spacing:
         case Spacing.LEADING:
             # Never beyond the last timestep: with every timestep visited there is no room for an offset.

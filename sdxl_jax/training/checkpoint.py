@@ -1,7 +1,7 @@
 """Checkpoints, with Orbax v1: `RUN/checkpoints/<step>/`, and `RUN/frozen/` for what does not train.
 
-A checkpoint holds the state, whose `step` is also the position in the data and in the random numbers; its metadata holds
-the configuration and the versions. Saving goes on in the background; `close` waits for it.
+A checkpoint holds the state, whose `step` is also the position in the data and in the random numbers; its metadata
+holds the configuration and the versions. Saving goes on in the background; `close` waits for it.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ class Checkpoints:
 
     def __init__(self, directory: Path, keep: int):
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
+            str(directory.absolute()),
             # The loop decides when; Orbax's default skips a save while another is running, and says nothing.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore
             cleanup_tmp_directories=True,
         )
 
@@ -67,7 +67,7 @@ def save_frozen(run_dir: Path, params: Params) -> None:
     """Writes the frozen parameters, once a run."""
     path = run_dir / "frozen"
     if not path.exists():
-        ocp.save(path.absolute(), params)
+        ocp.save(str(path.absolute()), params)
 
 
 def restore_frozen(run_dir: Path, abstract: Params) -> Params:
@@ -77,7 +77,7 @@ def restore_frozen(run_dir: Path, abstract: Params) -> Params:
 
 def _metadata(path: Path) -> Any:
     try:
-        return ocp.metadata(path.absolute()).metadata
+        return ocp.metadata(str(path.absolute())).metadata
     except Exception as error:  # Orbax raises many types for a damaged directory
         raise _unreadable(path, error) from error
 
@@ -89,7 +89,7 @@ def _load(path: Path, abstract: Any) -> Any:
 
 def _read(path: Path, abstract: Any) -> Any:
     try:
-        return ocp.load(path.absolute(), abstract)
+        return ocp.load(str(path.absolute()), abstract)
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
 

@@ -7,12 +7,10 @@ repeated exactly by its configuration; interrupted, it goes on from its last che
 import contextlib
 import functools
 import json
-import math
 import platform
-import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,26 +38,13 @@ from sdxl_jax.training.step import make_step
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-class Summary(NamedTuple):
-    """What a run came to."""
-
-    model: Model
-    """With the averaged weights."""
-    steps: int
-    loss: float
-    """Mean over the last hundred steps of this process; NaN if it made none."""
-    images_per_second: float
-    """Median over the steps of this process, compilation left out; NaN if it made none."""
-    seconds: float
-
-
-def train(config: TrainConfig, run_dir: Path, progress: bool = True) -> Summary:
-    """Trains in `run_dir` until `config.training.steps`, from its last checkpoint if there is one.
+def train(config: TrainConfig, run_dir: Path = Path("runs/train"), progress: bool = True) -> Model:
+    """Trains until `config.training.steps`, from the last checkpoint in `run_dir` if there is one; returns the model,
+    with its averaged weights.
 
     Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
     configuration, a checkpoint that cannot be read.
     """
-    started = time.monotonic()
     config.model.check()
     _check_run(config, run_dir)
     mesh = sharding.make_mesh(config.mesh)
@@ -100,13 +85,7 @@ def train(config: TrainConfig, run_dir: Path, progress: bool = True) -> Summary:
                     writer.flush()
                     _look(config, run_dir, step, Model(config.model, merge(state.ema, frozen)))
                     writer.restart_clock()
-    return Summary(
-        Model(config.model, merge(state.ema, frozen)),
-        stop,
-        float(np.mean(writer.losses[-100:])) if writer.losses else math.nan,
-        float(np.median(writer.speeds)) if writer.speeds else math.nan,
-        time.monotonic() - started,
-    )
+    return Model(config.model, merge(state.ema, frozen))
 
 
 def _due(step: int, every: int | None, stop: int) -> bool:
@@ -119,7 +98,9 @@ def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransfor
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, sharding.place(mesh, tree)
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            tree,
+            sharding.place(mesh, tree),
         )
 
     params = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
@@ -168,7 +149,9 @@ def _check_run(config: TrainConfig, run_dir: Path) -> None:
     try:
         old = json.loads(path.read_text())["config"]
     except (json.JSONDecodeError, KeyError) as error:
-        raise InputError(f"{path} is no configuration of a run ({error}). Restore it, or choose another --run-dir") from error
+        raise InputError(
+            f"{path} is no configuration of a run ({error}). Restore it, or choose another --run-dir"
+        ) from error
     if changed := configuration.blocking_differences(old, configuration.to_json(config)):
         shown = "\n  ".join(changed[:8])
         raise InputError(
@@ -206,9 +189,8 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
         if bucket.images:
             notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
             notes += f", {bucket.repeated} repeated to fill the batch" if bucket.repeated else ""
-            tqdm.write(
-                f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {bucket.batches} batches an epoch{notes}"
-            )
+            size = f"{bucket.height}×{bucket.width}"
+            tqdm.write(f"  bucket {size}: {bucket.images} images, {bucket.batches} batches an epoch{notes}")
     if dataset.refused:
         tqdm.write(f"  {len(dataset.refused)} files refused, the first: {dataset.refused[0].file}")
     if cut := sum(count > 0 for count in tokenizer.truncated(dataset.source.captions)):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -33,11 +34,6 @@ class MetricsWriter:
         self._batch_size, self._rate = batch_size, rate
         self._pending: tuple[int, Bucket, dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
-        self._seen: set[Bucket] = set()
-        self.losses: list[float] = []
-        """Of every step of this process."""
-        self.speeds: list[float] = []
-        """Images a second of every step but each bucket's first, which includes its compilation."""
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -75,7 +71,7 @@ class MetricsWriter:
         line = {
             "step": step,
             **values,
-            "learning_rate": float(self._rate(step - 1)),
+            "learning_rate": float(np.asarray(self._rate(step - 1))),
             "bucket": list(bucket),
             "images_seen": step * self._batch_size,
             "step_seconds": seconds,
@@ -84,10 +80,6 @@ class MetricsWriter:
         self._file.write(json.dumps(line) + "\n")
         for name in _SCALARS:
             self._board.add_scalar(name, line[name], step)
-        self.losses.append(values["loss"])
-        if bucket in self._seen:
-            self.speeds.append(line["images_per_second"])
-        self._seen.add(bucket)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {line['images_per_second']:.1f} images/s", refresh=False)
         self._bar.update()
 

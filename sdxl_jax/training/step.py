@@ -6,7 +6,8 @@ Every random number of an example comes from one key: fold(seed, step), split ov
 run repeats, and an example draws the same however the batch is spread over devices or cut into micro-batches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def batch_loss(
     batch: Batch,
     keys: Key[jax.Array, " batch"],
     config: TrainConfig,
-    empty: dict[str, TokenIds],
+    empty: Mapping[str, TokenIds],
 ) -> Float[jax.Array, ""]:
     """The loss of one (micro-)batch. keys: one an example; empty: the token numbers of [""]."""
     params, parts, compute = merge(trained, frozen), config.model, config.compute
@@ -48,12 +49,10 @@ def batch_loss(
     def network(x_t: jax.Array, timestep: jax.Array) -> jax.Array:
         return unet.apply(parts.unet, params["unet"], x_t, timestep, condition.context, condition.vector, compute)
 
-    return loss.diffusion_loss(
-        network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss
-    )
+    return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
 
 
-def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: dict[str, TokenIds]) -> Step:
+def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: Mapping[str, TokenIds]) -> Step:
     """The step of a configuration. Pure: compile it with `jax.jit`, donating the state."""
     value_and_grad = jax.value_and_grad(batch_loss)
 
@@ -65,7 +64,9 @@ def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empt
         # Rows are dealt out in turn, so that each micro-batch still has rows on every device.
         micro = jax.tree.map(lambda x: rearrange(x, "(rows count) ... -> count rows ...", count=count), (batch, keys))
 
-        def add(total: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]) -> tuple[tuple[jax.Array, Params], None]:
+        def add(
+            total: tuple[jax.Array, Params], part: tuple[Batch, jax.Array]
+        ) -> tuple[tuple[jax.Array, Params], None]:
             result = value_and_grad(trained, frozen, *part, config, empty)
             return jax.tree.map(lambda a, b: a + b / count, total, result), None
 
@@ -77,9 +78,9 @@ def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empt
         keys = jax.random.split(step_key, len(batch.image))
         value, gradient = accumulated(state.params, frozen, batch, keys)
         updates, moments = optimiser.update(gradient, state.optimiser, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = cast(Params, optax.apply_updates(state.params, updates))
         average = ema.update(state.ema, params, ema.decay_at(config.ema, state.step))
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradient)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, average, moments), metrics
 
     return step

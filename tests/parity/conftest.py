@@ -8,15 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from agreement import TOLERANCE, Agree
 
-TOLERANCE = 2e-5
-"""Largest difference allowed, as a share of the reference's largest absolute value.
-
-Sums of a few hundred float32 products in another order differ by about 1e-6 of the result; thirty layers make a few
-1e-6 of it. The references are made such that an eps of 1e-5 for 1e-6, the smallest mistake we know, is far beyond.
-"""
-
-Agree = Callable[..., None]
 _PROPERTY = "parity"
 
 

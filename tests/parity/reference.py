@@ -64,7 +64,9 @@ class Pair(NamedTuple):
 
 
 # Layers that write what a later norm reads, where eps matters only beside a small variance.
-_QUIET = re.compile(r"conv_in|conv[12]|time_emb_proj|attentions\.\d\.proj_in|proj_out|to_out\.0|net\.2|fc2|out_proj")
+_QUIET = re.compile(r"conv_in|conv[12]|time_emb_proj|attentions\.\d\.proj_in|to_out\.0|net\.2|fc2|out_proj")
+# Layers that the whole signal passes: what they enlarge stays large to the end.
+_CARRYING = re.compile(r"conv_shortcut|samplers")
 
 
 def randomise(model: Any, seed: int) -> None:
@@ -82,7 +84,7 @@ def randomise(model: Any, seed: int) -> None:
         elif kind == "bias" or layer.endswith(("token_embedding", "position_embedding")):
             value = 0.03 * noise
         else:
-            gain = 0.03 if _QUIET.search(layer) else 1.5
+            gain = 0.03 if _QUIET.search(layer) else 0.7 if _CARRYING.search(layer) else 1.5
             value = gain * noise / parameter[0].numel() ** 0.5
         parameter.data.copy_(value)
 
@@ -205,9 +207,9 @@ def from_torch(tensor: Any) -> np.ndarray:
 
 
 def run_unet(model: Any, inputs: UNetInputs, latent: Any) -> Any:
-    """torch's prediction for `latent`, a tensor, and the rest of `inputs`."""
+    """torch's prediction for `latent`, a tensor, and the rest of `inputs`, in the latent's dtype."""
     conditions = None
     if inputs.pooled is not None and inputs.numbers is not None:
-        conditions = {"text_embeds": to_torch(inputs.pooled), "time_ids": to_torch(inputs.numbers)}
-    timestep, context = to_torch(inputs.timestep), to_torch(inputs.context)
+        conditions = {"text_embeds": to_torch(inputs.pooled).to(latent.dtype), "time_ids": to_torch(inputs.numbers)}
+    timestep, context = to_torch(inputs.timestep), to_torch(inputs.context).to(latent.dtype)
     return model(latent, timestep, context, added_cond_kwargs=conditions).sample

@@ -1,4 +1,4 @@
-"""The text towers against transformers: all five states of each. Tolerance: see `conftest.TOLERANCE`."""
+"""The text towers against transformers: all five states of each. Tolerance: see `agreement.TOLERANCE`."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import Agree
+from agreement import Agree
 from reference import ADDED, END, START, torch
 
 from sdxl_jax.models import clip

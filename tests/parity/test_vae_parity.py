@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers: both moments, and the decoder. Tolerance: see `conftest.TOLERANCE`."""
+"""The autoencoder against diffusers: both moments, and the decoder. Tolerance: see `agreement.TOLERANCE`."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from conftest import Agree
+from agreement import Agree
 from reference import torch
 
 from sdxl_jax.models import vae

@@ -1,0 +1,319 @@
+"""The command line, and the only place that parses arguments.
+
+Exit code 0 when done; 2 when the input is at fault, with one message on stderr and no traceback unless --debug.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from sdxl_jax.errors import InputError, nearest_first
+
+if TYPE_CHECKING:
+    from sdxl_jax.pipeline import Geometry
+
+_T = TypeVar("_T")
+_CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff)
+
+
+def _parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
+    return tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, **options)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train a small SDXL on pictures that come along, sample it, measure it: about ten minutes on two cores."""
+
+    run_dir: Path = Path("runs/quickstart")
+    """Where everything is written. Run again with the same folder, it goes on where it was."""
+    train_autoencoder: bool = False
+    """Train the small autoencoder too (about an hour) instead of taking the one that comes along."""
+    seed: int = 0
+    """Initial weights, order, noise."""
+
+
+def _quickstart(arguments: list[str]) -> None:
+    options = _parse(Quickstart, arguments, "quickstart")
+    from sdxl_jax.quickstart.story import quickstart
+
+    quickstart(options.run_dir, options.train_autoencoder, options.seed)
+
+
+_TRAIN_USAGE = """usage: sdxl-jax train CONFIG.py [--run-dir DIR] [--section.field VALUE ...]
+
+Train what a configuration file describes. Run again with the same run directory, it goes on from the last checkpoint.
+`sdxl-jax train CONFIG.py --help` lists every field with its default in that file; configs/ holds examples.
+"""
+
+
+def _train(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(_TRAIN_USAGE)
+            return
+        raise InputError(f"The first argument of train is a configuration file.\n{_TRAIN_USAGE}")
+    from sdxl_jax import config as configuration
+    from sdxl_jax.training import loop
+
+    @dataclass(frozen=True)
+    class Train(configuration.TrainConfig):
+        """Train what a configuration file describes. Run again with the same run directory, it goes on."""
+
+        run_dir: Path = Path("runs")
+        """Where checkpoints, metrics and pictures are written."""
+
+    path = Path(arguments[0])
+    names = [entry.name for entry in dataclasses.fields(configuration.TrainConfig)]
+    loaded = configuration.load(path)
+    default = Train(run_dir=Path("runs") / path.stem, **{name: getattr(loaded, name) for name in names})
+    options = _parse(Train, arguments[1:], f"train {path}", default=default)
+    config = configuration.TrainConfig(**{name: getattr(options, name) for name in names})
+    print(json.dumps(configuration.to_json(config), indent=1))
+    loop.train(config, options.run_dir)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Draw pictures of prompts with a trained model."""
+
+    model: tyro.conf.Positional[Path]
+    """A run directory, or one checkpoint in it."""
+    out: Path
+    """Folder for 000000.png and so on, in order of prompts, then images."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """What to draw. May be given several times."""
+    prompts_file: Path | None = None
+    """Text file with one prompt a line, drawn after those of --prompt."""
+    negative_prompt: str | None = None
+    """What guidance leads away from. Absent is not the same as empty."""
+    height: int | None = None
+    """Pixels, a multiple of 8. Default: the model's own."""
+    width: int | None = None
+    """Pixels, a multiple of 8. Default: the model's own."""
+    steps: int = 30
+    """Steps of the sampler. Higher: slower, finer."""
+    sampler: Literal["ddpm", "ddim", "euler"] = "euler"
+    """How a step is made."""
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    """Which timesteps are visited: leading as diffusers (981 … 1), trailing as sgm (999 … 19)."""
+    guidance: float = 5.0
+    """Strength of classifier-free guidance; 1 is none and costs half."""
+    seed: int = 0
+    """Picture k depends on the seed and k, not on how many are drawn."""
+    num_images: int = 1
+    """Pictures a prompt."""
+    batch_size: int = 4
+    """Pictures at a time. Higher: faster until memory ends."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of activations."""
+    original_size: str | None = None
+    """HxW that the model is told the picture had before any resize. Default: the picture's size."""
+    crop: str = "0,0"
+    """TOP,LEFT that the model is told the picture was cropped at."""
+    target_size: str | None = None
+    """HxW that the model is told it draws. Default: the picture's size."""
+    negative_original_size: str | None = None
+    """The same for the negative prompt. Default: as for the prompt."""
+    negative_crop: str | None = None
+    """The same for the negative prompt. Default: as for the prompt."""
+    negative_target_size: str | None = None
+    """The same for the negative prompt. Default: as for the prompt."""
+    aesthetic_score: float | None = None
+    """Rating that a refiner is told, about 1 to 10. Default 6."""
+    negative_aesthetic_score: float | None = None
+    """Rating that a refiner is told for the negative prompt. Default 2.5."""
+    init_noise: Path | None = None
+    """NPY file, standard normal float32 [images, height/8, width/8, 4], in place of the seeded noise."""
+    save_latents: bool = False
+    """Also write latents.npy, float32 [images, height/8, width/8, 4], scaled as the UNet sees them."""
+
+
+def _sample(arguments: list[str]) -> None:
+    options = _parse(Sample, arguments, "sample")
+    import numpy as np
+    from PIL import Image
+
+    from sdxl_jax.conditioning.text import Tokenizer
+    from sdxl_jax.loading import load_model
+    from sdxl_jax.models.layers import Compute, Dtype
+    from sdxl_jax.pictures import save_png
+    from sdxl_jax.pipeline import Geometry, generate
+    from sdxl_jax.samplers.steps import Spacing
+
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        prompts += [line for line in _read_text(options.prompts_file).splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("There is nothing to draw. Give --prompt TEXT, once or several times, or --prompts-file FILE")
+    geometry = Geometry(
+        _size("--original-size", options.original_size),
+        _position("--crop", options.crop),
+        _size("--target-size", options.target_size),
+        options.aesthetic_score,
+    )
+    noise = None
+    if options.init_noise is not None:
+        try:
+            noise = np.load(options.init_noise)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--init-noise {options.init_noise} is no readable NPY file ({error})") from error
+
+    model = load_model(options.model)
+    tokenizer = Tokenizer.of(model.config.text)
+    for number, beyond in enumerate(tokenizer.truncated([*prompts, options.negative_prompt or ""])):
+        if beyond:
+            what = f"prompt {number + 1}" if number < len(prompts) else "the negative prompt"
+            print(f"warning: {beyond} tokens of {what} are beyond the 75 that are read", file=sys.stderr)
+    made = generate(
+        model,
+        prompts,
+        negative_prompts=[options.negative_prompt] * len(prompts),
+        height=options.height,
+        width=options.width,
+        steps=options.steps,
+        sampler=options.sampler,
+        timestep_spacing=Spacing(options.timestep_spacing),
+        guidance=options.guidance,
+        seed=options.seed,
+        num_images=options.num_images,
+        geometry=geometry,
+        negative_geometry=_negative_geometry(options, geometry),
+        init_noise=noise,
+        batch_size=options.batch_size,
+        compute=Compute(dtype=Dtype(options.dtype)),
+        progress=True,
+    )
+    settings = dataclasses.asdict(options) | {"prompt": None, "prompts_file": None, "out": None}
+    for number, image in enumerate(made.images):
+        prompt = prompts[number // options.num_images]
+        text = {"prompt": prompt, "index": str(number)} | {
+            name: str(value) for name, value in settings.items() if value is not None
+        }
+        save_png(Image.fromarray(image), options.out / f"{number:06d}.png", text)
+    if options.save_latents:
+        np.save(options.out / "latents.npy", made.latents)
+    print(f"{len(made.images)} pictures in {options.out}")
+
+
+def _negative_geometry(options: Sample, geometry: "Geometry") -> "Geometry":
+    changed = {
+        "original_size": _size("--negative-original-size", options.negative_original_size),
+        "crop_top_left": _position("--negative-crop", options.negative_crop) if options.negative_crop else None,
+        "target_size": _size("--negative-target-size", options.negative_target_size),
+    }
+    given = {name: value for name, value in changed.items() if value is not None}
+    return geometry._replace(aesthetic_score=options.negative_aesthetic_score, **given)
+
+
+def _size(option: str, value: str | None) -> tuple[int, int] | None:
+    return None if value is None else _pair(option, value, "x", "HxW in pixels, e.g. 1024x768")
+
+
+def _position(option: str, value: str) -> tuple[int, int]:
+    return _pair(option, value, ",", "TOP,LEFT in pixels, e.g. 0,64")
+
+
+def _pair(option: str, value: str, separator: str, expected: str) -> tuple[int, int]:
+    first, found, second = value.partition(separator)
+    if not (found and first.isdecimal() and second.isdecimal()):
+        raise InputError(f"{option} {value!r}: expected {expected}")
+    return int(first), int(second)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}). Give a text file") from error
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what training will really see: images, buckets, refusals."""
+
+    source: tyro.conf.Positional[Path]
+    """A folder of captioned images, or a configuration file."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
+    """Write the first N training examples to DIR: the picture as the model sees it, and what it is told."""
+
+
+def _data(arguments: list[str]) -> None:
+    if arguments[:1] != ["inspect"]:
+        if arguments[:1] in (["-h"], ["--help"]):
+            print("usage: sdxl-jax data inspect SRC-or-CONFIG [--json] [--dump N DIR]")
+            return
+        raise InputError(f"sdxl-jax data knows one command, inspect; given: {' '.join(arguments[:1]) or 'nothing'}")
+    options = _parse(Inspect, arguments[1:], "data inspect")
+    from sdxl_jax import config as configuration
+    from sdxl_jax.data import inspection
+    from sdxl_jax.data.pipeline import DataConfig
+
+    is_config = options.source.suffix == ".py"
+    config = configuration.load(options.source).data if is_config else DataConfig(folder=str(options.source))
+    seen = inspection.inspect(config)
+    if options.dump is not None:
+        inspection.dump(config, *options.dump)
+    print(json.dumps(seen, indent=1) if options.json else _inspection_table(seen))
+
+
+def _inspection_table(seen: dict[str, Any]) -> str:
+    lines = [f"{seen['images_found']} images found, {seen['images_usable']} usable, {len(seen['refused'])} refused"]
+    lines += [f"  refused {entry['file']}: {entry['reason']}" for entry in seen["refused"]]
+    lines.append(f"{seen['epoch_steps']} steps an epoch")
+    lines.append("  height  width  images  batches  left out  repeated")
+    lines += [
+        f"  {b['height']:6}  {b['width']:5}  {b['images']:6}  {b['batches']:7}  {b['remainder']:8}  {b['repeated']:8}"
+        for b in seen["buckets"]
+        if b["images"]
+    ]
+    return "\n".join(lines)
+
+
+_COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "quickstart": (_quickstart, "train a small SDXL on pictures that come along, and look at what it draws"),
+    "train": (_train, "train what a configuration file describes, or go on with it"),
+    "sample": (_sample, "draw pictures of prompts with a trained model"),
+    "data": (_data, "data inspect: what training will really see"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in _COMMANDS.items())
+    return (
+        f"usage: sdxl-jax COMMAND ...\n\nSDXL, trained and sampled in JAX.\n\n{commands}\n\n"
+        "`sdxl-jax COMMAND --help` tells the options. --debug with any command shows the traceback of an error."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    if not given or given[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if given else 2
+    try:
+        if given[0] not in _COMMANDS:
+            near = ", ".join(nearest_first(given[0], _COMMANDS))
+            raise InputError(f"There is no command {given[0]!r}. Known, nearest first: {near}")
+        _COMMANDS[given[0]][0](given[1:])
+    except InputError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Scores of models and pictures. Uses the pipeline, never the training."""

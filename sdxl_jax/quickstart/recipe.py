@@ -1,0 +1,65 @@
+"""The quickstart's configuration: SDXL base in small, for two cores and a few minutes.
+
+Everything SDXL has is there: two text encoders (random and frozen: they need only tell captions apart), pooled text,
+size, crop and target size, three levels of which the finer has no attention, three aspect-ratio buckets, EMA.
+"""
+
+from pathlib import Path
+
+from sdxl_jax.conditioning.micro import MicroConfig
+from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
+from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.diffusion.loss import LossConfig
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.quickstart import autoencoder
+from sdxl_jax.training.ema import EmaConfig
+from sdxl_jax.training.optimiser import Decay, OptimiserConfig
+
+BUCKETS = ((96, 160), (128, 128), (160, 96))
+_TEXT = (
+    Tower("text_encoder", ClipTextConfig(64, 2, 2, 256), END_OF_TEXT),
+    Tower("text_encoder_2", ClipTextConfig(64, 2, 2, 256, Activation.GELU, 64), 0),
+)
+
+
+def model_config(vae_weights: Path = autoencoder.WEIGHTS) -> ModelConfig:
+    """The small model, around an autoencoder of the quickstart."""
+    return ModelConfig(
+        unet=UNetConfig(
+            block_channels=(64, 128, 192),
+            resnets_per_block=1,
+            transformer_depth=(0, 1, 1),
+            middle_depth=1,
+            heads=(2, 4, 6),
+            context_dim=128,
+            vector_dim=64 + 6 * 32,
+        ),
+        vae=autoencoder.load(vae_weights)[0],
+        text=_TEXT,
+        micro=MicroConfig(embedding_dim=32),
+        default_size=(128, 128),
+    )
+
+
+def get_config(
+    pictures: str = "runs/quickstart/pictures", vae_weights: Path = autoencoder.WEIGHTS, seed: int = 0
+) -> TrainConfig:
+    """pictures: the folder that `quickstart` unpacks."""
+    return TrainConfig(
+        data=DataConfig(folder=pictures, buckets=BUCKETS, batch_size=16, seed=seed),
+        model=model_config(vae_weights),
+        loss=LossConfig(min_snr_gamma=5.0),
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=100, decay=Decay.COSINE, weight_decay=0.0),
+        ema=EmaConfig(decay=0.99),
+        training=TrainingConfig(steps=1300, seed=seed, vae_weights=str(vae_weights)),
+        checkpoint=CheckpointConfig(every_steps=500, keep=1),
+        validation=ValidationConfig(
+            every_steps=500,
+            prompts=("a bicycle", "a green turtle", "a taco", "a panda face", "a red balloon", "a traffic light"),
+            sizes=((128, 128),),
+            steps=20,
+        ),
+    )

@@ -1,0 +1,236 @@
+"""Imports point one way: the walls between the boxes of `docs/sdxl.md`, checked on the syntax trees.
+
+A new module needs a row in `ALLOWED`, unless its folder has one. If a row must grow for an import, think twice.
+"""
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sdxl_jax
+
+ROOT = Path(sdxl_jax.__file__).parent
+
+BASE = {"arrays", "errors"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "arrays": set(),
+    "pictures": {"errors"},
+    "models": {"models", "arrays"},
+    "diffusion": {"diffusion"} | BASE,
+    "data": {"data"} | BASE,
+    "conditioning": {"conditioning", "models"} | BASE,
+    "samplers": {"samplers", "diffusion", "errors"},
+    "model": {"conditioning", "diffusion", "models", "samplers.guidance"} | BASE,
+    "pipeline": {"model", "samplers", "conditioning", "models", "diffusion"} | BASE,
+    "interop": {"interop", "models"} | BASE,
+    "sharding": BASE,
+    "config": {
+        *("model", "conditioning", "diffusion", "models", "data", "sharding"),
+        *("training.ema", "training.optimiser"),
+        *BASE,
+    },
+    "loading": {"config", "model", "models", "interop", "sharding", "training.checkpoint", "training.state"} | BASE,
+    "training": set(),
+    "training.state": BASE,
+    "training.ema": BASE,
+    "training.optimiser": BASE,
+    "training.metrics": {"data"} | BASE,
+    "training.checkpoint": {"sharding", "training.state"} | BASE,
+    "training.step": {
+        *("diffusion", "conditioning", "models", "model", "config", "arrays", "training.ema", "training.state")
+    },
+    "training.loop": {
+        *("training", "config", "data", "model", "models", "conditioning", "diffusion", "samplers"),
+        *("pipeline", "pictures", "interop", "sharding"),
+        *BASE,
+    },
+    "evaluation": {
+        *("evaluation", "pipeline", "model", "samplers", "conditioning", "models", "diffusion", "interop"),
+        *("pictures",),
+        *BASE,
+    },
+    "": {"loading", "pipeline", "training.loop"},  # the package itself: the homes of its public names
+}
+"""Which of our modules each module may import; the longest name that fits counts. A name stands for all below it."""
+ANYTHING = ("quickstart", "__main__")
+
+FLAX, NUMPY_ONLY, COMMAND_LINE = ("models",), ("data",), ("__main__",)
+READS_ITS_ARGUMENTS = ("quickstart.make_pictures",)
+"""Run by hand to make the pictures that are shipped."""
+
+
+def modules() -> dict[str, Path]:
+    """ "models.unet" -> its file; the package itself is ""."""
+    paths = {path.relative_to(ROOT).with_suffix(""): path for path in sorted(ROOT.rglob("*.py"))}
+    return {".".join(name.parts).removesuffix("__init__").removesuffix("."): path for name, path in paths.items()}
+
+
+MODULES = modules()
+
+
+def within(name: str, boxes: object) -> bool:
+    return any(name == box or name.startswith(f"{box}.") for box in boxes)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, full name) of every import, at the top, inside a function or for types alone; of modules, not of names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            is_package = module in MODULES and MODULES[module].name == "__init__.py"
+            parents = f"sdxl_jax.{module}".split(".")
+            start = parents[: len(parents) - node.level + is_package] if node.level else []
+            base = ".".join([*start, *([node.module] if node.module else [])])
+            for full in (f"{base}.{alias.name}" for alias in node.names):
+                yield node.lineno, full if full.removeprefix("sdxl_jax.") in MODULES else base
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            yield node.lineno, "importlib.import_module"
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module does that it may not, one line each."""
+    tree = ast.parse(source)
+    found = []
+
+    def complain(line: int, what: str) -> None:
+        found.append(f"sdxl_jax.{module}, line {line}: {what}")
+
+    fitting = [box for box in ALLOWED if within(module, [box])]
+    allowed = None if within(module, ANYTHING) else ALLOWED[max(fitting, key=len)] if fitting else set()
+    for line, name in imported(module, tree):
+        package, _, ours = name.partition(".")
+        if package == "sdxl_jax":
+            if allowed is not None and not within(ours, allowed):
+                complain(line, f"imports {name}, which is not on its way; see ALLOWED in {Path(__file__).name}")
+        elif package in ("torch", "diffusers"):
+            complain(line, f"imports {package}; other people's models are for the tests")
+        elif package == "flax" and not within(module, FLAX):
+            complain(line, "imports flax, which stays in models/")
+        elif package == "jax" and within(module, NUMPY_ONLY):
+            complain(line, "imports jax; data/ runs in worker processes, with numpy alone")
+        elif package in ("argparse", "tyro") and not within(module, COMMAND_LINE):
+            complain(line, f"imports {package}; arguments are parsed in __main__ alone")
+        elif name == "importlib.import_module" and module:
+            complain(line, "imports by name, where no checker can follow")
+    for node in ast.walk(tree):
+        reads = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.argv"
+        reads |= isinstance(node, ast.ImportFrom) and node.module == "sys" and "argv" in [a.name for a in node.names]
+        if reads and not within(module, [*COMMAND_LINE, *READS_ITS_ARGUMENTS]):
+            complain(getattr(node, "lineno", 0), "reads sys.argv; arguments are parsed in __main__ alone")
+    return found
+
+
+def test_every_import_of_ours_points_the_allowed_way() -> None:
+    assert len(MODULES) > 30, "the walk found the package"
+    found = [line for module, path in MODULES.items() for line in violations(module, path.read_text())]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_every_row_of_the_table_is_about_a_module_that_exists() -> None:
+    named = {*ALLOWED, *ANYTHING, *FLAX, *NUMPY_ONLY, *COMMAND_LINE, *READS_ITS_ARGUMENTS}
+    named |= {name for row in ALLOWED.values() for name in row}
+    assert named <= set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("diffusion.loss", "from sdxl_jax.models import unet"),
+        ("diffusion.loss", "from sdxl_jax.samplers.steps import SAMPLERS"),
+        ("data.pipeline", "import sdxl_jax.conditioning.text"),
+        ("data.pipeline", "import jax.numpy as jnp"),
+        ("data.pipeline", "def late():\n    from jax import numpy"),
+        ("models.unet", "from sdxl_jax import sharding"),
+        ("models.unet", "from ..diffusion import schedule"),
+        ("models", "from .. import diffusion"),
+        ("conditioning.text", "from sdxl_jax.diffusion.schedule import make"),
+        ("samplers.loop", "from sdxl_jax.models.unet import apply"),
+        ("model", "from sdxl_jax.samplers import loop"),
+        ("model", "from sdxl_jax.samplers.steps import SAMPLERS"),
+        ("pipeline", "from sdxl_jax.training import loop"),
+        ("pipeline", "from sdxl_jax import loading"),
+        ("interop.names", "from sdxl_jax.pipeline import generate"),
+        ("sharding", "from sdxl_jax.models import unet"),
+        ("training.step", "from sdxl_jax.sharding import make_mesh"),
+        ("training.step", "from sdxl_jax.training.loop import train"),
+        ("training.step", "from .checkpoint import restore"),
+        ("training.loop", "from sdxl_jax.evaluation.prompt_accuracy import hits"),
+        ("training.loop", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sdxl_jax import quickstart"),
+        ("evaluation.prompt_accuracy", "from sdxl_jax.training.checkpoint import restore"),
+        ("evaluation.a_new_score", "from sdxl_jax import config"),
+        ("training.a_new_module", "from sdxl_jax import arrays"),
+        ("a_new_module", "from sdxl_jax import arrays"),
+        ("training.state", "import flax.linen as nn"),
+        ("quickstart.story", "from flax import linen"),
+        ("interop.safetensors", "import torch"),
+        ("__main__", "from diffusers.models import AutoencoderKL"),
+        ("config", "import tyro"),
+        ("quickstart.recipe", "from argparse import ArgumentParser"),
+        ("training.loop", "import sys\nprint(sys.argv[1])"),
+        ("quickstart.story", "from sys import argv"),
+        ("config", "import importlib\nimportlib.import_module('sdxl_jax.training.loop')"),
+    ],
+)
+def test_a_planted_violation_is_found(module: str, source: str) -> None:
+    found = violations(module, source)
+    assert len(found) == 1
+    assert found[0].startswith(f"sdxl_jax.{module}, line {len(source.splitlines())}: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("models.unet", "import flax.linen as nn\nfrom .layers import conv\nfrom sdxl_jax import arrays"),
+        ("models", "from . import unet"),
+        ("model", "from sdxl_jax.samplers.guidance import Condition\nfrom sdxl_jax.samplers import guidance"),
+        ("evaluation.a_new_score", "from sdxl_jax.evaluation import prompt_accuracy\nimport jaxtyping, flaxen"),
+        ("quickstart.story", "from sdxl_jax.training import loop\nfrom sdxl_jax import evaluation"),
+        ("quickstart.make_pictures", "import sys\nprint(sys.argv)"),
+        ("__main__", "import sys, tyro\nprint(sys.argv)"),
+        ("data.transforms", "import sys\nfrom sdxl_jax.arrays import Batch\nprint(sys.platform)"),
+    ],
+)
+def test_what_is_allowed_is_not_complained_about(module: str, source: str) -> None:
+    assert violations(module, source) == []
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    program = "import sys, sdxl_jax; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    loaded = set(done.stdout.split())
+    assert "sdxl_jax" in loaded
+    assert not loaded & {"transformers", "orbax", "jax", "flax", "grain", "numpy"}
+
+
+def test_the_public_names_resolve_and_say_what_they_are() -> None:
+    assert sorted(sdxl_jax.__all__) == list(sdxl_jax.__all__)
+    for name in sdxl_jax.__all__:
+        value = getattr(sdxl_jax, name)
+        assert callable(value), name
+        assert (value.__doc__ or "").strip(), name
+        assert value.__name__ == name
+        assert value.__module__ in [f"sdxl_jax.{module}" for module in MODULES]
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'text_to_imgae'"):
+        sdxl_jax.text_to_imgae  # noqa: B018 # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_module_says_what_it_is() -> None:
+    for module, path in MODULES.items():
+        source = path.read_text()
+        if source:
+            assert ast.get_docstring(ast.parse(source)), f"sdxl_jax.{module} has no docstring"
+
+
+@pytest.mark.parametrize("module", ["diffusion.loss", "data.buckets", "errors"])
+def test_modules_of_the_table_are_those_that_python_imports(module: str) -> None:
+    assert importlib.import_module(f"sdxl_jax.{module}").__file__ == str(MODULES[module])

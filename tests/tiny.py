@@ -1,0 +1,66 @@
+"""The smallest configuration in which every part of the system is present, for tests that train or sample."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sdxl_jax.conditioning.micro import MicroConfig
+from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
+from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.training.ema import EmaConfig
+from sdxl_jax.training.optimiser import OptimiserConfig
+
+MODEL = ModelConfig(
+    unet=UNetConfig(
+        block_channels=(8, 16),
+        resnets_per_block=1,
+        transformer_depth=(0, 2),
+        middle_depth=1,
+        heads=(1, 2),
+        context_dim=16,
+        vector_dim=8 + 6 * 4,
+        groups=4,
+    ),
+    vae=VaeConfig(block_channels=(4, 4, 4, 4), resnets_per_block=1, groups=2),
+    text=(
+        Tower("text_encoder", ClipTextConfig(8, 2, 2, 16), END_OF_TEXT),
+        Tower("text_encoder_2", ClipTextConfig(8, 2, 2, 16, Activation.GELU, 8), 0),
+    ),
+    micro=MicroConfig(embedding_dim=4),
+    default_size=(32, 32),
+)
+BUCKETS = ((32, 32), (24, 40))
+
+
+def make_folder(folder: Path, images: int = 16) -> Path:
+    """A folder of captioned random pictures, half of them for each bucket."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(images):
+        height, width = BUCKETS[number % 2]
+        pixels = rng.integers(0, 256, (height + number, width + number, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+        lines.append(json.dumps({"file_name": f"{number:03d}.png", "text": f"picture number {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def train_config(folder: Path, steps: int = 4) -> TrainConfig:
+    """A run of a few steps over `make_folder`'s pictures, without validation pictures."""
+    return TrainConfig(
+        data=DataConfig(folder=str(folder), buckets=BUCKETS, batch_size=8),
+        model=MODEL,
+        optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=2),
+        ema=EmaConfig(decay=0.9),
+        training=TrainingConfig(steps=steps),
+        checkpoint=CheckpointConfig(every_steps=2),
+        validation=ValidationConfig(every_steps=None),
+    )
