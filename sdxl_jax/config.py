@@ -69,15 +69,25 @@ class TrainConfig:
     """Everything that a run depends on."""
 
     data: DataConfig
+    """What is trained on, and in which shapes and order."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """What the weights depend on."""
     compute: Compute = field(default_factory=Compute)
+    """How the networks are computed."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
     loss: LossConfig = field(default_factory=LossConfig)
+    """How the error is weighed."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    """How the parameters follow the gradient."""
     ema: EmaConfig = field(default_factory=EmaConfig)
+    """Their moving average, which is sampled from."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """What the loop does."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When and how many."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The pictures in RUN/samples."""
 
 
 MAY_CHANGE = (
@@ -107,7 +117,7 @@ def from_json(value: Any, kind: type) -> Any:
     """The reverse of `to_json`. Raises InputError for unknown, missing or mistyped fields."""
     try:
         return _converter.structure(value, kind)
-    except (cattrs.BaseValidationError, ValueError, TypeError) as error:
+    except (cattrs.BaseValidationError, ValueError, TypeError, AttributeError) as error:
         problems = "; ".join(cattrs.transform_error(error))
         raise InputError(f"This is no {kind.__name__} that this version can read: {problems}") from error
 
@@ -115,7 +125,7 @@ def from_json(value: Any, kind: type) -> Any:
 def load(path: Path) -> TrainConfig:
     """Runs a configuration file and returns what its `get_config()` gives.
 
-    Raises InputError for a missing file, a file without `get_config`, and unknown fields.
+    Raises InputError for a missing file, a file without `get_config`, unknown fields, and whatever the file raises.
     """
     if not path.is_file():
         raise InputError(f"There is no configuration file {path}. Give a Python file with get_config(), see configs/")
@@ -124,8 +134,12 @@ def load(path: Path) -> TrainConfig:
         if "get_config" not in functions:
             raise InputError(f"{path} has no get_config(). Define it; it returns a sdxl_jax.config.TrainConfig")
         config = functions["get_config"]()
-    except TypeError as error:
-        raise InputError(f"{path}: {error}{_nearest_field(str(error))}") from error
+    except InputError:
+        raise
+    except Exception as error:  # the file is the user's program: what it raises is about their input
+        raise InputError(
+            f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Mend it; --debug shows where"
+        ) from error
     if not isinstance(config, TrainConfig):
         raise InputError(f"get_config() of {path} returned {type(config).__name__}, expected a TrainConfig")
     return config

@@ -1,0 +1,166 @@
+"""Trains a tiny model on one device and on three layouts of eight simulated ones; prints how they differ, as JSON.
+
+Run by test_sharding.py in a process of its own, because the number of devices is fixed when jax starts:
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python sharded_step.py SCRATCH_FOLDER
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tiny
+
+from sdxl_jax import sharding
+from sdxl_jax.arrays import Batch, MicroConditioning
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.errors import InputError
+from sdxl_jax.sharding import MeshConfig, path_name
+from sdxl_jax.training import loop, optimiser
+from sdxl_jax.training.checkpoint import Checkpoints, restore
+from sdxl_jax.training.state import TrainState
+from sdxl_jax.training.step import make_step
+
+LAYOUTS = {"single": MeshConfig(1, 1), "8×1": MeshConfig(8, 1), "2×4": MeshConfig(2, 4), "4×2": MeshConfig(-1, 2)}
+BUCKETS = ((16, 16), (8, 24), (16, 16))
+"""(height, width) of three steps."""
+
+
+def config() -> Any:
+    model = dataclasses.replace(
+        tiny.MODEL,
+        unet=dataclasses.replace(tiny.MODEL.unet, transformer_depth=(0, 1)),
+        vae=dataclasses.replace(tiny.MODEL.vae, block_channels=(4, 4)),
+    )
+    base = tiny.train_config(Path("unused"), steps=3)
+    # An epsilon of 1e-3 keeps Adam from turning the rounding of a gradient near zero into a step of full length.
+    options = dataclasses.replace(base.optimiser, epsilon=1e-3, warmup_steps=0)
+    return dataclasses.replace(base, data=DataConfig("unused", batch_size=8), model=model, optimiser=options)
+
+
+CONFIG = config()
+OPTIMISER = optimiser.make(CONFIG.optimiser, 3)
+TOKENIZER = Tokenizer.of(CONFIG.model.text)
+STEP = make_step(CONFIG, OPTIMISER, TOKENIZER([""]))
+
+
+def batch(number: int) -> Batch:
+    rng = np.random.default_rng(number)
+    height, width = BUCKETS[number]
+    sizes = rng.integers(8, 999, (3, 8, 2), np.int32)
+    return Batch(
+        image=rng.integers(0, 256, (8, height, width, 3), np.uint8),
+        tokens=TOKENIZER([f"picture {number} {row}" for row in range(8)]),
+        micro=MicroConditioning(*sizes),
+        example=np.arange(8, dtype=np.int32),
+    )
+
+
+def mesh_of(layout: str) -> Any:
+    return sharding.make_mesh(LAYOUTS[layout], jax.devices()[:1] if layout == "single" else None)
+
+
+def fresh(layout: str) -> tuple[TrainState, Any, TrainState]:
+    """State, frozen parameters, and the state's shapes and places."""
+    mesh = mesh_of(layout)
+    with jax.set_mesh(mesh):
+        abstract, abstract_frozen = loop._abstract(CONFIG, mesh, OPTIMISER)
+        return *loop._fresh(CONFIG, mesh, OPTIMISER, abstract, abstract_frozen), abstract
+
+
+def train(layout: str, state: TrainState, frozen: Any, steps: int) -> tuple[list[float], TrainState]:
+    mesh, losses = mesh_of(layout), []
+    step = jax.jit(STEP)
+    with jax.set_mesh(mesh):
+        for number in range(steps):
+            state, metrics = step(state, frozen, sharding.put_batch(mesh, batch(number)))
+            losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+def largest_difference(one: Any, other: Any) -> float:
+    """Of any value of two trees."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return max(float(np.abs(np.asarray(a, np.float64) - np.asarray(b)).max()) for a, b in pairs)
+
+
+def identical(one: Any, other: Any) -> bool:
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+
+
+def placement(state: TrainState) -> dict[str, Any]:
+    """Leaves that do not lie as the rules say, and how much of the state's bytes lies split over devices."""
+    flat = jax.tree_util.tree_flatten_with_path(state)[0]
+    places = jax.tree.leaves(sharding.place(mesh_of("4×2"), state))
+    pairs = list(zip(flat, places, strict=True))
+    return {
+        "misplaced": [
+            path_name(path) for (path, leaf), place in pairs if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        ],
+        "split_bytes": sum(leaf.nbytes for (_, leaf) in flat if leaf.addressable_shards[0].data.size * 2 == leaf.size),
+        "bytes": sum(leaf.nbytes for (_, leaf) in flat),
+    }
+
+
+def refusal(config: MeshConfig) -> str:
+    try:
+        sharding.make_mesh(config)
+    except InputError as error:
+        return str(error)
+    return "accepted"
+
+
+def main(scratch: Path) -> dict[str, Any]:
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is what this costs
+    single, frozen, abstract = fresh("single")
+    made, made_frozen, made_abstract = fresh("4×2")
+    results: dict[str, Any] = {
+        "devices": jax.device_count(),
+        "meshes": {name: dict(mesh_of(name).shape) for name in LAYOUTS},
+        "filled": [dict(sharding.make_mesh(MeshConfig(data, fsdp)).shape) for data, fsdp in ((-1, 4), (4, -1))],
+        "refused": {f"{data},{fsdp}": refusal(MeshConfig(data, fsdp)) for data, fsdp in ((3, 2), (-1, 3), (-1, -1))},
+        "fresh_difference": largest_difference((single, frozen), (made, made_frozen)),
+        "placement": placement(made),
+    }
+
+    losses, one = train("single", single, frozen, 1)
+    all_losses, three = train("single", single, frozen, 3)
+    results["single"] = {"losses": all_losses, "moved": largest_difference(single.params, three.params)}
+    for layout in ("8×1", "2×4", "4×2"):
+        mesh = mesh_of(layout)
+        state = jax.tree.map(jax.device_put, single, sharding.place(mesh, single))
+        steps = 3 if layout == "4×2" else 1
+        with_losses, trained = train(layout, state, sharding.put(mesh, frozen), steps)
+        results[layout] = {
+            "losses": with_losses,
+            "params": largest_difference(trained.params, (three if steps == 3 else one).params),
+            "ema": largest_difference(trained.ema, (three if steps == 3 else one).ema),
+        }
+        if layout == "4×2":
+            results[layout]["placement"] = placement(trained)
+            with Checkpoints(scratch, keep=1) as checkpoints:
+                checkpoints.save(3, trained, {})
+            elsewhere = restore(scratch, 3, loop._abstract(CONFIG, mesh_of("2×4"), OPTIMISER)[0])
+            results["restored"] = {
+                "single": identical(trained, restore(scratch, 3, abstract)),
+                "same": identical(trained, restore(scratch, 3, made_abstract)),
+                "2×4": identical(trained, elsewhere),
+                "placed": all(
+                    leaf.sharding.is_equivalent_to(place, leaf.ndim)
+                    for leaf, place in zip(
+                        jax.tree.leaves(elsewhere),
+                        jax.tree.leaves(sharding.place(mesh_of("2×4"), elsewhere)),
+                        strict=True,
+                    )
+                ),
+            }
+    return results
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -1,0 +1,233 @@
+"""The promises of sdxl_jax.config: what is written can be read back, and what is wrong is named with its remedy."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from sdxl_jax import config as configuration
+from sdxl_jax import model
+from sdxl_jax.config import MAY_CHANGE, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.sharding import MeshConfig
+
+MODELS = {
+    "tiny": tiny.MODEL,
+    "SDXL base": model.SDXL_BASE,
+    "SDXL refiner": model.SDXL_REFINER,
+    "SD 1": model.SD1,
+    "SD 2": model.SD2,
+}
+
+
+def dataclasses_of(kind: Any) -> Iterator[type]:
+    """A type's dataclasses: itself, those of its fields, and those inside tuples and unions."""
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        yield kind
+        for hint in typing.get_type_hints(kind).values():
+            yield from dataclasses_of(hint)
+    for argument in typing.get_args(kind):
+        yield from dataclasses_of(argument)
+
+
+KINDS = list(dict.fromkeys(dataclasses_of(TrainConfig)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configuration_survives_json(name: str) -> None:
+    config = TrainConfig(
+        data=DataConfig(folder="pictures", buckets=((32, 32), (24, 40)), flip_probability=0.25),
+        model=MODELS[name],
+        mesh=MeshConfig(data=2, fsdp=4),
+        training=TrainingConfig(trains=("^unet/", "^vae/"), vae_weights="weights.safetensors"),
+        validation=ValidationConfig(every_steps=None, prompts=("a", "b"), sizes=((32, 32), (24, 40))),
+    )
+    value = configuration.to_json(config)
+    restored = configuration.from_json(value, TrainConfig)
+    assert restored == config
+    assert hash(restored) == hash(config)  # lists in the place of tuples would compare unequal, and not hash
+    assert configuration.to_json(restored) == value
+
+
+def edited(path: str, value: Any) -> Any:
+    """The JSON of a configuration with one value set, or added, at a path with dots."""
+    tree = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))
+    *parents, leaf = path.split(".")
+    node = tree
+    for name in parents:
+        node = node[name]
+    node[leaf] = value
+    return tree
+
+
+@pytest.mark.parametrize("path", ["stepz", "training.stepz", "model.unet.stepz"])
+def test_unknown_key_in_json_is_refused_by_name(path: str) -> None:
+    with pytest.raises(InputError, match="stepz"):
+        configuration.from_json(edited(path, 1), TrainConfig)
+
+
+def test_mistyped_value_in_json_is_refused_by_path() -> None:
+    with pytest.raises(InputError, match=r"training\.steps"):
+        configuration.from_json(edited("training.steps", "many"), TrainConfig)
+
+
+def test_missing_value_in_json_is_refused_by_name() -> None:
+    value = configuration.to_json(TrainConfig(DataConfig("pictures")))
+    del value["data"]["folder"]
+    with pytest.raises(InputError, match="folder"):
+        configuration.from_json(value, TrainConfig)
+
+
+@pytest.mark.parametrize("value", [None, 5, "text", []])
+def test_json_that_is_no_configuration_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match="no TrainConfig"):
+        configuration.from_json(value, TrainConfig)
+
+
+def written(folder: Path, body: str) -> Path:
+    path = folder / "config.py"
+    path.write_text(f"from sdxl_jax.config import *\nfrom sdxl_jax.data.pipeline import DataConfig\n{body}\n")
+    return path
+
+
+def test_configuration_file_is_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "def get_config():\n    return TrainConfig(DataConfig('pictures'))")
+    assert configuration.load(path) == TrainConfig(DataConfig("pictures"))
+
+
+def test_missing_configuration_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no configuration file .*absent\.py.*Give a Python file with get_config"):
+        configuration.load(tmp_path / "absent.py")
+
+
+def test_file_without_get_config_says_what_to_define(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.py has no get_config\(\)\. Define it; it returns a .*TrainConfig"):
+        configuration.load(written(tmp_path, "config = 1"))
+
+
+def test_get_config_of_another_type_says_which(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"get_config\(\) of .*config\.py returned dict, expected a TrainConfig"):
+        configuration.load(written(tmp_path, "def get_config():\n    return {}"))
+
+
+UNKNOWN_FIELDS = {
+    "TrainConfig(DataConfig('p'), trainings=None)": "training",
+    "TrainConfig(DataConfig('p', batchsize=3))": "batch_size",
+    "TrainConfig(DataConfig('p'), training=TrainingConfig(step=3))": "steps",
+    "TrainConfig(DataConfig('p'), model=ModelConfig(text_towers=()))": "text",
+}
+LOAD_EACH = """
+import sys
+from pathlib import Path
+from sdxl_jax import config, errors
+for path in sys.argv[1:]:
+    try:
+        config.load(Path(path))
+    except errors.InputError as error:
+        print(error)
+"""
+
+
+def test_unknown_field_in_a_file_names_the_nearest_first(tmp_path: Path) -> None:
+    # In a process of its own: Python's own message names the class, that of the shape checker does not.
+    paths = []
+    for number, expression in enumerate(UNKNOWN_FIELDS):
+        (tmp_path / str(number)).mkdir()
+        paths.append(str(written(tmp_path / str(number), f"def get_config():\n    return {expression}")))
+    command = [sys.executable, "-c", LOAD_EACH, *paths]
+    messages = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    for path, message, nearest in zip(paths, messages, UNKNOWN_FIELDS.values(), strict=True):
+        assert message.startswith(path)
+        assert re.search(rf"nearest first: {nearest}[,.]", message), message
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def get_config(:", r"SyntaxError"),
+        ("import no_such_module", "no_such_module"),
+        ("def get_config():\n    return undefined", "undefined"),
+        ("def get_config():\n    return TrainConfig()", "data"),
+    ],
+)
+def test_file_that_does_not_run_says_why(tmp_path: Path, body: str, said: str) -> None:
+    with pytest.raises(InputError, match=rf"config\.py.*{said}"):
+        configuration.load(written(tmp_path, body))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_field_has_a_line_of_explanation(kind: type) -> None:
+    tree = ast.parse(inspect.getsource(importlib.import_module(kind.__module__)))
+    body = next(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
+    explained = {
+        field.target.id
+        for field, below in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+        and isinstance(below.value.value, str)
+    }
+    assert {field.name for field in dataclasses.fields(kind)} - explained == set()
+
+
+def test_the_walk_over_dataclasses_reaches_every_level() -> None:
+    names = {kind.__name__ for kind in KINDS}
+    assert names >= {"TrainConfig", "DataConfig", "ModelConfig", "UNetConfig", "Tower", "ClipTextConfig", "EmaConfig"}
+
+
+@pytest.mark.parametrize("entry", MAY_CHANGE)
+def test_what_may_change_exists(entry: str) -> None:
+    kind: Any = TrainConfig
+    for name in entry.split("."):
+        kind = typing.get_type_hints(kind)[name]
+
+
+@pytest.mark.parametrize(
+    "path", ["checkpoint.keep", "data.folder", "mesh.fsdp", "training.vae_weights", "validation.steps"]
+)
+def test_resume_may_change_what_does_not_change_learning(path: str) -> None:
+    old = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))
+    new = edited(path, 12345)
+    assert configuration.differences(old, new)
+    assert configuration.blocking_differences(old, new) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("data.batch_size", 12, "data.batch_size: 8 -> 12"),
+        ("training.seed", 0.5, "training.seed: 0 -> 0.5"),
+        ("training.added", 1, "training.added: None -> 1"),
+        ("model.vae.groups", 1, "model.vae.groups: 2 -> 1"),
+        ("model.micro", None, "model.micro: {"),
+    ],
+)
+def test_resume_may_not_change_what_changes_learning(path: str, value: Any, line: str) -> None:
+    old = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))
+    blocking = configuration.blocking_differences(old, edited(path, value))
+    assert len(blocking) == 1
+    assert blocking[0].startswith(line)
+
+
+def test_names_of_what_may_change_are_no_prefixes() -> None:
+    """`data.folder` allows neither `data.folders` nor all of `data`."""
+    assert configuration.blocking_differences({"data": {"folders": 1}}, {"data": {"folders": 2}})
+    assert configuration.blocking_differences({"data": 1}, {"data": 2})
+
+
+def test_defaults_are_sdxl_base() -> None:
+    assert TrainConfig(DataConfig("pictures")).model == ModelConfig() == model.SDXL_BASE
