@@ -6,6 +6,7 @@ Exit code 0 when done; 2 when the input is at fault, with one message on stderr 
 import dataclasses
 import json
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,8 +162,15 @@ def _sample(arguments: list[str]) -> None:
     if options.init_noise is not None:
         try:
             noise = np.load(options.init_noise)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--init-noise {options.init_noise} is no readable NPY file ({error})") from error
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(
+                f"--init-noise {options.init_noise} is no readable NPY file ({error}). Give one that numpy.save wrote"
+            ) from error
+        if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):
+            kind = f"of {noise.dtype}" if isinstance(noise, np.ndarray) else "an NPZ archive"
+            raise InputError(f"--init-noise {options.init_noise} is {kind}. Give an NPY file of float32")
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {options.out} is a file. Give a folder, new or old")
 
     model = load_model(options.model)
     tokenizer = Tokenizer.of(model.config.text)
@@ -309,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _COMMANDS[given[0]][0](given[1:])
     except InputError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -7,6 +7,7 @@ compared when the run is resumed.
 
 import dataclasses
 import json
+import math
 import runpy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,6 +89,29 @@ class TrainConfig:
     """When and how many."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The pictures in RUN/samples."""
+
+    def check(self) -> None:
+        """Raises InputError for numbers out of range and parts of the model that do not fit together."""
+        self.model.check()
+        ranges: list[tuple[str, float | None, float, float]] = [
+            ("training.steps", self.training.steps, 0, math.inf),
+            ("training.caption_dropout", self.training.caption_dropout, 0, 1),
+            ("optimiser.warmup_steps", self.optimiser.warmup_steps, 0, math.inf),
+            ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
+            ("ema.decay", self.ema.decay, 0, 1),
+            ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
+            ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
+            ("validation.every_steps", self.validation.every_steps, 1, math.inf),
+            ("validation.steps", self.validation.steps, 1, self.model.schedule.timesteps),
+        ]
+        for name, value, low, high in ranges:
+            if value is not None and not low <= value <= high:
+                expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
+                raise InputError(f"{name}={value} is out of range. Give {expected}")
+        factor = self.model.vae.downsampling
+        for height, width in self.validation.sizes:
+            if height < 1 or width < 1 or height % factor or width % factor:
+                raise InputError(f"validation.sizes has ({height}, {width}). Give positive multiples of {factor}")
 
 
 MAY_CHANGE = (

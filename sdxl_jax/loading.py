@@ -32,11 +32,13 @@ def load_model(path: str | Path, mesh: Mesh | None = None) -> Model:
     if not (run_dir / "config.json").is_file():
         what = "There is nothing at" if not Path(path).exists() else "There is no model at"
         raise InputError(f"{what} {path}. Expected a run directory of `sdxl-jax train`, or RUN/checkpoints/STEP in one")
-    if step is None:
-        step = latest_step(run_dir / "checkpoints")
-    if step is None:
+    newest = latest_step(run_dir / "checkpoints")
+    step = newest if step is None else step
+    if step is None or newest is None:
         raise InputError(f"{run_dir} has no checkpoint yet. Train on, or wait for the first")
 
+    if not (run_dir / "checkpoints" / str(step)).is_dir():
+        raise InputError(f"{run_dir} has no checkpoint of step {step}. Its newest is that of {newest}")
     config = saved_config(run_dir)
     mesh = mesh or sharding.make_mesh(MeshConfig())
     abstract = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
@@ -55,7 +57,7 @@ def saved_config(run_dir: Path) -> TrainConfig:
     path = run_dir / "config.json"
     try:
         value = json.loads(path.read_text())["config"]
-    except (json.JSONDecodeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is no configuration of a run ({error}). Restore it, or choose another directory"
         ) from error

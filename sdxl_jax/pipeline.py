@@ -103,8 +103,7 @@ def _decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: 
 
 
 def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
-    """Text states of prompts: context [prompts, 77, features] and, where the model has it, pooled [prompts,
-    projection]."""
+    """Text states of prompts: context [prompts, 77, features]; pooled [prompts, projection] where the model has it."""
     tokens = Tokenizer.of(model.config.text)(list(prompts))
     return text.encode(model.config.text, model.params, tokens, compute)
 
@@ -125,7 +124,7 @@ def generate(
     geometry: Geometry = Geometry(),
     negative_geometry: Geometry | None = None,
     init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None = None,
-    batch_size: int = 4,
+    batch_size: int = 8,
     compute: Compute = Compute(),
     progress: bool = False,
 ) -> Generated:

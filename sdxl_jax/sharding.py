@@ -14,16 +14,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
 
 RULES: tuple[tuple[str, int | None], ...] = (
-    (r"(conv_out|quant_conv)/kernel$", -2),  # few output channels: split the input channels
-    (r"conv_in/kernel$", -1),
-    (r"(kernel|embedding)$", -1),
+    (r"quant_conv/kernel$", None),  # 4 × 4 or 8 × 8 numbers
+    (r"conv_out/kernel$", -2),  # few output channels: split the input channels
     (r"(bias|scale|position_embedding)$", None),  # small: every device has them whole
+    (r"(kernel|embedding)$", -1),
 )
 """(pattern of the path, axis that lies along fsdp, None for replicated); the first that matches decides."""
 
@@ -52,16 +52,16 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(shape), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def check_batch(mesh: Mesh, batch_size: int, accumulate: int) -> None:
+def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> None:
     """Raises InputError if a batch does not split over the devices, `accumulate` times."""
     shape = dict(mesh.shape)
     multiple = mesh.size * accumulate
@@ -78,7 +78,7 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def place(mesh: Mesh, tree: Any) -> Any:
+def place(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """The sharding of every leaf of a tree of (abstract) arrays, by `RULES`.
 
     Raises InputError for a parameter that no rule matches, or whose axis does not divide.

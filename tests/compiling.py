@@ -26,7 +26,7 @@ def settings(cache: Path) -> dict[str, bool | int | str]:
 @contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
     """Quick compilation inside the block, what was set before it afterwards."""
-    before = {name: getattr(jax.config, name) for name in settings(cache)}
+    before = {name: jax.config.values[name] for name in settings(cache)}
     try:
         _set(settings(cache))
         yield

@@ -8,9 +8,10 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tiny
 
@@ -26,6 +27,13 @@ from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import make_step
 
 LAYOUTS = {"single": MeshConfig(1, 1), "8×1": MeshConfig(8, 1), "2×4": MeshConfig(2, 4), "4×2": MeshConfig(-1, 2)}
+
+
+class Trained(NamedTuple):
+    loss: float
+    state: TrainState
+
+
 BUCKETS = ((16, 16), (8, 24), (16, 16))
 """(height, width) of three steps."""
 
@@ -33,7 +41,7 @@ BUCKETS = ((16, 16), (8, 24), (16, 16))
 def config() -> Any:
     model = dataclasses.replace(
         tiny.MODEL,
-        unet=dataclasses.replace(tiny.MODEL.unet, transformer_depth=(0, 1)),
+        unet=dataclasses.replace(tiny.MODEL.unet, block_channels=(8,), transformer_depth=(2,), heads=(2,)),
         vae=dataclasses.replace(tiny.MODEL.vae, block_channels=(4, 4)),
     )
     base = tiny.train_config(Path("unused"), steps=3)
@@ -72,14 +80,15 @@ def fresh(layout: str) -> tuple[TrainState, Any, TrainState]:
         return *loop._fresh(CONFIG, mesh, OPTIMISER, abstract, abstract_frozen), abstract
 
 
-def train(layout: str, state: TrainState, frozen: Any, steps: int) -> tuple[list[float], TrainState]:
-    mesh, losses = mesh_of(layout), []
-    step = jax.jit(STEP)
+def train(layout: str, state: TrainState, frozen: Any, abstract: TrainState, steps: int) -> list[Trained]:
+    mesh, made = mesh_of(layout), []
     with jax.set_mesh(mesh):
+        step = loop._compiled(STEP, mesh, abstract)
         for number in range(steps):
+            state = jax.tree.map(jnp.copy, state)  # the step takes its input's memory
             state, metrics = step(state, frozen, sharding.put_batch(mesh, batch(number)))
-            losses.append(float(metrics["loss"]))
-    return losses, state
+            made.append(Trained(float(metrics["loss"]), state))
+    return made
 
 
 def largest_difference(one: Any, other: Any) -> float:
@@ -93,18 +102,29 @@ def identical(one: Any, other: Any) -> bool:
     return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
-def placement(state: TrainState) -> dict[str, Any]:
-    """Leaves that do not lie as the rules say, and how much of the state's bytes lies split over devices."""
+def misplaced(state: TrainState, abstract: TrainState) -> list[str]:
+    """Leaves that do not lie as the rules say."""
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
-    places = jax.tree.leaves(sharding.place(mesh_of("4×2"), state))
-    pairs = list(zip(flat, places, strict=True))
-    return {
-        "misplaced": [
-            path_name(path) for (path, leaf), place in pairs if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
-        ],
-        "split_bytes": sum(leaf.nbytes for (_, leaf) in flat if leaf.addressable_shards[0].data.size * 2 == leaf.size),
-        "bytes": sum(leaf.nbytes for (_, leaf) in flat),
-    }
+    return [
+        path_name(path)
+        for (path, leaf), place in zip(flat, jax.tree.leaves(abstract), strict=True)
+        if not leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
+    ]
+
+
+def split_share(state: TrainState, parts: int) -> float:
+    """How much of the state's bytes lies on each device in `parts` parts."""
+    leaves = jax.tree.leaves(state)
+    split = [leaf for leaf in leaves if leaf.addressable_shards[0].data.size * parts == leaf.size]
+    return sum(leaf.nbytes for leaf in split) / sum(leaf.nbytes for leaf in leaves)
+
+
+def restored(scratch: Path, state: TrainState, layouts: dict[str, TrainState]) -> dict[str, Any]:
+    """For each layout, whether a checkpoint comes back with every bit and at its place."""
+    with Checkpoints(scratch, keep=1) as checkpoints:
+        checkpoints.save(3, state, {})
+    found = {name: restore(scratch, 3, abstract) for name, abstract in layouts.items()}
+    return {name: [identical(state, new), misplaced(new, layouts[name])] for name, new in found.items()}
 
 
 def refusal(config: MeshConfig) -> str:
@@ -125,40 +145,27 @@ def main(scratch: Path) -> dict[str, Any]:
         "filled": [dict(sharding.make_mesh(MeshConfig(data, fsdp)).shape) for data, fsdp in ((-1, 4), (4, -1))],
         "refused": {f"{data},{fsdp}": refusal(MeshConfig(data, fsdp)) for data, fsdp in ((3, 2), (-1, 3), (-1, -1))},
         "fresh_difference": largest_difference((single, frozen), (made, made_frozen)),
-        "placement": placement(made),
+        "fresh_misplaced": misplaced(made, made_abstract),
+        "fresh_split_share": split_share(made, 2),
     }
 
-    losses, one = train("single", single, frozen, 1)
-    all_losses, three = train("single", single, frozen, 3)
-    results["single"] = {"losses": all_losses, "moved": largest_difference(single.params, three.params)}
-    for layout in ("8×1", "2×4", "4×2"):
+    alone = train("single", single, frozen, abstract, len(BUCKETS))
+    results["losses"] = [step.loss for step in alone]
+    results["moved"] = largest_difference(single.params, alone[0].state.params)
+    everywhere, together = {"single": abstract}, alone
+    for layout, steps in (("8×1", 1), ("2×4", 1), ("4×2", len(BUCKETS))):
         mesh = mesh_of(layout)
-        state = jax.tree.map(jax.device_put, single, sharding.place(mesh, single))
-        steps = 3 if layout == "4×2" else 1
-        with_losses, trained = train(layout, state, sharding.put(mesh, frozen), steps)
+        with jax.set_mesh(mesh):
+            places = loop._abstract(CONFIG, mesh, OPTIMISER)[0]
+        state = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), single, places)
+        together = train(layout, state, sharding.put(mesh, frozen), places, steps)
         results[layout] = {
-            "losses": with_losses,
-            "params": largest_difference(trained.params, (three if steps == 3 else one).params),
-            "ema": largest_difference(trained.ema, (three if steps == 3 else one).ema),
+            "losses": [step.loss for step in together],
+            "difference": largest_difference(together[-1].state, alone[steps - 1].state),
+            "misplaced": misplaced(together[-1].state, places),
         }
-        if layout == "4×2":
-            results[layout]["placement"] = placement(trained)
-            with Checkpoints(scratch, keep=1) as checkpoints:
-                checkpoints.save(3, trained, {})
-            elsewhere = restore(scratch, 3, loop._abstract(CONFIG, mesh_of("2×4"), OPTIMISER)[0])
-            results["restored"] = {
-                "single": identical(trained, restore(scratch, 3, abstract)),
-                "same": identical(trained, restore(scratch, 3, made_abstract)),
-                "2×4": identical(trained, elsewhere),
-                "placed": all(
-                    leaf.sharding.is_equivalent_to(place, leaf.ndim)
-                    for leaf, place in zip(
-                        jax.tree.leaves(elsewhere),
-                        jax.tree.leaves(sharding.place(mesh_of("2×4"), elsewhere)),
-                        strict=True,
-                    )
-                ),
-            }
+        everywhere[layout] = places
+    results["restored"] = restored(scratch, together[-1].state, everywhere)
     return results
 
 

@@ -3,7 +3,6 @@
 The work is done by the code that the full model uses; here is only the order of it, and the table at the end.
 """
 
-import functools
 import json
 import time
 import zipfile
@@ -53,8 +52,8 @@ def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) ->
     _say("3/5  Training a small SDXL: compiling for three aspect ratios takes a minute or two before it moves")
     config = recipe.get_config(str(folder), weights, seed)
     model = train(config, run_dir)
-    params = functools.partial(models.init, config=config.model)(jax.random.key(seed + 1))
-    untrained = Model(config.model, model.params | {"unet": params["unet"]})
+    fresh = models.init(jax.random.key(seed + 1), config.model)
+    untrained = Model(config.model, fresh | {"vae": model.params["vae"]})
 
     _say("4/5  Drawing the contact sheet")
     examples = _examples(folder)
@@ -87,7 +86,6 @@ def _draw(model: Model, prompts: list[str], size: Bucket, seed: int, num_images:
         guidance=GUIDANCE,
         seed=seed,
         num_images=num_images,
-        batch_size=8,
     )
 
 

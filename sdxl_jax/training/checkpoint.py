@@ -64,15 +64,14 @@ def restore_ema(directory: Path, step: int, abstract: Params) -> Params:
 
 
 def save_frozen(run_dir: Path, params: Params) -> None:
-    """Writes the frozen parameters, once a run."""
-    path = run_dir / "frozen"
-    if not path.exists():
-        ocp.save(str(path.absolute()), params)
+    """Writes the frozen parameters, at the start of a run. A start that left no checkpoint may have left others."""
+    if params:  # Orbax saves no empty tree; where everything trains, there is nothing to keep
+        ocp.save(str((run_dir / "frozen").absolute()), params, overwrite=True)
 
 
 def restore_frozen(run_dir: Path, abstract: Params) -> Params:
     """What `save_frozen` wrote, placed as `abstract` says. Raises InputError as `restore`."""
-    return _load(run_dir / "frozen", abstract)
+    return _load(run_dir / "frozen", abstract) if abstract else {}
 
 
 def _metadata(path: Path) -> Any:

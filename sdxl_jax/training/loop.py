@@ -33,7 +33,7 @@ from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
 from sdxl_jax.training.metrics import MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
-from sdxl_jax.training.step import make_step
+from sdxl_jax.training.step import Step, make_step
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig, run_dir: Path = Path("runs/train"), progress: boo
     Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
     configuration, a checkpoint that cannot be read.
     """
-    config.model.check()
+    config.check()
     _check_run(config, run_dir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
@@ -53,10 +53,10 @@ def train(config: TrainConfig, run_dir: Path = Path("runs/train"), progress: boo
     dataset = BucketedDataset(config.data, tokenizer, host_index=jax.process_index(), host_count=jax.process_count())
     optimiser = optimisers.make(config.optimiser, config.training.steps)
     rate = optimisers.learning_rate(config.optimiser, config.training.steps)
-    step_function = jax.jit(make_step(config, optimiser, tokenizer([""])), donate_argnums=0)
 
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = _abstract(config, mesh, optimiser)
+        step_function = _compiled(make_step(config, optimiser, tokenizer([""])), mesh, abstract)
         if (last := latest_step(run_dir / "checkpoints")) is None:
             state, frozen = _fresh(config, mesh, optimiser, abstract, abstract_frozen)
         else:
@@ -65,7 +65,8 @@ def train(config: TrainConfig, run_dir: Path = Path("runs/train"), progress: boo
 
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_config(config, run_dir)
-        save_frozen(run_dir, frozen)
+        if last is None:
+            save_frozen(run_dir, frozen)
         if progress:
             _announce(dataset, tokenizer, run_dir, first)
         with (
@@ -93,6 +94,13 @@ def _due(step: int, every: int | None, stop: int) -> bool:
     return every is not None and (step % every == 0 or step == stop)
 
 
+def _compiled(step: Step, mesh: Mesh, abstract: TrainState) -> Step:
+    """The step, compiled when first called. Its results stay where the state was: left to choose, XLA moves small
+    arrays, so that the next call compiles again, and a resumed run no longer repeats the last digits."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+
+
 def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransformation) -> tuple[TrainState, Params]:
     """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
 
@@ -116,6 +124,11 @@ def _fresh(
     abstract_frozen: Params,
 ) -> tuple[TrainState, Params]:
     """The state before the first step and the frozen parameters; each array is made where it belongs."""
+    if config.training.vae_weights is not None and "vae" in abstract.params:
+        raise InputError(
+            f"training.vae_weights is for a frozen autoencoder, and training.trains={config.training.trains} trains it. "
+            "Leave out one of them"
+        )
 
     def make(key: jax.Array) -> tuple[TrainState, Params]:
         trained, frozen = partition(models.init(key, config.model), config.training.trains)
@@ -148,7 +161,7 @@ def _check_run(config: TrainConfig, run_dir: Path) -> None:
         return
     try:
         old = json.loads(path.read_text())["config"]
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is no configuration of a run ({error}). Restore it, or choose another --run-dir"
         ) from error
@@ -179,8 +192,14 @@ def _commit() -> str | None:
     if not head.is_file():
         return None
     content = head.read_text().strip()
-    reference = head.parent / content.removeprefix("ref: ")
-    return reference.read_text().strip() if reference.is_file() else content
+    if not content.startswith("ref: "):
+        return content
+    name = content.removeprefix("ref: ")
+    loose, packed = head.parent / name, head.parent / "packed-refs"
+    if loose.is_file():
+        return loose.read_text().strip()
+    lines = packed.read_text().splitlines() if packed.is_file() else []
+    return next((line.split()[0] for line in lines if line.endswith(f" {name}")), None)
 
 
 def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, first: int) -> None:

@@ -11,12 +11,13 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
-from jaxtyping import Float, Key
+from jaxtyping import Float, Int32, Key
 
 from sdxl_jax import arrays, model
-from sdxl_jax.arrays import Batch, Params, TokenIds
+from sdxl_jax.arrays import Batch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.diffusion import loss, schedule
@@ -24,6 +25,7 @@ from sdxl_jax.models import unet, vae
 from sdxl_jax.training import ema
 from sdxl_jax.training.state import TrainState, merge
 
+NoTokens = Int32[np.ndarray, "1 77"]
 Metrics = dict[str, Float[jax.Array, ""]]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
@@ -34,7 +36,7 @@ def batch_loss(
     batch: Batch,
     keys: Key[jax.Array, " batch"],
     config: TrainConfig,
-    empty: Mapping[str, TokenIds],
+    empty: Mapping[str, NoTokens],
 ) -> Float[jax.Array, ""]:
     """The loss of one (micro-)batch. keys: one an example; empty: the token numbers of [""]."""
     params, parts, compute = merge(trained, frozen), config.model, config.compute
@@ -52,7 +54,7 @@ def batch_loss(
     return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
 
 
-def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: Mapping[str, TokenIds]) -> Step:
+def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: Mapping[str, NoTokens]) -> Step:
     """The step of a configuration. Pure: compile it with `jax.jit`, donating the state."""
     value_and_grad = jax.value_and_grad(batch_loss)
 

@@ -1,0 +1,596 @@
+"""The promises of the command line: what is refused says why and leaves the disk as it was; what works, repeats.
+
+Commands run in this process, on a tiny model that is trained once for two steps.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compiling
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from sdxl_jax.__main__ import main
+from sdxl_jax.interop import safetensors
+
+CONFIG = """
+import dataclasses
+from pathlib import Path
+
+import tiny
+
+
+def get_config():
+    config = tiny.train_config(Path({folder!r}), steps=2)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=((32, 32),)))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def call(*arguments: object) -> Outcome:
+    """One command. An argument parser that exits counts with its exit code."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            assert isinstance(leaving.code, int)
+            code = leaving.code
+    return Outcome(code, out.getvalue(), err.getvalue())
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder, with its content."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
+
+
+def assert_refused(folder: Path, arguments: list[object], *expected: str) -> None:
+    """Exit code 2, one message with the expected words, no traceback, and nothing below `folder` changed."""
+    before = listing(folder)
+    outcome = call(*arguments)
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.out + outcome.err
+    assert len(outcome.err) < 2500, "short"
+    words = re.sub(r"[\s│╭╮╰╯─]+", " ", outcome.err)  # lines are wrapped, some in a box
+    for pattern in expected:
+        assert re.search(pattern, words), f"{pattern} not in {words}"
+    assert listing(folder) == before
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pictures, config.py, and a finished run of it."""
+    home = tmp_path_factory.mktemp("home")
+    tiny.make_folder(home / "pictures", images=8)
+    (home / "config.py").write_text(CONFIG.format(folder=str(home / "pictures")))
+    outcome = call("train", home / "config.py", "--run-dir", home / "run")
+    assert outcome.code == 0, outcome
+    return home
+
+
+@pytest.fixture
+def place(home: Path, tmp_path: Path) -> Path:
+    """A copy of `home` that a test may spoil. The configuration names the original's pictures."""
+    return Path(shutil.copytree(home, tmp_path / "home"))
+
+
+def train(place: Path, *more: object) -> list[object]:
+    return ["train", place / "config.py", "--run-dir", place / "run", *more]
+
+
+def sample(place: Path, *more: object, prompt: str | None = "a picture") -> list[object]:
+    """Two pictures of two steps: one shape for all tests, which compiles once."""
+    given = [] if prompt is None else ["--prompt", prompt]
+    return ["sample", place / "run", *given, "--num-images", 2, "--steps", 2, "--out", place / "out", *more]
+
+
+# Refused: the data
+
+
+def test_missing_data_folder_is_refused(place: Path) -> None:
+    folder = place / "absent"
+    assert_refused(place, train(place, "--data.folder", folder), "data.folder=.*absent does not exist", "Check the path")
+
+
+def test_empty_data_folder_is_refused(place: Path) -> None:
+    (place / "empty").mkdir()
+    assert_refused(place, train(place, "--data.folder", place / "empty"), "holds no images", "give another folder")
+    assert_refused(place, ["data", "inspect", place / "empty"], "holds no images", "give another folder")
+
+
+def test_unreadable_image_is_refused_by_name(place: Path) -> None:
+    (place / "pictures" / "002.png").write_bytes(b"no picture")
+    refused = train(place, "--data.folder", place / "pictures", "--run-dir", place / "new")
+    assert_refused(place, refused, r"002\.png.*cannot be read", "Fix or remove them, or set data.on_refused=skip")
+
+
+def test_caption_without_image_is_refused_by_name(place: Path) -> None:
+    (place / "pictures" / "metadata.jsonl").unlink()
+    for path in (place / "pictures").glob("*.png"):
+        path.with_suffix(".txt").write_text("a caption")
+    (place / "pictures" / "lonely.txt").write_text("a caption")
+    refused = train(place, "--data.folder", place / "pictures", "--run-dir", place / "new")
+    assert_refused(place, refused, r"lonely\.txt: caption without an image", "Fix or remove them")
+
+
+def test_buckets_that_no_image_fits_are_refused(place: Path) -> None:
+    refused = train(place, "--data.buckets", 8, 64, "--run-dir", place / "new")
+    assert_refused(place, refused, "None of the 8 images", "Add buckets of such shapes, or raise data.max_aspect")
+
+
+def test_bucket_that_is_no_multiple_of_8_is_refused(place: Path) -> None:
+    refused = train(place, "--data.buckets", 30, 32, "--run-dir", place / "new")
+    assert_refused(place, refused, r"data\.buckets has \(30, 32\)", r"Use \(32, 32\)")
+
+
+# Refused: the configuration
+
+
+def test_batch_that_the_devices_cannot_split_is_refused(place: Path) -> None:
+    refused = train(place, "--optimiser.accumulate", 3, "--run-dir", place / "new")
+    assert_refused(place, refused, r"data\.batch_size=8 cannot be split .* in 3 micro-batches. Use a multiple of 3, e.g. 9")
+
+
+def test_mesh_that_does_not_multiply_up_is_refused(place: Path) -> None:
+    refused = train(place, "--mesh.data", 3, "--run-dir", place / "new")
+    assert_refused(place, refused, r"mesh\.data=3 × mesh\.fsdp=1 does not make 1 devices. Choose two numbers")
+
+
+@pytest.mark.parametrize("option", ["--data.batch-sise", "--data.batch_sise"])
+def test_unknown_option_names_the_nearest(place: Path, option: str) -> None:
+    assert_refused(place, train(place, option, 4), "batch.sise", "--data.batch-size")
+
+
+def test_value_of_another_type_is_refused(place: Path) -> None:
+    assert_refused(place, train(place, "--training.steps", "many"), "training.steps", "many")
+
+
+def test_unknown_field_in_the_configuration_file_is_refused(place: Path) -> None:
+    text = (place / "config.py").read_text().replace("steps=2)", "stepz=2)")
+    (place / "config.py").write_text(text)
+    assert_refused(place, train(place), r"config\.py.*stepz")
+
+
+def test_missing_configuration_file_is_refused(place: Path) -> None:
+    assert_refused(place, ["train", place / "absent.py"], "no configuration file .*absent.py", "Give a Python file")
+    assert_refused(place, ["train"], "The first argument of train is a configuration file", "usage")
+    assert_refused(place, ["train", "--run-dir", place / "run"], "The first argument of train is a configuration file")
+
+
+# Refused: the run directory
+
+
+def test_run_of_another_configuration_is_refused_with_the_differences(place: Path) -> None:
+    refused = train(place, "--training.seed", 7, "--optimiser.learning-rate", 0.5)
+    assert_refused(
+        place,
+        refused,
+        r"belongs to a run with another configuration \(2 differences",
+        r"optimiser\.learning_rate: 0\.001 -> 0\.5",
+        r"training\.seed: 0 -> 7",
+        "or another --run-dir",
+    )
+
+
+def test_file_in_the_place_of_the_run_directory_is_refused(place: Path) -> None:
+    (place / "file").write_text("a file")
+    assert_refused(place, train(place, "--run-dir", place / "file"), "is no run directory", "Choose another --run-dir")
+
+
+def test_checkpoints_without_their_configuration_are_refused(place: Path) -> None:
+    (place / "run" / "config.json").unlink()
+    assert_refused(place, train(place), "it has no config.json", "Choose another --run-dir")
+
+
+CORRUPT = [b'{"config": {', b"[]", b"5", b'{"config": 5}', b"{}", b"\xff\xfe\x00"]
+
+
+@pytest.mark.parametrize("content", CORRUPT)
+def test_corrupt_config_json_is_refused(place: Path, content: bytes) -> None:
+    (place / "run" / "config.json").write_bytes(content)
+    assert_refused(place, train(place), "run", "another --run-dir")
+    assert_refused(place, sample(place), "config.json|no TrainConfig")
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def delete_everything(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def delete_the_largest(folder: Path) -> None:
+    files_of(folder)[-1].unlink()
+
+
+def truncate_the_largest(folder: Path) -> None:
+    largest = files_of(folder)[-1]
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def delete_the_metadata(folder: Path) -> None:
+    for path in folder.rglob("_METADATA"):
+        path.unlink()
+
+
+SPOIL = [delete_everything, delete_the_largest, truncate_the_largest, delete_the_metadata]
+
+
+@pytest.mark.parametrize("spoil", SPOIL)
+def test_incomplete_checkpoint_is_no_silent_fresh_start(place: Path, spoil: Callable[[Path], None]) -> None:
+    """Seen in MaxDiffusion."""
+    spoil(place / "run" / "checkpoints" / "2")
+    expected = (r"checkpoints/2 is incomplete or damaged", "Nothing was changed. Restore its files, or delete this folder")
+    assert_refused(place, train(place), *expected)
+    assert_refused(place, sample(place), *expected)
+
+
+def test_missing_frozen_weights_are_refused(place: Path) -> None:
+    shutil.rmtree(place / "run" / "frozen")
+    assert_refused(place, train(place), "run/frozen is incomplete or damaged", "Restore its files")
+    assert_refused(place, sample(place), "run/frozen is incomplete or damaged", "Restore its files")
+
+
+def test_missing_autoencoder_weights_are_refused(place: Path) -> None:
+    refused = train(place, "--run-dir", place / "new", "--training.vae-weights", place / "absent.safetensors")
+    assert_refused(place, refused, "absent.safetensors is no readable safetensors file", "Check the path")
+
+
+def test_autoencoder_weights_of_another_shape_are_refused(place: Path) -> None:
+    safetensors.save(place / "vae.safetensors", {"encoder": {"conv_in": {"bias": np.zeros(3, np.float32)}}}, {})
+    refused = train(place, "--run-dir", place / "new", "--training.vae-weights", place / "vae.safetensors")
+    assert_refused(place, refused, r"vae\.safetensors do not fit model\.vae", "the first is", "Set model.vae to")
+
+
+def test_autoencoder_weights_for_a_trained_autoencoder_are_refused(place: Path) -> None:
+    options = ["--training.vae-weights", place / "vae.safetensors", "--training.trains", "^unet/", "^vae/"]
+    refused = train(place, "--run-dir", place / "new", *options)
+    assert_refused(place, refused, "vae_weights is for a frozen autoencoder", "Leave out one of them")
+
+
+# Refused: sample
+
+
+def test_folder_that_is_no_model_is_refused(place: Path) -> None:
+    rest = ["--prompt", "x", "--out", place / "out"]
+    assert_refused(place, ["sample", place / "pictures", *rest], "There is no model at .*pictures", "Expected a run dir")
+    assert_refused(place, ["sample", place / "absent", *rest], "There is nothing at .*absent", "Expected a run dir")
+
+
+def test_run_without_checkpoint_is_refused(place: Path) -> None:
+    shutil.rmtree(place / "run" / "checkpoints")
+    assert_refused(place, sample(place), "has no checkpoint yet", "Train on, or wait")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--original-size", "32", "expected HxW in pixels, e.g. 1024x768"),
+        ("--original-size", "32,32", "expected HxW in pixels"),
+        ("--target-size", "x32", "expected HxW in pixels"),
+        ("--negative-target-size", "axb", "expected HxW in pixels"),
+        ("--crop", "3x4", "expected TOP,LEFT in pixels, e.g. 0,64"),
+        ("--crop", "3,-4", "expected TOP,LEFT in pixels"),
+        ("--negative-crop", "3", "expected TOP,LEFT in pixels"),
+        ("--height", "30", "height 30 × width 32: expected positive multiples of 8"),
+        ("--width", "0", "height 32 × width 0: expected positive multiples of 8"),
+        ("--steps", "0", "steps=0, expected 1 to 1000"),
+        ("--steps", "1001", "steps=1001, expected 1 to 1000"),
+        ("--num-images", "0", "nothing to make.*--num-images of 1 or more"),
+        ("--batch-size", "0", "batch.size=0, expected 1 or more"),
+        ("--sampler", "eular", "euler"),
+        ("--guidance", "strong", "guidance"),
+    ],
+)
+def test_bad_option_of_sample_says_what_was_expected(home: Path, option: str, value: str, expected: str) -> None:
+    assert_refused(home, sample(home, option, value), re.escape(option.lstrip("-")).replace(r"\-", ".") , expected)
+
+
+def write_npz(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, noise=np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda path: None, "is no readable NPY file"),
+        (lambda path: path.write_bytes(b""), "is no readable NPY file"),
+        (lambda path: path.write_bytes(b"no array"), "is no readable NPY file"),
+        (write_npz, "is an NPZ archive. Give an NPY file"),
+        (lambda path: path.write_bytes(npy(np.zeros((2, 4, 4, 4), np.int32))), "is of int32. Give an NPY file of float32"),
+        (lambda path: path.write_bytes(npy(np.zeros((1, 4, 4, 4)))), r"shape \(1, 4, 4, 4\), expected \(2, 4, 4, 4\)"),
+    ],
+)
+def test_unusable_initial_noise_is_refused(place: Path, write: Callable[[Path], object], expected: str) -> None:
+    write(place / "noise.npy")
+    assert_refused(place, sample(place, "--init-noise", place / "noise.npy"), expected)
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_nothing_to_draw_is_refused(place: Path) -> None:
+    assert_refused(place, sample(place, prompt=None), "There is nothing to draw. Give --prompt TEXT")
+    assert_refused(place, sample(place, "--prompts-file", place / "absent", prompt=None), "absent cannot be read")
+    (place / "prompts.txt").write_text("\n \n")
+    assert_refused(place, sample(place, "--prompts-file", place / "prompts.txt", prompt=None), "nothing to draw")
+
+
+def test_file_in_the_place_of_the_output_folder_is_refused(place: Path) -> None:
+    (place / "out").write_text("a file")
+    assert_refused(place, sample(place), "--out .*out is a file. Give a folder")
+
+
+# Refused: the rest
+
+
+def test_unknown_command_lists_the_known_nearest_first(home: Path) -> None:
+    assert_refused(home, ["trian"], "no command 'trian'. Known, nearest first: train")
+    assert_refused(home, ["smaple", "--prompt", "x"], "no command 'smaple'. Known, nearest first: sample")
+    assert_refused(home, ["data", "inspct", home], "inspct", "inspect")
+
+
+def test_no_command_shows_the_usage(home: Path) -> None:
+    outcome = call()
+    assert outcome.code == 2
+    assert "usage: sdxl-jax COMMAND" in outcome.out + outcome.err
+
+
+def test_debug_shows_the_traceback() -> None:
+    outcome = call("data", "inspect", "no-such-folder", "--debug")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert "no-such-folder does not exist" in outcome.err.splitlines()[-1]
+
+
+# Help
+
+
+HELP = {
+    ("quickstart",): ["--run-dir"],
+    ("train",): ["CONFIG.py", "--run-dir", "--section.field"],
+    ("sample",): [
+        *("--prompt", "--negative-prompt", "--height", "--width", "--steps", "--sampler", "--timestep-spacing"),
+        *("--guidance", "--seed", "--num-images", "--dtype", "--out", "--prompts-file", "--original-size", "--crop"),
+        *("--target-size", "--negative-original-size", "--negative-crop", "--negative-target-size"),
+        *("--aesthetic-score", "--negative-aesthetic-score", "--init-noise", "--save-latents"),
+        *("ddpm", "ddim", "euler", "leading", "trailing", "linspace", "float32", "bfloat16"),
+    ],
+    ("data",): ["inspect"],
+    ("data", "inspect"): ["--json", "--dump", "N DIR"],
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_names_every_option(command: tuple[str, ...]) -> None:
+    outcome = call(*command, "--help")
+    assert outcome.code == 0
+    for option in HELP[command]:
+        assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", outcome.out), option
+
+
+def test_help_lists_the_commands() -> None:
+    outcome = call("--help")
+    assert outcome.code == 0
+    for name in ("quickstart", "train", "sample", "data"):
+        assert f"\n  {name} " in outcome.out
+
+
+def test_help_of_train_lists_every_field_with_the_files_default(home: Path) -> None:
+    outcome = call("train", home / "config.py", "--help")
+    assert outcome.code == 0
+    for option in ("--run-dir", "--data.batch-size", "--model.unet.block-channels", "--mesh.fsdp", "--training.steps"):
+        assert option in outcome.out
+    assert re.search(r"--training\.steps INT.*?default: 2\b", outcome.out, re.DOTALL)
+
+
+# What works: train
+
+
+def test_training_again_goes_on_and_finds_nothing_to_do(place: Path) -> None:
+    before = listing(place / "run")
+    outcome = call(*train(place))
+    assert outcome.code == 0, outcome
+    assert "going on after step 2" in outcome.out
+    kept = {path: content for path, content in before.items() if not path.startswith("tensorboard")}
+    after = listing(place / "run")
+    assert {path: after.get(path) for path in kept} == kept
+
+
+def test_option_of_the_command_line_has_its_effect(place: Path) -> None:
+    saved = json.loads((place / "run" / "config.json").read_text())["config"]
+    assert saved["checkpoint"]["keep"] == 3
+    assert saved["data"]["buckets"] == [[32, 32]]
+    outcome = call(*train(place, "--checkpoint.keep", 7, "--validation.prompts", "one", "two", "--mesh.data", 1))
+    assert outcome.code == 0, outcome
+    saved["checkpoint"]["keep"] = 7
+    saved["validation"]["prompts"] = ["one", "two"]
+    saved["mesh"]["data"] = 1
+    assert json.loads((place / "run" / "config.json").read_text())["config"] == saved
+
+
+# What works: sample
+
+
+@pytest.fixture(scope="module")
+def drawn(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures with their latents."""
+    out = tmp_path_factory.mktemp("drawn") / "out"
+    outcome = call(*sample(home, "--save-latents", "--seed", 3, "--out", out))
+    assert outcome.code == 0, outcome
+    return out
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_pictures_carry_prompt_seed_and_settings(home: Path, drawn: Path) -> None:
+    assert sorted(path.name for path in drawn.iterdir()) == ["000000.png", "000001.png", "latents.npy"]
+    for number in range(2):
+        with Image.open(drawn / f"{number:06d}.png") as image:
+            assert (image.height, image.width, image.mode) == (32, 32, "RGB")
+            text: dict[str, Any] = getattr(image, "text")  # noqa: B009 (PNG alone has it)
+        assert text["prompt"] == "a picture"
+        assert text["seed"] == "3"
+        assert text["index"] == str(number)
+        assert text["model"] == str(home / "run")
+        settings = {"steps": "2", "sampler": "euler", "timestep_spacing": "leading", "guidance": "5.0", "dtype": "float32"}
+        assert settings.items() <= text.items()
+
+
+def test_latents_are_float32_at_an_eighth(drawn: Path) -> None:
+    latents = np.load(drawn / "latents.npy")
+    assert latents.dtype == np.float32
+    assert latents.shape == (2, 4, 4, 4)
+    assert np.isfinite(latents).all()
+    assert not np.array_equal(latents[0], latents[1])
+
+
+def test_same_command_writes_the_same_bytes(home: Path, drawn: Path, tmp_path: Path) -> None:
+    assert call(*sample(home, "--save-latents", "--seed", 3, "--out", tmp_path / "out")).code == 0
+    assert listing(tmp_path / "out") == listing(drawn)
+
+
+def test_seed_zero_is_a_seed(home: Path, drawn: Path, tmp_path: Path) -> None:
+    """`if seed:` ignores it: seen in mosaicml/diffusion."""
+    for name in ("one", "two"):
+        assert call(*sample(home, "--seed", 0, "--save-latents", "--out", tmp_path / name)).code == 0
+    assert listing(tmp_path / "one") == listing(tmp_path / "two")
+    assert not np.array_equal(np.load(tmp_path / "one" / "latents.npy"), np.load(drawn / "latents.npy"))
+
+
+def test_initial_noise_takes_the_place_of_the_seeds(home: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)
+    latents = []
+    for name, used, seed in (("one", noise, 3), ("two", noise, 4), ("three", noise[::-1], 3)):
+        np.save(tmp_path / f"{name}.npy", used)
+        options = ["--init-noise", tmp_path / f"{name}.npy", "--seed", seed, "--save-latents", "--out", tmp_path / name]
+        assert call(*sample(home, *options)).code == 0
+        latents.append(np.load(tmp_path / name / "latents.npy"))
+    np.testing.assert_array_equal(latents[0], latents[1])  # euler draws nothing more
+    np.testing.assert_array_equal(latents[0], latents[2][::-1])
+    assert not np.array_equal(latents[0][0], latents[0][1])
+
+
+def test_pictures_come_in_order_of_prompts_then_images(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("second\n\nthird\n")
+    options = ["--prompts-file", tmp_path / "prompts.txt", "--batch-size", 2, "--out", tmp_path / "out"]
+    assert call(*sample(home, *options, prompt="first")).code == 0
+    found = []
+    for path in sorted((tmp_path / "out").iterdir()):
+        with Image.open(path) as image:
+            text: dict[str, Any] = getattr(image, "text")  # noqa: B009 (PNG alone has it)
+            found.append((path.name, text["prompt"]))
+    prompts = ("first", "first", "second", "second", "third", "third")
+    assert found == [(f"{number:06d}.png", prompt) for number, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--original-size", "16x64"],
+        ["--crop", "9,0"],
+        ["--target-size", "64x16"],
+        ["--negative-original-size", "16x64"],
+        ["--negative-crop", "0,9"],
+        ["--negative-target-size", "64x16"],
+        ["--negative-prompt", "blurred"],
+    ],
+)
+def test_what_the_model_is_told_changes_the_latents(
+    home: Path, drawn: Path, tmp_path: Path, options: list[str]
+) -> None:
+    assert call(*sample(home, "--seed", 3, "--save-latents", "--out", tmp_path, *options)).code == 0
+    assert not np.array_equal(np.load(tmp_path / "latents.npy"), np.load(drawn / "latents.npy"))
+
+
+def test_overlong_prompt_is_said_without_echoing_it(home: Path, drawn: Path, tmp_path: Path) -> None:
+    outcome = call(*sample(home, "--prompt", "secret " * 80, "--num-images", 1, "--out", tmp_path / "out"))
+    assert outcome.code == 0
+    assert "warning: 5 tokens of prompt 2 are beyond the 75 that are read" in outcome.err
+    assert "secret" not in outcome.err + outcome.out
+    assert "warning" not in call(*sample(home, "--out", tmp_path / "short")).err
+
+
+# What works: data inspect
+
+
+def test_inspect_prints_a_table(home: Path) -> None:
+    outcome = call("data", "inspect", home / "config.py")
+    assert outcome.code == 0
+    lines = outcome.out.splitlines()
+    assert lines[0] == "8 images found, 8 usable, 0 refused"
+    assert lines[1] == "1 steps an epoch"
+    assert lines[2].split() == ["height", "width", "images", "batches", "left", "out", "repeated"]
+    assert lines[3].split() == ["32", "32", "8", "1", "0", "0"]
+    assert len(lines) == 4
+
+
+def test_inspect_prints_json_with_the_contracts_fields(place: Path) -> None:
+    (place / "pictures" / "broken.png").write_bytes(b"no picture")
+    outcome = call("data", "inspect", place / "pictures", "--json")
+    assert outcome.code == 0
+    seen = json.loads(outcome.out)
+    assert seen["images_found"] == 9
+    assert seen["images_usable"] == 8
+    assert [entry["file"] for entry in seen["refused"]] == ["broken.png"]
+    assert seen["refused"][0]["reason"]
+    assert sum(bucket["images"] for bucket in seen["buckets"]) == 8
+    for bucket in seen["buckets"]:
+        assert bucket.keys() >= {"height", "width", "images", "batches", "remainder"}
+
+
+def test_inspect_dumps_the_first_examples(home: Path, tmp_path: Path) -> None:
+    outcome = call("data", "inspect", home / "config.py", "--dump", 3, tmp_path / "dump")
+    assert outcome.code == 0
+    names = [f"{number:06d}.{suffix}" for number in range(3) for suffix in ("json", "png")]
+    assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == names
+    for number in range(3):
+        record = json.loads((tmp_path / "dump" / f"{number:06d}.json").read_text())
+        assert record.keys() == {"source", "original_size", "crop_top_left", "target_size", "flipped", "caption"}
+        assert record["target_size"] == [32, 32]
+        assert record["caption"] == f"picture number {int(record['source'].removesuffix('.png'))}"
+        assert pixels(tmp_path / "dump" / f"{number:06d}.png").shape == (32, 32, 3)
+    assert_refused(
+        tmp_path, ["data", "inspect", home / "config.py", "--dump", 3, tmp_path / "dump"], "is not an empty folder", "Give"
+    )
+
+
+def test_module_runs_as_the_command_does(home: Path) -> None:
+    command = [sys.executable, "-m", "sdxl_jax", "data", "inspect", str(home / "pictures"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["images_usable"] == 8
+    refused = subprocess.run([*command[:-2], "no-such-folder"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: data.folder=no-such-folder does not exist")

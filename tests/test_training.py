@@ -1,0 +1,662 @@
+"""The promises of training: what was interrupted goes on as if nothing had happened, and a step does what it says.
+
+Whole runs are of a tiny model; one is never interrupted, the others are, and must have come to the same. What concerns
+the step's machinery alone (micro-batches, clipping, average) is tested with a loss of two parameters.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import compiling
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from sdxl_jax import config as configuration
+from sdxl_jax import model as models
+from sdxl_jax import sharding
+from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
+from sdxl_jax.loading import load_model
+from sdxl_jax.model import NoPrompt
+from sdxl_jax.models.layers import Compute, Dtype
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training import checkpoint, loop, optimiser
+from sdxl_jax.training import step as stepping
+from sdxl_jax.training.ema import EmaConfig, decay_at
+from sdxl_jax.training.optimiser import Decay, OptimiserConfig
+from sdxl_jax.training.state import TrainState, create, merge, partition
+
+STEPS, EPOCH = 6, 4
+TIMES = ("step_seconds", "images_per_second")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Six steps of four images: an epoch and a half, in two buckets. One convolution of the UNet stays frozen."""
+    base = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "pictures"), STEPS)
+    return dataclasses.replace(
+        base,
+        data=dataclasses.replace(base.data, batch_size=4),
+        training=dataclasses.replace(base.training, trains=("^unet/(?!conv_in/)",)),
+        checkpoint=configuration.CheckpointConfig(every_steps=2, keep=2),
+        validation=configuration.ValidationConfig(4, ("one", "two"), ((32, 32),), steps=2),
+    )
+
+
+class Crash(Exception):
+    pass
+
+
+class Run(NamedTuple):
+    folder: Path
+    examples: list[np.ndarray]
+    """The images' numbers, for each step that was made."""
+
+    def state(self, step: int, abstract: TrainState) -> TrainState:
+        return checkpoint.restore(self.folder / "checkpoints", step, abstract)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(config: TrainConfig, folder: Path, crash_before: int | None = None) -> Run:
+    """Trains; an exception ends it before the given step."""
+    examples = []
+
+    def put(mesh: Any, batch: Any, original: Any = sharding.put_batch) -> Any:
+        if crash_before is not None and len(examples) == crash_before - 1:
+            raise Crash
+        examples.append(batch.example)
+        return original(mesh, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "put_batch", put)
+        if crash_before is None:
+            loop.train(config, folder, progress=False)
+        else:
+            with pytest.raises(Crash):
+                loop.train(config, folder, progress=False)
+    return Run(folder, examples)
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Never interrupted."""
+    return run(config, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def crashed(config: TrainConfig, whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Ended before step 4: the checkpoint is of step 2, the log goes to step 3."""
+    return run(config, tmp_path_factory.mktemp("crashed") / "run", crash_before=4)
+
+
+@pytest.fixture(scope="module")
+def resumed(config: TrainConfig, crashed: Run) -> Run:
+    """A copy of `crashed`, gone on with."""
+    shutil.copytree(crashed.folder, folder := crashed.folder.with_name("resumed"))
+    return run(config, folder)
+
+
+@pytest.fixture(scope="module")
+def abstract(config: TrainConfig) -> TrainState:
+    mesh = sharding.make_mesh(config.mesh)
+    return loop._abstract(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(one)[0], jax.tree.leaves(other), strict=True):
+        assert a.dtype == b.dtype, path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def test_resumed_run_repeats_every_loss_bit_for_bit(whole: Run, crashed: Run, resumed: Run) -> None:
+    assert [line["step"] for line in crashed.lines()] == [1, 2, 3]  # beyond the checkpoint: written, and made again
+    assert [line["step"] for line in resumed.lines()] == [1, 2, 3, 4, 5, 6]
+    assert without_times(resumed.lines()) == without_times(whole.lines())
+    buckets = [tuple(line["bucket"]) for line in whole.lines()]
+    assert set(buckets[2:]) == set(tiny.BUCKETS)  # the bucket does change after the interruption
+
+
+def test_resumed_run_has_the_same_parameters_average_and_moments(
+    whole: Run, resumed: Run, abstract: TrainState
+) -> None:
+    assert_identical(resumed.state(STEPS, abstract), whole.state(STEPS, abstract))
+
+
+def test_resume_does_not_restart_the_epoch(whole: Run, crashed: Run, resumed: Run) -> None:
+    """Seen in diffusers and sd-scripts."""
+    assert len(resumed.examples) == STEPS - 2
+    for again, once in zip(resumed.examples, whole.examples[2:], strict=True):
+        np.testing.assert_array_equal(again, once)
+    epoch = np.concatenate([*crashed.examples[:2], *resumed.examples[: EPOCH - 2]])
+    assert sorted(epoch) == list(range(16))
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from sdxl_jax import sharding
+from sdxl_jax.config import TrainConfig, from_json
+from sdxl_jax.training import loop
+
+steps, put = [], sharding.put_batch
+
+def put_or_die(mesh, batch):
+    steps.append(batch)
+    if len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return put(mesh, batch)
+
+sharding.put_batch = put_or_die
+loop.train(from_json(json.loads(sys.argv[1]), TrainConfig), Path(sys.argv[2]), progress=False)
+"""
+
+
+def test_killed_process_resumes_bit_for_bit(
+    config: TrainConfig, whole: Run, abstract: TrainState, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """SIGKILL before step 5, while the checkpoint of step 4 is being written."""
+    folder = tmp_path_factory.mktemp("killed") / "run"
+    command = [sys.executable, "-c", KILLED, json.dumps(configuration.to_json(config)), str(folder)]
+    environment = compiling.environment(tmp_path_factory.getbasetemp() / "compiled")
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # what a write that was cut off leaves
+    last = checkpoint.latest_step(folder / "checkpoints")
+    assert last in (2, 4)
+    resumed = run(config, folder)
+    assert len(resumed.examples) == STEPS - last
+    assert without_times(resumed.lines()) == without_times(whole.lines())
+    assert_identical(resumed.state(STEPS, abstract), whole.state(STEPS, abstract))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]  # nothing half-written
+
+
+class OneStep(NamedTuple):
+    """Outside the loop: the compiled step, and what it was given after checkpoint 4."""
+
+    step: stepping.Step
+    state: TrainState
+    frozen: Params
+    batch: Batch
+
+    def __call__(self, **changes: Any) -> tuple[TrainState, stepping.Metrics]:
+        given = self._replace(**changes)
+        return self.step(jax.tree.map(jnp.copy, given.state), given.frozen, given.batch)  # it takes the state's memory
+
+
+@pytest.fixture(scope="module")
+def fifth(config: TrainConfig, whole: Run) -> Iterator[OneStep]:
+    mesh = sharding.make_mesh(config.mesh)
+    tokenizer = Tokenizer.of(config.model.text)
+    update = optimiser.make(config.optimiser, STEPS)
+    dataset = BucketedDataset(config.data, tokenizer)
+    with jax.set_mesh(mesh):
+        abstract, abstract_frozen = loop._abstract(config, mesh, update)
+        batches = dataset.iterate(4)
+        yield OneStep(
+            loop._compiled(stepping.make_step(config, update, tokenizer([""])), mesh, abstract),
+            whole.state(4, abstract),
+            checkpoint.restore_frozen(whole.folder, abstract_frozen),
+            sharding.put_batch(mesh, next(batches)),
+        )
+        batches.close()
+
+
+def test_step_is_a_pure_function_of_state_and_batch(whole: Run, fifth: OneStep) -> None:
+    """Outside the loop, whatever else was drawn, it makes line 5 of the log."""
+    first = fifth()
+    np.random.seed(5)  # noqa: NPY002 (the global state that must not matter)
+    jax.random.normal(jax.random.key(1))
+    second = fifth()
+    assert_identical(first, second)
+    line = whole.lines()[4]
+    assert {name: float(value) for name, value in first[1].items()} == {name: line[name] for name in first[1]}
+    assert int(first[0].step) == 5
+
+
+def test_noise_goes_on_with_the_step_and_does_not_restart(fifth: OneStep) -> None:
+    """A restart from the seed on resume, seen in MaxDiffusion: the same batch at another step draws other noise."""
+    losses = {step: float(fifth(state=fifth.state._replace(step=jnp.int32(step)))[1]["loss"]) for step in (0, 4, 5)}
+    assert len(set(losses.values())) == 3
+
+
+def test_nan_latents_are_not_made_good_in_silence(fifth: OneStep) -> None:
+    """Replacing them by zeros, and training on, was seen in sd-scripts. Here the loss says it."""
+    vae = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), fifth.frozen["vae"])
+    assert math.isnan(fifth(frozen=fifth.frozen | {"vae": vae})[1]["loss"])
+
+
+def test_only_what_the_patterns_name_changes(
+    config: TrainConfig, whole: Run, abstract: TrainState, tmp_path: Path
+) -> None:
+    untrained = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=0))
+    before = flatten(loop.train(untrained, tmp_path / "untrained", progress=False).params)
+    after = flatten(load_model(whole.folder).params)
+    trains = {path for path in before if path.startswith("unet/") and not path.startswith("unet/conv_in/")}
+    assert set(flatten(abstract.params)) == trains
+    assert {"unet/conv_in/kernel", "vae/decoder/conv_in/kernel", "text_encoder/position_embedding"} <= before.keys() - trains
+    for path in before:
+        identical = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
+        assert identical == (path not in trains), path
+
+
+def test_pattern_that_matches_nothing_lists_the_nearest_paths(config: TrainConfig, tmp_path: Path) -> None:
+    wrong = dataclasses.replace(config, training=dataclasses.replace(config.training, trains=("unet/conv_inn/kernel",)))
+    with pytest.raises(InputError, match=r"'unet/conv_inn/kernel', which matches no parameter.*\['unet/conv_in/kernel'"):
+        loop.train(wrong, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_can_train(tmp_path: Path) -> None:
+    params = {"unet": {"conv": {"kernel": jnp.ones(3)}}, "vae": {"conv": {"kernel": jnp.ones(2)}}}
+    trained, frozen = partition(params, (".",))
+    assert_identical(trained, params)
+    checkpoint.save_frozen(tmp_path, frozen)
+    assert_identical(merge(trained, checkpoint.restore_frozen(tmp_path, frozen)), params)
+
+
+def test_frozen_parameters_of_a_start_that_left_no_checkpoint_are_replaced(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        checkpoint.save_frozen(tmp_path, {"vae": {"kernel": jnp.full(3, value)}})
+    assert checkpoint.restore_frozen(tmp_path, {"vae": {"kernel": jnp.zeros(3)}})["vae"]["kernel"][0] == 2
+
+
+# What a run leaves on disk
+
+
+def test_log_has_every_field_with_all_digits(whole: Run) -> None:
+    for number, text in enumerate((whole.folder / "metrics.jsonl").read_text().splitlines(), start=1):
+        line = json.loads(text)
+        assert line["step"] == number
+        assert line["images_seen"] == 4 * number
+        assert tuple(line["bucket"]) in tiny.BUCKETS
+        assert line["images_per_second"] == pytest.approx(4 / line["step_seconds"])
+        for name in ("loss", "grad_norm"):
+            assert f'"{name}": {line[name]!r}' in text
+            assert float(np.float32(line[name])) == line[name] > 0  # all digits of the device's number, and no others
+            assert math.isfinite(line[name])
+
+
+def test_log_has_the_warm_up(whole: Run) -> None:
+    # Float32 rounds the rates to 6e-8 of their size.
+    np.testing.assert_allclose([line["learning_rate"] for line in whole.lines()], [5e-4] + [1e-3] * 5, rtol=1e-6)
+
+
+def test_tensorboard_has_the_same_numbers(whole: Run) -> None:
+    (path,) = (whole.folder / "tensorboard").iterdir()
+    data, found, position = path.read_bytes(), {}, 0
+    while position < len(data):
+        (length,) = struct.unpack("<Q", data[position : position + 8])
+        event = Event.FromString(data[position + 12 : position + 12 + length])
+        position += length + 16
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    for line in whole.lines():
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert found[name, line["step"]] == np.float32(line[name])
+
+
+def test_validation_grid_is_written_when_due(whole: Run) -> None:
+    paths = sorted((whole.folder / "samples").iterdir())
+    assert [path.name for path in paths] == ["step_00000004.png", "step_00000006.png"]
+    for path in paths:
+        with Image.open(path) as sheet:
+            assert sheet.width > 2 * 32  # a column a prompt
+            assert sheet.height > 32
+
+
+def test_config_json_holds_configuration_versions_and_commit(config: TrainConfig, whole: Run) -> None:
+    saved = json.loads((whole.folder / "config.json").read_text())
+    assert configuration.from_json(saved["config"], TrainConfig) == config
+    assert saved["versions"]["jax"] == jax.__version__
+    assert saved["versions"].keys() >= {"python", "sdxl_jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy"}
+    in_a_repository = (Path(__file__).parents[1] / ".git" / "HEAD").is_file()
+    assert (re.fullmatch("[0-9a-f]{40}", saved["commit"] or "") is not None) == in_a_repository
+
+
+def test_commit_is_found_among_packed_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(loop, "__file__", str(tmp_path / "sdxl_jax" / "training" / "loop.py"))
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    assert loop._commit() is None  # a repository before its first commit
+    (tmp_path / ".git" / "packed-refs").write_text(f"# pack-refs\n{'1' * 40} refs/heads/other\n{'2' * 40} refs/heads/main\n")
+    assert loop._commit() == "2" * 40
+    (tmp_path / ".git" / "HEAD").write_text(f"{'3' * 40}\n")
+    assert loop._commit() == "3" * 40
+
+
+def test_the_newest_checkpoints_are_kept(whole: Run) -> None:
+    assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == ["4", "6"]
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_load_model_gives_the_averaged_weights_of_a_step(whole: Run, abstract: TrainState, step: int) -> None:
+    model = load_model(whole.folder / "checkpoints" / str(step))
+    state = whole.state(step, abstract)
+    flat = flatten(model.params)
+    assert_identical({path: flat[path] for path in flatten(state.ema)}, flatten(state.ema))
+    kernel = "unet/conv_out/kernel"
+    assert not np.array_equal(flat[kernel], flatten(state.params)[kernel])  # the average is not what trains
+    newest = flatten(load_model(whole.folder).params)
+    assert np.array_equal(flat[kernel], newest[kernel]) == (step == 6)
+
+
+def test_missing_step_names_the_newest(whole: Run) -> None:
+    with pytest.raises(InputError, match=r"no checkpoint of step 2\. Its newest is that of 6"):
+        load_model(whole.folder / "checkpoints" / "2")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("optimiser", "accumulate", 0),
+        ("checkpoint", "every_steps", 0),
+        ("checkpoint", "keep", 0),
+        ("validation", "every_steps", 0),
+        ("validation", "sizes", ((32, 30),)),
+        ("training", "caption_dropout", 1.5),
+        ("ema", "decay", -0.1),
+    ],
+)
+def test_number_out_of_range_is_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path, section: str, field: str, value: Any
+) -> None:
+    part = dataclasses.replace(getattr(config, section), **{field: value})
+    with pytest.raises(InputError, match=rf"{section}\.{field}.*Give "):
+        loop.train(dataclasses.replace(config, **{section: part}), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+# The step's machinery, with a loss of two parameters
+
+
+def toy_loss(trained: Params, frozen: Params, batch: Any, keys: Any, config: Any, empty: Mapping[str, Any]) -> jax.Array:
+    """Each example has its own noise, as in the real one."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+    x = jnp.asarray(batch.example, jnp.float32)[:, None] + noise
+    return jnp.mean((x * trained["unet"]["kernel"] + trained["unet"]["bias"] - 1) ** 2)
+
+
+TOY = {"unet": {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array(3.0)}}
+
+
+def toy_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> list[TrainState]:
+    """The states before and after each step, of eight examples."""
+    monkeypatch.setattr(stepping, "batch_loss", toy_loss)
+    update = optimiser.make(config.optimiser, STEPS)
+    zeros = np.zeros((8, 2), np.int32)
+    batch = Batch(np.zeros((8, 1, 1, 3), np.uint8), {}, MicroConditioning(zeros, zeros, zeros), np.arange(8, dtype=np.int32))
+    step = jax.jit(stepping.make_step(config, update, {}))
+    states = [create(TOY, update)]
+    for _ in range(count):
+        states.append(step(states[-1], {}, batch)[0])
+    return states
+
+
+def toy_config(**options: Any) -> TrainConfig:
+    base = tiny.train_config(Path("unused"))
+    return dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, **options))
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_accumulated_gradient_is_that_of_the_full_batch(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    full = toy_steps(toy_config(), monkeypatch)[-1]
+    accumulated = toy_steps(toy_config(accumulate=count), monkeypatch)[-1]
+    # Another order of adding eight float32 numbers: a few roundings of 6e-8.
+    for one, other in zip(jax.tree.leaves(full.optimiser), jax.tree.leaves(accumulated.optimiser), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def moment(state: TrainState, name: str) -> Params:
+    """Adam's mean gradient or mean square."""
+    (adam,) = [
+        part
+        for part in jax.tree.leaves(state.optimiser, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+        if isinstance(part, optax.ScaleByAdamState)
+    ]
+    return getattr(adam, name)
+
+
+def test_clipping_is_by_the_global_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Per parameter, where the setting promises the global norm: seen in sd-scripts."""
+    raw = moment(toy_steps(toy_config(clip_norm=None), monkeypatch)[-1], "mu")
+    clipped = moment(toy_steps(toy_config(clip_norm=0.5), monkeypatch)[-1], "mu")
+    norms = [float(jnp.linalg.norm(leaf)) / 0.1 for leaf in jax.tree.leaves(raw)]  # mu is 1 − β₁ of the first gradient
+    assert min(norms) > 0.5  # so that clipping each by itself would leave two gradients of the same norm
+    scale = 0.5 / math.hypot(*norms)
+    for one, other in zip(jax.tree.leaves(raw), jax.tree.leaves(clipped), strict=True):
+        np.testing.assert_allclose(np.asarray(one) * scale, other, rtol=1e-5)  # float32, a few operations
+
+
+def test_gradient_below_the_limit_is_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = toy_steps(toy_config(clip_norm=None), monkeypatch)[-1]
+    limited = toy_steps(toy_config(clip_norm=1e6), monkeypatch)[-1]
+    assert_identical(raw.params, limited.params)
+
+
+def test_logged_gradient_norm_is_that_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "batch_loss", lambda trained, *_: 3 * trained["a"].sum() + 4 * trained["b"].sum())
+    update = optimiser.make(OptimiserConfig(clip_norm=0.1), STEPS)
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    step = stepping.make_step(toy_config(), update, {})
+    zeros = np.zeros((2, 2), np.int32)
+    batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), {}, MicroConditioning(zeros, zeros, zeros), np.zeros(2, np.int32))
+    assert float(step(create(params, update), {}, batch)[1]["grad_norm"]) == pytest.approx(5)
+
+
+def test_average_follows_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = toy_steps(dataclasses.replace(toy_config(), ema=EmaConfig(decay=0.25)), monkeypatch, count=5)
+    assert_identical(states[0].ema, states[0].params)
+    for number, (before, after) in enumerate(zip(states, states[1:], strict=False)):
+        decay = min(0.25, (1 + number) / (10 + number))
+        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, before.ema, after.params)
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(after.ema), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)  # float32
+    decays = [float(decay_at(EmaConfig(0.25), jnp.int32(step))) for step in range(5)]
+    assert decays == sorted(decays)
+    assert decays[0] < decays[-1] == 0.25  # both sides of the formula were met
+
+
+def test_rates_rise_evenly_then_stay_or_fall_to_zero() -> None:
+    config = OptimiserConfig(learning_rate=1.0, warmup_steps=4)
+    constant = [float(optimiser.learning_rate(config, 12)(step)) for step in range(12)]
+    np.testing.assert_allclose(constant, [0.25, 0.5, 0.75] + [1] * 9, rtol=1e-6)
+    falling = optimiser.learning_rate(dataclasses.replace(config, decay=Decay.COSINE), 12)
+    cosine = [0.5 + 0.5 * math.cos(math.pi * step / 8) for step in range(9)]
+    np.testing.assert_allclose([float(falling(step)) for step in range(4, 13)], cosine, atol=1e-6)
+    assert float(optimiser.learning_rate(dataclasses.replace(config, warmup_steps=0), 12)(0)) == 1
+
+
+def test_first_update_is_as_long_as_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam's first step is the rate times the gradient's sign: the logged rate is the one in use."""
+    before, after = toy_steps(toy_config(weight_decay=0.0, learning_rate=0.1, warmup_steps=4), monkeypatch)
+    moved = jax.tree.map(lambda old, new: np.abs(new - old), before.params, after.params)
+    for leaf in jax.tree.leaves(moved):
+        np.testing.assert_allclose(leaf, 0.1 / 4, rtol=1e-4)  # differences of float32 numbers near 3
+
+
+def test_weight_decay_spares_biases_and_scales() -> None:
+    update = optimiser.make(OptimiserConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), STEPS)
+    params = {name: jnp.ones(2) for name in ("kernel", "embedding", "bias", "scale", "position_embedding")}
+    gradient = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = update.update({"layer": gradient}, update.init({"layer": params}), {"layer": params})
+    shrunk = {name for name, change in updates["layer"].items() if change[0] == -0.5}  # pyright: ignore
+    assert shrunk == {"kernel", "embedding"}
+    assert all(float(updates["layer"][name][0]) == 0 for name in params.keys() - shrunk)  # pyright: ignore
+
+
+# What the loss depends on, with the tiny model
+
+
+class Given(NamedTuple):
+    """What batch_loss is given: nothing zero among the parameters, two examples."""
+
+    params: Params
+    batch: Batch
+    keys: jax.Array
+    empty: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def given(whole: Run) -> Given:
+    rng = np.random.default_rng(0)
+    # Fresh and barely trained networks end in layers of about zero, which let nothing through.
+    params = jax.tree.map(
+        lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), load_model(whole.folder).params
+    )
+    tokenizer = Tokenizer.of(tiny.MODEL.text)
+    size = np.array([[333, 500], [400, 301]], np.int32)
+    batch = Batch(
+        rng.integers(0, 256, (2, 16, 16, 3), np.uint8),
+        tokenizer(["a red circle", "two dogs in the snow"]),
+        MicroConditioning(size, np.zeros((2, 2), np.int32), np.full((2, 2), 16, np.int32)),
+        np.arange(2, dtype=np.int32),
+    )
+    return Given(params, batch, jax.random.split(jax.random.key(3), 2), tokenizer([""]))
+
+
+def loss_of(given: Given, dropout: float) -> Any:
+    config = dataclasses.replace(
+        tiny.train_config(Path("unused")), training=configuration.TrainingConfig(caption_dropout=dropout)
+    )
+    return jax.jit(lambda batch, keys: stepping.batch_loss(given.params, {}, batch, keys, config, given.empty))
+
+
+@pytest.fixture(scope="module")
+def loss_with_captions(given: Given) -> Any:
+    return loss_of(given, 0.0)
+
+
+@pytest.fixture(scope="module")
+def loss_without_captions(given: Given) -> Any:
+    return loss_of(given, 1.0)
+
+
+def other_captions(batch: Batch) -> Batch:
+    return batch._replace(tokens=Tokenizer.of(tiny.MODEL.text)(["something else", "a third thing"]))
+
+
+def other_sizes(batch: Batch) -> Batch:
+    assert batch.micro is not None
+    size = np.array([[332, 500], [400, 301]], np.int32)  # in bfloat16, 333 and 332 are the same
+    return batch._replace(micro=batch.micro._replace(original_size=size))
+
+
+def test_captions_count_unless_all_are_dropped(
+    given: Given, loss_with_captions: Any, loss_without_captions: Any
+) -> None:
+    batch, keys = given.batch, given.keys
+    assert loss_with_captions(batch, keys) != loss_with_captions(other_captions(batch), keys)
+    assert loss_without_captions(batch, keys) == loss_without_captions(other_captions(batch), keys)
+    assert loss_with_captions(batch, keys) != loss_without_captions(batch, keys)
+
+
+def test_dropping_captions_leaves_the_sizes(given: Given, loss_without_captions: Any) -> None:
+    batch, keys = given.batch, given.keys
+    assert tiny.MODEL.no_prompt is NoPrompt.ZEROS
+    assert loss_without_captions(batch, keys) != loss_without_captions(other_sizes(batch), keys)
+
+
+def test_loss_of_a_batch_is_the_mean_over_its_examples(given: Given, loss_with_captions: Any) -> None:
+    """So each example draws its own noise, whatever stands beside it: what micro-batches and devices rely on."""
+
+    def rows(*index: int) -> float:
+        take = np.array(index)
+        batch = jax.tree.map(lambda leaf: leaf[take], given.batch)
+        return float(loss_with_captions(batch, given.keys[take]))
+
+    # Float32, and sums of products in another order.
+    assert rows(0, 1) == pytest.approx((rows(0, 0) + rows(1, 1)) / 2, rel=1e-5)
+    assert rows(0, 1) == pytest.approx(rows(1, 0), rel=1e-5)
+    assert rows(0, 0) != pytest.approx(rows(1, 1), rel=1e-3)
+
+
+def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: Any) -> None:
+    base = toy_config(warmup_steps=0)
+    config = dataclasses.replace(
+        base,
+        compute=Compute(dtype=Dtype.BFLOAT16),
+        training=dataclasses.replace(base.training, caption_dropout=0.0),
+    )
+    trained, frozen = partition(given.params, ("^unet/conv_out/",))  # little to differentiate: compiles sooner
+    update = optimiser.make(config.optimiser, STEPS)
+    step = jax.jit(stepping.make_step(config, update, given.empty))
+    before = create(trained, update)
+    after, metrics = step(before, frozen, given.batch)
+    _, told_otherwise = step(before, frozen, other_sizes(given.batch))
+    for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        assert new.dtype == old.dtype == (jnp.float32 if new.ndim else jnp.int32)
+    for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert np.isfinite(new).all()
+        assert not np.array_equal(old, new)
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
+    exact = float(loss_with_captions(given.batch, keys))
+    # bfloat16 has 8 bits: 0.4 % a rounding, averaged over many; more would be a mistake, none would be float32.
+    assert float(metrics["loss"]) == pytest.approx(exact, rel=0.03)
+    assert float(metrics["loss"]) != exact
+    # Sizes in bfloat16, before their embedding, were seen in diffusers and SimpleTuner.
+    assert metrics["loss"] != told_otherwise["loss"]
+
+
+def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings that training ignores were seen in MaxDiffusion."""
+    made: list[Any] = []
+    monkeypatch.setattr(stepping.loss, "diffusion_loss", lambda *given: (made.append(given[3:]), jnp.zeros(()))[1])
+    monkeypatch.setattr(stepping.vae, "encode_scaled", lambda *_: jnp.zeros((2, 4, 4, 4)))
+    monkeypatch.setattr(stepping.text, "encode", lambda *_: None)
+    monkeypatch.setattr(stepping.text, "drop", lambda *_: None)
+    monkeypatch.setattr(stepping.model, "without_prompt", lambda *_: None)
+    monkeypatch.setattr(stepping.model, "condition", lambda *_: None)
+    zeros = np.zeros((2, 2), np.int32)
+    batch = Batch(np.zeros((2, 8, 8, 3), np.uint8), {}, MicroConditioning(zeros, zeros, zeros), np.zeros(2, np.int32))
+    base = tiny.train_config(Path("unused"))
+    model = dataclasses.replace(
+        tiny.MODEL,
+        schedule=dataclasses.replace(tiny.MODEL.schedule, zero_terminal_snr=True),
+        prediction=models.Prediction.V,
+    )
+    config = dataclasses.replace(base, model=model, loss=dataclasses.replace(base.loss, min_snr_gamma=5.0))
+    monkeypatch.setattr(stepping, "merge", lambda *_: {"unet": {}, "vae": {}})
+    stepping.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
+    ((schedule, prediction, options),) = made
+    assert schedule.alpha_bar[-1] == 0
+    assert prediction is models.Prediction.V
+    assert options == config.loss
+
+
+def test_mesh_of_the_configuration_is_the_one_in_use(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"mesh\.data=3 × mesh\.fsdp=1 does not make"):
+        loop.train(dataclasses.replace(config, mesh=MeshConfig(3, 1)), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
