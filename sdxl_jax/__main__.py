@@ -150,6 +150,8 @@ def _sample(arguments: list[str]) -> None:
     prompts = list(options.prompt)
     if options.prompts_file is not None:
         prompts += [line for line in _read_text(options.prompts_file).splitlines() if line.strip()]
+        if any(line.startswith("{") for line in prompts):
+            raise InputError(f"{options.prompts_file} has lines of JSON. Give one prompt a line, and options by flags")
     if not prompts:
         raise InputError("There is nothing to draw. Give --prompt TEXT, once or several times, or --prompts-file FILE")
     geometry = Geometry(
@@ -229,7 +231,7 @@ def _position(option: str, value: str) -> tuple[int, int]:
 
 def _pair(option: str, value: str, separator: str, expected: str) -> tuple[int, int]:
     first, found, second = value.partition(separator)
-    if not (found and first.isdecimal() and second.isdecimal()):
+    if not (found and first.isdecimal() and second.isdecimal() and max(len(first), len(second)) <= 6):
         raise InputError(f"{option} {value!r}: expected {expected}")
     return int(first), int(second)
 
@@ -319,6 +321,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {error}. Check that the place exists, may be written to, and has room", file=sys.stderr)
         return 2
     return 0
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import cattrs
 
+from sdxl_jax.conditioning.micro import Numbers
 from sdxl_jax.data.pipeline import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, nearest_first
@@ -108,6 +109,18 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise InputError(f"{name}={value} is out of range. Give {expected}")
+        if self.model.unet.in_channels != self.model.vae.latent_channels:
+            raise InputError(
+                f"model.unet.in_channels={self.model.unet.in_channels}: training feeds the latent's "
+                f"{self.model.vae.latent_channels} channels and nothing else. Set it to that"
+            )
+        if self.model.micro is not None and self.model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC:
+            raise InputError(
+                "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every picture, which folders of "
+                "pictures do not have. Train with size_crop_target"
+            )
+        if self.validation.prompts and not self.validation.sizes:
+            raise InputError("validation.prompts are given but no validation.sizes. Give at least one (height, width)")
         factor = self.model.vae.downsampling
         for height, width in self.validation.sizes:
             if height < 1 or width < 1 or height % factor or width % factor:
@@ -118,6 +131,7 @@ MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "data.folder",
+    "data.on_refused",
     "data.read_ahead",
     "data.verify_images",
     "data.workers",
@@ -127,7 +141,7 @@ MAY_CHANGE = (
     "validation",
 )
 """Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. The folder may have
-moved; the frozen weights are in the run."""
+moved, its contents are compared; the frozen weights are in the run."""
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
 
@@ -162,11 +176,12 @@ def load(path: Path) -> TrainConfig:
         raise
     except Exception as error:  # the file is the user's program: what it raises is about their input
         raise InputError(
-            f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Mend it; --debug shows where"
+            f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Mend it; --debug shows "
+            "where"
         ) from error
     if not isinstance(config, TrainConfig):
         raise InputError(f"get_config() of {path} returned {type(config).__name__}, expected a TrainConfig")
-    return config
+    return from_json(to_json(config), TrainConfig)  # a list where a tuple belongs becomes one; a wrong type is named
 
 
 def _nearest_field(message: str) -> str:

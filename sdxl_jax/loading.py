@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sdxl_jax import config as configuration
@@ -21,12 +22,14 @@ from sdxl_jax.training.checkpoint import latest_step, restore_ema, restore_froze
 from sdxl_jax.training.state import merge, partition
 
 
-def load_model(path: str | Path, mesh: Mesh | None = None) -> Model:
+def load_model(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Model:
     """The model at a path, its parameters placed on `mesh` (default: a copy on every device).
+
+    dtype: of the parameters; None keeps theirs. It is not that of the computation, which `Compute` sets.
 
     Raises InputError if there is no model that this version can read.
     """
-    run_dir, step = Path(path), None
+    run_dir, step = Path(path).absolute(), None
     if run_dir.name.isdecimal() and run_dir.parent.name == "checkpoints":
         run_dir, step = run_dir.parents[1], int(run_dir.name)
     if not (run_dir / "config.json").is_file():
@@ -49,7 +52,8 @@ def load_model(path: str | Path, mesh: Mesh | None = None) -> Model:
     )
     trained, frozen = partition(abstract, config.training.trains)
     ema = restore_ema(run_dir / "checkpoints", step, trained)
-    return Model(config.model, merge(ema, restore_frozen(run_dir, frozen)))
+    params = merge(ema, restore_frozen(run_dir, frozen))
+    return Model(config.model, params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params))
 
 
 def saved_config(run_dir: Path) -> TrainConfig:

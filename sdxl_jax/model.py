@@ -61,6 +61,7 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raises InputError for parts that do not fit together."""
+        self._check_text()
         context = sum(tower.clip.width for tower in self.text)
         if context != self.unet.context_dim:
             raise InputError(
@@ -68,7 +69,12 @@ class ModelConfig:
                 f"together. Set it to {context}"
             )
         pooled = self.text[-1].clip.projection_dim
-        expected = self.micro and (pooled or 0) + self.micro.vector_dim
+        if self.micro is not None and pooled is None:
+            raise InputError(
+                "model.micro needs a pooled text vector, and the last of model.text has projection_dim=None. Give it a "
+                "projection, or set model.micro=None"
+            )
+        expected = None if self.micro is None or pooled is None else pooled + self.micro.vector_dim
         if expected != self.unet.vector_dim:
             raise InputError(
                 f"model.unet.vector_dim={self.unet.vector_dim}, but the pooled text and the sizes make {expected}. "
@@ -90,11 +96,33 @@ class ModelConfig:
             raise InputError(
                 "model.unet.block_channels, transformer_depth and heads differ in length; give one number a level each"
             )
+        for channels, heads in zip(self.unet.block_channels, self.unet.heads, strict=True):
+            if channels % heads:
+                raise InputError(
+                    f"model.unet.heads has {heads} for {channels} channels, which it does not divide. Use a divisor"
+                )
         if self.schedule.zero_terminal_snr and self.prediction is Prediction.EPSILON:
             raise InputError(
                 "model.schedule.zero_terminal_snr=True leaves nothing to predict noise from at the last timestep. "
                 "Set model.prediction=v_prediction"
             )
+
+    def _check_text(self) -> None:
+        names = [tower.name for tower in self.text]
+        if not names or len(set(names)) < len(names):
+            raise InputError(f"model.text has the names {names}. Give at least one text encoder, each its own name")
+        for tower in self.text:
+            clip_config = tower.clip
+            if clip_config.tokens != text.TOKENS or clip_config.vocabulary <= text.END_OF_TEXT:
+                raise InputError(
+                    f"{tower.name} reads {clip_config.tokens} tokens of {clip_config.vocabulary}. CLIP's vocabulary "
+                    f"needs {text.TOKENS} of at least {text.END_OF_TEXT + 1}"
+                )
+            if clip_config.width % clip_config.heads:
+                raise InputError(
+                    f"{tower.name} has {clip_config.heads} heads for a width of {clip_config.width}, which they do not "
+                    "divide. Use a divisor"
+                )
 
 
 SDXL_BASE = ModelConfig()

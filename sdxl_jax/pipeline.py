@@ -151,14 +151,14 @@ def generate(
     height = config.default_size[0] if height is None else height
     width = config.default_size[1] if width is None else width
     negatives = [None] * len(prompts) if negative_prompts is None else negative_prompts
-    _check(config, prompts, negatives, height, width, steps, sampler, num_images, batch_size)
+    _check(config, prompts, negatives, height, width, steps, sampler, num_images, batch_size, seed)
     prompts = [prompt for prompt in prompts for _ in range(num_images)]
     negatives = [prompt for prompt in negatives for _ in range(num_images)]
     size, count = (height, width), len(prompts)
 
     chosen = SAMPLERS[sampler]
     levels = schedule.make(config.schedule)
-    plan = chosen.plan(levels, timesteps(steps, len(levels.alpha_bar), timestep_spacing))
+    plan = chosen.plan(levels, timesteps(steps, len(levels.alpha_bar), Spacing(timestep_spacing)))
     latent_shape = (height // factor, width // factor, config.vae.latent_channels)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(count))
     if init_noise is None:
@@ -219,8 +219,13 @@ def _check(
     sampler: str,
     num_images: int,
     batch_size: int,
+    seed: int,
 ) -> None:
     factor, length = config.vae.downsampling, config.schedule.timesteps
+    if isinstance(prompts, str):
+        raise InputError(f"prompts is one text, {prompts[:40]!r}. Give a list of texts")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed}, expected 0 to {2**32 - 1}")
     if num_images < 1 or not prompts:
         raise InputError("There is nothing to make: give at least one prompt and --num-images of 1 or more")
     if height < factor or width < factor or height % factor or width % factor:

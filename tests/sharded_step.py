@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def batch(number: int) -> Batch:
     sizes = rng.integers(8, 999, (3, 8, 2), np.int32)
     return Batch(
         image=rng.integers(0, 256, (8, height, width, 3), np.uint8),
-        tokens=TOKENIZER([f"picture {number} {row}" for row in range(8)]),
+        tokens=cast(Any, TOKENIZER([f"picture {number} {row}" for row in range(8)])),
         micro=MicroConditioning(*sizes),
         example=np.arange(8, dtype=np.int32),
     )

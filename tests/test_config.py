@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -174,7 +175,7 @@ def test_every_field_has_a_line_of_explanation(kind: type) -> None:
     body = next(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
     explained = {
         field.target.id
-        for field, below in zip(body, body[1:], strict=False)
+        for field, below in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)
         and isinstance(below, ast.Expr)

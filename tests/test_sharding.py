@@ -95,8 +95,8 @@ def test_minus_one_fills_an_axis(results: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 2), (-1, 3), (-1, -1)])
 def test_mesh_that_does_not_multiply_up_says_what_would(results: dict[str, Any], data: int, fsdp: int) -> None:
     assert results["refused"][f"{data},{fsdp}"] == (
-        f"mesh.data={data} × mesh.fsdp={fsdp} does not make 8 devices. Choose two numbers whose product is 8, or set one "
-        "to -1"
+        f"mesh.data={data} × mesh.fsdp={fsdp} does not make 8 devices. Choose two numbers whose product is 8, or set "
+        "one to -1"
     )
 
 
@@ -192,7 +192,8 @@ def test_an_axis_that_does_not_divide_names_parameter_shape_and_mesh() -> None:
     with pytest.raises(InputError) as raised:
         sharding.place(mesh_of(1, 4), {"unet": {"conv_1": {"kernel": leaf}}})
     assert str(raised.value) == (
-        "unet/conv_1/kernel has shape (3, 3, 4, 6), whose axis -1 cannot be split over mesh.fsdp=4. Choose a divisor of 6"
+        "unet/conv_1/kernel has shape (3, 3, 4, 6), whose axis -1 cannot be split over mesh.fsdp=4. Choose a divisor "
+        "of 6"
     )
 
 

@@ -1,9 +1,10 @@
 """The conditioning vector: pooled text, then sizes and positions as sinusoidal embeddings. This file alone knows the
 order.
 
-    SDXL base     pooled 1280 | original height, width | crop top, left | target height, width    = 1280 + 6 · 256 =
-    2816 SDXL refiner  pooled 1280 | original height, width | crop top, left | aesthetic score         = 1280 + 5 · 256
-    = 2560
+    SDXL base      pooled 1280 | original height, width | crop top, left | target height, width
+                   1280 + 6 · 256 = 2816
+    SDXL refiner   pooled 1280 | original height, width | crop top, left | aesthetic score
+                   1280 + 5 · 256 = 2560
 
 Podell et al. (arXiv:2307.01952), sections 2.2 and 2.3; the refiner's in sgm `configs/inference/sd_xl_refiner.yaml`. The
 numbers stay integers until they are embedded in float32: bfloat16 would turn 333 into 332.

@@ -12,6 +12,7 @@ import enum
 import functools
 import gzip
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int32, Key
 from tokenizers import pre_tokenizers
+
+# transformers would advise to install torch, of which its tokenizers have no need.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import CLIPTokenizer
 
 from sdxl_jax.arrays import Params, TokenIds

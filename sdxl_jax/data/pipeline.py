@@ -16,7 +16,9 @@ Not here: tokenizers (passed in), placing arrays on devices, normalisation, capt
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -56,9 +58,9 @@ class DataConfig:
     """Share of images mirrored left to right, 0 to 1. Higher: more variety, wrong letters, left and right mixed up."""
     on_refused: OnRefused = "error"
     """Files that cannot be used: stop and name them, or skip them (counted and listed)."""
-    verify_images: bool = False
+    verify_images: bool = True
     """Decode every image before the work starts, so that damaged ones are refused and not met during training. Costs a
-    pass over all images."""
+    pass over all images: turn it off for a large folder that is known to be good."""
     seed: int = 0
     """Order, crops and flips follow from it, 0 to 2³² − 1."""
     workers: int = 0
@@ -138,8 +140,11 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
 
 
 def _draw(source: list[grain.DatasetIterator]) -> Generator[Batch, None, None]:
-    while source:
-        yield next(source[0])
+    try:
+        while source:
+            yield next(source[0])
+    finally:
+        source.clear()
 
 
 class BucketedDataset:
@@ -218,6 +223,17 @@ class BucketedDataset:
             batches, remainder = divmod(images + repeated, size)
             reports.append(BucketReport(*bucket, images, batches, remainder, repeated))
         return reports
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what is trained on: names, captions, sizes and buckets of all images; not of their pixels."""
+        source = self.source
+        rows = [
+            [source.name(image), source.captions[image], *source.sizes[image].tolist(), number]
+            for number, images in enumerate(self._images)
+            for image in images.tolist()
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def bucket_of(self, step: int) -> Bucket:
         """The bucket of one step, without reading an image: which compiled step it needs."""

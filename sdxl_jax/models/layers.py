@@ -58,9 +58,12 @@ class Compute:
     def activations(self) -> Any:
         return jnp.dtype(self.dtype.value)
 
-    def block(self, module: type[nn.Module]) -> type[nn.Module]:
+    def block(self, module: type[nn.Module], in_scan: bool = False) -> type[nn.Module]:
         """The module class, rematerialised if so configured."""
-        return nn.remat(module, prevent_cse=False) if self.remat is Remat.BLOCK else module
+        if self.remat is Remat.NONE:
+            return module
+        # Outside a scan XLA would see that the second computation equals the first, and keep the first.
+        return nn.remat(module, prevent_cse=not in_scan)
 
 
 def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax.Array, "*axes {dim}"]:

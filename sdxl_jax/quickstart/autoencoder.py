@@ -90,7 +90,9 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     latents = [vae.encode(CONFIG, average, image[None] / 127.5 - 1).mean.ravel() for image in images]
     config = dataclasses.replace(CONFIG, scale=round(1 / float(np.concatenate(latents).std()), 5))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), average)
-    safetensors.save(out, half, dataclasses.asdict(config))
+    partial = out.with_name(out.name + ".partial")
+    safetensors.save(partial, half, dataclasses.asdict(config))
+    partial.replace(out)
     return config
 
 

@@ -21,7 +21,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.pictures import contact_sheet, save_png
 from sdxl_jax.pipeline import text_to_image
 from sdxl_jax.quickstart import autoencoder, recipe
-from sdxl_jax.training.loop import train
+from sdxl_jax.training.loop import check_run, train
 
 PICTURES = Path(__file__).with_name("pictures.zip")
 SEEDS = 4
@@ -29,25 +29,25 @@ SCORED = {Bucket(96, 160): 6, Bucket(128, 128): 5, Bucket(160, 96): 5}
 """Captions of each bucket that prompt accuracy is measured on: 16."""
 SHOWN = 8
 """Captions of each bucket on the contact sheet."""
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 20, 3.0
 
 
 def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) -> Path:
     """Does it all in `run_dir`, going on where an earlier call was cut off; returns the contact sheet's path."""
     began = time.monotonic()
-    _say("1/5  Unpacking 96 captioned pictures (Fluent Emoji by Microsoft, MIT)")
     folder = run_dir / "pictures"
+    weights = run_dir / "autoencoder.safetensors" if train_autoencoder else autoencoder.WEIGHTS
+    if weights.exists():
+        check_run(recipe.get_config(str(folder), weights, seed), run_dir)
+    _say("1/5  Unpacking 96 captioned pictures (Fluent Emoji by Microsoft, MIT)")
     with zipfile.ZipFile(PICTURES) as archive:
         archive.extractall(folder)
 
-    weights = autoencoder.WEIGHTS
-    if train_autoencoder:
-        weights = run_dir / "autoencoder.safetensors"
-        if not weights.exists():
-            _say("2/5  Training the autoencoder anew, about an hour")
-            autoencoder.train(folder, recipe.BUCKETS, weights)
+    if weights.exists():
+        _say(f"2/5  Taking the autoencoder in {weights.name}")
     else:
-        _say("2/5  Taking the autoencoder that comes with the package")
+        _say("2/5  Training the autoencoder anew, about an hour")
+        autoencoder.train(folder, recipe.BUCKETS, weights)
 
     _say("3/5  Training a small SDXL: compiling for three aspect ratios takes a minute or two before it moves")
     config = recipe.get_config(str(folder), weights, seed)
@@ -117,7 +117,7 @@ def _table(run_dir: Path, trained: float, untrained: float, seconds: float) -> N
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = {
         "steps": f"{len(lines)}",
-        "minutes": f"{seconds / 60:.1f}, of which training {sum(line['step_seconds'] for line in lines) / 60:.1f}",
+        "minutes": f"{seconds / 60:.1f} in all, training {sum(line['step_seconds'] for line in lines) / 60:.1f}",
         "loss": f"{np.mean([line['loss'] for line in lines[-100:]]):.4f} (mean of the last 100 steps)",
         "images/s": f"{np.median([line['images_per_second'] for line in lines]):.1f}",
         "prompt accuracy": f"{trained:.0%} (untrained weights: {untrained:.0%})",

@@ -6,7 +6,8 @@ kinds of state are in use: x_t = α x₀ + σ_t ε (DDIM, DDPM), and the EDM for
 sees divided by √(1 + sigma²).
 
 Sources: DDPM, Ho et al. (arXiv:2006.11239) eq. 6 and 7; DDIM, Song et al. (arXiv:2010.02502) eq. 12; Euler, Karras et
-al. (arXiv:2206.00364) algorithm 1 without churn. Timesteps and constants as in diffusers' schedulers of the same names.
+al. (arXiv:2206.00364) algorithm 1 without its second-order correction. Timesteps and constants as in diffusers'
+schedulers of the same names.
 """
 
 import enum
@@ -83,7 +84,8 @@ class Sampler:
 
 
 def _plan_by_alpha_bar(schedule: Schedule, timesteps: Float[np.ndarray, " steps"]) -> Plan:
-    """For states x_t. The last step leads to ᾱ = 1, no noise (diffusers: set_alpha_to_one)."""
+    """For states x_t. The last step leads to ᾱ = 1, no noise: diffusers' default set_alpha_to_one=True, where its
+    Stable Diffusion configurations for DDIM stop at ᾱ of timestep 0."""
     visited = timesteps.round().astype(int)
     alpha_bar = schedule.alpha_bar[visited]
     after = np.append(alpha_bar[1:], 1.0)

@@ -28,6 +28,7 @@ from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop import safetensors
 from sdxl_jax.model import Model
+from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.pictures import contact_sheet, save_png
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
@@ -38,21 +39,22 @@ from sdxl_jax.training.step import Step, make_step
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def train(config: TrainConfig, run_dir: Path = Path("runs/train"), progress: bool = True) -> Model:
+def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: bool = True) -> Model:
     """Trains until `config.training.steps`, from the last checkpoint in `run_dir` if there is one; returns the model,
     with its averaged weights.
 
     Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
     configuration, a checkpoint that cannot be read.
     """
+    run_dir = Path(run_dir)
     config.check()
-    _check_run(config, run_dir)
+    check_run(config, run_dir)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
     tokenizer = Tokenizer.of(config.model.text)
     dataset = BucketedDataset(config.data, tokenizer, host_index=jax.process_index(), host_count=jax.process_count())
+    check_run(config, run_dir, dataset)
     optimiser = optimisers.make(config.optimiser, config.training.steps)
-    rate = optimisers.learning_rate(config.optimiser, config.training.steps)
 
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = _abstract(config, mesh, optimiser)
@@ -64,14 +66,16 @@ def train(config: TrainConfig, run_dir: Path = Path("runs/train"), progress: boo
         first, stop = int(state.step), config.training.steps
 
         run_dir.mkdir(parents=True, exist_ok=True)
-        _write_config(config, run_dir)
+        _write_config(config, run_dir, dataset)
         if last is None:
             save_frozen(run_dir, frozen)
         if progress:
             _announce(dataset, tokenizer, run_dir, first)
+            if random := sorted(set(frozen) - ({"vae"} if config.training.vae_weights else set())):
+                tqdm.write(f"  frozen at random weights: {', '.join(random)}")
         with (
             Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
-            MetricsWriter(run_dir, first, stop, config.data.batch_size, rate, progress) as writer,
+            MetricsWriter(run_dir, first, stop, config.data.batch_size, progress) as writer,
             contextlib.closing(dataset.iterate(first)) as batches,
         ):
             for step in range(first + 1, stop + 1):
@@ -126,8 +130,8 @@ def _fresh(
     """The state before the first step and the frozen parameters; each array is made where it belongs."""
     if config.training.vae_weights is not None and "vae" in abstract.params:
         raise InputError(
-            f"training.vae_weights is for a frozen autoencoder, and training.trains={config.training.trains} trains it. "
-            "Leave out one of them"
+            f"training.vae_weights is for a frozen autoencoder, and training.trains={config.training.trains} trains "
+            "it. Leave out one of them"
         )
 
     def make(key: jax.Array) -> tuple[TrainState, Params]:
@@ -137,12 +141,19 @@ def _fresh(
     places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
     state, frozen = jax.jit(make, out_shardings=places)(jax.random.key(config.training.seed))
     if config.training.vae_weights is not None:
-        frozen |= {"vae": _vae_weights(Path(config.training.vae_weights), mesh, abstract_frozen["vae"])}
+        frozen |= {
+            "vae": _vae_weights(Path(config.training.vae_weights), config.model.vae, mesh, abstract_frozen["vae"])
+        }
     return state, frozen
 
 
-def _vae_weights(path: Path, mesh: Mesh, abstract: Params) -> Params:
-    params, _ = safetensors.load(path)
+def _vae_weights(path: Path, config: VaeConfig, mesh: Mesh, abstract: Params) -> Params:
+    params, described = safetensors.load(path)
+    if described and (differences := configuration.differences(described, configuration.to_json(config))):
+        raise InputError(
+            f"The weights in {path} are not for this model.vae: {'; '.join(differences)} (in the file -> in the "
+            "model). Set model.vae to the file's configuration"
+        )
     have, want = (jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (params, abstract))
     if differences := configuration.differences(have, want):
         raise InputError(
@@ -152,15 +163,17 @@ def _vae_weights(path: Path, mesh: Mesh, abstract: Params) -> Params:
     return sharding.put(mesh, {"vae": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)})["vae"]
 
 
-def _check_run(config: TrainConfig, run_dir: Path) -> None:
-    """Raises InputError if the directory holds another run, or something else."""
+def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | None = None) -> None:
+    """Raises InputError if the directory holds another run, or something else; with `dataset`, also if that is no
+    longer the data that the run was started with."""
     path = run_dir / "config.json"
     if not path.exists():
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
             raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
         return
     try:
-        old = json.loads(path.read_text())["config"]
+        saved = json.loads(path.read_text())
+        old = saved["config"]
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is no configuration of a run ({error}). Restore it, or choose another --run-dir"
@@ -171,18 +184,27 @@ def _check_run(config: TrainConfig, run_dir: Path) -> None:
             f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
             f"{shown}\nUse the run's own configuration to go on with it, or another --run-dir"
         )
+    if dataset is not None and saved.get("data_fingerprint") != dataset.fingerprint:
+        raise InputError(
+            f"{run_dir} was trained on other data: names, captions or sizes of the pictures in {config.data.folder} "
+            "have changed since. Bring them back, or choose another --run-dir"
+        )
 
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
-def _write_config(config: TrainConfig, run_dir: Path) -> None:
+def _write_config(config: TrainConfig, run_dir: Path, dataset: BucketedDataset) -> None:
     path = run_dir / "config.json"
     partial = path.with_name("config.json.partial")
-    partial.write_text(
-        json.dumps({"config": configuration.to_json(config), "versions": _versions(), "commit": _commit()}, indent=1)
-    )
+    content = {
+        "config": configuration.to_json(config),
+        "data_fingerprint": dataset.fingerprint,
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+    partial.write_text(json.dumps(content, indent=1))
     partial.replace(path)
 
 

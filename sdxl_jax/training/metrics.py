@@ -1,17 +1,17 @@
 """Where a run's numbers go: RUN/metrics.jsonl with all digits, RUN/tensorboard, and the progress bar."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import jax
-import numpy as np
-import optax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.errors import InputError
 
 _SCALARS = ("loss", "grad_norm", "learning_rate", "images_per_second")
 
@@ -23,23 +23,24 @@ class MetricsWriter:
     never idle for their sake.
     """
 
-    def __init__(self, run_dir: Path, start: int, stop: int, batch_size: int, rate: optax.Schedule, progress: bool):
+    def __init__(self, run_dir: Path, start: int, stop: int, batch_size: int, progress: bool):
         """Removes the lines of steps after `start`, which are about to be made again."""
         self._path = run_dir / "metrics.jsonl"
         if self._path.exists():
             _cut_after(self._path, start)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
-        self._batch_size, self._rate = batch_size, rate
+        self._batch_size = batch_size
         self._pending: tuple[int, Bucket, dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.flush()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.flush()
         self._file.close()
         self._board.close()
         self._bar.close()
@@ -48,7 +49,7 @@ class MetricsWriter:
         """Takes the numbers of a step that has been started, and writes those of the one before."""
         self._write()
         self._pending = step, bucket, metrics
-        if all(value.is_ready() for value in metrics.values()):
+        if all(value.is_ready() for value in metrics.values()):  # pyright: ignore[reportAttributeAccessIssue]
             self._write()  # a device that has it already, as CPUs do, would find its time in the line before
 
     def flush(self) -> None:
@@ -73,12 +74,16 @@ class MetricsWriter:
         line = {
             "step": step,
             **values,
-            "learning_rate": float(np.asarray(self._rate(step - 1))),
             "bucket": list(bucket),
             "images_seen": step * self._batch_size,
             "step_seconds": seconds,
             "images_per_second": self._batch_size / seconds,
         }
+        if not math.isfinite(values["loss"]):
+            raise InputError(
+                f"The loss of step {step} is {values['loss']}. The run stops before this is saved. Lower "
+                "optimiser.learning_rate, or go on from the last checkpoint with another training.seed in a new run"
+            )
         self._file.write(json.dumps(line) + "\n")
         for name in _SCALARS:
             self._board.add_scalar(name, line[name], step)

@@ -36,6 +36,10 @@ def partition(params: Params, trains: tuple[str, ...]) -> tuple[Params, Params]:
     """
     flat = flatten(params)
     for pattern in trains:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"training.trains has {pattern!r}, which is no regular expression: {error}") from error
         if not any(re.search(pattern, path) for path in flat):
             raise InputError(
                 f"training.trains has {pattern!r}, which matches no parameter. Paths look like "

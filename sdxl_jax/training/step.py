@@ -23,6 +23,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.diffusion import loss, schedule
 from sdxl_jax.models import unet, vae
 from sdxl_jax.training import ema
+from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.state import TrainState, merge
 
 NoTokens = Int32[np.ndarray, "1 77"]
@@ -57,6 +58,7 @@ def batch_loss(
 def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: Mapping[str, NoTokens]) -> Step:
     """The step of a configuration. Pure: compile it with `jax.jit`, donating the state."""
     value_and_grad = jax.value_and_grad(batch_loss)
+    rate = optimisers.learning_rate(config.optimiser, config.training.steps)
 
     def accumulated(trained: Params, frozen: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, Params]:
         """Mean loss and gradient over micro-batches, one after the other."""
@@ -82,7 +84,11 @@ def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empt
         updates, moments = optimiser.update(gradient, state.optimiser, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         average = ema.update(state.ema, params, ema.decay_at(config.ema, state.step))
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradient)}
+        metrics = {
+            "loss": value,
+            "learning_rate": jnp.asarray(rate(state.step)),
+            "grad_norm": optax.tree.norm(gradient),
+        }
         return TrainState(state.step + 1, params, average, moments), metrics
 
     return step
