@@ -12,13 +12,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import compiling
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from sdxl_jax.__main__ import main
 from sdxl_jax.interop import safetensors
@@ -477,7 +478,8 @@ def test_pictures_carry_prompt_seed_and_settings(home: Path, drawn: Path) -> Non
     for number in range(2):
         with Image.open(drawn / f"{number:06d}.png") as image:
             assert (image.height, image.width, image.mode) == (32, 32, "RGB")
-            text: dict[str, Any] = getattr(image, "text")
+            assert isinstance(image, PngImageFile)
+            text = image.text
         assert text["prompt"] == "a picture"
         assert text["seed"] == "3"
         assert text["index"] == str(number)
@@ -533,7 +535,8 @@ def test_pictures_come_in_order_of_prompts_then_images(home: Path, tmp_path: Pat
     found = []
     for path in sorted((tmp_path / "out").iterdir()):
         with Image.open(path) as image:
-            text: dict[str, Any] = getattr(image, "text")
+            assert isinstance(image, PngImageFile)
+            text = image.text
             found.append((path.name, text["prompt"]))
     prompts = ("first", "first", "second", "second", "third", "third")
     assert found == [(f"{number:06d}.png", prompt) for number, prompt in enumerate(prompts)]

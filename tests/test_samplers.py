@@ -171,7 +171,7 @@ def test_ddpm_adds_no_noise_at_its_last_step() -> None:
     plan = DDPM.plan(SDXL, timesteps(10, 1000, Spacing.LEADING))
     prediction = Denoised(normal(0), normal(1))
     for step in (8, 9):
-        row = jax.tree.map(lambda column: jnp.float32(column[step]), plan)
+        row = jax.tree.map(lambda column, step=step: jnp.float32(column[step]), plan)
         quiet, loud = (DDPM.step(normal(2), prediction, row, noise) for noise in (jnp.zeros((2, 3, 5, 4)), normal(3)))
         moved = float(jnp.abs(quiet - loud).max())
         assert moved == 0 if step == 9 else moved > 0.01

@@ -86,7 +86,7 @@ def trajectories(name: str, spacing: Spacing, prediction: Prediction, count: int
         theirs.scale_model_input(state, timestep)
         keywords = {} if name == "ddim" else {"generator": used}
         state = theirs.step(torch.from_numpy(output), timestep, state, **keywords).prev_sample
-        row = jax.tree.map(lambda column: jnp.float32(column[index]), plan)
+        row = jax.tree.map(lambda column, index=index: jnp.float32(column[index]), plan)
         ours = step(ours, jnp.asarray(output), jnp.asarray(noise), row)
         largest = np.abs(state.numpy()).max()
         yield np.asarray(ours) / largest, state.numpy() / largest
