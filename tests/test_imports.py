@@ -43,7 +43,17 @@ ALLOWED: dict[str, set[str]] = {
     "training.metrics": {"data"} | BASE,
     "training.checkpoint": {"sharding", "training.state"} | BASE,
     "training.step": {
-        *("diffusion", "conditioning", "models", "model", "config", "arrays", "training.ema", "training.state")
+        *(
+            "diffusion",
+            "conditioning",
+            "models",
+            "model",
+            "config",
+            "arrays",
+            "training.ema",
+            "training.optimiser",
+            "training.state",
+        )
     },
     "training.loop": {
         *("training", "config", "data", "model", "models", "conditioning", "diffusion", "samplers"),

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float, Key, UInt8
 from tqdm import trange
 
-from sdxl_jax.arrays import Params
+from sdxl_jax.arrays import Params, normalise
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.sources import open_folder, read_image
 from sdxl_jax.data.transforms import cover_crop
@@ -35,7 +35,8 @@ PEAK_LEARNING_RATE = 2e-3
 EDGE_WEIGHT, KL_WEIGHT = 1.0, 1e-3
 
 
-def _loss(params: Params, image: Float[Array, "batch height width 3"], key: Key[Array, ""]) -> Float[Array, ""]:
+def _loss(params: Params, pixels: UInt8[Array, "batch height width 3"], key: Key[Array, ""]) -> Float[Array, ""]:
+    image = normalise(pixels)
     posterior = vae.encode(CONFIG, params, image)
     difference = vae.decode(CONFIG, params, posterior.sample(jax.random.split(key, BATCH))) - image
     edges = sum(jnp.abs(jnp.diff(difference, axis=axis)).mean() for axis in (1, 2))
@@ -44,7 +45,7 @@ def _loss(params: Params, image: Float[Array, "batch height width 3"], key: Key[
     return jnp.abs(difference).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
 
 
-def _crops(images: list[UInt8[np.ndarray, "height width 3"]], step: int) -> Float[np.ndarray, "batch crop crop 3"]:
+def _crops(images: list[UInt8[np.ndarray, "height width 3"]], step: int) -> UInt8[np.ndarray, "batch crop crop 3"]:
     rng = np.random.default_rng([0, step])
     rows = []
     for index in rng.integers(0, len(images), BATCH):
@@ -52,7 +53,7 @@ def _crops(images: list[UInt8[np.ndarray, "height width 3"]], step: int) -> Floa
         top, left = rng.integers(0, [height - CROP_PX + 1, width - CROP_PX + 1])
         crop = images[index][top : top + CROP_PX, left : left + CROP_PX]
         rows.append(crop[:, :: rng.choice([1, -1])])
-    return np.stack(rows).astype(np.float32) / 127.5 - 1
+    return np.stack(rows)
 
 
 def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: int = STEPS) -> VaeConfig:
@@ -71,8 +72,8 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     params = vae.init(jax.random.key(0), CONFIG)
 
     @jax.jit
-    def update(params: Params, average: Params, state: optax.OptState, image: Array, key: Array):
-        loss, gradient = jax.value_and_grad(_loss)(params, image, key)
+    def update(params: Params, average: Params, state: optax.OptState, pixels: Array, key: Array):
+        loss, gradient = jax.value_and_grad(_loss)(params, pixels, key)
         updates, state = optimiser.update(gradient, state)
         params = cast(Params, optax.apply_updates(params, updates))
         average = cast(Params, optax.incremental_update(params, average, 0.002))
@@ -87,7 +88,7 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
             progress.set_postfix(loss=f"{loss:.4f}")
 
     # Measured once over all pictures: latents × scale have unit variance, which the noise schedule counts on.
-    latents = [vae.encode(CONFIG, average, image[None] / 127.5 - 1).mean.ravel() for image in images]
+    latents = [vae.encode(CONFIG, average, normalise(image[None])).mean.ravel() for image in images]
     config = dataclasses.replace(CONFIG, scale=round(1 / float(np.concatenate(latents).std()), 5))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), average)
     partial = out.with_name(out.name + ".partial")
