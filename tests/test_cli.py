@@ -4,6 +4,7 @@ Commands run in this process, on a tiny model that is trained once for two steps
 """
 
 import contextlib
+import gc
 import io
 import json
 import re
@@ -249,6 +250,8 @@ def delete_the_metadata(folder: Path) -> None:
 SPOIL = [delete_everything, delete_the_largest, halve_the_largest, truncate_the_largest, delete_the_metadata]
 
 
+# Orbax leaves coroutines behind when a read fails half-way; newer Pythons report them when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_incomplete_checkpoint_is_no_silent_fresh_start(place: Path, spoil: Callable[[Path], None]) -> None:
     """Seen in MaxDiffusion."""
@@ -260,6 +263,7 @@ def test_incomplete_checkpoint_is_no_silent_fresh_start(place: Path, spoil: Call
     assert_refused(place, train(place), *expected)
     if spoil is not halve_the_largest:  # sampling reads the average alone, which may lie in the other half
         assert_refused(place, sample(place), *expected)
+    gc.collect()  # here, not in the next test
 
 
 def test_missing_frozen_weights_are_refused(place: Path) -> None:

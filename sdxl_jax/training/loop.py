@@ -71,8 +71,9 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
             save_frozen(run_dir, frozen)
         if progress:
             _announce(dataset, tokenizer, run_dir, first)
-            if random := sorted(set(frozen) - ({"vae"} if config.training.vae_weights else set())):
-                tqdm.write(f"  frozen at random weights: {', '.join(random)}")
+            random = sorted(set(frozen) - ({"vae"} if config.training.vae_weights else set()))
+            if last is None and random:
+                tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
         with (
             Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
             MetricsWriter(run_dir, first, stop, config.data.batch_size, progress) as writer,
