@@ -86,6 +86,7 @@ def _draw(model: Model, prompts: list[str], size: Bucket, seed: int, num_images:
         guidance=GUIDANCE,
         seed=seed,
         num_images=num_images,
+        progress=True,
     )
 
 
