@@ -149,9 +149,10 @@ def _sample(arguments: list[str]) -> None:
 
     prompts = list(options.prompt)
     if options.prompts_file is not None:
-        prompts += [line for line in _read_text(options.prompts_file).splitlines() if line.strip()]
-        if any(line.startswith("{") for line in prompts):
+        lines = [line for line in _read_text(options.prompts_file).splitlines() if line.strip()]
+        if any(line.startswith("{") for line in lines):
             raise InputError(f"{options.prompts_file} has lines of JSON. Give one prompt a line, and options by flags")
+        prompts += lines
     if not prompts:
         raise InputError("There is nothing to draw. Give --prompt TEXT, once or several times, or --prompts-file FILE")
     geometry = Geometry(

@@ -25,9 +25,6 @@ Image = Float[type_of_array, "batch height width 3"]
 ImageBytes = UInt8[type_of_array, "batch height width 3"]
 """Image as decoded, 0..255, before normalisation."""
 
-Latent = Float[type_of_array, "batch height width channels"]
-"""Scaled latent (× 0.13025 for SDXL) at an eighth of the image's height and width: what the UNet sees."""
-
 TokenIds = Int32[type_of_array, "batch 77"]
 """Token numbers of one tokenizer, with start, end and padding."""
 

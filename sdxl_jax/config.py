@@ -160,6 +160,19 @@ def from_json(value: Any, kind: type) -> Any:
         raise InputError(f"This is no {kind.__name__} that this version can read: {problems}") from error
 
 
+def read_saved(path: Path) -> dict[str, Any]:
+    """What a run keeps in its config.json; "config" is in it. Raises InputError if it cannot be read."""
+    try:
+        saved = json.loads(path.read_text())
+        saved["config"]
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise InputError(
+            f"{path} is no configuration of a run ({error}). Restore it, or choose another run "
+            "(with train: another --run-dir)"
+        ) from error
+    return saved
+
+
 def load(path: Path) -> TrainConfig:
     """Runs a configuration file and returns what its `get_config()` gives.
 

@@ -4,7 +4,6 @@ A run directory, or one checkpoint in it: the averaged weights of the newest, or
 """
 
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -45,12 +44,7 @@ def load_model(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | No
     config = saved_config(run_dir)
     mesh = mesh or sharding.make_mesh(MeshConfig())
     abstract = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        abstract,
-        sharding.place(mesh, abstract),
-    )
-    trained, frozen = partition(abstract, config.training.trains)
+    trained, frozen = partition(sharding.placed(mesh, abstract), config.training.trains)
     ema = restore_ema(run_dir / "checkpoints", step, trained)
     params = merge(ema, restore_frozen(run_dir, frozen))
     return Model(config.model, params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params))
@@ -58,11 +52,4 @@ def load_model(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | No
 
 def saved_config(run_dir: Path) -> TrainConfig:
     """The resolved configuration of a run. Raises InputError if it cannot be read."""
-    path = run_dir / "config.json"
-    try:
-        value = json.loads(path.read_text())["config"]
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(
-            f"{path} is no configuration of a run ({error}). Restore it, or choose another directory"
-        ) from error
-    return configuration.from_json(value, TrainConfig)
+    return configuration.from_json(configuration.read_saved(run_dir / "config.json")["config"], TrainConfig)

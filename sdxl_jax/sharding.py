@@ -106,6 +106,13 @@ def place(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def placed(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
+    """A tree of abstract arrays that say where they belong, by the rules: what is asked of a restored tree."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, place(mesh, tree)
+    )
+
+
 def put(mesh: Mesh, params: Params) -> Params:
     """Host arrays, placed by the rules."""
     return jax.tree.map(jax.device_put, params, place(mesh, params))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, UInt8
 from tqdm import trange
 
 from sdxl_jax.arrays import Params, normalise
-from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.sources import open_folder, read_image
 from sdxl_jax.data.transforms import cover_crop
 from sdxl_jax.interop import safetensors
@@ -60,11 +60,11 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     """Trains on the pictures of a folder, each at its bucket's size, and writes `out`; returns its configuration."""
     source = open_folder(folder)
     sizes = [Bucket(*bucket) for bucket in buckets]
-    images = []
-    for path, (height, width) in zip(source.paths, source.sizes, strict=True):
-        size = min(sizes, key=lambda bucket: abs(np.log(bucket.width / bucket.height / (width / height))))
-        rng = np.random.default_rng(0)
-        images.append(cover_crop(read_image(path), size, rng=rng, crop="centre").image)
+    rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
+    images = [
+        cover_crop(read_image(path), sizes[number], rng=rng, crop="centre").image
+        for path, number in zip(source.paths, assign(source.sizes, tuple(sizes)), strict=True)
+    ]
 
     optimiser = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_onecycle_schedule(steps, PEAK_LEARNING_RATE, 0.05))

@@ -10,7 +10,6 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -108,17 +107,10 @@ def _compiled(step: Step, mesh: Mesh, abstract: TrainState) -> Step:
 
 def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransformation) -> tuple[TrainState, Params]:
     """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            tree,
-            sharding.place(mesh, tree),
-        )
-
     params = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
     trained, frozen = partition(params, config.training.trains)
-    return placed(jax.eval_shape(functools.partial(create, optimiser=optimiser), trained)), placed(frozen)
+    state = jax.eval_shape(functools.partial(create, optimiser=optimiser), trained)
+    return sharding.placed(mesh, state), sharding.placed(mesh, frozen)
 
 
 def _fresh(
@@ -172,14 +164,8 @@ def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | Non
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
             raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
         return
-    try:
-        saved = json.loads(path.read_text())
-        old = saved["config"]
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(
-            f"{path} is no configuration of a run ({error}). Restore it, or choose another --run-dir"
-        ) from error
-    if changed := configuration.blocking_differences(old, configuration.to_json(config)):
+    saved = configuration.read_saved(path)
+    if changed := configuration.blocking_differences(saved["config"], configuration.to_json(config)):
         shown = "\n  ".join(changed[:8])
         raise InputError(
             f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
