@@ -17,6 +17,7 @@ import tyro
 from sdxl_jax.errors import InputError, nearest_first
 
 if TYPE_CHECKING:
+    from sdxl_jax.opening import Opening
     from sdxl_jax.pipeline import Geometry
 
 _T = TypeVar("_T")
@@ -79,12 +80,35 @@ def _train(arguments: list[str]) -> None:
     loop.train(config, options.run_dir)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """What can be said of any model that is opened."""
+
+    parts_from: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """Another model, or one network alone, whose parts take the place of this one's, e.g. another autoencoder."""
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE or FILE:SCALE; a LoRA that is merged into the weights. May be given several times."""
+    variant: str | None = None
+    """Which weights of a diffusers directory: fp16 for *.fp16.safetensors. Default: those without a variant."""
+    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the UNet outputs, for files that do not tell."""
+    allow_partial: bool = False
+    """Take what fits of a model whose tensors do not all fit; the rest has its initial values, and is listed."""
+
+    def opening(self, mixed: bool = False) -> "Opening":
+        from sdxl_jax.diffusion.parameterisation import Prediction
+        from sdxl_jax.opening import Opening
+
+        prediction = None if self.prediction is None else Prediction(self.prediction)
+        return Opening(self.variant, prediction, self.allow_partial, mixed)
+
+
 @dataclass(frozen=True)
-class Sample:
-    """Draw pictures of prompts with a trained model."""
+class Sample(_Opened):
+    """Draw pictures of prompts with a model."""
 
     model: tyro.conf.Positional[Path]
-    """A run directory, or one checkpoint in it."""
+    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
     out: Path
     """Folder for 000000.png and so on, in order of prompts, then images."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -93,6 +117,8 @@ class Sample:
     """Text file with one prompt a line, drawn after those of --prompt."""
     negative_prompt: str | None = None
     """What guidance leads away from. Absent is not the same as empty."""
+    embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE or FILE:TOKEN; a textual inversion. TOKEN is what prompts call it, default: the file's own or its name."""
     height: int | None = None
     """Pixels, a multiple of 8. Default: the model's own."""
     width: int | None = None
@@ -141,8 +167,10 @@ def _sample(arguments: list[str]) -> None:
     from PIL import Image
 
     from sdxl_jax.conditioning.text import Tokenizer
-    from sdxl_jax.loading import load_model
+    from sdxl_jax.interop import inversion, lora
+    from sdxl_jax.loading import load_weights
     from sdxl_jax.models.layers import Compute, Dtype
+    from sdxl_jax.opening import open_model
     from sdxl_jax.pictures import save_png
     from sdxl_jax.pipeline import Geometry, generate
     from sdxl_jax.samplers.steps import Spacing
@@ -175,7 +203,14 @@ def _sample(arguments: list[str]) -> None:
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out} is a file. Give a folder, new or old")
 
-    model = load_model(options.model)
+    loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
+    model = load_weights(open_model(options.model, options.opening(), options.parts_from))
+    for read, scale in loras:
+        model = lora.add(model, read, scale)
+    for line in lora.listing(model):
+        print(f"merged {line}", file=sys.stderr)
+    for embedding in options.embedding:
+        model = inversion.add(model, *_file_and_token(embedding))
     tokenizer = Tokenizer.of(model.config.text)
     for number, beyond in enumerate(tokenizer.truncated([*prompts, options.negative_prompt or ""])):
         if beyond:
@@ -204,7 +239,7 @@ def _sample(arguments: list[str]) -> None:
     for number, image in enumerate(made.images):
         prompt = prompts[number // options.num_images]
         text = {"prompt": prompt, "index": str(number)} | {
-            name: str(value) for name, value in settings.items() if value is not None
+            name: str(value) for name, value in settings.items() if value is not None and value != ()
         }
         save_png(Image.fromarray(image), options.out / f"{number:06d}.png", text)
     if options.save_latents:
@@ -230,6 +265,12 @@ def _position(option: str, value: str) -> tuple[int, int]:
     return _pair(option, value, ",", "TOP,LEFT in pixels, e.g. 0,64")
 
 
+def _file_and_token(value: str) -> tuple[Path, str | None]:
+    """FILE or FILE:TOKEN. A file that is there is a file, whatever colons are in its name."""
+    file, found, token = value.rpartition(":")
+    return (Path(value), None) if not found or Path(value).exists() else (Path(file), token)
+
+
 def _pair(option: str, value: str, separator: str, expected: str) -> tuple[int, int]:
     first, found, second = value.partition(separator)
     if not (found and first.isdecimal() and second.isdecimal() and max(len(first), len(second)) <= 6):
@@ -242,6 +283,50 @@ def _read_text(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}). Give a text file") from error
+
+
+@dataclass(frozen=True)
+class Convert(_Opened):
+    """Write a model in another layout: for diffusers, for ComfyUI and the like, for Orbax."""
+
+    source: tyro.conf.Positional[Path]
+    """A run directory, an Orbax checkpoint, a diffusers directory, a .safetensors file, or one network alone."""
+    destination: tyro.conf.Positional[Path]
+    """A new directory; for a single file, a new .safetensors file."""
+    to: Literal["orbax", "diffusers", "single-file"]
+    """The layout: an Orbax checkpoint, a diffusers directory, or Stability's original layout in one file."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the weights. Default: as they are."""
+
+
+def _convert(arguments: list[str]) -> None:
+    options = _parse(Convert, arguments, "convert")
+    import numpy as np
+
+    from sdxl_jax.converting import Layout, convert
+    from sdxl_jax.interop import lora
+    from sdxl_jax.interop.weights import DTYPES, cast
+    from sdxl_jax.loading import say
+    from sdxl_jax.opening import open_model
+
+    loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
+    weights = open_model(options.source, options.opening(mixed=options.dtype is not None), options.parts_from)
+    say(weights.notes)
+    for read, scale in loras:
+        weights = lora.merge(weights, read, scale)
+        print(f"merging {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
+    if options.dtype is not None:
+        weights = cast(weights, np.dtype(DTYPES[options.dtype]))
+    written = convert(weights, options.destination, Layout(options.to))
+    if written.left_out:
+        print(
+            f"note: {len(written.left_out)} tensors of the source have no place in this layout and were left out: "
+            f"{', '.join(written.left_out[:8])}{' …' if len(written.left_out) > 8 else ''}",
+            file=sys.stderr,
+        )
+    print(
+        f"{', '.join(written.parts)}: {written.tensors} tensors, {written.size / 1e9:.2f} GB, in {options.destination}"
+    )
 
 
 @dataclass(frozen=True)
@@ -292,6 +377,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on pictures that come along, and look at what it draws"),
     "train": (_train, "train what a configuration file describes, or go on with it"),
     "sample": (_sample, "draw pictures of prompts with a trained model"),
+    "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
     "data": (_data, "data inspect: what training will really see"),
 }
 

@@ -38,8 +38,9 @@ class TrainingConfig:
     """Patterns of the paths of parameters that train; the rest stays as it is."""
     caption_dropout: float = 0.1
     """Share of examples whose text is replaced by no text, 0 to 1. Higher: better guidance, weaker prompts."""
-    vae_weights: str | None = None
-    """Safetensors file with the autoencoder in our layout; None: fresh random weights."""
+    init_from: tuple[str, ...] = ()
+    """Models, or networks alone, in any layout, whose weights a new run starts from; the last one wins. A part that is
+    in none of them starts from random weights."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ MAY_CHANGE = (
     "data.workers",
     "mesh.data",
     "mesh.fsdp",
-    "training.vae_weights",
+    "training.init_from",
     "validation",
 )
 """Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. The folder may have

@@ -1,55 +1,85 @@
-"""`load_model`: a path to a model, whatever the path holds. What it holds is found out, not asked.
-
-A run directory, or one checkpoint in it: the averaged weights of the newest, or that, checkpoint.
-"""
+"""`load_model`: a path to a model, its parameters on devices. What a path may hold is listed in `opening.py`."""
 
 import functools
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from sdxl_jax import config as configuration
-from sdxl_jax import model as models
 from sdxl_jax import sharding
-from sdxl_jax.config import TrainConfig
-from sdxl_jax.errors import InputError
+from sdxl_jax.arrays import flatten, unflatten
+from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.interop.weights import Leaf, Weights, cast
 from sdxl_jax.model import Model
+from sdxl_jax.opening import Opening, open_model
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training.checkpoint import latest_step, restore_ema, restore_frozen
-from sdxl_jax.training.state import merge, partition
 
 
-def load_model(path: str | Path, dtype: jnp.dtype | None = None, mesh: Mesh | None = None) -> Model:
+def load_model(
+    path: str | Path,
+    dtype: np.dtype | type | str | None = None,
+    mesh: Mesh | None = None,
+    *,
+    parts_from: Sequence[str | Path] = (),
+    variant: str | None = None,
+    prediction: Prediction | None = None,
+    allow_partial: bool = False,
+    progress: bool = True,
+) -> Model:
     """The model at a path, its parameters placed on `mesh` (default: a copy on every device).
 
-    dtype: of the parameters; None keeps theirs. It is not that of the computation, which `Compute` sets.
+    Each parameter goes from the disk to where it belongs before the next is read; of a tensor in a safetensors file, a
+    host reads the part that its devices hold.
 
-    Raises InputError if there is no model that this version can read.
+    Args:
+        path: what it may hold is listed in `opening.py`. One network alone gives a model with that part.
+        dtype: of the parameters; None keeps theirs. It is not that of the computation, which `Compute` sets.
+        parts_from: models, or networks alone, whose parts take the place of this model's; the last one wins.
+        variant: of a diffusers directory, e.g. "fp16"; None: the files without a variant.
+        prediction: what the UNet outputs, where the files do not tell.
+        allow_partial: take a model whose tensors do not all fit; what is left out is listed.
+        progress: show a bar for large models, and say what was found.
+
+    Raises InputError if there is no model that this version can read, and for tensors that are missing, unknown or of
+    another shape.
     """
-    run_dir, step = Path(path).absolute(), None
-    if run_dir.name.isdecimal() and run_dir.parent.name == "checkpoints":
-        run_dir, step = run_dir.parents[1], int(run_dir.name)
-    if not (run_dir / "config.json").is_file():
-        what = "There is nothing at" if not Path(path).exists() else "There is no model at"
-        raise InputError(f"{what} {path}. Expected a run directory of `sdxl-jax train`, or RUN/checkpoints/STEP in one")
-    newest = latest_step(run_dir / "checkpoints")
-    step = newest if step is None else step
-    if step is None or newest is None:
-        raise InputError(f"{run_dir} has no checkpoint yet. Train on, or wait for the first")
+    asked = None if dtype is None else np.dtype(dtype)
+    opening = Opening(variant, prediction, allow_partial, mixed=asked is not None)
+    weights = open_model(path, opening, parts_from)
+    return load_weights(weights if asked is None else cast(weights, asked), mesh, progress)
 
-    if not (run_dir / "checkpoints" / str(step)).is_dir():
-        raise InputError(f"{run_dir} has no checkpoint of step {step}. Its newest is that of {newest}")
-    config = saved_config(run_dir)
+
+def say(notes: Iterable[str]) -> None:
+    for note in notes:
+        tqdm.write(f"note: {note}", file=sys.stderr)
+
+
+def bar(weights: Weights, what: str, progress: bool) -> tqdm:
+    """A progress bar over a model's bytes."""
+    return tqdm(total=weights.size, desc=what, unit="B", unit_scale=True, disable=not progress, mininterval=0.5)
+
+
+def load_weights(weights: Weights, mesh: Mesh | None = None, progress: bool = True) -> Model:
+    """What `open_model` found, read: every parameter to where the sharding rules say that it belongs."""
+    if progress:
+        say(weights.notes)
     mesh = mesh or sharding.make_mesh(MeshConfig())
-    abstract = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
-    trained, frozen = partition(sharding.placed(mesh, abstract), config.training.trains)
-    ema = restore_ema(run_dir / "checkpoints", step, trained)
-    params = merge(ema, restore_frozen(run_dir, frozen))
-    return Model(config.model, params if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in weights.leaves.items()}
+    places = flatten(sharding.place(mesh, unflatten(abstract)))
+    params = {}
+    with bar(weights, "loading", progress and weights.size > 2**28) as shown:
+        for path, leaf in weights.leaves.items():
+            part = functools.cache(functools.partial(_part, leaf))
+            params[path] = jax.make_array_from_callback(
+                leaf.shape, places[path], lambda index, part=part: part(tuple((i.start, i.stop) for i in index or ()))
+            )
+            shown.update(params[path].nbytes)
+    return Model(weights.config, unflatten(params))
 
 
-def saved_config(run_dir: Path) -> TrainConfig:
-    """The resolved configuration of a run. Raises InputError if it cannot be read."""
-    return configuration.from_json(configuration.read_saved(run_dir / "config.json")["config"], TrainConfig)
+def _part(leaf: Leaf, bounds: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
+    return leaf.read(tuple(slice(*pair) for pair in bounds))

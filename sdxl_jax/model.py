@@ -9,7 +9,7 @@ Also the one function that training and sampling share: what the UNet is told (`
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Key
@@ -118,6 +118,17 @@ class ModelConfig:
                     f"{tower.name} reads {clip_config.tokens} tokens of {clip_config.vocabulary}. CLIP's vocabulary "
                     f"needs {text.TOKENS} of at least {text.END_OF_TEXT + 1}"
                 )
+            added = tower.added_tokens
+            if clip_config.vocabulary < text.FIRST_ADDED + len(added):
+                raise InputError(
+                    f"{tower.name} has {len(added)} added tokens, but clip.vocabulary={clip_config.vocabulary}. Set it "
+                    f"to {text.FIRST_ADDED + len(added)}"
+                )
+            if unusable := [word for n, word in enumerate(added) if word in added[:n] or not text.can_be_added(word)]:
+                raise InputError(
+                    f"{tower.name} has the added tokens {unusable}, which are repeated, CLIP's own, or begin or end in "
+                    "a space. Give each another name"
+                )
             if clip_config.width % clip_config.heads:
                 raise InputError(
                     f"{tower.name} has {clip_config.heads} heads for a width of {clip_config.width}, which they do not "
@@ -140,11 +151,22 @@ SD2 = ModelConfig(
 )
 
 
+class Adapter(NamedTuple):
+    """A LoRA that a model's parameters contain."""
+
+    name: str
+    scale: float
+    lora: Any
+    """An `interop.lora.Lora`: what was added, so that it can be listed and taken away again."""
+
+
 class Model(NamedTuple):
     """A model that can be sampled from."""
 
     config: ModelConfig
     params: Params
+    adapters: tuple[Adapter, ...] = ()
+    """What `interop.lora.add` has merged into the parameters, in that order."""
 
 
 def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:

@@ -23,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 from sdxl_jax.__main__ import main
-from sdxl_jax.interop import safetensors
+from sdxl_jax.quickstart import autoencoder
 
 CONFIG = """
 import dataclasses
@@ -272,21 +272,14 @@ def test_missing_frozen_weights_are_refused(place: Path) -> None:
     assert_refused(place, sample(place), "run/frozen is incomplete or damaged", "Restore its files")
 
 
-def test_missing_autoencoder_weights_are_refused(place: Path) -> None:
-    refused = train(place, "--run-dir", place / "new", "--training.vae-weights", place / "absent.safetensors")
-    assert_refused(place, refused, "absent.safetensors is no readable safetensors file", "Check the path")
+def test_missing_initial_weights_are_refused(place: Path) -> None:
+    refused = train(place, "--run-dir", place / "new", "--training.init-from", place / "absent.safetensors")
+    assert_refused(place, refused, "There is nothing at", "absent.safetensors", "a diffusers directory")
 
 
-def test_autoencoder_weights_of_another_shape_are_refused(place: Path) -> None:
-    safetensors.save(place / "vae.safetensors", {"encoder": {"conv_in": {"bias": np.zeros(3, np.float32)}}}, {})
-    refused = train(place, "--run-dir", place / "new", "--training.vae-weights", place / "vae.safetensors")
-    assert_refused(place, refused, r"vae\.safetensors do not fit model\.vae", "the first is", "Set model.vae to")
-
-
-def test_autoencoder_weights_for_a_trained_autoencoder_are_refused(place: Path) -> None:
-    options = ["--training.vae-weights", place / "vae.safetensors", "--training.trains", "^unet/", "^vae/"]
-    refused = train(place, "--run-dir", place / "new", *options)
-    assert_refused(place, refused, "vae_weights is for a frozen autoencoder", "Leave out one of them")
+def test_initial_weights_of_another_configuration_are_refused(place: Path) -> None:
+    refused = train(place, "--run-dir", place / "new", "--training.init-from", autoencoder.WEIGHTS)
+    assert_refused(place, refused, r"The vae in .*autoencoder\.safetensors", "block_channels", "Set model.vae to")
 
 
 # Refused: sample

@@ -53,7 +53,7 @@ def test_configuration_survives_json(name: str) -> None:
         data=DataConfig(folder="pictures", buckets=((32, 32), (24, 40)), flip_probability=0.25),
         model=MODELS[name],
         mesh=MeshConfig(data=2, fsdp=4),
-        training=TrainingConfig(trains=("^unet/", "^vae/"), vae_weights="weights.safetensors"),
+        training=TrainingConfig(trains=("^unet/", "^vae/"), init_from=("weights.safetensors",)),
         validation=ValidationConfig(every_steps=None, prompts=("a", "b"), sizes=((32, 32), (24, 40))),
     )
     value = configuration.to_json(config)
@@ -198,7 +198,7 @@ def test_what_may_change_exists(entry: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["checkpoint.keep", "data.folder", "mesh.fsdp", "training.vae_weights", "validation.steps"]
+    "path", ["checkpoint.keep", "data.folder", "mesh.fsdp", "training.init_from", "validation.steps"]
 )
 def test_resume_may_change_what_does_not_change_learning(path: str) -> None:
     old = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))

@@ -28,20 +28,22 @@ ALLOWED: dict[str, set[str]] = {
     "samplers": {"samplers", "diffusion", "errors"},
     "model": {"conditioning", "diffusion", "models", "samplers.guidance"} | BASE,
     "pipeline": {"model", "samplers", "conditioning", "models", "diffusion"} | BASE,
-    "interop": {"interop", "models"} | BASE,
+    "interop": {"interop", "model", "models", "conditioning", "diffusion"} | BASE,
     "sharding": BASE,
     "config": {
         *("model", "conditioning", "diffusion", "models", "data", "sharding"),
         *("training.ema", "training.optimiser"),
         *BASE,
     },
-    "loading": {"config", "model", "models", "interop", "sharding", "training.checkpoint", "training.state"} | BASE,
+    "opening": {"config", "model", "models", "diffusion", "interop", "training.checkpoint"} | BASE,
+    "loading": {"opening", "model", "diffusion", "interop", "sharding"} | BASE,
+    "converting": {"opening", "loading", "config", "model", "models", "interop"} | BASE,
     "training": set(),
     "training.state": BASE,
     "training.ema": BASE,
     "training.optimiser": BASE,
     "training.metrics": {"data"} | BASE,
-    "training.checkpoint": {"sharding", "training.state"} | BASE,
+    "training.checkpoint": {"sharding", "interop", "training.state"} | BASE,
     "training.step": {
         *(
             "diffusion",
@@ -57,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.loop": {
         *("training", "config", "data", "model", "models", "conditioning", "diffusion", "samplers"),
-        *("pipeline", "pictures", "interop", "sharding"),
+        *("pipeline", "pictures", "interop", "opening", "loading", "sharding"),
         *BASE,
     },
     "evaluation": {

@@ -311,6 +311,15 @@ def test_everything_can_train(tmp_path: Path) -> None:
     assert_identical(merge(trained, checkpoint.restore_frozen(tmp_path, frozen)), params)
 
 
+def test_new_run_starts_from_the_weights_of_another_model(
+    config: TrainConfig, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = dataclasses.replace(config.training, steps=0, seed=7, init_from=(str(whole.folder),))
+    started = loop.train(dataclasses.replace(config, training=training), tmp_path / "run")
+    assert_identical(started.params, load_model(whole.folder).params)
+    assert "random weights" not in capsys.readouterr().out
+
+
 def test_frozen_parameters_of_a_start_that_left_no_checkpoint_are_replaced(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         checkpoint.save_frozen(tmp_path, {"vae": {"kernel": jnp.full(3, value)}})

@@ -6,13 +6,19 @@ SDXL concatenates the states of two towers along the features; the pooled vector
 Towers differ in what they pad with: CLIP-L with end-of-text, bigG with 0. The vocabulary is CLIP's own, shipped with
 the package, or the `vocab.json` and `merges.txt` of a folder. The byte-pair encoding is transformers' `CLIPTokenizer`,
 which is what users of diffusers get; it differs from OpenAI's on curly quotes, HTML entities and full-width characters.
+
+A tower may know words beyond that vocabulary, learnt by textual inversion (Gal et al. 2022, arXiv:2208.01618). They are
+found anywhere in a prompt, whatever their case, even within a word. Words `<tok>`, `<tok>_1`, `<tok>_2` are vectors of
+one concept, as diffusers writes it: where a prompt says `<tok>`, it means all of them, in turn.
 """
 
 import enum
 import functools
 import gzip
+import itertools
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +67,13 @@ class Tower:
     """Token that fills a prompt up to 77."""
     context: ContextState = ContextState.PENULTIMATE
     """The states that the UNet attends to."""
+    added_tokens: tuple[str, ...] = ()
+    """Words beyond CLIP's vocabulary, in the order of their rows 49408, 49409, … of the token embedding."""
 
 
 END_OF_TEXT = 49407
+FIRST_ADDED = END_OF_TEXT + 1
+"""Number of the first of a tower's added tokens, and its row of the token embedding."""
 SDXL_BASE_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT), Tower("text_encoder_2", CLIP_BIGG, 0))
 SDXL_REFINER_TEXT = (Tower("text_encoder_2", CLIP_BIGG, 0),)
 SD1_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT, ContextState.LAST),)
@@ -71,8 +81,15 @@ SD2_TEXT = (Tower("text_encoder", CLIP_H, 0, ContextState.PENULTIMATE_NORMED),)
 
 
 @functools.cache
-def _byte_pair_encoder(folder: str | None) -> CLIPTokenizer:
-    """transformers' tokenizer over the shipped vocabulary, or that of a folder."""
+def _byte_pair_encoder(folder: str | None, added: tuple[str, ...] = ()) -> CLIPTokenizer:
+    """transformers' tokenizer over the shipped vocabulary, or that of a folder, and added words behind it."""
+    encoder = _plain_encoder(folder)
+    if added:
+        encoder.add_tokens(list(added))
+    return encoder
+
+
+def _plain_encoder(folder: str | None) -> CLIPTokenizer:
     if folder is None:
         merges = [tuple(line.split()) for line in gzip.decompress(_MERGES.read_bytes()).decode().splitlines()]
         symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -89,34 +106,80 @@ def _byte_pair_encoder(folder: str | None) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (as above)
 
 
+def can_be_added(word: str) -> bool:
+    """Whether the word can be an added token: not empty, no space around it, not in CLIP's vocabulary already."""
+    return word == word.strip() != "" and _byte_pair_encoder(None).backend_tokenizer.token_to_id(word) is None
+
+
+def concept_words(token: str, added: tuple[str, ...]) -> tuple[str, ...]:
+    """The words of a concept whose first is `token`: it, and of token_1, token_2, … what is there without a gap."""
+    rest = (f"{token}_{number}" for number in itertools.count(1))
+    return (token, *itertools.takewhile(added.__contains__, rest))
+
+
+def concepts(added: tuple[str, ...]) -> dict[str, int]:
+    """A tower's concepts by their first words, which are what prompts call them, and how many vectors each has."""
+    words = {token: concept_words(token, added) for token in added}
+    later = {word for run in words.values() for word in run[1:]}
+    return {token: len(run) for token, run in words.items() if token not in later}
+
+
+def _encode(prompts: list[str], folder: str | None, added: tuple[str, ...], **options: Any) -> list[list[int]]:
+    """Start, tokens, end of each prompt, with all words of the concepts that it names."""
+    if not prompts:  # on which transformers fails
+        return []
+    encoder = _byte_pair_encoder(folder, added)
+    several = {token: " ".join(concept_words(token, added)) for token, count in concepts(added).items() if count > 1}
+    if several:
+        prompts = [_name_every_word(prompt, encoder, several) for prompt in prompts]
+    return encoder(prompts, **options)["input_ids"]
+
+
+def _name_every_word(prompt: str, encoder: CLIPTokenizer, words: Mapping[str, str]) -> str:
+    """The prompt with "<tok> <tok>_1 <tok>_2" for "<tok>", as diffusers' `maybe_convert_prompt` does it.
+
+    In text, so that a prompt that names `<tok>_1` itself becomes what it becomes there. transformers finds added words
+    in any case; diffusers then replaces those in lower case alone, and of the others uses the first vector. Here case
+    does not matter to either.
+    """
+    found = set(encoder(prompt, verbose=False)["input_ids"])
+    for token, every in words.items():
+        if encoder.convert_tokens_to_ids(token) in found:
+            prompt = re.sub(re.escape(token), lambda _: every, prompt, flags=re.IGNORECASE)  # noqa: B023 (used at once)
+    return prompt
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """Prompts to token numbers, for every tower of a model. Pickles, so that data workers can have it."""
 
-    pad_tokens: tuple[tuple[str, int], ...]
-    """(tower, padding token) pairs."""
+    towers: tuple[tuple[str, int, tuple[str, ...]], ...]
+    """(name, padding token, added tokens) of each."""
     vocabulary: str | None = None
     """Folder with `vocab.json` and `merges.txt`; None: CLIP's vocabulary, which is shipped."""
 
     @classmethod
     def of(cls, towers: tuple[Tower, ...], vocabulary: str | None = None) -> "Tokenizer":
-        return cls(tuple((tower.name, tower.pad_token) for tower in towers), vocabulary)
+        return cls(tuple((tower.name, tower.pad_token, tower.added_tokens) for tower in towers), vocabulary)
 
     def __call__(self, prompts: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
         """One entry a tower: start, the prompt's tokens (truncated to 75), end, padding."""
-        encoded = self._encode(prompts, truncation=True, max_length=TOKENS)
+        encoded = self._encoded(prompts, truncation=True, max_length=TOKENS)
         return {
-            name: np.array([row + [pad] * (TOKENS - len(row)) for row in encoded], np.int32).reshape(-1, TOKENS)
-            for name, pad in self.pad_tokens
+            name: np.array([row + [pad] * (TOKENS - len(row)) for row in encoded[added]], np.int32).reshape(-1, TOKENS)
+            for name, pad, added in self.towers
         }
 
     def truncated(self, prompts: list[str]) -> list[int]:
-        """For each prompt, how many of its tokens are beyond the 75 that a tower reads."""
-        return [max(0, len(row) - TOKENS) for row in self._encode(prompts, verbose=False)]
+        """For each prompt, how many of its tokens are beyond the 75 that a tower reads; the most of any tower."""
+        encoded = self._encoded(prompts, verbose=False).values()
+        return [max(0, *(len(row) - TOKENS for row in rows)) for rows in zip(*encoded, strict=True)]
 
-    def _encode(self, prompts: list[str], **options: Any) -> list[list[int]]:
-        # transformers fails on an empty list.
-        return _byte_pair_encoder(self.vocabulary)(prompts, **options)["input_ids"] if prompts else []
+    def _encoded(self, prompts: list[str], **options: Any) -> dict[tuple[str, ...], list[list[int]]]:
+        """By added tokens: most often the same for all towers, whose prompts are then encoded once."""
+        return {
+            added: _encode(prompts, self.vocabulary, added, **options) for added in {each[2] for each in self.towers}
+        }
 
 
 class TextCondition(NamedTuple):

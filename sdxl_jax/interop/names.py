@@ -1,36 +1,130 @@
-"""Tables: a path in our parameter tree <-> names of tensors in the diffusers and transformers layouts.
+"""Tables: where the numbers of each tensor of other people's files stand among our parameters.
 
-A table is made from the abstract parameter tree and a few renaming rules, so it lists every parameter exactly once; a
-missing or surplus tensor is the difference of two tables. Layouts differ in two ways: torch keeps a linear weight as
-[out, in] and a convolution as [out, in, height, width], where ours are [in, out] and [height, width, in, out]; and ours
-are stacked on a leading axis where a scan runs over layers.
+A table is made from a network's configuration and the naming of a file. It lists every tensor once and covers every
+parameter once, so a missing or surplus tensor is the difference of two tables, and the way back is the same table read
+backwards. Layouts differ in more than names: torch keeps a linear weight as [out, in] and a convolution as [out, in,
+height, width], where ours are [in, out] and [height, width, in, out]; ours are stacked on a leading axis where a scan
+runs over layers; OpenCLIP keeps queries, keys and values of a layer in one tensor, and its projection as [in, out].
+
+Sources: `state_dict()` of the networks in diffusers, transformers, open_clip, and in Stability's `generative-models`
+(sgm), whose names for UNet and autoencoder are those of the first latent-diffusion code.
 """
 
+import enum
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
-from sdxl_jax.arrays import Params
+from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.models import clip, layers, unet, vae
+from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import VaeConfig
 
-Rules = Sequence[tuple[str, str]]
-"""(pattern, replacement) pairs, applied in order to a path joined by dots. `{layer}` stands for the stacked index."""
+PartConfig = UNetConfig | VaeConfig | ClipTextConfig
 
-UNET: Rules = (
+
+class Dialect(enum.Enum):
+    """Who named the tensors."""
+
+    DIFFUSERS = "diffusers"
+    """UNet and VAE of diffusers."""
+    DIFFUSERS_OLD = "diffusers_old"
+    """VAE of diffusers before 0.18: its attention has query, key, value and proj_attn."""
+    ORIGINAL = "original"
+    """UNet and VAE of latent-diffusion and sgm: input_blocks, middle_block, output_blocks."""
+    TRANSFORMERS = "transformers"
+    """CLIP of transformers, as in every file on the hub: text_model.encoder.layers."""
+    TRANSFORMERS_5 = "transformers_5"
+    """CLIP as transformers 5 saves it: without `text_model.`."""
+    OPENCLIP = "openclip"
+    """CLIP of OpenAI and OpenCLIP: transformer.resblocks, queries, keys and values in one tensor."""
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How a file names and shapes the tensors of one part of a model."""
+
+    dialect: Dialect
+    prefix: str = ""
+    """What stands before every name."""
+    conv_attention: bool = False
+    """The VAE's attention has 1×1 convolutions, [out, in, 1, 1]; false: linear layers, [out, in]."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of our parameters, or one layer of a stacked one."""
+
+    path: str
+    """Keys joined by slashes."""
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor elsewhere, and where its numbers stand here."""
+
+    name: str
+    shape: tuple[int, ...]
+    """The tensor's."""
+    places: tuple[Place, ...]
+    """One; or query, key and value, of equal size, one behind the other along the tensor's first axis."""
+    axes: tuple[int, ...]
+    """Our axes of a place (without the layer's), in the tensor's order. The tensor may have further axes of 1."""
+
+    def ours(self, tensor: np.ndarray) -> np.ndarray:
+        """A tensor, or one place's part of it, with our axes."""
+        return tensor.reshape(tensor.shape[: len(self.axes)]).transpose(np.argsort(self.axes))
+
+    def theirs(self, value: np.ndarray) -> np.ndarray:
+        """A place's value as the part of the tensor that it is."""
+        value = value.transpose(self.axes)
+        return value.reshape(value.shape + (1,) * (len(self.shape) - value.ndim))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every tensor of one part in one naming."""
+
+    abstract: Mapping[str, jax.ShapeDtypeStruct]
+    """Our parameters, by path."""
+    entries: tuple[Entry, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries}
+
+    @functools.cached_property
+    def by_path(self) -> dict[str, list[tuple[Entry, int]]]:
+        """For each parameter its tensors, in the order of layers, and which of a tensor's places it is."""
+        found: dict[str, list[tuple[Entry, int]]] = {path: [] for path in self.abstract}
+        for entry in self.entries:
+            for number, place in enumerate(entry.places):
+                found[place.path].append((entry, number))
+        for rows in found.values():
+            rows.sort(key=lambda row: row[0].places[row[1]].layer or 0)
+        return found
+
+
+# (pattern, replacement) pairs, applied in order to a path joined by dots; `{layer}` stands for the stacked index.
+_Rules = Sequence[tuple[str, str]]
+_DIFFUSERS_UNET: _Rules = (
     (r"_(\d+)(?=\.)", r".\1"),
     (r"\.downsample\.", ".downsamplers.0.conv."),
     (r"\.upsample\.", ".upsamplers.0."),
-    (r"^mid_block\.attentions", "mid_block.attentions"),
     (r"\.transformer_blocks\.", ".transformer_blocks.{layer}."),
     (r"\.to_out\.", ".to_out.0."),
     (r"\.ff\.proj_in\.", ".ff.net.0.proj."),
     (r"\.ff\.proj_out\.", ".ff.net.2."),
     (r"\.linear\.(\d)", r".linear_\1"),
 )
-VAE: Rules = (
+_DIFFUSERS_VAE: _Rules = (
     (r"_blocks_(\d+)_resnets_(\d+)", r"_blocks.\1.resnets.\2"),
     (r"mid_block\.resnets_(\d)", r"mid_block.resnets.\1"),
     (r"_blocks_(\d+)_downsample\.", r"_blocks.\1.downsamplers.0.conv."),
@@ -40,7 +134,14 @@ VAE: Rules = (
     (r"\.to_out\.", ".to_out.0."),
     (r"^(?:en|de)coder\.((?:post_)?quant_conv)", r"\1"),
 )
-CLIP_TEXT: Rules = (
+_DIFFUSERS_OLD_VAE: _Rules = (
+    *_DIFFUSERS_VAE,
+    (r"\.to_q\.", ".query."),
+    (r"\.to_k\.", ".key."),
+    (r"\.to_v\.", ".value."),
+    (r"\.to_out\.0\.", ".proj_attn."),
+)
+_TRANSFORMERS: _Rules = (
     (r"^(token_embedding|position_embedding)", r"text_model.embeddings.\1"),
     (r"position_embedding$", "position_embedding.weight"),
     (r"^final_layer_norm", "text_model.final_layer_norm"),
@@ -48,99 +149,211 @@ CLIP_TEXT: Rules = (
     (r"^layers\.(fc\d)\.", r"text_model.encoder.layers.{layer}.mlp.\1."),
     (r"^layers\.", "text_model.encoder.layers.{layer}."),
 )
+_TRANSFORMERS_5: _Rules = (*_TRANSFORMERS, (r"^text_model\.", ""))
+_OPENCLIP: _Rules = (
+    (r"position_embedding$", "positional_embedding"),
+    (r"^final_layer_norm", "ln_final"),
+    (r"^text_projection\.weight", "text_projection"),
+    (r"^layers\.[qkv]_proj\.", "transformer.resblocks.{layer}.attn.in_proj_"),
+    (r"^layers\.out_proj\.", "transformer.resblocks.{layer}.attn.out_proj."),
+    (r"^layers\.layer_norm(\d)", r"transformer.resblocks.{layer}.ln_\1"),
+    (r"^layers\.fc1\.", "transformer.resblocks.{layer}.mlp.c_fc."),
+    (r"^layers\.fc2\.", "transformer.resblocks.{layer}.mlp.c_proj."),
+)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of ours and the tensors that hold it elsewhere."""
+def _original_unet(config: UNetConfig) -> _Rules:
+    """From diffusers' names. Blocks are numbered through: a downsampling or enlargement belongs to the block that it
+    follows."""
+    levels, count = len(config.block_channels), config.resnets_per_block
+    rules = [
+        (r"\.conv1\.", ".in_layers.2."),
+        (r"\.conv2\.", ".out_layers.3."),
+        (r"\.conv_shortcut", ".skip_connection"),
+    ]
+    rules += [(r"(resnets\.\d+)\.norm1\.", r"\1.in_layers.0."), (r"(resnets\.\d+)\.norm2\.", r"\1.out_layers.0.")]
+    rules += [(r"\.time_emb_proj\.", ".emb_layers.1.")]
+    for level in range(levels):
+        first = 1 + level * (count + 1)
+        for index in range(count):
+            rules += [(rf"^down_blocks\.{level}\.resnets\.{index}\.", f"input_blocks.{first + index}.0.")]
+            rules += [(rf"^down_blocks\.{level}\.attentions\.{index}\.", f"input_blocks.{first + index}.1.")]
+        rules += [(rf"^down_blocks\.{level}\.downsamplers\.0\.conv\.", f"input_blocks.{first + count}.0.op.")]
+    for block in range(levels):
+        first = block * (count + 1)
+        for index in range(count + 1):
+            rules += [(rf"^up_blocks\.{block}\.resnets\.{index}\.", f"output_blocks.{first + index}.0.")]
+            rules += [(rf"^up_blocks\.{block}\.attentions\.{index}\.", f"output_blocks.{first + index}.1.")]
+        slot = 2 if config.transformer_depth[levels - 1 - block] else 1
+        rules += [(rf"^up_blocks\.{block}\.upsamplers\.0\.", f"output_blocks.{first + count}.{slot}.")]
+    return (
+        *_DIFFUSERS_UNET,
+        *rules,
+        (r"^mid_block\.resnets\.0\.", "middle_block.0."),
+        (r"^mid_block\.attentions\.0\.", "middle_block.1."),
+        (r"^mid_block\.resnets\.1\.", "middle_block.2."),
+        (r"^time_embedding\.linear_1", "time_embed.0"),
+        (r"^time_embedding\.linear_2", "time_embed.2"),
+        (r"^add_embedding\.linear_1", "label_emb.0.0"),
+        (r"^add_embedding\.linear_2", "label_emb.0.2"),
+        (r"^conv_in\.", "input_blocks.0.0."),
+        (r"^conv_norm_out\.", "out.0."),
+        (r"^conv_out\.", "out.2."),
+    )
 
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    """One tensor; or one a layer, in order, where ours is stacked."""
-    stacked: bool
 
-    @property
-    def torch_axes(self) -> tuple[int, ...]:
-        """The axes of one of our layers in torch's order."""
-        rank = len(self.shape) - self.stacked
-        if self.path[-1] != "kernel":
-            return tuple(range(rank))
-        return (1, 0) if rank == 2 else (3, 2, 0, 1)
-
-    @property
-    def torch_shape(self) -> tuple[int, ...]:
-        """The shape of one tensor in torch's layout."""
-        layer = self.shape[self.stacked :]
-        return tuple(layer[axis] for axis in self.torch_axes)
-
-
-Table = tuple[Entry, ...]
+def _original_vae(config: VaeConfig) -> _Rules:
+    """From diffusers' names. The decoder's levels are numbered from the finest, diffusers' from the coarsest."""
+    last = len(config.block_channels) - 1
+    ups = [(rf"up_blocks\.{index}\.", f"up.{last - index}.") for index in range(last + 1)]
+    return (
+        *_DIFFUSERS_VAE,
+        (r"down_blocks\.(\d+)\.", r"down.\1."),
+        *ups,
+        (r"mid_block\.resnets\.0\.", "mid.block_1."),
+        (r"mid_block\.resnets\.1\.", "mid.block_2."),
+        (r"mid_block\.attentions\.0\.group_norm\.", "mid.attn_1.norm."),
+        (r"mid_block\.attentions\.0\.to_out\.0\.", "mid.attn_1.proj_out."),
+        (r"mid_block\.attentions\.0\.to_([qkv])\.", r"mid.attn_1.\1."),
+        (r"\.resnets\.", ".block."),
+        (r"\.(down|up)samplers\.0\.", r".\1sample."),
+        (r"\.conv_norm_out\.", ".norm_out."),
+        (r"\.conv_shortcut\.", ".nin_shortcut."),
+    )
 
 
-def table(abstract_params: Params, rules: Rules) -> Table:
-    """The table of a model. abstract_params: as from `jax.eval_shape`; only paths and shapes are read."""
-    entries = []
-    for key_path, leaf in jax.tree_util.tree_flatten_with_path(abstract_params)[0]:
-        path = tuple(key.key for key in key_path)
-        name = re.sub(r"\.(kernel|scale|embedding)$", ".weight", ".".join(path))
+def _rules(config: PartConfig, dialect: Dialect) -> _Rules:
+    match config, dialect:
+        case UNetConfig(), Dialect.DIFFUSERS:
+            return _DIFFUSERS_UNET
+        case UNetConfig(), Dialect.ORIGINAL:
+            return _original_unet(config)
+        case VaeConfig(), Dialect.DIFFUSERS:
+            return _DIFFUSERS_VAE
+        case VaeConfig(), Dialect.DIFFUSERS_OLD:
+            return _DIFFUSERS_OLD_VAE
+        case VaeConfig(), Dialect.ORIGINAL:
+            return _original_vae(config)
+        case ClipTextConfig(), Dialect.TRANSFORMERS:
+            return _TRANSFORMERS
+        case ClipTextConfig(), Dialect.TRANSFORMERS_5:
+            return _TRANSFORMERS_5
+        case ClipTextConfig(), Dialect.OPENCLIP:
+            return _OPENCLIP
+        case _:
+            raise AssertionError(f"{dialect} has no names for {type(config).__name__}")
+
+
+@functools.cache
+def abstract(config: PartConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a part by path, without making any."""
+    return flatten(layers.abstract(init(config)))
+
+
+def init(config: PartConfig) -> Callable[[jax.Array], Params]:
+    """The function that makes fresh parameters of a part from a random key."""
+    match config:
+        case UNetConfig():
+            return lambda key: unet.init(key, config)
+        case VaeConfig():
+            return lambda key: vae.init(key, config)
+        case ClipTextConfig():
+            return lambda key: clip.init(key, config)
+
+
+@functools.cache
+def table(config: PartConfig, naming: Naming) -> Table:
+    """The table of one part of a model in one naming."""
+    rules, params = _rules(config, naming.dialect), abstract(config)
+    places: dict[str, list[Place]] = {}
+    layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    for path, leaf in _by_order_of_fusion(params):
+        name = re.sub(r"\.(kernel|scale|embedding)$", ".weight", path.replace("/", "."))
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
-        stacked = "{layer}" in name
-        layers = range(leaf.shape[0]) if stacked else (0,)
-        names = tuple(name.replace("{layer}", str(layer)) for layer in layers)
-        entries.append(Entry(path, leaf.shape, names, stacked))
-    return tuple(entries)
+        stacked = path.startswith("layers/") or "/transformer_blocks/" in path
+        shape = leaf.shape[stacked:]
+        axes = _axes(path, len(shape), naming.dialect)
+        ones = (1, 1) if naming.conv_attention and "/attention/" in path and path.endswith("kernel") else ()
+        for layer in range(leaf.shape[0]) if stacked else (None,):
+            full = naming.prefix + name.replace("{layer}", str(layer))
+            places.setdefault(full, []).append(Place(path, layer))
+            layouts[full] = (*(shape[axis] for axis in axes), *ones), axes
+    entries = []
+    for name, parts in places.items():
+        (first, *rest), axes = layouts[name]
+        entries.append(Entry(name, (first * len(parts), *rest), tuple(parts), axes))
+    return Table(params, tuple(entries))
+
+
+def _by_order_of_fusion(params: Mapping[str, jax.ShapeDtypeStruct]) -> Iterable[tuple[str, jax.ShapeDtypeStruct]]:
+    """Queries before keys before values, which is how OpenCLIP's in_proj has them."""
+    order = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
+    return sorted(params.items(), key=lambda item: order.get(item[0].split("/")[-2] if "/" in item[0] else "", 3))
+
+
+def _axes(path: str, rank: int, dialect: Dialect) -> tuple[int, ...]:
+    """Our axes in torch's order."""
+    if not path.endswith("kernel") or (dialect is Dialect.OPENCLIP and path == "text_projection/kernel"):
+        return tuple(range(rank))
+    return (1, 0) if rank == 2 else (3, 2, 0, 1)
+
+
+class Mismatch(InputError):
+    """The tensors of a file are not those of the model."""
+
+
+def compare(table: Table, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises Mismatch unless these tensors, shapes by name, are just those of the table: it names the first that is
+    missing, the first that is unknown, each with the nearest names of the other side, and the first of another shape.
+    `where` says which file it is."""
+    problems = []
+    missing, surplus = sorted(table.by_name.keys() - shapes.keys()), sorted(shapes.keys() - table.by_name.keys())
+    if missing:
+        near = ", ".join(nearest_first(missing[0], surplus or shapes)[:3])
+        problems.append(
+            f"{len(missing)} of {len(table.entries)} tensors are missing, the first is {missing[0]} "
+            f"{table.by_name[missing[0]].shape}, nearest in the file: {near}"
+        )
+    if surplus:
+        near = ", ".join(nearest_first(surplus[0], missing or table.by_name)[:3])
+        problems.append(
+            f"{len(surplus)} tensors are unknown, the first is {surplus[0]} {shapes[surplus[0]]}, nearest that are "
+            f"known: {near}"
+        )
+    if wrong := [name for name in shapes.keys() & table.by_name.keys() if shapes[name] != table.by_name[name].shape]:
+        entry = table.by_name[min(wrong)]
+        problems.append(
+            f"{len(wrong)} tensors have another shape, the first is {entry.name}: {shapes[entry.name]} in the file, "
+            f"{entry.shape} in the model ({entry.places[0].path})"
+        )
+    if problems:
+        raise Mismatch(
+            f"{where} does not fit the model: {'; '.join(problems)}. It may be incomplete, another model's, or have "
+            "additions that are not implemented"
+        )
 
 
 def from_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our nested dict from named tensors in torch's layout; dtypes are kept.
-
-    transformers 5 writes CLIP's names without their `text_model.` prefix; both are taken. Raises InputError for a
-    tensor that is missing, left over, or of another shape.
-    """
-    known = {name for entry in table for name in entry.names}
-    prefix = "text_model."
-    # Buffers that older files carry: 0, 1, … 76, not a weight.
-    buffers = {"embeddings.position_ids", prefix + "embeddings.position_ids"}
-    tensors = {
-        prefix + name if prefix + name in known else name: array
-        for name, array in tensors.items()
-        if name not in buffers
-    }
-    if missing := sorted(known - tensors.keys()):
-        near = nearest_first(missing[0], tensors.keys() - known)[:3]
-        raise InputError(f"{len(missing)} tensors are missing, the first is {missing[0]}. Nearest unused names: {near}")
-    if surplus := sorted(tensors.keys() - known):
-        near = nearest_first(surplus[0], known)[:3]
-        raise InputError(f"{len(surplus)} tensors are unknown, the first is {surplus[0]}. Nearest known names: {near}")
-
-    params: Params = {}
-    for entry in table:
-        for name in entry.names:
-            if tensors[name].shape != entry.torch_shape:
-                raise InputError(
-                    f"{name} has shape {tensors[name].shape}, the model's {'/'.join(entry.path)} needs "
-                    f"{entry.torch_shape}. Is it another model's file?"
-                )
-        back = np.argsort(entry.torch_axes)
-        layers = [np.transpose(tensors[name], back) for name in entry.names]
-        value = np.stack(layers) if entry.stacked else layers[0]
-        node = params
-        for key in entry.path[:-1]:
-            node = node.setdefault(key, {})
-        node[entry.path[-1]] = value
-    return params
+    """Our nested dict from named tensors, all of them; dtypes are kept. Raises Mismatch."""
+    compare(table, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "The state dict")
+    flat = {}
+    for path, rows in table.by_path.items():
+        layers = []
+        for entry, number in rows:
+            part = entry.shape[0] // len(entry.places)
+            layers.append(entry.ours(tensors[entry.name][number * part : (number + 1) * part]))
+        flat[path] = layers[0] if rows[0][0].places[rows[0][1]].layer is None else np.stack(layers)
+    return unflatten(flat)
 
 
 def to_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
-    """The reverse: named tensors in torch's layout, dtypes kept."""
+    """The reverse: named tensors, dtypes kept."""
+    flat = flatten(params)
     tensors = {}
-    for entry in table:
-        value = params
-        for key in entry.path:
-            value = value[key]
-        layers = np.asarray(value) if entry.stacked else np.asarray(value)[None]
-        for name, layer in zip(entry.names, layers, strict=True):
-            tensors[name] = np.ascontiguousarray(np.transpose(layer, entry.torch_axes))
+    for entry in table.entries:
+        values = [
+            np.asarray(flat[p.path]) if p.layer is None else np.asarray(flat[p.path][p.layer]) for p in entry.places
+        ]
+        tensors[entry.name] = np.ascontiguousarray(np.concatenate([entry.theirs(value) for value in values]))
     return tensors

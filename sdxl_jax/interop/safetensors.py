@@ -1,33 +1,176 @@
-"""A nested dict of arrays in one `.safetensors` file, and back. Paths are joined by slashes."""
+"""Safetensors files larger than memory: tensors that are read when asked for, a file that is written piece by piece.
+
+Reading is the `safetensors` library's. Its writer wants all tensors at once, so the writer here is our own: eight bytes
+with the length of a JSON header, the header (name -> dtype, shape, byte range), then the numbers, little-endian and in
+the order of the header. https://github.com/huggingface/safetensors#format
+"""
 
 import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError
 
+_DTYPES: dict[str, np.dtype] = {
+    **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},
+    **{"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype("bool"), "U8": np.dtype("uint8")},
+    **{"I64": np.dtype("int64"), "I32": np.dtype("int32"), "I16": np.dtype("int16"), "I8": np.dtype("int8")},
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
-def save(path: Path, params: Params, metadata: dict) -> None:
-    """Writes the arrays with their dtypes and `metadata` (anything JSON can hold)."""
-    save_file(
-        {name: np.asarray(value) for name, value in flatten(params).items()},
-        path,
-        metadata={"metadata": json.dumps(metadata)},
+PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a file, not read yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: Any
+    path: Path
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The tensor, or the part of it that slices of its first axes choose. Nothing else is read."""
+        try:
+            return self.file.get_slice(self.name)[index] if index and self.shape else self.file.get_tensor(self.name)
+        except (OSError, SafetensorError) as error:
+            raise unreadable(self.path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is no readable safetensors file ({error}). It may be cut off or damaged: check the path and the size, "
+        "or fetch it anew"
     )
 
 
-def load(path: Path) -> tuple[Params, dict]:
-    """(arrays, metadata). Raises InputError for a file that is missing or damaged."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            metadata = json.loads((file.metadata() or {}).get("metadata", "{}"))
-    except (OSError, SafetensorError) as error:
+def refuse_pickle(path: Path) -> None:
+    """Raises InputError for weights that Python's pickle holds."""
+    if path.suffix.lower() in PICKLES:
         raise InputError(
-            f"{path} is no readable safetensors file ({error}). Check the path, or fetch it anew"
-        ) from error
-    return unflatten(flat), metadata
+            f"{path} is a pickle: to load it is to run whatever program it holds, so it is not read here. Use the "
+            "model's .safetensors file, or convert it once with a tool and a file that you trust (torch.load, then "
+            "safetensors.torch.save_file)"
+        )
+
+
+def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of one file; of the tensors only the header is read.
+
+    Raises InputError for a pickle, a file that is missing, cut off or damaged, and for dtypes that are not implemented.
+    """
+    refuse_pickle(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}. Check the path")
+    try:
+        # pread: mapped pages would count as ours, up to the size of the file.
+        file = safe_open(path, framework="numpy", backend="pread").__enter__()
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+    if unknown := {name: dtype for name, (_, dtype) in described.items() if dtype not in _DTYPES}:
+        name, dtype = next(iter(unknown.items()))
+        raise InputError(
+            f"{path}: {len(unknown)} tensors have dtypes that are not implemented, the first is {name} ({dtype}). "
+            f"Known: {', '.join(_DTYPES)}. Use the float16, bfloat16 or float32 variant of the file"
+        )
+    return {
+        name: Tensor(name, shape, _DTYPES[dtype], file, path) for name, (shape, dtype) in described.items()
+    }, metadata
+
+
+def open_files(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same of several files that hold one model together. Raises InputError also for a name that is there twice."""
+    tensors, metadata = {}, {}
+    for path in paths:
+        more, described = open_file(path)
+        if twice := sorted(tensors.keys() & more.keys()):
+            raise InputError(
+                f"{twice[0]} is in {path} and in {tensors[twice[0]].path}. Remove the one that is left over"
+            )
+        tensors |= more
+        metadata |= described
+    return tensors, metadata
+
+
+def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The same of the shards that an index file (`*.safetensors.index.json`) lists.
+
+    Raises InputError for an index that is broken, shards that are missing, tensors that are not where it says.
+    """
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        shards = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise InputError(f"{path} is no readable index of shards ({error!r}). Fetch it anew") from error
+    if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
+        raise InputError(
+            f"{path} lists {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            f"not in {path.parent}. Fetch what is missing"
+        )
+    tensors, metadata = open_files([path.parent / shard for shard in shards])
+    misplaced = [name for name, shard in places.items() if name not in tensors or tensors[name].path.name != shard]
+    if misplaced := misplaced or sorted(tensors.keys() - places.keys()):
+        raise InputError(
+            f"{path} and its shards disagree on {len(misplaced)} tensors, the first is {misplaced[0]}. Fetch all of "
+            "them anew"
+        )
+    return tensors, metadata
+
+
+class Writer:
+    """Writes one file, in whatever order its pieces come. A context manager: leaving it checks that all came."""
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str]
+    ):
+        # The library's order: aligned by the size of a number, then by name.
+        order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        start = 0
+        self._places: dict[str, tuple[int, int]] = {}
+        for name in order:
+            shape, dtype = tensors[name]
+            stop = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
+            self._places[name] = (start, stop)
+            start = stop
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._tensors, self._left, self._begin = tensors, start, 8 + len(encoded)
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def put(self, name: str, value: np.ndarray, part: int = 0) -> None:
+        """One tensor; or the part of that number, where equal parts along its first axis come one by one."""
+        start, stop = self._places[name]
+        dtype = self._tensors[name][1]
+        assert value.dtype == dtype and (stop - start) % max(1, value.nbytes) == 0, name
+        self._file.seek(self._begin + start + part * value.nbytes)
+        self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        self._left -= value.nbytes
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        assert kind is not None or self._left == 0, f"{self._left} bytes were not written"

@@ -10,7 +10,6 @@ import dataclasses
 from pathlib import Path
 from typing import cast
 
-import cattrs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,13 +17,16 @@ import optax
 from jaxtyping import Array, Float, Key, UInt8
 from tqdm import trange
 
-from sdxl_jax.arrays import Params, normalise
+from sdxl_jax.arrays import Params, normalise, unflatten
+from sdxl_jax.converting import Layout, convert
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.sources import open_folder, read_image
 from sdxl_jax.data.transforms import cover_crop
-from sdxl_jax.interop import safetensors
+from sdxl_jax.interop.weights import in_memory
+from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.opening import open_model
 
 WEIGHTS = Path(__file__).with_name("autoencoder.safetensors")
 """Our own trained weights, float16, shipped with the package. `sdxl-jax quickstart --train-autoencoder` makes them."""
@@ -91,13 +93,13 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     latents = [vae.encode(CONFIG, average, normalise(image[None])).mean.ravel() for image in images]
     config = dataclasses.replace(CONFIG, scale=round(1 / float(np.concatenate(latents).std()), 5))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), average)
-    partial = out.with_name(out.name + ".partial")
-    safetensors.save(partial, half, dataclasses.asdict(config))
-    partial.replace(out)
+    out.unlink(missing_ok=True)
+    convert(in_memory(Model(ModelConfig(vae=config), {"vae": half})), out, Layout.SINGLE_FILE, progress=False)
     return config
 
 
 def load(path: Path = WEIGHTS) -> tuple[VaeConfig, Params]:
     """The configuration and the weights, as float32."""
-    params, metadata = safetensors.load(path)
-    return cattrs.structure(metadata, VaeConfig), jax.tree.map(lambda array: np.asarray(array, np.float32), params)
+    weights = open_model(path)
+    params = {name: np.asarray(leaf.read(), np.float32) for name, leaf in weights.leaves.items()}
+    return weights.config.vae, unflatten(params)["vae"]

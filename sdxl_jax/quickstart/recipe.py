@@ -61,7 +61,7 @@ def get_config(
             learning_rate=1e-3, warmup_steps=100, decay=Decay.COSINE, beta2=0.99, weight_decay=0.0
         ),
         ema=EmaConfig(decay=0.99),
-        training=TrainingConfig(steps=1000, seed=seed, trains=_TRAINS, vae_weights=str(vae_weights)),
+        training=TrainingConfig(steps=1000, seed=seed, trains=_TRAINS, init_from=(str(vae_weights),)),
         checkpoint=CheckpointConfig(every_steps=400, keep=1),
         validation=ValidationConfig(
             every_steps=400,

@@ -13,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
+from sdxl_jax.interop import orbax
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
 
@@ -55,14 +56,6 @@ def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
     return _load(directory / str(step), abstract)
 
 
-def restore_ema(directory: Path, step: int, abstract: Params) -> Params:
-    """Only the averaged parameters of a step. Raises InputError as `restore`."""
-    path = directory / str(step)
-    stored = _metadata(path)
-    _compare(path, stored["ema"], abstract)
-    return _read(path, jax.tree.map(lambda _: ocp.PLACEHOLDER, stored) | {"ema": abstract})["ema"]
-
-
 def save_frozen(run_dir: Path, params: Params) -> None:
     """Writes the frozen parameters, at the start of a run. A start that left no checkpoint may have left others."""
     if params:  # Orbax saves no empty tree; where everything trains, there is nothing to keep
@@ -74,31 +67,9 @@ def restore_frozen(run_dir: Path, abstract: Params) -> Params:
     return _load(run_dir / "frozen", abstract) if abstract else {}
 
 
-def _metadata(path: Path) -> Any:
-    try:
-        return ocp.metadata(str(path.absolute())).metadata
-    except Exception as error:  # Orbax raises many types for a damaged directory
-        raise _unreadable(path, error) from error
-
-
 def _load(path: Path, abstract: Any) -> Any:
-    _compare(path, _metadata(path), abstract)
-    return _read(path, abstract)
-
-
-def _read(path: Path, abstract: Any) -> Any:
-    try:
-        return ocp.load(str(path.absolute()), abstract)
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    remedy = "Restore its files"
-    if path.name.isdecimal():
-        remedy += ", or delete this folder to go on from the checkpoint before it"
-    return InputError(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. {remedy}")
+    _compare(path, orbax.metadata(path)[0], abstract)
+    return orbax.load(path, abstract)
 
 
 class _Leaf(NamedTuple):

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 
@@ -20,14 +21,15 @@ from tqdm import tqdm
 from sdxl_jax import config as configuration
 from sdxl_jax import model as models
 from sdxl_jax import pipeline, sharding
-from sdxl_jax.arrays import Params
+from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop import safetensors
+from sdxl_jax.interop.weights import cast, part_configs
+from sdxl_jax.loading import load_weights
 from sdxl_jax.model import Model
-from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.opening import open_model
 from sdxl_jax.pictures import contact_sheet, save_png
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
@@ -58,8 +60,10 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = _abstract(config, mesh, optimiser)
         step_function = _compiled(make_step(config, optimiser, tokenizer([""])), mesh, abstract)
+        initial = {}
         if (last := latest_step(run_dir / "checkpoints")) is None:
-            state, frozen = _fresh(config, mesh, optimiser, abstract, abstract_frozen)
+            initial = _initial_weights(config, mesh, progress)
+            state, frozen = _fresh(config, optimiser, abstract, abstract_frozen, initial)
         else:
             state, frozen = restore(run_dir / "checkpoints", last, abstract), restore_frozen(run_dir, abstract_frozen)
         first, stop = int(state.step), config.training.steps
@@ -70,7 +74,7 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
             save_frozen(run_dir, frozen)
         if progress:
             _announce(dataset, tokenizer, run_dir, first)
-            random = sorted(set(frozen) - ({"vae"} if config.training.vae_weights else set()))
+            random = sorted(set(frozen) - {path.split("/")[0] for path in initial})
             if last is None and random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
         with (
@@ -115,45 +119,55 @@ def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransfor
 
 def _fresh(
     config: TrainConfig,
-    mesh: Mesh,
     optimiser: optax.GradientTransformation,
     abstract: TrainState,
     abstract_frozen: Params,
+    initial: dict[str, jax.Array],
 ) -> tuple[TrainState, Params]:
-    """The state before the first step and the frozen parameters; each array is made where it belongs."""
-    if config.training.vae_weights is not None and "vae" in abstract.params:
-        raise InputError(
-            f"training.vae_weights is for a frozen autoencoder, and training.trains={config.training.trains} trains "
-            "it. Leave out one of them"
-        )
+    """The state before the first step and the frozen parameters; each array is made where it belongs, or is the one
+    that `initial` has by its path."""
 
-    def make(key: jax.Array) -> tuple[TrainState, Params]:
-        trained, frozen = partition(models.init(key, config.model), config.training.trains)
+    def make(key: jax.Array, initial: dict[str, jax.Array]) -> tuple[TrainState, Params]:
+        params = unflatten(flatten(models.init(key, config.model)) | initial)
+        trained, frozen = partition(params, config.training.trains)
         return create(trained, optimiser), frozen
 
     places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
-    state, frozen = jax.jit(make, out_shardings=places)(jax.random.key(config.training.seed))
-    if config.training.vae_weights is not None:
-        frozen |= {
-            "vae": _vae_weights(Path(config.training.vae_weights), config.model.vae, mesh, abstract_frozen["vae"])
-        }
-    return state, frozen
+    with warnings.catch_warnings():
+        # Of what trains, the average is a second copy: one of the two cannot be the array that was given.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        start = jax.jit(make, out_shardings=places, donate_argnums=1)
+        return start(jax.random.key(config.training.seed), initial)
 
 
-def _vae_weights(path: Path, config: VaeConfig, mesh: Mesh, abstract: Params) -> Params:
-    params, described = safetensors.load(path)
-    if described and (differences := configuration.differences(described, configuration.to_json(config))):
-        raise InputError(
-            f"The weights in {path} are not for this model.vae: {'; '.join(differences)} (in the file -> in the "
-            "model). Set model.vae to the file's configuration"
-        )
-    have, want = (jax.tree.map(lambda leaf: tuple(leaf.shape), tree) for tree in (params, abstract))
-    if differences := configuration.differences(have, want):
-        raise InputError(
-            f"The weights in {path} do not fit model.vae: {len(differences)} shapes differ, the first is "
-            f"{differences[0]} (in the file -> in the model). Set model.vae to the file's configuration"
-        )
-    return sharding.put(mesh, {"vae": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)})["vae"]
+def _initial_weights(config: TrainConfig, mesh: Mesh, progress: bool) -> dict[str, jax.Array]:
+    """The parameters that `training.init_from` gives, by path, float32 and where they belong."""
+    initial: dict[str, jax.Array] = {}
+    wanted = part_configs(config.model)
+    for path in config.training.init_from:
+        weights = open_model(path)
+        if unknown := [part for part in weights.parts if part not in wanted]:
+            raise InputError(f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have")
+        for part in weights.parts:
+            have, want = (configuration.to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
+            if not weights.tells_scale:
+                have["scale"] = want["scale"]
+            if differences := configuration.differences(have, want):
+                raise InputError(
+                    f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
+                    f"file -> in the model). Set {_field_of(part, config)} to the file's configuration"
+                )
+        if "unet" in weights.parts and weights.config.prediction is not config.model.prediction:
+            had, has = weights.config.prediction.value, config.model.prediction.value
+            tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
+        initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
+    return initial
+
+
+def _field_of(part: str, config: TrainConfig) -> str:
+    """Where a part's configuration stands."""
+    names = [tower.name for tower in config.model.text]
+    return f"model.text[{names.index(part)}].clip" if part in names else f"model.{part}"
 
 
 def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | None = None) -> None:

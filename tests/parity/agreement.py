@@ -12,3 +12,6 @@ Sums of a few hundred float32 products in another order differ by about 1e-6 of 
 
 Agree = Callable[..., None]
 """agree(what, ours, theirs): see `conftest.agree`."""
+
+Note = Callable[[str, str], None]
+"""note(what, measured): see `conftest.note`."""

@@ -8,13 +8,19 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from agreement import TOLERANCE, Agree
+from agreement import TOLERANCE, Agree, Note
 
 _PROPERTY = "parity"
 
 
 @pytest.fixture
-def agree(record_property: Callable[[str, object], None]) -> Agree:
+def note(record_property: Callable[[str, object], None]) -> Note:
+    """note(what, measured): a line of the table, for a test that measures in its own way."""
+    return lambda what, measured: record_property(_PROPERTY, [what, measured])
+
+
+@pytest.fixture
+def agree(note: Note) -> Agree:
     """agree(what, ours, theirs) asserts agreement within `tolerance` of the largest value, and notes the figure."""
 
     def check(what: str, ours: object, theirs: object, tolerance: float = TOLERANCE) -> None:
@@ -23,7 +29,7 @@ def agree(record_property: Callable[[str, object], None]) -> Agree:
         largest = float(np.abs(expected).max())
         assert largest > 0, f"{what}: the reference is zero everywhere, which would prove nothing"
         difference = float(np.abs(given - expected).max()) / largest
-        record_property(_PROPERTY, [what, difference, tolerance])
+        note(what, f"{difference:.1e}  (allowed {tolerance:.0e})")
         assert difference <= tolerance, (
             f"{what}: differs by {difference:.2e} of the maximum, allowed is {tolerance:.0e}"
         )
@@ -42,6 +48,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not rows:
         return
     terminalreporter.section("parity: largest difference / largest value of the reference, float32")
-    width = max(len(what) for what, _, _ in rows)
-    for what, difference, tolerance in sorted(rows):
-        terminalreporter.line(f"{what:<{width}}  {difference:.1e}  (allowed {tolerance:.0e})")
+    width = max(len(what) for what, _ in rows)
+    for what, measured in sorted(rows):
+        terminalreporter.line(f"{what:<{width}}  {measured}")

@@ -17,6 +17,7 @@ import pytest
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.interop import names
+from sdxl_jax.interop.names import Dialect, Naming
 from sdxl_jax.models import clip, layers, unet, vae
 
 torch = pytest.importorskip("torch")
@@ -94,9 +95,9 @@ def weights(model: Any) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def _pair(model: Any, abstract: Params, rules: names.Rules, seed: int) -> Pair:
+def _pair(model: Any, config: names.PartConfig, dialect: Dialect, seed: int) -> Pair:
     randomise(model, seed)
-    table = names.table(abstract, rules)
+    table = names.table(config, Naming(dialect))
     params = names.from_tensors(table, weights(model))
     return Pair(model.eval(), table, jax.tree.map(jnp.asarray, params))
 
@@ -126,7 +127,7 @@ def unet_pair(config: unet.UNetConfig, seed: int = 0) -> Pair:
         use_linear_projection=not config.conv_projection,
         **options,
     )
-    return _pair(model, layers.abstract(lambda key: unet.init(key, config)), names.UNET, seed)
+    return _pair(model, config, Dialect.DIFFUSERS, seed)
 
 
 def vae_pair(config: vae.VaeConfig, seed: int = 0) -> Pair:
@@ -138,7 +139,7 @@ def vae_pair(config: vae.VaeConfig, seed: int = 0) -> Pair:
         layers_per_block=config.resnets_per_block,
         latent_channels=config.latent_channels,
     )
-    return _pair(model, layers.abstract(lambda key: vae.init(key, config)), names.VAE, seed)
+    return _pair(model, config, Dialect.DIFFUSERS, seed)
 
 
 def tower_pair(config: clip.ClipTextConfig, seed: int = 0) -> Pair:
@@ -156,7 +157,8 @@ def tower_pair(config: clip.ClipTextConfig, seed: int = 0) -> Pair:
     )
     with_projection = config.projection_dim is not None
     model = (transformers.CLIPTextModelWithProjection if with_projection else transformers.CLIPTextModel)(description)
-    return _pair(model, layers.abstract(lambda key: clip.init(key, config)), names.CLIP_TEXT, seed)
+    short = "embeddings.token_embedding.weight" in model.state_dict()  # transformers 5 leaves a prefix out
+    return _pair(model, config, Dialect.TRANSFORMERS_5 if short else Dialect.TRANSFORMERS, seed)
 
 
 class UNetInputs(NamedTuple):

@@ -1,0 +1,174 @@
+"""What it costs to convert an SDXL base of full size: seconds and memory of `sdxl-jax convert`, by layout.
+
+    python benchmarks/convert.py --dtype float16 --work-dir /tmp/convert
+
+It makes one .safetensors file in the original layout, 3.47 billion random numbers, and converts it: to Orbax, from there
+to diffusers, from there to a single file again, which must equal the first, bit for bit. Last, `load_model` reads it.
+
+Each step is a process of its own. Its memory is the largest that was resident, as `/usr/bin/time -v` tells it; pages
+that the kernel caches are not in it, and what a step reads is not cached when it begins. Beside each conversion stands a
+plain copy of the same files, written through to the disk, which tells how fast the disk is at that time. A conversion
+keeps its promise if it stays below 8 GiB and takes no more than 5 minutes longer than the copy.
+
+Needs three times the model's size on the disk: 21 GB for float16, 42 GB for float32.
+"""
+
+import argparse
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MEMORY_GIB, EXTRA_SECONDS = 8, 300
+"""What a conversion may take: of memory; of time, on top of a plain copy's."""
+
+
+def make(path: Path, dtype: str) -> None:
+    """An SDXL base as its published file has it, with random weights; no more than one tensor is in memory."""
+    import numpy as np
+
+    from sdxl_jax.interop import names, safetensors
+    from sdxl_jax.interop.names import Dialect, Naming
+    from sdxl_jax.interop.weights import DTYPES, part_configs
+    from sdxl_jax.model import SDXL_BASE
+
+    namings = {
+        "unet": Naming(Dialect.ORIGINAL, "model.diffusion_model."),
+        "vae": Naming(Dialect.ORIGINAL, "first_stage_model.", conv_attention=True),
+        "text_encoder": Naming(Dialect.TRANSFORMERS, "conditioner.embedders.0.transformer."),
+        "text_encoder_2": Naming(Dialect.OPENCLIP, "conditioner.embedders.1.model."),
+    }
+    tables = [names.table(config, namings[part]) for part, config in part_configs(SDXL_BASE).items()]
+    shapes = {entry.name: entry.shape for table in tables for entry in table.entries}
+    number = np.dtype(DTYPES[dtype])
+    rng = np.random.default_rng(0)
+    with safetensors.Writer(path, {name: (shape, number) for name, shape in shapes.items()}, {}) as writer:
+        for name, shape in shapes.items():
+            writer.put(name, (0.02 * rng.standard_normal(shape, np.float32)).astype(number))
+
+
+def difference(first: Path, second: Path) -> str | None:
+    """The first tensor that is not the same, bit for bit, in two files; None if there is none."""
+    import numpy as np
+
+    from sdxl_jax.interop import safetensors
+
+    (ours, _), (theirs, _) = safetensors.open_file(first), safetensors.open_file(second)
+    if unshared := sorted(ours.keys() ^ theirs.keys()):
+        return unshared[0]
+    for name, tensor in ours.items():
+        one, other = tensor.read(), theirs[name].read()
+        alike = one.dtype == other.dtype and one.shape == other.shape
+        if not alike or not np.array_equal(one.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8)):
+            return name
+    return None
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In a process of its own: a process that we start is held to have had our memory, so ours must stay small."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+class Cost(NamedTuple):
+    seconds: float
+    peak_gib: float
+
+
+def run(command: list[str]) -> Cost:
+    """Raises SystemExit if the command fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed")
+    return Cost(time.perf_counter() - start, usage.ru_maxrss / 2**20)
+
+
+def files(path: Path) -> Iterator[Path]:
+    yield from [path] if path.is_file() else (file for file in sorted(path.rglob("*")) if file.is_file())
+
+
+def forget(path: Path) -> None:
+    """Out of the kernel's cache, onto the disk."""
+    for file in files(path):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy_seconds(source: Path, scratch: Path) -> float:
+    """Of a plain copy, until it is on the disk; the copy is removed."""
+    forget(source)
+    start = time.perf_counter()
+    scratch.mkdir()
+    for number, file in enumerate(files(source)):
+        copied = Path(shutil.copyfile(file, scratch / str(number)))
+        with copied.open("rb") as opened:
+            os.fsync(opened.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(scratch)
+    return seconds
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="float16")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("convert-benchmark"), help="a new directory, removed after"
+    )
+    options = parser.parse_args()
+    work: Path = options.work_dir
+    work.mkdir(parents=True)
+    try:
+        measure(work, options.dtype)
+    finally:
+        shutil.rmtree(work)
+
+
+def measure(work: Path, dtype: str) -> None:
+    first, last = work / "first.safetensors", work / "last.safetensors"
+    apart(make, first, dtype)
+    size = first.stat().st_size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    print(f"SDXL base, {dtype}, {size / 1e9:.2f} GB. Machine: {os.cpu_count()} CPU cores, {memory / 2**30:.0f} GiB\n")
+    print("| step | seconds | seconds of a plain copy | peak memory | kept |\n|---|---|---|---|---|", flush=True)
+    steps = [(first, work / "orbax", "orbax"), (work / "orbax", work / "diffusers", "diffusers")]
+    steps += [(work / "diffusers", last, "single-file")]
+    kept = True
+    for source, destination, layout in steps:
+        copied = copy_seconds(source, work / "copy")
+        forget(source)
+        cost = run([sys.executable, "-m", "sdxl_jax", "convert", str(source), str(destination), "--to", layout])
+        within = cost.peak_gib < MEMORY_GIB and cost.seconds < EXTRA_SECONDS + copied
+        kept = kept and within
+        step = f"{source.stem if source != first else 'single-file'} → {layout}"
+        print(f"| {step} | {cost.seconds:.0f} | {copied:.0f} | {cost.peak_gib:.2f} GiB | {'yes' if within else 'NO'} |")
+        if source != first:
+            remove(source)
+    if (name := apart(difference, first, last)) is not None:
+        sys.exit(f"The last file differs from the first: {name}")
+    remove(first)
+    forget(last)
+    cost = run([sys.executable, "-c", "import sdxl_jax, sys; sdxl_jax.load_model(sys.argv[1])", str(last)])
+    print(f"| load_model, {size / 2**30:.2f} GiB | {cost.seconds:.0f} | | {cost.peak_gib:.2f} GiB | |\n")
+    print("The last file equals the first, bit for bit.")
+    if not kept:
+        sys.exit(
+            f"A conversion took more than {MEMORY_GIB} GiB, or more than {EXTRA_SECONDS} s on top of a copy's time"
+        )
+
+
+if __name__ == "__main__":
+    main()
