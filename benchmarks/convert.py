@@ -2,12 +2,13 @@
 
     python benchmarks/convert.py --dtype float16 --work-dir /tmp/convert
 
-It makes one .safetensors file in the original layout, 3.47 billion random numbers, and converts it: to Orbax, from there
-to diffusers, from there to a single file again, which must equal the first, bit for bit. Last, `load_model` reads it.
+It makes one .safetensors file in the original layout, 3.47 billion random numbers, and converts it: to Orbax, from
+there to diffusers, from there to a single file again, which must equal the first, bit for bit. Last, `load_model` reads
+it.
 
 Each step is a process of its own. Its memory is the largest that was resident, as `/usr/bin/time -v` tells it; pages
-that the kernel caches are not in it, and what a step reads is not cached when it begins. Beside each conversion stands a
-plain copy of the same files, written through to the disk, which tells how fast the disk is at that time. A conversion
+that the kernel caches are not in it, and what a step reads is not cached when it begins. Beside each conversion stands
+a plain copy of the same files, written through to the disk, which tells how fast the disk is at that time. A conversion
 keeps its promise if it stays below 8 GiB and takes no more than 5 minutes longer than the copy.
 
 Needs three times the model's size on the disk: 21 GB for float16, 42 GB for float32.

@@ -84,6 +84,7 @@ def _check_room(weights: Weights, destination: Path) -> None:
 @contextlib.contextmanager
 def _staged(destination: Path) -> Iterator[Path]:
     """A directory beside the destination; what it holds moves there at the end, or is removed."""
+    parents = [folder for folder in destination.absolute().parents if not folder.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
@@ -95,15 +96,19 @@ def _staged(destination: Path) -> Iterator[Path]:
             os.replace(made, destination.with_name(made.name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in parents:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # which it is not where something was written
 
 
 def _copy_licences(weights: Weights, made: Path) -> None:
     """Into a directory; beside a file, under its name."""
+    folder, prefix = (made, "") if made.is_dir() else (made.parent, f"{made.stem}.")
     for licence in weights.licences:
-        name = licence.name
-        if made.is_file():
-            name = f"{made.stem}.{name.removeprefix(f'{licence.parent.name}.')}"
-        shutil.copyfile(licence, (made if made.is_dir() else made.parent) / name)
+        place = folder / f"{prefix}{licence.name}"
+        if place.exists():  # of another model, whose parts are in this one
+            place = folder / f"{prefix}{licence.parent.name}.{licence.name}"
+        shutil.copyfile(licence, place)
 
 
 # ---- orbax -----------------------------------------------------------------------------------------------------------
@@ -112,9 +117,12 @@ def _copy_licences(weights: Weights, made: Path) -> None:
 def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
     metadata = describe(weights) | {
         "origin": configuration.to_json(weights.origin),
-        "carried": [list(key) for key in weights.carried],
+        "carried": [list(key) for key, tensor in weights.carried.items() if 0 not in tensor.shape],
+        # Marks such as v_pred, which Orbax does not save.
+        "empty": [[*key, t.dtype.name, list(t.shape)] for key, t in weights.carried.items() if 0 in t.shape],
     }
-    carried = {f"carried/{number}": tensor for number, tensor in enumerate(weights.carried.values())}
+    filled = [tensor for tensor in weights.carried.values() if 0 not in tensor.shape]
+    carried = {f"carried/{number}": tensor for number, tensor in enumerate(filled)}
     orbax.write(destination, {**weights.leaves, **carried}, {METADATA: metadata}, shown.update)
     return Written(weights.parts, len(weights.leaves), weights.size, ())
 
@@ -123,10 +131,10 @@ def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
 
 
 def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
-    weights = _as_diffusers_has_it(weights)
+    alone = len(weights.parts) == 1
+    whole, weights = weights, weights if alone else _as_diffusers_has_it(weights)
     destination.mkdir()
     configs = part_configs(weights.config)
-    alone = len(weights.parts) == 1
     if alone:
         diffusers.write_component(configs[weights.parts[0]], destination, weights.config.micro)
     elif missing := [part for part in configs if part not in weights.parts]:
@@ -138,14 +146,17 @@ def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
         diffusers.write_folder(weights.config, destination)
     count, left_out = 0, set(weights.carried)
     for part in weights.parts:
-        naming = weights.origin.namings.get(part)
+        naming = theirs = weights.origin.namings.get(part)
         if naming is None or not _is_diffusers(naming):
             dialect = Dialect.DIFFUSERS if part in ("unet", "vae") else Dialect.TRANSFORMERS
             naming = Naming(dialect)
         place = "" if alone else part
-        same = weights.origin.layout == ("part" if alone else "diffusers")
+        same = naming == theirs and weights.origin.layout in (("component", "part") if alone else ("diffusers",))
         carried = {key: tensor for key, tensor in weights.carried.items() if same and key[0] == place}
         left_out -= carried.keys()
+        configs_of = [part_configs(either.config)[part] for either in (whole, weights)]
+        had, has = (names.table(config, theirs or naming).by_name for config in configs_of)
+        left_out |= {(part, name) for name in had.keys() - has.keys()}
         name = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
         path = destination / place / f"{name}.safetensors"
         chosen = dataclasses.replace(weights, carried=carried)
@@ -155,8 +166,8 @@ def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
 
 
 def _is_diffusers(naming: Naming) -> bool:
-    ours = (Dialect.ORIGINAL, Dialect.OPENCLIP)
-    return naming.dialect not in ours and not naming.prefix and not naming.conv_attention
+    others = (Dialect.ORIGINAL, Dialect.OPENCLIP)
+    return naming.dialect not in others and not naming.prefix and not naming.conv_attention
 
 
 def _as_diffusers_has_it(weights: Weights) -> Weights:
@@ -180,7 +191,9 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
     namings = dict(_original_namings(weights.config))
     if len(weights.parts) == 1 and weights.parts[0] != "unet":
         namings = {part: dataclasses.replace(naming, prefix="") for part, naming in namings.items()}
-    same = weights.origin.layout in ("single-file", "part")
+    # A network alone that others have joined is a whole model, whose file has other names.
+    alone = weights.origin.layout == "part" and set(weights.parts) == set(weights.origin.namings)
+    same = weights.origin.layout == "single-file" or alone
     if same:
         namings |= weights.origin.namings
     carried = {("", name): tensor for (part, name), tensor in weights.carried.items() if same and not part}

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from sdxl_jax import sharding
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.diffusion.parameterisation import Prediction
-from sdxl_jax.interop.weights import Leaf, Weights, cast
+from sdxl_jax.errors import InputError
+from sdxl_jax.interop.weights import DTYPES, Leaf, Weights, cast
 from sdxl_jax.model import Model
 from sdxl_jax.opening import Opening, open_model
 from sdxl_jax.sharding import MeshConfig
@@ -48,6 +49,8 @@ def load_model(
     another shape.
     """
     asked = None if dtype is None else np.dtype(dtype)
+    if asked is not None and asked.name not in DTYPES:
+        raise InputError(f"dtype={asked.name} is not implemented for parameters. Choose one of {', '.join(DTYPES)}")
     opening = Opening(variant, prediction, allow_partial, mixed=asked is not None)
     weights = open_model(path, opening, parts_from)
     return load_weights(weights if asked is None else cast(weights, asked), mesh, progress)

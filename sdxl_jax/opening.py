@@ -19,13 +19,14 @@ import numpy as np
 from sdxl_jax import config as configuration
 from sdxl_jax import model as models
 from sdxl_jax.arrays import flatten
+from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.interop import detection, diffusers, names, orbax, safetensors
+from sdxl_jax.interop import detection, diffusers, diffusers_fields, json_files, names, orbax, safetensors
 from sdxl_jax.interop.names import Dialect, Naming, PartConfig
 from sdxl_jax.interop.safetensors import Tensor
-from sdxl_jax.interop.weights import Carried, Initial, Leaf, Origin, Weights, leaves_of, part_configs
+from sdxl_jax.interop.weights import Carried, Initial, InMemory, Leaf, Origin, Weights, leaves_of, part_configs
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
@@ -61,9 +62,7 @@ def open_model(path: str | Path, opening: Opening = Opening(), parts_from: Seque
     if opening.prediction is None:
         return weights
     # What the user says has the last word.
-    return dataclasses.replace(
-        weights, config=dataclasses.replace(weights.config, prediction=opening.prediction)
-    )
+    return dataclasses.replace(weights, config=dataclasses.replace(weights.config, prediction=opening.prediction))
 
 
 def _open(path: Path, opening: Opening) -> Weights:
@@ -80,7 +79,7 @@ def _open(path: Path, opening: Opening) -> Weights:
     if orbax.is_checkpoint(path):
         return _open_orbax(path)
     if (path / "config.json").is_file():
-        if (kind := diffusers.component_kind(_json(path / "config.json"))) is not None:
+        if (kind := diffusers_fields.component_kind(json_files.read(path / "config.json"))) is not None:
             return _open_component(path, kind, opening)
         return _open_run(path, None)
     if pickles := sorted(file for file in path.iterdir() if file.suffix.lower() in safetensors.PICKLES):
@@ -94,16 +93,6 @@ _EXPECTED = (
     "a run directory of `sdxl-jax train`, or RUN/checkpoints/STEP in one; an Orbax checkpoint of `sdxl-jax convert`; a "
     "diffusers directory (model_index.json); a .safetensors file; or one network's directory or file"
 )
-
-
-def _json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} is no readable JSON file ({error}). Fetch it anew") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, expected fields. Fetch it anew")
-    return value
 
 
 # ---- our own layouts -------------------------------------------------------------------------------------------------
@@ -139,6 +128,8 @@ def _open_orbax(path: Path) -> Weights:
     found = orbax.leaves(path, tree)
     keys = [(part, name) for part, name in described.get("carried", [])]
     carried: dict[tuple[str, str], Carried] = {key: found.pop(f"carried/{n}") for n, key in enumerate(keys)}
+    for part, name, dtype, shape in described.get("empty", []):
+        carried[part, name] = InMemory(np.zeros(shape, dtype))
     parts = [part for part in part_configs(config) if part in tree]
     origin = configuration.from_json(described["origin"], Origin)
     return Weights(config, _complete(config, found, path, parts), origin, carried, licences_in(path))
@@ -193,13 +184,19 @@ def _open_component(path: Path, kind: str, opening: Opening) -> Weights:
     part, config = _around(part_config)
     found = _match(part, part_config, None, tensors, path, opening)
     carried = {("", name): tensor for name, tensor in found.carried.items()}
-    origin = Origin("part", {part: found.naming})
-    return Weights(config, found.leaves, origin, carried, licences_in(path), tuple(found.notes))
+    origin = Origin("component", {part: found.naming})
+    return Weights(
+        config, found.leaves, origin, carried, licences_in(path), tuple(found.notes), tells_noise=kind != "unet"
+    )
 
 
 def _component_config(path: Path, kind: str) -> PartConfig:
-    read = {"unet": diffusers.unet_config, "vae": diffusers.vae_config, "text_encoder": diffusers.clip_config}[kind]
-    return read(_json(path), str(path))
+    read = {
+        "unet": diffusers_fields.unet_config,
+        "vae": diffusers_fields.vae_config,
+        "text_encoder": diffusers_fields.clip_config,
+    }[kind]
+    return read(json_files.read(path), str(path))
 
 
 def _around(part_config: PartConfig) -> tuple[str, ModelConfig]:
@@ -244,7 +241,9 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         config, parts = detection.assemble(found)
         alone = next(iter(parts)) if len(parts) == 1 else None
         beside = path.parent / "config.json"
-        kind = diffusers.component_kind(_json(beside)) if alone is not None and beside.is_file() else None
+        kind = (
+            diffusers_fields.component_kind(json_files.read(beside)) if alone is not None and beside.is_file() else None
+        )
         if kind is not None and isinstance(part_config := _component_config(beside, kind), type(found[0].config)):
             alone, config = _around(part_config)
             parts = {alone: detection.Found(part_config, found[0].naming)}
@@ -273,7 +272,14 @@ def _open_file(path: Path, opening: Opening) -> Weights:
     named: dict[tuple[str, str], Carried] = {("", name): tensor for name, tensor in carried.items()}
     ordered = {path: leaves[path] for part in part_configs(config) for path in leaves if path.startswith(f"{part}/")}
     weights = Weights(config, ordered, origin, named, licences_in(path), tuple(notes), tells_scale)
-    return weights if METADATA in metadata else _marked(weights, metadata)
+    if METADATA in metadata:
+        return weights
+    if set(parts) == set(part_configs(config)):
+        try:
+            config.check()
+        except InputError as error:
+            raise InputError(f"The parts of {path} do not fit together: {error}") from error
+    return _marked(weights, metadata)
 
 
 def _described(description: str, found: list[detection.Found], path: Path) -> tuple[ModelConfig, dict]:
@@ -306,15 +312,18 @@ def _marked(weights: Weights, metadata: Mapping[str, str]) -> Weights:
     neither, there ComfyUI's test decides, a norm that differs in spread between the published ε and v weights."""
     marks = {name for _, name in weights.carried}
     said = metadata.get("modelspec.prediction_type", "")
+    network = weights.config.unet
+    is_sd2 = network.vector_dim is None and not network.conv_projection
     if "v_pred" in marks or said.startswith("v"):
         schedule = dataclasses.replace(weights.config.schedule, zero_terminal_snr="ztsnr" in marks)
-        config = dataclasses.replace(weights.config, prediction=Prediction.V, schedule=schedule)
+        size = (768, 768) if is_sd2 else weights.config.default_size
+        config = dataclasses.replace(weights.config, prediction=Prediction.V, schedule=schedule, default_size=size)
         return dataclasses.replace(weights, config=config)
     norm = weights.leaves.get("unet/up_blocks_3/attentions_2/transformer_blocks/norm1/bias")
-    network = weights.config.unet
-    if said or norm is None or network.vector_dim is not None or network.conv_projection or network.in_channels != 4:
-        return weights
-    spread = float(np.std(norm.read().astype(np.float32), ddof=0))
+    if said or norm is None or not is_sd2 or network.in_channels != 4:
+        # By convention ε in a whole model; a UNet alone may be any.
+        return dataclasses.replace(weights, tells_noise=bool(said) or weights.origin.layout == "single-file")
+    spread = float(np.std(norm.read().astype(np.float32)))
     prediction = Prediction.V if spread > 0.09 else Prediction.EPSILON
     size = (768, 768) if prediction is Prediction.V else (512, 512)
     note = (
@@ -426,7 +435,8 @@ def _with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
         )
     if "unet" in other.parts:
         config = dataclasses.replace(config, unet=other.config.unet)
-        config = dataclasses.replace(config, prediction=other.config.prediction, schedule=other.config.schedule)
+        if other.tells_noise:
+            config = dataclasses.replace(config, prediction=other.config.prediction, schedule=other.config.schedule)
     if "vae" in other.parts:
         scale = other.config.vae.scale if other.tells_scale else config.vae.scale
         config = dataclasses.replace(config, vae=dataclasses.replace(other.config.vae, scale=scale))
@@ -441,16 +451,24 @@ def _with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
         for leaf_path in source.leaves
         if leaf_path.startswith(f"{part}/")
     }
+    namings = weights.origin.namings
+    gone = tuple(namings[part].prefix for part in other.parts if part in namings and namings[part].prefix)
+    gone += ("model_ema.", "v_pred", "ztsnr") if "unet" in other.parts else ()
+    carried = {
+        (part, name): tensor
+        for (part, name), tensor in weights.carried.items()
+        if part not in other.parts and not name.startswith(gone)
+    }
     notes = (*weights.notes, *other.notes)
     licences = tuple(dict.fromkeys((*weights.licences, *other.licences)))
-    return dataclasses.replace(weights, config=config, leaves=leaves, notes=notes, licences=licences)
+    return dataclasses.replace(weights, config=config, leaves=leaves, carried=carried, notes=notes, licences=licences)
 
 
 def _replaced(tower: Tower, other: Tower) -> Tower:
     """A model's tower with another's network. SD 2.x's comes with its last layer, which is not read, or without."""
     last = (ContextState.LAST, ContextState.PENULTIMATE_NORMED)
     context = other.context if tower.context in last and other.context in last else tower.context
-    return dataclasses.replace(tower, clip=other.clip, context=context)
+    return dataclasses.replace(tower, clip=other.clip, context=context, added_tokens=other.added_tokens)
 
 
 def licences_in(path: Path) -> tuple[Path, ...]:

@@ -77,7 +77,7 @@ def fresh(layout: str) -> tuple[TrainState, Any, TrainState]:
     mesh = mesh_of(layout)
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = loop._abstract(CONFIG, mesh, OPTIMISER)
-        return *loop._fresh(CONFIG, mesh, OPTIMISER, abstract, abstract_frozen), abstract
+        return *loop._fresh(CONFIG, OPTIMISER, abstract, abstract_frozen, {}), abstract
 
 
 def train(layout: str, state: TrainState, frozen: Any, abstract: TrainState, steps: int) -> list[Trained]:

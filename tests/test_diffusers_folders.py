@@ -18,7 +18,7 @@ from sdxl_jax.conditioning.text import ContextState
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop import diffusers
+from sdxl_jax.interop import diffusers, diffusers_fields
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, NoPrompt
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L
 from sdxl_jax.models.unet import UNetConfig
@@ -143,8 +143,12 @@ def test_only_a_tower_that_diffusers_cannot_express_is_changed() -> None:
 def test_component_returns_from_its_own_folder(config: Any, tmp_path: Path) -> None:
     diffusers.write_component(config, tmp_path / "part")
     fields = json.loads((tmp_path / "part" / "config.json").read_text())
-    readers = {"unet": diffusers.unet_config, "vae": diffusers.vae_config, "text_encoder": diffusers.clip_config}
-    kind = diffusers.component_kind(fields)
+    readers = {
+        "unet": diffusers_fields.unet_config,
+        "vae": diffusers_fields.vae_config,
+        "text_encoder": diffusers_fields.clip_config,
+    }
+    kind = diffusers_fields.component_kind(fields)
     assert kind is not None
     assert readers[kind](fields, "config.json") == config
 
@@ -165,53 +169,53 @@ def test_component_returns_from_its_own_folder(config: Any, tmp_path: Path) -> N
     ],
 )
 def test_component_is_known_by_its_class(fields: dict[str, Any], kind: str | None) -> None:
-    assert diffusers.component_kind(fields) == kind
+    assert diffusers_fields.component_kind(fields) == kind
 
 
 def test_missing_fields_have_the_defaults_of_the_constructors() -> None:
     # SD 1.x's first files said little.
-    unet = diffusers.unet_config({"cross_attention_dim": 768}, "unet")
+    unet = diffusers_fields.unet_config({"cross_attention_dim": 768}, "unet")
     assert unet == SD1.unet
-    assert diffusers.vae_config({}, "vae").scale == 0.18215
-    tower = diffusers.clip_config({}, "tower")
+    assert diffusers_fields.vae_config({}, "vae").scale == 0.18215
+    tower = diffusers_fields.clip_config({}, "tower")
     assert (tower.width, tower.heads, tower.layers, tower.vocabulary, tower.projection_dim) == (512, 8, 12, 49408, None)
-    schedule, prediction = diffusers.schedule_config({"_class_name": "PNDMScheduler"}, "scheduler")
+    schedule, prediction = diffusers_fields.schedule_config({"_class_name": "PNDMScheduler"}, "scheduler")
     assert (schedule, prediction) == (ScheduleConfig(1000, 0.0001, 0.02, BetaSchedule.LINEAR), Prediction.EPSILON)
-    assert diffusers.schedule_config({"_class_name": "LCMScheduler"}, "scheduler")[0] == ScheduleConfig()
+    assert diffusers_fields.schedule_config({"_class_name": "LCMScheduler"}, "scheduler")[0] == ScheduleConfig()
 
 
 def test_heads_and_depths_may_be_one_number() -> None:
-    fields = diffusers.unet_fields(SDXL_REFINER.unet)
+    fields = diffusers_fields.unet_fields(SDXL_REFINER.unet)
     given = {**fields, "transformer_layers_per_block": 4, "layers_per_block": [2, 2, 2, 2]}
-    assert diffusers.unet_config(given, "unet") == SDXL_REFINER.unet
+    assert diffusers_fields.unet_config(given, "unet") == SDXL_REFINER.unet
     given = {**fields, "attention_head_dim": 64, "num_attention_heads": [6, 12, 24, 24]}
-    assert diffusers.unet_config(given, "unet") == SDXL_REFINER.unet
-    assert diffusers.unet_config({**fields, "attention_head_dim": 4}, "unet").heads == (4, 4, 4, 4)
+    assert diffusers_fields.unet_config(given, "unet") == SDXL_REFINER.unet
+    assert diffusers_fields.unet_config({**fields, "attention_head_dim": 4}, "unet").heads == (4, 4, 4, 4)
 
 
 def test_fields_that_change_nothing_are_skipped() -> None:
     skipped = {"upcast_attention": True, "_anything": 3, "decay": 0.9999, "use_ema_warmup": True, "new_field": None}
-    assert diffusers.unet_config({**diffusers.unet_fields(SD1.unet), **skipped}, "unet") == SD1.unet
+    assert diffusers_fields.unet_config({**diffusers_fields.unet_fields(SD1.unet), **skipped}, "unet") == SD1.unet
     skipped = {"force_upcast": False, "sample_size": 512}
-    assert diffusers.vae_config({**diffusers.vae_fields(SD_VAE), **skipped}, "vae") == SD_VAE
+    assert diffusers_fields.vae_config({**diffusers_fields.vae_fields(SD_VAE), **skipped}, "vae") == SD_VAE
     skipped = {"attention_dropout": 0.1, "torch_dtype": "float16", "initializer_range": 0.01, "top_k": 50}
-    assert diffusers.clip_config({**diffusers.clip_fields(CLIP_L), **skipped}, "tower") == CLIP_L
-    fields = diffusers.scheduler_fields(ScheduleConfig(), Prediction.V)
+    assert diffusers_fields.clip_config({**diffusers_fields.clip_fields(CLIP_L), **skipped}, "tower") == CLIP_L
+    fields = diffusers_fields.scheduler_fields(ScheduleConfig(), Prediction.V)
     given = {**fields, "_class_name": "UniPCMultistepScheduler", "solver_order": 2, "use_karras_sigmas": True}
-    assert diffusers.schedule_config(given, "scheduler") == (ScheduleConfig(), Prediction.V)
+    assert diffusers_fields.schedule_config(given, "scheduler") == (ScheduleConfig(), Prediction.V)
 
 
 def test_tower_of_a_whole_clip_has_the_projection() -> None:
-    nested = {name: value for name, value in diffusers.clip_fields(CLIP_BIGG).items() if name != "architectures"}
+    nested = {name: value for name, value in diffusers_fields.clip_fields(CLIP_BIGG).items() if name != "architectures"}
     fields = {"architectures": ["CLIPModel"], "text_config": nested, "projection_dim": 1280, "vision_config": {"a": 1}}
-    assert diffusers.clip_config(fields, "tower") == CLIP_BIGG
-    assert diffusers.clip_config({**fields, "text_config_dict": {"eos_token_id": 2}}, "tower") == CLIP_BIGG
+    assert diffusers_fields.clip_config(fields, "tower") == CLIP_BIGG
+    assert diffusers_fields.clip_config({**fields, "text_config_dict": {"eos_token_id": 2}}, "tower") == CLIP_BIGG
 
 
 @pytest.mark.parametrize(("given", "expected"), [(2, 49407), (49407, 49407), (7, 7)])
 def test_end_token_of_the_official_files_is_end_of_text(given: int, expected: int) -> None:
-    fields = {**diffusers.clip_fields(CLIP_L), "eos_token_id": given}
-    assert diffusers.clip_config(fields, "tower").end_token == expected
+    fields = {**diffusers_fields.clip_fields(CLIP_L), "eos_token_id": given}
+    assert diffusers_fields.clip_config(fields, "tower").end_token == expected
 
 
 def test_aesthetic_score_is_seen_in_the_width_of_the_vector(folder: Callable[[str], Path]) -> None:
@@ -422,12 +426,12 @@ SCHEDULER_REFUSED: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
 }
 PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
-    "unet": (diffusers.unet_config, diffusers.unet_fields(SDXL_BASE.unet), UNET_REFUSED),
-    "vae": (diffusers.vae_config, diffusers.vae_fields(SDXL_VAE), VAE_REFUSED),
-    "tower": (diffusers.clip_config, diffusers.clip_fields(CLIP_L), CLIP_REFUSED),
+    "unet": (diffusers_fields.unet_config, diffusers_fields.unet_fields(SDXL_BASE.unet), UNET_REFUSED),
+    "vae": (diffusers_fields.vae_config, diffusers_fields.vae_fields(SDXL_VAE), VAE_REFUSED),
+    "tower": (diffusers_fields.clip_config, diffusers_fields.clip_fields(CLIP_L), CLIP_REFUSED),
     "scheduler": (
-        diffusers.schedule_config,
-        diffusers.scheduler_fields(ScheduleConfig(), Prediction.EPSILON),
+        diffusers_fields.schedule_config,
+        diffusers_fields.scheduler_fields(ScheduleConfig(), Prediction.EPSILON),
         SCHEDULER_REFUSED,
     ),
 }
@@ -448,10 +452,10 @@ def test_what_is_not_implemented_is_refused_by_name(part: str, field: str) -> No
 
 def test_every_field_with_one_meaning_has_a_test_above() -> None:
     tables = {
-        "unet": diffusers._UNET,
-        "vae": diffusers._VAE,
-        "tower": diffusers._CLIP,
-        "scheduler": diffusers._SCHEDULER,
+        "unet": diffusers_fields._UNET,
+        "vae": diffusers_fields._VAE,
+        "tower": diffusers_fields._CLIP,
+        "scheduler": diffusers_fields._SCHEDULER,
     }
     for part, known in tables.items():
         assert known.only.keys() <= PARTS[part][2].keys()
@@ -579,4 +583,4 @@ def test_zero_terminal_snr_is_written_for_ddim(tmp_path: Path) -> None:
 
 def test_a_unet_of_one_level_is_written() -> None:
     config = UNetConfig((32,), 1, (1,), 1, (2,), 16, None)
-    assert diffusers.unet_config(diffusers.unet_fields(config), "unet") == config
+    assert diffusers_fields.unet_config(diffusers_fields.unet_fields(config), "unet") == config

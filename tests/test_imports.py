@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
         *("training.ema", "training.optimiser"),
         *BASE,
     },
-    "opening": {"config", "model", "models", "diffusion", "interop", "training.checkpoint"} | BASE,
+    "opening": {"config", "model", "models", "conditioning", "diffusion", "interop", "training.checkpoint"} | BASE,
     "loading": {"opening", "model", "diffusion", "interop", "sharding"} | BASE,
     "converting": {"opening", "loading", "config", "model", "models", "interop"} | BASE,
     "training": set(),

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 from tiny import MODEL
 
-from sdxl_jax import __main__, loading, pipeline, sharding
+from sdxl_jax import __main__, loading, opening, pipeline, sharding
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer, Tower
 from sdxl_jax.errors import InputError
@@ -357,7 +357,8 @@ def test_sample_draws_with_the_embeddings_it_is_given(
         used.append(model)
         return SimpleNamespace(images=np.zeros((1, 8, 8, 3), np.uint8), latents=None)
 
-    monkeypatch.setattr(loading, "load_model", lambda path: sdxl)
+    monkeypatch.setattr(opening, "open_model", lambda *_: None)
+    monkeypatch.setattr(loading, "load_weights", lambda _: sdxl)
     monkeypatch.setattr(pipeline, "generate", generate)
     one, two = for_sdxl(tmp_path / "one.safetensors", 1), for_sdxl(tmp_path / "two:2.safetensors", 2)
     command = ["sample", str(tmp_path), "--prompt", "a <x>", "--out", str(tmp_path / "out"), "--embedding"]

@@ -60,7 +60,6 @@ SPELLINGS = {
         ("unet.up_blocks.0.upsamplers.0.conv.lora_{letter}.weight"),
     ),
     "text_encoder/layers/q_proj/kernel": (
-        ("lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_{side}.weight"),
         ("lora_te1_text_model_encoder_layers_1_self_attn_q_proj.lora_{side}.weight"),
         ("lora_te1_encoder_layers_1_self_attn_q_proj.lora_{side}.weight"),
         ("text_encoder.text_model.encoder.layers.1.self_attn.q_proj.lora_{letter}.weight"),
@@ -504,3 +503,11 @@ def test_an_option_is_a_file_with_or_without_a_scale(inside: Callable[[str], Non
     for text in ("style.safetensors:strong", "style.safetensors:", "style.safetensors:nan", ":0.5"):
         with pytest.raises(InputError, match="FILE:SCALE"):
             lora.parse_option(text)
+
+
+def test_a_lora_for_the_only_text_encoder_of_another_model_is_refused(tmp_path: Path) -> None:
+    entry = entry_of("text_encoder/layers/q_proj/kernel", 1)
+    name = "lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_{side}.weight"
+    file = small(tmp_path / "sd1.safetensors", name, *factors(entry, 2, 0))
+    with pytest.raises(InputError, match="lora_te_text_model_encoder_layers_1_self_attn_q_proj"):
+        changes(file)

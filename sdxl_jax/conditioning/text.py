@@ -81,6 +81,17 @@ SD2_TEXT = (Tower("text_encoder", CLIP_H, 0, ContextState.PENULTIMATE_NORMED),)
 
 
 @functools.cache
+def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """CLIP's words with their numbers, in order, and its merges, as the lines of merges.txt."""
+    merges = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    words += ["".join(merge.split()) for merge in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    return {word: number for number, word in enumerate(words)}, merges
+
+
+@functools.cache
 def _byte_pair_encoder(folder: str | None, added: tuple[str, ...] = ()) -> CLIPTokenizer:
     """transformers' tokenizer over the shipped vocabulary, or that of a folder, and added words behind it."""
     encoder = _plain_encoder(folder)
@@ -91,11 +102,8 @@ def _byte_pair_encoder(folder: str | None, added: tuple[str, ...] = ()) -> CLIPT
 
 def _plain_encoder(folder: str | None) -> CLIPTokenizer:
     if folder is None:
-        merges = [tuple(line.split()) for line in gzip.decompress(_MERGES.read_bytes()).decode().splitlines()]
-        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-        words = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges)]
-        words += ["<|startoftext|>", "<|endoftext|>"]
-        vocabulary = {word: number for number, word in enumerate(words)}
+        vocabulary, lines = clip_vocabulary()
+        merges = [tuple(line.split()) for line in lines]
         return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (pairs are taken)
     paths = [Path(folder) / name for name in ("vocab.json", "merges.txt")]
     if missing := [path.name for path in paths if not path.is_file()]:

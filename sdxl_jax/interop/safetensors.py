@@ -113,9 +113,10 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         places = json.loads(path.read_text())["weight_map"]
         shards = sorted(set(places.values()))
+        missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{path} is no readable index of shards ({error!r}). Fetch it anew") from error
-    if missing := [shard for shard in shards if not (path.parent / shard).is_file()]:
+    if missing:
         raise InputError(
             f"{path} lists {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
             f"not in {path.parent}. Fetch what is missing"

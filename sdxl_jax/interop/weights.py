@@ -22,6 +22,7 @@ from sdxl_jax.model import Model, ModelConfig
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 """Those of parameters, by name."""
+_FLOATS = tuple(map(np.dtype, DTYPES.values()))
 
 Index = tuple[slice, ...]
 """One slice an axis, without steps."""
@@ -125,9 +126,11 @@ class Cast:
         value = self.leaf.read(index)
         with np.errstate(over="ignore"):
             cast = value.astype(self.dtype)
-        if self.dtype == np.float16 and not np.isfinite(cast).all() and np.isfinite(value).all():
+        beyond = np.isinf(cast) & np.isfinite(value) if self.dtype == np.float16 else np.zeros(0, bool)
+        if beyond.any():
             raise InputError(
-                f"{self.path} has values up to {np.abs(value).max():.3g}, which float16 cannot hold. Use bfloat16"
+                f"{self.path} has values up to {np.abs(value[beyond]).max():.3g}, which float16 cannot hold. Use "
+                "bfloat16"
             )
         return cast
 
@@ -186,7 +189,7 @@ class Origin:
     """Where weights come from, as far as a way back must know it."""
 
     layout: str
-    """run, memory, diffusers, single-file, or part (one network alone)."""
+    """run, memory, diffusers, single-file; of one network alone component (a directory) or part (a file)."""
     namings: Mapping[str, Naming] = field(default_factory=dict)
     """Of each part; empty for our own layouts."""
 
@@ -207,6 +210,8 @@ class Weights:
     """What the user should know of what was found."""
     tells_scale: bool = True
     """Whether the autoencoder's scale was told; false: it was taken from the nearest published model."""
+    tells_noise: bool = True
+    """The same of prediction and schedule."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -232,14 +237,19 @@ def part_configs(config: ModelConfig) -> dict[str, PartConfig]:
 def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Path, mixed: bool) -> dict[str, Leaf]:
     """The parameters of one part that its tensors hold wholly.
 
-    mixed: whether layers of one stack may differ in dtype; they then get the widest. Raises InputError if they may not.
+    mixed: whether layers of one stack may differ in dtype; they are then float32. Raises InputError if they may not.
     """
     leaves: dict[str, Leaf] = {}
     for path, rows in table.by_path.items():
         if any(entry.name not in tensors for entry, _ in rows):
             continue
         dtypes = {entry.name: tensors[entry.name].dtype for entry, _ in rows}
-        widest = np.result_type(*set(dtypes.values()))
+        if wrong := [name for name, dtype in dtypes.items() if dtype not in _FLOATS]:
+            raise InputError(
+                f"{where}: {wrong[0]} is {dtypes[wrong[0]]}; parameters of {', '.join(DTYPES)} are implemented. Use "
+                "such a variant of the file"
+            )
+        widest = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else np.dtype(np.float32)
         if len(set(dtypes.values())) > 1 and not mixed:
             first = rows[0][0].name
             other = next(name for name, dtype in dtypes.items() if dtype != dtypes[first])

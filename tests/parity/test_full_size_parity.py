@@ -177,7 +177,7 @@ TOWERS = {"CLIP-L": clip.CLIP_L, "CLIP-H": clip.CLIP_H, "CLIP-bigG": clip.CLIP_B
 
 
 @pytest.fixture
-def same(agree: Agree, tmp_path: Path, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+def same(agree: Agree, tmp_path: Path) -> Callable[..., None]:
     """same(name, config, inputs, torch's, ours) asserts that both compute the same of a network in a directory."""
     for module in ("torch", "diffusers", "transformers"):
         pytest.importorskip(module)
@@ -189,16 +189,10 @@ def same(agree: Agree, tmp_path: Path, record_property: Callable[[str, object], 
             expected, given = (_apart(compute, directory, inputs) for compute in (theirs, ours))
         finally:
             shutil.rmtree(directory)
-        figures = {
-            whose: f"{found.peak_gib:.1f} GiB, {found.seconds:.0f} s"
-            for whose, found in (("torch's", expected), ("ours", given))
-        }
-        for whose, figure in figures.items():
-            record_property(f"{name}, {PARAMETERS[config]:,} parameters: {whose} process", figure)
-        assert max(expected.peak_gib, given.peak_gib) < MEMORY_GIB, figures
+        took = f"torch's process {expected.peak_gib:.1f} GiB, ours {given.peak_gib:.1f} GiB, {given.seconds:.0f} s"
+        assert max(expected.peak_gib, given.peak_gib) < MEMORY_GIB, took
         for output in expected.outputs:
-            what = f"full-size {name}: {output} (our process: {figures['ours']})"
-            agree(what, given.outputs[output], expected.outputs[output], TOLERANCE)
+            agree(f"full-size {name}: {output} ({took})", given.outputs[output], expected.outputs[output], TOLERANCE)
         assert given.outputs.keys() == expected.outputs.keys()
 
     return check

@@ -1,0 +1,33 @@
+"""JSON files that hold an object: other people's configurations."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdxl_jax.errors import InputError
+
+Fields = Mapping[str, Any]
+"""A parsed config.json."""
+
+
+def read(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a file; optional: {} where there is none. Raises InputError if it is missing or unreadable."""
+    if not path.is_file():
+        if optional:
+            return {}
+        raise InputError(f"{path} is missing. Download the model's directory whole, with its .json and .txt files")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}). Download it again") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path} holds {json.dumps(fields)[:50]}, not an object {{…}}. Download it again")
+    return fields
+
+
+def write(path: Path, fields: Fields | str) -> None:
+    """An object as JSON, or a text as it is; makes the folders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = fields if isinstance(fields, str) else json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(written, encoding="utf-8")

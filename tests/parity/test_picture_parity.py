@@ -1,0 +1,507 @@
+"""Whole pictures: `sdxl-jax sample` against diffusers' pipelines, from the same directory and the same noise.
+
+The pipelines are tiny, with random weights, and built by diffusers and transformers alone; of ours are the tokenizers'
+files. Text encoders, guidance, conditioning, sampler and autoencoder are all at work, 20 steps of Euler, in float32.
+
+Tolerance: rounding, 2e-5 of a network's output at most (`agreement.py`), is multiplied by the guidance and fed back at
+every step; a few 1e-6 of the largest latent are measured, 1e-4 are allowed. A picture is rounded to 256 levels, where
+any difference can make one level. That mistakes would show is a test of its own: every prompt, size and crop moves the
+latents by more than 100 times the tolerance.
+
+The prompts have no "!", which transformers takes for padding in the tokenizers that pad with it; ours does not.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from agreement import Note
+from PIL import Image
+from reference import diffusers, from_torch, randomise, to_torch, torch, transformers
+
+from sdxl_jax.__main__ import main
+from sdxl_jax.interop import diffusers as folders
+from sdxl_jax.loading import load_model
+from sdxl_jax.model import SD1, SD2, SDXL_BASE
+from sdxl_jax.pipeline import generate
+
+# Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
+TOLERANCE, LEVELS = 1e-4, 1
+"""Of the largest latent; of 255."""
+STEPS = 20
+
+Size = tuple[int, int]
+"""(height, width) or (top, left), in pixels."""
+
+
+# ---- the pipelines ---------------------------------------------------------------------------------------------------
+
+
+def _tower(width: int, layers: int, heads: int, activation: str, projection_dim: int | None = None) -> Any:
+    """Token numbers as in the official files, mistakes included."""
+    kind = transformers.CLIPTextModel if projection_dim is None else transformers.CLIPTextModelWithProjection
+    fields = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": 49408}
+    return kind(
+        transformers.CLIPTextConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            hidden_act=activation,
+            projection_dim=projection_dim or width,
+            **fields,
+        )
+    )
+
+
+def _vae(scale: float) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        scaling_factor=scale,
+    )
+
+
+def _unet(attends: Sequence[bool], **options: Any) -> Any:
+    return diffusers.UNet2DConditionModel(
+        down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends],
+        up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)],
+        block_out_channels=(32, 64, 64)[: len(attends)],
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=8,
+        **options,
+    )
+
+
+def _scheduler(prediction: str) -> Any:
+    return diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def _sdxl(tokenizers: Sequence[Any]) -> Any:
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(0.13025),
+        text_encoder=_tower(32, 2, 2, "quick_gelu"),
+        text_encoder_2=_tower(48, 3, 3, "gelu", projection_dim=40),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=_unet(
+            [False, True, True],
+            transformer_layers_per_block=[1, 1, 2],
+            attention_head_dim=[1, 2, 4],
+            cross_attention_dim=32 + 48,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=16,
+            projection_class_embeddings_input_dim=40 + 6 * 16,
+            use_linear_projection=True,
+        ),
+        scheduler=_scheduler("epsilon"),
+        add_watermarker=False,
+    )
+
+
+def _sd(tokenizers: Sequence[Any], activation: str, prediction: str, heads: Any, linear: bool) -> Any:
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(0.18215),
+        text_encoder=_tower(32, 2, 2, activation),
+        tokenizer=tokenizers[0],
+        unet=_unet([True, False], attention_head_dim=heads, cross_attention_dim=32, use_linear_projection=linear),
+        scheduler=_scheduler(prediction),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES: dict[str, tuple[Any, Callable[[Sequence[Any]], Any]]] = {
+    "SDXL base": (SDXL_BASE, _sdxl),
+    "SD 1.x": (SD1, lambda tokenizers: _sd(tokenizers, "quick_gelu", "epsilon", 8, False)),
+    "SD 2.x": (SD2, lambda tokenizers: _sd(tokenizers, "gelu", "epsilon", [2, 4], True)),
+    "SD 2.x v": (SD2, lambda tokenizers: _sd(tokenizers, "gelu", "v_prediction", [2, 4], True)),
+}
+"""By name: the published model whose tokenizers it has, and how it is built from them."""
+
+
+class Source(NamedTuple):
+    """A tiny pipeline of diffusers."""
+
+    pipeline: Any
+    path: Path
+    """Where it has saved itself."""
+
+
+def _build(name: str, folder: Path) -> Source:
+    published, build = PIPELINES[name]
+    folders.write_folder(published, folder / "published")
+    paths = [folder / "published" / tower.name.replace("text_encoder", "tokenizer") for tower in published.text]
+    pipeline = build([transformers.CLIPTokenizer.from_pretrained(path) for path in paths])
+    for seed, part in enumerate(("vae", "text_encoder", "text_encoder_2", "unet")):
+        if (module := getattr(pipeline, part, None)) is not None:
+            randomise(module.eval(), seed)
+    pipeline.vae.decoder.conv_out.weight.data *= 0.4  # most pixels not black or white
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder / "model")
+    return Source(pipeline, folder / "model")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
+    """source(name): the pipeline of that name."""
+    return functools.cache(lambda name: _build(name, tmp_path_factory.mktemp("source")))
+
+
+# ---- the pictures ----------------------------------------------------------------------------------------------------
+
+LONG = "oil painting of a red house by the sea, " * 12
+PROMPTS = ("a cat on a mat", "Two cafés, 3 o'clock", LONG)
+"""The last one is longer than what the towers read."""
+
+
+class Told(NamedTuple):
+    """Sizes and crop that an SDXL is told; None: the picture's own size."""
+
+    original: Size | None = None
+    crop: Size = (0, 0)
+    target: Size | None = None
+
+
+NEGATIVES = {"absent": None, "empty": "", "given": "blurry, ugly"}
+TOLD: dict[str, tuple[Told, Told | None]] = {
+    "own sizes": (Told(), None),
+    "sizes given": (Told((1023, 333), (5, 64), (512, 1024)), None),
+    "negative sizes given": (Told((1023, 333), (5, 64), (512, 1024)), Told((301, 777), (9, 0), (96, 48))),
+}
+"""For the prompt, and for the negative prompt; None: the same."""
+
+
+class Case(NamedTuple):
+    model: str
+    batch: int
+    size: Size | None
+    """None: the model's own."""
+    guidance: float
+    negative: str
+    told: str = "own sizes"
+
+    def __str__(self) -> str:
+        size = "own size" if self.size is None else "x".join(map(str, self.size))
+        sizes = f", {self.told}" if self.model == "SDXL base" else ""
+        negative = f", negative {self.negative}" if self.guidance != 1 else ""
+        return f"{self.model}, batch {self.batch}, {size}, guidance {self.guidance:g}{negative}{sizes}"
+
+    def noise(self) -> np.ndarray:
+        """Standard normal, in our layout."""
+        height, width = self.size or (64, 64)
+        rng = np.random.default_rng([self.batch, height, width])
+        return rng.standard_normal((self.batch, height // 8, width // 8, 4), np.float32)
+
+
+class Drawn(NamedTuple):
+    images: np.ndarray
+    """Bytes, images height width 3."""
+    latents: np.ndarray
+    """In our layout, scaled as the UNet sees them."""
+
+
+def draw(model: Path, case: Case, folder: Path) -> Drawn:
+    """Ours: what the command line writes."""
+    arguments = ["sample", str(model), "--out", str(folder), "--steps", str(STEPS), "--save-latents"]
+    arguments += ["--guidance", str(case.guidance), "--init-noise", str(folder / "noise.npy")]
+    for prompt in PROMPTS[: case.batch]:
+        arguments += ["--prompt", prompt]
+    if case.size is not None:
+        arguments += ["--height", str(case.size[0]), "--width", str(case.size[1])]
+    if (negative := NEGATIVES[case.negative]) is not None:
+        arguments += ["--negative-prompt", negative]
+    for sign, told in zip(("", "negative-"), TOLD[case.told], strict=True):
+        if told is not None and told.original is not None and told.target is not None:
+            arguments += [f"--{sign}original-size", "{}x{}".format(*told.original)]
+            arguments += [f"--{sign}crop", "{},{}".format(*told.crop)]
+            arguments += [f"--{sign}target-size", "{}x{}".format(*told.target)]
+    folder.mkdir(parents=True)
+    np.save(folder / "noise.npy", case.noise())
+    assert main(arguments) == 0
+    files = sorted(folder.glob("*.png"))
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(case.batch)]
+    return Drawn(np.stack([np.asarray(Image.open(file)) for file in files]), np.load(folder / "latents.npy"))
+
+
+def reference(
+    pipeline: Any,
+    prompts: Sequence[str],
+    noise: np.ndarray,
+    guidance: float,
+    negatives: str | Sequence[str] | None,
+    told: Told = Told(),
+    negative_told: Told | None = None,
+    size: Size | None = None,
+) -> Drawn:
+    """Theirs. The pipeline itself scales the noise to its first state, and leaves the latents scaled."""
+    options: dict[str, Any] = {}
+    if told != Told():
+        options = {
+            "original_size": told.original,
+            "crops_coords_top_left": told.crop,
+            "target_size": told.target,
+        }
+    if negative_told is not None:
+        options |= {
+            "negative_original_size": negative_told.original,
+            "negative_crops_coords_top_left": negative_told.crop,
+            "negative_target_size": negative_told.target,
+        }
+    made = [
+        pipeline(
+            prompt=list(prompts),
+            negative_prompt=[negatives] * len(prompts) if isinstance(negatives, str) else negatives,
+            height=size and size[0],
+            width=size and size[1],
+            latents=to_torch(noise),
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            output_type=kind,
+            **options,
+        ).images
+        for kind in ("pil", "latent")
+    ]
+    return Drawn(np.stack([np.asarray(image) for image in made[0]]), from_torch(made[1]))
+
+
+def reference_of(pipeline: Any, case: Case) -> Drawn:
+    told, negative_told = TOLD[case.told]
+    prompts, noise = PROMPTS[: case.batch], case.noise()
+    # diffusers repeats the pair (negative sizes, sizes) once a picture, but has all negative prompts before all
+    # prompts: of two pictures, each is told the other's. Right for one picture alone.
+    each = 1 if negative_told is not None else case.batch
+    made = [
+        reference(
+            pipeline,
+            prompts[start : start + each],
+            noise[start : start + each],
+            case.guidance,
+            NEGATIVES[case.negative],
+            told,
+            negative_told,
+            case.size,
+        )
+        for start in range(0, case.batch, each)
+    ]
+    return Drawn(*(np.concatenate(arrays) for arrays in zip(*made, strict=True)))
+
+
+def apart(one: Drawn, other: Drawn) -> float:
+    """Largest difference of the latents, as a share of the largest latent."""
+    return float(np.abs(one.latents - other.latents).max() / np.abs(other.latents).max())
+
+
+def check_picture(drawn: Drawn) -> None:
+    """That it is one in which a difference would be seen."""
+    assert np.isfinite(drawn.latents).all()
+    assert 1 < drawn.latents.std() < 20
+    assert np.mean((drawn.images == 0) | (drawn.images == 255)) < 0.05
+    assert (drawn.images.std(axis=(1, 2)) > 20).all(), "a colour of a picture hardly varies"
+
+
+def check_agreement(what: str, ours: Drawn, theirs: Drawn, note: Note) -> None:
+    assert ours.images.shape == theirs.images.shape
+    assert ours.latents.shape == theirs.latents.shape
+    check_picture(theirs)
+    difference = apart(ours, theirs)
+    levels = int(np.abs(ours.images.astype(int) - theirs.images.astype(int)).max())
+    share = float(np.mean(ours.images != theirs.images))
+    note(
+        f"picture: {what}",
+        f"{difference:.1e}  (allowed {TOLERANCE:.0e}), PNG {levels} levels (allowed {LEVELS}; {share:.2%} differ)",
+    )
+    assert difference <= TOLERANCE, f"{what}: latents differ by {difference:.2e} of the maximum"
+    assert levels <= LEVELS, f"{what}: pictures differ by {levels} levels"
+
+
+CASES = (
+    Case("SDXL base", 1, (64, 64), 5, "absent"),
+    Case("SDXL base", 1, (64, 64), 7.5, "given", "negative sizes given"),
+    Case("SDXL base", 3, (72, 40), 5, "given"),
+    Case("SDXL base", 3, (72, 40), 5, "empty", "sizes given"),
+    Case("SDXL base", 3, (72, 40), 7.5, "absent", "negative sizes given"),
+    Case("SDXL base", 1, (64, 96), 1, "absent", "sizes given"),
+    Case("SD 1.x", 1, None, 7.5, "given"),
+    Case("SD 1.x", 1, None, 5, "absent"),
+    Case("SD 2.x v", 3, (72, 40), 5, "given"),
+)
+"""What is always run: every kind of option, in few shapes, because each shape is compiled for seconds."""
+GUIDANCE = ((1, "absent"), (5, "absent"), (5, "empty"), (5, "given"), (7.5, "given"))
+GRID = [
+    Case(model, batch, size, *guidance, told)
+    for model, batch, size, guidance, told in itertools.product(
+        PIPELINES, (1, 3), ((64, 64), (64, 96), (72, 40)), GUIDANCE, TOLD
+    )
+    if (model == "SDXL base" or told == "own sizes") and not (guidance[0] == 1 and told == "negative sizes given")
+]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in GRID if case not in CASES)],
+    ids=str,
+)
+def test_picture_matches_diffusers(case: Case, source: Callable[[str], Source], tmp_path: Path, note: Note) -> None:
+    pipeline, path = source(case.model)
+    check_agreement(str(case), draw(path, case, tmp_path / "ours"), reference_of(pipeline, case), note)
+
+
+def test_each_picture_of_a_batch_has_its_own_negative_prompt(source: Callable[[str], Source], note: Note) -> None:
+    """In Python; the command line has one negative prompt for all. Here diffusers cannot mix none with some."""
+    pipeline, path = source("SDXL base")
+    case = Case("SDXL base", 3, (72, 40), 5, "given")
+    negatives, noise = list(NEGATIVES.values()), case.noise()
+    made = generate(
+        load_model(path, progress=False),
+        PROMPTS,
+        negative_prompts=negatives,
+        height=72,
+        width=40,
+        steps=STEPS,
+        guidance=5,
+        init_noise=noise,
+    )
+    alone = [
+        reference(pipeline, [PROMPTS[k]], noise[k : k + 1], 5, negatives[k], size=(72, 40)) for k in range(len(PROMPTS))
+    ]
+    theirs = Drawn(*(np.concatenate(arrays) for arrays in zip(*alone, strict=True)))
+    check_agreement(
+        "SDXL base, batch 3, 72x40, guidance 5, negatives absent | empty | given", Drawn(*made), theirs, note
+    )
+
+
+@pytest.mark.parametrize("model", PIPELINES)
+def test_everything_that_is_varied_changes_the_picture(model: str, source: Callable[[str], Source]) -> None:
+    """Otherwise agreement would prove nothing."""
+    is_xl = model == "SDXL base"
+    noise = Case(model, 1, None, 5, "absent").noise()
+    plain: dict[str, Any] = {"prompts": PROMPTS[:1], "noise": noise, "guidance": 5, "negatives": None}
+    changed: dict[str, dict[str, Any]] = {
+        "prompt": {"prompts": PROMPTS[1:2]},
+        "long prompt": {"prompts": PROMPTS[2:]},
+        "negative": {"negatives": NEGATIVES["given"]},
+        "no guidance": {"guidance": 1},
+        "guidance": {"guidance": 7.5},
+        "noise": {"noise": noise[:, ::-1]},
+    }
+    if is_xl:
+        own = Told((64, 64), (0, 0), (64, 64))
+        every = {
+            "original size": own._replace(original=(1023, 333)),
+            "original size turned": own._replace(original=(333, 1023)),
+            "crop": own._replace(crop=(5, 64)),
+            "crop turned": own._replace(crop=(64, 5)),
+            "target size": own._replace(target=(512, 1024)),
+            "target size turned": own._replace(target=(1024, 512)),
+        }
+        changed |= {name: {"told": told} for name, told in every.items()}
+        changed |= {f"negative {name}": {"told": own, "negative_told": told} for name, told in every.items()}
+        changed["empty negative"] = {"negatives": ""}
+    draw_theirs = functools.partial(reference, source(model).pipeline)
+    base = draw_theirs(**plain)
+    made = {"nothing": base} | {name: draw_theirs(**{**plain, **change}) for name, change in changed.items()}
+    alike = [
+        (one, other)
+        for one, other in itertools.combinations(made, 2)
+        if apart(made[one], made[other]) < 100 * TOLERANCE
+    ]
+    assert not alike
+    if not is_xl:  # where no negative prompt is the empty one
+        assert apart(draw_theirs(**{**plain, "negatives": ""}), base) == 0
+
+
+# ---- the same model in other layouts ---------------------------------------------------------------------------------
+
+CONVERTED = {case.model: case for case in reversed(CASES)}
+"""Of each model, the first case: compiled already."""
+
+
+@pytest.fixture(scope="module")
+def converted(
+    source: Callable[[str], Source], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Path]]:
+    """converted(name): the pipeline of that name in our other layouts, and from these in diffusers' again."""
+
+    def make(name: str) -> dict[str, Path]:
+        folder = tmp_path_factory.mktemp("converted")
+        steps = [
+            (source(name).path, "orbax", "orbax", []),
+            (source(name).path, "single-file", "single.safetensors", []),
+            (source(name).path, "single-file", "half.safetensors", ["--dtype", "float16"]),
+            (folder / "orbax", "diffusers", "from orbax", []),
+            (folder / "single.safetensors", "diffusers", "from single", []),
+        ]
+        for path, layout, written, options in steps:
+            assert main(["convert", str(path), str(folder / written), "--to", layout, *options]) == 0
+        return {written: folder / written for _, _, written, _ in steps}
+
+    return functools.cache(make)
+
+
+@pytest.mark.parametrize("model", CONVERTED)
+def test_layouts_of_one_model_draw_the_same_picture(
+    model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]], tmp_path: Path
+) -> None:
+    case, paths = CONVERTED[model], converted(model)
+    drawn = draw(source(model).path, case, tmp_path / "source")
+    for name in ("orbax", "single.safetensors", "from orbax"):
+        again = draw(paths[name], case, tmp_path / name)
+        np.testing.assert_array_equal(again.latents, drawn.latents, err_msg=name)
+        np.testing.assert_array_equal(again.images, drawn.images, err_msg=name)
+
+
+@pytest.mark.parametrize("model", CONVERTED)
+def test_diffusers_draws_the_same_picture_from_what_we_write(
+    model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]]
+) -> None:
+    case, theirs = CONVERTED[model], source(model).pipeline
+    drawn = reference_of(theirs, case)
+    for name in ("from orbax", "from single"):
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(converted(model)[name], local_files_only=True)
+        assert type(pipeline) is type(theirs)
+        assert type(pipeline.scheduler) is type(theirs.scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        again = reference_of(pipeline, case)
+        np.testing.assert_array_equal(again.latents, drawn.latents, err_msg=name)
+        np.testing.assert_array_equal(again.images, drawn.images, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("model", CONVERTED)
+def test_diffusers_reads_our_single_file(
+    model: str, dtype: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]]
+) -> None:
+    """By its own table of names. The configurations are the source's: from the tensors alone, diffusers would take it
+    for a model of full size, and ask for that one's online."""
+    pipeline, path = source(model)
+    file = converted(model)["single.safetensors" if dtype == "float32" else "half.safetensors"]
+    kind = getattr(torch, dtype)
+    read = type(pipeline).from_single_file(file, config=str(path), torch_dtype=kind, local_files_only=True)
+    for part in ("vae", "text_encoder", "text_encoder_2", "unet"):
+        if getattr(pipeline, part, None) is None:
+            continue
+        expected, given = (getattr(each, part).state_dict() for each in (pipeline, read))
+        assert given.keys() == expected.keys()
+        for name, tensor in given.items():
+            assert tensor.dtype == kind
+            assert torch.equal(tensor, expected[name].to(kind)), f"{part}: {name}"
