@@ -7,13 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdxl_jax.converting import convert
     from sdxl_jax.loading import load_model
     from sdxl_jax.pipeline import encode_prompt, text_to_image
     from sdxl_jax.training.loop import train
 
-__all__ = ["encode_prompt", "load_model", "text_to_image", "train"]
+__all__ = ["convert", "encode_prompt", "load_model", "text_to_image", "train"]
 
 _HOMES = {
+    "convert": "sdxl_jax.converting",
     "encode_prompt": "sdxl_jax.pipeline",
     "load_model": "sdxl_jax.loading",
     "text_to_image": "sdxl_jax.pipeline",

@@ -24,11 +24,11 @@ from sdxl_jax import config as configuration
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop import diffusers, names, orbax, safetensors
 from sdxl_jax.interop.names import Dialect, Naming
-from sdxl_jax.interop.weights import FirstLayers, Leaf, Weights, part_configs
+from sdxl_jax.interop.weights import FirstLayers, Leaf, Weights, in_memory, part_configs
 from sdxl_jax.loading import bar
-from sdxl_jax.model import ModelConfig
+from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation
-from sdxl_jax.opening import METADATA, describe
+from sdxl_jax.opening import METADATA, describe, open_model
 
 
 class Layout(enum.Enum):
@@ -49,13 +49,25 @@ class Written:
     """Tensors of the source that the destination has no place for."""
 
 
-def convert(weights: Weights, destination: str | Path, to: Layout, progress: bool = True) -> Written:
-    """Writes a model, as `opening.open_model` found it.
+def convert(
+    source: str | Path | Model | Weights, destination: str | Path, to: Layout | str, progress: bool = True
+) -> Written:
+    """Writes a model in a layout.
+
+    source: what a MODEL argument takes; or a model in memory; or what `opening.open_model` found, perhaps changed.
+    destination: a new directory; for a single file, a new .safetensors file. to: "orbax", "diffusers", "single-file".
 
     Raises InputError before anything is written if there is something at the destination, if the disk has too little
     room, or if the layout cannot hold the model; nothing is left behind by a conversion that fails.
     """
-    destination = Path(destination)
+    to, destination = Layout(to), Path(destination)
+    match source:
+        case Weights():
+            weights = source
+        case Model():
+            weights = in_memory(source)
+        case _:
+            weights = open_model(source)
     write = {Layout.ORBAX: _orbax, Layout.DIFFUSERS: _diffusers, Layout.SINGLE_FILE: _single_file}[to]
     if to is Layout.SINGLE_FILE and destination.suffix != ".safetensors":
         raise InputError(f"A single file is a .safetensors file; given: {destination}. Use {destination}.safetensors")
@@ -188,6 +200,11 @@ def _as_diffusers_has_it(weights: Weights) -> Weights:
 
 
 def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
+    if words := [word for tower in weights.config.text if tower.name in weights.parts for word in tower.added_tokens]:
+        raise InputError(
+            f"A single file has no place for added words of the vocabulary, such as {words[0]}. Take them away with "
+            "sdxl_jax.interop.inversion.remove, or write a diffusers directory"
+        )
     namings = dict(_original_namings(weights.config))
     if len(weights.parts) == 1 and weights.parts[0] != "unet":
         namings = {part: dataclasses.replace(naming, prefix="") for part, naming in namings.items()}

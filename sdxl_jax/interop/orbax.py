@@ -33,6 +33,8 @@ def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
         found = ocp.metadata(str(path.absolute()))
     except Exception as error:  # Orbax raises many types for a damaged directory
         raise _unreadable(path, error) from error
+    if found.metadata is None:  # which is all that Orbax says of some damages
+        raise _unreadable(path, ValueError("its arrays cannot be listed"))
     custom = found.custom_metadata
     return found.metadata, custom if isinstance(custom, dict) else {}
 

@@ -18,11 +18,10 @@ from jaxtyping import Array, Float, Key, UInt8
 from tqdm import trange
 
 from sdxl_jax.arrays import Params, normalise, unflatten
-from sdxl_jax.converting import Layout, convert
+from sdxl_jax.converting import convert
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.sources import open_folder, read_image
 from sdxl_jax.data.transforms import cover_crop
-from sdxl_jax.interop.weights import in_memory
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
@@ -94,7 +93,7 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     config = dataclasses.replace(CONFIG, scale=round(1 / float(np.concatenate(latents).std()), 5))
     half = jax.tree.map(lambda array: np.asarray(array, np.float16), average)
     out.unlink(missing_ok=True)
-    convert(in_memory(Model(ModelConfig(vae=config), {"vae": half})), out, Layout.SINGLE_FILE, progress=False)
+    convert(Model(ModelConfig(vae=config), {"vae": half}), out, "single-file", progress=False)
     return config
 
 
