@@ -85,7 +85,7 @@ class Cost(NamedTuple):
 def run(command: list[str]) -> Cost:
     """Raises SystemExit if the command fails."""
     start = time.perf_counter()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=os.environ | {"TQDM_DISABLE": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -140,6 +140,7 @@ def main() -> None:
 
 def measure(work: Path, dtype: str) -> None:
     first, last = work / "first.safetensors", work / "last.safetensors"
+    print("making a model …", file=sys.stderr)
     apart(make, first, dtype)
     size = first.stat().st_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,7 +4,6 @@ Agreement with the names that diffusers and transformers write is tested in `par
 files on the hub are looked up.
 """
 
-import functools
 from collections import Counter
 from typing import Any
 

@@ -131,6 +131,15 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def fill(out: np.ndarray, value: np.ndarray) -> None:
+    """out[...] = value, for a value whose axes were put in another order."""
+    if value.ndim < 2 or value.strides[-1] == value.itemsize:
+        out[...] = value
+    else:  # In strips, whose source stays in the processor's cache: two to four times as fast.
+        for start in range(0, value.shape[-1], 32):
+            out[..., start : start + 32] = value[..., start : start + 32]
+
+
 class Writer:
     """Writes one file, in whatever order its pieces come. A context manager: leaving it checks that all came."""
 
@@ -159,8 +168,11 @@ class Writer:
         start, stop = self._places[name]
         dtype = self._tensors[name][1]
         assert value.dtype == dtype and (stop - start) % max(1, value.nbytes) == 0, name
+        if not value.flags.c_contiguous:
+            fill(ordered := np.empty(value.shape, value.dtype), value)
+            value = ordered
         self._file.seek(self._begin + start + part * value.nbytes)
-        self._file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        self._file.write(value.reshape(-1).view(np.uint8).data)
         self._left -= value.nbytes
 
     def __enter__(self) -> "Writer":

@@ -17,7 +17,7 @@ import numpy as np
 from sdxl_jax.arrays import flatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop.names import Entry, Naming, PartConfig, Table
-from sdxl_jax.interop.safetensors import Tensor
+from sdxl_jax.interop.safetensors import Tensor, fill
 from sdxl_jax.model import Model, ModelConfig
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -56,13 +56,14 @@ class FromTensors:
     def read(self, index: Index | None = None) -> np.ndarray:
         index = index or tuple(slice(0, size) for size in self.shape)
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
+        value = np.empty([stop - start for start, stop in bounds], self.dtype)
         entry, number = self.rows[0]
         if entry.places[number].layer is None:
-            return self._one(entry, number, bounds)
-        (first, last), *rest = bounds
-        value = np.empty((last - first, *(stop - start for start, stop in rest)), self.dtype)
-        for layer in range(first, last):
-            value[layer - first] = self._one(*self.rows[layer], rest)
+            fill(value, self._one(entry, number, bounds))
+        else:
+            (first, last), *rest = bounds
+            for layer in range(first, last):
+                fill(value[layer - first], self._one(*self.rows[layer], rest))
         return value
 
     def _one(self, entry: Entry, number: int, bounds: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -4,6 +4,9 @@ Each network is computed in two processes, one after the other, so that no more 
 memory and all memory is given back. The first builds torch's network from the config.json that we write, gives it
 random weights and saves it as its library does; the second loads that directory with `load_model`. Figures of a run are
 in docs/full-size.md.
+
+The tolerance is that of the tiny networks, `agreement.TOLERANCE`: sums are ten times as long here, but what rounding
+adds up to grows more slowly, and the largest difference seen is 3e-6.
 """
 
 import functools
@@ -34,10 +37,10 @@ from sdxl_jax.models import clip, layers, unet, vae
 
 pytestmark = pytest.mark.slow
 
-TOLERANCE = 1e-4
-"""Largest difference allowed, as a share of the reference's largest absolute value."""
 MEMORY_GIB = 24
 """What each process may take, weights and all."""
+OWN_MEMORY_GIB = 2
+"""What our process may take on top of the weights: less than a second copy of the larger networks."""
 
 Arrays = Mapping[str, np.ndarray]
 Compute = Callable[[Path, Arrays], Arrays]
@@ -191,8 +194,9 @@ def same(agree: Agree, tmp_path: Path) -> Callable[..., None]:
             shutil.rmtree(directory)
         took = f"torch's process {expected.peak_gib:.1f} GiB, ours {given.peak_gib:.1f} GiB, {given.seconds:.0f} s"
         assert max(expected.peak_gib, given.peak_gib) < MEMORY_GIB, took
+        assert given.peak_gib < 4 * PARAMETERS[config] / 2**30 + OWN_MEMORY_GIB, took
         for output in expected.outputs:
-            agree(f"full-size {name}: {output} ({took})", given.outputs[output], expected.outputs[output], TOLERANCE)
+            agree(f"full-size {name}: {output} ({took})", given.outputs[output], expected.outputs[output])
         assert given.outputs.keys() == expected.outputs.keys()
 
     return check

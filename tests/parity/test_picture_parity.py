@@ -5,8 +5,8 @@ files. Text encoders, guidance, conditioning, sampler and autoencoder are all at
 
 Tolerance: rounding, 2e-5 of a network's output at most (`agreement.py`), is multiplied by the guidance and fed back at
 every step; a few 1e-6 of the largest latent are measured, 1e-4 are allowed. A picture is rounded to 256 levels, where
-any difference can make one level. That mistakes would show is a test of its own: every prompt, size and crop moves the
-latents by more than 100 times the tolerance.
+any difference can make one level, but of few bytes: rounded down instead, half of them would differ. That mistakes
+would show is a test of its own: every prompt, size and crop moves the latents by more than 100 times the tolerance.
 
 The prompts have no "!", which transformers takes for padding in the tokenizers that pad with it; ours does not.
 """
@@ -32,8 +32,8 @@ from sdxl_jax.pipeline import generate
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-TOLERANCE, LEVELS = 1e-4, 1
-"""Of the largest latent; of 255."""
+TOLERANCE, LEVELS, SHARE = 1e-4, 1, 0.01
+"""Of the largest latent; of 255; of the bytes of a picture that may differ at all."""
 STEPS = 20
 
 Size = tuple[int, int]
@@ -155,7 +155,8 @@ def _build(name: str, folder: Path) -> Source:
     for seed, part in enumerate(("vae", "text_encoder", "text_encoder_2", "unet")):
         if (module := getattr(pipeline, part, None)) is not None:
             randomise(module.eval(), seed)
-    pipeline.vae.decoder.conv_out.weight.data *= 0.4  # most pixels not black or white
+    pipeline.unet.conv_out.weight.data *= 0.8  # latents not much larger than the noise that they began as
+    pipeline.vae.decoder.conv_out.weight.data *= 0.4  # most pixels neither black nor white
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "model")
     return Source(pipeline, folder / "model")
@@ -284,8 +285,8 @@ def reference(*arguments: Any, **options: Any) -> Drawn:
 def reference_of(pipeline: Any, case: Case) -> Drawn:
     told, negative_told = TOLD[case.told]
     prompts, noise = PROMPTS[: case.batch], case.noise()
-    # diffusers repeats the pair (negative sizes, sizes) once a picture, but has all negative prompts before all
-    # prompts: of two pictures, each is told the other's. Right for one picture alone.
+    # Of several pictures, diffusers tells negative sizes and sizes in turn, but has all negative prompts before all
+    # prompts, so that some are told the others' (both of two, the middle one of three). One picture alone is right.
     each = 1 if negative_told is not None else case.batch
     made = [
         reference(
@@ -323,12 +324,11 @@ def check_agreement(what: str, ours: Drawn, theirs: Drawn, note: Note) -> None:
     difference = apart(ours.latents, theirs.latents)
     levels = int(np.abs(ours.images.astype(int) - theirs.images.astype(int)).max())
     share = float(np.mean(ours.images != theirs.images))
-    note(
-        f"picture: {what}",
-        f"{difference:.1e}  (allowed {TOLERANCE:.0e}), PNG {levels} levels (allowed {LEVELS}; {share:.2%} differ)",
-    )
+    measured = f"PNG {levels} levels (allowed {LEVELS}) in {share:.2%} (allowed {SHARE:.0%})"
+    note(f"picture: {what}", f"{difference:.1e}  (allowed {TOLERANCE:.0e}), {measured}")
     assert difference <= TOLERANCE, f"{what}: latents differ by {difference:.2e} of the maximum"
-    assert levels <= LEVELS, f"{what}: pictures differ by {levels} levels"
+    assert levels <= LEVELS, f"{what}: a byte of the pictures differs by {levels} levels"
+    assert share <= SHARE, f"{what}: {share:.2%} of the pictures' bytes differ"
 
 
 CASES = (
