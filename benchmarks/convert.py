@@ -20,6 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -84,13 +85,16 @@ class Cost(NamedTuple):
 
 def run(command: list[str]) -> Cost:
     """Raises SystemExit if the command fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | {"TQDM_DISABLE": "1"})
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed")
-    return Cost(time.perf_counter() - start, usage.ru_maxrss / 2**20)
+    with tempfile.TemporaryFile() as said:  # progress bars would stand among the table's rows
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            sys.exit(f"{said.read().decode()}\n{' '.join(command)} failed")
+    return Cost(seconds, usage.ru_maxrss / 2**20)
 
 
 def files(path: Path) -> Iterator[Path]:
@@ -156,7 +160,10 @@ def measure(work: Path, dtype: str) -> None:
         within = cost.peak_gib < MEMORY_GIB and cost.seconds < EXTRA_SECONDS + copied
         kept = kept and within
         step = f"{source.stem if source != first else 'single-file'} → {layout}"
-        print(f"| {step} | {cost.seconds:.0f} | {copied:.0f} | {cost.peak_gib:.2f} GiB | {'yes' if within else 'NO'} |")
+        print(
+            f"| {step} | {cost.seconds:.0f} | {copied:.0f} | {cost.peak_gib:.2f} GiB | {'yes' if within else 'NO'} |",
+            flush=True,
+        )
         if source != first:
             remove(source)
     if (name := apart(difference, first, last)) is not None:

@@ -13,18 +13,21 @@ import contextlib
 import dataclasses
 import enum
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from sdxl_jax import config as configuration
+from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop import diffusers, names, orbax, safetensors
 from sdxl_jax.interop.names import Dialect, Naming
-from sdxl_jax.interop.weights import FirstLayers, Leaf, Weights, in_memory, part_configs
+from sdxl_jax.interop.weights import Carried, FirstLayers, InMemory, Leaf, Weights, in_memory, part_configs
 from sdxl_jax.loading import bar
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation
@@ -86,9 +89,10 @@ def _check_room(weights: Weights, destination: Path) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"{destination} cannot be written: {place} is no directory that may be written to")
     free = shutil.disk_usage(place).free
-    if free < weights.size:
+    needed = weights.size + sum(math.prod(t.shape) * t.dtype.itemsize for t in weights.carried.values())
+    if free < needed:
         raise InputError(
-            f"{place} has {free / 1e9:.2f} GB left, and the model needs {weights.size / 1e9:.2f} GB. Make room, choose "
+            f"{place} has {free / 1e9:.2f} GB left, and the model needs {needed / 1e9:.2f} GB. Make room, choose "
             "another disk, or a smaller --dtype"
         )
 
@@ -214,11 +218,25 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
     if same:
         namings |= weights.origin.namings
     carried = {("", name): tensor for (part, name), tensor in weights.carried.items() if same and not part}
+    carried = _with_marks(weights, carried, new=not same)
     left_out = tuple(sorted(name for part, name in weights.carried if (part, name) not in carried))
     metadata = {"format": "pt", METADATA: json.dumps(describe(weights))}
     chosen = dataclasses.replace(weights, carried=carried)
     count = _write_tensors(chosen, {part: namings[part] for part in weights.parts}, destination, metadata, shown)
     return Written(weights.parts, count, weights.size, left_out)
+
+
+def _with_marks(
+    weights: Weights, carried: Mapping[tuple[str, str], Carried], new: bool
+) -> dict[tuple[str, str], Carried]:
+    """The empty tensors by which ComfyUI tells an SDXL that predicts v, and one with zero terminal SNR: there where the
+    model is one, `new` where the file does not follow another's."""
+    config = weights.config
+    predicts_v = config.prediction is Prediction.V and config.micro is not None and "unet" in weights.parts
+    marks = {("", "v_pred"): predicts_v, ("", "ztsnr"): predicts_v and config.schedule.zero_terminal_snr}
+    kept = {key: tensor for key, tensor in carried.items() if marks.get(key, True)}
+    empty = InMemory(np.zeros(0, np.float32))
+    return kept | {key: empty for key, wanted in marks.items() if wanted and new}
 
 
 def _original_namings(config: ModelConfig) -> Iterator[tuple[str, Naming]]:

@@ -165,8 +165,16 @@ def _expected(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[s
 def _open_diffusers(path: Path, opening: Opening) -> Weights:
     config = diffusers.read_model_config(path)
     leaves, carried, namings, notes = {}, {}, {}, []
-    for part, part_config in part_configs(config).items():
-        tensors = _weight_files(path / part, opening.variant)[0]
+    configs = part_configs(config)
+    # As in diffusers, some parts may lack a variant that others have.
+    lacking = [part for part in configs if opening.variant not in _variants(path / part)]
+    lacking = lacking if len(lacking) < len(configs) else []
+    for part, part_config in configs.items():
+        variant = opening.variant
+        if variant is not None and part in lacking:
+            notes.append(f"{path / part} has no variant {variant}; its files without a variant are read")
+            variant = None
+        tensors = _weight_files(path / part, variant)
         found = _match(part, part_config, None, tensors, path / part, opening)
         leaves |= found.leaves
         notes += found.notes
@@ -180,8 +188,11 @@ def _open_diffusers(path: Path, opening: Opening) -> Weights:
 def _open_component(path: Path, kind: str, opening: Opening) -> Weights:
     """One network's directory, as diffusers and transformers write it."""
     part_config = _component_config(path / "config.json", kind)
-    tensors = _weight_files(path, opening.variant)[0]
+    tensors = _weight_files(path, opening.variant)
     part, config = _around(part_config)
+    if kind == "unet" and config.micro is not None:
+        dim, _ = diffusers_fields.unet_surroundings(json_files.read(path / "config.json"), str(path), 128)
+        config = dataclasses.replace(config, micro=dataclasses.replace(config.micro, embedding_dim=dim))
     found = _match(part, part_config, None, tensors, path, opening)
     carried = {("", name): tensor for name, tensor in found.carried.items()}
     origin = Origin("component", {part: found.naming})
@@ -388,24 +399,32 @@ def _initial(part_config: PartConfig, path: str) -> Initial:
     return Initial(tuple(shape), lambda: np.asarray(make(jax.random.key(0))))
 
 
-def _weight_files(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of one network's directory: of one file, or of its shards.
+def _variants(folder: Path) -> dict[str, dict[str, Path]]:
+    """The weight files of one network's directory, by variant ("" for those without): whole, index, a shard.
 
-    Raises InputError for a directory without weights, with pickles alone, without the variant, with several to choose
-    from.
+    Raises InputError for a directory without weights, or with pickles alone.
     """
     if not folder.is_dir():
         raise InputError(f"There is no directory {folder}, which model_index.json lists. Fetch it")
-    choices: dict[str, dict[str, Path]] = {}
+    variants: dict[str, dict[str, Path]] = {}
     for file in sorted(folder.iterdir()):
         if found := _WEIGHTS.fullmatch(file.name):
             kind = "index" if found["index"] else "shard" if found["shard"] else "whole"
-            choices.setdefault(found["variant"] or found["late"] or "", {})[kind] = file
-    known = ", ".join(name or "(none)" for name in choices)
-    if not choices:
+            variants.setdefault(found["variant"] or found["late"] or "", {})[kind] = file
+    if not variants:
         if pickles := [file for file in sorted(folder.iterdir()) if file.suffix.lower() in safetensors.PICKLES]:
             safetensors.refuse_pickle(pickles[0])
         raise InputError(f"{folder} has no weights (*.safetensors). Fetch them")
+    return variants
+
+
+def _weight_files(folder: Path, variant: str | None) -> dict[str, Tensor]:
+    """The tensors of one network's directory: of one file, or of its shards.
+
+    Raises InputError as `_variants`, and for a directory without the variant, or with several to choose from.
+    """
+    choices = _variants(folder)
+    known = ", ".join(name or "(none)" for name in choices)
     if variant is None:
         variant = "" if "" in choices else next(iter(choices)) if len(choices) == 1 else None
         if variant is None:
@@ -414,9 +433,9 @@ def _weight_files(folder: Path, variant: str | None) -> tuple[dict[str, Tensor],
         raise InputError(f"{folder} has no variant {variant}. It has: {known}")
     files = choices[variant]
     if "index" in files:
-        return safetensors.open_index(files["index"])
+        return safetensors.open_index(files["index"])[0]
     if "whole" in files:
-        return safetensors.open_file(files["whole"])
+        return safetensors.open_file(files["whole"])[0]
     raise InputError(f"{folder} has shards, such as {files['shard'].name}, but no index that lists them. Fetch it")
 
 

@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "opening": {"config", "model", "models", "conditioning", "diffusion", "interop", "training.checkpoint"} | BASE,
     "loading": {"opening", "model", "diffusion", "interop", "sharding"} | BASE,
-    "converting": {"opening", "loading", "config", "model", "models", "interop"} | BASE,
+    "converting": {"opening", "loading", "config", "model", "models", "diffusion", "interop"} | BASE,
     "training": set(),
     "training.state": BASE,
     "training.ema": BASE,

@@ -526,7 +526,7 @@ def test_directory_of_sd2s_text_encoder_is_read_at_its_last_layer(
     clip = short.text[0].clip
     found = shapes(clip, Naming(Dialect.TRANSFORMERS)).items()
     stored = {name: safetensors.Tensor(name, shape, np.dtype("float32"), None, tmp_path) for name, shape in found}
-    monkeypatch.setattr("sdxl_jax.opening._weight_files", lambda folder, variant: (stored, {}))
+    monkeypatch.setattr("sdxl_jax.opening._weight_files", lambda folder, variant: stored)
     assert open_model(tmp_path).config == short
 
 

@@ -17,6 +17,7 @@ from sdxl_jax.conditioning.text import ContextState, Tokenizer, Tower
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.interop import diffusers as folders
+from sdxl_jax.interop import diffusers_fields
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models import clip, layers, unet, vae
 
@@ -169,10 +170,10 @@ def test_scheduler_built_from_our_file_has_our_schedule(zero_terminal_snr: bool)
 @pytest.mark.parametrize(
     ("known", "kind"),
     [
-        (folders._UNET, "UNet2DConditionModel"),
-        (folders._VAE, "AutoencoderKL"),
-        (folders._CLIP, "CLIPTextConfig"),
-        (folders._SCHEDULER, "EulerDiscreteScheduler"),
+        (diffusers_fields._UNET, "UNet2DConditionModel"),
+        (diffusers_fields._VAE, "AutoencoderKL"),
+        (diffusers_fields._CLIP, "CLIPTextConfig"),
+        (diffusers_fields._SCHEDULER, "EulerDiscreteScheduler"),
     ],
 )
 def test_our_defaults_are_those_of_the_constructors(known: Any, kind: str) -> None:
