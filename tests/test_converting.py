@@ -39,7 +39,7 @@ from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
-from sdxl_jax.opening import open_model
+from sdxl_jax.opening import Opening, open_model
 
 UNET, VAE, QUICK, GELU = BASE.unet, BASE.vae, BASE.text[0].clip, BASE.text[1].clip
 
@@ -616,6 +616,24 @@ def test_interruption_leaves_nothing_behind(
     monkeypatch.undo()
     write(source, destination, to)
     assert_holds(open_model(destination), STABLE_1)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_single_file_of_an_sdxl_that_predicts_v_has_comfyuis_marks(tmp_path: Path, zero_terminal_snr: bool) -> None:
+    schedule = dataclasses.replace(BASE.schedule, zero_terminal_snr=zero_terminal_snr)
+    config = dataclasses.replace(BASE, prediction=Prediction.V, schedule=schedule)
+    folder = foreign.diffusers_folder(tmp_path / "model", config)
+    converting.convert(folder, tmp_path / "made.safetensors", "single-file", progress=False)
+    marks = {
+        name: value.shape for name, value in foreign.read(tmp_path / "made.safetensors").items() if "." not in name
+    }
+    assert marks == {"v_pred": (0,)} | ({"ztsnr": (0,)} if zero_terminal_snr else {})
+    foreign.save(tmp_path / "made.safetensors", foreign.read(tmp_path / "made.safetensors"))  # as others would
+    opened = open_model(tmp_path / "made.safetensors")
+    assert (opened.config.prediction, opened.config.schedule) == (config.prediction, config.schedule)
+    epsilon = open_model(tmp_path / "made.safetensors", Opening(prediction=Prediction.EPSILON))
+    converting.convert(epsilon, tmp_path / "epsilon.safetensors", "single-file", progress=False)
+    assert not [name for name in foreign.read(tmp_path / "epsilon.safetensors") if "." not in name]
 
 
 def test_disk_without_room_is_refused_before_anything_is_written(

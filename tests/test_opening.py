@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -292,6 +293,16 @@ def test_several_variants_without_a_default_are_a_question(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"several variants, fp16, non_ema\. Choose one with --variant"):
         open_model(folder)
     with pytest.raises(InputError, match=r"no variant bf16\. It has: fp16, non_ema"):
+        open_model(folder, Opening(variant="bf16"))
+
+
+def test_part_without_the_variant_gives_what_it_has_and_that_is_said(tmp_path: Path) -> None:
+    folder = foreign.diffusers_folder(tmp_path / "model", BASE)
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(vae, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    opened = open_model(folder, Opening(variant="fp16"))
+    assert len([note for note in opened.notes if "has no variant fp16; its files without" in note]) == 3
+    with pytest.raises(InputError, match=r"no variant bf16\. It has: "):
         open_model(folder, Opening(variant="bf16"))
 
 
