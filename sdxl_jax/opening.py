@@ -1,10 +1,12 @@
 """`open_model`: what is at a path, found out, not asked. Configuration and parameters, of which only headers are read.
 
-a run directory, or RUN/checkpoints/STEP in one   the averaged weights
-an Orbax checkpoint                               that `sdxl-jax convert --to orbax` wrote
-a diffusers directory                             model_index.json; whole, sharded, or variant files
-a .safetensors file                               a whole model in Stability's original layout
-one network alone                                 UNet, VAE or text encoder: a directory or a file
+    a run directory, or RUN/checkpoints/STEP in one   the averaged weights
+    an Orbax checkpoint                               that `sdxl-jax convert --to orbax` wrote
+    a diffusers directory                             model_index.json; whole, sharded, or variant files
+    a .safetensors file                               a whole model in Stability's original layout
+    one network alone                                 UNet, VAE or text encoder: a directory or a file
+
+`loading.py` reads the parameters to devices, `converting.py` writes them in another layout.
 """
 
 import dataclasses
@@ -237,8 +239,9 @@ _BASES = (models.SD2, models.SDXL_BASE)
 def _open_file(path: Path, opening: Opening) -> Weights:
     """A safetensors file of a whole model, or of one network, in anybody's naming."""
     tensors, metadata = safetensors.open_file(path)
-    found = detection.find({name: tensor.shape for name, tensor in tensors.items()})
-    if not found:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    namings = detection.namings(shapes)
+    if not namings:
         near = nearest_first("model.diffusion_model.time_embed.0.weight", tensors)[:1]
         raise InputError(
             f"{path} holds {len(tensors)} tensors{f', such as {near[0]},' if near else ''} but no UNet, VAE or CLIP "
@@ -247,17 +250,16 @@ def _open_file(path: Path, opening: Opening) -> Weights:
     notes: list[str] = []
     tells_scale = True
     if METADATA in metadata:
-        config, parts = _described(metadata[METADATA], found, path)
+        config, parts = _described(metadata[METADATA], namings, path)
     else:
-        config, parts = detection.assemble(found)
+        config, parts = detection.assemble(detection.find(shapes))
         alone = next(iter(parts)) if len(parts) == 1 else None
         beside = path.parent / "config.json"
-        kind = (
-            diffusers_fields.component_kind(json_files.read(beside)) if alone is not None and beside.is_file() else None
-        )
-        if kind is not None and isinstance(part_config := _component_config(beside, kind), type(found[0].config)):
+        fields = json_files.read(beside, optional=True) if alone is not None else {}
+        kind = diffusers_fields.component_kind(fields)
+        if kind is not None and isinstance(part_config := _component_config(beside, kind), namings[0][0]):
             alone, config = _around(part_config)
-            parts = {alone: detection.Found(part_config, found[0].naming)}
+            parts = {alone: detection.Found(part_config, namings[0][1])}
         elif alone == "vae":
             tells_scale = False
             notes.append(f"{path} does not say the scale of its latents, as a directory with config.json does")
@@ -293,7 +295,9 @@ def _open_file(path: Path, opening: Opening) -> Weights:
     return _marked(weights, metadata)
 
 
-def _described(description: str, found: list[detection.Found], path: Path) -> tuple[ModelConfig, dict]:
+def _described(
+    description: str, namings: list[tuple[type, Naming]], path: Path
+) -> tuple[ModelConfig, dict[str, detection.Found]]:
     """Configuration and parts of a file that we wrote, which says what it is."""
     try:
         described = json.loads(description)
@@ -303,14 +307,14 @@ def _described(description: str, found: list[detection.Found], path: Path) -> tu
             f"{path} says in its metadata what it is, but not readably ({error}). Convert it anew"
         ) from error
     configs = part_configs(config)
-    kinds = [type(part.config) for part in found]
+    kinds = [kind for kind, _ in namings]
     if [type(configs.get(part)) for part in parts] != kinds:
         raise InputError(
             f"{path} says that it holds {', '.join(parts)}, but its tensors are those of "
             f"{', '.join(kind.__name__.removesuffix('Config') for kind in kinds)}. Convert it anew"
         )
-    named = zip(parts, found, strict=True)
-    return config, {part: detection.Found(configs[part], place.naming) for part, place in named}
+    named = zip(parts, namings, strict=True)
+    return config, {part: detection.Found(configs[part], naming) for part, (_, naming) in named}
 
 
 def describe(weights: Weights) -> dict:

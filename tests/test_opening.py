@@ -818,6 +818,31 @@ def test_single_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     refusal(path, rf"1 of \d+ tensors are missing, the first is {re.escape(name)} \(64, 64\)", "--allow-partial")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "first_stage_model.quant_conv.weight",
+        "first_stage_model.encoder.mid.attn_1.q.weight",
+        "model.diffusion_model.time_embed.0.weight",
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "conditioner.embedders.1.model.positional_embedding",
+    ],
+)
+def test_single_file_of_ours_that_lacks_a_telling_tensor_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.safetensors"
+    convert(foreign.diffusers_folder(tmp_path / "folder", BASE), path, "single-file", progress=False)
+    foreign.edit(path, lambda t: t.pop(name))
+    refusal(path, rf"1 of \d+ tensors are missing, the first is {re.escape(name)}", "--allow-partial")
+    assert any("1 parameters have their initial values" in note for note in open_model(path, PARTIAL).notes)
+
+
+@pytest.mark.parametrize("name", ["quant_conv.weight", "decoder.mid.attn_1.q.weight"])
+def test_single_file_of_others_that_lacks_a_telling_tensor_is_refused(tmp_path: Path, name: str) -> None:
+    path = foreign.single_file(tmp_path / "model.safetensors", BASE)
+    foreign.edit(path, lambda t: t.pop(f"first_stage_model.{name}"))
+    refusal(path, re.escape(name))
+
+
 def test_single_file_with_a_network_that_is_not_implemented_is_refused(tmp_path: Path) -> None:
     path = foreign.single_file(tmp_path / "model.safetensors", BASE)
     foreign.edit(path, lambda t: t.update({"control_model.zero_convs.0.weight": np.zeros(3, np.float32)}))

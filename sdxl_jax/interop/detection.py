@@ -5,6 +5,7 @@ Shapes do not tell everything. By the conventions of the published models: heads
 have 32 groups, a number of the conditioning vector is 256 wide, and CLIP-L alone has quick-GELU.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,17 +22,28 @@ from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, VaeConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_MARKS: tuple[tuple[str, type, Dialect], ...] = (
-    ("time_embedding.linear_1.weight", UNetConfig, Dialect.DIFFUSERS),
-    ("time_embed.0.weight", UNetConfig, Dialect.ORIGINAL),
-    ("encoder.mid_block.attentions.0.to_q.weight", VaeConfig, Dialect.DIFFUSERS),
-    ("encoder.mid_block.attentions.0.query.weight", VaeConfig, Dialect.DIFFUSERS_OLD),
-    ("encoder.mid.attn_1.q.weight", VaeConfig, Dialect.ORIGINAL),
-    ("text_model.embeddings.token_embedding.weight", ClipTextConfig, Dialect.TRANSFORMERS),
-    ("embeddings.token_embedding.weight", ClipTextConfig, Dialect.TRANSFORMERS_5),
-    ("token_embedding.weight", ClipTextConfig, Dialect.OPENCLIP),
+_MARKS: tuple[tuple[type, Dialect, tuple[str, str]], ...] = (
+    (UNetConfig, Dialect.DIFFUSERS, ("time_embedding.linear_1.weight", "time_embedding.linear_2.weight")),
+    (UNetConfig, Dialect.ORIGINAL, ("time_embed.0.weight", "time_embed.2.weight")),
+    *(
+        (VaeConfig, dialect, (f"encoder.{query}.weight", f"decoder.{query}.weight"))
+        for dialect, query in (
+            (Dialect.DIFFUSERS, "mid_block.attentions.0.to_q"),
+            (Dialect.DIFFUSERS_OLD, "mid_block.attentions.0.query"),
+            (Dialect.ORIGINAL, "mid.attn_1.q"),
+        )
+    ),
+    *(
+        (ClipTextConfig, dialect, (f"{prefix}token_embedding.weight", f"{prefix}position_embedding.weight"))
+        for dialect, prefix in (
+            (Dialect.TRANSFORMERS, "text_model.embeddings."),
+            (Dialect.TRANSFORMERS_5, "embeddings."),
+        )
+    ),
+    (ClipTextConfig, Dialect.OPENCLIP, ("token_embedding.weight", "positional_embedding")),
 )
-"""One tensor that every network of a kind has in a naming. The longer ones come first, which others end with."""
+"""Two tensors that every network of a kind has in a naming: where one is missing, the other still tells what it is. The
+longer ones come first, which others end with."""
 
 _CARRIED = re.compile(
     r"(^|\.)embeddings\.position_ids$|(^|\.)(logit_scale|attn_mask)$|(^|\.)(visual|vision_model|visual_projection)(\.|$)"
@@ -60,11 +72,11 @@ class Found:
 
 def namings(shapes: Shapes) -> list[tuple[type, Naming]]:
     """(kind of configuration, naming) of the parts that a file holds, in the order of UNet, VAE, text towers by prefix.
-    One tensor of a part is enough."""
+    One of a part's two marks is enough."""
     found: dict[tuple[type, str], Naming] = {}
     names = [name for name in shapes if not is_carried(name)]
-    for mark, kind, dialect in _MARKS:
-        for name in names:
+    for kind, dialect, marks in _MARKS:
+        for name, mark in itertools.product(names, marks):
             prefix = name.removesuffix(mark)
             if name == prefix or (prefix and not prefix.endswith(".")):
                 continue
