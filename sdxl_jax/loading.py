@@ -80,7 +80,8 @@ def load_weights(weights: Weights, mesh: Mesh | None = None, progress: bool = Tr
             params[path] = jax.make_array_from_callback(
                 leaf.shape, places[path], lambda index, part=part: part(tuple((i.start, i.stop) for i in index or ()))
             )
-            shown.update(params[path].nbytes)
+            # Waiting frees the host's copy before the next is read.
+            shown.update(jax.block_until_ready(params[path]).nbytes)
     return Model(weights.config, unflatten(params))
 
 

@@ -1,8 +1,9 @@
 """The forward process: the schedule's numbers, how the predictions hang together, what an error costs."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,12 @@ SCHEDULES = {
     "zero terminal SNR": ZERO_SNR,
 }
 EVERY_PREDICTION = pytest.mark.parametrize("prediction", Prediction)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 def normal(seed: int, shape: tuple[int, ...] = (3, 4, 5, 4)) -> jax.Array:

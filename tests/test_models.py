@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
+import compiling
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,12 @@ from sdxl_jax.models.layers import Compute, Dtype, Remat
 UNET = unet.UNetConfig((16, 32), 1, (0, 3), 2, (1, 2), 12, 24, groups=8)
 VAE = vae.VaeConfig((16, 32), 1, groups=8)
 TOWER = clip.ClipTextConfig(24, 3, 2, 48, clip.Activation.QUICK_GELU, 20, 60, 50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 def random_params(init: Callable[..., Params], config: Any, seed: int = 0) -> Params:

@@ -6,9 +6,11 @@ Compiling is most of the time: the tests share sizes and settings, so that few p
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,12 @@ SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size":
 LATENT = (2, 3, 4)
 SAMPLE: Any = pipeline._sample
 DECODE: Any = pipeline._decode
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 @pytest.fixture(scope="module")

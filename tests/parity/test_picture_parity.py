@@ -13,10 +13,11 @@ The prompts have no "!", which transformers takes for padding in the tokenizers 
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import compiling
 import numpy as np
 import pytest
 from agreement import Note
@@ -160,6 +161,15 @@ def _build(name: str, folder: Path) -> Source:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "model")
     return Source(pipeline, folder / "model")
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if request.node.get_closest_marker("slow"):
+        yield  # as users run it
+        return
+    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+        yield
 
 
 @pytest.fixture(scope="module")
