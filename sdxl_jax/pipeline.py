@@ -104,6 +104,7 @@ def _decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: 
 
 def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
     """Text states of prompts: context [prompts, 77, features]; pooled [prompts, projection] where the model has it."""
+    _check_parts(model, *(tower.name for tower in model.config.text))
     tokens = Tokenizer.of(model.config.text)(list(prompts))
     return text.encode(model.config.text, model.params, tokens, compute)
 
@@ -144,9 +145,15 @@ def generate(
         batch_size: pictures at a time. Higher: faster until memory ends.
         progress: show a bar.
 
-    Raises InputError for values out of range, an unknown sampler, noise of another shape.
+    Raises InputError for values out of range, an unknown sampler, noise of another shape, a model with parts missing.
     """
     config = model.config
+    _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
+    if config.unet.in_channels != config.vae.latent_channels:
+        raise InputError(
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
+            "for inpainting, which draws nothing from text alone. Use one for text to image"
+        )
     factor = config.vae.downsampling
     height = config.default_size[0] if height is None else height
     width = config.default_size[1] if width is None else width
@@ -207,6 +214,14 @@ def text_to_image(
 ) -> UInt8[np.ndarray, "images height width 3"]:
     """Pictures of prompts, 0..255. The options are those of `generate`, which also gives the latents."""
     return generate(model, prompts, **options).images  # pyright: ignore[reportArgumentType]
+
+
+def _check_parts(model: Model, *needed: str) -> None:
+    if missing := [part for part in needed if part not in model.params]:
+        raise InputError(
+            f"The model has no {', '.join(missing)}, only {', '.join(model.params)}. Give a whole model, or the "
+            "missing parts with --parts-from"
+        )
 
 
 def _check(

@@ -329,6 +329,20 @@ def test_what_cannot_be_made_is_refused_before_anything_is_compiled(
     assert SAMPLE._cache_size() == before
 
 
+def test_a_model_with_parts_missing_is_refused_by_their_names(model: Model) -> None:
+    alone = model._replace(params={"vae": model.params["vae"]})
+    with pytest.raises(InputError, match=r"no unet, text_encoder, text_encoder_2, only vae\. .*--parts-from"):
+        generate(alone, PROMPTS, **SETTINGS)
+    with pytest.raises(InputError, match=r"no text_encoder, text_encoder_2, only vae"):
+        encode_prompt(alone, PROMPTS)
+
+
+def test_a_model_for_inpainting_is_refused(model: Model) -> None:
+    config = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, in_channels=9))
+    with pytest.raises(InputError, match=r"takes 9 channels, the latent has 4: a model for inpainting"):
+        generate(model._replace(config=config), PROMPTS, **SETTINGS)
+
+
 def test_euler_is_refused_at_zero_terminal_snr_where_it_would_start_at_infinity(model: Model) -> None:
     rescaled = dataclasses.replace(MODEL.schedule, zero_terminal_snr=True)
     config = dataclasses.replace(MODEL, schedule=rescaled, prediction=models.Prediction.V)

@@ -1,6 +1,7 @@
 """The parity table: what each test measured against the reference, printed when the run ends.
 
-A figure travels with the test's report (`record_property`), so the table is whole under pytest-xdist. Without torch, diffusers or transformers the tests skip and say which is missing; see `reference.py`.
+A figure travels with the test's report (`record_property`), so the table is whole under pytest-xdist. Without torch,
+diffusers or transformers the tests skip and say which is missing; see `reference.py`.
 """
 
 from collections.abc import Callable
