@@ -30,7 +30,7 @@ from sdxl_jax.interop.names import Dialect, Naming
 from sdxl_jax.interop.weights import Carried, FirstLayers, InMemory, Leaf, Weights, in_memory, part_configs
 from sdxl_jax.loading import bar
 from sdxl_jax.model import Model, ModelConfig
-from sdxl_jax.models.clip import Activation
+from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.opening import METADATA, describe, open_model
 
 
@@ -211,7 +211,13 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
         )
     namings = dict(_original_namings(weights.config))
     if len(weights.parts) == 1 and weights.parts[0] != "unet":
-        namings = {part: dataclasses.replace(naming, prefix="") for part, naming in namings.items()}
+        (part,) = weights.parts
+        namings = {part: dataclasses.replace(namings[part], prefix="")}
+        match part_configs(weights.config)[part]:
+            case ClipTextConfig(activation=Activation.QUICK_GELU):
+                namings = {part: Naming(Dialect.TRANSFORMERS)}
+            case ClipTextConfig():
+                namings = {part: Naming(Dialect.OPENCLIP)}
     # A network alone that others have joined is a whole model, whose file has other names.
     alone = weights.origin.layout == "part" and set(weights.parts) == set(weights.origin.namings)
     same = weights.origin.layout == "single-file" or alone
@@ -245,7 +251,8 @@ def _original_namings(config: ModelConfig) -> Iterator[tuple[str, Naming]]:
     yield "vae", Naming(Dialect.ORIGINAL, "first_stage_model.", conv_attention=True)
     for number, tower in enumerate(config.text):
         prefix = "cond_stage_model." if config.micro is None else f"conditioner.embedders.{number}."
-        if tower.clip.activation is Activation.QUICK_GELU:
+        # CLIP-L, of SD 1.x and the first of SDXL's two, comes from transformers; ViT-H and bigG from OpenCLIP.
+        if config.unet.conv_projection if config.micro is None else tower.name == "text_encoder":
             yield tower.name, Naming(Dialect.TRANSFORMERS, f"{prefix}transformer.")
         else:
             yield tower.name, Naming(Dialect.OPENCLIP, f"{prefix}model.")
