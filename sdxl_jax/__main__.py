@@ -334,20 +334,60 @@ class Inspect:
     """Show what training will really see: images, buckets, refusals."""
 
     source: tyro.conf.Positional[Path]
-    """A folder of captioned images, or a configuration file."""
+    """A folder of captioned images, a shard set, or a configuration file."""
     json: bool = False
     """Print JSON instead of a table."""
     dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
     """Write the first N training examples to DIR: the picture as the model sees it, and what it is told."""
 
 
+@dataclass(frozen=True)
+class Build:
+    """Pack captioned pictures into shards for training: in parallel, and resumable; what is refused is listed."""
+
+    source: tyro.conf.Positional[str]
+    """A folder of pictures, tars (WebDataset), Parquet files, or tfds:NAME."""
+    destination: tyro.conf.Positional[Path]
+    """A new folder; or one in which the same build was interrupted, which then goes on."""
+    workers: int | None = None
+    """Processes that read. Default: one a core."""
+    drop_duplicates: bool = False
+    """Leave out pictures whose files are, byte for byte, those of an earlier one. Otherwise they are only counted."""
+
+
+def _build(arguments: list[str]) -> None:
+    options = _parse(Build, arguments, "data build")
+    from sdxl_jax.data.build import build
+
+    built = build(options.source, options.destination, workers=options.workers, drop_duplicates=options.drop_duplicates)
+    done = "was finished already" if built.was_finished else "finished"
+    print(
+        f"{options.destination} {done}: {built.images} pictures, {built.captions} captions, {built.refused} refused "
+        f"(refused.jsonl), {built.duplicates} exact duplicates {'left out' if options.drop_duplicates else 'counted'}"
+    )
+
+
+_DATA_USAGE = """usage: sdxl-jax data build SRC DST     pack captioned pictures into shards
+       sdxl-jax data inspect SRC-or-CONFIG     show what training will really see
+
+`sdxl-jax data build --help` and `sdxl-jax data inspect --help` tell the options."""
+
+
 def _data(arguments: list[str]) -> None:
-    if arguments[:1] != ["inspect"]:
-        if arguments[:1] in (["-h"], ["--help"]):
-            print("usage: sdxl-jax data inspect SRC-or-CONFIG [--json] [--dump N DIR]")
+    commands = {"build": _build, "inspect": _inspect}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if arguments:
+            print(_DATA_USAGE)
             return
-        raise InputError(f"sdxl-jax data knows one command, inspect; given: {' '.join(arguments[:1]) or 'nothing'}")
-    options = _parse(Inspect, arguments[1:], "data inspect")
+        raise InputError(f"sdxl-jax data knows build and inspect; given: nothing.\n{_DATA_USAGE}")
+    if arguments[0] not in commands:
+        near = ", ".join(nearest_first(arguments[0], commands))
+        raise InputError(f"There is no command data {arguments[0]!r}. Known, nearest first: {near}")
+    commands[arguments[0]](arguments[1:])
+
+
+def _inspect(arguments: list[str]) -> None:
+    options = _parse(Inspect, arguments, "data inspect")
     from sdxl_jax import config as configuration
     from sdxl_jax.data import inspection
     from sdxl_jax.data.pipeline import DataConfig
@@ -378,7 +418,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (_train, "train what a configuration file describes, or go on with it"),
     "sample": (_sample, "draw pictures of prompts with a trained model"),
     "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
-    "data": (_data, "data inspect: what training will really see"),
+    "data": (_data, "data build: shards from folders, tars, tables; data inspect: what training will really see"),
 }
 
 

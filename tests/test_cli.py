@@ -399,7 +399,12 @@ HELP = {
         *("--aesthetic-score", "--negative-aesthetic-score", "--init-noise", "--save-latents"),
         *("ddpm", "ddim", "euler", "leading", "trailing", "linspace", "float32", "bfloat16"),
     ],
-    ("data",): ["inspect"],
+    ("convert",): [
+        *("--to", "orbax", "diffusers", "single-file", "--dtype", "float16", "--lora", "--parts-from", "--variant"),
+        *("--prediction", "--allow-partial"),
+    ],
+    ("data",): ["build", "inspect"],
+    ("data", "build"): ["--workers", "--drop-duplicates"],
     ("data", "inspect"): ["--json", "--dump", "N DIR"],
 }
 
@@ -415,7 +420,7 @@ def test_help_names_every_option(command: tuple[str, ...]) -> None:
 def test_help_lists_the_commands() -> None:
     outcome = call("--help")
     assert outcome.code == 0
-    for name in ("quickstart", "train", "sample", "data"):
+    for name in ("quickstart", "train", "sample", "convert", "data"):
         assert f"\n  {name} " in outcome.out
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_jax.data.build import build
 from sdxl_jax.data.inspection import dump, inspect
 from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
-from sdxl_jax.data.sources import read_image
 from sdxl_jax.errors import InputError
 
 BUCKETS = ((16, 16), (16, 32), (32, 16), (8, 40))
@@ -125,7 +126,7 @@ def test_crops_and_flips_are_drawn_anew_each_epoch_and_repeat_with_the_seed(conf
     def draws(seed):
         """Of each image: (left, flipped) wherever it came up in twelve epochs."""
         examples = itertools.islice(open_dataset(config, seed=seed).examples(), 12 * 5 * 4)
-        return [(image, int(example.crop_top_left[1]), example.flipped) for image, example in examples]
+        return [(image, int(example.crop_top_left[1]), example.flipped) for image, _, example in examples]
 
     first = draws(7)
     assert all(len({draw for draw in first if draw[0] == image}) > 2 for image in range(11))
@@ -243,17 +244,71 @@ def test_real_photographs_keep_their_sizes_and_true_records(tmp_path):
     assert dataset.refused == []
     sizes = {record["file"]: [record["height"], record["width"]] for record in records}
     assert {dataset.source.name(image): size for image, size in enumerate(dataset.source.sizes.tolist())} == sizes
-    for image, example in itertools.islice(dataset.examples(), 4):
+    for image, _, example in itertools.islice(dataset.examples(), 4):
         assert example.original_size.tolist() == sizes[dataset.source.name(image)]
         height, width = dataset.source.sizes[image]
         target = example.target_size
         top, left = example.crop_top_left
         scale = max(target / (height, width))
         box = (left / scale, top / scale, (left + target[1]) / scale, (top + target[0]) / scale)
-        photograph = Image.fromarray(read_image(dataset.source.paths[image]))
+        photograph = Image.fromarray(dataset.source.pixels(image))
         if example.flipped:
             photograph = photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         right, bottom = min(box[2], float(width)), min(box[3], float(height))
         expected = photograph.resize((target[1], target[0]), Image.Resampling.BICUBIC, box=(*box[:2], right, bottom))
         difference = np.abs(np.asarray(expected, np.float32) - example.image).mean()
         assert difference < 3  # two filters; a crop that is off by some pixels, or the wrong way round, is above 10
+
+
+# Shard sets
+
+
+@pytest.fixture(scope="module")
+def shard_set(folder, tmp_path_factory):
+    destination = tmp_path_factory.mktemp("built") / "shards"
+    build(str(folder), destination, workers=0, progress=False)
+    return destination
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_set_gives_the_batches_of_the_folder_it_was_built_from(config, shard_set, workers):
+    expected = take(open_dataset(config), 7, start=3)
+    assert_same(take(open_dataset(config, folder=str(shard_set), workers=workers), 7, start=3), expected)
+
+
+def test_a_shard_set_can_be_built_from_a_shard_set(config, shard_set, tmp_path):
+    build(str(shard_set), tmp_path / "again", workers=0, progress=False)
+    expected = take(open_dataset(config, folder=str(shard_set)), 5)
+    assert_same(take(open_dataset(config, folder=str(tmp_path / "again")), 5), expected)
+
+
+def test_a_shard_sets_fingerprint_is_that_of_its_content_and_buckets(config, shard_set):
+    dataset = open_dataset(config, folder=str(shard_set))
+    assert dataset.fingerprint == open_dataset(config, folder=str(shard_set)).fingerprint
+    others = {"folder": config.folder}, {"buckets": ((16, 16), (16, 32))}, {"max_aspect_distance": 0.1}
+    for change in others:
+        given = {"folder": str(shard_set), "on_refused": "skip", **change}
+        assert open_dataset(config, **given).fingerprint != dataset.fingerprint
+
+
+def test_several_captions_of_an_image_take_turns_and_repeat_with_the_step(tmp_path):
+    source = tmp_path / "images"
+    source.mkdir()
+    Image.new("RGB", (16, 16)).save(source / "a.png")
+    (source / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["one 1", "two 2", "three 3"]}))
+    build(str(source), tmp_path / "shards", workers=0, progress=False)
+    config = DataConfig(folder=str(tmp_path / "shards"), buckets=((16, 16),), batch_size=1)
+    told = [int(batch.tokens["clip"][0, 0]) for batch in take(open_dataset(config), 40)]
+    assert Counter(told).keys() == {1, 2, 3}
+    assert [int(batch.tokens["clip"][0, 0]) for batch in take(open_dataset(config), 20, start=20)] == told[20:]
+
+
+def test_inspection_of_a_shard_set_counts_what_was_refused_when_it_was_built(tmp_path, folder):
+    source = tmp_path / "images"
+    shutil.copytree(folder, source)
+    (source / "bad.png").write_bytes(b"")
+    (source / "bad.txt").write_text("image 99")
+    build(str(source), tmp_path / "shards", workers=0, progress=False)
+    seen = inspect(DataConfig(folder=str(tmp_path / "shards"), buckets=BUCKETS, batch_size=4))
+    assert seen["images_found"] == sum(COUNTS.values()) + 1
+    assert [entry["file"] for entry in seen["refused"]] == ["bad.png"]

@@ -41,7 +41,7 @@ def inspect(config: DataConfig) -> dict[str, Any]:
     return {
         "images_found": dataset.source.found,
         "images_usable": sum(bucket["images"] for bucket in buckets),
-        "refused": [refused._asdict() for refused in dataset.refused],
+        "refused": [refused._asdict() for refused in (*dataset.source.refused_before(), *dataset.refused)],
         "buckets": buckets,
         "epoch_steps": dataset.epoch_steps,
     }
@@ -63,7 +63,9 @@ def dump(config: DataConfig, count: int, directory: str | Path) -> None:
     dataset = _open(config)
     directory.mkdir(parents=True, exist_ok=True)
     examples = itertools.islice(dataset.examples(), count)
-    for number, (image, example) in enumerate(tqdm(examples, "Writing examples", count, delay=2, disable=None)):
+    for number, (image, caption, example) in enumerate(
+        tqdm(examples, "Writing examples", count, delay=2, disable=None)
+    ):
         Image.fromarray(example.image).save(directory / f"{number:06d}.png")
         record = {
             "source": dataset.source.name(image),
@@ -71,7 +73,7 @@ def dump(config: DataConfig, count: int, directory: str | Path) -> None:
             "crop_top_left": example.crop_top_left.tolist(),
             "target_size": example.target_size.tolist(),
             "flipped": example.flipped,
-            "caption": dataset.source.captions[image],
+            "caption": caption,
         }
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (directory / f"{number:06d}.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Training batches of a folder of captioned images, in an order that is a pure function of the step.
+"""Training batches of captioned pictures, of a folder or a shard set, in an order that is a pure function of the step.
 
 One epoch: each bucket's images are shuffled and cut into batches, then all batches are shuffled. The next epoch
 shuffles anew. The order is laid out in global batches of image numbers (Grain, random access); only then does a host
@@ -18,20 +18,30 @@ Not here: tokenizers (passed in), placing arrays on devices, normalisation, capt
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int32, Int64
+from jaxtyping import Int, Int32, UInt8
 
 from sdxl_jax.arrays import Batch, MicroConditioning
 from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, aspect_distance, assign, check_buckets
-from sdxl_jax.data.sources import FolderSource, OnRefused, Refused, open_folder, read_image, stop_if_refused, summary
+from sdxl_jax.data.shards import DESCRIPTION, UNFINISHED, ShardSet, open_shards
+from sdxl_jax.data.sources import (
+    OnRefused,
+    Pictures,
+    Refused,
+    decode,
+    open_folder,
+    stop_if_refused,
+    summary,
+    why_unreadable,
+)
 from sdxl_jax.data.transforms import CropMode, Example, cover_crop
 from sdxl_jax.errors import InputError
 
@@ -44,7 +54,7 @@ class DataConfig:
     """What is trained on, and in which shapes and order."""
 
     folder: str
-    """Folder of images, with metadata.jsonl or a .txt beside each image."""
+    """Folder of images, with metadata.jsonl or a .txt beside each image; or a shard set of `sdxl-jax data build`."""
     buckets: tuple[tuple[int, int], ...] = SDXL_BUCKETS
     """Sizes (height, width) that batches come in. More: less is cropped away, more is compiled and left over."""
     max_aspect_distance: float = math.log(2)
@@ -85,31 +95,108 @@ class BucketReport(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Shards:
+    """A shard set as `Pictures`."""
+
+    shards: ShardSet
+
+    @property
+    def folder(self) -> Path:
+        return self.shards.path
+
+    @property
+    def found(self) -> int:
+        return len(self.shards) + self.shards.refused_count
+
+    @property
+    def sizes(self) -> Int32[np.ndarray, "images 2"]:
+        return self.shards.sizes
+
+    @property
+    def refused(self) -> list[Refused]:
+        return []
+
+    def refused_before(self) -> list[Refused]:
+        return list(self.shards.refused())
+
+    @property
+    def fingerprint(self) -> str:
+        return self.shards.fingerprint
+
+    def name(self, image: int) -> str:
+        return self.shards.name(image)
+
+    def captions_of(self, image: int) -> tuple[str, ...]:
+        return self.shards.captions(image)
+
+    def pixels(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
+        data = self.shards.read(image)
+        try:
+            return decode(data)
+        except Exception as problem:  # decoders raise many types on damaged files; each means the same here
+            raise InputError(
+                f"The image {self.name(image)} in {self.folder} {why_unreadable(problem)}. Build the shard set anew"
+            ) from problem
+
+
+def open_pictures(folder: str | Path, verify: bool = False) -> Pictures:
+    """A folder of images, or a shard set: whichever is there. Refused files are left out and listed.
+
+    verify: decode every image of a folder now; those of a shard set were, when it was built.
+
+    Raises InputError as `open_folder` and `open_shards`.
+    """
+    if any((Path(folder) / name).exists() for name in (DESCRIPTION, UNFINISHED)):
+        return _Shards(open_shards(folder))
+    return open_folder(folder, on_refused="skip", verify=verify)
+
+
+class Drawn(NamedTuple):
+    """One example, with where it is from."""
+
+    image: int
+    """Its number."""
+    caption: str
+    """The one of its captions that is told this time."""
+    example: Example
+
+
+@dataclasses.dataclass(frozen=True)
 class _Loader:
     """Decodes one host's rows of a global batch. Sent to worker processes."""
 
-    source: FolderSource
-    buckets: list[Bucket]
-    """One an image."""
+    source: Pictures
+    buckets: tuple[Bucket, ...]
     config: DataConfig
     tokenize: Tokenize
     rows: range
 
-    def example(self, step: int, row: int, image: int) -> Example:
-        return cover_crop(
-            read_image(self.source.paths[image]),
-            self.buckets[image],
+    def draw(self, step: int, row: int, image: int, bucket: Bucket) -> Drawn:
+        """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
+        example = cover_crop(
+            self.source.pixels(image),
+            bucket,
             rng=np.random.default_rng((self.config.seed, step, row)),
             crop=self.config.crop,
             flip_probability=self.config.flip_probability,
         )
+        captions = self.source.captions_of(image)
+        choice = np.random.default_rng((self.config.seed, step, row, 1)).integers(len(captions))
+        return Drawn(image, captions[choice], example)
 
-    def __call__(self, step: int, images: Int64[np.ndarray, " global_batch"]) -> Batch:
+    def batch(self, step: int, images: list[int], rows: range) -> Iterator[Drawn]:
+        """The examples of some rows of a global batch, which are all of one bucket."""
+        (number,) = assign(self.source.sizes[images[:1]], self.buckets)
+        for row, image in zip(rows, images, strict=True):
+            yield self.draw(step, row, image, self.buckets[number])
+
+    def __call__(self, step: int, images: Int[np.ndarray, " global_batch"]) -> Batch:
         mine = images[self.rows.start : self.rows.stop].tolist()
-        examples = [self.example(step, row, image) for row, image in zip(self.rows, mine, strict=True)]
+        drawn = list(self.batch(step, mine, self.rows))
+        examples = [one.example for one in drawn]
         return Batch(
             image=np.stack([example.image for example in examples]),
-            tokens=dict(self.tokenize([self.source.captions[image] for image in mine])),
+            tokens=dict(self.tokenize([one.caption for one in drawn])),
             micro=MicroConditioning(
                 original_size=np.stack([example.original_size for example in examples]),
                 crop_top_left=np.stack([example.crop_top_left for example in examples]),
@@ -117,6 +204,24 @@ class _Loader:
             ),
             example=np.array(mine, np.int32),
         )
+
+
+class _Numbers:
+    """Numbers of images as a source for Grain, which would hold a list of Python integers."""
+
+    def __init__(self, images: Int32[np.ndarray, " images"], length: int):
+        self._images, self._length = images, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> int:
+        """Beyond the last image it begins again."""
+        return int(self._images[index % len(self._images)])
+
+
+_CHUNK = 1 << 20
+"""Images whose buckets are found at a time: fifty million at once would take gigabytes."""
 
 
 def _check(config: DataConfig, host_index: int, host_count: int) -> None:
@@ -167,30 +272,34 @@ class BucketedDataset:
         self.config = config
         self.buckets = check_buckets(config.buckets)
         # Refusals are settled below, so that one message names those of the folder and those of the buckets.
-        self.source = open_folder(config.folder, on_refused="skip", verify=config.verify_images)
-        sizes = self.source.sizes
-        nearest = assign(sizes, self.buckets)
-        distance = aspect_distance(sizes, np.array(self.buckets, np.int32)[nearest])
-        fits = distance <= config.max_aspect_distance
-        self.refused = self.source.refused + [
-            self._misfit(image, self.buckets[nearest[image]]) for image in np.flatnonzero(~fits).tolist()
-        ]
-        if not fits.any():
+        self.source = open_pictures(config.folder, config.verify_images)
+        targets = np.array(self.buckets, np.int32)
+        images: list[list[np.ndarray]] = [[] for _ in self.buckets]
+        self.refused, closest = list(self.source.refused), math.inf
+        for first in range(0, len(self.source.sizes), _CHUNK):
+            sizes = self.source.sizes[first : first + _CHUNK]
+            nearest = assign(sizes, self.buckets)
+            distance = aspect_distance(sizes, targets[nearest])
+            fits, closest = distance <= config.max_aspect_distance, min(closest, distance.min())
+            misfits = np.flatnonzero(~fits).tolist()
+            self.refused += [self._misfit(first + image, self.buckets[nearest[image]]) for image in misfits]
+            for number, found in enumerate(images):
+                found.append((first + np.flatnonzero(fits & (nearest == number))).astype(np.int32))
+        self._images = [np.concatenate(found) for found in images]
+        if not any(map(len, self._images)):
             raise InputError(
-                f"None of the {len(fits)} images in {config.folder} fits a bucket of data.buckets:\n"
+                f"None of the {len(self.source.sizes)} images in {config.folder} fits a bucket of data.buckets:\n"
                 f"{summary(self.refused)}\nAdd buckets of such shapes, or raise data.max_aspect_distance "
-                f"(now {config.max_aspect_distance:.3g}; the nearest image is at {distance.min():.3g})."
+                f"(now {config.max_aspect_distance:.3g}; the nearest image is at {closest:.3g})."
             )
         stop_if_refused(self.source.folder, self.refused, config.on_refused)
 
-        bucket_of_image = [self.buckets[number] for number in nearest]
-        self._images = [np.flatnonzero(fits & (nearest == number)) for number in range(len(self.buckets))]
         self._batches, self._bucket_numbers = self._lay_out()
         self.epoch_steps = sum(bucket.batches for bucket in self.report())
         """Steps an epoch."""
         share = config.batch_size // host_count
         rows = range(host_index * share, (host_index + 1) * share)
-        self._load = _Loader(self.source, bucket_of_image, config, tokenize, rows)
+        self._load = _Loader(self.source, self.buckets, config, tokenize, rows)
 
     def _misfit(self, image: int, nearest: Bucket) -> Refused:
         height, width = self.source.sizes[image]
@@ -206,7 +315,7 @@ class BucketedDataset:
         batches, buckets = [], []
         for number, images in enumerate(self._images):
             if len(images):
-                filled = np.resize(images, max(size, len(images))).tolist()  # repeats what a small bucket has
+                filled = _Numbers(images, max(size, len(images)))  # repeats what a small bucket has
                 batches.append(grain.MapDataset.source(filled).seed(seed).shuffle().batch(size, drop_remainder=True))
                 buckets += [number] * len(batches[-1])
         # The second, of equal length and seed, is shuffled alike: a bucket is known without touching its image numbers.
@@ -226,14 +335,11 @@ class BucketedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is trained on: names, captions, sizes and buckets of all images; not of their pixels."""
-        source = self.source
-        rows = [
-            [source.name(image), source.captions[image], *source.sizes[image].tolist(), number]
-            for number, images in enumerate(self._images)
-            for image in images.tolist()
-        ]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        """A hash of what is trained on, and in which buckets; not of the pixels."""
+        numbers = hashlib.sha256(self.source.fingerprint.encode())
+        for images in self._images:
+            numbers.update(len(images).to_bytes(8, "little") + images.tobytes())
+        return numbers.hexdigest()
 
     def bucket_of(self, step: int) -> Bucket:
         """The bucket of one step, without reading an image: which compiled step it needs."""
@@ -241,13 +347,12 @@ class BucketedDataset:
         assert number is not None  # Grain's type allows for filters; there are none
         return self.buckets[number]
 
-    def examples(self, start_step: int = 0) -> Iterator[tuple[int, Example]]:
-        """All hosts' examples one by one, in training order, with their image numbers. Without end; decodes lazily."""
+    def examples(self, start_step: int = 0) -> Iterator[Drawn]:
+        """All hosts' examples one by one, in training order. Without end; decodes lazily."""
         for step in itertools.count(start_step):
             images = self._batches[step]
             assert images is not None  # as in bucket_of
-            for row, image in enumerate(images.tolist()):
-                yield image, self._load.example(step, row, image)
+            yield from self._load.batch(step, images.tolist(), range(len(images)))
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """This host's batches from `start_step` on, without end, decoded ahead.

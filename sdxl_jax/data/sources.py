@@ -13,6 +13,7 @@ Not here: buckets, resizing, network addresses, tar files; colour profiles are n
 """
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -20,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import simplejpeg
@@ -52,6 +53,48 @@ class Refused(NamedTuple):
     reason: str
 
 
+@runtime_checkable
+class Pictures(Protocol):
+    """What is trained on: numbered pictures. Sent to worker processes, so it must pickle."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def found(self) -> int:
+        """Pictures, usable or not."""
+        ...
+
+    @property
+    def sizes(self) -> Int32[np.ndarray, "images 2"]:
+        """(height, width) in pixels, upright, of those that can be used."""
+        ...
+
+    @property
+    def refused(self) -> list[Refused]:
+        """What cannot be used and was not said before."""
+        ...
+
+    def refused_before(self) -> list[Refused]:
+        """What a build refused, said and listed."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the content, for resuming."""
+        ...
+
+    def name(self, image: int) -> str: ...
+
+    def captions_of(self, image: int) -> tuple[str, ...]:
+        """One or several."""
+        ...
+
+    def pixels(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
+        """RGB, 0..255, upright. Raises InputError where the image is damaged."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
     """The usable images of a folder, sorted by name: an image's number is its place in these lists."""
@@ -68,6 +111,22 @@ class FolderSource:
     def name(self, image: int) -> str:
         """Path of one image relative to the folder."""
         return self.paths[image].relative_to(self.folder).as_posix()
+
+    def refused_before(self) -> list[Refused]:
+        return []
+
+    def captions_of(self, image: int) -> tuple[str, ...]:
+        return (self.captions[image],)
+
+    def pixels(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
+        """As `read_image`."""
+        return read_image(self.paths[image])
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names, captions and sizes of all images; not of their pixels."""
+        rows = [[self.name(n), caption, *self.sizes[n].tolist()] for n, caption in enumerate(self.captions)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -93,12 +152,19 @@ def _identify(file: Any) -> Image.Image:
     return image
 
 
-def _measure(path: Path) -> tuple[int, int]:
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return (image.height, image.width) if _orientation(image) < 5 else (image.width, image.height)
+
+
+def _measure_file(path: Path) -> tuple[int, int]:
     with io.BufferedReader(io.FileIO(path), 1 << 16) as file:
         file.peek()  # the slow read, outside the lock
-        image = _identify(file)
-        upright = _orientation(image) < 5
-    return (image.height, image.width) if upright else (image.width, image.height)
+        return _upright_size(_identify(file))
+
+
+def measure(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image, upright, from its header alone. Raises as `decode` does."""
+    return _upright_size(_identify(io.BytesIO(data)))
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
@@ -121,8 +187,11 @@ def _upright(pixels: UInt8[np.ndarray, "rows columns 3"], orientation: int) -> U
     return np.ascontiguousarray(pixels)
 
 
-def _decode(path: Path) -> UInt8[np.ndarray, "height width 3"]:
-    data = path.read_bytes()
+def decode(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """Pixels of an encoded image, as in `read_image`.
+
+    Raises whatever the decoders raise where it is truncated or damaged, many types; `why_unreadable` makes it a reason.
+    """
     image = _identify(io.BytesIO(data))
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # simplejpeg does no CMYK to RGB
         pixels = simplejpeg.decode_jpeg(data, strict=True)  # not strict, a truncated file comes out grey at the bottom
@@ -131,7 +200,12 @@ def _decode(path: Path) -> UInt8[np.ndarray, "height width 3"]:
     return _upright(pixels, _orientation(image))
 
 
-def _why(problem: Exception) -> str:
+def _decode_file(path: Path) -> UInt8[np.ndarray, "height width 3"]:
+    return decode(path.read_bytes())
+
+
+def why_unreadable(problem: Exception) -> str:
+    """The reason of a refusal, from what `measure` or `decode` raised."""
     if isinstance(problem, UnidentifiedImageError):
         return "cannot be read: neither JPEG, PNG, WebP nor BMP"
     return f"cannot be read ({type(problem).__name__}: {problem})"
@@ -146,27 +220,27 @@ def read_image(path: Path) -> UInt8[np.ndarray, "height width 3"]:
     Raises InputError with the file's name where it is missing, truncated, damaged, or above PIXEL_LIMIT.
     """
     try:
-        return _decode(path)
+        return _decode_file(path)
     except Exception as problem:  # decoders raise many types on damaged files; each means the same here
         raise InputError(
-            f"The image {path} {_why(problem)}. Replace or remove it; data.verify_images=true with "
+            f"The image {path} {why_unreadable(problem)}. Replace or remove it; data.verify_images=true with "
             "data.on_refused=skip finds such files before the work starts, and leaves them out."
         ) from problem
 
 
 def _size_or_reason(path: Path) -> tuple[int, int] | str:
     try:
-        return _measure(path)
+        return _measure_file(path)
     except Exception as problem:  # as in read_image
-        return _why(problem)
+        return why_unreadable(problem)
 
 
 def _size_or_reason_by_decoding(path: Path) -> tuple[int, int] | str:
     try:
-        height, width, _ = _decode(path).shape
+        height, width, _ = _decode_file(path).shape
         return height, width
     except Exception as problem:  # as in read_image
-        return _why(problem)
+        return why_unreadable(problem)
 
 
 def _in_threads(function: Callable[[Path], Any], paths: list[Path], what: str) -> list[Any]:
@@ -175,7 +249,7 @@ def _in_threads(function: Callable[[Path], Any], paths: list[Path], what: str) -
         return list(tqdm(pool.imap(function, paths, chunksize=16), what, len(paths), delay=2, disable=None))
 
 
-def _list_files(folder: Path) -> tuple[list[str], list[Refused]]:
+def list_files(folder: Path) -> tuple[list[str], list[Refused]]:
     """Every file below the folder, as sorted relative names, hidden ones left out; links to folders are followed."""
     names, seen, refused = [], set(), []
 
@@ -274,7 +348,7 @@ def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: 
         raise InputError(f"data.folder={folder} does not exist. {expected}. Check the path, seen from {Path.cwd()}.")
     if not folder.is_dir():
         raise InputError(f"data.folder={folder} is not a folder. {expected}. Give the folder that holds the images.")
-    names, refused = _list_files(folder)
+    names, refused = list_files(folder)
     images = [name for name in names if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise InputError(

@@ -37,6 +37,8 @@ from sdxl_jax.training.metrics import MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Step, make_step
 
+_CAPTIONS_LOOKED_AT = 10_000
+"""Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -235,8 +237,12 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
             tqdm.write(f"  bucket {size}: {bucket.images} images, {bucket.batches} batches an epoch{notes}")
     if dataset.refused:
         tqdm.write(f"  {len(dataset.refused)} files refused, the first: {dataset.refused[0].file}")
-    if cut := sum(count > 0 for count in tokenizer.truncated(dataset.source.captions)):
-        tqdm.write(f"  {cut} captions are longer than 75 tokens and lose their end")
+    images = len(dataset.source.sizes)
+    looked_at = range(0, images, max(1, images // _CAPTIONS_LOOKED_AT))
+    captions = [caption for image in looked_at for caption in dataset.source.captions_of(image)]
+    if cut := sum(count > 0 for count in tokenizer.truncated(captions)):
+        of = f" of {len(captions)} looked at" if len(looked_at) < images else ""
+        tqdm.write(f"  {cut} captions{of} are longer than 75 tokens and lose their end")
 
 
 def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
