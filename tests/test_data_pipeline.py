@@ -15,6 +15,7 @@ from PIL import Image
 from sdxl_jax.data.build import build
 from sdxl_jax.data.inspection import dump, inspect
 from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+from sdxl_jax.data.sources import read_image
 from sdxl_jax.errors import InputError
 
 BUCKETS = ((16, 16), (16, 32), (32, 16), (8, 40))
