@@ -339,6 +339,8 @@ class Inspect:
     """Print JSON instead of a table."""
     dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
     """Write the first N training examples to DIR: the picture as the model sees it, and what it is told."""
+    plot: Path | None = None
+    """Draw sizes, buckets and some batches into FILE.png, or .pdf or .svg (needs matplotlib)."""
 
 
 @dataclass(frozen=True)
@@ -389,11 +391,13 @@ def _data(arguments: list[str]) -> None:
 def _inspect(arguments: list[str]) -> None:
     options = _parse(Inspect, arguments, "data inspect")
     from sdxl_jax import config as configuration
-    from sdxl_jax.data import inspection
+    from sdxl_jax.data import inspection, plots
     from sdxl_jax.data.pipeline import DataConfig
 
     is_config = options.source.suffix == ".py"
     config = configuration.load(options.source).data if is_config else DataConfig(folder=str(options.source))
+    if options.plot is not None:
+        plots.plot(config, options.plot)
     seen = inspection.inspect(config)
     if options.dump is not None:
         inspection.dump(config, *options.dump)

@@ -405,7 +405,7 @@ HELP = {
     ],
     ("data",): ["build", "inspect"],
     ("data", "build"): ["--workers", "--drop-duplicates"],
-    ("data", "inspect"): ["--json", "--dump", "N DIR"],
+    ("data", "inspect"): ["--json", "--dump", "N DIR", "--plot"],
 }
 
 
