@@ -112,6 +112,16 @@ def _worker_starts(shared: _Shared) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that start inside never see Ctrl-C, not even before `_worker_starts`; here it waits for the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _worker_counts(images: int) -> None:
     assert _shared is not None
     with _shared.images.get_lock():
@@ -175,8 +185,9 @@ def _write_parts(read: Read, missing: list[Unit], parts: Path, origin: Path | No
     with ProcessPoolExecutor(min(workers, len(missing)) or 1, context, _worker_starts, (shared,)) as pool:
         try:
             while True:
-                for unit in itertools.islice(to_do, 2 * workers - len(running)):
-                    running.add(pool.submit(_in_worker, read, unit, parts, origin))
+                with _without_interrupts():
+                    for unit in itertools.islice(to_do, 2 * workers - len(running)):
+                        running.add(pool.submit(_in_worker, read, unit, parts, origin))
                 if not running:
                     return
                 done, running = wait(running, 0.2, FIRST_COMPLETED)
