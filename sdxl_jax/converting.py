@@ -235,10 +235,11 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
 def _with_marks(
     weights: Weights, carried: Mapping[tuple[str, str], Carried], new: bool
 ) -> dict[tuple[str, str], Carried]:
-    """The empty tensors by which ComfyUI tells an SDXL that predicts v, and one with zero terminal SNR: there where the
-    model is one, `new` where the file does not follow another's."""
+    """The empty tensors by which ComfyUI tells an SDXL that predicts v, and one with zero terminal SNR. Carried ones
+    stay where the model is one; `new` ones come where the file does not follow another's."""
     config = weights.config
-    predicts_v = config.prediction is Prediction.V and config.micro is not None and "unet" in weights.parts
+    new = new and config.micro is not None
+    predicts_v = config.prediction is Prediction.V and "unet" in weights.parts
     marks = {("", "v_pred"): predicts_v, ("", "ztsnr"): predicts_v and config.schedule.zero_terminal_snr}
     kept = {key: tensor for key, tensor in carried.items() if marks.get(key, True)}
     empty = InMemory(np.zeros(0, np.float32))
