@@ -216,24 +216,15 @@ def _around(part_config: PartConfig) -> tuple[str, ModelConfig]:
     """(key of the part, the nearest published model with that part in it) of a network alone."""
     match part_config:
         case UNetConfig():
-            base = models.SDXL_BASE
-            if part_config.vector_dim is None:
-                base = models.SD1 if part_config.conv_projection else models.SD2
-            elif part_config.vector_dim == models.SDXL_REFINER.unet.vector_dim:
-                base = models.SDXL_REFINER
-            return "unet", dataclasses.replace(base, unet=part_config)
+            return "unet", dataclasses.replace(detection.nearest(part_config, ()), unet=part_config)
         case VaeConfig():
             base = models.SD1 if part_config.scale == models.SD1.vae.scale else models.SDXL_BASE
             return "vae", dataclasses.replace(base, vae=part_config)
         case ClipTextConfig():
-            presets = {tower.clip.width: (base, tower) for base in _BASES for tower in base.text}
-            base, tower = presets.get(part_config.width, (models.SDXL_BASE, models.SDXL_BASE.text[0]))
+            base = detection.nearest(None, [part_config])
+            tower = detection.by_width(base.text, part_config)
             towers = tuple(detection.with_clip(t, part_config) if t.name == tower.name else t for t in base.text)
             return tower.name, dataclasses.replace(base, text=towers)
-
-
-_BASES = (models.SD2, models.SDXL_BASE)
-"""Where a text encoder alone is looked up by its width: ViT-H, CLIP-L, bigG."""
 
 
 def _open_file(path: Path, opening: Opening) -> Weights:

@@ -3,7 +3,6 @@
 Commands run in this process, on a tiny model that is trained once for two steps.
 """
 
-import contextlib
 import gc
 import io
 import json
@@ -11,18 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import compiling
 import numpy as np
 import pytest
 import tiny
+from command import call
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from sdxl_jax.__main__ import main
 from sdxl_jax.quickstart import autoencoder
 
 CONFIG = """
@@ -38,28 +35,7 @@ def get_config():
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
-
-
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def call(*arguments: object) -> Outcome:
-    """One command. An argument parser that exits counts with its exit code."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = leaving.code
-    assert isinstance(code, int)
-    return Outcome(code, out.getvalue(), err.getvalue())
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:

@@ -4,10 +4,8 @@ Tensors are compared as the bytes that stand in the files, read here without the
 cut off in the middle, leaves the disk as it was.
 """
 
-import contextlib
 import dataclasses
 import errno
-import io
 import itertools
 import json
 import re
@@ -17,15 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command
 import foreign
 import numpy as np
 import pytest
+from command import Outcome
 from foreign import BASE, MODELS, STABLE_1, STABLE_2
 from orbax.checkpoint import v1 as ocp
 from test_opening import DIALECTS, WEIGHTS, assert_holds, assert_part_holds, component, make_run, short, with_variants
 
 from sdxl_jax import converting
-from sdxl_jax.__main__ import main
 from sdxl_jax.arrays import flatten
 from sdxl_jax.converting import Layout, Written, convert
 from sdxl_jax.diffusion.parameterisation import Prediction
@@ -44,22 +43,9 @@ from sdxl_jax.opening import Opening, open_model
 UNET, VAE, QUICK, GELU = BASE.unet, BASE.vae, BASE.text[0].clip, BASE.text[1].clip
 
 
-class Outcome(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 def call(*arguments: object) -> Outcome:
     """`sdxl-jax convert`, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(["convert", *map(str, arguments)])
-        except SystemExit as leaving:
-            code = leaving.code
-    assert isinstance(code, int)
-    return Outcome(code, out.getvalue(), err.getvalue())
+    return command.call("convert", *arguments)
 
 
 def listing(folder: Path) -> dict[str, int | None]:

@@ -1,9 +1,8 @@
 """The forward process: the schedule's numbers, how the predictions hang together, what an error costs."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,10 +24,7 @@ SCHEDULES = {
 EVERY_PREDICTION = pytest.mark.parametrize("prediction", Prediction)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def normal(seed: int, shape: tuple[int, ...] = (3, 4, 5, 4)) -> jax.Array:

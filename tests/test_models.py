@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
-import compiling
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,7 @@ VAE = vae.VaeConfig((16, 32), 1, groups=8)
 TOWER = clip.ClipTextConfig(24, 3, 2, 48, clip.Activation.QUICK_GELU, 20, 60, 50)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_params(init: Callable[..., Params], config: Any, seed: int = 0) -> Params:

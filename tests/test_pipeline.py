@@ -6,11 +6,9 @@ Compiling is most of the time: the tests share sizes and settings, so that few p
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,10 +33,7 @@ SAMPLE: Any = pipeline._sample
 DECODE: Any = pipeline._decode
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,8 @@
 
 import json
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import compiling
 import numpy as np
 import pytest
 
@@ -16,14 +14,7 @@ from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.models import vae
 from sdxl_jax.quickstart import autoencoder, recipe, story
 
-
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if request.node.get_closest_marker("slow"):
-        yield  # as users run it
-        return
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
+pytestmark = pytest.mark.usefixtures("quick_compilation_unless_slow")
 
 
 @pytest.fixture(scope="module")

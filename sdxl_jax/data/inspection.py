@@ -23,7 +23,8 @@ def _no_tokens(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
     return {}
 
 
-def _open(config: DataConfig) -> BucketedDataset:
+def open_dataset(config: DataConfig) -> BucketedDataset:
+    """What training would read, with refused files left out, and without tokens."""
     return BucketedDataset(dataclasses.replace(config, on_refused="skip"), _no_tokens)
 
 
@@ -36,7 +37,7 @@ def inspect(config: DataConfig) -> dict[str, Any]:
 
     Raises InputError as BucketedDataset does.
     """
-    dataset = _open(config)
+    dataset = open_dataset(config)
     buckets = [bucket._asdict() for bucket in dataset.report()]
     return {
         "images_found": dataset.source.found,
@@ -60,7 +61,7 @@ def dump(config: DataConfig, count: int, directory: str | Path) -> None:
         raise InputError(f"Cannot dump {count} examples. Give 1 or more.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty folder. Give a new or an empty one for the dump.")
-    dataset = _open(config)
+    dataset = open_dataset(config)
     directory.mkdir(parents=True, exist_ok=True)
     examples = itertools.islice(dataset.examples(), count)
     for number, (image, caption, example) in enumerate(

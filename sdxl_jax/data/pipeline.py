@@ -253,9 +253,9 @@ def _draw(source: list[grain.DatasetIterator]) -> Generator[Batch, None, None]:
 
 
 class BucketedDataset:
-    """Batches of one folder for one host, and what an epoch of them takes.
+    """Batches of one folder or shard set for one host, and what an epoch of them takes.
 
-    Opening reads every image's header (sources.open_folder). All hosts must see the same files.
+    Opening a folder reads every image's header (sources.open_folder). All hosts must see the same files.
 
     Args:
         config: what to read; `config.batch_size` counts all hosts.

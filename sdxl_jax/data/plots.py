@@ -8,7 +8,6 @@ As in `inspection`, refused files are left out. matplotlib is needed only here, 
 pyplot, so that nothing global changes and no screen is needed.
 """
 
-import dataclasses
 import itertools
 import textwrap
 import warnings
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from PIL import Image
 
+from sdxl_jax.data.inspection import open_dataset
 from sdxl_jax.data.pipeline import BucketedDataset, BucketReport, DataConfig, Drawn
 from sdxl_jax.errors import InputError
 
@@ -84,7 +84,7 @@ def plot(config: DataConfig, path: Path, minimum_px: int = PAPER_MINIMUM_PX) -> 
     except ImportError as problem:
         raise InputError("Drawing needs matplotlib, which is not installed. Run `pip install matplotlib`.") from problem
 
-    dataset = BucketedDataset(dataclasses.replace(config, on_refused="skip"), lambda captions: {})
+    dataset = open_dataset(config)
     report = [bucket for bucket in dataset.report() if bucket.images]
     sheet = _sheet(dataset, report)
     rows = [sheet[start : start + 2] for start in range(0, len(sheet), 2)]

@@ -7,7 +7,7 @@ have 32 groups, a number of the conditioning vector is 256 wide, and CLIP-L alon
 
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sdxl_jax import model
@@ -208,7 +208,8 @@ def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
         raise InputError(f"The file holds {len(found)} networks, with the prefixes {prefixes}: no model that is known")
     network = unets[0].config if unets else None
     assert network is None or isinstance(network, UNetConfig)
-    config = _family(network, towers)
+    clips = [part.config for part in towers if isinstance(part.config, ClipTextConfig)]
+    config = nearest(network, clips)
     parts = {name: part for name, part in zip(("unet", "vae"), (unets, vaes), strict=True) for part in part}
     if network is not None:
         config = replace(config, unet=network)
@@ -218,9 +219,8 @@ def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
         config = replace(config, vae=replace(vaes[0].config, scale=scale))
         parts["vae"] = Found(config.vae, vaes[0].naming)
     described = {}
-    for preset, part in _assign(config.text, towers):
-        assert isinstance(part.config, ClipTextConfig)
-        described[preset.name] = with_clip(preset, part.config)
+    for preset, clip, part in zip(_assign(config.text, clips), clips, towers, strict=True):
+        described[preset.name] = with_clip(preset, clip)
         parts[preset.name] = part
     config = replace(config, text=tuple(described.get(tower.name, tower) for tower in config.text))
     return _with_micro(config, complete=network is not None and len(described) == len(config.text)), parts
@@ -235,25 +235,26 @@ def with_clip(preset: Tower, clip: ClipTextConfig) -> Tower:
     return replace(preset, clip=clip, context=context)
 
 
-def _family(network: UNetConfig | None, towers: list[Found]) -> ModelConfig:
-    """The published model that is nearest."""
+def nearest(network: UNetConfig | None, towers: Sequence[ClipTextConfig]) -> ModelConfig:
+    """The published model that is nearest to the networks that are there."""
     if network is None:
-        widths = [part.config.width for part in towers if isinstance(part.config, ClipTextConfig)]
-        return model.SD2 if widths == [1024] else model.SDXL_BASE
+        return model.SD2 if [tower.width for tower in towers] == [model.SD2.text[0].clip.width] else model.SDXL_BASE
     if network.vector_dim is None:
         return model.SD1 if network.conv_projection else model.SD2
     refiner = len(towers) == 1 or (not towers and network.vector_dim == model.SDXL_REFINER.unet.vector_dim)
     return model.SDXL_REFINER if refiner else model.SDXL_BASE
 
 
-def _assign(presets: tuple[Tower, ...], towers: list[Found]) -> list[tuple[Tower, Found]]:
+def by_width(presets: tuple[Tower, ...], tower: ClipTextConfig) -> Tower:
+    """Which of a model's towers one alone is; the first if none is as wide."""
+    return next((preset for preset in presets if preset.clip.width == tower.width), presets[0])
+
+
+def _assign(presets: tuple[Tower, ...], towers: list[ClipTextConfig]) -> list[Tower]:
     """Which tower is which: in order where all are there; one alone by its width."""
-    if len(towers) == len(presets):
-        return list(zip(presets, towers, strict=True))
     if len(towers) > len(presets):
         raise InputError(f"The file holds {len(towers)} text encoders, where the model that it is has {len(presets)}")
-    by_width = {preset.clip.width: preset for preset in presets}
-    return [(by_width.get(getattr(part.config, "width", 0), presets[0]), part) for part in towers]
+    return list(presets) if len(towers) == len(presets) else [by_width(presets, tower) for tower in towers]
 
 
 def _with_micro(config: ModelConfig, complete: bool) -> ModelConfig:

@@ -24,18 +24,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 
 from sdxl_jax.arrays import Params, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.interop.safetensors import PICKLES, open_file
 from sdxl_jax.model import Model
 
 TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Which text encoder a key of SDXL's files is for."""
 _NAMELESS = ("emb_params", *TOWERS)
-_PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _FORMS = 'Expected {"<token>": vectors}, {"emb_params": vectors} or {"clip_l": vectors, "clip_g": vectors}'
 
 Vectors = Float[np.ndarray, "_vectors _width"]
@@ -47,22 +46,17 @@ def read(path: Path) -> dict[str, Vectors]:
 
     Raises InputError for a file that is missing, damaged, pickled, or holds something else.
     """
-    if path.suffix.lower() in _PICKLED:
+    if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path} is a pickle, which can run any program when it is loaded. Convert it to .safetensors with the "
             "tool that made it"
         )
-    try:
-        with safe_open(path, framework="flax") as file:  # the one of numpy fails on bfloat16
-            keys = list(file.keys())
-            if len(keys) != 1 and set(keys) != set(TOWERS):
-                listed = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
-                raise InputError(f"{path} holds {len(keys)} arrays ({listed}), no textual inversion. {_FORMS}")
-            vectors = {key: np.asarray(file.get_tensor(key)) for key in keys}
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{path} is no readable safetensors file ({error}). Check the path, or fetch it anew"
-        ) from error
+    tensors, _ = open_file(path)
+    keys = list(tensors)
+    if len(keys) != 1 and set(keys) != set(TOWERS):
+        listed = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
+        raise InputError(f"{path} holds {len(keys)} arrays ({listed}), no textual inversion. {_FORMS}")
+    vectors = {key: tensor.read() for key, tensor in tensors.items()}
     for key, rows in vectors.items():
         if rows.ndim not in (1, 2) or not rows.size or not jnp.issubdtype(rows.dtype, jnp.floating):
             raise InputError(f"{path} has {key} of shape {rows.shape}, {rows.dtype}. Expected numbers [vectors, width]")

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -342,12 +341,7 @@ def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
         raise InputError(f"{lora.name} changes {absent[0].split('/')[0]}, which is not there. Give a whole model")
 
     def changed(path: str, leaf: Leaf) -> Changed:
-        def change(value: np.ndarray) -> np.ndarray:
-            difference = delta(resolved, path, leaf.shape)
-            assert difference is not None
-            return (value.astype(np.float32) + np.float32(scale) * difference).astype(value.dtype)
-
-        return Changed(leaf, change, leaf.dtype)
+        return Changed(leaf, lambda value: _sum(value, _change(resolved, path, leaf.shape, scale)), leaf.dtype)
 
     leaves = {path: changed(path, leaf) if path in resolved else leaf for path, leaf in weights.leaves.items()}
     return replace(weights, leaves=leaves)
@@ -357,20 +351,30 @@ def _merged(model: Model, lora: Lora, scale: float) -> dict[str, Any]:
     resolved, flat = resolve(lora, model.config), flatten(model.params)
     for path in resolved:
         value = flat[path]
-        change = delta(resolved, path, value.shape)
-        assert change is not None
-        change *= np.float32(scale)
+        change = _change(resolved, path, value.shape, scale)
         if isinstance(value, jax.Array):
             # One parameter at a time: the largest stack of SDXL is 0.5 GB in float32.
-            flat[path] = jax.device_put(_sum(value, jax.device_put(change, value.sharding)), value.sharding)
+            change = jax.device_put(change, value.sharding)
+            flat[path] = jax.device_put(_sum_on_devices(value, change), value.sharding)
         else:
-            flat[path] = (value.astype(np.float32) + change).astype(value.dtype)
+            flat[path] = _sum(value, change)
     return unflatten(flat)
 
 
-@jax.jit
-def _sum(value: Float[jax.Array, "*axes"], change: Float[jax.Array, "*axes"]) -> jax.Array:
-    return (value.astype(jnp.float32) + change).astype(value.dtype)
+def _change(resolved: Resolved, path: str, shape: tuple[int, ...], scale: float) -> np.ndarray:
+    """The change of a parameter that is among `resolved`, with the user's scale."""
+    change = delta(resolved, path, shape)
+    assert change is not None
+    change *= np.float32(scale)
+    return change
+
+
+def _sum(value: Any, change: Any) -> Any:
+    """In float32, with the parameter's dtype; arrays of numpy or of jax."""
+    return (value.astype(np.float32) + change).astype(value.dtype)
+
+
+_sum_on_devices = jax.jit(_sum)
 
 
 def describe(lora: Lora) -> str:

@@ -70,8 +70,6 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises InputError for a pickle, a file that is missing, cut off or damaged, and for dtypes that are not implemented.
     """
     refuse_pickle(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}. Check the path")
     try:
         # pread: mapped pages would count as ours, up to the size of the file.
         file = safe_open(path, framework="numpy", backend="pread").__enter__()

@@ -13,11 +13,10 @@ The prompts have no "!", which transformers takes for padding in the tokenizers 
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import compiling
 import numpy as np
 import pytest
 from agreement import Note
@@ -31,7 +30,10 @@ from sdxl_jax.model import SD1, SD2, SDXL_BASE
 from sdxl_jax.pipeline import generate
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation_unless_slow"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 
 TOLERANCE, LEVELS, SHARE = 1e-4, 1, 0.01
 """Of the largest latent; of 255; of the bytes of a picture that may differ at all."""
@@ -161,15 +163,6 @@ def _build(name: str, folder: Path) -> Source:
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder / "model")
     return Source(pipeline, folder / "model")
-
-
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    if request.node.get_closest_marker("slow"):
-        yield  # as users run it
-        return
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
-        yield
 
 
 @pytest.fixture(scope="module")
