@@ -17,6 +17,7 @@ import tyro
 from sdxl_jax.errors import InputError, nearest_first
 
 if TYPE_CHECKING:
+    from sdxl_jax.config import TrainConfig
     from sdxl_jax.opening import Opening
     from sdxl_jax.pipeline import Geometry
 
@@ -54,14 +55,28 @@ Train what a configuration file describes. Run again with the same run directory
 """
 
 
-def _train(arguments: list[str]) -> None:
+def _configured(
+    kind: type[_T], arguments: list[str], command: str, usage: str, extra: Callable[[Path], dict[str, Any]]
+) -> tuple[_T, "TrainConfig"]:
+    """The configuration file that comes first, with the overrides that follow. `kind` has all fields of TrainConfig and
+    more of its own, whose defaults `extra` gives for the file."""
     if not arguments or arguments[0].startswith("-"):
         if arguments[:1] in (["-h"], ["--help"]):
-            print(_TRAIN_USAGE)
-            return
-        raise InputError(f"The first argument of train is a configuration file.\n{_TRAIN_USAGE}")
+            print(usage)
+            sys.exit(0)
+        raise InputError(f"The first argument of {command} is a configuration file.\n{usage}")
     from sdxl_jax import config as configuration
-    from sdxl_jax.training import loop
+
+    path = Path(arguments[0])
+    names = [entry.name for entry in dataclasses.fields(configuration.TrainConfig)]
+    loaded = configuration.load(path)
+    default = kind(**extra(path), **{name: getattr(loaded, name) for name in names})
+    options = _parse(kind, arguments[1:], f"{command} {path}", default=default)
+    return options, configuration.TrainConfig(**{name: getattr(options, name) for name in names})
+
+
+def _train(arguments: list[str]) -> None:
+    from sdxl_jax import config as configuration
 
     @dataclass(frozen=True)
     class Train(configuration.TrainConfig):
@@ -70,12 +85,11 @@ def _train(arguments: list[str]) -> None:
         run_dir: Path = Path("runs")
         """Where checkpoints, metrics and pictures are written."""
 
-    path = Path(arguments[0])
-    names = [entry.name for entry in dataclasses.fields(configuration.TrainConfig)]
-    loaded = configuration.load(path)
-    default = Train(run_dir=Path("runs") / path.stem, **{name: getattr(loaded, name) for name in names})
-    options = _parse(Train, arguments[1:], f"train {path}", default=default)
-    config = configuration.TrainConfig(**{name: getattr(options, name) for name in names})
+    options, config = _configured(
+        Train, arguments, "train", _TRAIN_USAGE, lambda path: {"run_dir": Path("runs") / path.stem}
+    )
+    from sdxl_jax.training import loop
+
     print(json.dumps(configuration.to_json(config), indent=1))
     loop.train(config, options.run_dir)
 
@@ -369,19 +383,50 @@ def _build(arguments: list[str]) -> None:
     )
 
 
+_ENCODE_USAGE = """usage: sdxl-jax data encode CONFIG.py [--data.cache DIR] [--share I N] [--section.field VALUE ...]
+
+Encode every crop and caption of a training configuration once, into its data.cache, which training then reads instead
+of the pictures. Run again, it goes on with what is missing. data.crops_per_image says how many crops a picture has.
+`sdxl-jax data encode CONFIG.py --help` lists every field with its default in that file.
+"""
+
+
+def _encode(arguments: list[str]) -> None:
+    from sdxl_jax import config as configuration
+
+    @dataclass(frozen=True)
+    class Encode(configuration.TrainConfig):
+        """Encode every crop and caption of a training configuration once, into its data.cache."""
+
+        batch_size: int = 8
+        """Pictures, or captions, encoded at once. Higher: faster until memory ends."""
+        share: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="I N")] = None
+        """Take the I-th of every N pieces, I from 0, for N processes that share the work. Default: by jax's
+        processes."""
+
+    options, config = _configured(Encode, arguments, "data encode", _ENCODE_USAGE, lambda _: {})
+    from sdxl_jax.training.encoding import encode
+
+    plan = encode(config, batch_size=options.batch_size, share=options.share)
+    missing = len(plan.missing())
+    state = f"{missing} of {plan.pieces} pieces are missing, of other shares" if missing else "complete"
+    print(f"{plan.folder}: {plan.images} pictures, {plan.crops} crops of each; {state}")
+
+
 _DATA_USAGE = """usage: sdxl-jax data build SRC DST     pack captioned pictures into shards
        sdxl-jax data inspect SRC-or-CONFIG     show what training will really see
+       sdxl-jax data encode CONFIG.py     latents and text states, computed once for all epochs
 
-`sdxl-jax data build --help` and `sdxl-jax data inspect --help` tell the options."""
+`sdxl-jax data build --help` and so on tell the options."""
 
 
 def _data(arguments: list[str]) -> None:
-    commands = {"build": _build, "inspect": _inspect}
+    commands = {"build": _build, "inspect": _inspect, "encode": _encode}
     if not arguments or arguments[0] in ("-h", "--help"):
         if arguments:
             print(_DATA_USAGE)
             return
-        raise InputError(f"sdxl-jax data knows build and inspect; given: nothing.\n{_DATA_USAGE}")
+        raise InputError(f"sdxl-jax data knows {', '.join(commands)}; given: nothing.\n{_DATA_USAGE}")
     if arguments[0] not in commands:
         near = ", ".join(nearest_first(arguments[0], commands))
         raise InputError(f"There is no command data {arguments[0]!r}. Known, nearest first: {near}")
@@ -407,13 +452,23 @@ def _inspect(arguments: list[str]) -> None:
 def _inspection_table(seen: dict[str, Any]) -> str:
     lines = [f"{seen['images_found']} images found, {seen['images_usable']} usable, {len(seen['refused'])} refused"]
     lines += [f"  refused {entry['file']}: {entry['reason']}" for entry in seen["refused"]]
+    if seen["too_small"]:
+        lines.append(f"{seen['too_small']} images below data.min_size left out")
+    if len(seen["sources"]) > 1:
+        lines += [
+            f"{each['folder']}: weight {each['weight']:g}, {each['images']} images, {each['share']:.1%} of an epoch"
+            for each in seen["sources"]
+        ]
+    if seen["numbers"]:
+        lines.append(f"numbers of every source: {', '.join(seen['numbers'])}")
     lines.append(f"{seen['epoch_steps']} steps an epoch")
-    lines.append("  height  width  images  batches  left out  repeated")
-    lines += [
-        f"  {b['height']:6}  {b['width']:5}  {b['images']:6}  {b['batches']:7}  {b['remainder']:8}  {b['repeated']:8}"
-        for b in seen["buckets"]
-        if b["images"]
-    ]
+    lines.append("  height  width  images  batches  of images  left out  repeated")
+    for b in seen["buckets"]:
+        if b["images"]:
+            counts = f"{b['images']:6}  {b['batches']:7}  {b['batch_size']:9}  {b['remainder']:8}  {b['repeated']:8}"
+            lines.append(f"  {b['height']:6}  {b['width']:5}  {counts}")
+        elif b["merged_into"]:
+            lines.append(f"  {b['height']:6}  {b['width']:5}  merged into {b['merged_into'][0]}×{b['merged_into'][1]}")
     return "\n".join(lines)
 
 
@@ -422,7 +477,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (_train, "train what a configuration file describes, or go on with it"),
     "sample": (_sample, "draw pictures of prompts with a trained model"),
     "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
-    "data": (_data, "data build: shards from folders, tars, tables; data inspect: what training will really see"),
+    "data": (_data, "build: shards from folders, tars, tables; inspect: what training will see; encode: caches"),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Bool, Float, Int32, UInt8
 
 type_of_array = jax.Array | np.ndarray
 
@@ -75,12 +75,28 @@ class MicroConditioning(NamedTuple):
     """Rating of the picture, about 1 to 10. The refiner alone is told it."""
 
 
+class Encoded(NamedTuple):
+    """What frozen encoders made of a batch's pictures and captions beforehand, in bfloat16."""
+
+    mean: Float[type_of_array, "batch latent_height latent_width channels"]
+    """Of the autoencoder's posterior, unscaled: the sample is drawn anew each time."""
+    log_variance: Float[type_of_array, "batch latent_height latent_width channels"]
+    context: Float[type_of_array, "batch 77 features"]
+    """Text states that the UNet attends to."""
+    pooled: Float[type_of_array, "batch projection"] | None
+
+
 class Batch(NamedTuple):
     """One training step's examples, all of one bucket, as the data pipeline hands them over (numpy) or on devices."""
 
-    image: ImageBytes
+    image: ImageBytes | None
+    """None where `encoded` stands for it."""
     tokens: dict[str, TokenIds]
     """One entry a tokenizer, keyed as the conditioning asks for it."""
     micro: MicroConditioning
     example: Int32[type_of_array, "batch"]
     """The examples' numbers in their source: for logs and tests, the model never sees them."""
+    replaced: Bool[type_of_array, "batch"]
+    """Which examples stand in for a damaged image: for logs."""
+    encoded: Encoded | None = None
+    """What was read from a cache."""

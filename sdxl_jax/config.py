@@ -115,10 +115,22 @@ class TrainConfig:
                 f"model.unet.in_channels={self.model.unet.in_channels}: training feeds the latent's "
                 f"{self.model.vae.latent_channels} channels and nothing else. Set it to that"
             )
-        if self.model.micro is not None and self.model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC:
+        told = self.model.micro is not None and self.model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
+        if told and self.data.aesthetic is None:
             raise InputError(
-                "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every picture, which folders of "
-                "pictures do not have. Train with size_crop_target"
+                "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every picture. Set "
+                "data.aesthetic to the name of that number in the data (`sdxl-jax data inspect` lists them), or train "
+                "with size_crop_target"
+            )
+        if self.data.aesthetic is not None and not told:
+            raise InputError(
+                f"data.aesthetic={self.data.aesthetic} has no effect: this model is told no score. Remove it, or train "
+                "one with model.micro.numbers=size_crop_aesthetic, as the refiner"
+            )
+        if self.data.cache is not None and self.data.crops_per_image is None:
+            raise InputError(
+                f"data.cache={self.data.cache} holds a fixed number of crops an image. Set data.crops_per_image to it, "
+                "e.g. 4 (1 shows each picture in one crop for ever)"
             )
         if self.validation.prompts and not self.validation.sizes:
             raise InputError("validation.prompts are given but no validation.sizes. Give at least one (height, width)")
@@ -131,9 +143,13 @@ class TrainConfig:
 MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "data.cache",
+    "data.cache_of_other_code",
     "data.folder",
+    "data.max_bad_share",
     "data.on_refused",
     "data.read_ahead",
+    "data.sources",
     "data.verify_images",
     "data.workers",
     "mesh.data",
@@ -141,8 +157,8 @@ MAY_CHANGE = (
     "training.init_from",
     "validation",
 )
-"""Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. The folder may have
-moved, its contents are compared; the frozen weights are in the run."""
+"""Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. Folders may have
+moved, their contents are compared, with the weights of several sources; the frozen weights are in the run."""
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
 

@@ -65,6 +65,7 @@ def batch(number: int) -> Batch:
         tokens=cast(Any, TOKENIZER([f"picture {number} {row}" for row in range(8)])),
         micro=MicroConditioning(*sizes),
         example=np.arange(8, dtype=np.int32),
+        replaced=np.zeros(8, bool),
     )
 
 

@@ -116,7 +116,7 @@ def test_caption_without_image_is_refused_by_name(place: Path) -> None:
 
 def test_buckets_that_no_image_fits_are_refused(place: Path) -> None:
     refused = train(place, "--data.buckets", 8, 64, "--run-dir", place / "new")
-    assert_refused(place, refused, "None of the 8 images", "Add buckets of such shapes, or raise data.max_aspect")
+    assert_refused(place, refused, "None of the 8 images", "Add buckets of such shapes, raise data.max_aspect")
 
 
 def test_bucket_that_is_no_multiple_of_8_is_refused(place: Path) -> None:
@@ -556,8 +556,8 @@ def test_inspect_prints_a_table(home: Path) -> None:
     lines = outcome.out.splitlines()
     assert lines[0] == "8 images found, 8 usable, 0 refused"
     assert lines[1] == "1 steps an epoch"
-    assert lines[2].split() == ["height", "width", "images", "batches", "left", "out", "repeated"]
-    assert lines[3].split() == ["32", "32", "8", "1", "0", "0"]
+    assert lines[2].split() == ["height", "width", "images", "batches", "of", "images", "left", "out", "repeated"]
+    assert lines[3].split() == ["32", "32", "8", "1", "8", "0", "0"]
     assert len(lines) == 4
 
 

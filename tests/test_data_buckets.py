@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, aspect_distance, assign, check_buckets, generate_buckets
+from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, assign, check_buckets, generate_buckets
 from sdxl_jax.errors import InputError
 
 PAPER = """
@@ -48,24 +48,35 @@ def test_impossible_bucket_rules_are_refused(arguments):
 
 
 def test_every_bucket_is_assigned_to_itself():
-    assert assign(sizes(*SDXL_BUCKETS), SDXL_BUCKETS).tolist() == list(range(40))
+    assert assign(sizes(*SDXL_BUCKETS), SDXL_BUCKETS).bucket.tolist() == list(range(40))
 
 
 def test_images_go_to_the_nearest_aspect_ratio_whatever_their_size():
     buckets = ((1024, 1024), (512, 2048), (2048, 512))
     given = sizes((100, 100), (30, 50), (10, 90), (9000, 1000), (1, 2), (2, 1))
-    assert assign(given, buckets).tolist() == [0, 0, 1, 2, 0, 0]  # 1:2 is as far from 1:1 as from 1:4: the first
+    assert assign(given, buckets).bucket.tolist() == [0, 0, 1, 2, 0, 0]  # 1:2 is as far from 1:1 as from 1:4: the first
 
 
 def test_ties_go_to_the_first_bucket():
-    assert assign(sizes((7, 14), (3, 6)), ((64, 64), (64, 256))).tolist() == [0, 0]
-    assert assign(sizes((7, 14), (3, 6)), ((64, 256), (64, 64))).tolist() == [0, 0]
-    assert assign(sizes((100, 100)), ((64, 64), (128, 128))).tolist() == [0]
+    assert assign(sizes((7, 14), (3, 6)), ((64, 64), (64, 256))).bucket.tolist() == [0, 0]
+    assert assign(sizes((7, 14), (3, 6)), ((64, 256), (64, 64))).bucket.tolist() == [0, 0]
+    assert assign(sizes((100, 100)), ((64, 64), (128, 128))).bucket.tolist() == [0]
 
 
-def test_aspect_distance_is_the_log_of_the_factor():
-    distance = aspect_distance(sizes((100, 200), (200, 100), (50, 50)), sizes((64, 64)))
+def test_the_distance_is_the_log_of_the_factor():
+    distance = assign(sizes((100, 200), (200, 100), (50, 50)), ((64, 64),)).distance
     np.testing.assert_allclose(distance, [math.log(2), math.log(2), 0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_assignment_is_that_of_the_definition(seed):
+    rng = np.random.default_rng(seed)
+    buckets = tuple(SDXL_BUCKETS[number] for number in rng.permutation(40)[:17])
+    given = rng.integers(1, 60, (2000, 2)).astype(np.int32)
+    logs = np.log(given[:, None, 0] / given[:, None, 1]) - np.log([h / w for h, w in buckets])
+    distances = np.abs(logs).round(10)
+    np.testing.assert_array_equal(assign(given, buckets).bucket, distances.argmin(axis=1))
+    np.testing.assert_allclose(assign(given, buckets).distance, distances.min(axis=1), atol=1e-9)
 
 
 def test_an_empty_bucket_list_is_refused():

@@ -338,7 +338,8 @@ def test_a_source_that_disappears_loses_nothing_finished(tmp_path, workers):
     source = tmp_path / "source"
     source.mkdir()
 
-    with pytest.raises(InputError, match=r"source.* disappeared while piece 3 was read. Restore it.*same command"):
+    piece = r"\d" if workers else "3"  # the other process may be at any
+    with pytest.raises(InputError, match=rf"source.* disappeared while piece {piece} was read.*same command"):
         Vanishing().build(tmp_path / "shards", source=str(source), workers=workers)
     if not workers:
         assert sorted(path.name for path in (tmp_path / "shards" / "parts").glob("[0-9]????")) == [

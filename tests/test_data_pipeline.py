@@ -7,15 +7,18 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_jax.data import pipeline
 from sdxl_jax.data.build import build
+from sdxl_jax.data.images import read_image
 from sdxl_jax.data.inspection import dump, inspect
+from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
-from sdxl_jax.data.sources import read_image
 from sdxl_jax.errors import InputError
 
 BUCKETS = ((16, 16), (16, 32), (32, 16), (8, 40))
@@ -48,7 +51,7 @@ def open_dataset(config, **changes):
     return BucketedDataset(dataclasses.replace(config, **changes), tokenize, **hosts)
 
 
-def take(dataset, count, start=0):
+def take(dataset, count, start=0) -> Any:
     return list(itertools.islice(dataset.iterate(start), count))
 
 
@@ -148,14 +151,20 @@ def test_a_single_batch_is_a_dataset(config):
 
 def test_report_counts_what_an_epoch_takes_and_leaves(config):
     report = [tuple(bucket) for bucket in open_dataset(config).report()]
-    assert report == [(16, 16, 11, 2, 3, 0), (16, 32, 9, 2, 1, 0), (32, 16, 2, 1, 0, 2), (8, 40, 0, 0, 0, 0)]
+    assert report == [
+        (16, 16, 11, 4, 2, 3, 0, None),
+        (16, 32, 9, 4, 2, 1, 0, None),
+        (32, 16, 2, 4, 1, 0, 2, None),
+        (8, 40, 0, 4, 0, 0, 0, None),
+    ]
 
 
 def test_images_that_fit_no_bucket_are_refused_by_name(config):
     with pytest.raises(InputError, match=r"2 entries of .*\n  20\.png: 70×33 .* fits no bucket"):
         open_dataset(config, buckets=((16, 16), (16, 32)))
     dataset = open_dataset(config, buckets=((16, 16), (16, 32)), on_refused="skip")
-    assert [refused.file for refused in dataset.refused] == ["20.png", "21.png"]
+    assert [refused.file for refused in dataset.refused()] == ["20.png", "21.png"]
+    assert dataset.refused_count() == 2
     assert sum(bucket.images for bucket in dataset.report()) == 20
     assert all((batch.example < 20).all() for batch in take(dataset, 5))
 
@@ -175,6 +184,9 @@ def test_buckets_that_no_image_fits_are_refused(config):
         ({"seed": -1}, "seed=-1"),
         ({"workers": -1}, "workers=-1"),
         ({"read_ahead": 0}, "read_ahead=0"),
+        ({"min_size": 0}, "min_size=0 is out of range. Expected 1"),
+        ({"crops_per_image": 0}, "crops_per_image=0"),
+        ({"max_bad_share": 1.1}, "max_bad_share=1.1"),
         ({"buckets": ()}, "buckets is empty"),
         ({"buckets": ((16, 20),)}, "multiples of 8"),
         ({"folder": "no/such/folder"}, "does not exist"),
@@ -185,13 +197,187 @@ def test_bad_settings_are_refused_with_the_remedy(config, changes, message):
         open_dataset(config, **changes)
 
 
-def test_an_image_damaged_after_opening_stops_training_with_its_name(config, tmp_path):
-    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
-    (tmp_path / "a.txt").write_text("image 0")
-    dataset = open_dataset(config, folder=str(tmp_path), batch_size=1)
-    (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"a\.png cannot be read"):
-        next(dataset.iterate())
+# Bad images that training meets
+
+
+@pytest.fixture
+def spoilt(folder, tmp_path):
+    """(folder, spoil): a copy of the folder, and a function that damages images of it, by number."""
+    copied = tmp_path / "spoilt"
+    shutil.copytree(folder, copied)
+
+    def spoil(*images):
+        for image in images:
+            (copied / f"{image:02d}.png").write_bytes(b"no image")
+
+    return copied, spoil
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_is_replaced_by_the_next_of_its_bucket_named_once_and_counted(config, spoilt, workers, capsys):
+    folder, spoil = spoilt
+    given = {"folder": str(folder), "workers": workers, "max_bad_share": 1.0}
+    clean = take(open_dataset(config, **given), 10)
+    dataset = open_dataset(config, **given)
+    spoil(0, 1, 12)
+    seen = take(dataset, 10)
+    replaced = np.concatenate([batch.replaced for batch in seen])
+    before, after = (np.concatenate([batch.example for batch in batches]) for batches in (clean, seen))
+    np.testing.assert_array_equal(replaced, np.isin(before, [0, 1, 12]))
+    assert replaced.sum() >= 3 and not np.isin(after, [0, 1, 12]).any()
+    np.testing.assert_array_equal(before[~replaced], after[~replaced])
+    assert all(
+        dataset.source.size(a) == dataset.source.size(b) for a, b in zip(before.tolist(), after.tolist(), strict=True)
+    )
+    said = capsys.readouterr().out
+    assert [said.count(f"/{name}.png cannot be read") for name in ("00", "01", "12", "02")] == [1, 1, 1, 0]
+    assert_same(take(dataset, 4, start=6), seen[6:])  # the same stand-ins, wherever one starts
+
+
+def test_more_bad_images_than_allowed_stop_the_run_and_say_so(config, spoilt, monkeypatch):
+    folder, spoil = spoilt
+    monkeypatch.setattr(pipeline, "_FEW", 40)
+    dataset = open_dataset(config, folder=str(folder), max_bad_share=0.1)
+    spoil(*range(9))
+    with pytest.raises(InputError, match=r"(?s)7 of the 12 examples .* data\.max_bad_share=0\.1.*\.png cannot be"):
+        take(dataset, 100)
+    strict = open_dataset(config, folder=str(folder), max_bad_share=0.0, verify_images=False, on_refused="skip")
+    (folder / "20.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"2 of the \d+ examples"):
+        take(strict, 100)
+
+
+def test_a_bucket_of_bad_images_alone_stops_the_run(config, spoilt):
+    folder, spoil = spoilt
+    dataset = open_dataset(config, folder=str(folder), max_bad_share=1.0)
+    spoil(20, 21)
+    with pytest.raises(InputError, match=r"2 images of the bucket 32×16 in a row are bad\. The last one: .*2[01]"):
+        take(dataset, 5)
+
+
+def test_an_image_of_another_size_than_was_listed_is_bad(config, spoilt, capsys):
+    folder, _ = spoilt
+    dataset = open_dataset(config, folder=str(folder), max_bad_share=1.0)
+    Image.new("RGB", (64, 64)).save(folder / "00.png")
+    assert sum(batch.replaced.sum() for batch in take(dataset, 15)) >= 1
+    assert "00.png has the shape (64, 64) now, and had (20, 26)" in capsys.readouterr().out
+
+
+# Sizes of images and batches
+
+
+def test_a_minimum_size_leaves_out_and_counts_and_is_no_error(config):
+    dataset = open_dataset(config, min_size=18)
+    assert dataset.too_small_count() == COUNTS[17, 33] and dataset.refused_count() == 0
+    assert [bucket.images for bucket in dataset.report()] == [11, 0, 2, 0]
+    assert all(min(dataset.source.size(image)) >= 18 for batch in take(dataset, 5) for image in batch.example.tolist())
+    assert next(dataset.too_small()).reason == "17×33 (height × width), below data.min_size=18"
+    seen = inspect(dataclasses.replace(config, min_size=18))
+    assert seen["too_small"] == 9 and seen["images_usable"] == 13 and not seen["refused"]
+
+
+def test_small_images_are_enlarged_and_told_so_by_their_size(config):
+    dataset = open_dataset(config, buckets=((64, 64), (64, 128), (128, 64)))
+    for batch in take(dataset, 5):
+        assert (batch.micro.original_size < batch.micro.target_size).any(axis=1).all()
+
+
+def test_a_pixel_budget_gives_each_bucket_as_many_images_as_fit(config):
+    buckets = ((16, 16), (16, 32), (32, 32))
+    dataset = open_dataset(config, buckets=buckets, batch_size=2, batch_pixels=6 * 512, on_refused="skip")
+    assert [bucket.batch_size for bucket in dataset.report()] == [12, 6, 2]
+    for step, batch in enumerate(take(dataset, 6)):
+        assert len(batch.image) == dataset.batch_size_of(step)
+        height, width = dataset.bucket_of(step)
+        assert 6 * 512 - 2 * height * width < batch.image[..., 0].size <= 6 * 512
+    halves = [
+        open_dataset(
+            config,
+            buckets=buckets,
+            batch_size=2,
+            batch_pixels=6 * 512,
+            on_refused="skip",
+            host_index=index,
+            host_count=2,
+        )
+        for index in range(2)
+    ]
+    whole = take(dataset, 4)
+    for one, *parts in zip(whole, *(take(half, 4) for half in halves), strict=True):
+        np.testing.assert_array_equal(one.image, np.concatenate([part.image for part in parts]))
+    with pytest.raises(InputError, match=r"batch_pixels=1000 holds no batch of 2 images of 32×32. Give 2048 or more"):
+        open_dataset(config, buckets=buckets, batch_size=2, batch_pixels=1000)
+
+
+def test_a_small_bucket_can_be_merged_and_says_so(config):
+    report = {bucket[:2]: bucket for bucket in open_dataset(config, small_buckets="merge").report()}
+    assert report[32, 16].merged_into == (16, 16) and report[32, 16].images == 0
+    assert report[16, 16].images == 13 and report[16, 16].repeated == 0
+    seen = set()
+    for batch in take(open_dataset(config, small_buckets="merge"), 50):
+        seen.update(batch.example.tolist())
+        assert batch.image.shape[1:3] == tuple(batch.micro.target_size[0])
+    assert seen == set(range(22))
+
+
+# Several sources, scores, crops
+
+
+def test_sources_come_as_often_as_their_weights_say(config, shard_set, tmp_path):
+    second = tmp_path / "second"
+    second.mkdir()
+    for number in range(6):
+        Image.new("RGB", (26, 20)).save(second / f"{number}.png")
+        (second / f"{number}.txt").write_text(f"image {100 + number}")
+    sources = (Source(str(shard_set)), Source(str(second), 2.0))
+    dataset = open_dataset(config, folder=None, sources=sources, batch_size=1)
+    seen = Counter(int(batch.tokens["clip"][0, 0]) for batch in take(dataset, dataset.epoch_steps))
+    assert seen == {**dict.fromkeys(range(22), 1), **dict.fromkeys(range(100, 106), 2)}
+    assert [(share.images, round(share.share, 3)) for share in dataset.shares()] == [(22, 0.647), (6, 0.353)]
+    assert dataset.source.name(22) == f"{second}/0.png"
+    other = open_dataset(config, folder=None, sources=(sources[0], Source(str(second), 1.0)), batch_size=1)
+    assert other.fingerprint != dataset.fingerprint
+    with pytest.raises(InputError, match=r"the weight 0\.0\. Expected more than 0"):
+        open_dataset(config, folder=None, sources=(Source(config.folder, 0.0),))
+    for given in ({"folder": None}, {"sources": sources}):
+        with pytest.raises(InputError, match="Give one folder, or several sources"):
+            open_dataset(config, **given)
+
+
+def test_scores_reach_the_batch_and_images_without_one_are_refused(config, tmp_path):
+    lines = []
+    for number in range(5):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
+        score = {"score": 4.5 + number} if number else {}
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"image {number}", **score}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    given = {"folder": str(tmp_path), "buckets": ((16, 16),), "batch_size": 2}
+    dataset = open_dataset(config, **given, aesthetic="score", on_refused="skip")
+    assert [refused.reason for refused in dataset.refused()] == ["has no score, which data.aesthetic asks for"]
+    for batch in take(dataset, 4):
+        np.testing.assert_array_equal(batch.micro.aesthetic_score, 4.5 + batch.example)
+        assert batch.micro.aesthetic_score.dtype == np.float32
+    assert take(open_dataset(config, **given), 1)[0].micro.aesthetic_score is None
+    with pytest.raises(InputError, match=r"1 entries of .* cannot be used"):
+        open_dataset(config, **given, aesthetic="score")
+    with pytest.raises(InputError, match=r"data\.aesthetic=scor: .* no number of that name. .*nearest first: score"):
+        open_dataset(config, **given, aesthetic="scor")
+
+
+def test_a_fixed_number_of_crops_is_drawn_from_again_and_again(config):
+    def crops(batches):
+        found = {}
+        for batch in batches:
+            for image, content in zip(batch.example.tolist(), batch.image, strict=True):
+                found.setdefault(image, set()).add(content.tobytes())
+        return found
+
+    fixed = crops(take(open_dataset(config, crops_per_image=2), 60))
+    assert {len(contents) for contents in fixed.values()} <= {1, 2} and max(map(len, fixed.values())) == 2
+    free = crops(take(open_dataset(config), 60))
+    assert max(map(len, free.values())) > 3
+    one = crops(take(open_dataset(config, crops_per_image=1), 60))
+    assert {len(contents) for contents in one.values()} == {1}
 
 
 def test_inspection_counts_and_lists_and_never_stops_at_a_refusal(config, folder, tmp_path):
@@ -202,8 +388,8 @@ def test_inspection_counts_and_lists_and_never_stops_at_a_refusal(config, folder
     assert report["images_found"] == 22 and report["images_usable"] == 21 and report["epoch_steps"] == 5
     assert [refused["file"] for refused in report["refused"]] == ["00.png"]
     assert "without a caption" in report["refused"][0]["reason"]
-    keys = ["height", "width", "images", "batches", "remainder", "repeated"]
-    assert report["buckets"][0] == dict(zip(keys, [16, 16, 10, 2, 2, 0], strict=True))
+    keys = ["height", "width", "images", "batch_size", "batches", "remainder", "repeated", "merged_into"]
+    assert report["buckets"][0] == dict(zip(keys, [16, 16, 10, 4, 2, 2, 0, None], strict=True))
 
 
 def test_dump_shows_the_training_examples_in_training_order(config, folder, tmp_path):
@@ -242,17 +428,17 @@ def test_real_photographs_keep_their_sizes_and_true_records(tmp_path):
     (tmp_path / "val2017").symlink_to((root / "val2017").resolve())
     config = DataConfig(folder=str(tmp_path), batch_size=4, flip_probability=0.5, verify_images=True)
     dataset = BucketedDataset(config, lambda captions: {})
-    assert dataset.refused == []
+    assert dataset.refused_count() == 0
     sizes = {record["file"]: [record["height"], record["width"]] for record in records}
     assert {dataset.source.name(image): size for image, size in enumerate(dataset.source.sizes.tolist())} == sizes
     for image, _, example in itertools.islice(dataset.examples(), 4):
         assert example.original_size.tolist() == sizes[dataset.source.name(image)]
-        height, width = dataset.source.sizes[image]
+        height, width = dataset.source.size(image)
         target = example.target_size
         top, left = example.crop_top_left
         scale = max(target / (height, width))
         box = (left / scale, top / scale, (left + target[1]) / scale, (top + target[0]) / scale)
-        photograph = Image.fromarray(dataset.source.pixels(image))
+        photograph = Image.fromarray(dataset.source.pixels(image, (height, width)))
         if example.flipped:
             photograph = photograph.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         right, bottom = min(box[2], float(width)), min(box[3], float(height))

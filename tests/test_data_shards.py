@@ -12,21 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from picture_sources import encoded
 
 from sdxl_jax.data import shards as shards_module
-from sdxl_jax.data.shards import (
-    DESCRIPTION,
-    FORMAT,
-    NUMBERS_LIMIT,
-    Columns,
-    IndexWriter,
-    Part,
-    PartWriter,
-    open_shards,
-    select,
-    shard_path,
-)
-from sdxl_jax.data.sources import Refused
+from sdxl_jax.data.captions import NUMBERS_LIMIT
+from sdxl_jax.data.images import decode
+from sdxl_jax.data.shard_writing import Columns, IndexWriter, Part, PartWriter, select
+from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
+from sdxl_jax.data.sources import Pictures, Refused
 from sdxl_jax.errors import InputError
 
 PIECES = [
@@ -100,6 +93,20 @@ def test_what_was_written_comes_back(folder):
         for method in (shards.read, shards.name, shards.captions):
             with pytest.raises(IndexError, match=f"image {beyond} of 3"):
                 method(beyond)
+
+
+def test_an_open_shard_set_is_a_source_of_pictures(tmp_path):
+    good = encoded(height=64, width=96)
+    pieces = [[("a.jpg", good, (64, 96), ("a",), {}), ("b.jpg", good[:-500], (64, 96), ("b",), {})]]
+    shards = open_shards(write(tmp_path / "shards", pieces))
+    assert isinstance(shards, Pictures) and shards.built
+    assert shards.path == tmp_path / "shards" and shards.found == 2 + 1
+    np.testing.assert_array_equal(shards.pixels(0), decode(good))
+    np.testing.assert_array_equal(shards.pixels(0, (16, 24)), decode(good, (16, 24)))
+    with pytest.raises(
+        InputError, match=rf"The image b\.jpg of the shard set {shards.path} cannot be read .*Premature"
+    ):
+        shards.pixels(1)
 
 
 def test_the_index_is_mapped_and_cannot_be_written(folder):

@@ -44,6 +44,11 @@ ALLOWED: dict[str, set[str]] = {
     "training.optimiser": BASE,
     "training.metrics": {"data"} | BASE,
     "training.checkpoint": {"sharding", "interop", "training.state"} | BASE,
+    "training.initial": {"config", "opening", "loading", "interop"} | BASE,
+    "training.encoding": {
+        *("config", "data", "model", "models", "conditioning", "interop", "sharding", "training.initial"),
+        *BASE,
+    },
     "training.step": {
         *(
             "diffusion",

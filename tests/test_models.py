@@ -316,7 +316,10 @@ def test_latent_scale_is_multiplied_on_the_way_in_and_divided_on_the_way_out() -
     params = random_params(vae.init, VAE)
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 2)
-    latent, plain = (jax.jit(functools.partial(vae.encode_scaled, c))(params, image, keys) for c in (config, unscaled))
+    posteriors = [jax.jit(functools.partial(vae.encode, c))(params, image) for c in (config, unscaled)]
+    latent, plain = (
+        vae.scaled_sample(c, posterior, keys) for c, posterior in zip((config, unscaled), posteriors, strict=True)
+    )
     np.testing.assert_allclose(latent, plain * 0.13025, rtol=1e-6)
     images = [jax.jit(functools.partial(vae.decode, c))(params, x) for c, x in ((config, latent), (unscaled, plain))]
     # 1e-5: (x · 0.13025) / 0.13025 is not always x.

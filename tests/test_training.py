@@ -32,7 +32,7 @@ from sdxl_jax import config as configuration
 from sdxl_jax import model as models
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten
-from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
@@ -40,6 +40,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.loading import load_model
 from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
+from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import checkpoint, loop, optimiser
 from sdxl_jax.training import step as stepping
@@ -265,10 +266,10 @@ def test_loss_of_nan_ends_the_run_before_it_is_saved(tmp_path: Path) -> None:
     numbers = {name: jnp.float32(1) for name in ("loss", "grad_norm", "learning_rate")}
     with (
         pytest.raises(InputError, match=r"loss of step 2 is nan.*Lower optimiser\.learning_rate"),
-        MetricsWriter(tmp_path, start=0, stop=3, batch_size=4, progress=False) as writer,
+        MetricsWriter(tmp_path, start=0, stop=3, progress=False) as writer,
     ):
-        writer.log(1, Bucket(32, 32), numbers)
-        writer.log(2, Bucket(32, 32), numbers | {"loss": jnp.float32(jnp.nan)})
+        writer.log(1, Bucket(32, 32), 4, numbers)
+        writer.log(2, Bucket(32, 32), 4, numbers | {"loss": jnp.float32(jnp.nan)})
         writer.flush()
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
 
@@ -450,9 +451,8 @@ def toy_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int =
     monkeypatch.setattr(stepping, "batch_loss", toy_loss)
     update = optimiser.make(config.optimiser, STEPS)
     zeros = np.zeros((8, 2), np.int32)
-    batch = Batch(
-        np.zeros((8, 1, 1, 3), np.uint8), {}, MicroConditioning(zeros, zeros, zeros), np.arange(8, dtype=np.int32)
-    )
+    micro, example = MicroConditioning(zeros, zeros, zeros), np.arange(8, dtype=np.int32)
+    batch = Batch(np.zeros((8, 1, 1, 3), np.uint8), {}, micro, example, np.zeros(8, bool))
     step = jax.jit(stepping.make_step(config, update, {}))
     states = [create(TOY, update)]
     for _ in range(count):
@@ -507,7 +507,8 @@ def test_logged_gradient_norm_is_that_before_clipping(monkeypatch: pytest.Monkey
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
     step = stepping.make_step(toy_config(), update, {})
     zeros = np.zeros((2, 2), np.int32)
-    batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), {}, MicroConditioning(zeros, zeros, zeros), np.zeros(2, np.int32))
+    micro = MicroConditioning(zeros, zeros, zeros)
+    batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
     assert float(step(create(params, update), {}, batch)[1]["grad_norm"]) == pytest.approx(5)
 
 
@@ -583,6 +584,7 @@ def given(whole: Run) -> Given:
         cast(Any, tokenizer(["a red circle", "two dogs in the snow"])),
         MicroConditioning(size, np.zeros((2, 2), np.int32), np.full((2, 2), 16, np.int32)),
         np.arange(2, dtype=np.int32),
+        np.zeros(2, bool),
     )
     return Given(params, batch, jax.random.split(jax.random.key(3), 2), tokenizer([""]))
 
@@ -675,13 +677,16 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
     """Settings that training ignores were seen in MaxDiffusion."""
     made: list[Any] = []
     monkeypatch.setattr(stepping.loss, "diffusion_loss", lambda *given: (made.append(given[3:]), jnp.zeros(()))[1])
-    monkeypatch.setattr(stepping.vae, "encode_scaled", lambda *_: jnp.zeros((2, 4, 4, 4)))
-    monkeypatch.setattr(stepping.text, "encode", lambda *_: None)
+    latent = jnp.zeros((2, 4, 4, 4))
+    prompt = TextCondition(jnp.zeros((2, 77, 16)), None)
+    monkeypatch.setattr(stepping.vae, "encode", lambda *_: Posterior(latent, latent))
+    monkeypatch.setattr(stepping.text, "encode", lambda *_: prompt)
     monkeypatch.setattr(stepping.text, "drop", lambda *_: None)
     monkeypatch.setattr(stepping.model, "without_prompt", lambda *_: None)
     monkeypatch.setattr(stepping.model, "condition", lambda *_: None)
     zeros = np.zeros((2, 2), np.int32)
-    batch = Batch(np.zeros((2, 8, 8, 3), np.uint8), {}, MicroConditioning(zeros, zeros, zeros), np.zeros(2, np.int32))
+    micro = MicroConditioning(zeros, zeros, zeros)
+    batch = Batch(np.zeros((2, 8, 8, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
     base = tiny.train_config(Path("unused"))
     model = dataclasses.replace(
         tiny.MODEL,

@@ -102,24 +102,33 @@ def check_buckets(buckets: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
     return tuple(Bucket(height, width) for height, width in buckets)
 
 
-def aspect_distance(
-    sizes: Int32[np.ndarray, "#images 2"], targets: Int32[np.ndarray, "#images 2"]
-) -> Float64[np.ndarray, " images"]:
-    """|ln(h/w) − ln(H/W)| between sizes (h, w) and targets (H, W): ln 2 where one is twice as long as the other."""
-    h, w = np.log(sizes).T
-    H, W = np.log(targets).T
-    return np.abs((h - w) - (H - W))
+class Nearest(NamedTuple):
+    """For each image, the bucket of the nearest aspect ratio, the first of equally near, and how far it is."""
+
+    bucket: Int32[np.ndarray, " images"]
+    """Number in the list of buckets."""
+    distance: Float64[np.ndarray, " images"]
+    """|ln(h/w) − ln(H/W)|: ln 2 where one is twice as long as the other."""
 
 
-def assign(sizes: Int32[np.ndarray, "images 2"], buckets: Sequence[tuple[int, int]]) -> Int32[np.ndarray, " images"]:
-    """Number of the bucket with the nearest aspect ratio, for each size (height, width); the first of equally near.
+_EQUAL = 1e-9  # of two distances: rounding decides no tie
+
+
+def _log_aspect(sizes: Int32[np.ndarray, "images 2"]) -> Float64[np.ndarray, " images"]:
+    return np.log(sizes[:, 0] / sizes[:, 1])
+
+
+def assign(sizes: Int32[np.ndarray, "images 2"], buckets: Sequence[tuple[int, int]]) -> Nearest:
+    """The nearest bucket for each size (height, width).
 
     Raises InputError for a bad list of buckets (check_buckets).
     """
-    nearest = np.zeros(len(sizes), np.int32)
-    shortest = np.full(len(sizes), np.inf)
-    for number, bucket in enumerate(check_buckets(buckets)):
-        distance = aspect_distance(sizes, np.array([bucket], np.int32))
-        nearer = distance < shortest - 1e-9  # rounding decides no tie
-        nearest[nearer], shortest[nearer] = number, distance[nearer]
-    return nearest
+    aspects = _log_aspect(np.array(check_buckets(buckets), np.int32))
+    ordered = np.argsort(aspects, kind="stable")  # of equal aspects, the first in the list is the first here
+    ordered = ordered[np.diff(aspects[ordered], prepend=-np.inf) > _EQUAL].astype(np.int32)
+    between = (aspects[ordered][1:] + aspects[ordered][:-1]) / 2
+    own = _log_aspect(sizes)
+    # One search instead of a distance to each bucket: fifty million images take seconds.
+    lower, upper = (ordered[np.searchsorted(between, own + shift)] for shift in (-_EQUAL / 2, _EQUAL / 2))
+    number = np.minimum(lower, upper)
+    return Nearest(number, np.abs(own - aspects[number]))

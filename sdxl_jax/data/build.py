@@ -12,7 +12,8 @@ it is not finished. So
 
 `build.json`, there until the build is complete, says what is being built: another source or option is refused.
 
-Not here: the files of a shard set (shards), what a source holds and which images of it are refused (records).
+Not here: the files of a shard set (shards, shard_writing), what a source holds and which images of it are refused
+(records).
 """
 
 import fcntl
@@ -38,23 +39,10 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
+from sdxl_jax.data.captions import check_number_names
 from sdxl_jax.data.records import Record, Unit, read, units
-from sdxl_jax.data.shards import (
-    DESCRIPTION,
-    FORMAT,
-    REFUSED,
-    SHARDS,
-    UNFINISHED,
-    IndexWriter,
-    Part,
-    PartWriter,
-    check_number_names,
-    read_description,
-    select,
-    shard_path,
-    sync,
-    write_json,
-)
+from sdxl_jax.data.shard_writing import IndexWriter, Part, PartWriter, select, sync, write_json
+from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
 

@@ -31,18 +31,22 @@ def open_dataset(config: DataConfig) -> BucketedDataset:
 def inspect(config: DataConfig) -> dict[str, Any]:
     """Counts of what training would use, ready for JSON.
 
-    `images_found` counts image files; `refused` also has captions and lines of metadata that have no image.
-    Each of `buckets` has height, width, images, batches (an epoch), remainder (images left out of each epoch) and
-    repeated (places of a small bucket's batch that hold an image again). `epoch_steps` sums the batches.
+    `images_found` counts image files; `refused` also has captions and lines of metadata that have no image. `too_small`
+    counts what `data.min_size` leaves out. Each of `buckets` is a pipeline.BucketReport, each of `sources` a
+    mixture.Share. `numbers` are the names of what every source counts. `epoch_steps` sums the batches.
 
     Raises InputError as BucketedDataset does.
     """
     dataset = open_dataset(config)
     buckets = [bucket._asdict() for bucket in dataset.report()]
+    refused = itertools.chain(dataset.source.refused(built=True), dataset.refused())
     return {
         "images_found": dataset.source.found,
         "images_usable": sum(bucket["images"] for bucket in buckets),
-        "refused": [refused._asdict() for refused in (*dataset.source.refused_before(), *dataset.refused)],
+        "refused": [entry._asdict() for entry in refused],
+        "too_small": dataset.too_small_count(),
+        "sources": [share._asdict() for share in dataset.shares()],
+        "numbers": sorted(set.intersection(*(set(source.numbers) for source in dataset.source.sources))),
         "buckets": buckets,
         "epoch_steps": dataset.epoch_steps,
     }

@@ -1,76 +1,102 @@
-"""Training batches of captioned pictures, of a folder or a shard set, in an order that is a pure function of the step.
+"""Training batches of captioned pictures, of folders or shard sets, in an order that is a pure function of the step.
 
-One epoch: each bucket's images are shuffled and cut into batches, then all batches are shuffled. The next epoch
-shuffles anew. The order is laid out in global batches of image numbers (Grain, random access); only then does a host
-take its rows and decode them. So
+The order (order.Order) is laid out in global batches of image numbers; only then does a host take its rows and decode
+them. So
 
 - hosts agree on every step's bucket, and together they read what one host would;
 - **the position is the step**: `iterate(step)` gives what an uninterrupted run would have had from there on, with any
   number of workers or hosts, and there is no iterator state to save;
-- crop and flip draw from a generator seeded with (seed, step, row of the global batch).
+- crop and flip draw from a generator seeded with (seed, step, row of the global batch), or, where each image has a
+  fixed number of crops, with (seed, image, crop).
 
-Every batched image comes once an epoch. What is left over when a bucket is cut into batches waits, other images each
-epoch; a bucket smaller than one batch is repeated to fill it. `report` counts both.
+An image that turns out to be damaged is replaced by the one that follows it in its bucket's order, named once, and
+counted in `Batch.replaced`; more of them than `max_bad_share` stop the run.
 
 Not here: tokenizers (passed in), placing arrays on devices, normalisation, caption dropout.
 """
 
+import copy
 import dataclasses
 import hashlib
 import itertools
+import json
 import math
 import weakref
-from collections.abc import Callable, Generator, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Float32, Int32
+from tqdm import tqdm
 
-from sdxl_jax.arrays import Batch, MicroConditioning
-from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, aspect_distance, assign, check_buckets
-from sdxl_jax.data.shards import DESCRIPTION, UNFINISHED, ShardSet, open_shards
-from sdxl_jax.data.sources import (
-    OnRefused,
-    Pictures,
-    Refused,
-    decode,
-    open_folder,
-    stop_if_refused,
-    summary,
-    why_unreadable,
-)
-from sdxl_jax.data.transforms import CropMode, Example, cover_crop
+from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
+from sdxl_jax.data import grouping as groupings
+from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, check_buckets
+from sdxl_jax.data.cache import Cache, Crop, Text
+from sdxl_jax.data.mixture import Mixture, Share, Source
+from sdxl_jax.data.opening import open_pictures
+from sdxl_jax.data.order import LAST_STEP, Order
+from sdxl_jax.data.sources import OnRefused, Refused, stop_if_refused, summary
+from sdxl_jax.data.transforms import CropMode, Example, cover_crop, cover_size
 from sdxl_jax.errors import InputError
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
 """Captions to token numbers, one entry a tokenizer. It is sent to worker processes, so it must pickle."""
+
+_T = TypeVar("_T")
+_IN_A_ROW = 100
+"""Bad images that follow each other in a bucket's order: then it is the source that is bad."""
+_FEW = 1000
+"""Examples that bad ones are a share of, until as many were read."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is trained on, and in which shapes and order."""
 
-    folder: str
-    """Folder of images, with metadata.jsonl or a .txt beside each image; or a shard set of `sdxl-jax data build`."""
+    folder: str | None = None
+    """Folder of images with captions, or a shard set of `sdxl-jax data build`."""
+    sources: tuple[Source, ...] = ()
+    """Several of them, with weights, in place of `folder`."""
     buckets: tuple[tuple[int, int], ...] = SDXL_BUCKETS
     """Sizes (height, width) that batches come in. More: less is cropped away, more is compiled and left over."""
     max_aspect_distance: float = math.log(2)
     """Images whose |ln aspect| is farther than this from the nearest bucket are refused: at ln 2 the crop would take
     half of them. Higher: stranger shapes are trained on, cropped harder."""
+    small_buckets: Literal["repeat", "merge"] = "repeat"
+    """What becomes of a bucket with fewer images than a batch: they are repeated to fill one, or go to the bucket of
+    the nearest aspect ratio, cropped harder."""
+    min_size: int = 1
+    """Images whose shorter side has fewer pixels are left out, and counted. Higher: less is trained on, nothing
+    blurred by enlarging; the model is told each image's size, so that it need not be high."""
     batch_size: int = 8
     """Images a step, over all hosts. Higher: fewer, steadier, costlier steps, more left over in each bucket."""
+    batch_pixels: int | None = None
+    """Pixels a step: a bucket's batches have as many images as fit, in multiples of batch_size. None: batch_size."""
     crop: CropMode = "random"
     """Where the crop lies along the axis that the resize leaves too long."""
+    crops_per_image: int | None = None
+    """How many crops (with their flips) there are of an image, one of which is drawn each time, as from a cache. None:
+    a new one each time. Higher: more variety, a larger cache."""
     flip_probability: float = 0.0
     """Share of images mirrored left to right, 0 to 1. Higher: more variety, wrong letters, left and right mixed up."""
+    aesthetic: str | None = None
+    """Name of the number that is each image's aesthetic score, which the refiner is told. Images without it are
+    refused."""
+    cache: str | None = None
+    """Folder of `sdxl-jax data encode`: latents and text states are read from it, and no image is decoded."""
+    cache_of_other_code: bool = False
+    """Read a cache that another version of this code has written: after an update that changes nothing of it."""
     on_refused: OnRefused = "error"
     """Files that cannot be used: stop and name them, or skip them (counted and listed)."""
     verify_images: bool = True
     """Decode every image before the work starts, so that damaged ones are refused and not met during training. Costs a
     pass over all images: turn it off for a large folder that is known to be good."""
+    max_bad_share: float = 0.01
+    """Images that turn out to be damaged while training are named and replaced. A run with a larger share of them among
+    its examples, of 1000 at least, stops. 0: the first one stops it."""
     seed: int = 0
     """Order, crops and flips follow from it, 0 to 2³² − 1."""
     workers: int = 0
@@ -86,69 +112,15 @@ class BucketReport(NamedTuple):
     height: int
     width: int
     images: int
+    batch_size: int
     batches: int
     """An epoch."""
     remainder: int
-    """Images left out of each epoch, other ones each time."""
+    """Places left out of each epoch, other ones each time; a place is an image, unless a weight says otherwise."""
     repeated: int
     """Places in the one batch of a small bucket that hold an image a second time or more."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shards:
-    """A shard set as `Pictures`."""
-
-    shards: ShardSet
-
-    @property
-    def folder(self) -> Path:
-        return self.shards.path
-
-    @property
-    def found(self) -> int:
-        return len(self.shards) + self.shards.refused_count
-
-    @property
-    def sizes(self) -> Int32[np.ndarray, "images 2"]:
-        return self.shards.sizes
-
-    @property
-    def refused(self) -> list[Refused]:
-        return []
-
-    def refused_before(self) -> list[Refused]:
-        return list(self.shards.refused())
-
-    @property
-    def fingerprint(self) -> str:
-        return self.shards.fingerprint
-
-    def name(self, image: int) -> str:
-        return self.shards.name(image)
-
-    def captions_of(self, image: int) -> tuple[str, ...]:
-        return self.shards.captions(image)
-
-    def pixels(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
-        data = self.shards.read(image)
-        try:
-            return decode(data)
-        except Exception as problem:  # decoders raise many types on damaged files; each means the same here
-            raise InputError(
-                f"The image {self.name(image)} in {self.folder} {why_unreadable(problem)}. Build the shard set anew"
-            ) from problem
-
-
-def open_pictures(folder: str | Path, verify: bool = False) -> Pictures:
-    """A folder of images, or a shard set: whichever is there. Refused files are left out and listed.
-
-    verify: decode every image of a folder now; those of a shard set were, when it was built.
-
-    Raises InputError as `open_folder` and `open_shards`.
-    """
-    if any((Path(folder) / name).exists() for name in (DESCRIPTION, UNFINISHED)):
-        return _Shards(open_shards(folder))
-    return open_folder(folder, on_refused="skip", verify=verify)
+    merged_into: Bucket | None
+    """The bucket that has its images, where it had too few."""
 
 
 class Drawn(NamedTuple):
@@ -161,67 +133,154 @@ class Drawn(NamedTuple):
     example: Example
 
 
+class Read(NamedTuple):
+    """One example of a cache."""
+
+    image: int
+    """Its number."""
+    crop: Crop
+    text: Text
+
+
+class _Loaded(NamedTuple):
+    batch: Batch
+    bad: tuple[str, ...]
+    """Why images were replaced."""
+
+
 @dataclasses.dataclass(frozen=True)
-class _Loader:
+class Loader:
     """Decodes one host's rows of a global batch. Sent to worker processes."""
 
-    source: Pictures
+    source: Mixture
+    order: Order
     buckets: tuple[Bucket, ...]
     config: DataConfig
     tokenize: Tokenize
-    rows: range
+    host_index: int
+    host_count: int
+    cache: Cache | None = None
+    """Read instead of the source's images and captions."""
 
-    def draw(self, step: int, row: int, image: int, bucket: Bucket) -> Drawn:
-        """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
-        example = cover_crop(
-            self.source.pixels(image),
+    def example(self, image: int, bucket: Bucket, *seed: int) -> Example:
+        """The image, resized, cropped and flipped as the seed says. InputError where it is damaged."""
+        size = self.source.size(image)
+        pixels = self.source.pixels(image, cover_size(*size, bucket))
+        if not _same_picture(size, pixels.shape):
+            raise InputError(
+                f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {size} when it was listed"
+            )
+        return cover_crop(
+            pixels,
             bucket,
-            rng=np.random.default_rng((self.config.seed, step, row)),
+            original_size=size,
+            rng=np.random.default_rng((self.config.seed, *seed)),
             crop=self.config.crop,
             flip_probability=self.config.flip_probability,
         )
-        captions = self.source.captions_of(image)
-        choice = np.random.default_rng((self.config.seed, step, row, 1)).integers(len(captions))
-        return Drawn(image, captions[choice], example)
 
-    def batch(self, step: int, images: list[int], rows: range) -> Iterator[Drawn]:
-        """The examples of some rows of a global batch, which are all of one bucket."""
-        (number,) = assign(self.source.sizes[images[:1]], self.buckets)
-        for row, image in zip(rows, images, strict=True):
-            yield self.draw(step, row, image, self.buckets[number])
+    def fixed(self, image: int, crop: int, bucket: Bucket) -> Example:
+        """One of the crops that the image has where their number is fixed."""
+        return self.example(image, bucket, image, crop, 2)
 
-    def __call__(self, step: int, images: Int[np.ndarray, " global_batch"]) -> Batch:
-        mine = images[self.rows.start : self.rows.stop].tolist()
-        drawn = list(self.batch(step, mine, self.rows))
+    def draw(self, step: int, row: int, position: int) -> Drawn:
+        """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
+        image, bucket = int(self.order.numbers[position]), self.buckets[self.order.bucket(step)]
+        crops = self.config.crops_per_image
+        if crops is None:
+            example = self.example(image, bucket, step, row)
+        else:
+            example = self.fixed(image, self._choose(crops, step, row, 3), bucket)
+        captions = self.source.captions(image)
+        return Drawn(image, captions[self._choose(len(captions), step, row, 1)], example)
+
+    def read(self, step: int, row: int, position: int) -> Read:
+        """The same of the cache."""
+        assert self.cache is not None
+        crop, captions = self.cache.crop(position, self._choose(self.cache.crops, step, row, 3))
+        text = captions[self._choose(len(captions), step, row, 1)]
+        return Read(int(self.order.numbers[position]), crop, text)
+
+    def _choose(self, count: int, *seed: int) -> int:
+        return int(np.random.default_rng((self.config.seed, *seed)).integers(count))
+
+    def good(self, step: int, row: int, bad: list[str], draw: Callable[[int, int, int], _T]) -> _T:
+        """draw(step, row, position) of the first of the row's image, and those that follow it in the bucket's order,
+        that is not bad; why the others are goes into `bad`."""
+        bucket = self.order.bucket(step)
+        before = len(bad)
+        for instead in range(min(self.order.buckets[bucket].places, _IN_A_ROW)):
+            position = self.order.position(step, row, instead=instead)
+            try:
+                return draw(step, row, position)
+            except InputError as problem:
+                bad.append(str(problem))
+        height, width = self.buckets[bucket]
+        raise InputError(
+            f"{len(bad) - before} images of the bucket {height}×{width} in a row are bad. The last one: {bad[-1]}"
+        )
+
+    def rows(self, step: int) -> range:
+        """This host's rows of a step's global batch."""
+        share = self.order.buckets[self.order.bucket(step)].batch_size // self.host_count
+        return range(self.host_index * share, (self.host_index + 1) * share)
+
+    def __call__(self, step: int) -> _Loaded:
+        bad: list[str] = []
+        replaced = []
+
+        def all_rows(draw: Callable[[int, int, int], _T]) -> list[_T]:
+            found = []
+            for row in self.rows(step):
+                before = len(bad)
+                found.append(self.good(step, row, bad, draw))
+                replaced.append(len(bad) > before)
+            return found
+
+        batch = self._decoded(all_rows(self.draw)) if self.cache is None else self._encoded(all_rows(self.read))
+        return _Loaded(batch._replace(replaced=np.array(replaced)), tuple(bad))
+
+    def _decoded(self, drawn: list[Drawn]) -> Batch:
         examples = [one.example for one in drawn]
         return Batch(
             image=np.stack([example.image for example in examples]),
             tokens=dict(self.tokenize([one.caption for one in drawn])),
-            micro=MicroConditioning(
-                original_size=np.stack([example.original_size for example in examples]),
-                crop_top_left=np.stack([example.crop_top_left for example in examples]),
-                target_size=np.stack([example.target_size for example in examples]),
-            ),
-            example=np.array(mine, np.int32),
+            **self._told([one.image for one in drawn], examples),
         )
 
+    def _encoded(self, read: list[Read]) -> Batch:
+        crops, texts = [one.crop for one in read], [one.text for one in read]
+        pooled = [text.pooled for text in texts if text.pooled is not None]
+        return Batch(
+            image=None,
+            tokens={name: np.stack([text.tokens[name] for text in texts]) for name in texts[0].tokens},
+            encoded=Encoded(
+                mean=np.stack([crop.mean for crop in crops]),
+                log_variance=np.stack([crop.log_variance for crop in crops]),
+                context=np.stack([text.context for text in texts]),
+                pooled=np.stack(pooled) if pooled else None,
+            ),
+            **self._told([one.image for one in read], crops),
+        )
 
-class _Numbers:
-    """Numbers of images as a source for Grain, which would hold a list of Python integers."""
+    def _told(self, images: list[int], examples: Sequence[Example | Crop]) -> dict[str, Any]:
+        """What else a batch holds of its examples."""
+        micro = MicroConditioning(
+            original_size=np.stack([example.original_size for example in examples]),
+            crop_top_left=np.stack([example.crop_top_left for example in examples]),
+            target_size=np.stack([example.target_size for example in examples]),
+            aesthetic_score=self._scores(images),
+        )
+        return {"micro": micro, "example": np.array(images, np.int32), "replaced": np.zeros(len(images), bool)}
 
-    def __init__(self, images: Int32[np.ndarray, " images"], length: int):
-        self._images, self._length = images, length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> int:
-        """Beyond the last image it begins again."""
-        return int(self._images[index % len(self._images)])
+    def _scores(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
+        name = self.config.aesthetic
+        return None if name is None else np.array([self.source.number(image, name) for image in images], np.float32)
 
 
-_CHUNK = 1 << 20
-"""Images whose buckets are found at a time: fifty million at once would take gigabytes."""
+def _same_picture(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
+    """Whether an image of that size can have been decoded to that shape: whole, or shrunk to n/8, rounded up."""
+    return any(shape[:2] == tuple(-(-side * eighths // 8) for side in size) for eighths in range(1, 9))
 
 
 def _check(config: DataConfig, host_index: int, host_count: int) -> None:
@@ -235,33 +294,85 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
     ranges: list[tuple[str, float, float]] = [
         ("flip_probability", 0, 1),
         ("max_aspect_distance", 0, math.inf),
+        ("min_size", 1, math.inf),
+        ("crops_per_image", 1, math.inf),
+        ("max_bad_share", 0, 1),
         ("seed", 0, 2**32 - 1),
         ("workers", 0, math.inf),
         ("read_ahead", 1, math.inf),
     ]
     for name, low, high in ranges:
-        if not low <= (value := getattr(config, name)) <= high:
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
             raise InputError(f"data.{name}={value} is out of range. Expected {low} to {high}.")
 
 
-def _draw(source: list[grain.DatasetIterator]) -> Generator[Batch, None, None]:
+def _batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
+    """Images a step of each bucket."""
+    if config.batch_pixels is None:
+        return [config.batch_size] * len(buckets)
+    sizes = [
+        config.batch_pixels // (bucket.height * bucket.width) // config.batch_size * config.batch_size
+        for bucket in buckets
+    ]
+    if not all(sizes):
+        largest = max(buckets, key=math.prod)
+        raise InputError(
+            f"data.batch_pixels={config.batch_pixels} holds no batch of {config.batch_size} images of "
+            f"{largest.height}×{largest.width}. Give {config.batch_size * math.prod(largest)} or more, or a smaller "
+            "data.batch_size, of which batches are multiples then."
+        )
+    return sizes
+
+
+def open_mixture(config: DataConfig) -> Mixture:
+    """The sources of a configuration. Raises InputError for none, for both a folder and sources, and as
+    `open_pictures`; a bad weight."""
+    if (config.folder is None) == (not config.sources):
+        given = "neither" if config.folder is None else "both"
+        raise InputError(
+            f"data.folder and data.sources: {given} given. Give one folder, or several sources with weights."
+        )
+    sources = config.sources or (Source(config.folder or ""),)
+    opened = [open_pictures(source.folder, verify=config.verify_images) for source in sources]
+    return Mixture(opened, [source.weight for source in sources])
+
+
+def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterator]) -> Generator[Batch, None, None]:
+    """The batches; names what was replaced, once each, and stops at too many. Keeps the data set until it ends."""
+    config = dataset.config
+    examples = bad = 0
+    named = set[str]()
     try:
         while source:
-            yield next(source[0])
+            loaded = next(source[0])
+            examples, bad = examples + len(loaded.batch.example), bad + int(loaded.batch.replaced.sum())
+            for reason in loaded.bad:
+                if reason not in named:
+                    tqdm.write(f"  replaced while training: {reason}")
+                    named.add(reason)
+            if bad > config.max_bad_share * max(examples, _FEW):
+                raise InputError(
+                    f"{bad} of the {examples} examples since the start had a damaged image, more than "
+                    f"data.max_bad_share={config.max_bad_share} allows. The last: {loaded.bad[-1]}\nMend or remove "
+                    "them (data.verify_images=true with data.on_refused=skip finds them in a folder before the work "
+                    "starts), or raise data.max_bad_share."
+                )
+            yield loaded.batch
     finally:
         source.clear()
 
 
 class BucketedDataset:
-    """Batches of one folder or shard set for one host, and what an epoch of them takes.
+    """Batches for one host, and what an epoch of them takes.
 
-    Opening a folder reads every image's header (sources.open_folder). All hosts must see the same files.
+    Opening a folder reads every image's header (folders.open_folder). All hosts must see the same files.
 
     Args:
-        config: what to read; `config.batch_size` counts all hosts.
+        config: what to read; batch sizes count all hosts.
         tokenize: captions to token numbers; picklable where `config.workers` is not 0.
         host_index, host_count: this host takes rows host_index · n to (host_index + 1) · n of each global batch, with
-            n = batch_size / host_count.
+            n = batch size / host_count.
 
     Raises InputError: a setting out of range, a batch that does not split over the hosts, a bad folder, files refused
     while `config.on_refused` is "error", buckets that no image fits.
@@ -271,104 +382,140 @@ class BucketedDataset:
         _check(config, host_index, host_count)
         self.config = config
         self.buckets = check_buckets(config.buckets)
-        # Refusals are settled below, so that one message names those of the folder and those of the buckets.
-        self.source = open_pictures(config.folder, config.verify_images)
-        targets = np.array(self.buckets, np.int32)
-        images: list[list[np.ndarray]] = [[] for _ in self.buckets]
-        self.refused, closest = list(self.source.refused), math.inf
-        for first in range(0, len(self.source.sizes), _CHUNK):
-            sizes = self.source.sizes[first : first + _CHUNK]
-            nearest = assign(sizes, self.buckets)
-            distance = aspect_distance(sizes, targets[nearest])
-            fits, closest = distance <= config.max_aspect_distance, min(closest, distance.min())
-            misfits = np.flatnonzero(~fits).tolist()
-            self.refused += [self._misfit(first + image, self.buckets[nearest[image]]) for image in misfits]
-            for number, found in enumerate(images):
-                found.append((first + np.flatnonzero(fits & (nearest == number))).astype(np.int32))
-        self._images = [np.concatenate(found) for found in images]
-        if not any(map(len, self._images)):
+        batch_sizes = _batch_sizes(config, self.buckets)
+        # Refusals are settled below, so that one message names those of the sources and those of the buckets.
+        self.source = open_mixture(config)
+        self._grouping = groupings.group(
+            self.source,
+            self.buckets,
+            max_aspect_distance=config.max_aspect_distance,
+            min_size=config.min_size,
+            score=config.aesthetic,
+        )
+        if not any(self._grouping.counts()):
+            some = itertools.islice(itertools.chain(self.refused(), self.too_small()), 6)
             raise InputError(
-                f"None of the {len(self.source.sizes)} images in {config.folder} fits a bucket of data.buckets:\n"
-                f"{summary(self.refused)}\nAdd buckets of such shapes, or raise data.max_aspect_distance "
-                f"(now {config.max_aspect_distance:.3g}; the nearest image is at {closest:.3g})."
+                f"None of the {len(self.source)} images in {self.where} fits a bucket of data.buckets:\n"
+                f"{summary(list(some))}\nAdd buckets of such shapes, raise data.max_aspect_distance (now "
+                f"{config.max_aspect_distance:.3g}; the nearest image is at {self._grouping.closest:.3g}), or lower "
+                f"data.min_size (now {config.min_size})."
             )
-        stop_if_refused(self.source.folder, self.refused, config.on_refused)
-
-        self._batches, self._bucket_numbers = self._lay_out()
-        self.epoch_steps = sum(bucket.batches for bucket in self.report())
+        if config.on_refused == "error":
+            stop_if_refused(self.where, list(self.refused()), "error")
+        self._merged: dict[int, int] = {}
+        if config.small_buckets == "merge":
+            self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, batch_sizes)
+        self.order = Order(self._grouping.members, self.source.weights, batch_sizes, config.seed)
+        self.epoch_steps = self.order.epoch_steps
         """Steps an epoch."""
-        share = config.batch_size // host_count
-        rows = range(host_index * share, (host_index + 1) * share)
-        self._load = _Loader(self.source, self.buckets, config, tokenize, rows)
+        self.loader = Loader(self.source, self.order, self.buckets, config, tokenize, host_index, host_count)
 
-    def _misfit(self, image: int, nearest: Bucket) -> Refused:
-        height, width = self.source.sizes[image]
-        return Refused(
-            self.source.name(image),
-            f"{height}×{width} (height × width) fits no bucket: the crop to the nearest, "
-            f"{nearest.height}×{nearest.width}, would take more than data.max_aspect_distance allows",
-        )
+    @property
+    def where(self) -> str:
+        """The folders, for messages."""
+        return ", ".join(str(source.path) for source in self.source.sources)
 
-    def _lay_out(self) -> tuple[grain.MapDataset, grain.MapDataset]:
-        """The endless sequence of global batches of image numbers, and that of their buckets' numbers."""
-        size, seed = self.config.batch_size, self.config.seed
-        batches, buckets = [], []
-        for number, images in enumerate(self._images):
-            if len(images):
-                filled = _Numbers(images, max(size, len(images)))  # repeats what a small bucket has
-                batches.append(grain.MapDataset.source(filled).seed(seed).shuffle().batch(size, drop_remainder=True))
-                buckets += [number] * len(batches[-1])
-        # The second, of equal length and seed, is shuffled alike: a bucket is known without touching its image numbers.
-        return (
-            grain.MapDataset.concatenate(batches).seed(seed).shuffle().repeat(),
-            grain.MapDataset.source(buckets).seed(seed).shuffle().repeat(),
-        )
+    def refused(self) -> Iterator[Refused]:
+        """What cannot be used, and was not said before: when a shard set was built."""
+        yield from self.source.refused(built=False)
+        yield from groupings.refusals(self._grouping, self.source, self.buckets, self.config.aesthetic)
+
+    def refused_count(self) -> int:
+        sources = sum(1 for _ in self.source.refused(built=False))
+        return sources + len(self._grouping.misfits) + len(self._grouping.unrated)
+
+    def too_small(self) -> Iterator[Refused]:
+        """What the minimum size leaves out."""
+        return groupings.too_small(self._grouping, self.source, self.config.min_size)
+
+    def too_small_count(self) -> int:
+        return len(self._grouping.too_small)
+
+    def reading(self, cache: Cache) -> "BucketedDataset":
+        """The same, from a cache that was made from it."""
+        assert len(cache) == len(self.order.numbers) and cache.crops == self.config.crops_per_image
+        cached = copy.copy(self)
+        cached.loader = dataclasses.replace(self.loader, cache=cache)
+        return cached
 
     def report(self) -> list[BucketReport]:
         """What an epoch takes from each bucket, in the order of the buckets, empty ones included."""
-        size, reports = self.config.batch_size, []
-        for bucket, images in zip(self.buckets, map(len, self._images), strict=True):
-            repeated = size - images if 0 < images < size else 0
-            batches, remainder = divmod(images + repeated, size)
-            reports.append(BucketReport(*bucket, images, batches, remainder, repeated))
-        return reports
+        return [
+            BucketReport(
+                *bucket,
+                images=order.images,
+                batch_size=order.batch_size,
+                batches=order.batches,
+                remainder=order.remainder,
+                repeated=order.repeated,
+                merged_into=self.buckets[self._merged[number]] if number in self._merged else None,
+            )
+            for number, (bucket, order) in enumerate(zip(self.buckets, self.order.buckets, strict=True))
+        ]
+
+    def shares(self) -> list[Share]:
+        """What each source gives to an epoch."""
+        images = [
+            sum(len(bucket[number]) for bucket in self._grouping.members) for number in range(len(self.source.sources))
+        ]
+        total = sum(weight * count for weight, count in zip(self.source.weights, images, strict=True))
+        return [
+            Share(str(source.path), weight, count, weight * count / total)
+            for source, weight, count in zip(self.source.sources, self.source.weights, images, strict=True)
+        ]
+
+    @property
+    def assignment(self) -> str:
+        """Names which images are in which buckets, in which order."""
+        named = hashlib.blake2b(json.dumps(self.buckets).encode(), digest_size=16)
+        named.update(json.dumps([bucket.images for bucket in self.order.buckets]).encode())
+        named.update(np.ascontiguousarray(self.order.numbers).data)
+        return named.hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what is trained on, and in which buckets; not of the pixels."""
-        numbers = hashlib.sha256(self.source.fingerprint.encode())
-        for images in self._images:
-            numbers.update(len(images).to_bytes(8, "little") + images.tobytes())
-        return numbers.hexdigest()
+        """Names what is trained on, and how many of it in which buckets; not the pixels."""
+        content = [self.source.fingerprint, self._grouping.counts()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def bucket_of(self, step: int) -> Bucket:
         """The bucket of one step, without reading an image: which compiled step it needs."""
-        number = self._bucket_numbers[step]
-        assert number is not None  # Grain's type allows for filters; there are none
-        return self.buckets[number]
+        return self.buckets[self.order.bucket(step)]
+
+    def batch_size_of(self, step: int) -> int:
+        """Images of one step, over all hosts."""
+        return self.order.buckets[self.order.bucket(step)].batch_size
 
     def examples(self, start_step: int = 0) -> Iterator[Drawn]:
-        """All hosts' examples one by one, in training order. Without end; decodes lazily."""
+        """All hosts' examples one by one, in training order. Without end; decodes lazily; says what it replaces."""
         for step in itertools.count(start_step):
-            images = self._batches[step]
-            assert images is not None  # as in bucket_of
-            yield from self._load.batch(step, images.tolist(), range(len(images)))
+            for row in range(self.batch_size_of(step)):
+                bad: list[str] = []
+                yield self.loader.good(step, row, bad, self.loader.draw)
+                for reason in bad:
+                    tqdm.write(f"  replaced: {reason}")
+
+    def iter_dataset(self, start_step: int = 0, stop_step: int = LAST_STEP) -> grain.IterDataset:
+        """This host's batches of those steps as Grain's dataset, each with the reasons why images were replaced."""
+        grain.config.update("py_traceback_filtering", "off")  # which else rewrites the message of every error
+        steps = grain.MapDataset.range(start_step, stop_step)
+        ahead = grain.ReadOptions(num_threads=self.config.read_ahead, prefetch_buffer_size=self.config.read_ahead)
+        batches = steps.map(self.loader).to_iter_dataset(ahead)
+        if not self.config.workers:
+            return batches
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's own programs parse
+        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers))
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """This host's batches from `start_step` on, without end, decoded ahead.
 
         `close()` of what is returned ends the threads or processes; so does letting go of it.
 
-        Raises InputError, at the batch that holds it, for an image that turns out to be damaged.
+        Raises InputError, at the batch that holds it, for more damaged images than `max_bad_share`.
         """
-        ahead = grain.ReadOptions(num_threads=self.config.read_ahead, prefetch_buffer_size=self.config.read_ahead)
-        batches = self._batches.map_with_index(self._load)[start_step:].to_iter_dataset(ahead)
-        if self.config.workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's own programs parse
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers))
-        source = [iter(batches)]
-        generator = _draw(source)
+        source = [iter(self.iter_dataset(start_step))]
+        generator = _name_and_count(self, source)
         # Grain's workers must end before the interpreter does, or they fail noisily and leak shared memory.
         weakref.finalize(generator, source.clear)
         return generator

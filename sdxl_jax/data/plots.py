@@ -70,8 +70,10 @@ def size_histogram(sizes: Int32[np.ndarray, "images 2"]) -> Int64[np.ndarray, "h
     return counts.reshape(bins, bins)
 
 
-def plot(config: DataConfig, path: Path, minimum_px: int = PAPER_MINIMUM_PX) -> None:
+def plot(config: DataConfig, path: Path) -> None:
     """Draws sizes, buckets and some training examples into one file, written whole or not at all.
+
+    The minimum size that is drawn is the configuration's, or the paper's where it has none.
 
     Raises InputError where the suffix is none of SUFFIXES or matplotlib is missing, and as BucketedDataset does.
     """
@@ -91,6 +93,7 @@ def plot(config: DataConfig, path: Path, minimum_px: int = PAPER_MINIMUM_PX) -> 
     heights = [_HEADING + max(_picture_height(bucket) for bucket, _ in row) + _TEXT for row in rows]
     page = Figure(figsize=(_WIDTH, 0.9 + _CHARTS + 1.0 + sum(heights) + 0.1))
     top = _title(page, dataset)
+    minimum_px = config.min_size if config.min_size > 1 else PAPER_MINIMUM_PX
     _draw_sizes(page, dataset.source.sizes, minimum_px, top)
     _draw_buckets(page, report, dataset, top)
     top -= _CHARTS + 1.0
@@ -112,18 +115,21 @@ def plot(config: DataConfig, path: Path, minimum_px: int = PAPER_MINIMUM_PX) -> 
 def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[BucketReport, list[Drawn]]]:
     """The first training examples of the fullest buckets, fullest first; no more than their batches hold."""
     fullest = sorted(report, key=lambda bucket: -bucket.images)[:_SHEET_BUCKETS]
-    size = dataset.config.batch_size
-    missing = {(bucket.height, bucket.width): min(_SHEET_EXAMPLES, bucket.batches * size) for bucket in fullest}
+    missing = {(bucket.height, bucket.width): _examples_of(bucket) for bucket in fullest}
     drawn: dict[tuple[int, int], list[Drawn]] = {key: [] for key in missing}
     for step in range(dataset.epoch_steps):
         bucket = dataset.bucket_of(step)
         key = bucket.height, bucket.width
-        if count := min(missing.get(key, 0), size):
+        if count := min(missing.get(key, 0), dataset.batch_size_of(step)):
             drawn[key] += itertools.islice(dataset.examples(step), count)
             missing[key] -= count
         if not any(missing.values()):
             break
     return [(bucket, drawn[bucket.height, bucket.width]) for bucket in fullest]
+
+
+def _examples_of(bucket: BucketReport) -> int:
+    return min(_SHEET_EXAMPLES, bucket.batches * bucket.batch_size)
 
 
 def _axes(page: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
@@ -142,12 +148,16 @@ def _write(page: "Figure", left: float, top: float, text: str, points: int, weig
 def _title(page: "Figure", dataset: BucketedDataset) -> float:
     """Returns where the next thing may begin."""
     top = page.get_size_inches()[1] - 0.2
-    name = str(dataset.source.folder)
+    name = dataset.where
     name = name if len(name) <= 80 else "…" + name[-79:]
     used = sum(bucket.images for bucket in dataset.report())
-    refused = len(dataset.refused) + len(dataset.source.refused_before())
+    refused = dataset.refused_count() + sum(1 for _ in dataset.source.refused(built=True))
     counts = f"{dataset.source.found:,} pictures found, {used:,} usable, {refused:,} entries refused"
-    steps = f"{dataset.epoch_steps:,} steps of {dataset.config.batch_size:,} an epoch"
+    if dataset.too_small_count():
+        counts += f", {dataset.too_small_count():,} below {dataset.config.min_size} px"
+    sizes = sorted({bucket.batch_size for bucket in dataset.report() if bucket.images})
+    batches = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
+    steps = f"{dataset.epoch_steps:,} steps of {batches} an epoch"
     _write(page, _MARGIN, top, name, 14, "bold")
     _write(page, _MARGIN, top - 0.28, f"{counts}; {steps}", 10)
     return top - 0.9
@@ -202,7 +212,7 @@ def _draw_buckets(page: "Figure", report: list[BucketReport], dataset: BucketedD
     images = np.array([bucket.images for bucket in kept])
     for chosen, colour, label in (
         (~small, "#31688e", None),
-        (small, "#d95f02", f"fewer than a batch ({dataset.config.batch_size:,}): repeated to fill it"),
+        (small, "#d95f02", "fewer than a batch: repeated to fill it"),
     ):
         if chosen.any():
             axes.bar(places[chosen], images[chosen], color=colour, label=label, width=0.8)

@@ -10,16 +10,21 @@ before any resize, where the crop begins, and the size it ends with. With an ima
 A flip mirrors the finished crop. That is the crop at s·w − W − left of the mirrored image, and this is what is
 recorded: the record always describes the image whose pixels the model sees.
 
+OpenCV resizes: by area to shrink, which averages all pixels that fall into one and so aliases nothing; bicubic to
+enlarge. Against Pillow's Lanczos, on photographs: 42 to 48 dB in both directions, at a tenth of the time.
+
 Not here: reading files (sources), normalisation to −1..1 (on the device).
 """
 
 from typing import Literal, NamedTuple
 
+import cv2
 import numpy as np
 from jaxtyping import Int32, UInt8
-from PIL import Image
 
 from sdxl_jax.data.buckets import Bucket
+
+cv2.setNumThreads(1)  # pictures are resized in many threads at a time already
 
 CropMode = Literal["random", "centre"]
 """Where the crop lies on the axis that has something left over: anywhere, each place as likely, or in the middle."""
@@ -46,10 +51,9 @@ def cover_size(height: int, width: int, bucket: Bucket) -> Bucket:
 
 
 def _resize(image: UInt8[np.ndarray, "rows columns 3"], size: Bucket) -> UInt8[np.ndarray, "height width 3"]:
-    # Lanczos keeps the most detail of Pillow's filters, which all widen when shrinking, so nothing aliases. A gap of 3
-    # first halves, with a box, what shrinks by 6 or more: faster on large photographs, the difference is not visible.
-    resized = Image.fromarray(image).resize((size.width, size.height), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return np.asarray(resized)
+    grows = size.height > image.shape[0] or size.width > image.shape[1]
+    filtering = cv2.INTER_CUBIC if grows else cv2.INTER_AREA
+    return cv2.resize(image, (size.width, size.height), interpolation=filtering)  # pyright: ignore[reportReturnType]
 
 
 def cover_crop(
@@ -57,14 +61,16 @@ def cover_crop(
     bucket: Bucket,
     *,
     rng: np.random.Generator,
+    original_size: tuple[int, int] | None = None,
     crop: CropMode = "random",
     flip_probability: float = 0.0,
 ) -> Example:
     """Resizes the image (0..255) to cover the bucket, crops it to the bucket, perhaps flips it; algorithm 1.
 
     Draws the same three numbers from `rng` whatever the image and the options. `flip_probability` is 0..1.
+    `original_size` (height, width) is that of an image which was shrunk while it was decoded; None: its own.
     """
-    height, width, _ = image.shape
+    height, width = original_size or image.shape[:2]
     resized = cover_size(height, width, bucket)
     spare = np.array(resized) - np.array(bucket)
     anywhere = rng.integers(0, spare, endpoint=True)

@@ -140,15 +140,11 @@ def encode(
     return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
 
-def encode_scaled(
-    config: VaeConfig,
-    params: Params,
-    image: Float[jax.Array, "batch height width 3"],
-    keys: Key[jax.Array, " batch"],
-    compute: Compute = Compute(),
+def scaled_sample(
+    config: VaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
 ) -> Float[jax.Array, "batch latent_height latent_width channels"]:
-    """Sampled latents as the UNet sees them: × `config.scale`. keys: one an image."""
-    return encode(config, params, image, compute).sample(keys) * config.scale
+    """Latents as the UNet sees them: drawn, and × `config.scale`. keys: one an image."""
+    return posterior.sample(keys) * config.scale
 
 
 def decode(

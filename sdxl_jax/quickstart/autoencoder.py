@@ -20,7 +20,7 @@ from tqdm import trange
 from sdxl_jax.arrays import Params, normalise, unflatten
 from sdxl_jax.converting import convert
 from sdxl_jax.data.buckets import Bucket, assign
-from sdxl_jax.data.sources import open_folder, read_image
+from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import cover_crop
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
@@ -63,8 +63,8 @@ def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: 
     sizes = [Bucket(*bucket) for bucket in buckets]
     rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
     images = [
-        cover_crop(read_image(path), sizes[number], rng=rng, crop="centre").image
-        for path, number in zip(source.paths, assign(source.sizes, tuple(sizes)), strict=True)
+        cover_crop(source.pixels(image), sizes[number], rng=rng, crop="centre").image
+        for image, number in enumerate(assign(source.sizes, tuple(sizes)).bucket)
     ]
 
     optimiser = optax.chain(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sdxl_jax import model as models
 from sdxl_jax.data.buckets import Bucket, assign
-from sdxl_jax.data.sources import open_folder, read_image
+from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import cover_crop
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model
@@ -94,13 +94,13 @@ def _examples(folder: Path) -> dict[Bucket, tuple[np.ndarray, list[str]]]:
     """For each bucket, the training pictures as a centred crop shows them, and their captions."""
     source = open_folder(folder)
     buckets = [Bucket(*bucket) for bucket in recipe.BUCKETS]
-    nearest = assign(source.sizes, tuple(buckets))
+    nearest = assign(source.sizes, tuple(buckets)).bucket
     examples = {}
     for number, bucket in enumerate(buckets):
         images = np.flatnonzero(nearest == number).tolist()
         rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
-        crops = [cover_crop(read_image(source.paths[i]), bucket, rng=rng, crop="centre").image for i in images]
-        examples[bucket] = np.stack(crops), [source.captions[i] for i in images]
+        crops = [cover_crop(source.pixels(i), bucket, rng=rng, crop="centre").image for i in images]
+        examples[bucket] = np.stack(crops), [source.captions(i)[0] for i in images]
     return examples
 
 

@@ -13,7 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -26,13 +25,12 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop.weights import cast, part_configs
-from sdxl_jax.loading import load_weights
 from sdxl_jax.model import Model
-from sdxl_jax.opening import open_model
 from sdxl_jax.pictures import contact_sheet, save_png
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
+from sdxl_jax.training.encoding import from_cache
+from sdxl_jax.training.initial import initial_weights
 from sdxl_jax.training.metrics import MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Step, make_step
@@ -64,11 +62,12 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
         step_function = _compiled(make_step(config, optimiser, tokenizer([""])), mesh, abstract)
         initial = {}
         if (last := latest_step(run_dir / "checkpoints")) is None:
-            initial = _initial_weights(config, mesh, progress)
+            initial = initial_weights(config, mesh, progress=progress)
             state, frozen = _fresh(config, optimiser, abstract, abstract_frozen, initial)
         else:
             state, frozen = restore(run_dir / "checkpoints", last, abstract), restore_frozen(run_dir, abstract_frozen)
         first, stop = int(state.step), config.training.steps
+        dataset = from_cache(config, dataset, state.params, frozen)
 
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_config(config, run_dir, dataset)
@@ -81,13 +80,13 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
         with (
             Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
-            MetricsWriter(run_dir, first, stop, config.data.batch_size, progress) as writer,
+            MetricsWriter(run_dir, first, stop, progress) as writer,
             contextlib.closing(dataset.iterate(first)) as batches,
         ):
             for step in range(first + 1, stop + 1):
                 batch = sharding.put_batch(mesh, next(batches))
                 state, metrics = step_function(state, frozen, batch)
-                writer.log(step, dataset.bucket_of(step - 1), metrics)
+                writer.log(step, dataset.bucket_of(step - 1), dataset.batch_size_of(step - 1), metrics)
                 if _due(step, config.checkpoint.every_steps, stop):
                     writer.flush()
                     checkpoints.save(step, state, {"config": configuration.to_json(config), "versions": _versions()})
@@ -142,36 +141,6 @@ def _fresh(
         return start(jax.random.key(config.training.seed), initial)
 
 
-def _initial_weights(config: TrainConfig, mesh: Mesh, progress: bool) -> dict[str, jax.Array]:
-    """The parameters that `training.init_from` gives, by path, float32 and where they belong."""
-    initial: dict[str, jax.Array] = {}
-    wanted = part_configs(config.model)
-    for path in config.training.init_from:
-        weights = open_model(path)
-        if unknown := [part for part in weights.parts if part not in wanted]:
-            raise InputError(f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have")
-        for part in weights.parts:
-            have, want = (configuration.to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
-            if not weights.tells_scale:
-                have["scale"] = want["scale"]
-            if differences := configuration.differences(have, want):
-                raise InputError(
-                    f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
-                    f"file -> in the model). Set {_field_of(part, config)} to the file's configuration"
-                )
-        if "unet" in weights.parts and weights.config.prediction is not config.model.prediction:
-            had, has = weights.config.prediction.value, config.model.prediction.value
-            tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
-        initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
-    return initial
-
-
-def _field_of(part: str, config: TrainConfig) -> str:
-    """Where a part's configuration stands."""
-    names = [tower.name for tower in config.model.text]
-    return f"model.text[{names.index(part)}].clip" if part in names else f"model.{part}"
-
-
 def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | None = None) -> None:
     """Raises InputError if the directory holds another run, or something else; with `dataset`, also if that is no
     longer the data that the run was started with."""
@@ -187,10 +156,15 @@ def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | Non
             f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
             f"{shown}\nUse the run's own configuration to go on with it, or another --run-dir"
         )
+    if (saved["config"]["data"].get("cache") is None) != (config.data.cache is None):
+        raise InputError(
+            f"{run_dir} was started {'without' if config.data.cache else 'with'} a cache (data.cache), whose rounding "
+            "to bfloat16 is part of what is learnt. Go on in the same way, or choose another --run-dir"
+        )
     if dataset is not None and saved.get("data_fingerprint") != dataset.fingerprint:
         raise InputError(
-            f"{run_dir} was trained on other data: names, captions or sizes of the pictures in {config.data.folder} "
-            "have changed since. Bring them back, or choose another --run-dir"
+            f"{run_dir} was trained on other data: names, captions or sizes of the pictures in {dataset.where} have "
+            "changed since, or the weights of data.sources. Bring them back, or choose another --run-dir"
         )
 
 
@@ -233,13 +207,21 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
         if bucket.images:
             notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
             notes += f", {bucket.repeated} repeated to fill the batch" if bucket.repeated else ""
-            size = f"{bucket.height}×{bucket.width}"
-            tqdm.write(f"  bucket {size}: {bucket.images} images, {bucket.batches} batches an epoch{notes}")
-    if dataset.refused:
-        tqdm.write(f"  {len(dataset.refused)} files refused, the first: {dataset.refused[0].file}")
-    images = len(dataset.source.sizes)
+            batches = f"{bucket.batches} batches of {bucket.batch_size} an epoch"
+            tqdm.write(f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {batches}{notes}")
+        if bucket.merged_into is not None:
+            height, width = bucket.merged_into
+            tqdm.write(f"  bucket {bucket.height}×{bucket.width}: too few images, merged into {height}×{width}")
+    if len(shares := dataset.shares()) > 1:
+        for share in shares:
+            tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of an epoch")
+    if small := dataset.too_small_count():
+        tqdm.write(f"  {small} images below data.min_size={dataset.config.min_size} left out")
+    if count := dataset.refused_count():
+        tqdm.write(f"  {count} files refused, the first: {next(dataset.refused()).file}")
+    images = len(dataset.source)
     looked_at = range(0, images, max(1, images // _CAPTIONS_LOOKED_AT))
-    captions = [caption for image in looked_at for caption in dataset.source.captions_of(image)]
+    captions = [caption for image in looked_at for caption in dataset.source.captions(image)]
     if cut := sum(count > 0 for count in tokenizer.truncated(captions)):
         of = f" of {len(captions)} looked at" if len(looked_at) < images else ""
         tqdm.write(f"  {cut} captions{of} are longer than 75 tokens and lose their end")

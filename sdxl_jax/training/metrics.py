@@ -23,16 +23,14 @@ class MetricsWriter:
     never idle for their sake.
     """
 
-    def __init__(self, run_dir: Path, start: int, stop: int, batch_size: int, progress: bool):
+    def __init__(self, run_dir: Path, start: int, stop: int, progress: bool):
         """Removes the lines of steps after `start`, which are about to be made again."""
         self._path = run_dir / "metrics.jsonl"
-        if self._path.exists():
-            _cut_after(self._path, start)
+        self._images_seen = _cut_after(self._path, start) if self._path.exists() else 0
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
-        self._batch_size = batch_size
-        self._pending: tuple[int, Bucket, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, Bucket, int, dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
 
     def __enter__(self) -> "MetricsWriter":
@@ -45,10 +43,10 @@ class MetricsWriter:
         self._board.close()
         self._bar.close()
 
-    def log(self, step: int, bucket: Bucket, metrics: dict[str, jax.Array]) -> None:
+    def log(self, step: int, bucket: Bucket, batch_size: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the numbers of a step that has been started, and writes those of the one before."""
         self._write()
-        self._pending = step, bucket, metrics
+        self._pending = step, bucket, batch_size, metrics
         if all(value.is_ready() for value in metrics.values()):  # pyright: ignore[reportAttributeAccessIssue]
             self._write()  # a device that has it already, as CPUs do, would find its time in the line before
 
@@ -66,18 +64,19 @@ class MetricsWriter:
     def _write(self) -> None:
         if self._pending is None:
             return
-        step, bucket, metrics = self._pending
+        step, bucket, batch_size, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
         now = time.monotonic()
         seconds, self._last = now - self._last, now
+        self._images_seen += batch_size
         line = {
             "step": step,
             **values,
             "bucket": list(bucket),
-            "images_seen": step * self._batch_size,
+            "images_seen": self._images_seen,
             "step_seconds": seconds,
-            "images_per_second": self._batch_size / seconds,
+            "images_per_second": batch_size / seconds,
         }
         if not math.isfinite(values["loss"]):
             raise InputError(
@@ -91,14 +90,18 @@ class MetricsWriter:
         self._bar.update()
 
 
-def _cut_after(path: Path, step: int) -> None:
-    kept = []
-    for line in path.read_text().splitlines():
+def _cut_after(path: Path, step: int) -> int:
+    """Removes the lines after that step; the images that it had seen."""
+    kept, images_seen = [], 0
+    for text in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
         except json.JSONDecodeError:
             break  # the line that a crash cut off; whatever it was, it is made again
+        if line["step"] <= step:
+            kept.append(text + "\n")
+            images_seen = line["images_seen"]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(kept))
     partial.replace(path)
+    return images_seen

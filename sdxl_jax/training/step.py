@@ -2,6 +2,8 @@
 
     image ── encode, sample ── latent ── add noise ── UNet(…, text, sizes) ── weighted error ── gradient ── update, EMA
 
+A batch of a cache begins at "sample": it has the posterior and the text states, and both encoders are left out.
+
 Every random number of an example comes from one key: fold(seed, step), split over the rows of the batch. So a resumed
 run repeats, and an example draws the same however the batch is spread over devices or cut into micro-batches.
 """
@@ -21,7 +23,9 @@ from sdxl_jax.arrays import Batch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.diffusion import loss, schedule
+from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
+from sdxl_jax.models.layers import Compute
 from sdxl_jax.training import ema
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.state import TrainState, merge
@@ -43,8 +47,8 @@ def batch_loss(
     params, parts, compute = merge(trained, frozen), config.model, config.compute
     latent_keys, dropout_keys, loss_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
 
-    latent = vae.encode_scaled(parts.vae, params["vae"], arrays.normalise(batch.image), latent_keys, compute)
-    prompt = text.encode(parts.text, params, batch.tokens, compute)
+    posterior, prompt = _encoded(batch, params, parts, compute)
+    latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
     nothing = model.without_prompt(parts, params, empty, compute)
     prompt = text.drop(prompt, nothing, dropout_keys, config.training.caption_dropout)
     condition = model.condition(parts, prompt, batch.micro)
@@ -53,6 +57,18 @@ def batch_loss(
         return unet.apply(parts.unet, params["unet"], x_t, timestep, condition.context, condition.vector, compute)
 
     return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
+
+
+def _encoded(
+    batch: Batch, params: Params, parts: ModelConfig, compute: Compute
+) -> tuple[vae.Posterior, text.TextCondition]:
+    """Posterior of the latents and states of the text: of the frozen encoders, now or when the cache was written."""
+    if batch.encoded is not None:
+        mean, log_variance, context, pooled = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch.encoded)
+        return vae.Posterior(mean, log_variance), text.TextCondition(context, pooled)
+    assert batch.image is not None
+    posterior = vae.encode(parts.vae, params["vae"], arrays.normalise(batch.image), compute)
+    return posterior, text.encode(parts.text, params, batch.tokens, compute)
 
 
 def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empty: Mapping[str, NoTokens]) -> Step:
@@ -79,7 +95,7 @@ def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empt
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
-        keys = jax.random.split(step_key, len(batch.image))
+        keys = jax.random.split(step_key, len(batch.example))
         value, gradient = accumulated(state.params, frozen, batch, keys)
         updates, moments = optimiser.update(gradient, state.optimiser, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
@@ -88,6 +104,7 @@ def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empt
             "loss": value,
             "learning_rate": jnp.asarray(rate(state.step)),
             "grad_norm": optax.tree.norm(gradient),
+            "replaced": jnp.sum(batch.replaced),
         }
         return TrainState(state.step + 1, params, average, moments), metrics
 

@@ -1,0 +1,406 @@
+"""A folder of captioned pictures: what is in it, how large, what cannot be used and why; for training and for a build.
+
+Captions and numbers stand
+
+- in `metadata.jsonl` in the folder, `{"file_name": ..., "text": ...}` a line, or in `metadata.csv` with such columns
+  (Hugging Face's imagefolder). Where there is one, it gives every caption, and nothing beside the pictures is read. In
+  CSV a file may have several lines, a caption each;
+- else in a `.txt` or `.json` beside each picture, with the same stem.
+
+What they may hold is in `captions`. Listing reads names and the metadata file. The pictures, and what lies beside them,
+are then read by the same rules, for training all at once in eight threads (`open_folder`), for a build a thousand at a
+time (`pieces`). Folders are read recursively, without hidden files; links to folders are followed.
+
+Not here: decoding (images), folders of tars or of Parquet files (records).
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import posixpath
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+from tqdm import tqdm
+
+from sdxl_jax.data.captions import (
+    CAPTION_FIELDS,
+    caption_field,
+    captions_of,
+    check_number_names,
+    described,
+    json_fields,
+    numbers_of,
+)
+from sdxl_jax.data.images import IMAGE_SUFFIXES, read_image, usable_size
+from sdxl_jax.data.sources import (
+    BYTES_LIMIT,
+    OnRefused,
+    Refusals,
+    Refused,
+    Sample,
+    Unusable,
+    gone,
+    printable,
+    stop_if_refused,
+    summary,
+)
+from sdxl_jax.errors import InputError
+
+_FILES = 1000  # a piece of a folder: enough that starting one costs nothing, few enough to share out
+_THREADS = 8  # the wait is for the disk, and both decoders release the interpreter's lock
+_METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+# Listing
+
+
+class Picture(NamedTuple):
+    """What listing a folder says of one picture: its captions, or where they are."""
+
+    name: str
+    """Relative to the folder."""
+    beside: tuple[str | None, str | None] = (None, None)
+    """Its .txt and its .json, where no metadata file speaks."""
+    captions: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = {}
+
+
+def list_files(folder: Path) -> tuple[list[str], list[Refused]]:
+    """Every file below the folder, as sorted relative names, hidden ones left out; links to folders are followed."""
+    names, seen, refused = [], set(), []
+
+    def unreadable(problem: OSError) -> None:
+        refused.append(Refused(os.path.relpath(problem.filename, folder), f"cannot be listed ({problem.strerror})"))
+
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(root)
+        folders[:] = [name for name in folders if not name.startswith(".") and real not in seen]
+        if real not in seen:
+            names += [(Path(root) / name).relative_to(folder).as_posix() for name in files if not name.startswith(".")]
+        seen.add(real)
+    return sorted(names), refused
+
+
+def images_among(names: list[str]) -> list[str]:
+    """The names that are those of image files."""
+    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, its fields or the reason why there are none) of `metadata.jsonl` or `metadata.csv`."""
+    if path.suffix == ".jsonl":
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        yield number, json_fields(line, "the line")
+                    except Unusable as problem:
+                        yield number, str(problem)
+        return
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(file)
+        header = next(rows, [])
+        if "file_name" not in header or caption_field(header) is None:
+            raise InputError(
+                f"{path} has the columns {', '.join(header) or '(none)'}. Expected file_name and one of "
+                f"{', '.join(CAPTION_FIELDS)}. Rename the columns in its first line."
+            )
+        while True:
+            try:
+                if (row := next(rows, None)) is None:
+                    return
+            except csv.Error as problem:  # a field too long, for one
+                yield rows.line_num, f"the line is no CSV ({problem})"
+                continue
+            if len(row) != len(header):
+                if row:
+                    reason = f"{len(row)} fields where the first line has {len(header)}; quote texts with commas"
+                    yield rows.line_num, reason
+                continue
+            fields: dict[str, Any] = dict(zip(header, row, strict=True))
+            for name in set(fields) - {"file_name", *CAPTION_FIELDS}:
+                try:
+                    fields[name] = float(fields[name])
+                except ValueError:
+                    del fields[name]
+            yield rows.line_num, fields
+
+
+def _pictures_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, Picture], list[Refused]]:
+    several = path.suffix == ".csv"  # it has no lists
+    pictures: dict[str, Picture] = {}
+    refused = []
+    spoilt = set()
+    for number, fields in _metadata_lines(path):
+        where = f"{path.name} line {number}"
+        if isinstance(fields, str):
+            refused.append(Refused(where, fields))
+        elif (column := caption_field(fields)) is None or not isinstance(fields.get("file_name"), str):
+            refused.append(Refused(where, 'expected fields like {"file_name": ..., "text": ...}'))
+        elif (name := posixpath.normpath(fields["file_name"])) not in images:
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            refused.append(Refused(where, f"no image {fields['file_name']} in the folder ({suffixes})"))
+        elif name in pictures and not several:
+            refused.append(Refused(where, f"{name} has a caption from an earlier line, which stands"))
+        else:
+            try:
+                captions = captions_of(fields[column])
+            except Unusable as problem:
+                refused.append(Refused(where, f"{name}: {problem}"))
+                spoilt.add(name)
+                continue
+            earlier = pictures.get(name, Picture(name))
+            pictures[name] = earlier._replace(
+                captions=earlier.captions + captions, numbers={**numbers_of(fields), **earlier.numbers}
+            )
+    missing = images - set(pictures) - spoilt
+    refused += [
+        Refused(name, f"image without a caption: no usable line in {path.name} names it") for name in sorted(missing)
+    ]
+    return pictures, refused
+
+
+def _pictures_with_files_beside(names: list[str], images: list[str]) -> tuple[dict[str, Picture], list[Refused]]:
+    beside: dict[str, list[str | None]] = {}
+    for name in names:
+        stem, suffix = posixpath.splitext(name)
+        if suffix.lower() in (".txt", ".json"):
+            beside.setdefault(stem, [None, None])[suffix.lower() == ".json"] = name
+    pictures = {}
+    for name in images:
+        text, fields = beside.get(posixpath.splitext(name)[0], (None, None))
+        pictures[name] = Picture(name, (text, fields))
+    stems = {posixpath.splitext(name)[0] for name in images}
+    alone = [found[0] for stem, found in beside.items() if stem not in stems]  # a .json may be about anything
+    return pictures, [Refused(name, "caption without an image of the same name") for name in alone if name]
+
+
+def list_pictures(folder: Path, names: list[str]) -> tuple[list[Picture], list[Refused]]:
+    """The pictures among the files of a folder, in their order, and what names and metadata refuse already.
+
+    Raises InputError: both kinds of metadata; a metadata.csv without the columns.
+    """
+    images = images_among(names)
+    metadata = [name for name in _METADATA if name in names]
+    if len(metadata) > 1:
+        raise InputError(f"{folder} holds both {' and '.join(metadata)}. Expected one of them. Remove the other.")
+    if metadata:
+        pictures, refused = _pictures_of_metadata(folder / metadata[0], set(images))
+    else:
+        pictures, refused = _pictures_with_files_beside(names, images)
+    return [pictures[name] for name in images if name in pictures], refused
+
+
+# Reading one picture
+
+
+def _open(path: str) -> io.BufferedReader:
+    """A file, its beginning read. Unusable where it never could be read, InputError where it no longer can."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unusable("not a regular file")
+        if status.st_size > BYTES_LIMIT:
+            raise Unusable(f"{status.st_size} bytes, the limit is {BYTES_LIMIT}")
+        file: io.BufferedReader = io.BufferedReader(io.FileIO(path), 1 << 16)
+    except PermissionError as problem:
+        raise Unusable(f"cannot be opened ({problem.strerror})") from None
+    except OSError as problem:
+        if os.path.islink(path):
+            raise Unusable("a link to nothing") from None
+        raise gone(path, problem) from problem
+    try:
+        file.peek()
+    except OSError as problem:
+        file.close()
+        raise gone(path, problem) from problem
+    return file
+
+
+def _file_bytes(path: str) -> bytes:
+    with _open(path) as file:
+        try:
+            return file.read()
+        except OSError as problem:
+            raise gone(path, problem) from problem
+
+
+def _captions(folder: str, picture: Picture) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Captions and numbers. Unusable where there is no caption."""
+    if picture.captions:
+        return picture.captions, dict(picture.numbers)
+    text, fields = (None if name is None else _file_bytes(f"{folder}/{name}") for name in picture.beside)
+    return described(text, fields)
+
+
+# For a build
+
+
+class FolderPiece(NamedTuple):
+    """Some pictures of a folder."""
+
+    folder: str
+    pictures: tuple[Picture, ...]
+
+    def samples(self) -> Iterator[Sample | Refused]:
+        for picture in self.pictures:
+            try:
+                captions, numbers = _captions(self.folder, picture)
+                yield Sample(picture.name, _file_bytes(f"{self.folder}/{picture.name}"), captions, numbers)
+            except Unusable as problem:
+                yield Refused(picture.name, str(problem))
+
+
+def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
+    """The pieces of a folder, each with its name. Raises InputError as `list_pictures`."""
+    pictures, refused = list_pictures(folder, names)
+    if refused:
+        yield "refused when listed", Refusals(tuple(refused))
+    for start in range(0, len(pictures), _FILES):
+        chosen = tuple(pictures[start : start + _FILES])
+        yield f"pictures {start}-{start + len(chosen) - 1}", FolderPiece(str(folder), chosen)
+
+
+# For training
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource:
+    """The usable pictures of a folder as `Pictures`, sorted by name; made by `open_folder`."""
+
+    path: Path
+    found: int
+    """Image files in the folder, usable or not."""
+    paths: list[Path]
+    """Of the usable ones: an image's number is its place here."""
+    sizes: Int32[np.ndarray, "images 2"]
+    """(height, width) in pixels, upright."""
+    numbers: Mapping[str, Float32[np.ndarray, " images"]]
+    """By name, of metadata or .json; NaN where an image has none."""
+    _captions: list[tuple[str, ...]] = dataclasses.field(repr=False)
+    _refused: list[Refused] = dataclasses.field(repr=False)
+
+    def _file_name(self, image: int) -> str:
+        return self.paths[image].relative_to(self.path).as_posix()
+
+    def name(self, image: int) -> str:
+        """Path of one image relative to the folder, what is not UTF-8 in it spelt out."""
+        return printable(self._file_name(image))
+
+    def captions(self, image: int) -> tuple[str, ...]:
+        """One or several."""
+        return self._captions[image]
+
+    def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
+        """As `images.read_image`."""
+        return read_image(self.paths[image], at_least)
+
+    def refused(self) -> Iterator[Refused]:
+        """All that is left out."""
+        return iter(self._refused)
+
+    @property
+    def built(self) -> bool:
+        """False: what is refused here was found just now."""
+        return False
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of names, captions, sizes and numbers of all images; not of their pixels."""
+        rows: list[Any] = []
+        for image, captions in enumerate(self._captions):
+            told = captions[0] if len(captions) == 1 else captions
+            rows.append([self._file_name(image), told, *self.sizes[image].tolist()])
+        if self.numbers:
+            rows.append({name: values.tolist() for name, values in self.numbers.items()})
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+class _Found(NamedTuple):
+    """One picture that can be used."""
+
+    path: Path
+    size: tuple[int, int]
+    captions: tuple[str, ...]
+    numbers: Mapping[str, float]
+
+
+def _in_threads(function: Callable[[Picture], Any], pictures: list[Picture], what: str) -> list[Any]:
+    """function(picture) of each, in order; a bar where it takes more than two seconds at a terminal."""
+    with ThreadPool(_THREADS) as pool:
+        return list(tqdm(pool.imap(function, pictures, chunksize=16), what, len(pictures), delay=2, disable=None))
+
+
+def _columns(numbers: list[Mapping[str, float]]) -> dict[str, Float32[np.ndarray, " images"]]:
+    """The numbers of all images by name, sorted; NaN where an image has none."""
+    names = {name for of_image in numbers for name in of_image}
+    check_number_names(names)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite
+        return {name: np.array([each.get(name, np.nan) for each in numbers], np.float32) for name in sorted(names)}
+
+
+def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: bool = False) -> FolderSource:
+    """Lists a folder of captioned images, recursively, hidden files left out; captions stay in memory.
+
+    Reads each image's header. With `verify` it decodes every image too, so that damaged pixels show now instead of
+    during training; that costs one full pass over the images: reading them all, and some 15 ms of one core a megapixel
+    of JPEG, in eight threads.
+
+    Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a
+    caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file.
+
+    Raises InputError: no such folder; no image in it; none usable; metadata as in `list_pictures`; numbers of too many
+    names; an image that disappears meanwhile; any refusal where on_refused is "error".
+    """
+    folder = Path(folder)
+    expected = f"Expected a folder of images ({', '.join(IMAGE_SUFFIXES)}) with captions"
+    if not folder.exists():
+        raise InputError(f"data.folder={folder} does not exist. {expected}. Check the path, seen from {Path.cwd()}.")
+    if not folder.is_dir():
+        raise InputError(f"data.folder={folder} is not a folder. {expected}. Give the folder that holds the images.")
+    names, unlisted = list_files(folder)
+    images = images_among(names)
+    if not images:
+        raise InputError(
+            f"data.folder={folder} holds no images among its {len(names)} files. {expected}. "
+            "Convert other formats, or give another folder."
+        )
+
+    def look(picture: Picture) -> _Found | Refused:
+        path = folder / picture.name
+        try:
+            captions, numbers = _captions(str(folder), picture)
+            with _open(str(path)) as file:
+                return _Found(path, usable_size(file, verify=verify), captions, numbers)
+        except Unusable as problem:
+            return Refused(printable(picture.name), printable(str(problem)))
+
+    pictures, unlisted_captions = list_pictures(folder, names)
+    looked_at = _in_threads(look, pictures, "Decoding every image" if verify else "Reading captions and image headers")
+    usable = [found for found in looked_at if isinstance(found, _Found)]
+    refused = [Refused(*map(printable, entry)) for entry in (*unlisted, *unlisted_captions)]
+    refused += [found for found in looked_at if isinstance(found, Refused)]
+    if not usable:
+        raise InputError(
+            f"None of the {len(images)} images in data.folder={folder} can be used:\n{summary(refused)}\n"
+            f'{expected}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} a line, or a .txt beside each image.'
+        )
+    stop_if_refused(folder, refused, on_refused)
+    return FolderSource(
+        path=folder,
+        found=len(images),
+        paths=[found.path for found in usable],
+        sizes=np.array([found.size for found in usable], np.int32),
+        numbers=_columns([found.numbers for found in usable]),
+        _captions=[found.captions for found in usable],
+        _refused=refused,
+    )

@@ -1,0 +1,148 @@
+"""Which images are trained on, and in which bucket: by size, aspect ratio and score, from the index alone.
+
+Left out are images with a shorter side below the minimum, those whose aspect ratio is too far from every bucket's, and,
+where the model is told a score, those without one. Each is counted, and can be listed.
+
+Not here: their order (order), reading them.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from sdxl_jax.data.buckets import Bucket, assign
+from sdxl_jax.data.mixture import Mixture
+from sdxl_jax.data.sources import Refused
+from sdxl_jax.errors import InputError, nearest_first
+
+_CHUNK = 1 << 20
+"""Images looked at together: fifty million at once would take gigabytes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """Images by what becomes of them, numbered as in the mixture."""
+
+    members: list[list[Int32[np.ndarray, " _"]]]
+    """For each bucket, for each source, its images."""
+    misfits: Int32[np.ndarray, " _"]
+    """Too far from the aspect ratio of every bucket."""
+    nearest: Int32[np.ndarray, " _"]
+    """The bucket that is nearest to each of the misfits."""
+    unrated: Int32[np.ndarray, " _"]
+    """Without the score that is asked for."""
+    too_small: Int32[np.ndarray, " _"]
+    """With a shorter side below the minimum."""
+    closest: float
+    """Distance of the image that is nearest to a bucket; infinite where none was looked at."""
+
+    def counts(self) -> list[int]:
+        """Images of each bucket."""
+        return [sum(map(len, bucket)) for bucket in self.members]
+
+
+def group(
+    mixture: Mixture,
+    buckets: Sequence[Bucket],
+    *,
+    max_aspect_distance: float = math.inf,
+    min_size: int = 1,
+    score: str | None = None,
+) -> Grouping:
+    """Puts every image into the bucket of the nearest aspect ratio, or among those that are left out.
+
+    max_aspect_distance: of |ln aspect|. min_size: pixels of the shorter side. score: the name of a number that every
+    image must have.
+
+    Raises InputError where a source has no number of that name.
+    """
+    members: list[list[np.ndarray]] = [[] for _ in buckets]
+    left_out: dict[str, list[np.ndarray]] = {"misfits": [], "nearest": [], "unrated": [], "too_small": []}
+    closest = math.inf
+    for source, start in zip(mixture.sources, mixture.starts, strict=False):
+        scores = None if score is None else source.numbers.get(score)
+        if score is not None and scores is None:
+            known = ", ".join(nearest_first(score, source.numbers)) or "none"
+            raise InputError(
+                f"data.aesthetic={score}: {source.path} has no number of that name. It has, nearest first: {known}"
+            )
+        chunks: list[list[np.ndarray]] = [[] for _ in buckets]
+        for first in range(0, len(source.sizes), _CHUNK):
+            sizes = source.sizes[first : first + _CHUNK]
+            numbers = np.arange(start + first, start + first + len(sizes), dtype=np.int32)
+            large = sizes.min(axis=1) >= min_size
+            rated = np.ones_like(large) if scores is None else ~np.isnan(scores[first : first + _CHUNK])
+            left_out["too_small"].append(numbers[~large])
+            left_out["unrated"].append(numbers[large & ~rated])
+            if not (large & rated).all():
+                sizes, numbers = sizes[large & rated], numbers[large & rated]
+            nearest, distance = assign(sizes, buckets)
+            fits = distance <= max_aspect_distance
+            closest = min(closest, distance.min(initial=math.inf))
+            left_out["misfits"].append(numbers[~fits])
+            left_out["nearest"].append(nearest[~fits])
+            if not fits.all():
+                numbers, nearest = numbers[fits], nearest[fits]
+            by_bucket = np.argsort(nearest.astype(np.uint16), kind="stable")  # by counting: quicker than comparing
+            ends = np.cumsum(np.bincount(nearest, minlength=len(buckets)))[:-1]
+            for of_bucket, found in zip(chunks, np.split(numbers[by_bucket], ends), strict=True):
+                of_bucket.append(found)
+        for bucket, of_bucket in zip(members, chunks, strict=True):
+            bucket.append(np.concatenate(of_bucket or [np.zeros(0, np.int32)]))
+    joined = {name: np.concatenate(arrays or [np.zeros(0, np.int32)]) for name, arrays in left_out.items()}
+    return Grouping(members, **joined, closest=float(closest))
+
+
+def merge_small(
+    grouping: Grouping, buckets: Sequence[Bucket], batch_sizes: Sequence[int]
+) -> tuple[Grouping, dict[int, int]]:
+    """Moves the images of each bucket with fewer of them than a batch to the one of the nearest aspect ratio that has
+    any, smallest bucket first, until every bucket fills a batch or one alone is left.
+
+    Returns the new grouping, and for each emptied bucket the one that has its images now.
+    """
+    members, moved = [list(bucket) for bucket in grouping.members], dict[int, int]()
+    while True:
+        counts = {number: sum(map(len, bucket)) for number, bucket in enumerate(members)}
+        filled = [number for number, count in counts.items() if count]
+        small = [number for number in filled if counts[number] < batch_sizes[number]]
+        if not small or len(filled) < 2:
+            break
+        least = min(small, key=counts.__getitem__)
+        others = [number for number in filled if number != least]
+        (into,) = assign(np.array([buckets[least]], np.int32), [buckets[number] for number in others]).bucket.tolist()
+        into = others[into]
+        pairs = zip(members[into], members[least], strict=True)
+        members[into] = [np.sort(np.concatenate(pair)) for pair in pairs]
+        members[least] = [numbers[:0] for numbers in members[least]]
+        moved = {start: into if end == least else end for start, end in moved.items()} | {least: into}
+    return dataclasses.replace(grouping, members=members), moved
+
+
+def refusals(grouping: Grouping, mixture: Mixture, buckets: Sequence[Bucket], score: str | None) -> Iterator[Refused]:
+    """The misfits and the unrated, with reasons."""
+    for image, nearest in zip(grouping.misfits.tolist(), grouping.nearest.tolist(), strict=True):
+        height, width = mixture.size(image)
+        bucket = buckets[nearest]
+        yield Refused(
+            mixture.name(image),
+            f"{height}×{width} (height × width) fits no bucket: the crop to the nearest, "
+            f"{bucket.height}×{bucket.width}, would take more than data.max_aspect_distance allows",
+        )
+    for image in grouping.unrated.tolist():
+        yield Refused(mixture.name(image), f"has no {score}, which data.aesthetic asks for")
+
+
+def too_small(grouping: Grouping, mixture: Mixture, min_size: int) -> Iterator[Refused]:
+    """The images below the minimum size."""
+    for image in grouping.too_small.tolist():
+        height, width = mixture.size(image)
+        yield Refused(mixture.name(image), f"{height}×{width} (height × width), below data.min_size={min_size}")
+
+
+def first_few(refused: Iterator[Refused], count: int) -> list[Refused]:
+    return list(itertools.islice(refused, count))

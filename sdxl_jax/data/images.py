@@ -1,0 +1,145 @@
+"""An encoded image to pixels: JPEG, PNG, WebP, BMP, from a file or from bytes.
+
+Sizes are (height, width) of the upright image, that is after its EXIF orientation; pixels are RGB, 0..255, upright.
+
+Where less is needed than the image has, `at_least` lets the JPEG decoder shrink while it decodes: of each 8×8 block it
+transforms the low frequencies alone, so that the block comes out with 4, 3, 2 or 1 pixels a side. That costs less than
+decoding the whole, and a resize has 4 to 64 times less to read afterwards: both together are several times faster.
+
+Not here: resizing to a given size, captions, network addresses; colour profiles are not applied.
+"""
+
+import io
+import threading
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from sdxl_jax.data.sources import Unusable
+from sdxl_jax.errors import InputError
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+PIXEL_LIMIT = 200_000_000
+"""Images with more pixels are refused by their header: a small file can unpack to any size. It stands in for Pillow's
+limit, which warns at 89 million pixels, in the middle of a run, and gives up at 179 million."""
+
+_pillow_limit = threading.Lock()
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8."""
+    try:
+        # The base method: PNG's own one decodes the whole image to look for EXIF behind the pixels.
+        orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # the parser raises many types, and damage in EXIF does not concern the pixels
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _identify(file: io.BytesIO | io.BufferedReader) -> Image.Image:
+    """The image of an open binary file: its header read, no pixel decoded. Unusable above PIXEL_LIMIT."""
+    if not file.read(1):
+        raise Unusable("zero bytes")
+    file.seek(0)
+    with _pillow_limit:  # Pillow's limit is a global of its module
+        theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file, formats=("JPEG", "PNG", "WEBP", "BMP"))
+        except UnidentifiedImageError:
+            raise Unusable("neither JPEG, PNG, WebP nor BMP") from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = theirs
+    if image.width * image.height > PIXEL_LIMIT:
+        raise Unusable(f"{image.width}×{image.height} pixels, the limit is {PIXEL_LIMIT} in all")
+    return image
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    return (image.height, image.width) if _orientation(image) < 5 else (image.width, image.height)
+
+
+def measure(image: bytes | io.BufferedReader) -> tuple[int, int]:
+    """(height, width) of an encoded image, upright, from its header alone. Raises as `decode` does."""
+    return _upright_size(_identify(io.BytesIO(image) if isinstance(image, bytes) else image))
+
+
+def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
+
+
+def _upright(pixels: UInt8[np.ndarray, "rows columns 3"], orientation: int) -> UInt8[np.ndarray, "height width 3"]:
+    """Undoes EXIF orientation: numbers 5 to 8 exchange the axes, then rows and columns may run backwards."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def decode(data: bytes, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
+    """Pixels of an encoded image, as in `read_image`.
+
+    With `at_least`, an upright (height, width), a JPEG comes out at 1/2, 3/8, 1/4 or 1/8 of its size, sides rounded up:
+    the smallest of these whose sides are both at least as long. Where none is, the image is whole; so is one in CMYK,
+    and one that is no JPEG.
+
+    Raises whatever the decoders raise where it is truncated or damaged, many types; `why_unreadable` makes it a reason.
+    """
+    image = _identify(io.BytesIO(data))
+    orientation = _orientation(image)
+    if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # simplejpeg does no CMYK to RGB
+        height, width = at_least or (0, 0)  # 0: whole
+        if orientation >= 5:  # the decoder counts as stored
+            height, width = width, height
+        # Not strict, a truncated file comes out grey at the bottom.
+        pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, strict=True)
+    else:
+        pixels = _to_rgb(image)
+    return _upright(pixels, orientation)
+
+
+def why_unreadable(problem: Exception) -> str:
+    """The reason of a refusal, from what `measure` or `decode` raised."""
+    said = f": {problem}" if isinstance(problem, Unusable) else f" ({type(problem).__name__}: {problem})"
+    return f"cannot be read{said}"
+
+
+def usable_size(image: bytes | io.BufferedReader, *, verify: bool) -> tuple[int, int]:
+    """(height, width), upright, of an image that can be used: by decoding all of it, or only its header.
+
+    Raises Unusable alone, with the reason, where it cannot.
+    """
+    try:
+        if not verify:
+            return measure(image)
+        height, width, _ = decode(image if isinstance(image, bytes) else image.read()).shape
+        return height, width
+    except Exception as problem:  # decoders raise many types on damaged files; each means the same here
+        raise Unusable(why_unreadable(problem)) from problem
+
+
+def read_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
+    """Pixels of one image: RGB, 0..255, upright (EXIF), transparency over white; `at_least` as in `decode`.
+
+    Greyscale, palette, 16-bit (the high byte) and CMYK become RGB; of an animation, the first frame. JPEG is decoded
+    by simplejpeg (strict), the rest and CMYK by Pillow.
+
+    Raises InputError with the file's name where it is missing, truncated, damaged, or above PIXEL_LIMIT.
+    """
+    try:
+        return decode(path.read_bytes(), at_least)
+    except Exception as problem:  # as in usable_size
+        raise InputError(
+            f"The image {path} {why_unreadable(problem)}. Replace or remove it; data.verify_images=true with "
+            "data.on_refused=skip finds such files before the work starts, and leaves them out."
+        ) from problem

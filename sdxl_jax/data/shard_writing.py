@@ -1,0 +1,297 @@
+"""Writes a shard set: pieces of a source each into a folder of its own, then one index over all pieces.
+
+`PartWriter` writes one piece, `Part` reads it again, `IndexWriter` puts the columns of all parts behind each other.
+What counts as finished is on the disk before the next thing begins.
+
+Not here: the layout of what comes out and reading it (shards); in which order all this happens (build).
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8, UInt32
+
+from sdxl_jax.data.captions import check_number_names
+from sdxl_jax.data.shards import CAPTIONS, COLUMN_TYPES, FORMAT, HASH_BYTES, INDEX, NAMES, REFUSED
+from sdxl_jax.data.sources import Refused
+
+_RECORDS, _COLUMNS = "records.array_record", "columns.npz"
+_WRITER_OPTIONS = "group_size:1,uncompressed"  # image files are compressed already
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk: what counts as finished survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+class Columns(NamedTuple):
+    """What the index keeps of consecutive images, texts as bytes with their lengths."""
+
+    size: Int32[np.ndarray, "images 2"]
+    hash: UInt8[np.ndarray, "images 16"]
+    name_lengths: Int64[np.ndarray, " images"]
+    """Bytes."""
+    name_bytes: UInt8[np.ndarray, " name_bytes"]
+    caption_counts: Int64[np.ndarray, " images"]
+    caption_lengths: Int64[np.ndarray, " captions"]
+    """Bytes."""
+    caption_bytes: UInt8[np.ndarray, " caption_bytes"]
+    numbers: dict[str, Float32[np.ndarray, " images"]]
+    """NaN where an image has none of that name."""
+
+
+def select(columns: Columns, keep: Bool[np.ndarray, " images"]) -> Columns:
+    """The columns of the images that `keep` marks."""
+    captions = np.repeat(keep, columns.caption_counts)
+    return Columns(
+        size=columns.size[keep],
+        hash=columns.hash[keep],
+        name_lengths=columns.name_lengths[keep],
+        name_bytes=columns.name_bytes[np.repeat(keep, columns.name_lengths)],
+        caption_counts=columns.caption_counts[keep],
+        caption_lengths=columns.caption_lengths[captions],
+        caption_bytes=columns.caption_bytes[np.repeat(captions, columns.caption_lengths)],
+        numbers={key: values[keep] for key, values in columns.numbers.items()},
+    )
+
+
+class PartWriter:
+    """Writes one piece of a source into an empty folder: its records, its columns, what it refused.
+
+    Holds the columns in memory and no image. To be used in a `with`; what is not finished is worth nothing.
+    OSError where the disk does not take it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.images = 0
+        self._records: Any = None
+        self._refused = (folder / REFUSED).open("w", encoding="utf-8", errors="backslashreplace")
+        self._sizes: list[tuple[int, int]] = []
+        self._hashes, self._names, self._captions = bytearray(), bytearray(), bytearray()
+        self._name_lengths: list[int] = []
+        self._caption_counts: list[int] = []
+        self._caption_lengths: list[int] = []
+        self._numbers: dict[str, dict[int, float]] = {}
+
+    def add(
+        self, name: str, image: bytes, size: tuple[int, int], captions: tuple[str, ...], numbers: Mapping[str, float]
+    ) -> None:
+        """One image: its file's bytes, (height, width) upright. An unpaired surrogate in a caption refuses it."""
+        try:
+            texts = [caption.encode() for caption in captions]
+        except UnicodeEncodeError:
+            return self.refuse(Refused(name, "caption is not UTF-8 text"))
+        try:
+            if self._records is None:
+                self._records = ArrayRecordWriter(str(self.folder / _RECORDS), _WRITER_OPTIONS)
+            self._records.write(image)
+        except RuntimeError as problem:
+            raise OSError(str(problem)) from problem
+        for key, value in numbers.items():
+            self._numbers.setdefault(key, {})[self.images] = value
+        check_number_names(self._numbers)
+        encoded = name.encode(errors="surrogateescape")  # a file's name on Linux is any bytes
+        self._names += encoded
+        self._name_lengths.append(len(encoded))
+        self._hashes += hashlib.blake2b(image, digest_size=HASH_BYTES).digest()
+        self._sizes.append(size)
+        self._caption_counts.append(len(texts))
+        for text in texts:
+            self._captions += text
+            self._caption_lengths.append(len(text))
+        self.images += 1
+
+    def refuse(self, refused: Refused) -> None:
+        """One entry of the source that is left out."""
+        self._refused.write(json.dumps(refused._asdict(), ensure_ascii=False) + "\n")
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self._refused.close()
+
+    def finish(self) -> None:
+        """Closes the files and waits until they are on the disk."""
+        self._refused.close()
+        if self._records is not None:
+            try:
+                self._records.close()
+            except RuntimeError as problem:
+                raise OSError(str(problem)) from problem
+        matrix = np.full((len(self._numbers), self.images), np.nan, np.float32)
+        for row, values in zip(matrix, self._numbers.values(), strict=True):
+            with np.errstate(over="ignore"):  # beyond float32 is infinite
+                row[list(values)] = list(values.values())
+        np.savez(
+            self.folder / _COLUMNS,
+            size=np.array(self._sizes, np.int32).reshape(-1, 2),
+            hash=np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES),
+            name_lengths=np.array(self._name_lengths, np.int64),
+            name_bytes=np.frombuffer(self._names, np.uint8),
+            caption_counts=np.array(self._caption_counts, np.int64),
+            caption_lengths=np.array(self._caption_lengths, np.int64),
+            caption_bytes=np.frombuffer(self._captions, np.uint8),
+            number_names=np.frombuffer(json.dumps(list(self._numbers)).encode(), np.uint8),
+            numbers=matrix,
+        )
+        for file in self.folder.iterdir():
+            sync(file)
+        sync(self.folder)
+
+
+class Part:
+    """A finished piece, as PartWriter left it. Each array is read when it is asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.records = folder / _RECORDS
+        """Exists where the piece has a usable image, until the build moves it."""
+
+    def _read(self, *names: str) -> list[np.ndarray]:
+        with np.load(self.folder / _COLUMNS) as arrays:
+            return [arrays[name] for name in names]
+
+    def count(self) -> int:
+        """Images."""
+        return len(self._read("size")[0])
+
+    def hashes(self) -> UInt8[np.ndarray, "images 16"]:
+        return self._read("hash")[0]
+
+    def number_names(self) -> list[str]:
+        return json.loads(self._read("number_names")[0].tobytes())
+
+    def columns(self) -> Columns:
+        numbers = dict(zip(self.number_names(), self._read("numbers")[0], strict=True))
+        return Columns(*self._read(*Columns._fields[:-1]), numbers=numbers)
+
+    def refused(self) -> bytes:
+        """Lines of JSON."""
+        return (self.folder / REFUSED).read_bytes()
+
+
+class _Appended:
+    """A file that grows at its end, hashed as it grows; with a dtype it is a .npy array that gains rows."""
+
+    def __init__(self, path: Path, dtype: str = "|u1", row: tuple[int, ...] = (), *, npy: bool = True):
+        self.path, self.rows, self._dtype, self._row, self._npy = path, 0, np.dtype(dtype), row, npy
+        self._hash = hashlib.blake2b(digest_size=HASH_BYTES)
+        self._file: BinaryIO = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        if self._npy:  # numpy leaves room for 21 digits of rows: the header keeps its length when it is written again
+            descr = np.lib.format.dtype_to_descr(self._dtype)
+            header = {"descr": descr, "fortran_order": False, "shape": (self.rows, *self._row)}
+            np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, self._dtype)
+        assert values.shape[1:] == self._row
+        flat = values.reshape(-1).view(np.uint8).data
+        self._file.write(flat)
+        self._hash.update(flat)
+        self.rows += len(values)
+
+    def close(self) -> str:
+        """Completes the file and waits until it is on the disk; a text that names its content."""
+        self._file.seek(0)
+        self._write_header()
+        self._file.close()
+        sync(self.path)
+        return f"{self.path.name} {self.rows} {self._hash.hexdigest()}"
+
+    def release(self) -> None:
+        """Closes the file, complete or not."""
+        with suppress(OSError):
+            self._file.close()
+
+
+class IndexWriter:
+    """Writes the index of a shard set from columns of consecutive images, in memory for one append.
+
+    `number_names` are all that will come, sorted. Overwrites what an interrupted writer left. To be used in
+    a `with`. OSError where the disk does not take it.
+    """
+
+    def __init__(self, folder: Path, number_names: list[str]):
+        (folder / INDEX).mkdir(parents=True, exist_ok=True)
+        self.number_names = number_names
+        self._columns = {
+            name: _Appended(folder / INDEX / f"{name}.npy", dtype, row) for name, (dtype, row) in COLUMN_TYPES.items()
+        }
+        self._numbers = {
+            name: _Appended(folder / INDEX / f"number_{number:03d}.npy", "<f4")
+            for number, name in enumerate(number_names)
+        }
+        self._texts = {name: _Appended(folder / name, npy=False) for name in (CAPTIONS, NAMES)}
+        self._files = [*self._columns.values(), *self._numbers.values(), *self._texts.values()]
+        for name in ("first_caption", "caption_start", "name_start"):
+            self._columns[name].append(np.zeros(1, np.int64))
+        self._captions = 0
+        self.images = 0
+
+    def append(
+        self, columns: Columns, shard: UInt32[np.ndarray, " images"], record: UInt32[np.ndarray, " images"]
+    ) -> None:
+        """Images that follow those so far, with the number of each one's shard and of its record in the shard."""
+        to = self._columns
+        to["size"].append(columns.size)
+        to["hash"].append(columns.hash)
+        to["shard"].append(shard)
+        to["record"].append(record)
+        to["first_caption"].append(self._captions + np.cumsum(columns.caption_counts))
+        to["caption_start"].append(self._texts[CAPTIONS].rows + np.cumsum(columns.caption_lengths))
+        to["name_start"].append(self._texts[NAMES].rows + np.cumsum(columns.name_lengths))
+        self._texts[CAPTIONS].append(columns.caption_bytes)
+        self._texts[NAMES].append(columns.name_bytes)
+        for name, file in self._numbers.items():
+            missing = np.full(len(columns.size), np.nan, np.float32)
+            file.append(columns.numbers.get(name, missing))
+        self._captions += int(columns.caption_counts.sum())
+        self.images += len(columns.size)
+
+    def __enter__(self) -> "IndexWriter":
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for file in self._files:
+            file.release()
+
+    def append_shard(self, records: int, size: int) -> None:
+        """The next shard has that many records and is a file of `size` bytes; (0, 0) where there is none."""
+        self._columns["shard_extent"].append(np.array([[records, size]]))
+
+    def finish(self) -> dict[str, Any]:
+        """Closes the files. What shards.json says of them: images, captions, shards, numbers, fingerprint."""
+        content = [file.close() for file in self._files]
+        identity = json.dumps([FORMAT, self.number_names, content])
+        return {
+            "images": self.images,
+            "captions": self._captions,
+            "shards": self._columns["shard_extent"].rows,
+            "numbers": self.number_names,
+            "fingerprint": hashlib.blake2b(identity.encode(), digest_size=HASH_BYTES).hexdigest(),
+        }

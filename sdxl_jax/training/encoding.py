@@ -1,0 +1,274 @@
+"""The program behind `sdxl-jax data encode`: the frozen encoders' work done once, for every crop and caption.
+
+    images ── K crops each ── autoencoder ── mean, log-variance ─┐
+    captions ── tokens ── text towers ── states, pooled ─────────┴─ bfloat16 ── cache (data.cache)
+
+The posterior's moments are kept, not a sample, so that training draws its own each time. The cache says what it was
+made from: the images, their crops and buckets, the encoders' weights, and this code. Training makes the same statement
+about itself, and reads no cache that differs.
+
+Hosts share the pieces out; one that was interrupted goes on with those that are missing.
+"""
+
+import functools
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sdxl_jax import arrays, model, sharding
+from sdxl_jax import config as configuration
+from sdxl_jax.arrays import ImageBytes, Params, TokenIds, flatten, unflatten
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data import crops as cropping
+from sdxl_jax.data.cache import Crop, PieceWriter, Plan, Text, begin, open_cache
+from sdxl_jax.data.crops import Crops
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
+from sdxl_jax.interop.weights import part_configs
+from sdxl_jax.models import vae
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.initial import initial_weights
+
+_CODE = (
+    *("conditioning/text.py", "data/images.py", "data/transforms.py", "models/attention.py", "models/clip.py"),
+    *("models/layers.py", "models/vae.py", "training/encoding.py"),
+)
+"""Files that decide what is encoded."""
+
+
+def encoder_parts(config: TrainConfig) -> list[str]:
+    """The parts of the model whose work a cache holds."""
+    return [part for part in part_configs(config.model) if part != "unet"]
+
+
+@jax.jit
+def _sums(values: jax.Array) -> jax.Array:
+    """Two sums over the bits of an array, modulo 2³²: exact, so the same however it is spread over devices."""
+    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32).reshape(-1), jnp.uint32)
+    place = jnp.arange(bits.size, dtype=jnp.uint32)
+    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+    mixed ^= mixed >> 15
+    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (place | 1), dtype=jnp.uint32)])
+
+
+def fingerprint(params: Params) -> str:
+    """Names the values of parameters, wherever they lie."""
+    names = hashlib.blake2b(digest_size=16)
+    for path, leaf in sorted(flatten(params).items()):
+        names.update(f"{path} {leaf.shape} {np.asarray(_sums(leaf)).tolist()}\n".encode())
+    return names.hexdigest()
+
+
+def _code() -> str:
+    contents = (resources.files("sdxl_jax").joinpath(name).read_bytes() for name in _CODE)
+    return hashlib.blake2b(b"\0".join(contents), digest_size=16).hexdigest()
+
+
+def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> dict[str, Any]:
+    """What a cache of this configuration is made from. `params` hold the encoders, `dataset` the images."""
+    data = config.data
+    used = {part: params[part]["encoder"] if part == "vae" else params[part] for part in encoder_parts(config)}
+    weights = {
+        part: {"config": configuration.to_json(part_configs(config.model)[part]), "values": fingerprint(values)}
+        for part, values in used.items()
+    }
+    return {
+        "images": [source.fingerprint for source in dataset.source.sources],
+        "buckets": dataset.assignment,
+        "crops": {"each": data.crops_per_image, "mode": data.crop, "flips": data.flip_probability, "seed": data.seed},
+        "weights": weights,
+        "text": configuration.to_json(config.model.text),
+        "code": _code(),
+    }
+
+
+def from_cache(config: TrainConfig, dataset: BucketedDataset, trained: Params, frozen: Params) -> BucketedDataset:
+    """The data set as the configuration wants it read: from `data.cache`, or as it is.
+
+    Raises InputError for a cache of something else (open_cache), and where an encoder trains.
+    """
+    data = config.data
+    if data.cache is None:
+        return dataset
+    if trains := [part for part in encoder_parts(config) if part in trained]:
+        raise InputError(
+            f"data.cache={data.cache} holds what the {', '.join(trains)} made of the data before training, but "
+            "training.trains changes it. Train the UNet alone, training.trains=^unet/, or without data.cache"
+        )
+    ignore = ["code"] if data.cache_of_other_code else []
+    return dataset.reading(open_cache(data.cache, made_from(config, dataset, frozen), ignore=ignore))
+
+
+class _Encoders(NamedTuple):
+    """Compiled for this host's devices, over which a batch is split."""
+
+    mesh: Mesh
+    batch_size: int
+    images: Callable[[ImageBytes], vae.Posterior]
+    captions: Callable[[dict[str, TokenIds]], text.TextCondition]
+
+    def spread(self, rows: Any) -> Any:
+        """Rows up to a whole batch, on the devices; missing ones repeat the last."""
+        wanted = np.minimum(np.arange(self.batch_size), len(jax.tree.leaves(rows)[0]) - 1)
+        return sharding.put_batch(self.mesh, jax.tree.map(lambda array: array[wanted], rows))
+
+
+def _encoders(config: TrainConfig, params: Params, mesh: Mesh, batch_size: int) -> _Encoders:
+    parts, compute = config.model, config.compute
+
+    def rounded(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree)
+
+    @jax.jit
+    def images(params: Params, image: ImageBytes) -> vae.Posterior:
+        return rounded(vae.encode(parts.vae, params["vae"], arrays.normalise(image), compute))
+
+    @jax.jit
+    def captions(params: Params, tokens: dict[str, TokenIds]) -> text.TextCondition:
+        return rounded(text.encode(parts.text, params, tokens, compute))
+
+    return _Encoders(mesh, batch_size, functools.partial(images, params), functools.partial(captions, params))
+
+
+class _Pending(NamedTuple):
+    """A group whose encoding has been started."""
+
+    crops: Crops
+    posteriors: list[vae.Posterior]
+    """One a crop, batch of images."""
+    conditions: list[text.TextCondition]
+    """Batches of captions."""
+
+
+def _start(encoders: _Encoders, crops: Crops) -> _Pending:
+    posteriors, conditions = [], []
+    if any(crops.examples):
+        count = max(map(len, crops.examples))
+        posteriors = [encoders.images(encoders.spread(crops.pixels(crop))) for crop in range(count)]
+        for start in range(0, sum(crops.captions), encoders.batch_size):
+            batch = {name: tokens[start : start + encoders.batch_size] for name, tokens in crops.tokens.items()}
+            conditions.append(encoders.captions(encoders.spread(batch)))
+    return _Pending(crops, posteriors, conditions)
+
+
+def _write(writer: PieceWriter, pending: _Pending) -> None:
+    """Waits for the devices."""
+    crops = pending.crops
+    posteriors = jax.device_get(pending.posteriors)
+    texts = iter(_texts(crops, jax.device_get(pending.conditions)))
+    for row, (examples, reason, captions) in enumerate(zip(crops.examples, crops.reasons, crops.captions, strict=True)):
+        if not examples:
+            writer.refuse(reason)
+            tqdm.write(f"  cannot be encoded: {reason}")
+            continue
+        encoded = [
+            Crop(
+                mean=posterior.mean[row],
+                log_variance=posterior.log_variance[row],
+                original_size=example.original_size,
+                crop_top_left=example.crop_top_left,
+                target_size=example.target_size,
+                flipped=example.flipped,
+            )
+            for posterior, example in zip(posteriors, examples, strict=True)
+        ]
+        writer.add(encoded, list(itertools.islice(texts, captions)))
+
+
+def _texts(crops: Crops, conditions: Any) -> Iterator[Text]:
+    """One a caption, of batches of text.TextCondition on the host."""
+    rows = ((condition, row) for condition in conditions for row in range(len(condition.context)))
+    for number, (condition, row) in zip(range(sum(crops.captions)), rows, strict=False):
+        tokens = {name: each[number] for name, each in crops.tokens.items()}
+        pooled = None if condition.pooled is None else condition.pooled[row]
+        yield Text(tokens, condition.context[row], pooled)
+
+
+def encode(
+    config: TrainConfig, *, batch_size: int = 8, share: tuple[int, int] | None = None, progress: bool = True
+) -> Plan:
+    """Writes `config.data.cache`, or what is missing of it.
+
+    Args:
+        config: of the training that is to read the cache: its data, model, weights (`training.init_from`) and compute.
+        batch_size: pictures, or captions, encoded at once; rounded up to a multiple of this host's devices.
+        share: (i, n): of every n pieces, the i-th, 0 to n − 1. None: by jax's processes.
+        progress: show images and images a second at a terminal.
+
+    An image that cannot be read is named and marked, and training replaces it. Returns the plan, which knows what is
+    missing still.
+
+    Raises InputError: no `data.cache`; a folder that holds another cache or other files; and as training does.
+    """
+    config.check()
+    if config.data.cache is None or config.data.crops_per_image is None:
+        raise InputError("data.cache is not given. Give the folder to write to: --data.cache DIR")
+    index, count = share or (jax.process_index(), jax.process_count())
+    if batch_size < 1 or not 0 <= index < count:
+        raise InputError(
+            f"batch_size={batch_size}, share {index} of {count}. Expected a batch of 1 or more, and a share from 0 to "
+            "the last below their number"
+        )
+    devices = jax.local_devices()
+    batch_size = math.ceil(batch_size / len(devices)) * len(devices)
+    mesh = sharding.make_mesh(MeshConfig(), devices)
+    tokenizer = Tokenizer.of(config.model.text)
+    dataset = BucketedDataset(config.data, tokenizer)
+    with jax.set_mesh(mesh):
+        params = _encoder_params(config, mesh, progress)
+        plan = begin(
+            config.data.cache,
+            made_from=made_from(config, dataset, params),
+            images=len(dataset.order.numbers),
+            crops=config.data.crops_per_image,
+            towers=tuple(tower.name for tower in config.model.text),
+        )
+        encoders = _encoders(config, params, mesh, batch_size)
+        pieces = plan.missing(index, count)
+        images = sum(len(plan.images_of(piece)) for piece in pieces)
+        with tqdm(desc="encoding", unit=" images", total=images, disable=None if progress else True) as bar:
+            for piece in pieces:
+                _encode_piece(encoders, dataset, plan, piece, bar)
+    return plan
+
+
+def _encode_piece(encoders: _Encoders, dataset: BucketedDataset, plan: Plan, piece: int, bar: tqdm) -> None:
+    pending = None
+    with PieceWriter(plan, piece) as writer:
+        for crops in cropping.load(dataset, plan.images_of(piece), encoders.batch_size):
+            started = _start(encoders, crops)
+            if pending is not None:
+                _write(writer, pending)  # while the devices work on the next group
+            pending = started
+            bar.update(len(crops.examples))
+        if pending is not None:
+            _write(writer, pending)
+        writer.finish()
+
+
+def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
+    """The encoders as a run of this configuration starts with them."""
+    parts = encoder_parts(config)
+    initial = initial_weights(config, mesh, parts=parts, progress=progress)
+
+    def make(key: jax.Array) -> Params:
+        fresh = flatten(model.init(key, config.model))
+        return {path: leaf for path, leaf in fresh.items() if path not in initial and path.split("/")[0] in parts}
+
+    missing = jax.eval_shape(make, jax.random.key(0))
+    if progress and missing:
+        random = sorted({path.split("/")[0] for path in missing})
+        tqdm.write(f"  at random weights, wholly or in part: {', '.join(random)}")
+    places = flatten(sharding.place(mesh, unflatten(missing)))
+    return unflatten(jax.jit(make, out_shardings=places)(jax.random.key(config.training.seed)) | initial)

@@ -1,0 +1,58 @@
+"""The weights that a run starts from: those of `training.init_from`, checked against the configuration."""
+
+import dataclasses
+from collections.abc import Collection
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sdxl_jax import config as configuration
+from sdxl_jax.arrays import flatten
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.errors import InputError
+from sdxl_jax.interop.weights import Weights, cast, part_configs
+from sdxl_jax.loading import load_weights
+from sdxl_jax.opening import open_model
+
+
+def initial_weights(
+    config: TrainConfig, mesh: Mesh, *, parts: Collection[str] | None = None, progress: bool = True
+) -> dict[str, jax.Array]:
+    """The parameters that `training.init_from` gives, by path, float32 and where they belong.
+
+    parts: those that are wanted, None for all. Raises InputError for a part that the model lacks, or has otherwise.
+    """
+    initial: dict[str, jax.Array] = {}
+    wanted = part_configs(config.model)
+    for path in config.training.init_from:
+        weights = open_model(path)
+        if unknown := [part for part in weights.parts if part not in wanted]:
+            raise InputError(f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have")
+        weights = _only(weights, parts or wanted)
+        for part in weights.parts:
+            have, want = (configuration.to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
+            if not weights.tells_scale:
+                have["scale"] = want["scale"]
+            if differences := configuration.differences(have, want):
+                raise InputError(
+                    f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
+                    f"file -> in the model). Set {_field_of(part, config)} to the file's configuration"
+                )
+        if "unet" in weights.parts and weights.config.prediction is not config.model.prediction:
+            had, has = weights.config.prediction.value, config.model.prediction.value
+            tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
+        initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
+    return initial
+
+
+def _only(weights: Weights, parts: Collection[str]) -> Weights:
+    leaves = {path: leaf for path, leaf in weights.leaves.items() if path.split("/")[0] in parts}
+    return dataclasses.replace(weights, leaves=leaves)
+
+
+def _field_of(part: str, config: TrainConfig) -> str:
+    """Where a part's configuration stands."""
+    names = [tower.name for tower in config.model.text]
+    return f"model.text[{names.index(part)}].clip" if part in names else f"model.{part}"

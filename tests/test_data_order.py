@@ -1,0 +1,122 @@
+"""The promises of sdxl_jax.data.order and grouping: what an epoch takes, by weight, bucket and batch size."""
+
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.grouping import Grouping, merge_small
+from sdxl_jax.data.order import Order
+
+
+def numbers(*bounds):
+    return [np.arange(*pair, dtype=np.int32) for pair in bounds]
+
+
+def images_of(order, step):
+    size = order.buckets[order.bucket(step)].batch_size
+    return [int(order.numbers[order.position(step, row)]) for row in range(size)]
+
+
+def epoch_of(order, epoch):
+    steps = range(epoch * order.epoch_steps, (epoch + 1) * order.epoch_steps)
+    return Counter(image for step in steps for image in images_of(order, step))
+
+
+def test_whole_weights_give_each_image_so_many_places_an_epoch():
+    order = Order([numbers((0, 8), (8, 12))], (1.0, 3.0), [4], seed=5)
+    assert order.epoch_steps == 5
+    for epoch in range(3):
+        assert epoch_of(order, epoch) == {image: 1 if image < 8 else 3 for image in range(12)}
+
+
+def test_a_part_of_a_weight_takes_turns_until_all_had_theirs():
+    order = Order([numbers((0, 8), (8, 18))], (1.0, 0.4), [4], seed=5)
+    epochs = [epoch_of(order, epoch) for epoch in range(5)]
+    assert all(sum(epoch.values()) == 12 and all(epoch[image] == 1 for image in range(8)) for epoch in epochs)
+    together = sum(epochs, Counter())
+    assert {image: together[image] for image in range(8, 18)} == dict.fromkeys(range(8, 18), 2)  # 5 · 0.4
+    assert len({frozenset(epoch) for epoch in epochs}) > 1
+
+
+def test_a_small_weight_leaves_no_image_out_for_ever():
+    order = Order([numbers((0, 20), (20, 23))], (1.0, 0.01), [1], seed=0)
+    seen = sum((epoch_of(order, epoch) for epoch in range(3)), Counter())
+    assert all(seen[image] == 1 for image in range(20, 23))  # at least one place an epoch
+
+
+def test_a_small_bucket_is_repeated_evenly_and_an_empty_one_has_no_batch():
+    order = Order([numbers((0, 3)), numbers((0, 0)), numbers((3, 9))], (1.0,), [8, 8, 2], seed=1)
+    small, empty, large = order.buckets
+    assert (small.batches, small.repeated, small.remainder) == (1, 5, 0)
+    assert (empty.batches, empty.images) == (0, 0)
+    assert (large.batches, large.repeated, large.remainder) == (3, 0, 0)
+    assert sorted(epoch_of(order, 0)[image] for image in range(3)) == [2, 3, 3]
+
+
+def test_batch_sizes_differ_by_bucket():
+    order = Order([numbers((0, 9)), numbers((9, 17))], (1.0,), [2, 4], seed=1)
+    assert order.epoch_steps == 4 + 2
+    sizes = Counter(len(images_of(order, step)) for step in range(6))
+    assert sizes == {2: 4, 4: 2}
+    assert order.buckets[0].remainder == 1
+
+
+def test_what_stands_in_for_a_bad_image_is_of_its_bucket_and_goes_round():
+    order = Order([numbers((0, 4)), numbers((4, 9))], (1.0,), [2, 2], seed=3)
+    for step in range(2 * order.epoch_steps):
+        members = range(4) if order.bucket(step) == 0 else range(4, 9)
+        instead = [int(order.numbers[order.position(step, 0, instead=count)]) for count in range(len(members))]
+        assert sorted(instead) == list(members)
+
+
+def test_any_step_is_reached_at_once_and_in_another_process_alike():
+    order = Order([numbers((0, 50)), numbers((50, 77))], (0.7,), [4, 4], seed=3)
+    other = pickle.loads(pickle.dumps(order))
+    for step in (0, 10**6, 10**12):
+        assert images_of(order, step) == images_of(other, step) and order.bucket(step) == other.bucket(step)
+
+
+def test_a_pickle_holds_no_image_number():
+    order = Order([numbers((0, 1_000_000))], (1.0,), [4], seed=3)
+    assert len(pickle.dumps(order)) < 10_000
+
+
+def test_the_runs_of_buckets_follow_each_other():
+    order = Order(
+        [numbers((5, 8), (20, 22)), numbers((0, 0), (0, 0)), numbers((0, 5), (30, 31))], (1.0, 2.0), [2] * 3, 0
+    )
+    assert [order.run(bucket) for bucket in range(3)] == [range(0, 5), range(5, 5), range(5, 11)]
+    assert order.numbers.tolist() == [5, 6, 7, 20, 21, 0, 1, 2, 3, 4, 30]
+
+
+BUCKETS = [Bucket(32, 16), Bucket(24, 16), Bucket(16, 16), Bucket(16, 32)]
+
+
+def grouping(*counts):
+    ends = np.cumsum(counts)
+    members = [[np.arange(end - count, end, dtype=np.int32)] for count, end in zip(counts, ends, strict=True)]
+    nothing = np.zeros(0, np.int32)
+    return Grouping(members, nothing, nothing, nothing, nothing, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("counts", "merged", "moved"),
+    [
+        ((1, 9, 9, 9), [0, 10, 9, 9], {0: 1}),
+        ((9, 0, 1, 9), [10, 0, 0, 9], {2: 0}),  # 1:1 is as far from 2:1 as from 1:2: the first of those with images
+        ((9, 9, 9, 3), [9, 9, 12, 0], {3: 2}),
+        ((2, 3, 9, 9), [0, 5, 9, 9], {0: 1}),
+        ((1, 2, 9, 9), [0, 0, 12, 9], {0: 2, 1: 2}),  # what came in goes along
+        ((1, 1, 1, 0), [0, 3, 0, 0], {0: 1, 2: 1}),
+        ((0, 0, 2, 0), [0, 0, 2, 0], {}),  # one alone is left: it is repeated
+        ((9, 9, 9, 9), [9, 9, 9, 9], {}),
+    ],
+)
+def test_small_buckets_merge_into_the_nearest_until_batches_are_full(counts, merged, moved):
+    after, into = merge_small(grouping(*counts), BUCKETS, [4] * 4)
+    assert after.counts() == merged and into == moved
+    everything = np.concatenate([numbers for bucket in after.members for numbers in bucket])
+    assert sorted(everything.tolist()) == list(range(sum(counts)))
