@@ -10,8 +10,8 @@ before any resize, where the crop begins, and the size it ends with. With an ima
 A flip mirrors the finished crop. That is the crop at s·w − W − left of the mirrored image, and this is what is
 recorded: the record always describes the image whose pixels the model sees.
 
-OpenCV resizes: by area to shrink, which averages all pixels that fall into one and so aliases nothing; bicubic to
-enlarge. Against Pillow's Lanczos, on photographs: 42 to 48 dB in both directions, at a tenth of the time.
+OpenCV resizes: bicubic to enlarge, and to shrink by up to 5/4; beyond that by area, the mean of all pixels that fall
+into one, so that nothing aliases. Against Pillow's Lanczos, on photographs: 42 to 53 dB, at a tenth of the time.
 
 Not here: reading files (sources), normalisation to −1..1 (on the device).
 """
@@ -51,8 +51,8 @@ def cover_size(height: int, width: int, bucket: Bucket) -> Bucket:
 
 
 def _resize(image: UInt8[np.ndarray, "rows columns 3"], size: Bucket) -> UInt8[np.ndarray, "height width 3"]:
-    grows = size.height > image.shape[0] or size.width > image.shape[1]
-    filtering = cv2.INTER_CUBIC if grows else cv2.INTER_AREA
+    shrinks_by = image.shape[0] / size.height
+    filtering = cv2.INTER_CUBIC if shrinks_by <= 1.25 else cv2.INTER_AREA
     return cv2.resize(image, (size.width, size.height), interpolation=filtering)  # pyright: ignore[reportReturnType]
 
 
