@@ -1,5 +1,6 @@
 """The promises of sdxl_jax.data.shards: what was written comes back, and damage is named."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from picture_sources import encoded
 from sdxl_jax.data import shards as shards_module
 from sdxl_jax.data.captions import NUMBERS_LIMIT
 from sdxl_jax.data.images import decode
+from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.shard_writing import Columns, IndexWriter, Part, PartWriter, select
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
 from sdxl_jax.data.sources import Pictures, Refused
@@ -160,7 +162,7 @@ def test_a_shard_set_that_was_replaced_is_not_opened_again(folder, tmp_path):
 
 
 def test_few_readers_serve_many_threads_and_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "_OPEN_SHARDS", 3)
+    monkeypatch.setattr(shards_module, "RecordFiles", functools.partial(RecordFiles, open_files=3))
     pieces = [[(f"{k}-{n}", f"{k}-{n}".encode() * 50, (8, 8), ("x",), {}) for n in range(4)] for k in range(8)]
     shards = open_shards(write(tmp_path / "many", pieces))
     wrong = []
@@ -184,7 +186,7 @@ def test_few_readers_serve_many_threads_and_shards(tmp_path, monkeypatch):
     ("damage", "says"),
     [
         (lambda data: None, "No such file"),
-        (lambda data: data[: len(data) // 2], "bytes where its index expects .* it was cut off"),
+        (lambda data: data[: len(data) // 2], "bytes where .* are expected: it was cut off"),
         (lambda data: data[:40_000] + bytes([data[40_000] ^ 1]) + data[40_001:], "is damaged .*hash mismatch"),
         (lambda data: data[:66_000] + bytes([data[66_000] ^ 1]) + data[66_001:], "is damaged .*hash mismatch"),
         (lambda data: bytes(len(data)), "is damaged"),

@@ -287,6 +287,8 @@ class FolderSource:
     numbers: Mapping[str, Float32[np.ndarray, " images"]]
     """By name, of metadata or .json; NaN where an image has none."""
     _captions: list[tuple[str, ...]] = dataclasses.field(repr=False)
+    _lengths: list[int] = dataclasses.field(repr=False)
+    """Bytes of the image files."""
     _refused: list[Refused] = dataclasses.field(repr=False)
 
     def _file_name(self, image: int) -> str:
@@ -315,13 +317,13 @@ class FolderSource:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names, captions, sizes and numbers of all images; not of their pixels."""
-        rows: list[Any] = []
-        for image, captions in enumerate(self._captions):
-            told = captions[0] if len(captions) == 1 else captions
-            rows.append([self._file_name(image), told, *self.sizes[image].tolist()])
-        if self.numbers:
-            rows.append({name: values.tolist() for name, values in self.numbers.items()})
+        """A hash of names, captions, sizes, numbers and file lengths of all images; not of their pixels, which would
+        have to be read."""
+        rows: list[Any] = [
+            [self._file_name(image), captions, *self.sizes[image].tolist(), length]
+            for image, (captions, length) in enumerate(zip(self._captions, self._lengths, strict=True))
+        ]
+        rows.append({name: values.tolist() for name, values in self.numbers.items()})
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -329,6 +331,8 @@ class _Found(NamedTuple):
     """One picture that can be used."""
 
     path: Path
+    length: int
+    """Bytes."""
     size: tuple[int, int]
     captions: tuple[str, ...]
     numbers: Mapping[str, float]
@@ -380,7 +384,8 @@ def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: 
         try:
             captions, numbers = _captions(str(folder), picture)
             with _open(str(path)) as file:
-                return _Found(path, usable_size(file, verify=verify), captions, numbers)
+                length = os.fstat(file.fileno()).st_size
+                return _Found(path, length, usable_size(file, verify=verify), captions, numbers)
         except Unusable as problem:
             return Refused(printable(picture.name), printable(str(problem)))
 
@@ -402,5 +407,6 @@ def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: 
         sizes=np.array([found.size for found in usable], np.int32),
         numbers=_columns([found.numbers for found in usable]),
         _captions=[found.captions for found in usable],
+        _lengths=[found.length for found in usable],
         _refused=refused,
     )

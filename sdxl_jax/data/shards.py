@@ -19,18 +19,15 @@ Not here: writing one (shard_writing), reading sources (records), the parallel b
 import dataclasses
 import itertools
 import json
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from sdxl_jax.data.images import decode, why_unreadable
+from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
 
@@ -40,8 +37,6 @@ HASH_BYTES = 16
 
 DESCRIPTION, UNFINISHED = "shards.json", "build.json"  # a folder has the second alone until its build is complete
 REFUSED, CAPTIONS, NAMES, INDEX, SHARDS = "refused.jsonl", "captions.bin", "names.bin", "index", "shards"
-
-_OPEN_SHARDS = 256  # of 0.04 MB and one file each; to open one again takes 0.4 ms
 
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "size": ("<i4", (2,)),
@@ -59,50 +54,6 @@ COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
 def shard_path(folder: Path, shard: int) -> Path:
     """Where the shard of that number lies in the shard set `folder`."""
     return folder / SHARDS / f"{shard:05d}.array_record"
-
-
-class _Readers:
-    """Open shards of one process, those read last. Any number of threads may read."""
-
-    def __init__(self, folder: Path, extents: Int64[np.ndarray, "shards 2"]):
-        self._folder, self._extents = folder, extents
-        self._open: OrderedDict[int, ArrayRecordDataSource] = OrderedDict()
-        self._lock = threading.Lock()
-        self._process = os.getpid()
-
-    def _open_shard(self, shard: int) -> ArrayRecordDataSource:
-        path = shard_path(self._folder, shard)
-        records, size = self._extents[shard].tolist()
-        remedy = "Copy it again from where the shard set was built, or build the shard set anew."
-        try:
-            found = path.stat().st_size
-        except OSError as problem:
-            raise InputError(f"The shard {path} cannot be read ({problem.strerror}). {remedy}") from problem
-        if found != size:
-            raise InputError(
-                f"The shard {path} has {found} bytes where its index expects {size}: it was cut off or replaced. "
-                f"{remedy}"
-            )
-        return ArrayRecordDataSource([f"{path}[0:{records}]"])  # with the count the file need not be opened for it
-
-    def read(self, shard: int, record: int) -> bytes:
-        with self._lock:
-            if self._process != os.getpid():  # after a fork: a reader belongs to the process that opened it
-                self._open, self._process = OrderedDict(), os.getpid()
-            reader = self._open.get(shard)
-        reader = reader or self._open_shard(shard)
-        with self._lock:
-            self._open[shard] = reader
-            self._open.move_to_end(shard)
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)  # closes when the last thread has read
-        try:
-            return reader[record]
-        except (RuntimeError, ValueError) as problem:
-            raise InputError(
-                f"Record {record} of the shard {shard_path(self._folder, shard)} is damaged ({problem}). Copy the "
-                "shard again from where the shard set was built, or build the shard set anew."
-            ) from problem
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +80,7 @@ class ShardSet:
     numbers: Mapping[str, Float32[np.ndarray, " images"]]
     """What the source counts, by name. NaN where an image has none."""
     _columns: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
-    _readers: _Readers = dataclasses.field(repr=False)
+    _files: RecordFiles = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -173,7 +124,9 @@ class ShardSet:
         Raises InputError, naming the shard, where it is missing, cut off or damaged.
         """
         self._check(image)
-        return self._readers.read(int(self._columns["shard"][image]), int(self._columns["record"][image]))
+        shard = int(self._columns["shard"][image])
+        size = int(self._columns["shard_extent"][shard, 1])
+        return self._files.read(shard_path(self.path, shard), int(self._columns["record"][image]), size)
 
     def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
         """RGB, 0..255, upright; with `at_least` perhaps shrunk, as in `images.decode`.
@@ -291,7 +244,7 @@ def open_shards(path: str | Path) -> ShardSet:
             hashes=columns["hash"],
             numbers=numbers,
             _columns=columns,
-            _readers=_Readers(path, columns["shard_extent"]),
+            _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set anew."),
         )
     except (OSError, ValueError, EOFError, KeyError, TypeError) as problem:
         raise InputError(
