@@ -451,7 +451,8 @@ def plot_memory(results: dict[str, Any], path: Path) -> None:
 
 def write_index(folder: Path, shards: Path, images: int) -> None:
     """An index of so many images, whose sizes and bytes are those of a small shard set's records, drawn at random."""
-    from sdxl_jax.data.shards import DESCRIPTION, FORMAT, Columns, IndexWriter, open_shards, shard_path
+    from sdxl_jax.data.shard_writing import Columns, IndexWriter
+    from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
 
     small, rng = open_shards(shards), np.random.default_rng(0)
     real = shard_path(folder, 0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import UInt8
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset, Loader
@@ -34,10 +34,8 @@ class Crops(NamedTuple):
     """For each image, its crops; none where it is damaged."""
     reasons: list[str]
     """For each image, why it cannot be used; empty where it can."""
-    captions: list[int]
-    """For each image, how many it has; none where it is damaged."""
-    tokens: dict[str, Int32[np.ndarray, "captions 77"]]
-    """Of all of them, by tokenizer."""
+    captions: list[tuple[str, ...]]
+    """For each image, all that it has; none where it is damaged."""
 
     def pixels(self, crop: int) -> UInt8[np.ndarray, "images height width 3"]:
         """That crop of each image; black for a damaged one."""
@@ -64,19 +62,17 @@ class _CropLoader:
 
     def __call__(self, group: Group) -> Crops:
         bucket = self.load.buckets[group.bucket]
-        crops = Crops(bucket, [], [], [], {})
-        captions: list[str] = []
+        crops = Crops(bucket, [], [], [])
         for image in self.load.order.numbers[group.positions.start : group.positions.stop].tolist():
             try:
                 examples, reason = [self.load.fixed(image, crop, bucket) for crop in range(self.crops)], ""
-                told = self.load.source.captions(image)
+                captions = self.load.source.captions(image)
             except InputError as problem:
-                examples, reason, told = [], f"{self.load.source.name(image)}: {problem}", ()
+                examples, reason, captions = [], str(problem), ()
             crops.examples.append(examples)
             crops.reasons.append(reason)
-            crops.captions.append(len(told))
-            captions += told
-        return crops._replace(tokens=dict(self.load.tokenize(captions)))
+            crops.captions.append(captions)
+        return crops
 
 
 def load(dataset: BucketedDataset, positions: range, size: int) -> Iterator[Crops]:

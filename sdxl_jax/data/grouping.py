@@ -7,18 +7,20 @@ Not here: their order (order), reading them.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.mixture import Mixture
-from sdxl_jax.data.sources import Refused
+from sdxl_jax.data.sources import Pictures, Refused
 from sdxl_jax.errors import InputError, nearest_first
 
+_THREADS = 8
 _CHUNK = 1 << 20
 """Images looked at together: fifty million at once would take gigabytes."""
 
@@ -45,6 +47,16 @@ class Grouping:
         return [sum(map(len, bucket)) for bucket in self.members]
 
 
+class _Chunk(NamedTuple):
+    """Consecutive images of one source."""
+
+    members: list[Int32[np.ndarray, " _"]]
+    """By bucket."""
+    left_out: dict[str, Int32[np.ndarray, " _"]]
+    """By the names of Grouping."""
+    closest: float
+
+
 def group(
     mixture: Mixture,
     buckets: Sequence[Bucket],
@@ -60,41 +72,50 @@ def group(
 
     Raises InputError where a source has no number of that name.
     """
-    members: list[list[np.ndarray]] = [[] for _ in buckets]
-    left_out: dict[str, list[np.ndarray]] = {"misfits": [], "nearest": [], "unrated": [], "too_small": []}
-    closest = math.inf
-    for source, start in zip(mixture.sources, mixture.starts, strict=False):
-        scores = None if score is None else source.numbers.get(score)
-        if score is not None and scores is None:
-            known = ", ".join(nearest_first(score, source.numbers)) or "none"
-            raise InputError(
-                f"data.aesthetic={score}: {source.path} has no number of that name. It has, nearest first: {known}"
-            )
-        chunks: list[list[np.ndarray]] = [[] for _ in buckets]
-        for first in range(0, len(source.sizes), _CHUNK):
-            sizes = source.sizes[first : first + _CHUNK]
-            numbers = np.arange(start + first, start + first + len(sizes), dtype=np.int32)
-            large = sizes.min(axis=1) >= min_size
-            rated = np.ones_like(large) if scores is None else ~np.isnan(scores[first : first + _CHUNK])
-            left_out["too_small"].append(numbers[~large])
-            left_out["unrated"].append(numbers[large & ~rated])
-            if not (large & rated).all():
-                sizes, numbers = sizes[large & rated], numbers[large & rated]
-            nearest, distance = assign(sizes, buckets)
-            fits = distance <= max_aspect_distance
-            closest = min(closest, distance.min(initial=math.inf))
-            left_out["misfits"].append(numbers[~fits])
-            left_out["nearest"].append(nearest[~fits])
-            if not fits.all():
-                numbers, nearest = numbers[fits], nearest[fits]
-            by_bucket = np.argsort(nearest.astype(np.uint16), kind="stable")  # by counting: quicker than comparing
-            ends = np.cumsum(np.bincount(nearest, minlength=len(buckets)))[:-1]
-            for of_bucket, found in zip(chunks, np.split(numbers[by_bucket], ends), strict=True):
-                of_bucket.append(found)
-        for bucket, of_bucket in zip(members, chunks, strict=True):
-            bucket.append(np.concatenate(of_bucket or [np.zeros(0, np.int32)]))
-    joined = {name: np.concatenate(arrays or [np.zeros(0, np.int32)]) for name, arrays in left_out.items()}
-    return Grouping(members, **joined, closest=float(closest))
+
+    def look(place: tuple[Pictures, int, int]) -> _Chunk:
+        source, start, first = place
+        sizes = source.sizes[first : first + _CHUNK]
+        numbers = np.arange(start + first, start + first + len(sizes), dtype=np.int32)
+        left_out = {}
+        if min_size > 1:
+            large = np.minimum(sizes[:, 0], sizes[:, 1]) >= min_size
+            left_out["too_small"], sizes, numbers = numbers[~large], sizes[large], numbers[large]
+        if score is not None:
+            rated = ~np.isnan(source.numbers[score][numbers - start])
+            left_out["unrated"], sizes, numbers = numbers[~rated], sizes[rated], numbers[rated]
+        nearest, distance = assign(sizes, buckets)
+        closest = float(distance.min(initial=math.inf))
+        fits = distance <= max_aspect_distance
+        if not fits.all():
+            left_out |= {"misfits": numbers[~fits], "nearest": nearest[~fits]}
+            numbers, nearest = numbers[fits], nearest[fits]
+        by_bucket = np.argsort(nearest.astype(np.uint16), kind="stable")  # by counting: quicker than comparing
+        ends = np.cumsum(np.bincount(nearest, minlength=len(buckets)))[:-1]
+        return _Chunk(np.split(numbers[by_bucket], ends), left_out, closest)
+
+    of_sources = []
+    with ThreadPool(_THREADS) as pool:  # numpy lets go of the interpreter's lock
+        for source, start in zip(mixture.sources, mixture.starts, strict=False):
+            if score is not None and score not in source.numbers:
+                known = ", ".join(nearest_first(score, source.numbers)) or "none"
+                raise InputError(
+                    f"data.aesthetic={score}: {source.path} has no number of that name. It has, nearest first: {known}"
+                )
+            of_sources.append(pool.map(look, [(source, start, at) for at in range(0, len(source.sizes), _CHUNK)]))
+    nothing = np.zeros(0, np.int32)
+    chunks = [chunk for of_source in of_sources for chunk in of_source]
+    return Grouping(
+        members=[
+            [np.concatenate([nothing, *(chunk.members[number] for chunk in of_source)]) for of_source in of_sources]
+            for number in range(len(buckets))
+        ],
+        **{
+            name: np.concatenate([nothing, *(chunk.left_out.get(name, nothing) for chunk in chunks)])
+            for name in ("misfits", "nearest", "unrated", "too_small")
+        },
+        closest=min((chunk.closest for chunk in chunks), default=math.inf),
+    )
 
 
 def merge_small(
@@ -142,7 +163,3 @@ def too_small(grouping: Grouping, mixture: Mixture, min_size: int) -> Iterator[R
     for image in grouping.too_small.tolist():
         height, width = mixture.size(image)
         yield Refused(mixture.name(image), f"{height}×{width} (height × width), below data.min_size={min_size}")
-
-
-def first_few(refused: Iterator[Refused], count: int) -> list[Refused]:
-    return list(itertools.islice(refused, count))

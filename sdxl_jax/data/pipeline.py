@@ -43,7 +43,7 @@ from sdxl_jax.data.transforms import CropMode, Example, cover_crop, cover_size
 from sdxl_jax.errors import InputError
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
-"""Captions to token numbers, one entry a tokenizer. It is sent to worker processes, so it must pickle."""
+"""Captions to token numbers, one entry a tokenizer."""
 
 _T = TypeVar("_T")
 _IN_A_ROW = 100
@@ -142,8 +142,13 @@ class Read(NamedTuple):
     text: Text
 
 
-class _Loaded(NamedTuple):
+class Loaded(NamedTuple):
+    """What a worker makes of a step. Tokens come later: a tokenizer's imports would be each worker's own."""
+
     batch: Batch
+    """Without tokens, unless a cache has them."""
+    captions: tuple[str, ...]
+    """One a row, unless a cache has their tokens."""
     bad: tuple[str, ...]
     """Why images were replaced."""
 
@@ -156,7 +161,6 @@ class Loader:
     order: Order
     buckets: tuple[Bucket, ...]
     config: DataConfig
-    tokenize: Tokenize
     host_index: int
     host_count: int
     cache: Cache | None = None
@@ -225,7 +229,7 @@ class Loader:
         share = self.order.buckets[self.order.bucket(step)].batch_size // self.host_count
         return range(self.host_index * share, (self.host_index + 1) * share)
 
-    def __call__(self, step: int) -> _Loaded:
+    def __call__(self, step: int) -> Loaded:
         bad: list[str] = []
         replaced = []
 
@@ -237,16 +241,17 @@ class Loader:
                 replaced.append(len(bad) > before)
             return found
 
-        batch = self._decoded(all_rows(self.draw)) if self.cache is None else self._encoded(all_rows(self.read))
-        return _Loaded(batch._replace(replaced=np.array(replaced)), tuple(bad))
+        if self.cache is None:
+            drawn = all_rows(self.draw)
+            batch, captions = self._decoded(drawn), tuple(one.caption for one in drawn)
+        else:
+            batch, captions = self._encoded(all_rows(self.read)), ()
+        return Loaded(batch._replace(replaced=np.array(replaced)), captions, tuple(bad))
 
     def _decoded(self, drawn: list[Drawn]) -> Batch:
         examples = [one.example for one in drawn]
-        return Batch(
-            image=np.stack([example.image for example in examples]),
-            tokens=dict(self.tokenize([one.caption for one in drawn])),
-            **self._told([one.image for one in drawn], examples),
-        )
+        images = np.stack([example.image for example in examples])
+        return Batch(image=images, tokens={}, **self._told([one.image for one in drawn], examples))
 
     def _encoded(self, read: list[Read]) -> Batch:
         crops, texts = [one.crop for one in read], [one.text for one in read]
@@ -358,7 +363,10 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
                     "them (data.verify_images=true with data.on_refused=skip finds them in a folder before the work "
                     "starts), or raise data.max_bad_share."
                 )
-            yield loaded.batch
+            if loaded.captions:
+                yield loaded.batch._replace(tokens=dict(dataset.tokenize(list(loaded.captions))))
+            else:
+                yield loaded.batch
     finally:
         source.clear()
 
@@ -370,7 +378,7 @@ class BucketedDataset:
 
     Args:
         config: what to read; batch sizes count all hosts.
-        tokenize: captions to token numbers; picklable where `config.workers` is not 0.
+        tokenize: captions to token numbers, in this process.
         host_index, host_count: this host takes rows host_index · n to (host_index + 1) · n of each global batch, with
             n = batch size / host_count.
 
@@ -381,6 +389,7 @@ class BucketedDataset:
     def __init__(self, config: DataConfig, tokenize: Tokenize, *, host_index: int = 0, host_count: int = 1):
         _check(config, host_index, host_count)
         self.config = config
+        self.tokenize = tokenize
         self.buckets = check_buckets(config.buckets)
         batch_sizes = _batch_sizes(config, self.buckets)
         # Refusals are settled below, so that one message names those of the sources and those of the buckets.
@@ -406,9 +415,11 @@ class BucketedDataset:
         if config.small_buckets == "merge":
             self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, batch_sizes)
         self.order = Order(self._grouping.members, self.source.weights, batch_sizes, config.seed)
+        self._used = [sum(map(len, of_source)) for of_source in zip(*self._grouping.members, strict=True)]
+        self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
         self.epoch_steps = self.order.epoch_steps
         """Steps an epoch."""
-        self.loader = Loader(self.source, self.order, self.buckets, config, tokenize, host_index, host_count)
+        self.loader = Loader(self.source, self.order, self.buckets, config, host_index, host_count)
 
     @property
     def where(self) -> str:
@@ -455,13 +466,10 @@ class BucketedDataset:
 
     def shares(self) -> list[Share]:
         """What each source gives to an epoch."""
-        images = [
-            sum(len(bucket[number]) for bucket in self._grouping.members) for number in range(len(self.source.sources))
-        ]
-        total = sum(weight * count for weight, count in zip(self.source.weights, images, strict=True))
+        total = sum(weight * count for weight, count in zip(self.source.weights, self._used, strict=True))
         return [
             Share(str(source.path), weight, count, weight * count / total)
-            for source, weight, count in zip(self.source.sources, self.source.weights, images, strict=True)
+            for source, weight, count in zip(self.source.sources, self.source.weights, self._used, strict=True)
         ]
 
     @property
@@ -475,7 +483,7 @@ class BucketedDataset:
     @property
     def fingerprint(self) -> str:
         """Names what is trained on, and how many of it in which buckets; not the pixels."""
-        content = [self.source.fingerprint, self._grouping.counts()]
+        content = [self.source.fingerprint, [bucket.images for bucket in self.order.buckets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def bucket_of(self, step: int) -> Bucket:
@@ -496,7 +504,7 @@ class BucketedDataset:
                     tqdm.write(f"  replaced: {reason}")
 
     def iter_dataset(self, start_step: int = 0, stop_step: int = LAST_STEP) -> grain.IterDataset:
-        """This host's batches of those steps as Grain's dataset, each with the reasons why images were replaced."""
+        """This host's batches of those steps as Grain's dataset, each as `Loaded`."""
         grain.config.update("py_traceback_filtering", "off")  # which else rewrites the message of every error
         steps = grain.MapDataset.range(start_step, stop_step)
         ahead = grain.ReadOptions(num_threads=self.config.read_ahead, prefetch_buffer_size=self.config.read_ahead)

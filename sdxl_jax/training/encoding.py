@@ -14,7 +14,7 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
@@ -145,28 +145,31 @@ class _Pending(NamedTuple):
     """A group whose encoding has been started."""
 
     crops: Crops
+    tokens: dict[str, TokenIds]
+    """Of all captions, by tower."""
     posteriors: list[vae.Posterior]
     """One a crop, batch of images."""
     conditions: list[text.TextCondition]
     """Batches of captions."""
 
 
-def _start(encoders: _Encoders, crops: Crops) -> _Pending:
-    posteriors, conditions = [], []
-    if any(crops.examples):
-        count = max(map(len, crops.examples))
-        posteriors = [encoders.images(encoders.spread(crops.pixels(crop))) for crop in range(count)]
-        for start in range(0, sum(crops.captions), encoders.batch_size):
-            batch = {name: tokens[start : start + encoders.batch_size] for name, tokens in crops.tokens.items()}
-            conditions.append(encoders.captions(encoders.spread(batch)))
-    return _Pending(crops, posteriors, conditions)
+def _start(encoders: _Encoders, tokenizer: Tokenizer, crops: Crops) -> _Pending:
+    captions = [caption for captions in crops.captions for caption in captions]
+    tokens: dict[str, Any] = dict(tokenizer(captions))
+    count = max(map(len, crops.examples))
+    posteriors = [encoders.images(encoders.spread(crops.pixels(crop))) for crop in range(count)]
+    conditions = []
+    for start in range(0, len(captions), encoders.batch_size):
+        batch = {name: rows[start : start + encoders.batch_size] for name, rows in tokens.items()}
+        conditions.append(encoders.captions(encoders.spread(batch)))
+    return _Pending(crops, tokens, posteriors, conditions)
 
 
 def _write(writer: PieceWriter, pending: _Pending) -> None:
     """Waits for the devices."""
     crops = pending.crops
     posteriors = jax.device_get(pending.posteriors)
-    texts = iter(_texts(crops, jax.device_get(pending.conditions)))
+    texts = _texts(pending.tokens, jax.device_get(pending.conditions))
     for row, (examples, reason, captions) in enumerate(zip(crops.examples, crops.reasons, crops.captions, strict=True)):
         if not examples:
             writer.refuse(reason)
@@ -183,20 +186,25 @@ def _write(writer: PieceWriter, pending: _Pending) -> None:
             )
             for posterior, example in zip(posteriors, examples, strict=True)
         ]
-        writer.add(encoded, list(itertools.islice(texts, captions)))
+        writer.add(encoded, list(itertools.islice(texts, len(captions))))
 
 
-def _texts(crops: Crops, conditions: Any) -> Iterator[Text]:
-    """One a caption, of batches of text.TextCondition on the host."""
+def _texts(tokens: Mapping[str, Any], conditions: Any) -> Iterator[Text]:
+    """One a caption, of batches of text.TextCondition on the host; the last one is filled up."""
     rows = ((condition, row) for condition in conditions for row in range(len(condition.context)))
-    for number, (condition, row) in zip(range(sum(crops.captions)), rows, strict=False):
-        tokens = {name: each[number] for name, each in crops.tokens.items()}
+    count = len(next(iter(tokens.values())))
+    for number, (condition, row) in enumerate(itertools.islice(rows, count)):
         pooled = None if condition.pooled is None else condition.pooled[row]
-        yield Text(tokens, condition.context[row], pooled)
+        yield Text({name: each[number] for name, each in tokens.items()}, condition.context[row], pooled)
 
 
 def encode(
-    config: TrainConfig, *, batch_size: int = 8, share: tuple[int, int] | None = None, progress: bool = True
+    config: TrainConfig,
+    *,
+    batch_size: int = 8,
+    share: tuple[int, int] | None = None,
+    piece_images: int = 1024,
+    progress: bool = True,
 ) -> Plan:
     """Writes `config.data.cache`, or what is missing of it.
 
@@ -204,6 +212,7 @@ def encode(
         config: of the training that is to read the cache: its data, model, weights (`training.init_from`) and compute.
         batch_size: pictures, or captions, encoded at once; rounded up to a multiple of this host's devices.
         share: (i, n): of every n pieces, the i-th, 0 to n − 1. None: by jax's processes.
+        piece_images: images a piece. Higher: fewer files, more is lost to an interruption.
         progress: show images and images a second at a terminal.
 
     An image that cannot be read is named and marked, and training replaces it. Returns the plan, which knows what is
@@ -233,21 +242,24 @@ def encode(
             images=len(dataset.order.numbers),
             crops=config.data.crops_per_image,
             towers=tuple(tower.name for tower in config.model.text),
+            piece_images=piece_images,
         )
         encoders = _encoders(config, params, mesh, batch_size)
         pieces = plan.missing(index, count)
         images = sum(len(plan.images_of(piece)) for piece in pieces)
         with tqdm(desc="encoding", unit=" images", total=images, disable=None if progress else True) as bar:
             for piece in pieces:
-                _encode_piece(encoders, dataset, plan, piece, bar)
+                _encode_piece(encoders, tokenizer, dataset, plan, piece, bar)
     return plan
 
 
-def _encode_piece(encoders: _Encoders, dataset: BucketedDataset, plan: Plan, piece: int, bar: tqdm) -> None:
+def _encode_piece(
+    encoders: _Encoders, tokenizer: Tokenizer, dataset: BucketedDataset, plan: Plan, piece: int, bar: tqdm
+) -> None:
     pending = None
     with PieceWriter(plan, piece) as writer:
         for crops in cropping.load(dataset, plan.images_of(piece), encoders.batch_size):
-            started = _start(encoders, crops)
+            started = _start(encoders, tokenizer, crops)
             if pending is not None:
                 _write(writer, pending)  # while the devices work on the next group
             pending = started
