@@ -5,6 +5,7 @@ Exit code 0 when done; 2 when the input is at fault, with one message on stderr 
 
 import dataclasses
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -503,6 +504,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             near = ", ".join(nearest_first(given[0], _COMMANDS))
             raise InputError(f"There is no command {given[0]!r}. Known, nearest first: {near}")
         _COMMANDS[given[0]][0](given[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads our output has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except InputError as error:
         if debug:
             traceback.print_exc()

@@ -23,6 +23,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig, path_name
 from sdxl_jax.training import loop, optimiser
 from sdxl_jax.training.checkpoint import Checkpoints, restore
+from sdxl_jax.training.encoding import fingerprint
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import make_step
 
@@ -166,6 +167,9 @@ def main(scratch: Path) -> dict[str, Any]:
             "misplaced": misplaced(together[-1].state, places),
         }
         everywhere[layout] = places
+    part = {"unet": {"mid_block": single.params["unet"]["mid_block"]}}
+    meshes = {"single": mesh_of("single"), "2×4": mesh_of("2×4"), "4×2": mesh_of("4×2")}
+    results["fingerprints"] = {layout: fingerprint(sharding.put(mesh, part)) for layout, mesh in meshes.items()}
     results["restored"] = restored(scratch, together[-1].state, everywhere)
     return results
 

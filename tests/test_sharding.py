@@ -86,6 +86,12 @@ def test_checkpoint_of_one_layout_restores_under_another_bit_for_bit(results: di
     assert misplaced == []
 
 
+def test_fingerprint_of_parameters_does_not_depend_on_the_layout(results: dict[str, Any]) -> None:
+    """With which a cache is recognised."""
+    assert len(results["fingerprints"]) == 3
+    assert len(set(results["fingerprints"].values())) == 1
+
+
 def test_minus_one_fills_an_axis(results: dict[str, Any]) -> None:
     assert results["devices"] == 8
     assert results["filled"] == [{"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2}]

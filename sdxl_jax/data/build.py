@@ -27,7 +27,6 @@ import os
 import pickle
 import shutil
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -40,6 +39,7 @@ from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
 from sdxl_jax.data.captions import check_number_names
+from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.records import Record, Unit, read, units
 from sdxl_jax.data.shard_writing import IndexWriter, Part, PartWriter, select, sync, write_json
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
@@ -90,14 +90,7 @@ def _worker_starts(shared: _Shared) -> None:
     global _shared
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the first one stops us
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)  # killed together: what runs next finds nobody else writing
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Source:
     folder: str
     """As data.folder."""
     weight: float = 1.0
-    """How often each of its images comes an epoch, on average: 2 is twice, 0.5 in every second epoch."""
+    """How often each of its images comes an epoch, on average: 2 is twice, 0.5 is once in two epochs."""
 
 
 class Share(NamedTuple):

@@ -18,8 +18,10 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import grain
@@ -34,13 +36,18 @@ class SharedArray:
     def __init__(self, values: np.ndarray, path: str | None = None):
         self.values = values
         self._path = path
+        self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is None:
-            descriptor, self._path = tempfile.mkstemp(prefix="sdxl_jax_", suffix=".npy")
-            weakref.finalize(self, os.unlink, self._path)
-            with open(descriptor, "wb") as file:
+        with self._lock:  # Grain pickles for several workers at a time: none may be told of a file that is half written
+            if self._path is None:
+                # Where the system lets it, without a name: nothing of it stays, however this process ends.
+                nameless = os.path.isdir("/proc/self/fd")
+                file = tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile()  # noqa: SIM115
+                weakref.finalize(self, file.close)
                 np.save(file, self.values)
+                file.flush()
+                self._path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if nameless else file.name
         return _map, (self._path,)
 
 
@@ -81,12 +88,14 @@ class _Bucket:
         self._members = members
         # For each source: places that every image has, then places for a part of the images.
         self._whole = [math.floor(weight) * count for _, count, weight in members]
-        self._part = [math.ceil((weight - math.floor(weight)) * count) for _, count, weight in members]
-        lengths = [whole + part for whole, part in zip(self._whole, self._part, strict=True)]
-        self._ends = list(itertools.accumulate(lengths))
+        # Of the decimal number: 2.2 − 2 is a bit more than 0.2, and 5 times that would be rounded up to 2.
+        self._part = [math.ceil(Fraction(str(weight)) % 1 * count) for _, count, weight in members]
+        self.lengths = [whole + part for whole, part in zip(self._whole, self._part, strict=True)]
+        """Places of each of the members."""
+        self._ends = list(itertools.accumulate(self.lengths))
         self._turns = [_Shuffled(count, seed) for _, count, _ in members]
         self.images = sum(count for _, count, _ in members)
-        self.places = sum(lengths)
+        self.places = sum(self.lengths)
         """In an epoch, before they are repeated to fill one batch."""
         self.batch_size = batch_size
         filled = max(self.places, batch_size) if self.places else 0
@@ -133,13 +142,18 @@ class Order:
         self._numbers = SharedArray(np.concatenate(flat).astype(np.int32, copy=False))
         first = 0
         self.buckets: list[_Bucket] = []
+        self.source_images, self.source_places = [0] * len(weights), [0] * len(weights)
+        """Of each source: images, and their places in an epoch, before buckets are cut into batches."""
         for bucket, batch_size in zip(members, batch_sizes, strict=True):
-            of_sources = []
-            for numbers, weight in zip(bucket, weights, strict=True):
+            of_sources = {}
+            for source, (numbers, weight) in enumerate(zip(bucket, weights, strict=True)):
                 if len(numbers):
-                    of_sources.append((first, len(numbers), weight))
+                    of_sources[source] = (first, len(numbers), weight)
                 first += len(numbers)
-            self.buckets.append(_Bucket(of_sources, batch_size, seed))
+            self.buckets.append(_Bucket(list(of_sources.values()), batch_size, seed))
+            for source, places in zip(of_sources, self.buckets[-1].lengths, strict=True):
+                self.source_images[source] += len(bucket[source])
+                self.source_places[source] += places
         self._ends = list(itertools.accumulate(bucket.batches for bucket in self.buckets))
         self.epoch_steps = self._ends[-1]
         """Steps an epoch."""

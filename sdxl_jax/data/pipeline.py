@@ -38,6 +38,7 @@ from sdxl_jax.data.cache import Cache, Crop, Text
 from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.opening import open_pictures
 from sdxl_jax.data.order import LAST_STEP, Order
+from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.sources import OnRefused, Refused, stop_if_refused, summary
 from sdxl_jax.data.transforms import CropMode, Example, cover_crop, cover_size
 from sdxl_jax.errors import InputError
@@ -371,6 +372,11 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
         source.clear()
 
 
+def _worker_starts(worker: int, workers: int) -> None:
+    """Grain's would wait for ever where the process that reads from them is killed."""
+    end_with_parent()
+
+
 class BucketedDataset:
     """Batches for one host, and what an epoch of them takes.
 
@@ -415,7 +421,6 @@ class BucketedDataset:
         if config.small_buckets == "merge":
             self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, batch_sizes)
         self.order = Order(self._grouping.members, self.source.weights, batch_sizes, config.seed)
-        self._used = [sum(map(len, of_source)) for of_source in zip(*self._grouping.members, strict=True)]
         self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
         self.epoch_steps = self.order.epoch_steps
         """Steps an epoch."""
@@ -466,11 +471,9 @@ class BucketedDataset:
 
     def shares(self) -> list[Share]:
         """What each source gives to an epoch."""
-        total = sum(weight * count for weight, count in zip(self.source.weights, self._used, strict=True))
-        return [
-            Share(str(source.path), weight, count, weight * count / total)
-            for source, weight, count in zip(self.source.sources, self.source.weights, self._used, strict=True)
-        ]
+        folders = [str(source.path) for source in self.source.sources]
+        shares = [count / sum(self.order.source_places) for count in self.order.source_places]
+        return list(map(Share, folders, self.source.weights, self.order.source_images, shares))
 
     @property
     def assignment(self) -> str:
@@ -513,7 +516,7 @@ class BucketedDataset:
             return batches
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's own programs parse
-        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers))
+        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers), _worker_starts)
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """This host's batches from `start_step` on, without end, decoded ahead.

@@ -1,0 +1,469 @@
+"""The promise of sdxl_jax.data that the position is the step: wherever a run stopped, it goes on with the same bytes,
+with any number of workers and hosts, from pictures and from a cache."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+from PIL import Image
+
+from sdxl_jax.arrays import Batch
+from sdxl_jax.data.cache import Crop, PieceWriter, Text, begin, open_cache
+from sdxl_jax.data.mixture import Source
+from sdxl_jax.data.order import Order
+from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+
+TESTS = str(Path(__file__).parent)
+
+Fields = dict[str, np.ndarray]
+
+# (height, width) and how many of them. Of the first source each image comes twice an epoch, of the second 0.7 times.
+FIRST = {(20, 26): 11, (17, 33): 9, (70, 33): 1}
+SECOND = {(40, 44): 6, (20, 41): 3, (64, 34): 1}
+DAMAGED = {"first": (3,), "second": (9,)}
+"""Their headers are whole, so that they are listed; the last one is in a bucket smaller than a batch."""
+EPOCH = 9
+"""Steps: 27 places in batches of 8, 21 in batches of 4, and 3 that are repeated to fill one batch."""
+STOPS = (0, 1, 4, EPOCH - 1, EPOCH, 10**6)
+STEPS = 6
+"""Read at each: from the middle, on into the next epoch, and more than there are workers."""
+
+
+def tokenize(captions: list[str]) -> dict[str, np.ndarray]:
+    """77 times the number in the caption."""
+    return {"clip": np.array([[int(caption.split()[-1])] * 77 for caption in captions], np.int32)}
+
+
+def slowly(captions: list[str]) -> dict[str, np.ndarray]:
+    """The same, so that a kill falls between two batches."""
+    time.sleep(0.02)
+    return tokenize(captions)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """A folder of two, with two or three captions and a score to each image."""
+    root, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
+    for source, (name, counts) in enumerate({"first": FIRST, "second": SECOND}.items()):
+        folder = root / name
+        folder.mkdir()
+        lines = []
+        for number, (height, width) in enumerate(size for size, count in counts.items() for _ in range(count)):
+            file = folder / f"{number:02d}.png"
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file)
+            if number in DAMAGED[name]:
+                file.write_bytes(file.read_bytes()[:200])
+            first = 1000 * source + 10 * number
+            texts = [f"caption {first + caption}" for caption in range(2 + number % 2)]
+            lines.append(json.dumps({"file_name": file.name, "text": texts, "score": 4 + number / 8}))
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return root
+
+
+def open_dataset(sources: Path, **changes: Any) -> BucketedDataset:
+    hosts = {name: changes.pop(name) for name in ("host_index", "host_count") if name in changes}
+    config = DataConfig(
+        sources=(Source(str(sources / "first"), 2.0), Source(str(sources / "second"), 0.7)),
+        buckets=((16, 16), (16, 32), (32, 16)),
+        batch_size=4,
+        batch_pixels=8 * 256,
+        flip_probability=0.5,
+        aesthetic="score",
+        verify_images=False,
+        max_bad_share=1.0,
+        seed=7,
+    )
+    text = changes.pop("tokenize", tokenize)
+    return BucketedDataset(dataclasses.replace(config, **changes), text, **hosts)
+
+
+def fields(batch: Batch) -> Fields:
+    """All arrays of a batch, by name."""
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(batch)}
+
+
+def digest(batch: Batch) -> str:
+    named = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(fields(batch).items()):
+        named.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return named.hexdigest()
+
+
+def read(dataset: BucketedDataset, start: int, count: int) -> list[Fields]:
+    batches = dataset.iterate(start)
+    # It names the damaged images each time, which would hide the table below.
+    with contextlib.closing(batches), contextlib.redirect_stdout(io.StringIO()):
+        return [fields(batch) for batch in itertools.islice(batches, count)]
+
+
+def joined(hosts: list[list[Fields]]) -> list[Fields]:
+    """Each step's rows of all hosts."""
+    return [
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(*hosts, strict=True)
+    ]
+
+
+def assert_same(left: list[Fields], right: list[Fields]) -> None:
+    assert len(left) == len(right)
+    for step, (one, other) in enumerate(zip(left, right, strict=True)):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            assert array.dtype == other[name].dtype, name
+            np.testing.assert_array_equal(array, other[name], err_msg=f"{name}, batch {step} of those read")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(sources) -> Callable[[int], list[Fields]]:
+    """What one host without workers reads from a step on, in a run that began earlier: at step 0, or, a million
+    batches being too many, just before."""
+    dataset = open_dataset(sources)
+    near = read(dataset, 0, EPOCH + STEPS)
+    far = read(dataset, STOPS[-1] - 3, 3 + STEPS)[3:]
+    return lambda start: far if start == STOPS[-1] else near[start : start + STEPS]
+
+
+def assert_hosts_go_on(sources, expected, workers, hosts, stop):
+    given = [open_dataset(sources, workers=workers, host_index=host, host_count=hosts) for host in range(hosts)]
+    assert_same(joined([read(dataset, stop, STEPS) for dataset in given]), expected)
+
+
+def test_the_data_set_has_all_that_may_go_wrong(sources, undisturbed):
+    dataset = open_dataset(sources)
+    assert [bucket[2:7] for bucket in dataset.report()] == [(17, 8, 3, 3, 0), (12, 4, 5, 1, 0), (2, 4, 1, 0, 1)]
+    assert dataset.epoch_steps == EPOCH
+    batches = undisturbed(0) + undisturbed(EPOCH)
+    seen = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0] if name != ".image"}
+    first = sum(FIRST.values())
+    damaged = [*DAMAGED["first"], *(first + number for number in DAMAGED["second"])]
+    assert seen[".replaced"].sum() >= 3 and not np.isin(seen[".example"], damaged).any()
+    image, caption = np.divmod(seen[".tokens['clip']"][:, 0], 10)
+    np.testing.assert_array_equal(image, np.where(seen[".example"] < first, 0, 100 - first) + seen[".example"])
+    assert set(caption.tolist()) == {0, 1, 2}
+    assert len(set(map(tuple, seen[".micro.crop_top_left"].tolist()))) > 6
+    assert len(set(seen[".micro.aesthetic_score"])) > 9
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("stop", STOPS)
+def test_threads_go_on_from_any_step_with_any_number_of_hosts(sources, undisturbed, hosts, stop):
+    assert_hosts_go_on(sources, undisturbed(stop), 0, hosts, stop)
+
+
+@pytest.mark.parametrize(("workers", "hosts", "stop"), [(2, 2, 4), (4, 1, EPOCH - 1)])
+def test_workers_go_on_from_any_step(sources, undisturbed, workers, hosts, stop):
+    assert_hosts_go_on(sources, undisturbed(stop), workers, hosts, stop)
+
+
+@pytest.mark.slow
+def test_any_workers_and_hosts_go_on_from_any_step(sources, undisturbed):
+    """The whole matrix; -s shows it."""
+    print("\nworkers hosts    stop: equal")
+    differences = []
+    for workers, hosts, stop in itertools.product((0, 2, 4), (1, 2, 4), STOPS):
+        started, before = time.monotonic(), len(differences)
+        try:
+            assert_hosts_go_on(sources, undisturbed(stop), workers, hosts, stop)
+        except AssertionError as difference:
+            differences.append(f"{workers} workers, {hosts} hosts, from step {stop}: {difference}")
+        equal = "yes" if len(differences) == before else "NO"
+        print(f"{workers:7} {hosts:5} {stop:7}: {equal:5} {time.monotonic() - started:5.1f} s", flush=True)
+    assert not differences, "\n".join(differences)
+
+
+# Grain's own test
+
+
+def check_states(sources, workers, stop):
+    # Grain compares with np.testing.assert_equal, which goes through named tuples and takes strings and None as well.
+    dataset = open_dataset(sources, workers=workers)
+    grain.experimental.assert_equal_output_after_checkpoint(dataset.iter_dataset(EPOCH - 3, stop))
+
+
+def test_grain_finds_every_state_of_threads_restored(sources):
+    check_states(sources, 0, EPOCH + 3)
+
+
+@pytest.mark.slow
+def test_grain_finds_every_state_of_workers_restored(sources):
+    check_states(sources, 2, EPOCH + 1)
+
+
+def test_grains_test_would_see_a_difference(sources):
+    calls = itertools.count()
+    steps = open_dataset(sources).iter_dataset(0, 3)
+    spoilt = steps.map(lambda loaded: loaded._replace(bad=(*loaded.bad, str(next(calls)))))
+    with pytest.raises(AssertionError, match="Restored values mismatch"):
+        grain.experimental.assert_equal_output_after_checkpoint(spoilt)
+
+
+# Killed
+
+
+IN_CHILD = """
+import sys
+from test_data_resume import go_on
+go_on(*sys.argv[1:])
+"""
+
+
+def go_on(sources: str, file: str, steps: str) -> None:
+    """Appends the digest of each batch that is not there yet. Runs in a process that gets killed."""
+    with open(file, "a+") as digests:
+        digests.seek(0)
+        done = len(digests.readlines())
+        batches = open_dataset(Path(sources), workers=2, tokenize=slowly).iterate(done)
+        with contextlib.closing(batches):
+            for batch in itertools.islice(batches, int(steps) - done):
+                digests.write(digest(batch) + "\n")
+                digests.flush()
+
+
+def start_child(sources: Path, file: Path, steps: int) -> subprocess.Popen:
+    with open(file.with_suffix(".messages"), "a") as messages:
+        return subprocess.Popen(
+            [sys.executable, "-c", IN_CHILD, str(sources), str(file), str(steps)],
+            # Its temporary files are to be found, and not to stay.
+            env=os.environ | {"PYTHONPATH": TESTS, "TMPDIR": str(file.parent), "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=messages,
+            start_new_session=True,  # so that its workers are found
+        )
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def others_of(session: int) -> dict[int, str]:
+    """Command lines of the processes of that session that still run."""
+    found = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, of = status.read_text().rsplit(")", 1)[1].split()[:4]
+            if int(of) == session and state != "Z":
+                found[int(status.parent.name)] = (status.parent / "cmdline").read_text()
+    return found
+
+
+def check_killed(sources, folder, kills, steps):
+    file, rng = folder / "digests.txt", np.random.default_rng(kills)
+    file.touch()
+
+    def done() -> int:
+        return len(file.read_text().splitlines())
+
+    for kill in range(kills):
+        child, before = start_child(sources, file, steps), done()
+        try:
+            if kill % 3 == 1:  # while it starts
+                time.sleep(rng.uniform(0.1, 3))
+            else:  # while it reads
+                enough = before + int(rng.integers(1, steps // kills))
+                wait_until(lambda child=child, enough=enough: done() >= enough or child.poll() is not None)
+                time.sleep(rng.uniform(0, 0.03))
+            child.kill()
+            assert child.wait() == -signal.SIGKILL, file.with_suffix(".messages").read_text()
+        finally:
+            child.kill()
+            wait_until(lambda child=child: not others_of(child.pid))
+        assert not list(folder.glob("sdxl_jax_*"))
+        print(f"killed after batch {done()}")
+    child = start_child(sources, file, steps)
+    try:
+        assert child.wait(120) == 0, file.with_suffix(".messages").read_text()
+    finally:
+        child.kill()
+        wait_until(lambda child=child: not others_of(child.pid))
+    batches = open_dataset(sources).iterate()
+    assert file.read_text().splitlines() == [digest(batch) for batch in itertools.islice(batches, steps)]
+
+
+def test_a_killed_run_goes_on_with_the_batches_it_would_have_had(sources, tmp_path):
+    check_killed(sources, tmp_path, 2, 40)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_has_the_batches_of_an_undisturbed_one(sources, tmp_path):
+    check_killed(sources, tmp_path, 10, 400)
+
+
+# From a cache
+
+
+@pytest.fixture(scope="module")
+def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
+    """open_dataset, from a cache of random numbers: its images stand in the order's order, and one is refused."""
+    dataset, made_from = open_dataset(sources, crops_per_image=2), {"what": "random numbers"}
+    images = len(dataset.order.numbers)
+    plan = begin(
+        tmp_path_factory.mktemp("cache") / "cache",
+        made_from=made_from,
+        images=images,
+        crops=2,
+        towers=("clip",),
+        piece_images=12,
+    )
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(bfloat16)
+
+    def crop(image: int) -> Crop:
+        (bucket,) = (size for number, size in enumerate(dataset.buckets) if image in dataset.order.run(number))
+        size, corner = rng.integers(0, 1000, (2, 2), np.int32)
+        latent = (bucket.height // 8, bucket.width // 8, 4)
+        return Crop(random(*latent), random(*latent), size, corner, np.array(bucket, np.int32), bool(rng.integers(2)))
+
+    def text() -> Text:
+        return Text({"clip": rng.integers(0, 1000, 77, np.int32)}, random(77, 8), random(5))
+
+    for piece in range(plan.pieces):
+        with PieceWriter(plan, piece) as writer:
+            for image in plan.images_of(piece):
+                if image == 5:
+                    writer.refuse("it is the wrong colour")
+                else:
+                    writer.add([crop(image), crop(image)], [text() for _ in range(2 + image % 2)])
+            writer.finish()
+    return lambda **changes: open_dataset(sources, crops_per_image=2, **changes).reading(
+        open_cache(plan.folder, made_from)
+    )
+
+
+@pytest.mark.parametrize(("workers", "hosts"), [(0, 1), (0, 2), (0, 4), (2, 2)])
+def test_reading_a_cache_goes_on_from_any_step_with_any_number_of_hosts(cached, workers, hosts):
+    expected = read(cached(), 0, 10 + STEPS)
+    assert any(batch[".replaced"].any() for batch in expected[10:])
+    assert expected[0][".encoded.mean"].dtype == bfloat16 and ".image" not in expected[0]
+    given = [cached(workers=workers, host_index=host, host_count=hosts) for host in range(hosts)]
+    assert_same(joined([read(dataset, 10, STEPS) for dataset in given]), expected[10:])
+
+
+# The order alone
+
+
+EPOCHS = 6
+
+
+def random_order(rng: np.random.Generator) -> tuple[Order, list[list[np.ndarray]], list[float]]:
+    """(order, members, weights)"""
+    buckets, sources = rng.integers(1, 5), rng.integers(1, 4)
+    weights = [float(weight) for weight in rng.choice([1, 1, 2, 3, 0.5, 0.3, 0.07, 1.5, 2.2], sources)]
+    counts = rng.integers(0, 40, (buckets, sources)) * (rng.random((buckets, sources)) < 0.8)
+    counts[0, 0] += 1
+    shuffled = np.split(rng.permutation(counts.sum()).astype(np.int32), np.cumsum(counts)[:-1])
+    members = [shuffled[bucket * sources : (bucket + 1) * sources] for bucket in range(buckets)]
+    sizes = [int(size) for size in rng.integers(1, 12, buckets)]
+    return Order(members, weights, sizes, int(rng.integers(2**32))), members, weights
+
+
+def places_of(order: Order, bucket: int, epoch: int) -> np.ndarray:
+    """The images of all places of a bucket in an epoch, those that are left over included."""
+    own = order.buckets[bucket]
+    return order.numbers[[own.at(epoch, place) for place in range(own.places)]]
+
+
+def batches_of(order: Order, epoch: int) -> list[tuple[int, np.ndarray]]:
+    """(bucket, images) of each step."""
+    found = []
+    for step in range(epoch * order.epoch_steps, (epoch + 1) * order.epoch_steps):
+        bucket = order.bucket(step)
+        rows = range(order.buckets[bucket].batch_size)
+        found.append((bucket, order.numbers[[order.position(step, row) for row in rows]]))
+    return found
+
+
+def counted(images: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """How often each of `among` is one of the images."""
+    return (images[:, None] == among).sum(axis=0)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_order_takes_each_image_as_its_weight_says_and_no_batch_mixes_buckets(seed):
+    order, members, weights = random_order(np.random.default_rng(seed))
+    taken = [[np.zeros(0, np.int32)] * EPOCHS for _ in members]
+    for epoch in range(EPOCHS):
+        batches = batches_of(order, epoch)
+        for number, own in enumerate(order.buckets):
+            of_bucket = [images for bucket, images in batches if bucket == number]
+            assert len(of_bucket) == own.batches
+            taken[number][epoch] = np.concatenate([*of_bucket, np.zeros(0, np.int32)])
+            assert np.isin(taken[number][epoch], np.concatenate(members[number])).all()
+    for number, own in enumerate(order.buckets):
+        if not own.places:
+            assert not any(map(len, members[number]))
+            continue
+        places = [places_of(order, number, epoch) for epoch in range(EPOCHS)]
+        for images, weight in zip(members[number], weights, strict=True):
+            if not len(images):
+                continue
+            due = np.stack([counted(found, images) for found in places])
+            # Each image has had as many places as any other, or one more. A part of a place is rounded up, once a
+            # bucket and source.
+            each = due.sum(axis=0)
+            assert each.max() - each.min() <= 1
+            too_many = due.sum(axis=1) - weight * len(images)
+            assert (too_many > -1e-9).all() and (too_many < 1 - 1e-9).all()
+            if weight == int(weight):
+                assert (due == weight).all()
+            # Of these places each is taken once an epoch, or is one of those that are left over or repeated.
+            had = np.stack([counted(found, images) for found in taken[number]])
+            if own.repeated:
+                again, further = divmod(own.batch_size, own.places)
+                assert (had >= again * due).all() and (had <= (again + (further > 0)) * due).all()
+            else:
+                assert (had <= due).all()
+                if not own.remainder:
+                    np.testing.assert_array_equal(had, due)
+        assert all(len(found) == own.batches * own.batch_size for found in taken[number])
+        assert own.remainder < own.batch_size and not (own.remainder and own.repeated)
+
+
+def test_what_is_left_over_is_drawn_anew_each_epoch():
+    """Not more images stay out of six epochs than chance has it, and none of 24: a third of a bucket is left out of
+    an epoch at most, where it has more than two batches; (1/3)⁶ = 0.14 %, (1/3)²⁴ = 4 · 10⁻¹²."""
+    rng, never, expected, images_in_all = np.random.default_rng(0), 0, 0.0, 0
+    for _ in range(60):
+        batch_size = int(rng.integers(2, 12))
+        count = 2 * batch_size + int(rng.integers(1, 3 * batch_size))
+        images = np.arange(count, dtype=np.int32)
+        order = Order([[images]], [1.0], [batch_size], int(rng.integers(2**32)))
+        taken = np.stack([
+            counted(np.concatenate([found for _, found in batches_of(order, epoch)]), images) for epoch in range(24)
+        ])  # fmt: skip
+        assert (taken <= 1).all() and taken.any(axis=0).all()
+        never += sum(int((~taken[first : first + 6].any(axis=0)).sum()) for first in range(0, 24, 6))
+        expected += 4 * count * (order.buckets[0].remainder / count) ** 6
+        images_in_all += 4 * count
+    print(f"left out of six epochs: {never} of {images_in_all} images, {expected:.1f} by chance")
+    assert never <= expected + 5 * np.sqrt(expected) + 1
+
+
+def test_a_large_order_takes_each_image_once_an_epoch():
+    """Beyond 2¹⁴ images it is Grain that shuffles."""
+    images = np.arange(20_000, dtype=np.int32)
+    order = Order([[images]], [1.0], [64], seed=3)
+    taken = [np.concatenate([found for _, found in batches_of(order, epoch)]) for epoch in (0, 1)]
+    left_out = [np.setdiff1d(images, found) for found in taken]
+    assert all(len(np.unique(found)) == len(found) == 20_000 - 20_000 % 64 for found in taken)
+    assert (taken[0] != taken[1]).any() and (left_out[0] != left_out[1]).any()
