@@ -140,7 +140,8 @@ def ours(folder: Path) -> Pass:
 
     from sdxl_jax.arrays import normalise
     from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, Tokenizer
-    from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+    from sdxl_jax.data.pipeline import BucketedDataset
+    from sdxl_jax.data.settings import DataConfig
 
     config = DataConfig(str(folder), batch_size=BATCH, flip_probability=0.5, verify_images=False, read_ahead=1)
     data = BucketedDataset(config, Tokenizer.of(SDXL_BASE_TEXT))
@@ -390,7 +391,8 @@ def run_long(folder: Path, batches: int, workers: int) -> list[dict[str, float]]
     """Samples, 100 in all: the batch, and MiB resident here and in all workers together."""
     from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, Tokenizer
     from sdxl_jax.data.buckets import generate_buckets
-    from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+    from sdxl_jax.data.pipeline import BucketedDataset
+    from sdxl_jax.data.settings import DataConfig
 
     config = DataConfig(
         str(folder),
@@ -489,7 +491,8 @@ def write_index(folder: Path, shards: Path, images: int) -> None:
 def resume(folder: Path, whole_batch: bool, workers: int, start: float) -> dict[str, Any]:
     """What a process that began at `start` took until it had a random step's order, or its whole batch."""
     from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, Tokenizer
-    from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+    from sdxl_jax.data.pipeline import BucketedDataset
+    from sdxl_jax.data.settings import DataConfig
 
     def since() -> float:
         return time.time() - start  # of the clock that processes share

@@ -438,7 +438,7 @@ def _inspect(arguments: list[str]) -> None:
     options = _parse(Inspect, arguments, "data inspect")
     from sdxl_jax import config as configuration
     from sdxl_jax.data import inspection, plots
-    from sdxl_jax.data.pipeline import DataConfig
+    from sdxl_jax.data.settings import DataConfig
 
     is_config = options.source.suffix == ".py"
     config = configuration.load(options.source).data if is_config else DataConfig(folder=str(options.source))

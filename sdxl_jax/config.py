@@ -16,7 +16,7 @@ from typing import Any
 import cattrs
 
 from sdxl_jax.conditioning.micro import Numbers
-from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.model import ModelConfig

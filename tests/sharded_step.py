@@ -18,7 +18,7 @@ import tiny
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, MicroConditioning
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig, path_name
 from sdxl_jax.training import loop, optimiser

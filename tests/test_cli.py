@@ -379,9 +379,10 @@ HELP = {
         *("--to", "orbax", "diffusers", "single-file", "--dtype", "float16", "--lora", "--parts-from", "--variant"),
         *("--prediction", "--allow-partial"),
     ],
-    ("data",): ["build", "inspect"],
+    ("data",): ["build", "inspect", "encode"],
     ("data", "build"): ["--workers", "--drop-duplicates"],
     ("data", "inspect"): ["--json", "--dump", "N DIR", "--plot"],
+    ("data", "encode"): ["CONFIG.py", "--data.cache", "--share", "I N", "--section.field"],
 }
 
 
@@ -592,6 +593,52 @@ def test_inspect_dumps_the_first_examples(home: Path, tmp_path: Path) -> None:
         "is not an empty folder",
         "Give",
     )
+
+
+# What works: data encode
+
+
+def test_encode_writes_a_cache_that_train_reads(place: Path) -> None:
+    fields: list[object] = ["--data.cache", place / "cache", "--data.crops-per-image", 2]
+    encode = ["data", "encode", place / "config.py", *fields, "--batch-size", 3]
+    begun = call(*encode, "--share", 1, 2)
+    assert begun.code == 0, begun
+    said = f"{place / 'cache'}: 8 pictures, 2 crops of each; "
+    assert begun.out.splitlines()[-1] == said + "1 of 1 pieces are missing, of other shares"
+    unfinished = train(place, *fields, "--run-dir", place / "new")
+    assert_refused(place, unfinished, "1 of its 1 pieces are missing", "Run the same `sdxl-jax data encode` again")
+
+    done = call(*encode, "--share", 0, 2)
+    assert done.code == 0, done
+    assert done.out.splitlines()[-1] == said + "complete"
+    before = listing(place / "cache")
+    assert call(*encode).code == 0
+    assert listing(place / "cache") == before
+    outcome = call(*train(place, *fields, "--run-dir", place / "new"))
+    assert outcome.code == 0, outcome
+    lines = [json.loads(line) for line in (place / "new" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+
+    other = train(place, *fields, "--data.seed", 5, "--run-dir", place / "other")
+    assert_refused(place, other, r"crops\.seed: 0 in the cache, 5 given", "into a new folder")
+    assert_refused(place, [*encode, "--data.seed", 5], r"crops\.seed: 0 in the cache, 5 given", "another folder")
+
+
+def test_encode_without_a_place_or_in_one_of_something_else_is_refused(place: Path) -> None:
+    encode: list[object] = ["data", "encode", place / "config.py", "--data.crops-per-image", 2]
+    assert_refused(place, encode, "data.cache is not given", "--data.cache DIR")
+    assert_refused(place, [*encode[:3], "--data.cache", place / "cache"], "Set data.crops_per_image", "e.g. 4")
+    assert_refused(place, [*encode, "--data.cache", place / "pictures"], "holds other files and is no cache", "Give")
+    assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", 2, 2], "share 2 of 2. Expected")
+    assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", "first"], "share", "first")
+    assert_refused(place, ["data", "encode"], "The first argument of data encode is a configuration file", "usage")
+
+
+def test_help_of_encode_lists_every_field_with_the_files_default(home: Path) -> None:
+    outcome = call("data", "encode", home / "config.py", "--help")
+    assert outcome.code == 0
+    for option in ("--data.cache", "--data.crops-per-image", "--share I N", "--batch-size INT", "--training.init-from"):
+        assert option in outcome.out
 
 
 def test_module_runs_as_the_command_does(home: Path) -> None:

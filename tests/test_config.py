@@ -19,7 +19,7 @@ import tiny
 from sdxl_jax import config as configuration
 from sdxl_jax import model
 from sdxl_jax.config import MAY_CHANGE, TrainConfig, TrainingConfig, ValidationConfig
-from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.sharding import MeshConfig

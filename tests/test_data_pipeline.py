@@ -18,7 +18,8 @@ from sdxl_jax.data.build import build
 from sdxl_jax.data.images import read_image
 from sdxl_jax.data.inspection import dump, inspect
 from sdxl_jax.data.mixture import Source
-from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 
 BUCKETS = ((16, 16), (16, 32), (32, 16), (8, 40))

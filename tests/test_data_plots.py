@@ -10,7 +10,8 @@ from PIL import Image
 from sdxl_jax.__main__ import main
 from sdxl_jax.data import plots
 from sdxl_jax.data.build import build
-from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 
 CAPTIONS = ("a costs $1 and b costs $2", "кот, 猫, 🐈", "$", "<&> \x07", "word " * 100)

@@ -27,7 +27,8 @@ from sdxl_jax.arrays import Batch
 from sdxl_jax.data.cache import Crop, PieceWriter, Text, begin, open_cache
 from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.order import Order
-from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.settings import DataConfig
 
 TESTS = str(Path(__file__).parent)
 

@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.initial": {"config", "opening", "loading", "interop"} | BASE,
     "training.encoding": {
         *("config", "data", "model", "models", "conditioning", "interop", "sharding", "training.initial"),
+        "training.state",
         *BASE,
     },
     "training.step": {

@@ -29,7 +29,7 @@ from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.converting import Layout, convert
-from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop import detection, diffusers, names, safetensors, weights

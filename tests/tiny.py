@@ -9,7 +9,7 @@ from PIL import Image
 from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
-from sdxl_jax.data.pipeline import DataConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig

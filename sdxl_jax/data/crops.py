@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sdxl_jax.data.buckets import Bucket
-from sdxl_jax.data.pipeline import BucketedDataset, Loader
+from sdxl_jax.data.loader import Loader
+from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.transforms import Example
 from sdxl_jax.errors import InputError
 

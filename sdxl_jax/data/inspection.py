@@ -15,7 +15,8 @@ from jaxtyping import Int32
 from PIL import Image
 from tqdm import tqdm
 
-from sdxl_jax.data.pipeline import BucketedDataset, DataConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 
 

@@ -5,12 +5,10 @@ them. So
 
 - hosts agree on every step's bucket, and together they read what one host would;
 - **the position is the step**: `iterate(step)` gives what an uninterrupted run would have had from there on, with any
-  number of workers or hosts, and there is no iterator state to save;
-- crop and flip draw from a generator seeded with (seed, step, row of the global batch), or, where each image has a
-  fixed number of crops, with (seed, image, crop).
+  number of workers or hosts, and there is no iterator state to save.
 
-An image that turns out to be damaged is replaced by the one that follows it in its bucket's order, named once, and
-counted in `Batch.replaced`; more of them than `max_bad_share` stop the run.
+An image that turned out to be damaged, and was replaced (loader), is named once and counted in `Batch.replaced`; more
+of them than `max_bad_share` stop the run.
 
 Not here: tokenizers (passed in), placing arrays on devices, normalisation, caption dropout.
 """
@@ -22,89 +20,33 @@ import itertools
 import json
 import math
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Float32, Int32
+from jaxtyping import Int32
 from tqdm import tqdm
 
-from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
+from sdxl_jax.arrays import Batch
 from sdxl_jax.data import grouping as groupings
-from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, check_buckets
-from sdxl_jax.data.cache import Cache, Crop, Text
+from sdxl_jax.data.buckets import Bucket, check_buckets
+from sdxl_jax.data.cache import Cache
+from sdxl_jax.data.loader import Drawn, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.opening import open_pictures
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
-from sdxl_jax.data.sources import OnRefused, Refused, stop_if_refused, summary
-from sdxl_jax.data.transforms import CropMode, Example, cover_crop, cover_size
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.sources import Refused, stop_if_refused, summary
 from sdxl_jax.errors import InputError
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
 """Captions to token numbers, one entry a tokenizer."""
 
-_T = TypeVar("_T")
-_IN_A_ROW = 100
-"""Bad images that follow each other in a bucket's order: then it is the source that is bad."""
 _FEW = 1000
 """Examples that bad ones are a share of, until as many were read."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """What is trained on, and in which shapes and order."""
-
-    folder: str | None = None
-    """Folder of images with captions, or a shard set of `sdxl-jax data build`."""
-    sources: tuple[Source, ...] = ()
-    """Several of them, with weights, in place of `folder`."""
-    buckets: tuple[tuple[int, int], ...] = SDXL_BUCKETS
-    """Sizes (height, width) that batches come in. More: less is cropped away, more is compiled and left over."""
-    max_aspect_distance: float = math.log(2)
-    """Images whose |ln aspect| is farther than this from the nearest bucket are refused: at ln 2 the crop would take
-    half of them. Higher: stranger shapes are trained on, cropped harder."""
-    small_buckets: Literal["repeat", "merge"] = "repeat"
-    """What becomes of a bucket with fewer images than a batch: they are repeated to fill one, or go to the bucket of
-    the nearest aspect ratio, cropped harder."""
-    min_size: int = 1
-    """Images whose shorter side has fewer pixels are left out, and counted. Higher: less is trained on, nothing
-    blurred by enlarging; the model is told each image's size, so that it need not be high."""
-    batch_size: int = 8
-    """Images a step, over all hosts. Higher: fewer, steadier, costlier steps, more left over in each bucket."""
-    batch_pixels: int | None = None
-    """Pixels a step: a bucket's batches have as many images as fit, in multiples of batch_size. None: batch_size."""
-    crop: CropMode = "random"
-    """Where the crop lies along the axis that the resize leaves too long."""
-    crops_per_image: int | None = None
-    """How many crops (with their flips) there are of an image, one of which is drawn each time, as from a cache. None:
-    a new one each time. Higher: more variety, a larger cache."""
-    flip_probability: float = 0.0
-    """Share of images mirrored left to right, 0 to 1. Higher: more variety, wrong letters, left and right mixed up."""
-    aesthetic: str | None = None
-    """Name of the number that is each image's aesthetic score, which the refiner is told. Images without it are
-    refused."""
-    cache: str | None = None
-    """Folder of `sdxl-jax data encode`: latents and text states are read from it, and no image is decoded."""
-    cache_of_other_code: bool = False
-    """Read a cache that another version of this code has written: after an update that changes nothing of it."""
-    on_refused: OnRefused = "error"
-    """Files that cannot be used: stop and name them, or skip them (counted and listed)."""
-    verify_images: bool = True
-    """Decode every image before the work starts, so that damaged ones are refused and not met during training. Costs a
-    pass over all images: turn it off for a large folder that is known to be good."""
-    max_bad_share: float = 0.01
-    """Images that turn out to be damaged while training are named and replaced. A run with a larger share of them among
-    its examples, of 1000 at least, stops. 0: the first one stops it."""
-    seed: int = 0
-    """Order, crops and flips follow from it, 0 to 2³² − 1."""
-    workers: int = 0
-    """Processes that decode; 0 decodes in threads of this one. Higher: more images a second until the cores are busy,
-    more memory."""
-    read_ahead: int = 4
-    """Batches decoded ahead, one thread each, in each process. Higher: more images a second, more memory."""
 
 
 class BucketReport(NamedTuple):
@@ -122,171 +64,6 @@ class BucketReport(NamedTuple):
     """Places in the one batch of a small bucket that hold an image a second time or more."""
     merged_into: Bucket | None
     """The bucket that has its images, where it had too few."""
-
-
-class Drawn(NamedTuple):
-    """One example, with where it is from."""
-
-    image: int
-    """Its number."""
-    caption: str
-    """The one of its captions that is told this time."""
-    example: Example
-
-
-class Read(NamedTuple):
-    """One example of a cache."""
-
-    image: int
-    """Its number."""
-    crop: Crop
-    text: Text
-
-
-class Loaded(NamedTuple):
-    """What a worker makes of a step. Tokens come later: a tokenizer's imports would be each worker's own."""
-
-    batch: Batch
-    """Without tokens, unless a cache has them."""
-    captions: tuple[str, ...]
-    """One a row, unless a cache has their tokens."""
-    bad: tuple[str, ...]
-    """Why images were replaced."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Loader:
-    """Decodes one host's rows of a global batch. Sent to worker processes."""
-
-    source: Mixture
-    order: Order
-    buckets: tuple[Bucket, ...]
-    config: DataConfig
-    host_index: int
-    host_count: int
-    cache: Cache | None = None
-    """Read instead of the source's images and captions."""
-
-    def example(self, image: int, bucket: Bucket, *seed: int) -> Example:
-        """The image, resized, cropped and flipped as the seed says. InputError where it is damaged."""
-        size = self.source.size(image)
-        pixels = self.source.pixels(image, cover_size(*size, bucket))
-        if not _same_picture(size, pixels.shape):
-            raise InputError(
-                f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {size} when it was listed"
-            )
-        return cover_crop(
-            pixels,
-            bucket,
-            original_size=size,
-            rng=np.random.default_rng((self.config.seed, *seed)),
-            crop=self.config.crop,
-            flip_probability=self.config.flip_probability,
-        )
-
-    def fixed(self, image: int, crop: int, bucket: Bucket) -> Example:
-        """One of the crops that the image has where their number is fixed."""
-        return self.example(image, bucket, image, crop, 2)
-
-    def draw(self, step: int, row: int, position: int) -> Drawn:
-        """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
-        image, bucket = int(self.order.numbers[position]), self.buckets[self.order.bucket(step)]
-        crops = self.config.crops_per_image
-        if crops is None:
-            example = self.example(image, bucket, step, row)
-        else:
-            example = self.fixed(image, self._choose(crops, step, row, 3), bucket)
-        captions = self.source.captions(image)
-        return Drawn(image, captions[self._choose(len(captions), step, row, 1)], example)
-
-    def read(self, step: int, row: int, position: int) -> Read:
-        """The same of the cache."""
-        assert self.cache is not None
-        crop, captions = self.cache.crop(position, self._choose(self.cache.crops, step, row, 3))
-        text = captions[self._choose(len(captions), step, row, 1)]
-        return Read(int(self.order.numbers[position]), crop, text)
-
-    def _choose(self, count: int, *seed: int) -> int:
-        return int(np.random.default_rng((self.config.seed, *seed)).integers(count))
-
-    def good(self, step: int, row: int, bad: list[str], draw: Callable[[int, int, int], _T]) -> _T:
-        """draw(step, row, position) of the first of the row's image, and those that follow it in the bucket's order,
-        that is not bad; why the others are goes into `bad`."""
-        bucket = self.order.bucket(step)
-        before = len(bad)
-        for instead in range(min(self.order.buckets[bucket].places, _IN_A_ROW)):
-            position = self.order.position(step, row, instead=instead)
-            try:
-                return draw(step, row, position)
-            except InputError as problem:
-                bad.append(str(problem))
-        height, width = self.buckets[bucket]
-        raise InputError(
-            f"{len(bad) - before} images of the bucket {height}×{width} in a row are bad. The last one: {bad[-1]}"
-        )
-
-    def rows(self, step: int) -> range:
-        """This host's rows of a step's global batch."""
-        share = self.order.buckets[self.order.bucket(step)].batch_size // self.host_count
-        return range(self.host_index * share, (self.host_index + 1) * share)
-
-    def __call__(self, step: int) -> Loaded:
-        bad: list[str] = []
-        replaced = []
-
-        def all_rows(draw: Callable[[int, int, int], _T]) -> list[_T]:
-            found = []
-            for row in self.rows(step):
-                before = len(bad)
-                found.append(self.good(step, row, bad, draw))
-                replaced.append(len(bad) > before)
-            return found
-
-        if self.cache is None:
-            drawn = all_rows(self.draw)
-            batch, captions = self._decoded(drawn), tuple(one.caption for one in drawn)
-        else:
-            batch, captions = self._encoded(all_rows(self.read)), ()
-        return Loaded(batch._replace(replaced=np.array(replaced)), captions, tuple(bad))
-
-    def _decoded(self, drawn: list[Drawn]) -> Batch:
-        examples = [one.example for one in drawn]
-        images = np.stack([example.image for example in examples])
-        return Batch(image=images, tokens={}, **self._told([one.image for one in drawn], examples))
-
-    def _encoded(self, read: list[Read]) -> Batch:
-        crops, texts = [one.crop for one in read], [one.text for one in read]
-        pooled = [text.pooled for text in texts if text.pooled is not None]
-        return Batch(
-            image=None,
-            tokens={name: np.stack([text.tokens[name] for text in texts]) for name in texts[0].tokens},
-            encoded=Encoded(
-                mean=np.stack([crop.mean for crop in crops]),
-                log_variance=np.stack([crop.log_variance for crop in crops]),
-                context=np.stack([text.context for text in texts]),
-                pooled=np.stack(pooled) if pooled else None,
-            ),
-            **self._told([one.image for one in read], crops),
-        )
-
-    def _told(self, images: list[int], examples: Sequence[Example | Crop]) -> dict[str, Any]:
-        """What else a batch holds of its examples."""
-        micro = MicroConditioning(
-            original_size=np.stack([example.original_size for example in examples]),
-            crop_top_left=np.stack([example.crop_top_left for example in examples]),
-            target_size=np.stack([example.target_size for example in examples]),
-            aesthetic_score=self._scores(images),
-        )
-        return {"micro": micro, "example": np.array(images, np.int32), "replaced": np.zeros(len(images), bool)}
-
-    def _scores(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
-        name = self.config.aesthetic
-        return None if name is None else np.array([self.source.number(image, name) for image in images], np.float32)
-
-
-def _same_picture(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
-    """Whether an image of that size can have been decoded to that shape: whole, or shrunk to n/8, rounded up."""
-    return any(shape[:2] == tuple(-(-side * eighths // 8) for side in size) for eighths in range(1, 9))
 
 
 def _check(config: DataConfig, host_index: int, host_count: int) -> None:

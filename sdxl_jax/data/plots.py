@@ -19,7 +19,9 @@ from jaxtyping import Int32, Int64
 from PIL import Image
 
 from sdxl_jax.data.inspection import open_dataset
-from sdxl_jax.data.pipeline import BucketedDataset, BucketReport, DataConfig, Drawn
+from sdxl_jax.data.loader import Drawn
+from sdxl_jax.data.pipeline import BucketedDataset, BucketReport
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 
 if TYPE_CHECKING:

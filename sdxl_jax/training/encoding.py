@@ -39,10 +39,12 @@ from sdxl_jax.interop.weights import part_configs
 from sdxl_jax.models import vae
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.training.state import partition
 
 _CODE = (
-    *("conditioning/text.py", "data/images.py", "data/transforms.py", "models/attention.py", "models/clip.py"),
-    *("models/layers.py", "models/vae.py", "training/encoding.py"),
+    *("arrays.py", "conditioning/clip_merges.txt.gz", "conditioning/text.py", "data/crops.py", "data/images.py"),
+    *("data/loader.py", "data/transforms.py", "models/attention.py", "models/clip.py", "models/layers.py"),
+    *("models/vae.py", "training/encoding.py"),
 )
 """Files that decide what is encoded."""
 
@@ -70,6 +72,7 @@ def fingerprint(params: Params) -> str:
     return names.hexdigest()
 
 
+@functools.cache  # the files may be replaced while this process runs
 def _code() -> str:
     contents = (resources.files("sdxl_jax").joinpath(name).read_bytes() for name in _CODE)
     return hashlib.blake2b(b"\0".join(contents), digest_size=16).hexdigest()
@@ -88,24 +91,30 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
         "buckets": dataset.assignment,
         "crops": {"each": data.crops_per_image, "mode": data.crop, "flips": data.flip_probability, "seed": data.seed},
         "weights": weights,
-        "text": configuration.to_json(config.model.text),
+        "text": {tower.name: configuration.to_json(tower) for tower in config.model.text},
         "code": _code(),
     }
 
 
-def from_cache(config: TrainConfig, dataset: BucketedDataset, trained: Params, frozen: Params) -> BucketedDataset:
+def check_frozen(config: TrainConfig) -> None:
+    """Raises InputError where a cache is given and an encoder trains."""
+    abstract = jax.eval_shape(functools.partial(model.init, config=config.model), jax.random.key(0))
+    trained, _ = partition(abstract, config.training.trains)
+    if config.data.cache is not None and (trains := [part for part in encoder_parts(config) if part in trained]):
+        raise InputError(
+            f"data.cache={config.data.cache} holds what the {', '.join(trains)} made of the data before training, but "
+            "training.trains changes it. Train the UNet alone, training.trains=^unet/, or without data.cache"
+        )
+
+
+def from_cache(config: TrainConfig, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
     """The data set as the configuration wants it read: from `data.cache`, or as it is.
 
-    Raises InputError for a cache of something else (open_cache), and where an encoder trains.
+    Raises InputError for a cache of something else (open_cache).
     """
     data = config.data
     if data.cache is None:
         return dataset
-    if trains := [part for part in encoder_parts(config) if part in trained]:
-        raise InputError(
-            f"data.cache={data.cache} holds what the {', '.join(trains)} made of the data before training, but "
-            "training.trains changes it. Train the UNet alone, training.trains=^unet/, or without data.cache"
-        )
     ignore = ["code"] if data.cache_of_other_code else []
     return dataset.reading(open_cache(data.cache, made_from(config, dataset, frozen), ignore=ignore))
 
@@ -223,6 +232,7 @@ def encode(
     config.check()
     if config.data.cache is None or config.data.crops_per_image is None:
         raise InputError("data.cache is not given. Give the folder to write to: --data.cache DIR")
+    check_frozen(config)
     index, count = share or (jax.process_index(), jax.process_count())
     if batch_size < 1 or not 0 <= index < count:
         raise InputError(

@@ -29,7 +29,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.pictures import contact_sheet, save_png
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
-from sdxl_jax.training.encoding import from_cache
+from sdxl_jax.training.encoding import check_frozen, from_cache
 from sdxl_jax.training.initial import initial_weights
 from sdxl_jax.training.metrics import MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
@@ -50,6 +50,7 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
     run_dir = Path(run_dir)
     config.check()
     check_run(config, run_dir)
+    check_frozen(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
     tokenizer = Tokenizer.of(config.model.text)
@@ -67,7 +68,7 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
         else:
             state, frozen = restore(run_dir / "checkpoints", last, abstract), restore_frozen(run_dir, abstract_frozen)
         first, stop = int(state.step), config.training.steps
-        dataset = from_cache(config, dataset, state.params, frozen)
+        dataset = from_cache(config, dataset, frozen)
 
         run_dir.mkdir(parents=True, exist_ok=True)
         _write_config(config, run_dir, dataset)
