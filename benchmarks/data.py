@@ -146,7 +146,7 @@ def ours(folder: Path) -> Pass:
     config = DataConfig(str(folder), batch_size=BATCH, flip_probability=0.5, verify_images=False, read_ahead=1)
     data = BucketedDataset(config, Tokenizer.of(SDXL_BASE_TEXT))
     finish = jax.jit(normalise)
-    epoch = data.epoch_steps
+    epoch = data.order.steps_before(1)
 
     def one_pass() -> Iterator[int]:
         batches = data.iterate(epoch - 1)  # one batch, for the threads to be running, and then the second epoch
@@ -503,7 +503,7 @@ def resume(folder: Path, whole_batch: bool, workers: int, start: float) -> dict[
     config = DataConfig(str(folder), batch_size=BATCH, workers=workers, verify_images=False)
     data = BucketedDataset(config, tokenize)
     took |= {"opened": since(), "peak_opened": status()["VmHWM"]}
-    step = int(np.random.default_rng(workers).integers(1, data.epoch_steps))
+    step = int(np.random.default_rng(workers).integers(1, int(data.epoch_steps)))
     if not whole_batch:
         bucket, first = data.bucket_of(step), next(data.examples(step))
         took |= {"first": since(), "step": step, "bucket": bucket, "image": first.image}

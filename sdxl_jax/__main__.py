@@ -408,10 +408,11 @@ def _encode(arguments: list[str]) -> None:
     options, config = _configured(Encode, arguments, "data encode", _ENCODE_USAGE, lambda _: {})
     from sdxl_jax.training.encoding import encode
 
-    plan = encode(config, batch_size=options.batch_size, share=options.share)
+    plan, refused = encode(config, batch_size=options.batch_size, share=options.share)
     missing = len(plan.missing())
     state = f"{missing} of {plan.pieces} pieces are missing, of other shares" if missing else "complete"
-    print(f"{plan.folder}: {plan.images} pictures, {plan.crops} crops of each; {state}")
+    bad = f"; {refused} could not be encoded, training replaces them" if refused else ""
+    print(f"{plan.folder}: {plan.images} pictures, {plan.crops} crops of each; {state}{bad}")
 
 
 _DATA_USAGE = """usage: sdxl-jax data build SRC DST     pack captioned pictures into shards
@@ -443,10 +444,13 @@ def _inspect(arguments: list[str]) -> None:
     is_config = options.source.suffix == ".py"
     config = configuration.load(options.source).data if is_config else DataConfig(folder=str(options.source))
     if options.plot is not None:
-        plots.plot(config, options.plot)
-    seen = inspection.inspect(config)
+        plots.check(options.plot)
+    dataset = inspection.open_dataset(config)
+    if options.plot is not None:
+        plots.plot(dataset, options.plot)
+    seen = inspection.inspect(dataset)
     if options.dump is not None:
-        inspection.dump(config, *options.dump)
+        inspection.dump(dataset, *options.dump)
     print(json.dumps(seen, indent=1) if options.json else _inspection_table(seen))
 
 
@@ -462,11 +466,11 @@ def _inspection_table(seen: dict[str, Any]) -> str:
         ]
     if seen["numbers"]:
         lines.append(f"numbers of every source: {', '.join(seen['numbers'])}")
-    lines.append(f"{seen['epoch_steps']} steps an epoch")
+    lines.append(f"{seen['epoch_steps']:.6g} steps an epoch")
     lines.append("  height  width  images  batches  of images  left out  repeated")
     for b in seen["buckets"]:
         if b["images"]:
-            counts = f"{b['images']:6}  {b['batches']:7}  {b['batch_size']:9}  {b['remainder']:8}  {b['repeated']:8}"
+            counts = f"{b['images']:6}  {b['batches']:7.4g}  {b['batch_size']:9}  {b['remainder']:8}  {b['repeated']:8}"
             lines.append(f"  {b['height']:6}  {b['width']:5}  {counts}")
         elif b["merged_into"]:
             lines.append(f"  {b['height']:6}  {b['width']:5}  merged into {b['merged_into'][0]}×{b['merged_into'][1]}")

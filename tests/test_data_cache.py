@@ -203,6 +203,16 @@ def test_a_piece_is_there_when_both_its_files_are(folder, written):
     for kind in (LATENTS, TEXT):
         plan.path(kind, 1).with_name("00001.array_record.partial").write_bytes(b"interrupted" * 100_000)
     assert files(write(folder)) == files(written)
+    plan.clean()
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_two_that_write_the_same_piece_spoil_nothing(tmp_path, written):
+    folder = tmp_path / "cache"
+    with PieceWriter(start(folder), 1) as interrupted:
+        interrupted.refuse("another process is at it too")
+        write(folder)
+    assert files(folder) == files(written)
     assert not list(folder.rglob("*.partial"))
 
 

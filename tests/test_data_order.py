@@ -21,7 +21,7 @@ def images_of(order, step):
 
 
 def epoch_of(order, epoch):
-    steps = range(epoch * order.epoch_steps, (epoch + 1) * order.epoch_steps)
+    steps = range(order.steps_before(epoch), order.steps_before(epoch + 1))
     return Counter(image for step in steps for image in images_of(order, step))
 
 
@@ -47,13 +47,36 @@ def test_a_small_weight_leaves_no_image_out_for_ever():
     assert all(seen[image] == 1 for image in range(20, 23))  # at least one place an epoch
 
 
-def test_a_small_bucket_is_repeated_evenly_and_an_empty_one_has_no_batch():
+def test_a_small_bucket_collects_the_places_of_several_epochs_and_an_empty_one_has_no_batch():
     order = Order([numbers((0, 3)), numbers((0, 0)), numbers((3, 9))], (1.0,), [8, 8, 2], seed=1)
     small, empty, large = order.buckets
-    assert (small.batches, small.repeated, small.remainder) == (1, 5, 0)
+    assert (float(small.batches), small.remainder, small.small) == (3 / 8, 0, True)
     assert (empty.batches, empty.images) == (0, 0)
-    assert (large.batches, large.repeated, large.remainder) == (3, 0, 0)
-    assert sorted(epoch_of(order, 0)[image] for image in range(3)) == [2, 3, 3]
+    assert (large.batches, large.remainder, large.small) == (3, 0, False)
+    assert order.epoch_steps == 3 + 3 / 8
+    lengths = [order.steps_before(epoch + 1) - order.steps_before(epoch) for epoch in range(12)]
+    assert [epoch + 1 for epoch in range(12) if lengths[epoch] == 4] == [3, 6, 8, 11] and set(lengths) == {3, 4}
+    epochs = [epoch_of(order, epoch) for epoch in range(8)]
+    together = sum(epochs, Counter())
+    assert together == dict.fromkeys(range(9), 8)  # as often as the others, to a place
+    assert {epoch[image] for epoch in epochs for image in range(3)} == {0, 2, 3}
+
+
+def test_a_bucket_alone_that_fills_no_batch_in_an_epoch_is_an_order():
+    order = Order([numbers((0, 3))], (1.0,), [8], seed=1)
+    assert order.epoch_steps == 3 / 8
+    seen = Counter(image for step in range(3) for image in images_of(order, step))
+    assert seen == dict.fromkeys(range(3), 8)
+    assert images_of(order, 10**12) == images_of(Order([numbers((0, 3))], (1.0,), [8], seed=1), 10**12)
+
+
+def test_a_small_weight_in_a_small_bucket_shows_all_its_images_and_no_more_often():
+    order = Order([numbers((0, 10)), numbers((10, 20))], (0.1,), [8, 1], seed=0)
+    assert order.buckets[0].places == 1
+    steps = [step for step in range(order.steps_before(80)) if order.bucket(step) == 0]
+    assert len(steps) == 10
+    assert Counter(image for step in steps for image in images_of(order, step)) == dict.fromkeys(range(10), 8)
+    assert all(len(set(images_of(order, step))) > 3 for step in steps)  # where a turn ends, the next one begins
 
 
 def test_batch_sizes_differ_by_bucket():
@@ -66,7 +89,7 @@ def test_batch_sizes_differ_by_bucket():
 
 def test_what_stands_in_for_a_bad_image_is_of_its_bucket_and_goes_round():
     order = Order([numbers((0, 4)), numbers((4, 9))], (1.0,), [2, 2], seed=3)
-    for step in range(2 * order.epoch_steps):
+    for step in range(order.steps_before(2)):
         members = range(4) if order.bucket(step) == 0 else range(4, 9)
         instead = [int(order.numbers[order.position(step, 0, instead=count)]) for count in range(len(members))]
         assert sorted(instead) == list(members)
@@ -116,7 +139,9 @@ def grouping(*counts):
     ],
 )
 def test_small_buckets_merge_into_the_nearest_until_batches_are_full(counts, merged, moved):
-    after, into = merge_small(grouping(*counts), BUCKETS, [4] * 4)
+    after, into = merge_small(grouping(*counts), BUCKETS, [4] * 4, [1.0])
     assert after.counts() == merged and into == moved
+    weighted, _ = merge_small(grouping(*counts), BUCKETS, [40] * 4, [10.0])
+    assert weighted.counts() == merged
     everything = np.concatenate([numbers for bucket in after.members for numbers in bucket])
     assert sorted(everything.tolist()) == list(range(sum(counts)))

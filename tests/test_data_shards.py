@@ -20,7 +20,7 @@ from sdxl_jax.data.captions import NUMBERS_LIMIT
 from sdxl_jax.data.images import decode
 from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.shard_writing import Columns, IndexWriter, Part, PartWriter, select
-from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
+from sdxl_jax.data.shards import CAPTIONS, DESCRIPTION, FORMAT, open_shards, shard_path
 from sdxl_jax.data.sources import Pictures, Refused
 from sdxl_jax.errors import InputError
 
@@ -353,3 +353,14 @@ def test_the_index_of_50_million_images_opens_within_30_seconds_and_2_gib(tmp_pa
     assert found == images
     assert opened < 30 and peak < 2048
     assert own < 512  # the other pages are the system's cache, which it takes back when it needs them
+
+
+def test_damaged_captions_name_the_image(tmp_path):
+    folder = write(tmp_path / "set", [[("a.jpg", b"a", (8, 8), ("ok", "ä"), {}), ("b.jpg", b"b", (8, 8), ("b",), {})]])
+    content = bytearray((folder / CAPTIONS).read_bytes())
+    content[3] = 0xFF
+    (folder / CAPTIONS).write_bytes(content)
+    shards = open_shards(folder)
+    with pytest.raises(InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy that file again"):
+        shards.captions(0)
+    assert shards.captions(1) == ("b",)

@@ -85,7 +85,7 @@ def open_dataset(config: TrainConfig) -> BucketedDataset:
 
 
 def encode(config: TrainConfig, **options: Any) -> Plan:
-    return encoding.encode(config, **{"batch_size": BATCH, "piece_images": PIECE, "progress": False} | options)
+    return encoding.encode(config, **{"batch_size": BATCH, "piece_images": PIECE, "progress": False} | options).plan
 
 
 def encoders_of(config: TrainConfig) -> Params:
@@ -310,7 +310,7 @@ def test_every_crop_has_the_numbers_that_made_it(
     for bucket, size in enumerate(dataset.buckets):
         for position in dataset.order.run(bucket):
             image = int(dataset.order.numbers[position])
-            examples = [dataset.loader.fixed(image, crop, size) for crop in range(CROPS)]
+            examples = dataset.loader.fixed(image, range(CROPS), size)
             crops = [cache.crop(position, crop)[0] for crop in range(CROPS)]
             for example, crop in zip(examples, crops, strict=True):
                 for name in ("original_size", "crop_top_left", "target_size"):
@@ -627,6 +627,18 @@ def damaged(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Tr
         path = home / "pictures" / f"{number:03d}.png"
         path.write_bytes(path.read_bytes()[:200])
     return with_data(config, folder=str(home / "pictures"), cache=str(home / "cache"), verify_images=False)
+
+
+def test_more_unreadable_pictures_than_allowed_stop_the_encoding_before_their_piece(
+    damaged: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "FEW", 4)
+    given = with_data(damaged, cache=str(tmp_path / "cache"), max_bad_share=0.01)
+    with pytest.raises(InputError, match=r"1 of the first \d+ pictures cannot.*(?s:.)*this piece was not written"):
+        encode(given)
+    assert not list(tmp_path.rglob("*.partial"))
+    plan = encode(dataclasses.replace(given, data=dataclasses.replace(given.data, max_bad_share=1.0)))
+    assert not plan.missing()
 
 
 def test_unreadable_picture_is_named_once_and_replaced_by_the_next(

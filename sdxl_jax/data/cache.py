@@ -16,8 +16,9 @@ they count pixels or tokens, little-endian, one after the other:
 An image that could not be encoded has K headers with the shape 0 0 0, each followed by the reason (UTF-8) alone.
 
 A piece is written to `*.partial` files. When both are complete on the disk they are renamed, the text first. So a piece
-is there when both files are, an interrupted run leaves nothing that is taken for finished, and what it left is
-overwritten. Records are not compressed, so that equal content makes equal files, and one record costs one read.
+is there when both files are, an interrupted run leaves nothing that is taken for finished, and what it left is removed
+when the cache is complete. Records are not compressed, so that equal content makes equal files, and one record costs
+one read.
 
 Not here: encoding, and which crop and caption training takes of an image.
 """
@@ -130,11 +131,17 @@ class Plan:
         """Pieces that are not there, of those that fall to this share. Looks at the names of the files alone.
 
         Shares 0 … shares − 1 may be written at the same time, by as many processes; two that write the same piece
-        spoil it.
+        work for nothing.
         """
         assert 0 <= share < shares
         there = set(os.listdir(self.folder / LATENTS)).intersection(os.listdir(self.folder / TEXT))
         return [piece for piece in range(share, self.pieces, shares) if _file_name(piece) not in there]
+
+    def clean(self) -> None:
+        """Removes what interrupted writers left."""
+        for kind in (LATENTS, TEXT):
+            for file in (self.folder / kind).glob(f"*{_PARTIAL}"):
+                file.unlink(missing_ok=True)
 
     def done(self) -> int:
         """How many pieces are there."""
@@ -145,7 +152,8 @@ class _RecordWriter:
     """Writes a file of records beside its place. OSError where the disk does not take it."""
 
     def __init__(self, path: Path):
-        self._path, self._partial = path, path.with_name(path.name + _PARTIAL)
+        # A name of its own: another process that writes the same piece, by mistake, spoils nothing.
+        self._path, self._partial = path, path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
         self._writer: Any = ArrayRecordWriter(str(self._partial), _WRITER_OPTIONS)
         self.records = 0
 
@@ -170,7 +178,8 @@ class _RecordWriter:
         sync(self._path.parent)
 
     def release(self) -> None:
-        """Lets go of the file, complete or not."""
+        """Lets go of the file, and removes it where it was not published."""
+        self._partial.unlink(missing_ok=True)
         with suppress(RuntimeError):
             self._writer.close()
 

@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.loader import Loader
-from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.pipeline import BucketedDataset, ahead
 from sdxl_jax.data.transforms import Example
 from sdxl_jax.errors import InputError
 
@@ -66,7 +66,7 @@ class _CropLoader:
         crops = Crops(bucket, [], [], [])
         for image in self.load.order.numbers[group.positions.start : group.positions.stop].tolist():
             try:
-                examples, reason = [self.load.fixed(image, crop, bucket) for crop in range(self.crops)], ""
+                examples, reason = self.load.fixed(image, range(self.crops), bucket), ""
                 captions = self.load.source.captions(image)
             except InputError as problem:
                 examples, reason, captions = [], str(problem), ()
@@ -77,9 +77,7 @@ class _CropLoader:
 
 
 def load(dataset: BucketedDataset, positions: range, size: int) -> Iterator[Crops]:
-    """The crops at those places, in order, decoded ahead in threads."""
+    """The crops at those places, in order, decoded ahead."""
     assert dataset.config.crops_per_image is not None
     loader = _CropLoader(dataset.loader, dataset.config.crops_per_image)
-    count = dataset.config.read_ahead
-    source = grain.MapDataset.source(groups(dataset, positions, size)).map(loader)
-    yield from source.to_iter_dataset(grain.ReadOptions(num_threads=count, prefetch_buffer_size=count))
+    yield from ahead(grain.MapDataset.source(groups(dataset, positions, size)).map(loader), dataset.config)

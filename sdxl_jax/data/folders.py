@@ -396,10 +396,10 @@ def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: 
     refused += [found for found in looked_at if isinstance(found, Refused)]
     if not usable:
         raise InputError(
-            f"None of the {len(images)} images in data.folder={folder} can be used:\n{summary(refused)}\n"
+            f"None of the {len(images)} images in data.folder={folder} can be used:\n{summary(refused, len(refused))}\n"
             f'{expected}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} a line, or a .txt beside each image.'
         )
-    stop_if_refused(folder, refused, on_refused)
+    stop_if_refused(folder, refused, len(refused), on_refused)
     return FolderSource(
         path=folder,
         found=len(images),

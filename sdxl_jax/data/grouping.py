@@ -17,6 +17,7 @@ from jaxtyping import Int32
 
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.mixture import Mixture
+from sdxl_jax.data.order import places
 from sdxl_jax.data.sources import Pictures, Refused
 from sdxl_jax.errors import InputError, nearest_first
 
@@ -82,7 +83,7 @@ def group(
             large = np.minimum(sizes[:, 0], sizes[:, 1]) >= min_size
             left_out["too_small"], sizes, numbers = numbers[~large], sizes[large], numbers[large]
         if score is not None:
-            rated = ~np.isnan(source.numbers[score][numbers - start])
+            rated = np.isfinite(source.numbers[score][numbers - start])
             left_out["unrated"], sizes, numbers = numbers[~rated], sizes[rated], numbers[rated]
         nearest, distance = assign(sizes, buckets)
         closest = float(distance.min(initial=math.inf))
@@ -119,16 +120,16 @@ def group(
 
 
 def merge_small(
-    grouping: Grouping, buckets: Sequence[Bucket], batch_sizes: Sequence[int]
+    grouping: Grouping, buckets: Sequence[Bucket], batch_sizes: Sequence[int], weights: Sequence[float]
 ) -> tuple[Grouping, dict[int, int]]:
-    """Moves the images of each bucket with fewer of them than a batch to the one of the nearest aspect ratio that has
-    any, smallest bucket first, until every bucket fills a batch or one alone is left.
+    """Moves the images of each bucket with fewer places in an epoch than a batch to the one of the nearest aspect ratio
+    that has any, smallest bucket first, until every bucket fills a batch or one alone is left.
 
     Returns the new grouping, and for each emptied bucket the one that has its images now.
     """
     members, moved = [list(bucket) for bucket in grouping.members], dict[int, int]()
     while True:
-        counts = {number: sum(map(len, bucket)) for number, bucket in enumerate(members)}
+        counts = {number: sum(map(places, map(len, bucket), weights)) for number, bucket in enumerate(members)}
         filled = [number for number, count in counts.items() if count]
         small = [number for number in filled if counts[number] < batch_sizes[number]]
         if not small or len(filled) < 2:

@@ -29,16 +29,13 @@ def open_dataset(config: DataConfig) -> BucketedDataset:
     return BucketedDataset(dataclasses.replace(config, on_refused="skip"), _no_tokens)
 
 
-def inspect(config: DataConfig) -> dict[str, Any]:
+def inspect(dataset: BucketedDataset) -> dict[str, Any]:
     """Counts of what training would use, ready for JSON.
 
     `images_found` counts image files; `refused` also has captions and lines of metadata that have no image. `too_small`
     counts what `data.min_size` leaves out. Each of `buckets` is a pipeline.BucketReport, each of `sources` a
     mixture.Share. `numbers` are the names of what every source counts. `epoch_steps` sums the batches.
-
-    Raises InputError as BucketedDataset does.
     """
-    dataset = open_dataset(config)
     buckets = [bucket._asdict() for bucket in dataset.report()]
     refused = itertools.chain(dataset.source.refused(built=True), dataset.refused())
     return {
@@ -53,20 +50,19 @@ def inspect(config: DataConfig) -> dict[str, Any]:
     }
 
 
-def dump(config: DataConfig, count: int, directory: str | Path) -> None:
+def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
     """Writes the first `count` training examples, in training order, as NNNNNN.png and NNNNNN.json.
 
     The picture is what the model sees, before normalisation. The JSON has source (relative to the folder),
     original_size [height, width], crop_top_left [top, left], target_size [height, width], flipped, caption.
 
-    Raises InputError where count is below 1 or the directory is not empty, and as BucketedDataset does.
+    Raises InputError where count is below 1 or the directory is not empty.
     """
     directory = Path(directory)
     if count < 1:
         raise InputError(f"Cannot dump {count} examples. Give 1 or more.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} is not an empty folder. Give a new or an empty one for the dump.")
-    dataset = open_dataset(config)
     directory.mkdir(parents=True, exist_ok=True)
     examples = itertools.islice(dataset.examples(), count)
     for number, (image, caption, example) in enumerate(

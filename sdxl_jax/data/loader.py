@@ -1,14 +1,14 @@
 """One step's examples of one host: read, decoded, cropped; or, of a cache, read.
 
-Crop and flip draw from a generator seeded with (seed, step, row of the global batch), or, where each image has a fixed
-number of crops, with (seed, image, crop). An image that turns out to be damaged is replaced by the one that follows it
-in its bucket's order.
+Every choice has a generator of its own, seeded with the user's seed, what it is for (order.CROP and so on), and (step,
+row of the global batch); where each image has a fixed number of crops, these with (image, crop). An image that turns
+out to be damaged is replaced by the one that follows it in its bucket's order.
 
 Not here: the order (order), running ahead in threads and processes (pipeline).
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.cache import Cache, Crop, Text
 from sdxl_jax.data.mixture import Mixture
-from sdxl_jax.data.order import Order
+from sdxl_jax.data.order import CHOICE_OF_CAPTION, CHOICE_OF_CROP, CROP, FIXED_CROP, Order
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.transforms import Example, cover_crop, cover_size
 from sdxl_jax.errors import InputError
@@ -71,47 +71,53 @@ class Loader:
     cache: Cache | None = None
     """Read instead of the source's images and captions."""
 
-    def example(self, image: int, bucket: Bucket, *seed: int) -> Example:
-        """The image, resized, cropped and flipped as the seed says. InputError where it is damaged."""
+    def _examples(self, image: int, bucket: Bucket, seeds: Iterable[tuple[int, ...]]) -> list[Example]:
+        """The image, resized, cropped and flipped as each of the seeds says. InputError where it is damaged."""
         size = self.source.size(image)
         pixels = self.source.pixels(image, cover_size(*size, bucket))
         if not _same_picture(size, pixels.shape):
             raise InputError(
                 f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {size} when it was listed"
             )
-        return cover_crop(
-            pixels,
-            bucket,
-            original_size=size,
-            rng=np.random.default_rng((self.config.seed, *seed)),
-            crop=self.config.crop,
-            flip_probability=self.config.flip_probability,
-        )
+        return [
+            cover_crop(
+                pixels,
+                bucket,
+                original_size=size,
+                rng=self._rng(*seed),
+                crop=self.config.crop,
+                flip_probability=self.config.flip_probability,
+            )
+            for seed in seeds
+        ]
 
-    def fixed(self, image: int, crop: int, bucket: Bucket) -> Example:
-        """One of the crops that the image has where their number is fixed."""
-        return self.example(image, bucket, image, crop, 2)
+    def fixed(self, image: int, crops: Iterable[int], bucket: Bucket) -> list[Example]:
+        """Some of the crops that the image has where their number is fixed."""
+        return self._examples(image, bucket, [(FIXED_CROP, image, crop) for crop in crops])
 
     def draw(self, step: int, row: int, position: int) -> Drawn:
         """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
         image, bucket = int(self.order.numbers[position]), self.buckets[self.order.bucket(step)]
         crops = self.config.crops_per_image
         if crops is None:
-            example = self.example(image, bucket, step, row)
+            (example,) = self._examples(image, bucket, [(CROP, step, row)])
         else:
-            example = self.fixed(image, self._choose(crops, step, row, 3), bucket)
+            (example,) = self.fixed(image, [self._choose(crops, CHOICE_OF_CROP, step, row)], bucket)
         captions = self.source.captions(image)
-        return Drawn(image, captions[self._choose(len(captions), step, row, 1)], example)
+        return Drawn(image, captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)], example)
 
     def read(self, step: int, row: int, position: int) -> Read:
         """The same of the cache."""
         assert self.cache is not None
-        crop, captions = self.cache.crop(position, self._choose(self.cache.crops, step, row, 3))
-        text = captions[self._choose(len(captions), step, row, 1)]
+        crop, captions = self.cache.crop(position, self._choose(self.cache.crops, CHOICE_OF_CROP, step, row))
+        text = captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)]
         return Read(int(self.order.numbers[position]), crop, text)
 
+    def _rng(self, *seed: int) -> np.random.Generator:
+        return np.random.default_rng((self.config.seed, *seed))
+
     def _choose(self, count: int, *seed: int) -> int:
-        return int(np.random.default_rng((self.config.seed, *seed)).integers(count))
+        return int(self._rng(*seed).integers(count))
 
     def good(self, step: int, row: int, bad: list[str], draw: Callable[[int, int, int], _T]) -> _T:
         """draw(step, row, position) of the first of the row's image, and those that follow it in the bucket's order,
@@ -189,5 +195,5 @@ class Loader:
 
 
 def _same_picture(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
-    """Whether an image of that size can have been decoded to that shape: whole, or shrunk to n/8, rounded up."""
-    return any(shape[:2] == tuple(-(-side * eighths // 8) for side in size) for eighths in range(1, 9))
+    """Whether an image of that size can have been decoded to that shape: whole, or shrunk as `images.decode` does."""
+    return any(shape[:2] == tuple(-(-side * eighths // 8) for side in size) for eighths in (8, 4, 3, 2, 1))

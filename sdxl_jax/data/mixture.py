@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from sdxl_jax.data.sources import Pictures, Refused
-from sdxl_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,8 @@ class Source:
     folder: str
     """As data.folder."""
     weight: float = 1.0
-    """How often each of its images comes an epoch, on average: 2 is twice, 0.5 is once in two epochs."""
+    """How often each of its images comes an epoch, on average, above 0: 2 is twice, 0.5 is once in two epochs. In each
+    bucket the source has one place an epoch at least."""
 
 
 class Share(NamedTuple):
@@ -43,12 +43,6 @@ class Mixture:
     """Sources in a row. Pickles where they do."""
 
     def __init__(self, sources: Sequence[Pictures], weights: Sequence[float]):
-        for source, weight in zip(sources, weights, strict=True):
-            if not 0 < weight < np.inf:
-                raise InputError(
-                    f"data.sources gives {source.path} the weight {weight}. Expected more than 0; 1 is each image once "
-                    "an epoch. To leave a source out, remove it."
-                )
         self.sources, self.weights = tuple(sources), tuple(weights)
         ends = itertools.accumulate((len(source.sizes) for source in sources), initial=0)
         self.starts = list(ends)

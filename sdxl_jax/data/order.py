@@ -2,8 +2,10 @@
 
 One epoch: the places of each bucket are shuffled and cut into batches, then all batches are shuffled. The next epoch
 shuffles anew. An image of weight 1 has one place in its bucket, of weight 2 two; of weight 0.3, three in ten images
-have one in each epoch, other ones each time, until all had theirs. A bucket smaller than one batch has its images
-repeated to fill it; what is left over when a larger one is cut into batches waits, other images each epoch.
+have one in each epoch, other ones each time, until all had theirs. What is left over when a bucket is cut into batches
+waits, other images each epoch. A bucket with fewer places than a batch collects those of several epochs until they fill
+one, so that its images come no more often than others: with 3 images and batches of 8, its batches are in the epochs 3,
+6, 8, 11, … and epochs differ in length by the batches of such buckets.
 
 A large shuffle is Grain's, which gives any element of any epoch without making the rest; a small one is numpy's. So
 a step far from the start costs what the first one costs, and memory is that of the image numbers: 4 bytes each.
@@ -22,7 +24,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -55,6 +57,11 @@ def _map(path: str) -> SharedArray:
     return SharedArray(np.load(path, mmap_mode="r"), path)
 
 
+BATCHES, PLACES, TURNS, CROP, FIXED_CROP, CHOICE_OF_CROP, CHOICE_OF_CAPTION = range(1, 8)
+"""What random numbers are for: the second number of every seed, behind the user's, so that no two uses share a stream.
+"""
+
+
 @functools.lru_cache(maxsize=256)
 def _permutation(count: int, *seed: int) -> Int32[np.ndarray, " count"]:
     return np.random.default_rng(seed).permutation(count).astype(np.int32)
@@ -63,14 +70,16 @@ def _permutation(count: int, *seed: int) -> Int32[np.ndarray, " count"]:
 class _Shuffled:
     """Element i is element i % count of the shuffle of epoch i // count."""
 
-    def __init__(self, count: int, seed: int):
-        self._count, self._seed = count, seed
-        self._large = grain.MapDataset.range(count).seed(seed).shuffle().repeat() if count > _LARGE else None
+    def __init__(self, count: int, *seed: int):
+        self._count, self._seed, self._large = count, seed, None
+        if count > _LARGE:
+            mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+            self._large = grain.MapDataset.range(count).seed(mixed).shuffle().repeat()
 
     def __getitem__(self, index: int) -> int:
         if self._large is None:
             epoch, place = divmod(index, self._count)
-            return int(_permutation(self._count, self._seed, epoch)[place])
+            return int(_permutation(self._count, *self._seed, epoch)[place])
         element = self._large[index]
         assert element is not None  # Grain's type allows for filters; there are none
         return element
@@ -80,45 +89,66 @@ _LARGE = 1 << 14
 """Elements from which on Grain shuffles, which takes 4 µs an element; of 16 elements it takes 1 ms each."""
 
 
+def places(images: int, weight: float) -> int:
+    """How many places an epoch has for so many images of one source and bucket; a part of one is rounded up."""
+    # Of the decimal number: 2.2 − 2 is a bit more than 0.2, and 5 times that would be rounded up to 2.
+    return math.ceil(Fraction(str(weight)) * images)
+
+
 class _Bucket:
     """The images of one bucket, by source, and their places in an epoch."""
 
-    def __init__(self, members: Sequence[tuple[int, int, float]], batch_size: int, seed: int):
-        """members: (where its numbers begin, how many, weight) of each source that has any."""
+    def __init__(self, members: Sequence[tuple[int, int, float]], batch_size: int, seed: int, number: int):
+        """members: (where its numbers begin, how many, weight) of each source that has any. number: the bucket's."""
         self._members = members
         # For each source: places that every image has, then places for a part of the images.
         self._whole = [math.floor(weight) * count for _, count, weight in members]
-        # Of the decimal number: 2.2 − 2 is a bit more than 0.2, and 5 times that would be rounded up to 2.
-        self._part = [math.ceil(Fraction(str(weight)) % 1 * count) for _, count, weight in members]
-        self.lengths = [whole + part for whole, part in zip(self._whole, self._part, strict=True)]
+        self.lengths = [places(count, weight) for _, count, weight in members]
         """Places of each of the members."""
         self._ends = list(itertools.accumulate(self.lengths))
-        self._turns = [_Shuffled(count, seed) for _, count, _ in members]
+        self._turns = [_Shuffled(count, seed, TURNS, number, n) for n, (_, count, _) in enumerate(members)]
         self.images = sum(count for _, count, _ in members)
         self.places = sum(self.lengths)
-        """In an epoch, before they are repeated to fill one batch."""
+        """In an epoch."""
         self.batch_size = batch_size
-        filled = max(self.places, batch_size) if self.places else 0
-        self.batches, self.remainder = divmod(filled, batch_size)
-        self.repeated = filled - self.places
-        self._filled = filled
-        self._places = _Shuffled(filled, seed) if filled else None
+        self.small = self.places < batch_size
+        """Whether its batches hold the places of several epochs."""
+        self.batches = Fraction(self.places, batch_size) if self.small else Fraction(self.places // batch_size)
+        """An epoch, on average."""
+        self.remainder = 0 if self.small else self.places % batch_size
+        """Places left out of each epoch."""
+        self._places = _Shuffled(self.places, seed, PLACES, number) if self.places else None
 
-    def place(self, epoch: int, batch: int, row: int) -> int:
-        """The place that a row of a batch takes in that epoch."""
+    def batches_before(self, epoch: int) -> int:
+        """How many of its batches the epochs before that one have."""
+        return math.floor(epoch * self.batches)
+
+    def position(self, epoch: int, batch: int, row: int, instead: int) -> int:
+        """Where the number of the image stands that one row of one of the epoch's batches has; with `instead` that of
+        the image whose place follows so many places later."""
         assert self._places is not None
-        return self._places[epoch * self._filled + batch * self.batch_size + row]
+        if self.small:  # its places of all epochs in a row
+            index = (self.batches_before(epoch) + batch) * self.batch_size + row
+            epoch = index // self.places
+        else:
+            index = epoch * self.places + batch * self.batch_size + row
+        return self._at(epoch, (self._places[index] + instead) % self.places)
 
-    def at(self, epoch: int, place: int) -> int:
-        """Where the number of the image stands that has that place; places go round."""
-        place %= self.places
+    def _at(self, epoch: int, place: int) -> int:
         source = bisect.bisect_right(self._ends, place)
         first, count, _ = self._members[source]
         turn = place - (self._ends[source - 1] if source else 0)
-        whole, part = self._whole[source], self._part[source]
+        whole = self._whole[source]
         if turn < whole:
             return first + turn % count
-        return first + self._turns[source][epoch * part + turn - whole]
+        return first + self._turns[source][epoch * (self.lengths[source] - whole) + turn - whole]
+
+
+class _Step(NamedTuple):
+    epoch: int
+    bucket: int
+    batch: int
+    """Which of the bucket's batches of that epoch."""
 
 
 class Order:
@@ -140,34 +170,49 @@ class Order:
     ):
         flat = [numbers for bucket in members for numbers in bucket]
         self._numbers = SharedArray(np.concatenate(flat).astype(np.int32, copy=False))
+        self._seed = seed
         first = 0
         self.buckets: list[_Bucket] = []
         self.source_images, self.source_places = [0] * len(weights), [0] * len(weights)
         """Of each source: images, and their places in an epoch, before buckets are cut into batches."""
-        for bucket, batch_size in zip(members, batch_sizes, strict=True):
+        for number, (bucket, batch_size) in enumerate(zip(members, batch_sizes, strict=True)):
             of_sources = {}
             for source, (numbers, weight) in enumerate(zip(bucket, weights, strict=True)):
                 if len(numbers):
                     of_sources[source] = (first, len(numbers), weight)
                 first += len(numbers)
-            self.buckets.append(_Bucket(list(of_sources.values()), batch_size, seed))
-            for source, places in zip(of_sources, self.buckets[-1].lengths, strict=True):
+            self.buckets.append(_Bucket(list(of_sources.values()), batch_size, seed, number))
+            for source, length in zip(of_sources, self.buckets[-1].lengths, strict=True):
                 self.source_images[source] += len(bucket[source])
-                self.source_places[source] += places
-        self._ends = list(itertools.accumulate(bucket.batches for bucket in self.buckets))
-        self.epoch_steps = self._ends[-1]
-        """Steps an epoch."""
-        self._batches = _Shuffled(self.epoch_steps, seed)
+                self.source_places[source] += length
+        self._batches: dict[int, _Shuffled] = {}
+        self._epoch_steps = sum((bucket.batches for bucket in self.buckets), Fraction())
 
-    def _batch(self, step: int) -> tuple[int, int, int]:
-        """(epoch, number of the bucket, which of its batches) of a step."""
-        batch = self._batches[step]
-        bucket = bisect.bisect_right(self._ends, batch)
-        return step // self.epoch_steps, bucket, batch - (self._ends[bucket - 1] if bucket else 0)
+    @property
+    def epoch_steps(self) -> float:
+        """Steps an epoch, on average."""
+        return float(self._epoch_steps)
+
+    def steps_before(self, epoch: int) -> int:
+        """Steps of all epochs before that one."""
+        return sum(bucket.batches_before(epoch) for bucket in self.buckets)
+
+    def _step(self, step: int) -> _Step:
+        # Each small bucket may be less than one batch behind its average.
+        first, behind = int(step / self._epoch_steps), sum(bucket.small for bucket in self.buckets)
+        epochs = range(first, int((step + behind) / self._epoch_steps) + 2)
+        epoch = first + bisect.bisect_right(epochs, step, key=self.steps_before) - 1
+        counts = [bucket.batches_before(epoch + 1) - bucket.batches_before(epoch) for bucket in self.buckets]
+        ends = list(itertools.accumulate(counts))
+        if (shuffled := self._batches.get(ends[-1])) is None:  # a shuffle for each length that epochs have
+            shuffled = self._batches[ends[-1]] = _Shuffled(ends[-1], self._seed, BATCHES, ends[-1])
+        batch = shuffled[epoch * ends[-1] + step - self.steps_before(epoch)]
+        bucket = bisect.bisect_right(ends, batch)
+        return _Step(epoch, bucket, batch - (ends[bucket - 1] if bucket else 0))
 
     def bucket(self, step: int) -> int:
         """The number of the bucket of one step."""
-        return self._batch(step)[1]
+        return self._step(step).bucket
 
     def position(self, step: int, row: int, *, instead: int = 0) -> int:
         """Where in `numbers` the image of one row of a global batch stands.
@@ -175,9 +220,8 @@ class Order:
         instead: 1 for the image that takes its place where it is bad, 2 for the next one: those whose places follow in
         the bucket.
         """
-        epoch, number, batch = self._batch(step)
-        bucket = self.buckets[number]
-        return bucket.at(epoch, bucket.place(epoch, batch, row) + instead)
+        epoch, bucket, batch = self._step(step)
+        return self.buckets[bucket].position(epoch, batch, row, instead)
 
     @property
     def numbers(self) -> Int32[np.ndarray, " _"]:

@@ -21,6 +21,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable, Generator, Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import grain
@@ -45,7 +46,7 @@ from sdxl_jax.errors import InputError
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
 """Captions to token numbers, one entry a tokenizer."""
 
-_FEW = 1000
+FEW = 1000
 """Examples that bad ones are a share of, until as many were read."""
 
 
@@ -56,12 +57,12 @@ class BucketReport(NamedTuple):
     width: int
     images: int
     batch_size: int
-    batches: int
-    """An epoch."""
+    batches: float
+    """An epoch, on average: a bucket smaller than a batch has one in several epochs."""
     remainder: int
     """Places left out of each epoch, other ones each time; a place is an image, unless a weight says otherwise."""
     repeated: int
-    """Places in the one batch of a small bucket that hold an image a second time or more."""
+    """Rows of each batch of a small bucket that hold an image of the same epoch, or of an earlier one, again."""
     merged_into: Bucket | None
     """The bucket that has its images, where it had too few."""
 
@@ -78,6 +79,7 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
         ("flip_probability", 0, 1),
         ("max_aspect_distance", 0, math.inf),
         ("min_size", 1, math.inf),
+        ("batch_pixels", 1, math.inf),
         ("crops_per_image", 1, math.inf),
         ("max_bad_share", 0, 1),
         ("seed", 0, 2**32 - 1),
@@ -88,6 +90,14 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise InputError(f"data.{name}={value} is out of range. Expected {low} to {high}.")
+    if config.crop == "centre" and config.flip_probability in (0, 1) and (config.crops_per_image or 1) > 1:
+        raise InputError(
+            f"data.crops_per_image={config.crops_per_image} would be as many times the same crop: data.crop=centre and "
+            f"data.flip_probability={config.flip_probability:g} leave nothing to chance. Set it to 1, or data.crop to "
+            "random."
+        )
+    if config.cache_of_other_code and config.cache is None:
+        raise InputError("data.cache_of_other_code has no effect without data.cache. Remove it, or give the cache.")
 
 
 def _batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
@@ -98,7 +108,7 @@ def _batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
         config.batch_pixels // (bucket.height * bucket.width) // config.batch_size * config.batch_size
         for bucket in buckets
     ]
-    if not all(sizes):
+    if min(sizes) < 1:
         largest = max(buckets, key=math.prod)
         raise InputError(
             f"data.batch_pixels={config.batch_pixels} holds no batch of {config.batch_size} images of "
@@ -117,7 +127,15 @@ def open_mixture(config: DataConfig) -> Mixture:
             f"data.folder and data.sources: {given} given. Give one folder, or several sources with weights."
         )
     sources = config.sources or (Source(config.folder or ""),)
-    opened = [open_pictures(source.folder, verify=config.verify_images) for source in sources]
+    for source in sources:
+        if not 0 < source.weight < math.inf:
+            raise InputError(
+                f"data.sources gives {source.folder} the weight {source.weight}. Expected more than 0; 1 is each image "
+                "once an epoch. To leave a source out, remove it."
+            )
+    # What cannot be decoded is found when a cache is made, which says so itself.
+    verify = config.verify_images and config.cache is None
+    opened = [open_pictures(source.folder, verify=verify) for source in sources]
     return Mixture(opened, [source.weight for source in sources])
 
 
@@ -134,12 +152,12 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
                 if reason not in named:
                     tqdm.write(f"  replaced while training: {reason}")
                     named.add(reason)
-            if bad > config.max_bad_share * max(examples, _FEW):
+            if bad > config.max_bad_share * max(examples, FEW):
                 raise InputError(
                     f"{bad} of the {examples} examples since the start had a damaged image, more than "
-                    f"data.max_bad_share={config.max_bad_share} allows. The last: {loaded.bad[-1]}\nMend or remove "
-                    "them (data.verify_images=true with data.on_refused=skip finds them in a folder before the work "
-                    "starts), or raise data.max_bad_share."
+                    f"data.max_bad_share={config.max_bad_share} allows. The last: {loaded.bad[-1]}\nTo go on with "
+                    "this run, bring the files back as they were, or raise data.max_bad_share. A new run can do "
+                    "without them: remove them, or build a shard set, which decodes every picture once."
                 )
             if loaded.captions:
                 yield loaded.batch._replace(tokens=dict(dataset.tokenize(list(loaded.captions))))
@@ -152,6 +170,23 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
 def _worker_starts(worker: int, workers: int) -> None:
     """Grain's would wait for ever where the process that reads from them is killed."""
     end_with_parent()
+
+
+def ahead(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
+    """The elements in order, made ahead in threads, and in processes where the configuration has any."""
+    grain.config.update("py_traceback_filtering", "off")  # which else rewrites the message of every error
+    threads = grain.ReadOptions(num_threads=config.read_ahead, prefetch_buffer_size=config.read_ahead)
+    elements = dataset.to_iter_dataset(threads)
+    if not config.workers:
+        return elements
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's own programs parse
+    return elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers), _worker_starts)
+
+
+def _plain(number: Fraction | float) -> int | float:
+    """An integer where it is one."""
+    return int(number) if number == int(number) else float(number)
 
 
 class BucketedDataset:
@@ -185,22 +220,24 @@ class BucketedDataset:
             score=config.aesthetic,
         )
         if not any(self._grouping.counts()):
-            some = itertools.islice(itertools.chain(self.refused(), self.too_small()), 6)
+            left_out = itertools.chain(self.refused(), self.too_small())
+            count = self.refused_count() + self.too_small_count()
             raise InputError(
                 f"None of the {len(self.source)} images in {self.where} fits a bucket of data.buckets:\n"
-                f"{summary(list(some))}\nAdd buckets of such shapes, raise data.max_aspect_distance (now "
+                f"{summary(left_out, count)}\nAdd buckets of such shapes, raise data.max_aspect_distance (now "
                 f"{config.max_aspect_distance:.3g}; the nearest image is at {self._grouping.closest:.3g}), or lower "
                 f"data.min_size (now {config.min_size})."
             )
         if config.on_refused == "error":
-            stop_if_refused(self.where, list(self.refused()), "error")
+            stop_if_refused(self.where, self.refused(), self.refused_count(), "error")
         self._merged: dict[int, int] = {}
+        weights = self.source.weights
         if config.small_buckets == "merge":
-            self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, batch_sizes)
-        self.order = Order(self._grouping.members, self.source.weights, batch_sizes, config.seed)
+            self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, batch_sizes, weights)
+        self.order = Order(self._grouping.members, weights, batch_sizes, config.seed)
         self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
-        self.epoch_steps = self.order.epoch_steps
-        """Steps an epoch."""
+        self.epoch_steps = _plain(self.order.epoch_steps)
+        """Steps an epoch, on average: buckets smaller than a batch have one in several epochs."""
         self.loader = Loader(self.source, self.order, self.buckets, config, host_index, host_count)
 
     @property
@@ -238,9 +275,9 @@ class BucketedDataset:
                 *bucket,
                 images=order.images,
                 batch_size=order.batch_size,
-                batches=order.batches,
+                batches=_plain(order.batches),
                 remainder=order.remainder,
-                repeated=order.repeated,
+                repeated=order.batch_size - order.images if 0 < order.images < order.batch_size else 0,
                 merged_into=self.buckets[self._merged[number]] if number in self._merged else None,
             )
             for number, (bucket, order) in enumerate(zip(self.buckets, self.order.buckets, strict=True))
@@ -279,21 +316,14 @@ class BucketedDataset:
         for step in itertools.count(start_step):
             for row in range(self.batch_size_of(step)):
                 bad: list[str] = []
-                yield self.loader.good(step, row, bad, self.loader.draw)
+                drawn = self.loader.good(step, row, bad, self.loader.draw)
                 for reason in bad:
                     tqdm.write(f"  replaced: {reason}")
+                yield drawn
 
     def iter_dataset(self, start_step: int = 0, stop_step: int = LAST_STEP) -> grain.IterDataset:
         """This host's batches of those steps as Grain's dataset, each as `Loaded`."""
-        grain.config.update("py_traceback_filtering", "off")  # which else rewrites the message of every error
-        steps = grain.MapDataset.range(start_step, stop_step)
-        ahead = grain.ReadOptions(num_threads=self.config.read_ahead, prefetch_buffer_size=self.config.read_ahead)
-        batches = steps.map(self.loader).to_iter_dataset(ahead)
-        if not self.config.workers:
-            return batches
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's own programs parse
-        return batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.config.workers), _worker_starts)
+        return ahead(grain.MapDataset.range(start_step, stop_step).map(self.loader), self.config)
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
         """This host's batches from `start_step` on, without end, decoded ahead.

@@ -9,6 +9,7 @@ pyplot, so that nothing global changes and no screen is needed.
 """
 
 import itertools
+import math
 import textwrap
 import warnings
 from pathlib import Path
@@ -18,10 +19,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from PIL import Image
 
-from sdxl_jax.data.inspection import open_dataset
 from sdxl_jax.data.loader import Drawn
 from sdxl_jax.data.pipeline import BucketedDataset, BucketReport
-from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,30 +71,35 @@ def size_histogram(sizes: Int32[np.ndarray, "images 2"]) -> Int64[np.ndarray, "h
     return counts.reshape(bins, bins)
 
 
-def plot(config: DataConfig, path: Path) -> None:
-    """Draws sizes, buckets and some training examples into one file, written whole or not at all.
-
-    The minimum size that is drawn is the configuration's, or the paper's where it has none.
-
-    Raises InputError where the suffix is none of SUFFIXES or matplotlib is missing, and as BucketedDataset does.
-    """
+def check(path: Path) -> None:
+    """Raises InputError where nothing can be drawn into that file: its suffix is none of SUFFIXES, it is a folder, or
+    matplotlib is missing."""
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"Cannot draw into {path}. Give a file that ends in {', '.join(SUFFIXES)}, e.g. data.png.")
     if path.is_dir():
         raise InputError(f"Cannot draw into {path}: it is a folder. Give a file, new or old.")
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401 (drawing needs it)
     except ImportError as problem:
         raise InputError("Drawing needs matplotlib, which is not installed. Run `pip install matplotlib`.") from problem
 
-    dataset = open_dataset(config)
+
+def plot(dataset: BucketedDataset, path: Path) -> None:
+    """Draws sizes, buckets and some training examples into one file, written whole or not at all.
+
+    The minimum size that is drawn is the configuration's, or the paper's where it has none. Raises InputError as
+    `check`.
+    """
+    check(path)
+    from matplotlib.figure import Figure
+
     report = [bucket for bucket in dataset.report() if bucket.images]
     sheet = _sheet(dataset, report)
     rows = [sheet[start : start + 2] for start in range(0, len(sheet), 2)]
     heights = [_HEADING + max(_picture_height(bucket) for bucket, _ in row) + _TEXT for row in rows]
     page = Figure(figsize=(_WIDTH, 0.9 + _CHARTS + 1.0 + sum(heights) + 0.1))
     top = _title(page, dataset)
-    minimum_px = config.min_size if config.min_size > 1 else PAPER_MINIMUM_PX
+    minimum_px = dataset.config.min_size if dataset.config.min_size > 1 else PAPER_MINIMUM_PX
     _draw_sizes(page, dataset.source.sizes, minimum_px, top)
     _draw_buckets(page, report, dataset, top)
     top -= _CHARTS + 1.0
@@ -119,7 +123,9 @@ def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[B
     fullest = sorted(report, key=lambda bucket: -bucket.images)[:_SHEET_BUCKETS]
     missing = {(bucket.height, bucket.width): _examples_of(bucket) for bucket in fullest}
     drawn: dict[tuple[int, int], list[Drawn]] = {key: [] for key in missing}
-    for step in range(dataset.epoch_steps):
+    # A bucket smaller than a batch has its first one when it has filled it.
+    last = dataset.order.steps_before(max(math.ceil(1 / bucket.batches) for bucket in fullest))
+    for step in range(last):
         bucket = dataset.bucket_of(step)
         key = bucket.height, bucket.width
         if count := min(missing.get(key, 0), dataset.batch_size_of(step)):
@@ -131,7 +137,7 @@ def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[B
 
 
 def _examples_of(bucket: BucketReport) -> int:
-    return min(_SHEET_EXAMPLES, bucket.batches * bucket.batch_size)
+    return min(_SHEET_EXAMPLES, math.ceil(bucket.batches) * bucket.batch_size)
 
 
 def _axes(page: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
@@ -159,7 +165,7 @@ def _title(page: "Figure", dataset: BucketedDataset) -> float:
         counts += f", {dataset.too_small_count():,} below {dataset.config.min_size} px"
     sizes = sorted({bucket.batch_size for bucket in dataset.report() if bucket.images})
     batches = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    steps = f"{dataset.epoch_steps:,} steps of {batches} an epoch"
+    steps = f"{dataset.epoch_steps:.6g} steps of {batches} an epoch"
     _write(page, _MARGIN, top, name, 14, "bold")
     _write(page, _MARGIN, top - 0.28, f"{counts}; {steps}", 10)
     return top - 0.9
@@ -214,7 +220,7 @@ def _draw_buckets(page: "Figure", report: list[BucketReport], dataset: BucketedD
     images = np.array([bucket.images for bucket in kept])
     for chosen, colour, label in (
         (~small, "#31688e", None),
-        (small, "#d95f02", "fewer than a batch: repeated to fill it"),
+        (small, "#d95f02", "fewer than a batch: collected over several epochs"),
     ):
         if chosen.any():
             axes.bar(places[chosen], images[chosen], color=colour, label=label, width=0.8)
@@ -250,7 +256,8 @@ def _picture_height(bucket: BucketReport) -> float:
 
 def _draw_examples(page: "Figure", bucket: BucketReport, examples: list[Drawn], left: float, top: float) -> None:
     """One bucket's examples side by side."""
-    heading = f"Bucket {bucket.height}×{bucket.width}: pictures {bucket.images:,}, batches an epoch {bucket.batches:,}"
+    counts = f"pictures {bucket.images:,}, batches an epoch {bucket.batches:.4g}"
+    heading = f"Bucket {bucket.height}×{bucket.width}: {counts}"
     _write(page, left, top, heading, 10, "bold")
     top -= _HEADING
     height = _picture_height(bucket)

@@ -23,9 +23,9 @@ class DataConfig:
     max_aspect_distance: float = math.log(2)
     """Images whose |ln aspect| is farther than this from the nearest bucket are refused: at ln 2 the crop would take
     half of them. Higher: stranger shapes are trained on, cropped harder."""
-    small_buckets: Literal["repeat", "merge"] = "repeat"
-    """What becomes of a bucket with fewer images than a batch: they are repeated to fill one, or go to the bucket of
-    the nearest aspect ratio, cropped harder."""
+    small_buckets: Literal["pad", "merge"] = "pad"
+    """What becomes of a bucket with fewer images than a batch: it collects those of several epochs until they fill one,
+    which holds each image several times; or they go to the bucket of the nearest aspect ratio, cropped harder."""
     min_size: int = 1
     """Images whose shorter side has fewer pixels are left out, and counted. Higher: less is trained on, nothing
     blurred by enlarging; the model is told each image's size, so that it need not be high."""

@@ -108,10 +108,17 @@ class ShardSet:
             raise IndexError(f"image {image} of {len(self)}")
 
     def captions(self, image: int) -> tuple[str, ...]:
-        """All captions of one image, in the order of the source."""
+        """All captions of one image, in the order of the source. Raises InputError where they are damaged."""
         self._check(image)
         first, last = self._columns["first_caption"][image : image + 2].tolist()
-        return tuple(text.decode() for text in self._texts(self._columns["caption_start"], CAPTIONS, first, last))
+        texts = self._texts(self._columns["caption_start"], CAPTIONS, first, last)
+        try:
+            return tuple(text.decode() for text in texts)
+        except UnicodeDecodeError as problem:
+            raise InputError(
+                f"The captions of {self.name(image)} in {self.path / CAPTIONS} are damaged ({problem}). Copy that file "
+                "again from where the shard set was built, or build the shard set anew."
+            ) from problem
 
     def name(self, image: int) -> str:
         """The image's name in the source."""

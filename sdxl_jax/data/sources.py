@@ -8,7 +8,8 @@ Not here: any source. A plain folder is in `folders`, a shard set in `shards`; w
 `records`. `opening` chooses between the two for training.
 """
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -94,19 +95,19 @@ class Pictures(Protocol):
         ...
 
 
-def summary(refused: list[Refused]) -> str:
-    """The first refusals, one a line, and how many more there are."""
-    lines = [f"  {file}: {reason}" for file, reason in refused[:_LISTED]]
-    if len(refused) > _LISTED:
-        lines.append(f"  and {len(refused) - _LISTED} more")
+def summary(refused: Iterable[Refused], count: int) -> str:
+    """The first refusals, one a line, and how many more of the `count` there are."""
+    lines = [f"  {file}: {reason}" for file, reason in itertools.islice(refused, _LISTED)]
+    if count > _LISTED:
+        lines.append(f"  and {count - _LISTED} more")
     return "\n".join(lines)
 
 
-def stop_if_refused(folder: str | Path, refused: list[Refused], on_refused: OnRefused) -> None:
-    """Raises one InputError for all refusals, unless they are to be skipped."""
-    if refused and on_refused == "error":
+def stop_if_refused(folder: str | Path, refused: Iterable[Refused], count: int, on_refused: OnRefused) -> None:
+    """Raises one InputError for all `count` refusals, of which it looks at some, unless they are to be skipped."""
+    if count and on_refused == "error":
         raise InputError(
-            f"{len(refused)} entries of {folder} cannot be used:\n{summary(refused)}\nFix or remove them, or set "
+            f"{count} entries of {folder} cannot be used:\n{summary(refused, count)}\nFix or remove them, or set "
             "data.on_refused=skip to train without them (`sdxl-jax data inspect` counts and lists them)."
         )
 

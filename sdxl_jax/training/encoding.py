@@ -10,6 +10,7 @@ about itself, and reads no cache that differs.
 Hosts share the pieces out; one that was interrupted goes on with those that are missing.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -33,7 +34,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.data import crops as cropping
 from sdxl_jax.data.cache import Crop, PieceWriter, Plan, Text, begin, open_cache
 from sdxl_jax.data.crops import Crops
-from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop.weights import part_configs
 from sdxl_jax.models import vae
@@ -54,7 +55,6 @@ def encoder_parts(config: TrainConfig) -> list[str]:
     return [part for part in part_configs(config.model) if part != "unet"]
 
 
-@jax.jit
 def _sums(values: jax.Array) -> jax.Array:
     """Two sums over the bits of an array, modulo 2³²: exact, so the same however it is spread over devices."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32).reshape(-1), jnp.uint32)
@@ -68,11 +68,13 @@ def fingerprint(params: Params) -> str:
     """Names the values of parameters, wherever they lie."""
     names = hashlib.blake2b(digest_size=16)
     for path, leaf in sorted(flatten(params).items()):
-        names.update(f"{path} {leaf.shape} {np.asarray(_sums(leaf)).tolist()}\n".encode())
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        sums = jax.jit(_sums, out_shardings=None if mesh is None else sharding.replicated(mesh))
+        names.update(f"{path} {leaf.shape} {np.asarray(sums(leaf)).tolist()}\n".encode())
     return names.hexdigest()
 
 
-@functools.cache  # the files may be replaced while this process runs
+@functools.cache
 def _code() -> str:
     contents = (resources.files("sdxl_jax").joinpath(name).read_bytes() for name in _CODE)
     return hashlib.blake2b(b"\0".join(contents), digest_size=16).hexdigest()
@@ -92,6 +94,7 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
         "crops": {"each": data.crops_per_image, "mode": data.crop, "flips": data.flip_probability, "seed": data.seed},
         "weights": weights,
         "text": {tower.name: configuration.to_json(tower) for tower in config.model.text},
+        "precision": configuration.to_json(config.compute)["dtype"],
         "code": _code(),
     }
 
@@ -115,7 +118,7 @@ def from_cache(config: TrainConfig, dataset: BucketedDataset, frozen: Params) ->
     data = config.data
     if data.cache is None:
         return dataset
-    ignore = ["code"] if data.cache_of_other_code else []
+    ignore = ["precision", "code"] if data.cache_of_other_code else ["precision"]  # training may have another
     return dataset.reading(open_cache(data.cache, made_from(config, dataset, frozen), ignore=ignore))
 
 
@@ -182,7 +185,6 @@ def _write(writer: PieceWriter, pending: _Pending) -> None:
     for row, (examples, reason, captions) in enumerate(zip(crops.examples, crops.reasons, crops.captions, strict=True)):
         if not examples:
             writer.refuse(reason)
-            tqdm.write(f"  cannot be encoded: {reason}")
             continue
         encoded = [
             Crop(
@@ -207,6 +209,13 @@ def _texts(tokens: Mapping[str, Any], conditions: Any) -> Iterator[Text]:
         yield Text({name: each[number] for name, each in tokens.items()}, condition.context[row], pooled)
 
 
+class Encoded(NamedTuple):
+    plan: Plan
+    """Which knows what is missing still."""
+    refused: int
+    """Images that could not be encoded this time."""
+
+
 def encode(
     config: TrainConfig,
     *,
@@ -214,7 +223,7 @@ def encode(
     share: tuple[int, int] | None = None,
     piece_images: int = 1024,
     progress: bool = True,
-) -> Plan:
+) -> Encoded:
     """Writes `config.data.cache`, or what is missing of it.
 
     Args:
@@ -224,10 +233,10 @@ def encode(
         piece_images: images a piece. Higher: fewer files, more is lost to an interruption.
         progress: show images and images a second at a terminal.
 
-    An image that cannot be read is named and marked, and training replaces it. Returns the plan, which knows what is
-    missing still.
+    An image that cannot be read is named and marked, and training replaces it.
 
-    Raises InputError: no `data.cache`; a folder that holds another cache or other files; and as training does.
+    Raises InputError: no `data.cache`; a folder that holds another cache or other files; more images that cannot be
+    read than `data.max_bad_share` allows; and as training does.
     """
     config.check()
     if config.data.cache is None or config.data.crops_per_image is None:
@@ -258,24 +267,56 @@ def encode(
         pieces = plan.missing(index, count)
         images = sum(len(plan.images_of(piece)) for piece in pieces)
         with tqdm(desc="encoding", unit=" images", total=images, disable=None if progress else True) as bar:
+            tally = _Tally(config.data.max_bad_share)
             for piece in pieces:
-                _encode_piece(encoders, tokenizer, dataset, plan, piece, bar)
-    return plan
+                _encode_piece(encoders, tokenizer, dataset, plan, piece, tally, bar)
+    if not plan.missing():
+        plan.clean()
+    return Encoded(plan, tally.refused)
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Pictures of this run so far."""
+
+    max_bad_share: float
+    seen: int = 0
+    refused: int = 0
+
+    def add(self, crops: Crops) -> None:
+        """Names those that cannot be encoded. Raises InputError where they are too many."""
+        self.seen += len(crops.reasons)
+        for reason in filter(None, crops.reasons):
+            self.refused += 1
+            tqdm.write(f"  cannot be encoded: {reason}")
+            if self.refused > self.max_bad_share * max(self.seen, FEW):
+                raise InputError(
+                    f"{self.refused} of the first {self.seen} pictures cannot be encoded, more than "
+                    f"data.max_bad_share={self.max_bad_share} allows. The last: {reason}\nMend what is wrong and run "
+                    "the same command again: it goes on, and this piece was not written. Or raise data.max_bad_share."
+                )
 
 
 def _encode_piece(
-    encoders: _Encoders, tokenizer: Tokenizer, dataset: BucketedDataset, plan: Plan, piece: int, bar: tqdm
+    encoders: _Encoders,
+    tokenizer: Tokenizer,
+    dataset: BucketedDataset,
+    plan: Plan,
+    piece: int,
+    tally: _Tally,
+    bar: tqdm,
 ) -> None:
     pending = None
     with PieceWriter(plan, piece) as writer:
         for crops in cropping.load(dataset, plan.images_of(piece), encoders.batch_size):
+            tally.add(crops)
             started = _start(encoders, tokenizer, crops)
             if pending is not None:
                 _write(writer, pending)  # while the devices work on the next group
             pending = started
             bar.update(len(crops.examples))
-        if pending is not None:
-            _write(writer, pending)
+        assert pending is not None
+        _write(writer, pending)
         writer.finish()
 
 

@@ -207,8 +207,8 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
     for bucket in dataset.report():
         if bucket.images:
             notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
-            notes += f", {bucket.repeated} repeated to fill the batch" if bucket.repeated else ""
-            batches = f"{bucket.batches} batches of {bucket.batch_size} an epoch"
+            notes += ", which hold the same images several times" if bucket.repeated else ""
+            batches = f"{bucket.batches:.4g} batches of {bucket.batch_size} an epoch"
             tqdm.write(f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {batches}{notes}")
         if bucket.merged_into is not None:
             height, width = bucket.merged_into
