@@ -95,7 +95,7 @@ class Batch(NamedTuple):
     """One entry a tokenizer, keyed as the conditioning asks for it."""
     micro: MicroConditioning
     example: Int32[type_of_array, "batch"]
-    """The examples' numbers in their source: for logs and tests, the model never sees them."""
+    """The examples' numbers in the data, all sources in a row: for logs and tests, the model never sees them."""
     replaced: Bool[type_of_array, "batch"]
     """Which examples stand in for a damaged image: for logs."""
     encoded: Encoded | None = None

@@ -598,30 +598,40 @@ def test_inspect_dumps_the_first_examples(home: Path, tmp_path: Path) -> None:
 # What works: data encode
 
 
-def test_encode_writes_a_cache_that_train_reads(place: Path) -> None:
+def encode_into(place: Path) -> tuple[list[object], list[object]]:
+    """(the fields of a cache, the command that writes it)"""
     fields: list[object] = ["--data.cache", place / "cache", "--data.crops-per-image", 2]
-    encode = ["data", "encode", place / "config.py", *fields, "--batch-size", 3]
+    return fields, ["data", "encode", place / "config.py", *fields, "--batch-size", 3]
+
+
+def test_encode_writes_its_share_and_then_the_rest(place: Path) -> None:
+    _, encode = encode_into(place)
+    said = f"{place / 'cache'}: 8 pictures, 2 crops of each; "
     begun = call(*encode, "--share", 1, 2)
     assert begun.code == 0, begun
-    said = f"{place / 'cache'}: 8 pictures, 2 crops of each; "
     assert begun.out.splitlines()[-1] == said + "1 of 1 pieces are missing, of other shares"
-    unfinished = train(place, *fields, "--run-dir", place / "new")
-    assert_refused(place, unfinished, "1 of its 1 pieces are missing", "Run the same `sdxl-jax data encode` again")
-
     done = call(*encode, "--share", 0, 2)
     assert done.code == 0, done
     assert done.out.splitlines()[-1] == said + "complete"
     before = listing(place / "cache")
     assert call(*encode).code == 0
     assert listing(place / "cache") == before
+    assert_refused(place, [*encode, "--data.seed", 5], r"crops\.seed: 0 in the cache, 5 given", "another folder")
+
+
+@pytest.mark.slow
+def test_train_reads_the_cache_of_encode(place: Path) -> None:
+    fields, encode = encode_into(place)
+    assert call(*encode, "--share", 1, 2).code == 0
+    unfinished = train(place, *fields, "--run-dir", place / "new")
+    assert_refused(place, unfinished, "1 of its 1 pieces are missing", "Run the same `sdxl-jax data encode` again")
+    assert call(*encode).code == 0
     outcome = call(*train(place, *fields, "--run-dir", place / "new"))
     assert outcome.code == 0, outcome
     lines = [json.loads(line) for line in (place / "new" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-
     other = train(place, *fields, "--data.seed", 5, "--run-dir", place / "other")
     assert_refused(place, other, r"crops\.seed: 0 in the cache, 5 given", "into a new folder")
-    assert_refused(place, [*encode, "--data.seed", 5], r"crops\.seed: 0 in the cache, 5 given", "another folder")
 
 
 def test_encode_without_a_place_or_in_one_of_something_else_is_refused(place: Path) -> None:

@@ -159,7 +159,7 @@ def _name_every_word(prompt: str, encoder: CLIPTokenizer, words: Mapping[str, st
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Prompts to token numbers, for every tower of a model. Pickles, so that data workers can have it."""
+    """Prompts to token numbers, for every tower of a model. It can be pickled."""
 
     towers: tuple[tuple[str, int, tuple[str, ...]], ...]
     """(name, padding token, added tokens) of each."""

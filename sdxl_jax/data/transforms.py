@@ -11,7 +11,7 @@ A flip mirrors the finished crop. That is the crop at s·w − W − left of the
 recorded: the record always describes the image whose pixels the model sees.
 
 OpenCV resizes: bicubic to enlarge, and to shrink by up to 5/4; beyond that by area, the mean of all pixels that fall
-into one, so that nothing aliases. Against Pillow's Lanczos, on photographs: 42 to 53 dB, at a tenth of the time.
+into one, so that nothing aliases. Against Pillow's Lanczos, on photographs: 41 to 53 dB, at a tenth of the time.
 
 Not here: reading files (sources), normalisation to −1..1 (on the device).
 """
@@ -67,7 +67,7 @@ def cover_crop(
 ) -> Example:
     """Resizes the image (0..255) to cover the bucket, crops it to the bucket, perhaps flips it; algorithm 1.
 
-    Draws the same three numbers from `rng` whatever the image and the options. `flip_probability` is 0..1.
+    What `rng` draws does not depend on the options. `flip_probability` is 0..1.
     `original_size` (height, width) is that of an image which was shrunk while it was decoded; None: its own.
     """
     height, width = original_size or image.shape[:2]
