@@ -181,7 +181,8 @@ def read_saved(path: Path) -> dict[str, Any]:
     """What a run keeps in its config.json; "config" is in it. Raises InputError if it cannot be read."""
     try:
         saved = json.loads(path.read_text())
-        saved["config"]
+        if not isinstance(saved["config"], dict):
+            raise TypeError(f"it has config={saved['config']!r}")
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise InputError(
             f"{path} is no configuration of a run ({error}). Restore it, or choose another run "

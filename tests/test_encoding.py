@@ -563,6 +563,7 @@ encoding.encode(config, batch_size=int(sys.argv[2]), piece_images=int(sys.argv[3
 """
 
 
+@pytest.mark.slow
 def test_killed_encoding_goes_on_with_the_missing_pieces(
     config: TrainConfig, encoders: Params, folder: Path, tmp_path: Path
 ) -> None:

@@ -41,10 +41,11 @@ def test_pictures_come_in_many_original_sizes(pictures: Path):
 
 
 def test_shipped_autoencoder_is_small_and_gives_the_pictures_back(pictures: Path):
-    """28 dB on average: what a stranger takes for the same picture. Measured 29.7."""
+    """28 dB on average over a quarter of them: what a stranger takes for the same picture. Measured 29.7 over all."""
     assert autoencoder.WEIGHTS.stat().st_size < 5_000_000
     config, params = autoencoder.load()
-    for images, _ in story._examples(pictures).values():
+    for every, _ in story._examples(pictures).values():
+        images = every[::4]
         latent = vae.encode(config, params, arrays.normalise(images)).mean * config.scale
         back = np.asarray(arrays.to_bytes(vae.decode(config, params, latent)), np.float64)
         error = np.square(back - images).mean(axis=(1, 2, 3))
