@@ -101,9 +101,11 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
 
 def check_frozen(config: TrainConfig) -> None:
     """Raises InputError where a cache is given and an encoder trains."""
+    if config.data.cache is None:
+        return
     abstract = jax.eval_shape(functools.partial(model.init, config=config.model), jax.random.key(0))
     trained, _ = partition(abstract, config.training.trains)
-    if config.data.cache is not None and (trains := [part for part in encoder_parts(config) if part in trained]):
+    if trains := [part for part in encoder_parts(config) if part in trained]:
         raise InputError(
             f"data.cache={config.data.cache} holds what the {', '.join(trains)} made of the data before training, but "
             "training.trains changes it. Train the UNet alone, training.trains=^unet/, or without data.cache"

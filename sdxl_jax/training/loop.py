@@ -213,6 +213,8 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
         if bucket.merged_into is not None:
             height, width = bucket.merged_into
             tqdm.write(f"  bucket {bucket.height}×{bucket.width}: too few images, merged into {height}×{width}")
+    if dataset.config.cache is not None:
+        tqdm.write(f"  latents and text states are read from {dataset.config.cache}")
     if len(shares := dataset.shares()) > 1:
         for share in shares:
             tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of an epoch")
