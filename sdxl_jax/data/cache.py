@@ -35,11 +35,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import BFloat16, Int32
 from ml_dtypes import bfloat16
 
-from sdxl_jax.data.record_files import RecordFiles
+from sdxl_jax.data.record_files import RecordFiles, RecordWriter
 from sdxl_jax.data.shard_writing import sync
 from sdxl_jax.errors import InputError
 
@@ -59,7 +58,6 @@ _LATENTS = np.dtype(
         ("captions", "<i4"),
     ]
 )
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 _PARTIAL = ".partial"
 _SHOWN_CHARACTERS = 60  # of a value in a message
 
@@ -154,22 +152,16 @@ class _RecordWriter:
     def __init__(self, path: Path):
         # A name of its own: another process that writes the same piece, by mistake, spoils nothing.
         self._path, self._partial = path, path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
-        self._writer: Any = ArrayRecordWriter(str(self._partial), _WRITER_OPTIONS)
+        self._writer = RecordWriter(self._partial)
         self.records = 0
 
     def write(self, record: bytes) -> None:
-        try:
-            self._writer.write(record)
-        except RuntimeError as problem:
-            raise OSError(str(problem)) from problem
+        self._writer.write(record)
         self.records += 1
 
     def close(self) -> None:
         """Completes the file and waits until it is on the disk."""
-        try:
-            self._writer.close()
-        except RuntimeError as problem:
-            raise OSError(str(problem)) from problem
+        self._writer.close()
         sync(self._partial)
 
     def publish(self) -> None:
@@ -180,7 +172,7 @@ class _RecordWriter:
     def release(self) -> None:
         """Lets go of the file, and removes it where it was not published."""
         self._partial.unlink(missing_ok=True)
-        with suppress(RuntimeError):
+        with suppress(OSError):
             self._writer.close()
 
 

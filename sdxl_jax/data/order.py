@@ -121,7 +121,7 @@ class _Bucket:
 
     def batches_before(self, epoch: int) -> int:
         """How many of its batches the epochs before that one have."""
-        return math.floor(epoch * self.batches)
+        return epoch * self.places // self.batch_size if self.small else epoch * (self.places // self.batch_size)
 
     def position(self, epoch: int, batch: int, row: int, instead: int) -> int:
         """Where the number of the image stands that one row of one of the epoch's batches has; with `instead` that of
@@ -142,6 +142,10 @@ class _Bucket:
         if turn < whole:
             return first + turn % count
         return first + self._turns[source][epoch * (self.lengths[source] - whole) + turn - whole]
+
+
+_KEPT = 64
+"""Steps remembered: more than are made ahead at a time."""
 
 
 class _Step(NamedTuple):
@@ -186,6 +190,7 @@ class Order:
                 self.source_images[source] += len(bucket[source])
                 self.source_places[source] += length
         self._batches: dict[int, _Shuffled] = {}
+        self._found: dict[int, _Step] = {}  # the steps asked for last: each row of a batch asks for the same one
         self._epoch_steps = sum((bucket.batches for bucket in self.buckets), Fraction())
 
     @property
@@ -198,6 +203,13 @@ class Order:
         return sum(bucket.batches_before(epoch) for bucket in self.buckets)
 
     def _step(self, step: int) -> _Step:
+        if (found := self._found.get(step)) is None:
+            if len(self._found) >= _KEPT:
+                self._found.clear()
+            found = self._found[step] = self._find(step)
+        return found
+
+    def _find(self, step: int) -> _Step:
         # Each small bucket may be less than one batch behind its average.
         first, behind = int(step / self._epoch_steps), sum(bucket.small for bucket in self.buckets)
         epochs = range(first, int((step + behind) / self._epoch_steps) + 2)

@@ -228,8 +228,7 @@ class BucketedDataset:
                 f"{config.max_aspect_distance:.3g}; the nearest image is at {self._grouping.closest:.3g}), or lower "
                 f"data.min_size (now {config.min_size})."
             )
-        if config.on_refused == "error":
-            stop_if_refused(self.where, self.refused(), self.refused_count(), "error")
+        stop_if_refused(self.where, self.refused(), self.refused_count(), config.on_refused)
         self._merged: dict[int, int] = {}
         weights = self.source.weights
         if config.small_buckets == "merge":

@@ -1,19 +1,46 @@
-"""Reading records of many ArrayRecord files, by path: a process keeps open those that it read last.
+"""Files of records (ArrayRecord): writing one, and reading many, by path, of which a process keeps open the last.
 
-Not here: writing such files, and what their records hold.
+Records are not compressed, and each is a group of its own, so that it costs one read.
+
+Not here: what the records hold, and when a file counts as finished.
 """
 
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from sdxl_jax.errors import InputError
 
 _OPEN_FILES = 256  # of 0.04 MB and one file each; to open one again takes 0.4 ms
 _NO_COUNT = 1 << 62  # told as a file's records, it need not be opened to count them; what is beyond the last is refused
+
+
+class RecordWriter:
+    """Writes one file of records. OSError where the disk does not take it."""
+
+    def __init__(self, path: Path):
+        self._writer: Any = _disk(ArrayRecordWriter, str(path), "group_size:1,uncompressed")
+
+    def write(self, record: bytes) -> None:
+        _disk(self._writer.write, record)
+
+    def close(self) -> None:
+        """Completes the file."""
+        _disk(self._writer.close)
+
+
+def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
+    """ArrayRecord says by RuntimeError that the disk fails."""
+    try:
+        return call(*arguments)
+    except RuntimeError as problem:
+        raise OSError(str(problem)) from problem
 
 
 class _OfProcess:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Bool, Float32, Int32, Int64, UInt8, UInt32
 
 from sdxl_jax.data.captions import check_number_names
+from sdxl_jax.data.record_files import RecordWriter
 from sdxl_jax.data.shards import CAPTIONS, COLUMN_TYPES, FORMAT, HASH_BYTES, INDEX, NAMES, REFUSED
 from sdxl_jax.data.sources import Refused
 
 _RECORDS, _COLUMNS = "records.array_record", "columns.npz"
-_WRITER_OPTIONS = "group_size:1,uncompressed"  # image files are compressed already
 
 
 def sync(path: Path) -> None:
@@ -85,7 +84,7 @@ class PartWriter:
     def __init__(self, folder: Path):
         self.folder = folder
         self.images = 0
-        self._records: Any = None
+        self._records: RecordWriter | None = None
         self._refused = (folder / REFUSED).open("w", encoding="utf-8", errors="backslashreplace")
         self._sizes: list[tuple[int, int]] = []
         self._hashes, self._names, self._captions = bytearray(), bytearray(), bytearray()
@@ -102,12 +101,9 @@ class PartWriter:
             texts = [caption.encode() for caption in captions]
         except UnicodeEncodeError:
             return self.refuse(Refused(name, "caption is not UTF-8 text"))
-        try:
-            if self._records is None:
-                self._records = ArrayRecordWriter(str(self.folder / _RECORDS), _WRITER_OPTIONS)
-            self._records.write(image)
-        except RuntimeError as problem:
-            raise OSError(str(problem)) from problem
+        if self._records is None:
+            self._records = RecordWriter(self.folder / _RECORDS)
+        self._records.write(image)
         for key, value in numbers.items():
             self._numbers.setdefault(key, {})[self.images] = value
         check_number_names(self._numbers)
@@ -136,10 +132,7 @@ class PartWriter:
         """Closes the files and waits until they are on the disk."""
         self._refused.close()
         if self._records is not None:
-            try:
-                self._records.close()
-            except RuntimeError as problem:
-                raise OSError(str(problem)) from problem
+            self._records.close()
         matrix = np.full((len(self._numbers), self.images), np.nan, np.float32)
         for row, values in zip(matrix, self._numbers.values(), strict=True):
             with np.errstate(over="ignore"):  # beyond float32 is infinite
