@@ -7,6 +7,7 @@ A size or a position is an integer pair in the order (height, width) or (top, le
 until the Fourier embedding, because bfloat16 holds integers exactly only up to 256.
 """
 
+import enum
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,20 @@ type_of_array = jax.Array | np.ndarray
 
 # A nested dict of arrays: {"down_blocks_0": {"resnets_0": {"conv1": {"kernel": ...}}}}.
 Params = dict[str, Any]
+
+
+class Stored(enum.Enum):
+    """Dtype in which a step leaves an average of the parameters, or of the gradient, for the next."""
+
+    FLOAT32 = "float32"
+    """4 bytes a parameter."""
+    BFLOAT16 = "bfloat16"
+    """2 bytes a parameter."""
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.value)
+
 
 Image = Float[type_of_array, "batch height width 3"]
 """Normalised image, -1..1."""

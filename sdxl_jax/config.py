@@ -6,6 +6,7 @@ compared when the run is resumed.
 """
 
 import dataclasses
+import enum
 import json
 import math
 import runpy
@@ -22,8 +23,17 @@ from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training.ema import EmaConfig
-from sdxl_jax.training.optimiser import OptimiserConfig
+from sdxl_jax.training.ema import EmaConfig, EmaKind
+from sdxl_jax.training.optimiser import OptimiserConfig, OptimiserKind
+
+
+class OnNonfinite(enum.Enum):
+    """What a step does whose loss or gradient is no finite number."""
+
+    STOP = "stop"
+    """The run ends, before anything of it is saved."""
+    SKIP = "skip"
+    """The step counts, and changes nothing: neither parameters nor average nor optimiser, whose schedule waits too."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class TrainingConfig:
     """All random numbers on the device follow from it: initial weights, noise, timesteps, dropout."""
     trains: tuple[str, ...] = ("^unet/",)
     """Patterns of the paths of parameters that train; the rest stays as it is."""
+    on_nonfinite: OnNonfinite = OnNonfinite.STOP
+    """What happens at a loss or gradient that is no finite number."""
     caption_dropout: float = 0.1
     """Share of examples whose text is replaced by no text, 0 to 1. Higher: better guidance, weaker prompts."""
     init_from: tuple[str, ...] = ()
@@ -100,7 +112,6 @@ class TrainConfig:
             ("training.caption_dropout", self.training.caption_dropout, 0, 1),
             ("optimiser.warmup_steps", self.optimiser.warmup_steps, 0, math.inf),
             ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
-            ("ema.decay", self.ema.decay, 0, 1),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
             ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
             ("validation.every_steps", self.validation.every_steps, 1, math.inf),
@@ -110,6 +121,15 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise InputError(f"{name}={value} is out of range. Give {expected}")
+        self.loss.check(self.model.schedule.timesteps)
+        self.optimiser.check()
+        self.ema.check()
+        averages = self.optimiser.kind is OptimiserKind.SCHEDULE_FREE
+        if averages != (self.ema.kind is EmaKind.OPTIMISER):
+            raise InputError(
+                f"optimiser.kind={self.optimiser.kind.value} {'makes' if averages else 'does not make'} an average of "
+                f"its own, and ema.kind={self.ema.kind.value}. Set ema.kind={'optimiser' if averages else 'warmup'}"
+            )
         if self.model.unet.in_channels != self.model.vae.latent_channels:
             raise InputError(
                 f"model.unet.in_channels={self.model.unet.in_channels}: training feeds the latent's "

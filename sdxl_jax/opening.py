@@ -101,7 +101,7 @@ _EXPECTED = (
 
 
 def _open_run(run_dir: Path, step: int | None) -> Weights:
-    """The averaged weights of a step, None for the newest."""
+    """The averaged weights of a step, or the parameters where the run has no average. step: None for the newest."""
     saved = configuration.read_saved(run_dir / "config.json")
     config = configuration.from_json(saved["config"], TrainConfig).model
     newest = latest_step(run_dir / "checkpoints")
@@ -112,7 +112,8 @@ def _open_run(run_dir: Path, step: int | None) -> Weights:
     if not path.is_dir():
         raise InputError(f"{run_dir} has no checkpoint of step {step}. Its newest is that of {newest}")
     state = orbax.leaves(path, orbax.metadata(path)[0])
-    leaves = {name.removeprefix("ema/"): leaf for name, leaf in state.items() if name.startswith("ema/")}
+    sampled = "ema/" if any(name.startswith("ema/") for name in state) else "params/"
+    leaves = {name.removeprefix(sampled): leaf for name, leaf in state.items() if name.startswith(sampled)}
     if leaves.keys() != _expected(config).keys():
         leaves |= orbax.leaves(run_dir / "frozen", orbax.metadata(run_dir / "frozen")[0])
     return Weights(config, _complete(config, leaves, path), Origin("run"), licences=licences_in(run_dir))

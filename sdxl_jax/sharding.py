@@ -27,6 +27,10 @@ RULES: tuple[tuple[str, int | None], ...] = (
 )
 """(pattern of the path, axis that lies along fsdp, None for replicated); the first that matches decides."""
 
+_SMALL = re.compile(r"(^|/)(v_row|v_col)/|(^|/)ns_coeffs$")
+"""What optimisers keep that is small beside the parameter whose path it has: Adafactor's means over rows and columns, a
+thousandth of it, and Muon's three numbers. Every device has them whole."""
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -85,9 +89,9 @@ def place(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if not leaf.shape:
-            return replicated(mesh)
         name = path_name(path)
+        if math.prod(leaf.shape) == 1 or _SMALL.search(name):
+            return replicated(mesh)
         axes = [axis for pattern, axis in RULES if re.search(pattern, name)]
         if not axes:
             raise InputError(f"No sharding rule matches {name} {leaf.shape}. Add one to sdxl_jax/sharding.py")

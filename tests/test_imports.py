@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"opening", "model", "diffusion", "interop", "sharding"} | BASE,
     "converting": {"opening", "loading", "config", "model", "models", "diffusion", "interop"} | BASE,
     "training": set(),
-    "training.state": BASE,
+    "training.state": {"training.ema"} | BASE,
     "training.ema": BASE,
     "training.optimiser": BASE,
     "training.metrics": {"data"} | BASE,

@@ -23,6 +23,8 @@ from sdxl_jax import model, sharding
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import RULES, MeshConfig, path_name
 from sdxl_jax.training import optimiser
+from sdxl_jax.training.ema import EmaConfig
+from sdxl_jax.training.optimiser import OptimiserConfig, OptimiserKind
 from sdxl_jax.training.state import create, partition
 
 MODELS = {"SDXL base": model.SDXL_BASE, "SDXL refiner": model.SDXL_REFINER, "SD 1": model.SD1, "SD 2": model.SD2}
@@ -133,7 +135,7 @@ def state_of(name: str) -> dict[str, Any]:
     """Shapes of all that is placed: the training state and the frozen parameters, everything at full size."""
     params = jax.eval_shape(functools.partial(model.init, config=MODELS[name]), jax.random.key(0))
     trained, frozen = partition(params, ("^unet/",))
-    make = functools.partial(create, optimiser=optimiser.make(optimiser.OptimiserConfig(), 1000))
+    make = functools.partial(create, optimiser=optimiser.make(OptimiserConfig(), 1000), config=EmaConfig())
     return {"state": jax.eval_shape(make, trained), "frozen": frozen, "all": params}
 
 
@@ -147,6 +149,19 @@ def test_every_array_of_the_full_size_models_has_a_place(name: str, fsdp: int) -
     state = state_of(name)
     places = sharding.place(mesh_of(8, fsdp), state)  # raises for an array without a rule, or of an uneven size
     assert jax.tree.structure(places) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("kind", OptimiserKind)
+def test_every_array_of_every_optimiser_has_a_place(kind: OptimiserKind) -> None:
+    params = jax.eval_shape(functools.partial(model.init, config=MODELS["SDXL base"]), jax.random.key(0))
+    beta1 = 0.9 if kind is OptimiserKind.ADAFACTOR else None  # so that it has a first moment too
+    state = jax.eval_shape(optimiser.make(OptimiserConfig(kind, beta1=beta1), 1000).init, partition(params, (".",))[0])
+    sizes = [math.prod(leaf.shape) for _, leaf in names_and_leaves(state)]
+    for fsdp in (8, 64):
+        places = jax.tree.leaves(sharding.place(mesh_of(8, fsdp), state))
+        split = sum(size for size, place in zip(sizes, places, strict=True) if "fsdp" in place.spec)
+        # What Adafactor keeps of rows and columns is 0.1 % beside its first moment, and is not split.
+        assert split / sum(sizes) > 0.995
 
 
 def test_every_rule_decides_for_some_array_of_sdxl_base() -> None:

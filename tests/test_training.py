@@ -14,7 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -25,6 +25,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import toy
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (generated)
 
@@ -36,6 +37,7 @@ from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.diffusion.loss import LossConfig, Weighting
 from sdxl_jax.errors import InputError
 from sdxl_jax.loading import load_model
 from sdxl_jax.model import NoPrompt
@@ -44,7 +46,7 @@ from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import checkpoint, loop, optimiser
 from sdxl_jax.training import step as stepping
-from sdxl_jax.training.ema import EmaConfig, decay_at
+from sdxl_jax.training.ema import EmaConfig, weight_at
 from sdxl_jax.training.metrics import MetricsWriter
 from sdxl_jax.training.optimiser import Decay, OptimiserConfig
 from sdxl_jax.training.state import TrainState, create, merge, partition
@@ -309,6 +311,19 @@ def test_everything_can_train(tmp_path: Path) -> None:
     assert_identical(merge(trained, checkpoint.restore_frozen(tmp_path, frozen)), params)
 
 
+def test_run_without_an_average_is_opened_with_its_parameters(
+    config: TrainConfig, whole: Run, abstract: TrainState, tmp_path: Path
+) -> None:
+    state = whole.state(STEPS, abstract)
+    shutil.copytree(whole.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(STEPS, state._replace(ema=None), {})
+    opened = flatten(load_model(tmp_path / "run").params)
+    trained = flatten(state.params)
+    assert_identical({path: opened[path] for path in trained}, trained)
+    assert opened.keys() > trained.keys()
+
+
 def test_new_run_starts_from_the_weights_of_another_model(
     config: TrainConfig, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -398,7 +413,8 @@ def test_load_model_gives_the_averaged_weights_of_a_step(whole: Run, abstract: T
     model = load_model(whole.folder / "checkpoints" / str(step))
     state = whole.state(step, abstract)
     flat = flatten(model.params)
-    assert_identical({path: flat[path] for path in flatten(state.ema)}, flatten(state.ema))
+    assert_identical({path: flat[path] for path in flatten(state.sampled)}, flatten(state.sampled))
+    assert state.sampled is state.ema
     kernel = "unet/conv_out/kernel"
     assert not np.array_equal(flat[kernel], flatten(state.params)[kernel])  # the average is not what trains
     newest = flatten(load_model(whole.folder).params)
@@ -434,41 +450,10 @@ def test_number_out_of_range_is_refused_before_anything_is_written(
 # The step's machinery, with a loss of two parameters
 
 
-def toy_loss(
-    trained: Params, frozen: Params, batch: Any, keys: Any, config: Any, empty: Mapping[str, Any]
-) -> jax.Array:
-    """Each example has its own noise, as in the real one."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
-    x = jnp.asarray(batch.example, jnp.float32)[:, None] + noise
-    return jnp.mean((x * trained["unet"]["kernel"] + trained["unet"]["bias"] - 1) ** 2)
-
-
-TOY = {"unet": {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array(3.0)}}
-
-
-def toy_steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> list[TrainState]:
-    """The states before and after each step, of eight examples."""
-    monkeypatch.setattr(stepping, "batch_loss", toy_loss)
-    update = optimiser.make(config.optimiser, STEPS)
-    zeros = np.zeros((8, 2), np.int32)
-    micro, example = MicroConditioning(zeros, zeros, zeros), np.arange(8, dtype=np.int32)
-    batch = Batch(np.zeros((8, 1, 1, 3), np.uint8), {}, micro, example, np.zeros(8, bool))
-    step = jax.jit(stepping.make_step(config, update, {}))
-    states = [create(TOY, update)]
-    for _ in range(count):
-        states.append(step(states[-1], {}, batch)[0])
-    return states
-
-
-def toy_config(**options: Any) -> TrainConfig:
-    base = tiny.train_config(Path("unused"))
-    return dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, **options))
-
-
 @pytest.mark.parametrize("count", [2, 4, 8])
 def test_accumulated_gradient_is_that_of_the_full_batch(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    full = toy_steps(toy_config(), monkeypatch)[-1]
-    accumulated = toy_steps(toy_config(accumulate=count), monkeypatch)[-1]
+    full = toy.steps(toy.config(), monkeypatch)[-1]
+    accumulated = toy.steps(toy.config(accumulate=count), monkeypatch)[-1]
     # Another order of adding eight float32 numbers: a few roundings of 6e-8.
     for one, other in zip(jax.tree.leaves(full.optimiser), jax.tree.leaves(accumulated.optimiser), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
@@ -486,8 +471,8 @@ def moment(state: TrainState, name: str) -> Params:
 
 def test_clipping_is_by_the_global_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Per parameter, where the setting promises the global norm: seen in sd-scripts."""
-    raw = moment(toy_steps(toy_config(clip_norm=None), monkeypatch)[-1], "mu")
-    clipped = moment(toy_steps(toy_config(clip_norm=0.5), monkeypatch)[-1], "mu")
+    raw = moment(toy.steps(toy.config(clip_norm=None), monkeypatch)[-1], "mu")
+    clipped = moment(toy.steps(toy.config(clip_norm=0.5), monkeypatch)[-1], "mu")
     norms = [float(jnp.linalg.norm(leaf)) / 0.1 for leaf in jax.tree.leaves(raw)]  # mu is 1 − β₁ of the first gradient
     assert min(norms) > 0.5  # so that clipping each by itself would leave two gradients of the same norm
     scale = 0.5 / math.hypot(*norms)
@@ -496,8 +481,8 @@ def test_clipping_is_by_the_global_norm(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_gradient_below_the_limit_is_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = toy_steps(toy_config(clip_norm=None), monkeypatch)[-1]
-    limited = toy_steps(toy_config(clip_norm=1e6), monkeypatch)[-1]
+    raw = toy.steps(toy.config(clip_norm=None), monkeypatch)[-1]
+    limited = toy.steps(toy.config(clip_norm=1e6), monkeypatch)[-1]
     assert_identical(raw.params, limited.params)
 
 
@@ -505,22 +490,22 @@ def test_logged_gradient_norm_is_that_before_clipping(monkeypatch: pytest.Monkey
     monkeypatch.setattr(stepping, "batch_loss", lambda trained, *_: 3 * trained["a"].sum() + 4 * trained["b"].sum())
     update = optimiser.make(OptimiserConfig(clip_norm=0.1), STEPS)
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    step = stepping.make_step(toy_config(), update, {})
+    step = stepping.make_step(toy.config(), update, {})
     zeros = np.zeros((2, 2), np.int32)
     micro = MicroConditioning(zeros, zeros, zeros)
     batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
-    assert float(step(create(params, update), {}, batch)[1]["grad_norm"]) == pytest.approx(5)
+    assert float(step(create(params, update, EmaConfig()), {}, batch)[1]["grad_norm"]) == pytest.approx(5)
 
 
 def test_average_follows_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = toy_steps(dataclasses.replace(toy_config(), ema=EmaConfig(decay=0.25)), monkeypatch, count=5)
+    states = toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(decay=0.25)), monkeypatch, count=5)
     assert_identical(states[0].ema, states[0].params)
     for number, (before, after) in enumerate(itertools.pairwise(states)):
         decay = min(0.25, (1 + number) / (10 + number))
         expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, before.ema, after.params)
         for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(after.ema), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6)  # float32
-    decays = [float(decay_at(EmaConfig(0.25), jnp.int32(step))) for step in range(5)]
+    decays = [float(1 - weight_at(EmaConfig(decay=0.25), jnp.int32(step))) for step in range(5)]
     assert decays == sorted(decays)
     assert decays[0] < decays[-1] == 0.25  # both sides of the formula were met
 
@@ -542,7 +527,7 @@ def test_rates_rise_evenly_then_stay_or_fall_to_zero() -> None:
 
 def test_first_update_is_as_long_as_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam's first step is the rate times the gradient's sign: the logged rate is the one in use."""
-    before, after = toy_steps(toy_config(weight_decay=0.0, learning_rate=0.1, warmup_steps=4), monkeypatch)
+    before, after = toy.steps(toy.config(weight_decay=0.0, learning_rate=0.1, warmup_steps=4), monkeypatch)
     moved = jax.tree.map(lambda old, new: np.abs(new - old), before.params, after.params)
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, 0.1 / 4, rtol=1e-4)  # differences of float32 numbers near 3
@@ -646,7 +631,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_examples(given: Given, loss_with_c
 
 
 def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: Any) -> None:
-    base = toy_config(warmup_steps=0)
+    base = toy.config(warmup_steps=0)
     config = dataclasses.replace(
         base,
         compute=Compute(dtype=Dtype.BFLOAT16),
@@ -655,7 +640,7 @@ def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: An
     trained, frozen = partition(given.params, ("^unet/conv_out/",))  # little to differentiate: compiles sooner
     update = optimiser.make(config.optimiser, STEPS)
     step = jax.jit(stepping.make_step(config, update, given.empty))
-    before = create(trained, update)
+    before = create(trained, update, config.ema)
     after, metrics = step(before, frozen, given.batch)
     _, told_otherwise = step(before, frozen, other_sizes(given.batch))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -693,7 +678,7 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
         schedule=dataclasses.replace(tiny.MODEL.schedule, zero_terminal_snr=True),
         prediction=models.Prediction.V,
     )
-    config = dataclasses.replace(base, model=model, loss=dataclasses.replace(base.loss, min_snr_gamma=5.0))
+    config = dataclasses.replace(base, model=model, loss=LossConfig(Weighting.MIN_SNR, 5.0))
     monkeypatch.setattr(stepping, "merge", lambda *_: {"unet": {}, "vae": {}})
     stepping.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
     ((schedule, prediction, options),) = made

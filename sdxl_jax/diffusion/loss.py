@@ -1,34 +1,137 @@
 """The training loss: noise an image, weigh the squared error of the prediction.
 
-    L = E w(t) ‖target − network(α_t x₀ + σ_t ε, t)‖²,   t uniform over the timesteps
+    L = E w(t) ‖target − network(α_t x₀ + σ_t ε, t)‖²,   t over the timesteps, alike or as configured
 
-Options: offset noise, min-SNR-γ weights. The network is a function that is passed in.
+Options: weights by SNR, offset noise, perturbed input, a range of timesteps, some of them more often. The network is a
+function that is passed in.
 """
 
+import dataclasses
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Key
+from jaxtyping import Float, Int, Key
 
 from sdxl_jax.diffusion.parameterisation import Prediction, target
 from sdxl_jax.diffusion.schedule import Schedule
+from sdxl_jax.errors import InputError
 
 Array = jax.Array
 
 
+class Weighting(enum.Enum):
+    """How much an error counts at each noise level."""
+
+    UNIFORM = "uniform"
+    """All alike, in what the network predicts: DDPM's simple loss, SDXL."""
+    MIN_SNR = "min_snr"
+    """By min(SNR, γ) / SNR for ε: nearly clean timesteps count less. Hang et al. 2023, arXiv:2303.09556."""
+    DEBIASED = "debiased"
+    """By 1 / √SNR for ε: noisy timesteps count more. Yu et al. 2023, arXiv:2310.08442."""
+
+
 @dataclass(frozen=True)
 class LossConfig:
-    """How the error is weighed and the noise is drawn."""
+    """How the error is weighed, and which timesteps and noise are drawn."""
 
+    weighting: Weighting = Weighting.UNIFORM
+    """How much an error counts at each noise level."""
     min_snr_gamma: float | None = None
-    """Weigh ε-errors by min(SNR, γ) / SNR; 5 is usual. Lower: the nearly clean timesteps count less. None: all
-    alike."""
+    """The γ of MIN_SNR; None: 5, as published. Higher: closer to UNIFORM for ε."""
     offset_noise: float = 0.0
     """Strength of noise that is one number a channel. Higher: overall brightness is learnt better; SDXL uses 0.05 in
     its last stage."""
+    input_perturbation: float = 0.0
+    """Strength of further noise that the network sees and the target does not have: ε + γ ξ. Higher: sampling forgives
+    more of its own errors, details are softer; 0.1 is published. Ning et al. 2023, arXiv:2301.11706, algorithm 1."""
+    timesteps: tuple[int, int] | None = None
+    """First timestep that is trained, and the one after the last; None: all. (0, 200) is SDXL's refiner."""
+    biased_timesteps: tuple[int, int] | None = None
+    """First timestep that is drawn more often, and the one after the last, e.g. (750, 1000); None: all alike."""
+    timestep_bias: float | None = None
+    """How many times as often a biased timestep is drawn as another. Higher: the others are learnt slower; below 1:
+    drawn less often; 0: never."""
+
+    def check(self, timesteps: int) -> None:
+        """Raises InputError for numbers out of range and for those that would have no effect. timesteps: of the
+        schedule."""
+        if self.min_snr_gamma is not None and self.weighting is not Weighting.MIN_SNR:
+            raise InputError(
+                f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting.value}. "
+                "Set loss.weighting=min_snr, or leave it out"
+            )
+        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < np.inf:
+            raise InputError(f"loss.min_snr_gamma={self.min_snr_gamma} is out of range. Give more than 0, e.g. 5")
+        for name, value in (
+            ("offset_noise", self.offset_noise),
+            ("input_perturbation", self.input_perturbation),
+            ("timestep_bias", self.timestep_bias),
+        ):
+            if value is not None and not 0 <= value < np.inf:
+                raise InputError(f"loss.{name}={value} is out of range. Give 0 or more")
+        for name, span in (("timesteps", self.timesteps), ("biased_timesteps", self.biased_timesteps)):
+            if span is not None and not 0 <= span[0] < span[1] <= timesteps:
+                raise InputError(
+                    f"loss.{name}={span} is no range of the schedule's timesteps. Give (first, stop) with 0 <= first < "
+                    f"stop <= {timesteps}"
+                )
+        if (self.biased_timesteps is None) != (self.timestep_bias is None):
+            raise InputError(
+                f"loss.biased_timesteps={self.biased_timesteps} and loss.timestep_bias={self.timestep_bias} need each "
+                "other. Give both, e.g. (750, 1000) and 2, or none"
+            )
+        drawn = frequencies(self, timesteps)
+        if not drawn.any():
+            raise InputError(
+                f"loss.biased_timesteps={self.biased_timesteps} with loss.timestep_bias=0 leaves no timestep to train. "
+                "Leave some of loss.timesteps out of it"
+            )
+        plain = dataclasses.replace(self, biased_timesteps=None, timestep_bias=None)
+        if self.biased_timesteps is not None and np.allclose(drawn, frequencies(plain, timesteps)):
+            raise InputError(
+                f"loss.biased_timesteps={self.biased_timesteps} with loss.timestep_bias={self.timestep_bias} draws all "
+                f"timesteps of {self.timesteps or (0, timesteps)} alike. Leave both out, or bias a part of them"
+            )
+
+
+def frequencies(config: LossConfig, timesteps: int) -> Float[np.ndarray, " timesteps"]:
+    """How often each timestep is drawn, as shares of 1."""
+    number = np.arange(timesteps)
+
+    def inside(span: tuple[int, int]) -> np.ndarray:
+        return (span[0] <= number) & (number < span[1])
+
+    weight = inside(config.timesteps or (0, timesteps)).astype(np.float64)
+    if config.biased_timesteps is not None and config.timestep_bias is not None:
+        weight[inside(config.biased_timesteps)] *= config.timestep_bias
+    return weight / max(weight.sum(), np.finfo(np.float64).tiny)
+
+
+def draw_timestep(key: Key[Array, ""], config: LossConfig, timesteps: int) -> Int[Array, ""]:
+    """One timestep, of those of the range, by their frequencies."""
+    if config.biased_timesteps is None:
+        return jax.random.randint(key, (), *(config.timesteps or (0, timesteps)))
+    # Inverse of the distribution function, in whole numbers of 2⁻³²: of a float32, a share is off by up to 1e-4.
+    often = frequencies(config, timesteps)
+    ends = np.round(np.cumsum(often) * 2.0**32)[: np.flatnonzero(often)[-1]]
+    return jnp.searchsorted(ends.astype(np.uint32), jax.random.bits(key), side="right").astype(jnp.int32)
+
+
+def weights(
+    snr: Float[np.ndarray, " timesteps"], config: LossConfig, prediction: Prediction
+) -> Float[np.ndarray, " timesteps"] | None:
+    """The weight of an error in what the network predicts, at each timestep; None: all 1."""
+    match config.weighting:
+        case Weighting.UNIFORM:
+            return None
+        case Weighting.MIN_SNR:
+            return min_snr_weight(snr, 5.0 if config.min_snr_gamma is None else config.min_snr_gamma, prediction)
+        case Weighting.DEBIASED:
+            return debiased_weight(snr, prediction)
 
 
 def min_snr_weight(
@@ -48,6 +151,23 @@ def min_snr_weight(
             return clipped / (snr + 1)
         case Prediction.X0:
             return clipped
+
+
+def debiased_weight(snr: Float[np.ndarray, " timesteps"], prediction: Prediction) -> Float[np.ndarray, " timesteps"]:
+    """Debiased estimation, Yu et al. 2023, arXiv:2310.08442: the weight 1/√SNR of an error in ε, expressed as the
+    weight of an error in what the network predicts, as above: √SNR for x₀, √SNR / (SNR + 1) for v.
+
+    Published for ε alone, without a cap: SDXL's schedule ends at 14.6. At an SNR of 0 the weights of x₀ and v are 0;
+    that of ε has no limit there, and is refused together with zero terminal SNR (`ModelConfig.check`): it is 0 too.
+    """
+    root = np.sqrt(snr)
+    match prediction:
+        case Prediction.EPSILON:
+            return np.divide(1, root, out=np.zeros_like(snr), where=snr > 0)
+        case Prediction.V:
+            return root / (snr + 1)
+        case Prediction.X0:
+            return root
 
 
 def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Float[Array, "height width channels"]:
@@ -77,19 +197,22 @@ def diffusion_loss(
     draws does not depend on how the batch is cut into micro-batches or spread over devices.
     """
 
-    def draw(key: Array) -> tuple[Array, Array]:
-        time_key, noise_key = jax.random.split(key)
-        timestep = jax.random.randint(time_key, (), 0, len(schedule.alpha_bar))
-        return timestep, draw_noise(noise_key, x0.shape[1:], config.offset_noise)
+    def draw(key: Array) -> tuple[Array, Array, Array]:
+        time_key, noise_key, perturbation_key = jax.random.split(key, 3)
+        epsilon = draw_noise(noise_key, x0.shape[1:], config.offset_noise)
+        seen = epsilon
+        if config.input_perturbation:
+            seen += config.input_perturbation * jax.random.normal(perturbation_key, epsilon.shape)
+        return draw_timestep(time_key, config, len(schedule.alpha_bar)), epsilon, seen
 
-    timestep, epsilon = jax.vmap(draw)(keys)
+    timestep, epsilon, seen = jax.vmap(draw)(keys)
 
     def at_timestep(values: Float[np.ndarray, " timesteps"]) -> Float[Array, "batch 1 1 1"]:
         return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
 
     alpha, sigma_t = at_timestep(schedule.alpha), at_timestep(schedule.sigma_t)
-    output = network(alpha * x0 + sigma_t * epsilon, timestep)
+    output = network(alpha * x0 + sigma_t * seen, timestep)
     error = (output - target(prediction, x0, epsilon, alpha, sigma_t)) ** 2
-    if config.min_snr_gamma is not None:
-        error *= at_timestep(min_snr_weight(schedule.snr, config.min_snr_gamma, prediction))
+    if (weight := weights(schedule.snr, config, prediction)) is not None:
+        error *= at_timestep(weight)
     return error.mean()

@@ -94,9 +94,9 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
                     writer.restart_clock()
                 if config.validation.prompts and _due(step, config.validation.every_steps, stop):
                     writer.flush()
-                    _look(config, run_dir, step, Model(config.model, merge(state.ema, frozen)))
+                    _look(config, run_dir, step, Model(config.model, merge(state.sampled, frozen)))
                     writer.restart_clock()
-    return Model(config.model, merge(state.ema, frozen))
+    return Model(config.model, merge(state.sampled, frozen))
 
 
 def _due(step: int, every: int | None, stop: int) -> bool:
@@ -115,7 +115,7 @@ def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransfor
     """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
     params = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
     trained, frozen = partition(params, config.training.trains)
-    state = jax.eval_shape(functools.partial(create, optimiser=optimiser), trained)
+    state = jax.eval_shape(functools.partial(create, optimiser=optimiser, config=config.ema), trained)
     return sharding.placed(mesh, state), sharding.placed(mesh, frozen)
 
 
@@ -132,7 +132,7 @@ def _fresh(
     def make(key: jax.Array, initial: dict[str, jax.Array]) -> tuple[TrainState, Params]:
         params = unflatten(flatten(models.init(key, config.model)) | initial)
         trained, frozen = partition(params, config.training.trains)
-        return create(trained, optimiser), frozen
+        return create(trained, optimiser, config.ema), frozen
 
     places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
     with warnings.catch_warnings():

@@ -78,10 +78,11 @@ class MetricsWriter:
             "step_seconds": seconds,
             "images_per_second": batch_size / seconds,
         }
-        if not math.isfinite(values["loss"]):
+        if not math.isfinite(values["loss"] + values["grad_norm"]) and not values.get("skipped"):
             raise InputError(
-                f"The loss of step {step} is {values['loss']}. The run stops before this is saved. Lower "
-                "optimiser.learning_rate, or go on from the last checkpoint with another training.seed in a new run"
+                f"The loss of step {step} is {values['loss']}, its gradient's norm {values['grad_norm']}. The run "
+                "stops before this is saved. Lower optimiser.learning_rate, go on from the last checkpoint with "
+                "another training.seed in a new run, or skip such steps with training.on_nonfinite=skip"
             )
         self._file.write(json.dumps(line) + "\n")
         for name in _SCALARS:

@@ -10,6 +10,8 @@ from jaxtyping import Int
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.training import ema
+from sdxl_jax.training.ema import EmaConfig
 
 
 class TrainState(NamedTuple):
@@ -17,16 +19,20 @@ class TrainState(NamedTuple):
     """Updates made so far: the position in the data, and what the next step's random keys derive from."""
     params: Params
     """The parameters that train."""
-    ema: Params
-    """Their moving average."""
+    ema: Params | None
+    """Their moving average; None: there is none."""
     optimiser: optax.OptState
     """The optimiser's moments."""
 
+    @property
+    def sampled(self) -> Params:
+        """What pictures are drawn with: the average if there is one."""
+        return self.params if self.ema is None else self.ema
 
-def create(params: Params, optimiser: optax.GradientTransformation) -> TrainState:
+
+def create(params: Params, optimiser: optax.GradientTransformation, config: EmaConfig) -> TrainState:
     """The state before the first step; the average starts at the parameters."""
-    ema = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, ema, optimiser.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, ema.start(config, params), optimiser.init(params))
 
 
 def partition(params: Params, trains: tuple[str, ...]) -> tuple[Params, Params]:

@@ -21,18 +21,22 @@ from jaxtyping import Float, Int32, Key
 from sdxl_jax import arrays, model
 from sdxl_jax.arrays import Batch, Params
 from sdxl_jax.conditioning import text
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import OnNonfinite, TrainConfig
 from sdxl_jax.diffusion import loss, schedule
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.training import ema
 from sdxl_jax.training import optimiser as optimisers
+from sdxl_jax.training.ema import EmaKind
 from sdxl_jax.training.state import TrainState, merge
 
 NoTokens = Int32[np.ndarray, "1 77"]
 Metrics = dict[str, Float[jax.Array, ""]]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+
+_AVERAGE = 2**32 - 1
+"""Folded into a step's key for the average's rounding. The keys of its examples are those folded with 0, 1, 2, …"""
 
 
 def batch_loss(
@@ -93,19 +97,37 @@ def make_step(config: TrainConfig, optimiser: optax.GradientTransformation, empt
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
         return jax.lax.scan(add, zero, micro)[0]
 
+    def averaged(
+        state: TrainState, params: Params, moments: optax.OptState, made: jax.Array, step_key: jax.Array
+    ) -> Params | None:
+        """What is sampled from, after an update."""
+        if state.ema is None:
+            return None
+        key = jax.random.fold_in(step_key, _AVERAGE)
+        if config.ema.kind is EmaKind.OPTIMISER:
+            params = optimisers.own_average(moments, params)
+        return ema.update(state.ema, params, ema.weight_at(config.ema, made), key)
+
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         keys = jax.random.split(step_key, len(batch.example))
         value, gradient = accumulated(state.params, frozen, batch, keys)
+        norm, made = optax.tree.norm(gradient), optimisers.updates_made(state.optimiser)
         updates, moments = optimiser.update(gradient, state.optimiser, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
-        average = ema.update(state.ema, params, ema.decay_at(config.ema, state.step))
+        after = TrainState(state.step + 1, params, averaged(state, params, moments, made, step_key), moments)
         metrics = {
             "loss": value,
-            "learning_rate": jnp.asarray(rate(state.step)),
-            "grad_norm": optax.tree.norm(gradient),
+            "learning_rate": jnp.asarray(rate(made)),
+            "grad_norm": norm,
             "replaced": jnp.sum(batch.replaced),
         }
-        return TrainState(state.step + 1, params, average, moments), metrics
+        if config.training.on_nonfinite is OnNonfinite.SKIP:
+            finite = jnp.isfinite(value) & jnp.isfinite(norm)
+            # Not lax.cond: a select joins the loop that makes the update, and writes where the old value was read.
+            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+            after = kept._replace(step=after.step)
+            metrics["skipped"] = jnp.where(finite, 0, 1)
+        return after, metrics
 
     return step

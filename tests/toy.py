@@ -1,0 +1,61 @@
+"""The step's machinery with a loss of two parameters, for tests of what surrounds the networks."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sdxl_jax.arrays import Batch, MicroConditioning, Params
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.training import optimiser
+from sdxl_jax.training import step as stepping
+from sdxl_jax.training.state import TrainState, create
+
+STEPS = 6
+PARAMS = {"unet": {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array(3.0)}}
+
+
+def loss(trained: Params, frozen: Params, batch: Any, keys: Any, config: Any, empty: Mapping[str, Any]) -> jax.Array:
+    """Each example has its own noise, as in the real one."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+    x = jnp.asarray(batch.example, jnp.float32)[:, None] + noise
+    return jnp.mean((x * trained["unet"]["kernel"] + trained["unet"]["bias"] - 1) ** 2)
+
+
+def batch() -> Batch:
+    """Eight examples."""
+    zeros = np.zeros((8, 2), np.int32)
+    micro, example = MicroConditioning(zeros, zeros, zeros), np.arange(8, dtype=np.int32)
+    return Batch(np.zeros((8, 1, 1, 3), np.uint8), {}, micro, example, np.zeros(8, bool))
+
+
+def config(**options: Any) -> TrainConfig:
+    """The tiny model's, with options of the optimiser."""
+    base = tiny.train_config(Path("unused"))
+    return dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, **options))
+
+
+def stepped(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1, loss: Any = loss
+) -> tuple[list[TrainState], list[stepping.Metrics]]:
+    """The states before and after each step, and the metrics of each."""
+    monkeypatch.setattr(stepping, "batch_loss", loss)
+    update = optimiser.make(config.optimiser, STEPS)
+    step = jax.jit(stepping.make_step(config, update, {}))
+    states, metrics = [create(PARAMS, update, config.ema)], []
+    for _ in range(count):
+        state, numbers = step(states[-1], {}, batch())
+        states.append(state)
+        metrics.append(numbers)
+    return states, metrics
+
+
+def steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> list[TrainState]:
+    """The states before and after each step."""
+    return stepped(config, monkeypatch, count)[0]
