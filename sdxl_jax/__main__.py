@@ -95,6 +95,63 @@ def _train(arguments: list[str]) -> None:
     loop.train(config, options.run_dir)
 
 
+_COMPILE_USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--all-buckets] [--json] [--section.field VALUE ...]
+
+Compile what a configuration would run, for TPU slices that are not here: memory, operations, time, communication.
+`sdxl-jax compile CONFIG.py --help` lists every field with its default in that file. Needs libtpu, and no TPU.
+"""
+
+
+def _compile(arguments: list[str]) -> None:
+    # Compiling needs no accelerator, and one that is here would only be kept from others.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from sdxl_jax import config as configuration
+
+    @dataclass(frozen=True)
+    class Compile(configuration.TrainConfig):
+        """Compile the train step, or the sampler, for TPU slices that are not here."""
+
+        topology: str | None = None
+        """The slice: chip and arrangement, e.g. v5e:4x4, v5p:2x2x2, v6e:8x8. A wrong one lists the known."""
+        slices: int = 1
+        """How many such slices, joined by the data-centre network; sets mesh.slices."""
+        program: Literal["train", "sample"] = "train"
+        """The train step; or the sampler, with validation's sizes, steps and guidance."""
+        bucket: str | None = None
+        """HxW of the bucket that the train step is compiled for. Default: the one with the most pixels."""
+        all_buckets: bool = False
+        """Compile the train step for every bucket of the configuration."""
+        parallel: int = 1
+        """Programs compiled at once. Higher: faster with more cores; each takes about 10 GiB for the 2.6B model."""
+        json: bool = False
+        """Print JSON instead of a table."""
+
+    options, config = _configured(Compile, arguments, "compile", _COMPILE_USAGE, lambda path: {})
+    if options.topology is None:
+        raise InputError("Give --topology, e.g. --topology v5p:2x2x2")
+    if options.bucket is not None and options.all_buckets:
+        raise InputError("--bucket and --all-buckets are both given. Give one of them")
+    from sdxl_jax.ahead import compile as ahead
+    from sdxl_jax.data.buckets import Bucket
+
+    buckets = None
+    if options.all_buckets:
+        buckets = [Bucket(*bucket) for bucket in config.data.buckets]
+    elif options.bucket is not None:
+        buckets = [Bucket(*_pair("--bucket", options.bucket, "x", "HxW in pixels, e.g. 1024x1024"))]
+    if options.program == "sample":
+        made = ahead.compile_sampler(config, options.topology, slices=options.slices)
+    else:
+        made = ahead.compile_step(
+            config, options.topology, slices=options.slices, buckets=buckets, parallel=options.parallel
+        )
+    if options.json:
+        print(json.dumps([each.as_json() for each in made], indent=1))
+        return
+    for each in made:
+        print(f"{each}\n{ahead.verdict(each, config)}\n")
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Opened:
     """What can be said of any model that is opened."""
@@ -480,6 +537,7 @@ def _inspection_table(seen: dict[str, Any]) -> str:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on pictures that come along, and look at what it draws"),
     "train": (_train, "train what a configuration file describes, or go on with it"),
+    "compile": (_compile, "compile it for TPU slices that are not here: does it fit, how fast will it go"),
     "sample": (_sample, "draw pictures of prompts with a trained model"),
     "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training will see; encode: caches"),

@@ -732,7 +732,7 @@ def test_weights_load_into_their_shards(home: Path) -> None:
 
 
 def test_mesh_that_does_not_divide_is_refused(home: Path) -> None:
-    mesh = AbstractMesh((1, 3), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    mesh = AbstractMesh((1, 1, 3, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     with pytest.raises(InputError, match=r"cannot be split over mesh\.fsdp=3"):
         sharding.place(mesh, load_model(home / "base", progress=False).params)
 

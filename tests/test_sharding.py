@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from sdxl_jax import model, sharding
 from sdxl_jax.errors import InputError
-from sdxl_jax.sharding import RULES, MeshConfig, path_name
+from sdxl_jax.sharding import AXES, RULES, MeshConfig, path_name
 from sdxl_jax.training import optimiser
 from sdxl_jax.training.ema import EmaConfig
 from sdxl_jax.training.optimiser import OptimiserConfig, OptimiserKind
@@ -96,15 +96,16 @@ def test_fingerprint_of_parameters_does_not_depend_on_the_layout(results: dict[s
 
 def test_minus_one_fills_an_axis(results: dict[str, Any]) -> None:
     assert results["devices"] == 8
-    assert results["filled"] == [{"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2}]
-    assert results["meshes"]["4×2"] == {"data": 4, "fsdp": 2}  # MeshConfig(-1, 2)
+    alone = {"slice": 1, "tensor": 1}
+    assert results["filled"] == [{"data": 2, "fsdp": 4} | alone, {"data": 4, "fsdp": 2} | alone]
+    assert results["meshes"]["4×2"] == {"data": 4, "fsdp": 2} | alone  # MeshConfig(-1, 2)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 2), (-1, 3), (-1, -1)])
 def test_mesh_that_does_not_multiply_up_says_what_would(results: dict[str, Any], data: int, fsdp: int) -> None:
     assert results["refused"][f"{data},{fsdp}"] == (
-        f"mesh.data={data} × mesh.fsdp={fsdp} does not make 8 devices. Choose two numbers whose product is 8, or set "
-        "one to -1"
+        f"mesh.slices=1 × mesh.data={data} × mesh.fsdp={fsdp} × mesh.tensor=1 does not make 8 devices. Choose numbers "
+        "whose product is 8, or set one to -1"
     )
 
 
@@ -115,14 +116,14 @@ def test_mesh_of_impossible_numbers_is_refused(data: int, fsdp: int) -> None:
 
 
 def mesh_of(data: int, fsdp: int) -> Any:
-    return AbstractMesh((data, fsdp), ("data", "fsdp"))
+    return AbstractMesh((1, data, fsdp, 1), AXES)
 
 
 def test_batch_that_does_not_split_names_a_size_that_does() -> None:
     with pytest.raises(InputError) as raised:
         sharding.check_batch(mesh_of(32, 2), 100, 1)
     assert str(raised.value) == (
-        "data.batch_size=100 cannot be split over 64 devices (data 32 × fsdp 2) in 1 micro-batches. Use a multiple of "
+        "data.batch_size=100 cannot be split over 64 devices (slice 1 × data 32 × fsdp 2) in 1 micro-batches. Use a multiple of "
         "64, e.g. 128, or another mesh"
     )
     with pytest.raises(InputError, match=r"in 3 micro-batches\. Use a multiple of 24, e\.g\. 24, or another mesh"):
@@ -166,7 +167,7 @@ def test_every_array_of_every_optimiser_has_a_place(kind: OptimiserKind) -> None
 
 def test_every_rule_decides_for_some_array_of_sdxl_base() -> None:
     first = [
-        next(number for number, (pattern, _) in enumerate(RULES) if re.search(pattern, name))
+        next(number for number, rule in enumerate(RULES) if re.search(rule.pattern, name))
         for name, _ in names_and_leaves(state_of("SDXL base")["all"])
     ]
     assert set(first) == set(range(len(RULES)))
@@ -175,8 +176,8 @@ def test_every_rule_decides_for_some_array_of_sdxl_base() -> None:
 def test_no_name_in_a_rule_is_idle() -> None:
     """A name inside a pattern that an earlier rule takes, or that no array has, would only seem to do something."""
     names = [name for name, _ in names_and_leaves(state_of("SDXL base")["all"])]
-    for number, (pattern, _) in enumerate(RULES):
-        left = [name for name in names if not any(re.search(earlier, name) for earlier, _ in RULES[:number])]
+    for number, (pattern, _, _) in enumerate(RULES):
+        left = [name for name in names if not any(re.search(earlier.pattern, name) for earlier in RULES[:number])]
         alternatives = re.search(r"\((.*?)\)", pattern)
         for word in alternatives[1].split("|") if alternatives else []:
             narrowed = pattern.replace(f"({alternatives[1]})", word) if alternatives else pattern
@@ -219,8 +220,8 @@ def test_an_axis_that_does_not_divide_names_parameter_shape_and_mesh() -> None:
 
 
 def test_batch_is_split_over_every_device() -> None:
-    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    assert sharding.batch_sharding(mesh).spec[0] == ("data", "fsdp")
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
+    assert sharding.batch_sharding(mesh).spec[0] == ("slice", "data", "fsdp")
     rows = np.arange(6).reshape(3, 2)
     placed = sharding.put_batch(mesh, {"rows": rows})["rows"]
     np.testing.assert_array_equal(placed, rows)

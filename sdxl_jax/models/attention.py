@@ -1,32 +1,130 @@
 """Attention and the transformer blocks of the UNet.
 
-`dot_product_attention` is the one place where an implementation is chosen; kernels for TPU and GPU are further members
-of `layers.Attention` and further branches there. The blocks of one level are stacked on a leading axis and run under a
-scan, so that compile time does not grow with depth (the SDXL base has 70 blocks, in 11 stacks).
+`dot_product_attention` is the one place where an implementation is chosen, by platform and shape. The blocks of one
+level are stacked on a leading axis and run under a scan, so that compile time does not grow with depth (the SDXL base
+has 70 blocks, in 11 stacks).
 """
 
+import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Float
 
+from sdxl_jax import sharding
 from sdxl_jax.models import layers
-from sdxl_jax.models.layers import Compute, conv, dense, group_norm, layer_norm
+from sdxl_jax.models.layers import Attention, Compute, conv, dense, group_norm, layer_norm
+from sdxl_jax.sharding import constrain
+
+_BLOCK = 512
+"""Queries and keys that splash attention takes at a time; sequences are padded to a multiple. Its scores are
+4 · _BLOCK² bytes of the 16 MiB that a kernel may have on chip."""
+_BLOCK_KEYS = 2048
+"""Keys of a block of the backward kernel."""
+_LONG = 1024
+"""Tokens from which on a kernel pays: below, XLA's scores are small and fuse well."""
 
 
 def dot_product_attention(
     query: Float[jax.Array, "batch queries heads dim"],
     key: Float[jax.Array, "batch keys heads dim"],
     value: Float[jax.Array, "batch keys heads dim"],
-    implementation: layers.Attention,
+    implementation: Attention,
     causal: bool = False,
 ) -> Float[jax.Array, "batch queries heads dim"]:
-    """softmax(q kᵀ / √dim) v, the softmax in float32. Causal: a query sees keys up to its own position."""
+    """softmax(q kᵀ / √dim) v, the softmax in float32. Causal: a query sees keys up to its own position.
+
+    Kernels are for self-attention over pictures; attention to text and within it is XLA's whatever is asked for, since
+    77 keys fit no kernel.
+    """
+    if implementation is Attention.AUTO:
+        implementation = choose(_platform(), query, key)
+    if causal or query.shape != key.shape:
+        implementation = Attention.XLA
     match implementation:
-        case layers.Attention.XLA:
-            return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")
+        case Attention.SPLASH:
+            return _splash(query, key, value)
+        case Attention.CUDNN:
+            out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        case _:
+            out = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")
+    return checkpoint_name(out, layers.KEPT)
+
+
+def choose(platform: str, query: Any, key: Any) -> Attention:
+    """What `AUTO` is on a platform ("cpu", "gpu", "tpu") for arrays of these shapes and dtypes."""
+    tokens, dim = query.shape[1], query.shape[3]
+    if query.shape != key.shape or tokens < _LONG:
+        return Attention.XLA
+    if platform == "tpu" and dim % 64 == 0:
+        return Attention.SPLASH
+    if platform == "gpu" and dim % 8 == 0 and dim <= 128 and query.dtype in (jnp.bfloat16, jnp.float16):
+        return Attention.CUDNN
+    return Attention.XLA
+
+
+def _platform() -> str:
+    """Of the devices that are compiled for: those of the mesh, which need not be here, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Splash attention on each device's own images and heads: XLA cannot split a kernel by itself."""
+    _, tokens, heads, dim = query.shape
+    query = query / math.sqrt(dim)  # the kernel applies no scale
+    padding = -tokens % min(_BLOCK, -(-tokens // 128) * 128)
+    mesh = jax.sharding.get_abstract_mesh()
+    spread = not mesh.empty and mesh.size > 1 and not mesh.manual_axes
+    spec = sharding.activation(mesh, query.shape, "batch", None, "tensor", None) if spread else None
+    per_device = heads if spec is None or spec[2] is None else heads // mesh.shape["tensor"]
+    kernel = _splash_kernel(per_device, tokens + padding, interpret=_platform() != "tpu")
+    seen = jnp.arange(tokens + padding) >= tokens
+    segments = splash_attention.SegmentIds(jnp.zeros_like(seen, jnp.int32), seen.astype(jnp.int32))
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        padded = [
+            jnp.pad(rearrange(x, "b tokens heads dim -> b heads tokens dim"), ((0, 0), (0, 0), (0, padding), (0, 0)))
+            for x in (query, key, value)
+        ]
+        out = jax.vmap(functools.partial(kernel, segment_ids=segments if padding else None))(*padded)
+        return rearrange(out[:, :, :tokens], "b heads tokens dim -> b tokens heads dim")
+
+    if spec is None:
+        return local(query, key, value)
+    # The kernel says nothing of how its result varies over the mesh, which check_vma would want to know.
+    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+
+
+def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Any:
+    """For `tokens` keys and queries, a multiple of `_BLOCK`, or of 128 below it."""
+    block = min(_BLOCK, tokens)
+    # The backward kernel makes all three gradients from one recomputation of the scores; that of the queries comes in
+    # as many parts as there are blocks of keys, therefore large ones.
+    keys = next(keys for keys in range(min(_BLOCK_KEYS, tokens), 0, -block) if tokens % keys == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    mask = splash_attention.MultiHeadMask([splash_attention.FullMask((tokens, tokens))] * heads)
+    return splash_attention.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=layers.KEPT,
+        interpret=interpret,
+    )
 
 
 class MultiHeadAttention(nn.Module):
@@ -44,7 +142,8 @@ class MultiHeadAttention(nn.Module):
 
         def project(name: str, inputs: jax.Array) -> jax.Array:
             flat = dense(features, name, self.compute, use_bias=self.bias)(inputs)
-            return rearrange(flat, "batch tokens (heads dim) -> batch tokens heads dim", heads=self.heads)
+            split = rearrange(flat, "batch tokens (heads dim) -> batch tokens heads dim", heads=self.heads)
+            return constrain(split, "batch", None, "tensor", None)
 
         query, key, value = project("to_q", hidden), project("to_k", context), project("to_v", context)
         out = dot_product_attention(query, key, value, self.compute.attention)
@@ -59,7 +158,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, hidden: Float[jax.Array, "batch tokens features"]) -> Float[jax.Array, "batch tokens features"]:
         features = hidden.shape[-1]
-        value, gate = jax.numpy.split(dense(8 * features, "proj_in", self.compute)(hidden), 2, axis=-1)
+        value, gate = jnp.split(dense(8 * features, "proj_in", self.compute)(hidden), 2, axis=-1)
+        value, gate = (constrain(part, "batch", None, "tensor") for part in (value, gate))
         return dense(features, "proj_out", self.compute)(value * nn.gelu(gate, approximate=False))
 
 
@@ -74,6 +174,7 @@ class TransformerBlock(nn.Module):
         self, hidden: Float[jax.Array, "batch tokens features"], context: Float[jax.Array, "batch words context"]
     ) -> tuple[Float[jax.Array, "batch tokens features"], None]:
         """Returns (hidden, None): the pair that a scan's body returns."""
+        hidden = checkpoint_name(constrain(hidden, "batch", None, None), layers.ENTERING)
         normed = layer_norm("norm1", self.compute)(hidden)
         hidden = hidden + MultiHeadAttention(self.heads, self.compute, name="attn1")(normed, normed)
         normed = layer_norm("norm2", self.compute)(hidden)

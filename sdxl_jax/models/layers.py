@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Num
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.sharding import constrain
 
 
 class Dtype(enum.Enum):
@@ -29,14 +30,39 @@ class Dtype(enum.Enum):
 class Attention(enum.Enum):
     """Which implementation computes softmax(q kᵀ) v. See `attention.dot_product_attention`."""
 
+    AUTO = "auto"
+    """By platform and shape: the platform's kernel where there is one for the shape and it pays, XLA elsewhere."""
     XLA = "xla"
+    """Runs everywhere, and materialises the scores: 640 MiB an image in each layer of 4096 tokens and 10 heads."""
+    SPLASH = "splash"
+    """The TPU kernel of jax.experimental.pallas, for self-attention; elsewhere it is interpreted, very slowly."""
+    CUDNN = "cudnn"
+    """cuDNN's kernel, on NVIDIA GPUs from Ampere, for self-attention in bfloat16."""
 
 
 class Remat(enum.Enum):
-    """What the backward pass computes again instead of keeping."""
+    """What the backward pass computes again instead of keeping, for residual and transformer blocks. From less time to
+    less memory."""
 
     NONE = "none"
+    """Nothing."""
+    DOTS = "dots"
+    """Norms and activation functions: results of matrix products, convolutions and attention are kept."""
     BLOCK = "block"
+    """Whole blocks: their inputs alone are kept. About a third more time."""
+    OFFLOAD = "offload"
+    """As BLOCK, and what enters a transformer block waits in the host's memory: TPUs and GPUs only."""
+
+
+KEPT = "kept"
+"""Name of values that `Remat.DOTS` keeps although no product made them: attention's."""
+ENTERING = "entering"
+"""Name of what enters a transformer block, which `Remat.OFFLOAD` moves to the host."""
+
+
+def _product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: keep the results of matrix products and convolutions."""
+    return primitive.name in ("dot_general", "conv_general_dilated")
 
 
 @dataclass(frozen=True)
@@ -45,11 +71,10 @@ class Compute:
 
     dtype: Dtype = Dtype.FLOAT32
     """Dtype of activations. bfloat16 halves their memory and runs on the matrix units of TPUs and GPUs."""
-    attention: Attention = Attention.XLA
-    """Attention kernel. XLA runs everywhere and materialises the scores."""
+    attention: Attention = Attention.AUTO
+    """Attention kernel."""
     remat: Remat = Remat.NONE
-    """BLOCK keeps only the inputs of residual and transformer blocks for the backward pass: far less memory, about a
-    third more time."""
+    """What the backward pass computes again instead of keeping."""
     unroll: bool = False
     """Unroll the scan over a level's transformer blocks: longer compilation, a little faster on some devices. The
     parameter tree is the same."""
@@ -60,10 +85,23 @@ class Compute:
 
     def block(self, module: type[nn.Module], in_scan: bool = False) -> type[nn.Module]:
         """The module class, rematerialised if so configured."""
-        if self.remat is Remat.NONE:
-            return module
+        policies = jax.checkpoint_policies
+        match self.remat:
+            case Remat.NONE:
+                return module
+            case Remat.DOTS:
+                policy = policies.save_from_both_policies(_product, policies.save_only_these_names(KEPT))
+            case Remat.BLOCK:
+                policy = None
+            case Remat.OFFLOAD:
+                policy = policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[ENTERING],
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                )
         # Outside a scan XLA would see that the second computation equals the first, and keep the first.
-        return nn.remat(module, prevent_cse=not in_scan)
+        return nn.remat(module, prevent_cse=not in_scan, policy=policy)
 
 
 def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax.Array, "*axes {dim}"]:
@@ -89,13 +127,19 @@ def conv(features: int, name: str, compute: Compute, size: int = 3, **options: A
     )
 
 
+def _fast_variance(compute: Compute) -> bool:
+    """Whether a norm reads its input once, for E[x²] − E[x]², instead of twice. That loses digits where the mean is
+    large: digits of float32, but not of bfloat16, which has none left where the mean is 256 times the deviation."""
+    return compute.dtype is Dtype.BFLOAT16
+
+
 def group_norm(groups: int, epsilon: float, name: str, compute: Compute) -> nn.GroupNorm:
-    # The two-pass variance: the fast one, E[x²] − E[x]², loses digits where the mean is large.
-    return nn.GroupNorm(groups, epsilon=epsilon, name=name, dtype=compute.activations, use_fast_variance=False)
+    fast = _fast_variance(compute)
+    return nn.GroupNorm(groups, epsilon=epsilon, name=name, dtype=compute.activations, use_fast_variance=fast)
 
 
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, name=name, dtype=compute.activations, use_fast_variance=False)
+    return nn.LayerNorm(epsilon=1e-5, name=name, dtype=compute.activations, use_fast_variance=_fast_variance(compute))
 
 
 class EmbeddingMlp(nn.Module):
@@ -132,7 +176,7 @@ class ResnetBlock(nn.Module):
         hidden = conv(self.features, "conv2", self.compute, kernel_init=nn.initializers.zeros)(hidden)
         if x.shape[-1] != self.features:
             x = conv(self.features, "conv_shortcut", self.compute, size=1)(x)
-        return x + hidden
+        return constrain(x + hidden, "batch", None, None, None)
 
 
 class Upsample(nn.Module):

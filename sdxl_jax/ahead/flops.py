@@ -1,0 +1,92 @@
+"""Floating-point operations of a traced program: products of matrices and convolutions, loops as often as they run.
+
+What is elementwise is not counted, as is usual where a share of peak is given.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+
+class Flops(NamedTuple):
+    products: float
+    """Of matrix products and convolutions, over all devices."""
+    kernels: float
+    """Of attention kernels, whose padding counts."""
+
+    @property
+    def total(self) -> float:
+        return self.products + self.kernels
+
+
+def count(function: Any, *arguments: Any) -> Flops:
+    """FLOPs of one call. function: traceable; arguments: abstract arrays do.
+
+    Raises NotImplementedError for a kernel that is not known here, rather than leave it out.
+    """
+    return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def of_jaxpr(jaxpr: Any) -> Flops:
+    products = kernels = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            products += _dot(equation)
+        elif name == "conv_general_dilated":
+            products += _convolution(equation)
+        elif name == "pallas_call":
+            kernels += _kernel(equation)
+        else:
+            times = parameters["length"] if name == "scan" else 1
+            if name == "shard_map":  # its body is what one device does
+                times = math.prod(parameters["mesh"].shape[axis] for axis in parameters["manual_axes"])
+            inner = [of_jaxpr(body) for body in _bodies(parameters)]
+            if name == "cond":
+                inner = [max(inner, key=lambda flops: flops.total)]
+            products += times * sum(flops.products for flops in inner)
+            kernels += times * sum(flops.kernels for flops in inner)
+    return Flops(products, kernels)
+
+
+def _bodies(parameters: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an equation runs."""
+    for value in parameters.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, core.ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, core.Jaxpr):
+                yield each
+
+
+def _dot(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, (out,) = equation.invars[0].aval, equation.outvars
+    return 2.0 * out.aval.size * math.prod(left.shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    kernel, (out,) = equation.invars[1].aval, equation.outvars
+    features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+    # The gradient of a strided convolution has zeros between its inputs, which cost nothing by right.
+    zeros = math.prod(equation.params["lhs_dilation"])
+    return 2.0 * out.aval.size * kernel.size / features / zeros
+
+
+def _kernel(equation: Any) -> float:
+    name = equation.params["name"]
+    if name.startswith("splash_mha_fwd"):
+        products = 2  # scores, result
+    elif name.startswith("splash_mha_dkv") and len(equation.outvars) > 4:  # fused: it returns that of the queries too
+        products = 5  # scores again, and the gradients of weights, queries, keys and values
+    else:
+        raise NotImplementedError(
+            f"The operations of the kernel {name} are unknown. Add them to sdxl_jax/ahead/flops.py"
+        )
+    query = next(v.aval for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating))
+    *outer, tokens, dim = query.shape
+    return 2.0 * products * math.prod(outer) * tokens * tokens * dim

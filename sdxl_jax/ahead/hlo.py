@@ -1,0 +1,130 @@
+"""Reading an optimised program in XLA's text form: how often each instruction runs, and what passes between devices.
+
+The compiler's own figures count the body of a loop once. Here every instruction is known with the number of its
+executions: the product of the trip counts of the loops around it. A loop's trip count is the constant that its
+condition compares with, as a scan's counter does from 0.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_BOUND = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_BITS = re.compile(r"^[a-z]+?(\d+)")
+
+
+class Instruction(NamedTuple):
+    name: str
+    opcode: str
+    """As XLA writes it: fusion, custom-call, all-gather-start, while."""
+    bytes: int
+    """Of the result."""
+    cycles: int
+    """The compiler's estimate, 0 where it makes none."""
+    op_name: str
+    """The path in the traced program that it came from."""
+    executions: int
+
+
+def shape_bytes(shape: str) -> int:
+    """Bytes of a result's type, e.g. `bf16[4,128]{1,0}`; of a tuple, of all its parts."""
+    total = 0
+    for kind, dims in _SHAPE.findall(shape):
+        bits = 8 if kind == "pred" else int(match[1]) if (match := _BITS.match(kind)) else 0
+        total += math.prod(int(dim) for dim in dims.split(",") if dim) * bits // 8
+    return total
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    """All instructions of a program (`compiled.as_text()`), those of fusions left out: they run as one.
+
+    A fusion around a collective, as TPUs have for a sum of which each chip needs a part, goes by the collective's name.
+    """
+    computations: dict[str, list[str]] = {}
+    current: list[str] = []
+    entry = ""
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            current = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        elif line.startswith(" "):
+            current.append(line)
+    yield from _walk(computations, entry, 1)
+
+
+def _walk(computations: dict[str, list[str]], name: str, executions: int) -> Iterator[Instruction]:
+    for line in computations[name]:
+        match = _INSTRUCTION.match(line)
+        if match is None:
+            continue
+        own_name, shape, opcode = match.groups()
+        if opcode == "fusion":
+            opcode = _fused_collective(computations, line) or opcode
+        cycles, op_name, condition = _CYCLES.search(line), _OP_NAME.search(line), _CONDITION.search(line)
+        yield Instruction(
+            own_name,
+            opcode,
+            shape_bytes(shape),
+            int(cycles[1]) if cycles else 0,
+            op_name[1] if op_name else "",
+            executions,
+        )
+        if opcode in ("while", "call", "conditional") or (opcode.endswith("-start") and "calls=" in line):
+            times = executions * (_trips(computations[condition[1]]) if condition else 1)
+            for called in _CALLED.findall(line):
+                for inner in called.strip("{}").split(","):
+                    yield from _walk(computations, inner.strip().lstrip("%"), times)
+
+
+def _fused_collective(computations: dict[str, list[str]], line: str) -> str | None:
+    """What a fusion sends, if it does: reduce-scatter, which TPUs have as a sum and a slice of it."""
+    called = [name for found in _CALLED.findall(line) for name in found.strip("{}").split(",")]
+    sends = any(
+        match[3] in COLLECTIVES
+        for name in called
+        for inner in computations.get(name.strip().lstrip("%"), [])
+        if (match := _INSTRUCTION.match(inner))
+    )
+    return "reduce-scatter" if sends else None
+
+
+def _trips(condition: list[str]) -> int:
+    """Of a loop; 1 for one whose condition compares with no constant."""
+    bounds = [int(match[1]) for line in condition if (match := _BOUND.search(line))]
+    return max(bounds, default=1)
+
+
+class Collective(NamedTuple):
+    kind: str
+    count: int
+    """Executions a step."""
+    bytes: int
+    """Of their results on one chip, a step."""
+
+
+def collectives(found: list[Instruction]) -> list[Collective]:
+    """What passes between chips, by kind."""
+    made = []
+    for kind in COLLECTIVES:
+        # An asynchronous one is a pair; the result is that of its end, its beginning holds operands too.
+        own = [each for each in found if each.opcode in (kind, f"{kind}-done")]
+        if own:
+            count = sum(each.executions for each in own)
+            made.append(Collective(kind, count, sum(each.bytes * each.executions for each in own)))
+    return made
+
+
+def loop_factor(found: list[Instruction]) -> float:
+    """By how much the compiler's estimate of the time is too low because it counts each loop's body once."""
+    once = sum(each.cycles for each in found)
+    return sum(each.cycles * each.executions for each in found) / once if once else 1.0
