@@ -45,12 +45,11 @@ from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import checkpoint, loop, optimiser
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, decay_at
-from sdxl_jax.training.metrics import MetricsWriter
+from sdxl_jax.training.metrics import TIMES, MetricsWriter
 from sdxl_jax.training.optimiser import Decay, OptimiserConfig
 from sdxl_jax.training.state import TrainState, create, merge, partition
 
 STEPS, EPOCH = 6, 4
-TIMES = ("step_seconds", "images_per_second")
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
