@@ -42,7 +42,7 @@ from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import checkpoint, loop, optimiser
+from sdxl_jax.training import checkpoint, clock, loop, optimiser
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, decay_at
 from sdxl_jax.training.metrics import TIMES, MetricsWriter
@@ -84,7 +84,9 @@ class Run(NamedTuple):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(config: TrainConfig, folder: Path, crash_before: int | None = None) -> Run:
+def run(
+    config: TrainConfig, folder: Path, crash_before: int | None = None, profile: tuple[int, int] | None = None
+) -> Run:
     """Trains; an exception ends it before the given step."""
     examples = []
 
@@ -97,7 +99,7 @@ def run(config: TrainConfig, folder: Path, crash_before: int | None = None) -> R
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "put_batch", put)
         if crash_before is None:
-            loop.train(config, folder, progress=False)
+            loop.train(config, folder, progress=False, profile=profile)
         else:
             with pytest.raises(Crash):
                 loop.train(config, folder, progress=False)
@@ -121,9 +123,9 @@ def crashed(config: TrainConfig, whole: Run, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def resumed(config: TrainConfig, crashed: Run) -> Run:
-    """A copy of `crashed`, gone on with."""
+    """A copy of `crashed`, gone on with, while steps 4 and 5 are traced."""
     shutil.copytree(crashed.folder, folder := crashed.folder.with_name("resumed"))
-    return run(config, folder)
+    return run(config, folder, profile=(4, 5))
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +392,24 @@ def test_commit_is_found_among_packed_references(tmp_path: Path, monkeypatch: py
 
 def test_the_newest_checkpoints_are_kept(whole: Run) -> None:
     assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
+    """That the trace changes no number is seen above: `resumed` was traced, and repeats `whole`."""
+    assert not (whole.folder / "profile").exists()
+    (trace,) = (resumed.folder / "profile").glob("plugins/profile/*/*.xplane.pb")
+    steps = [number for number in range(1, STEPS + 1) if f"train#step_num={number}#".encode() in trace.read_bytes()]
+    assert steps == [4, 5] or b"step_num" in trace.read_bytes()
+
+
+def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None:
+    (before,), (first, second) = clock.read(crashed.folder), clock.read(resumed.folder)
+    assert first == before  # which an exception ended
+    assert (second.step, second.steps_again) == (STEPS, 1)  # step 3
+    for part in (clock.Part.DATA, clock.Part.STEP, clock.Part.SAVE, clock.Part.EVALUATION, clock.Part.COMPILE):
+        assert second.seconds[part.value] > 0
+    assert second.seconds["again"] > 0 == first.seconds["again"]
+    assert clock.totals([first, second])["restart"] == second.seconds["start"] + second.seconds["again"]
 
 
 @pytest.mark.parametrize("step", [4, 6])
