@@ -537,9 +537,9 @@ def program() -> None:
     """`main` as a process of its own, which ends even while a step is being compiled beside training."""
     try:
         code = main()
-    except Exception:
+    except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
-        code = 1
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1  # of a process that SIGINT ends
     if "sdxl_jax.training.compilation" in sys.modules:
         from sdxl_jax.training.compilation import leave
 

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.optimiser": BASE,
     "training.clock": set(),
     "training.compilation": {"config", "data", "model", "sharding"} | BASE,
-    "training.metrics": {"data", "training.clock"} | BASE,
+    "training.metrics": {"data", "hardware", "training.clock"} | BASE,
     "training.profiling": {"errors"},
     "training.checkpoint": {"sharding", "interop", "training.state"} | BASE,
     "training.initial": {"config", "opening", "loading", "interop"} | BASE,

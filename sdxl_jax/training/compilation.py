@@ -5,10 +5,11 @@
 All hosts compile the same programs in the same order, which is that of the data. What is compiled so is what `jax.jit`
 would have compiled when called, bit for bit. Compiled programs come back from the persistent cache, if there is one.
 
-A thread that compiles cannot be stopped, and a Python that ends meanwhile aborts: a program that must end in time, as
-the command line does, ends with `leave`.
+A thread that compiles cannot be stopped, and a Python that ends meanwhile aborts. So its end waits for the compiler, a
+minute at most; a program that must end in time, as the command line does, ends with `leave`.
 """
 
+import atexit
 import contextlib
 import os
 import sys
@@ -33,8 +34,8 @@ _LOOKED_AHEAD = 100_000
 """Steps whose buckets are looked up, about a second's work: a bucket that none of them has is compiled last."""
 _PATIENCE = 0.2
 """Seconds between looks at whether a program is there."""
-_in_flight = 0
-_lock = threading.Lock()
+_PATIENCE_AT_EXIT = 60.0
+"""Seconds that the end of Python waits for the compiler."""
 
 
 def use_cache(folder: str | Path) -> None:
@@ -172,7 +173,7 @@ class CompiledSteps:
                 self._begun.add(bucket)
             program = error = None
             try:
-                with _counted(), jax.set_mesh(self._mesh):  # a mesh is a thread's own
+                with _in_flight.counted(), jax.set_mesh(self._mesh):  # a mesh is a thread's own
                     program = self._step.lower(*self._arguments[bucket]).compile()
             except BaseException as problem:  # raised again where a program is asked for
                 problem.add_note(f"(while the step of the bucket {bucket.height}×{bucket.width} was compiled)")
@@ -184,22 +185,36 @@ class CompiledSteps:
                 self._changed.notify_all()
 
 
-@contextlib.contextmanager
-def _counted() -> Iterator[None]:
-    global _in_flight
-    with _lock:
-        _in_flight += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _in_flight -= 1
+class _InFlight:
+    """How many threads of this process are compiling."""
+
+    def __init__(self) -> None:
+        self.count, self._changed = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._changed:
+            self.count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.count -= 1
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self.count, _PATIENCE_AT_EXIT)
+
+
+_in_flight = _InFlight()
+atexit.register(_in_flight.wait)
 
 
 def leave(code: int) -> None:
     """Ends the process at once if something is being compiled; returns otherwise. Python would abort: its thread comes
     back from the compiler to an interpreter that is gone."""
-    if _in_flight:
+    if _in_flight.count:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

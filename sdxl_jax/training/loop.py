@@ -43,6 +43,7 @@ from sdxl_jax.training.step import Step, make_step
 
 _CAPTIONS_LOOKED_AT = 10_000
 """Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
+_GRID_SEED = 0
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -297,7 +298,8 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
 
 
 def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
-    """Writes the validation grid: the averaged weights' pictures, from the same noise (seed 0) each time."""
+    """Writes the validation grid: the averaged weights' pictures, from the same noise each time. It says so in its PNG
+    text."""
     validation = config.validation
     pictures, captions = [], []
     for height, width in validation.sizes:
@@ -309,9 +311,18 @@ def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
                 width=width,
                 steps=validation.steps,
                 guidance=validation.guidance,
+                seed=_GRID_SEED,
                 compute=config.compute,
             )
         )
         captions += list(validation.prompts)
     sheet = contact_sheet(pictures, captions, columns=len(validation.prompts))
-    save_png(sheet, run_dir / "samples" / f"step_{step:08d}.png")
+    origin = {
+        "step": step,
+        "weights": "ema",
+        "seed": _GRID_SEED,
+        "steps": validation.steps,
+        "guidance": validation.guidance,
+    }
+    text = {name: str(value) for name, value in origin.items()}
+    save_png(sheet, run_dir / "samples" / f"step_{step:08d}.png", text)

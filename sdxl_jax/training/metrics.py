@@ -5,7 +5,7 @@ import json
 import math
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from sdxl_jax import hardware
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 from sdxl_jax.training.clock import Clock, Part
@@ -31,6 +32,12 @@ class Speed(NamedTuple):
     """Model FLOPs of a step of each bucket, over all devices."""
     peak: float
     """FLOP/s of all devices together."""
+
+    @classmethod
+    def of(cls, flops: Mapping[Bucket, float], devices: Sequence[Any]) -> "Speed | None":
+        """devices: jax's, all of one kind. None where they have no known peak, as CPUs."""
+        chip = hardware.chip_of(devices[0].device_kind)
+        return None if chip is None else cls(flops, chip.flops_per_second * len(devices))
 
 
 class MetricsWriter:
@@ -104,7 +111,9 @@ class MetricsWriter:
     def compiled(self) -> None:
         """The waiting is over: the time left does not follow from it."""
         if not self._bar.disable:
-            self._bar.unpause()
+            waited = self._clock.seconds()[Part.COMPILE] - self._noted[Part.COMPILE]
+            self._bar.start_t += waited
+            self._bar.last_print_t += waited
 
     def _write(self) -> None:
         if self._pending is None:

@@ -3,7 +3,7 @@ TensorBoard with its profile plugin). What is learnt is the same with it and wit
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -34,7 +34,7 @@ class Profile:
         return self._traced(step, settle)
 
     @contextlib.contextmanager
-    def _traced(self, step: int, settle: Callable[[], None]):
+    def _traced(self, step: int, settle: Callable[[], None]) -> Iterator[None]:
         assert self._steps is not None
         first, last = self._steps
         if step == first:
