@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sdxl_jax.opening import Opening
     from sdxl_jax.pipeline import Geometry
 
+_BEGAN = time.monotonic()
 _T = TypeVar("_T")
 _CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff)
 
@@ -85,6 +87,8 @@ def _train(arguments: list[str]) -> None:
 
         run_dir: Path = Path("runs")
         """Where checkpoints, metrics and pictures are written."""
+        profile: Annotated[str | None, tyro.conf.arg(metavar="FIRST:LAST")] = None
+        """Trace these steps, both included, into RUN/profile, for xprof. Not a part of the run's configuration."""
 
     options, config = _configured(
         Train, arguments, "train", _TRAIN_USAGE, lambda path: {"run_dir": Path("runs") / path.stem}
@@ -92,7 +96,7 @@ def _train(arguments: list[str]) -> None:
     from sdxl_jax.training import loop
 
     print(json.dumps(configuration.to_json(config), indent=1))
-    loop.train(config, options.run_dir)
+    loop.train(config, options.run_dir, profile=_steps("--profile", options.profile), began=_BEGAN)
 
 
 _COMPILE_USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--all-buckets] [--json] [--section.field VALUE ...]
@@ -331,6 +335,10 @@ def _negative_geometry(options: Sample, geometry: "Geometry") -> "Geometry":
 
 def _size(option: str, value: str | None) -> tuple[int, int] | None:
     return None if value is None else _pair(option, value, "x", "HxW in pixels, e.g. 1024x768")
+
+
+def _steps(option: str, value: str | None) -> tuple[int, int] | None:
+    return None if value is None else _pair(option, value, ":", "FIRST:LAST, numbers of steps, e.g. 10:14")
 
 
 def _position(option: str, value: str) -> tuple[int, int]:
@@ -583,5 +591,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def program() -> None:
+    """`main` as a process of its own, which ends even while a step is being compiled beside training."""
+    try:
+        code = main()
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1  # of a process that SIGINT ends
+    if "sdxl_jax.training.compilation" in sys.modules:
+        from sdxl_jax.training.compilation import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

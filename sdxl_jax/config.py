@@ -36,6 +36,17 @@ class OnNonfinite(enum.Enum):
     """The step counts, and changes nothing: neither parameters nor average nor optimiser, whose schedule waits too."""
 
 
+class CompileAhead(enum.Enum):
+    """When the steps of the buckets are compiled."""
+
+    BACKGROUND = "background"
+    """Beside training, in the order in which the data needs them: the first step waits for its own program alone."""
+    BEFORE = "before"
+    """All of them before the first step: no step waits, and the compiler takes no core from the data."""
+    ON_DEMAND = "on_demand"
+    """Each when a step needs it: nothing is compiled in vain, and training stops for each."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """What the loop does."""
@@ -53,6 +64,14 @@ class TrainingConfig:
     init_from: tuple[str, ...] = ()
     """Models, or networks alone, in any layout, whose weights a new run starts from; the last one wins. A part that is
     in none of them starts from random weights."""
+    compile_ahead: CompileAhead = CompileAhead.BACKGROUND
+    """When the steps of the buckets are compiled: beside training, before it, or each when it is needed."""
+    compile_threads: int = 1
+    """Buckets compiled at once. Higher: all are there sooner; each takes cores and memory of every host (at full size
+    about 10 GiB), which reading the data may need too."""
+    compilation_cache: str | None = None
+    """Folder that compiled programs are kept in and read from; several runs may share it. None: jax's own setting
+    (JAX_COMPILATION_CACHE_DIR), without which every start compiles anew."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,14 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """Where else the numbers go; RUN/metrics.jsonl and RUN/tensorboard have them always."""
+
+    wandb_project: str | None = None
+    """Project of Weights & Biases; None: nothing is sent. Needs the package wandb."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything that a run depends on."""
 
@@ -103,12 +130,15 @@ class TrainConfig:
     """When and how many."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The pictures in RUN/samples."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Where else the numbers go."""
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
         self.model.check()
         ranges: list[tuple[str, float | None, float, float]] = [
             ("training.steps", self.training.steps, 0, math.inf),
+            ("training.compile_threads", self.training.compile_threads, 1, math.inf),
             ("training.caption_dropout", self.training.caption_dropout, 0, 1),
             ("optimiser.warmup_steps", self.optimiser.warmup_steps, 0, math.inf),
             ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
@@ -172,8 +202,12 @@ MAY_CHANGE = (
     "data.sources",
     "data.verify_images",
     "data.workers",
+    "logging",
     "mesh.data",
     "mesh.fsdp",
+    "training.compilation_cache",
+    "training.compile_ahead",
+    "training.compile_threads",
     "training.init_from",
     "validation",
 )

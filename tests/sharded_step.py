@@ -78,14 +78,14 @@ def fresh(layout: str) -> tuple[TrainState, Any, TrainState]:
     """State, frozen parameters, and the state's shapes and places."""
     mesh = mesh_of(layout)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = loop._abstract(CONFIG, mesh, OPTIMISER)
+        abstract, abstract_frozen = loop.abstract_state(CONFIG, mesh, OPTIMISER)
         return *loop._fresh(CONFIG, OPTIMISER, abstract, abstract_frozen, {}), abstract
 
 
 def train(layout: str, state: TrainState, frozen: Any, abstract: TrainState, steps: int) -> list[Trained]:
     mesh, made = mesh_of(layout), []
     with jax.set_mesh(mesh):
-        step = loop._compiled(STEP, mesh, abstract)
+        step = loop.compiled(STEP, mesh, abstract)
         for number in range(steps):
             state = jax.tree.map(jnp.copy, state)  # the step takes its input's memory
             state, metrics = step(state, frozen, sharding.put_batch(mesh, batch(number)))
@@ -158,7 +158,7 @@ def main(scratch: Path) -> dict[str, Any]:
     for layout, steps in (("8×1", 1), ("2×4", 1), ("4×2", len(BUCKETS))):
         mesh = mesh_of(layout)
         with jax.set_mesh(mesh):
-            places = loop._abstract(CONFIG, mesh, OPTIMISER)[0]
+            places = loop.abstract_state(CONFIG, mesh, OPTIMISER)[0]
         state = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), single, places)
         together = train(layout, state, sharding.put(mesh, frozen), places, steps)
         results[layout] = {

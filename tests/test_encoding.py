@@ -41,6 +41,7 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import encoding, loop
 from sdxl_jax.training import step as stepping
+from sdxl_jax.training.compilation import abstract_batch
 
 IMAGES, CROPS, PIECE, BATCH, STEPS = 12, 3, 5, 4, 6
 DAMAGED = (7, 8)
@@ -219,6 +220,15 @@ def test_batches_of_a_cache_are_those_of_the_pictures(
     assert buckets == set(tiny.BUCKETS)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(bfloat16)}
     assert_same_but_for_rounding(found, expected)
+
+
+def test_batch_that_is_compiled_for_is_that_of_the_cache(config: TrainConfig, dataset: BucketedDataset) -> None:
+    mesh = sharding.make_mesh(config.mesh)
+    for step, batch in enumerate(take(dataset, 2)):
+        bucket = dataset.bucket_of(step)
+        abstract = abstract_batch(mesh, config.model, bucket, BATCH, cached=True, scored=False)
+        found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), sharding.put_batch(mesh, batch))
+        assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), abstract)
 
 
 def test_losses_of_a_cache_are_those_of_the_pictures(

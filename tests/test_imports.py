@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"conditioning", "diffusion", "models", "samplers.guidance"} | BASE,
     "pipeline": {"model", "samplers", "conditioning", "models", "diffusion"} | BASE,
     "interop": {"interop", "model", "models", "conditioning", "diffusion"} | BASE,
+    "hardware": set(),
     "sharding": BASE,
     "config": {
         *("model", "conditioning", "diffusion", "models", "data", "sharding"),
@@ -42,7 +43,10 @@ ALLOWED: dict[str, set[str]] = {
     "training.state": {"training.ema"} | BASE,
     "training.ema": BASE,
     "training.optimiser": BASE,
-    "training.metrics": {"data"} | BASE,
+    "training.clock": set(),
+    "training.compilation": {"config", "data", "model", "sharding"} | BASE,
+    "training.metrics": {"data", "hardware", "training.clock"} | BASE,
+    "training.profiling": {"errors"},
     "training.checkpoint": {"sharding", "interop", "training.state"} | BASE,
     "training.initial": {"config", "opening", "loading", "interop"} | BASE,
     "training.encoding": {

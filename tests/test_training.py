@@ -27,6 +27,7 @@ import pytest
 import tiny
 import toy
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (generated)
 
 from sdxl_jax import config as configuration
@@ -44,15 +45,14 @@ from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import checkpoint, loop, optimiser
+from sdxl_jax.training import checkpoint, clock, loop, optimiser
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, weight_at
-from sdxl_jax.training.metrics import MetricsWriter
+from sdxl_jax.training.metrics import TIMES, MetricsWriter
 from sdxl_jax.training.optimiser import Decay, OptimiserConfig
 from sdxl_jax.training.state import TrainState, create, merge, partition
 
 STEPS, EPOCH = 6, 4
-TIMES = ("step_seconds", "images_per_second")
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -87,7 +87,9 @@ class Run(NamedTuple):
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(config: TrainConfig, folder: Path, crash_before: int | None = None) -> Run:
+def run(
+    config: TrainConfig, folder: Path, crash_before: int | None = None, profile: tuple[int, int] | None = None
+) -> Run:
     """Trains; an exception ends it before the given step."""
     examples = []
 
@@ -100,7 +102,7 @@ def run(config: TrainConfig, folder: Path, crash_before: int | None = None) -> R
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "put_batch", put)
         if crash_before is None:
-            loop.train(config, folder, progress=False)
+            loop.train(config, folder, progress=False, profile=profile)
         else:
             with pytest.raises(Crash):
                 loop.train(config, folder, progress=False)
@@ -124,15 +126,15 @@ def crashed(config: TrainConfig, whole: Run, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture(scope="module")
 def resumed(config: TrainConfig, crashed: Run) -> Run:
-    """A copy of `crashed`, gone on with."""
+    """A copy of `crashed`, gone on with, while steps 4 and 5 are traced."""
     shutil.copytree(crashed.folder, folder := crashed.folder.with_name("resumed"))
-    return run(config, folder)
+    return run(config, folder, profile=(4, 5))
 
 
 @pytest.fixture(scope="module")
 def abstract(config: TrainConfig) -> TrainState:
     mesh = sharding.make_mesh(config.mesh)
-    return loop._abstract(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
+    return loop.abstract_state(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
 
 
 def assert_identical(one: Any, other: Any) -> None:
@@ -229,10 +231,10 @@ def fifth(config: TrainConfig, whole: Run) -> Iterator[OneStep]:
     update = optimiser.make(config.optimiser, STEPS)
     dataset = BucketedDataset(config.data, tokenizer)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = loop._abstract(config, mesh, update)
+        abstract, abstract_frozen = loop.abstract_state(config, mesh, update)
         batches = dataset.iterate(4)
         yield OneStep(
-            loop._compiled(stepping.make_step(config, update, tokenizer([""])), mesh, abstract),
+            loop.compiled(stepping.make_step(config, update, tokenizer([""])), mesh, abstract),
             whole.state(4, abstract),
             checkpoint.restore_frozen(whole.folder, abstract_frozen),
             sharding.put_batch(mesh, next(batches)),
@@ -380,6 +382,9 @@ def test_validation_grid_is_written_when_due(whole: Run) -> None:
         with Image.open(path) as sheet:
             assert sheet.width > 2 * 32  # a column a prompt
             assert sheet.height > 32
+            assert isinstance(sheet, PngImageFile)
+            assert sheet.text["step"] == str(int(path.stem.removeprefix("step_")))
+            assert (sheet.text["weights"], sheet.text["seed"]) == ("ema", "0")
 
 
 def test_config_json_holds_configuration_versions_and_commit(config: TrainConfig, whole: Run) -> None:
@@ -406,6 +411,25 @@ def test_commit_is_found_among_packed_references(tmp_path: Path, monkeypatch: py
 
 def test_the_newest_checkpoints_are_kept(whole: Run) -> None:
     assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
+    """That the trace changes no number is seen above: `resumed` was traced, and repeats `whole`."""
+    assert not (whole.folder / "profile").exists()
+    (trace,) = (resumed.folder / "profile").glob("plugins/profile/*/*.xplane.pb")
+    lines = [line for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines]
+    events = [event for line in lines for event in line.events if event.name == "train"]
+    assert [dict(event.stats)["step_num"] for event in events] == [4, 5]
+
+
+def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None:
+    (before,), (first, second) = clock.read(crashed.folder), clock.read(resumed.folder)
+    assert first == before  # which an exception ended
+    assert (second.step, second.steps_again) == (STEPS, 1)  # step 3
+    for part in (clock.Part.DATA, clock.Part.STEP, clock.Part.SAVE, clock.Part.EVALUATION, clock.Part.COMPILE):
+        assert second.seconds[part.value] > 0
+    assert second.seconds["again"] > 0 == first.seconds["again"]
+    assert clock.totals([first, second])["restart"] == second.seconds["start"] + second.seconds["again"]
 
 
 @pytest.mark.parametrize("step", [4, 6])

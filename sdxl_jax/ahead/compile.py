@@ -20,7 +20,7 @@ from sdxl_jax.ahead import flops, report, topologies
 from sdxl_jax.ahead.report import Report
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
-from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Attention, Compute, Remat
@@ -61,7 +61,8 @@ def compile_step(
     """
     chip = topologies.check(topology)
     config.check()
-    sizes = dict(zip((Bucket(*each) for each in config.data.buckets), batch_sizes(config.data), strict=True))
+    buckets_of_data = check_buckets(config.data.buckets)
+    sizes = dict(zip(buckets_of_data, batch_sizes(config.data, buckets_of_data), strict=True))
     wanted = [max(sizes, key=lambda bucket: bucket.height * bucket.width)] if buckets is None else list(buckets)
     if missing := [bucket for bucket in wanted if bucket not in sizes]:
         known = ", ".join(f"{bucket.height}x{bucket.width}" for bucket in sizes)
@@ -103,7 +104,7 @@ def compile_step(
 def _step_program(config: TrainConfig, mesh: Any, bucket: Bucket, batch_size: int) -> Program:
     """The train step of one bucket."""
     optimiser = optimisers.make(config.optimiser, config.training.steps)
-    state, frozen = loop.abstract(config, mesh, optimiser)
+    state, frozen = loop.abstract_state(config, mesh, optimiser)
     cached = config.data.cache is not None
     batch = abstract_batch(
         mesh, config.model, bucket, batch_size, cached=cached, scored=config.data.aesthetic is not None

@@ -100,7 +100,7 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
         raise InputError("data.cache_of_other_code has no effect without data.cache. Remove it, or give the cache.")
 
 
-def _batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
+def batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
     """Images a step of each bucket."""
     if config.batch_pixels is None:
         return [config.batch_size] * len(buckets)
@@ -209,7 +209,7 @@ class BucketedDataset:
         self.config = config
         self.tokenize = tokenize
         self.buckets = check_buckets(config.buckets)
-        batch_sizes = _batch_sizes(config, self.buckets)
+        sizes = batch_sizes(config, self.buckets)
         # Refusals are settled below, so that one message names those of the sources and those of the buckets.
         self.source = open_mixture(config)
         self._grouping = groupings.group(
@@ -232,8 +232,8 @@ class BucketedDataset:
         self._merged: dict[int, int] = {}
         weights = self.source.weights
         if config.small_buckets == "merge":
-            self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, batch_sizes, weights)
-        self.order = Order(self._grouping.members, weights, batch_sizes, config.seed)
+            self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, sizes, weights)
+        self.order = Order(self._grouping.members, weights, sizes, config.seed)
         self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
         self.epoch_steps = _plain(self.order.epoch_steps)
         """Steps an epoch, on average: buckets smaller than a batch have one in several epochs."""

@@ -9,7 +9,7 @@ import functools
 import json
 import platform
 import warnings
-from importlib import metadata
+from importlib import metadata as packages
 from pathlib import Path
 
 import jax
@@ -20,35 +20,55 @@ from tqdm import tqdm
 from sdxl_jax import config as configuration
 from sdxl_jax import model as models
 from sdxl_jax import pipeline, sharding
-from sdxl_jax.arrays import Params, flatten, unflatten
+from sdxl_jax.arrays import Batch, Params, flatten, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.pictures import contact_sheet, save_png
+from sdxl_jax.training import clock as clocks
+from sdxl_jax.training import compilation, profiling
+from sdxl_jax.training import metrics as logging
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
+from sdxl_jax.training.clock import Clock, Part, TimeLog
+from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.encoding import check_frozen, from_cache
 from sdxl_jax.training.initial import initial_weights
-from sdxl_jax.training.metrics import MetricsWriter
+from sdxl_jax.training.metrics import MetricsWriter, WandbBoard
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Step, make_step
 
 _CAPTIONS_LOOKED_AT = 10_000
 """Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
+_GRID_SEED = 0
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: bool = True) -> Model:
+def train(
+    config: TrainConfig,
+    run_dir: str | Path = "runs/train",
+    progress: bool = True,
+    *,
+    profile: tuple[int, int] | None = None,
+    began: float | None = None,
+) -> Model:
     """Trains until `config.training.steps`, from the last checkpoint in `run_dir` if there is one; returns the model,
     with its averaged weights.
+
+    profile: the first and the last step of a trace in RUN/profile. began: when the program started, by
+    `time.monotonic()`, for the table of where the time went; None: now.
 
     Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
     configuration, a checkpoint that cannot be read.
     """
-    run_dir = Path(run_dir)
+    run_dir, clock = Path(run_dir), Clock(began)
     config.check()
+    logging.check(config.logging.wandb_project)
+    if config.training.compilation_cache is not None:
+        compilation.use_cache(config.training.compilation_cache)
     check_run(config, run_dir)
     check_frozen(config)
     mesh = sharding.make_mesh(config.mesh)
@@ -58,11 +78,16 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
     check_run(config, run_dir, dataset)
     optimiser = optimisers.make(config.optimiser, config.training.steps)
 
-    with jax.set_mesh(mesh):
-        abstract, abstract_frozen = _abstract(config, mesh, optimiser)
-        step_function = _compiled(make_step(config, optimiser, tokenizer([""])), mesh, abstract)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as leaving:
+        abstract, abstract_frozen = abstract_state(config, mesh, optimiser)
+        last = latest_step(run_dir / "checkpoints")
+        profiling.check(profile, last or 0, config.training.steps)
+        step_function = compiled(make_step(config, optimiser, tokenizer([""])), mesh, abstract)
+        arguments = _arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
+        ahead, threads = config.training.compile_ahead, config.training.compile_threads
+        steps = leaving.enter_context(CompiledSteps(step_function, arguments, mesh, ahead, threads))
         initial = {}
-        if (last := latest_step(run_dir / "checkpoints")) is None:
+        if last is None:
             initial = initial_weights(config, mesh, progress=progress)
             state, frozen = _fresh(config, optimiser, abstract, abstract_frozen, initial)
         else:
@@ -79,23 +104,40 @@ def train(config: TrainConfig, run_dir: str | Path = "runs/train", progress: boo
             random = sorted(set(frozen) - {path.split("/")[0] for path in initial})
             if last is None and random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
+        wandb = _wandb(config, run_dir)
         with (
+            TimeLog(run_dir, clock) as times,
+            clock.during(Part.SAVE),  # leaving Checkpoints finishes what is being written
             Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
-            MetricsWriter(run_dir, first, stop, progress) as writer,
+            clock.during(Part.OTHER),
+            MetricsWriter(run_dir, first, stop, progress, clock, board=wandb) as writer,
+            profiling.Profile(run_dir / "profile", profile) as profiler,
             contextlib.closing(dataset.iterate(first)) as batches,
         ):
             for step in range(first + 1, stop + 1):
-                batch = sharding.put_batch(mesh, next(batches))
-                state, metrics = step_function(state, frozen, batch)
-                writer.log(step, dataset.bucket_of(step - 1), dataset.batch_size_of(step - 1), metrics)
+                bucket, again = dataset.bucket_of(step - 1), step <= writer.made_before
+                if not steps.ready(bucket):
+                    writer.settle()
+                    with clock.during(Part.COMPILE):
+                        steps.of(bucket, waiting=lambda: writer.compiling(steps.finished, steps.total))
+                    writer.compiled()
+                with clock.during(Part.DATA):
+                    batch = sharding.put_batch(mesh, next(batches))
+                with clock.during(Part.AGAIN if again else Part.STEP), profiler.step(step, writer.settle):
+                    state, metrics = steps.of(bucket)(state, frozen, batch)
+                    writer.log(step, bucket, dataset.batch_size_of(step - 1), metrics)
+                times.note(step, again)
                 if _due(step, config.checkpoint.every_steps, stop):
-                    writer.flush()
-                    checkpoints.save(step, state, {"config": configuration.to_json(config), "versions": _versions()})
-                    writer.restart_clock()
+                    with clock.during(Part.SAVE):
+                        writer.flush()
+                        metadata = {"config": configuration.to_json(config), "versions": _versions()}
+                        checkpoints.save(step, state, metadata)
                 if config.validation.prompts and _due(step, config.validation.every_steps, stop):
-                    writer.flush()
-                    _look(config, run_dir, step, Model(config.model, merge(state.sampled, frozen)))
-                    writer.restart_clock()
+                    with clock.during(Part.EVALUATION):
+                        writer.flush()
+                        _look(config, run_dir, step, Model(config.model, merge(state.sampled, frozen)))
+    if progress:
+        tqdm.write(f"where the time went\n{clocks.table(clocks.read(run_dir))}")
     return Model(config.model, merge(state.sampled, frozen))
 
 
@@ -104,14 +146,41 @@ def _due(step: int, every: int | None, stop: int) -> bool:
     return every is not None and (step % every == 0 or step == stop)
 
 
-def _compiled(step: Step, mesh: Mesh, abstract: TrainState) -> Step:
+def compiled(step: Step, mesh: Mesh, abstract: TrainState) -> Step:
     """The step, compiled when first called. Its results stay where the state was: left to choose, XLA moves small
     arrays, so that the next call compiles again, and a resumed run no longer repeats the last digits."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
 
 
-def _abstract(config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransformation) -> tuple[TrainState, Params]:
+def _arguments(
+    config: TrainConfig,
+    mesh: Mesh,
+    dataset: BucketedDataset,
+    first: int,
+    abstract: TrainState,
+    abstract_frozen: Params,
+) -> dict[Bucket, tuple[TrainState, Params, Batch]]:
+    """What the step of each bucket that the run still needs is compiled for, in the order of need."""
+    cached, scored = config.data.cache is not None, config.data.aesthetic is not None
+    return {
+        bucket: (
+            abstract,
+            abstract_frozen,
+            compilation.abstract_batch(mesh, config.model, bucket, batch_size, cached=cached, scored=scored),
+        )
+        for bucket, batch_size in compilation.order_of_need(dataset, first, config.training.steps).items()
+    }
+
+
+def _wandb(config: TrainConfig, run_dir: Path) -> WandbBoard | None:
+    project = config.logging.wandb_project
+    return None if project is None else WandbBoard(project, run_dir, configuration.to_json(config))
+
+
+def abstract_state(
+    config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransformation
+) -> tuple[TrainState, Params]:
     """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
     params = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
     trained, frozen = partition(params, config.training.trains)
@@ -170,7 +239,7 @@ def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | Non
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+    return {"python": platform.python_version(), **{name: packages.version(name) for name in _LIBRARIES}}
 
 
 def _write_config(config: TrainConfig, run_dir: Path, dataset: BucketedDataset) -> None:
@@ -231,7 +300,8 @@ def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, fir
 
 
 def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
-    """Writes the validation grid."""
+    """Writes the validation grid: the averaged weights' pictures, from the same noise each time. It says so in its PNG
+    text."""
     validation = config.validation
     pictures, captions = [], []
     for height, width in validation.sizes:
@@ -243,9 +313,18 @@ def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
                 width=width,
                 steps=validation.steps,
                 guidance=validation.guidance,
+                seed=_GRID_SEED,
                 compute=config.compute,
             )
         )
         captions += list(validation.prompts)
     sheet = contact_sheet(pictures, captions, columns=len(validation.prompts))
-    save_png(sheet, run_dir / "samples" / f"step_{step:08d}.png")
+    origin = {
+        "step": step,
+        "weights": "ema",
+        "seed": _GRID_SEED,
+        "steps": validation.steps,
+        "guidance": validation.guidance,
+    }
+    text = {name: str(value) for name, value in origin.items()}
+    save_png(sheet, run_dir / "samples" / f"step_{step:08d}.png", text)

@@ -1,0 +1,220 @@
+"""The step of every bucket, compiled before it is needed: a program for each shape, each of which takes minutes.
+
+    order of need ── threads ── trace, lower, compile (or read from the cache) ── steps.of(bucket)
+
+All hosts compile the same programs in the same order, which is that of the data. What is compiled so is what `jax.jit`
+would have compiled when called, bit for bit. Compiled programs come back from the persistent cache, if there is one.
+
+A thread that compiles cannot be stopped, and a Python that ends meanwhile aborts. So its end waits for the compiler, a
+minute at most; a program that must end in time, as the command line does, ends with `leave`.
+"""
+
+import atexit
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AbstractMesh, Mesh
+
+from sdxl_jax import sharding
+from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
+from sdxl_jax.config import CompileAhead
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.model import ModelConfig
+
+_LOOKED_AHEAD = 100_000
+"""Steps whose buckets are looked up, about a second's work: a bucket that none of them has is compiled last."""
+_PATIENCE = 0.2
+"""Seconds between looks at whether a program is there."""
+_PATIENCE_AT_EXIT = 60.0
+"""Seconds that the end of Python waits for the compiler."""
+
+
+def use_cache(folder: str | Path) -> None:
+    """Keeps every program that this process compiles from now on in a folder, or reads it from there. It may be shared
+    by runs and hosts, and may be a bucket's URL (gs://…)."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compilation_cache.reset_cache()  # or the folder of before is kept
+
+
+def abstract_batch(
+    mesh: Mesh | AbstractMesh, model: ModelConfig, bucket: Bucket, batch_size: int, *, cached: bool, scored: bool
+) -> Batch:
+    """Shapes, dtypes and places of a batch of one bucket, over all hosts: what a step is compiled for.
+
+    cached: the batch is read from a cache (`Batch.encoded`). scored: it has aesthetic scores.
+    """
+    place = sharding.batch_sharding(mesh)
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
+
+    encoded = None
+    if cached:
+        latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
+        projection = model.text[-1].clip.projection_dim
+        encoded = Encoded(
+            mean=array(jnp.bfloat16, *latent),
+            log_variance=array(jnp.bfloat16, *latent),
+            context=array(jnp.bfloat16, 77, model.unet.context_dim),
+            pooled=None if projection is None else array(jnp.bfloat16, projection),
+        )
+    return Batch(
+        image=None if cached else array(jnp.uint8, *bucket, 3),
+        tokens={tower.name: array(jnp.int32, 77) for tower in model.text},
+        micro=MicroConditioning(
+            *(array(jnp.int32, 2) for _ in range(3)), aesthetic_score=array(jnp.float32) if scored else None
+        ),
+        example=array(jnp.int32),
+        replaced=array(jnp.bool_),
+        encoded=encoded,
+    )
+
+
+def order_of_need(dataset: BucketedDataset, first: int, stop: int) -> dict[Bucket, int]:
+    """The buckets of the steps `first` to `stop` − 1 (from 0), in the order of their first use, with the images of a
+    batch over all hosts."""
+    all_buckets = {
+        Bucket(bucket.height, bucket.width): bucket.batch_size for bucket in dataset.report() if bucket.batches
+    }
+    found = dict[Bucket, int]()
+    last = min(stop, first + _LOOKED_AHEAD)
+    for step in range(first, last):
+        bucket = dataset.bucket_of(step)
+        found[bucket] = all_buckets[bucket]
+        if len(found) == len(all_buckets):
+            break
+    return found if last == stop else found | all_buckets
+
+
+class CompiledSteps:
+    """Programs by bucket, compiled in threads. A context manager: leaving it begins no other program, and does not wait
+    for those that are being compiled."""
+
+    def __init__(
+        self,
+        step: Any,
+        arguments: Mapping[Bucket, tuple[Any, ...]],
+        mesh: Mesh,
+        ahead: CompileAhead = CompileAhead.BACKGROUND,
+        threads: int = 1,
+    ):
+        """step: what `jax.jit` returned. arguments: for each bucket the abstract arguments, in the order of need.
+        threads: programs compiled at once; each takes cores and, for large models, many GiB of this host's memory."""
+        self._step, self._arguments, self._mesh = step, arguments, mesh
+        self._before = ahead is CompileAhead.BEFORE
+        self._changed = threading.Condition()  # guards what follows
+        self._to_do = [] if ahead is CompileAhead.ON_DEMAND else list(arguments)
+        self._begun, self._closed = set[Bucket](), False
+        self._programs = dict[Bucket, Callable[..., Any]]()
+        self._error: BaseException | None = None
+        for number in range(min(threads, len(arguments))):
+            threading.Thread(target=self._work, name=f"compile-{number}", daemon=True).start()
+
+    def __enter__(self) -> "CompiledSteps":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def total(self) -> int:
+        """Programs that the run needs."""
+        return len(self._arguments)
+
+    @property
+    def finished(self) -> int:
+        """Programs that are there."""
+        return len(self._programs)
+
+    def ready(self, bucket: Bucket) -> bool:
+        """Whether `of` would return at once."""
+        there = self.finished == self.total if self._before else bucket in self._programs
+        return there and self._error is None
+
+    def of(self, bucket: Bucket, waiting: Callable[[], None] = lambda: None) -> Callable[..., Any]:
+        """The program of one bucket, waited for if need be; all of them, where they are compiled before training.
+
+        waiting: called several times a second meanwhile; what it raises ends the waiting. Raises, with its traceback,
+        what compiling any of the programs has raised.
+        """
+        with self._changed:
+            if bucket not in self._begun:  # it is needed now: before all others
+                self._to_do = [bucket, *(other for other in self._to_do if other != bucket)]
+                self._changed.notify_all()
+        while not self.ready(bucket):
+            waiting()
+            with self._changed:
+                # In short turns, so that Python's signal handlers run.
+                self._changed.wait_for(lambda: self._error is not None or self.ready(bucket), _PATIENCE)
+                if self._error is not None:
+                    raise self._error
+        return self._programs[bucket]
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._to_do)
+                if self._closed:
+                    return
+                bucket = self._to_do.pop(0)
+                self._begun.add(bucket)
+            program = error = None
+            try:
+                with _in_flight.counted(), jax.set_mesh(self._mesh):  # a mesh is a thread's own
+                    program = self._step.lower(*self._arguments[bucket]).compile()
+            except BaseException as problem:  # raised again where a program is asked for
+                problem.add_note(f"(while the step of the bucket {bucket.height}×{bucket.width} was compiled)")
+                error = problem
+            with self._changed:
+                if program is not None:
+                    self._programs[bucket] = program
+                self._error = self._error or error
+                self._changed.notify_all()
+
+
+class _InFlight:
+    """How many threads of this process are compiling."""
+
+    def __init__(self) -> None:
+        self.count, self._changed = 0, threading.Condition()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        with self._changed:
+            self.count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.count -= 1
+                self._changed.notify_all()
+
+    def wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self.count, _PATIENCE_AT_EXIT)
+
+
+_in_flight = _InFlight()
+atexit.register(_in_flight.wait)
+
+
+def leave(code: int) -> None:
+    """Ends the process at once if something is being compiled; returns otherwise. Python would abort: its thread comes
+    back from the compiler to an interpreter that is gone."""
+    if _in_flight.count:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

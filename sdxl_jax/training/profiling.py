@@ -1,0 +1,58 @@
+"""`--profile FIRST:LAST`: a trace of some steps in RUN/profile, which xprof shows (`xprof --logdir RUN/profile`, or
+TensorBoard with its profile plugin). What is learnt is the same with it and without; the steps are a little slower.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from sdxl_jax.errors import InputError
+
+
+class Profile:
+    """Traces steps. A context manager: leaving it ends a trace that is not finished."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int] | None):
+        """steps: the first and the last, as metrics.jsonl numbers them; None: no trace."""
+        self._folder, self._steps = folder, steps
+        self._running = False
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+    def step(self, step: int, settle: Callable[[], None]) -> contextlib.AbstractContextManager[object]:
+        """To be entered around a step. settle: waits until the devices have done what was started, so that the trace
+        has whole steps and no others."""
+        if self._steps is None:
+            return contextlib.nullcontext()
+        return self._traced(step, settle)
+
+    @contextlib.contextmanager
+    def _traced(self, step: int, settle: Callable[[], None]) -> Iterator[None]:
+        assert self._steps is not None
+        first, last = self._steps
+        if step == first:
+            settle()
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if step == last and self._running:
+            settle()
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def check(steps: tuple[int, int] | None, first: int, stop: int) -> None:
+    """Raises InputError unless the steps are among those that a run is about to make, first + 1 to stop."""
+    if steps is not None and not first < steps[0] <= steps[1] <= stop:
+        raise InputError(
+            f"--profile {steps[0]}:{steps[1]}: this start makes the steps {first + 1} to {stop}. Give FIRST:LAST among "
+            f"them, e.g. {min(first + 10, stop)}:{min(first + 14, stop)}"
+        )

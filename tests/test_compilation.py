@@ -1,0 +1,249 @@
+"""The promises of compiling ahead: in the order of need, to the same bits, no failure lost, ended when it must be."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import compiling
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from sdxl_jax import sharding
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import CompileAhead
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training import compilation
+from sdxl_jax.training.compilation import CompiledSteps
+
+BUCKETS = [Bucket(8 * number, 8) for number in range(1, 6)]
+ARGUMENTS = {bucket: (bucket,) for bucket in BUCKETS}
+MESH = sharding.make_mesh(MeshConfig())
+
+
+class Compiler:
+    """In place of a jitted step: notes what it compiles, and compiles nothing before it may."""
+
+    def __init__(self, may: int = 0, fails: Bucket | None = None):
+        self.begun: list[Bucket] = []
+        self.may, self.fails = threading.Semaphore(may), fails
+
+    def lower(self, bucket: Bucket) -> "Compiler":
+        self.begun.append(bucket)
+        return self
+
+    def compile(self) -> Any:
+        bucket = self.begun[-1]
+        self.may.acquire()
+        if bucket == self.fails:
+            raise MemoryError("too large")
+        return lambda: bucket
+
+
+@pytest.fixture
+def compiler() -> Iterator[Compiler]:
+    made = Compiler()
+    yield made
+    made.may.release(len(BUCKETS))  # or its thread outlives the test
+
+
+def eventually(condition: Any) -> None:
+    until = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_programs_are_compiled_in_the_order_of_need(compiler: Compiler) -> None:
+    compiler.may.release(5)
+    with CompiledSteps(compiler, ARGUMENTS, MESH) as steps:
+        assert [steps.of(bucket)() for bucket in reversed(BUCKETS)] == BUCKETS[::-1]
+        assert (steps.finished, steps.total) == (5, 5)
+    # The first is begun at once; the last may have been asked for, and then goes first, before the second is begun.
+    assert [bucket for bucket in compiler.begun if bucket != BUCKETS[4]] == BUCKETS[:4]
+
+
+def test_what_is_needed_now_goes_before_what_is_needed_later(compiler: Compiler) -> None:
+    with CompiledSteps(compiler, ARGUMENTS, MESH) as steps:
+        eventually(lambda: compiler.begun)  # and it holds the one thread
+        calls = []
+        assert steps.of(BUCKETS[3], lambda: calls.append(compiler.may.release()))() == BUCKETS[3]
+        assert calls, "the waiting was told"
+        compiler.may.release(5)
+        eventually(lambda: steps.finished == 5)
+    assert compiler.begun == [BUCKETS[number] for number in (0, 3, 1, 2, 4)]
+
+
+def test_two_threads_compile_two_programs_at_once(compiler: Compiler) -> None:
+    with CompiledSteps(compiler, ARGUMENTS, MESH, threads=2):
+        eventually(lambda: len(compiler.begun) == 2)
+        time.sleep(0.05)
+        assert set(compiler.begun) == set(BUCKETS[:2])
+
+
+def test_on_demand_compiles_nothing_in_vain(compiler: Compiler) -> None:
+    compiler.may.release(5)
+    with CompiledSteps(compiler, ARGUMENTS, MESH, CompileAhead.ON_DEMAND) as steps:
+        assert steps.of(BUCKETS[2])() == BUCKETS[2]
+        time.sleep(0.05)
+    assert compiler.begun == [BUCKETS[2]]
+
+
+def test_before_training_waits_for_all(compiler: Compiler) -> None:
+    with CompiledSteps(compiler, ARGUMENTS, MESH, CompileAhead.BEFORE) as steps:
+        compiler.may.release(4)
+        eventually(lambda: steps.finished == 4)
+        assert not steps.ready(BUCKETS[0])
+        assert steps.of(BUCKETS[0], compiler.may.release)() == BUCKETS[0]
+        assert steps.finished == 5
+
+
+def test_nothing_is_begun_after_the_end(compiler: Compiler) -> None:
+    with CompiledSteps(compiler, ARGUMENTS, MESH):
+        eventually(lambda: compiler.begun)
+    compiler.may.release(5)
+    time.sleep(0.1)
+    assert compiler.begun == BUCKETS[:1]
+
+
+@pytest.mark.parametrize("asked", [BUCKETS[1], BUCKETS[0]], ids=["its own", "another"])
+def test_failure_is_raised_where_a_program_is_asked_for(asked: Bucket) -> None:
+    compiler = Compiler(may=5, fails=BUCKETS[1])
+    with CompiledSteps(compiler, ARGUMENTS, MESH) as steps:
+        eventually(lambda: len(compiler.begun) == 5)
+        with pytest.raises(MemoryError, match="too large") as raised:
+            steps.of(asked)
+    assert raised.traceback[-1].name == "compile"
+    assert raised.value.__notes__ == ["(while the step of the bucket 16×8 was compiled)"]
+
+
+class Told(Exception):
+    pass
+
+
+def test_signal_interrupts_the_waiting(compiler: Compiler) -> None:
+    def tell(*_: object) -> None:
+        raise Told
+
+    before = signal.signal(signal.SIGTERM, tell)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    began = time.monotonic()
+    try:
+        with CompiledSteps(compiler, ARGUMENTS, MESH) as steps, pytest.raises(Told):
+            steps.of(BUCKETS[0])
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - began < 5
+
+
+LEAVING = """
+import sys, threading, time
+import jax, jax.numpy as jnp
+from sdxl_jax import sharding
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.training import compilation
+
+def step(x):
+    for _ in range(1000):
+        x = jnp.sin(jnp.sort(x)) + 1
+    return x
+
+class Step:
+    compiling = threading.Event()
+
+    def lower(self, *arguments):
+        self.lowered = jax.jit(step).lower(*arguments)
+        return self
+
+    def compile(self):
+        self.compiling.set()
+        return self.lowered.compile()
+
+arguments = {Bucket(8, 8): (jax.ShapeDtypeStruct((8, 8), jnp.float32),)}
+with compilation.CompiledSteps(Step(), arguments, sharding.make_mesh(sharding.MeshConfig())):
+    Step.compiling.wait()
+    time.sleep(0.2)
+    print("said")
+compilation.leave(3)
+sys.exit(4)  # nothing was being compiled any more
+"""
+
+
+def test_process_ends_while_a_step_is_compiled() -> None:
+    """Without `leave`, Python aborts (exit code 134): seen with jax 0.10.2."""
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "said\n"), done.stderr[-2000:]
+
+
+def test_compiled_ahead_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None:
+    place = sharding.replicated(MESH)
+
+    def step(state: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
+        y = jnp.tanh(x @ state["w"])
+        return {"w": state["w"] + 0.1 * x.T @ y}, y.sum()
+
+    def state() -> dict[str, jax.Array]:
+        return {"w": jax.device_put(jax.random.normal(jax.random.key(0), (8, 8)), place)}
+
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=({"w": place}, place))
+    x = sharding.put_batch(MESH, np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), (state(), x)
+    )
+    with compiling.quick(tmp_path / "of before"):
+        compilation.use_cache(tmp_path / "cache")
+        expected = jitted(state(), x)
+        programs = set((tmp_path / "cache").glob("jit_step-*-cache"))
+        assert len(programs) == 1
+        with CompiledSteps(jitted, {BUCKETS[0]: abstract}, MESH) as steps:
+            given = state()
+            found = steps.of(BUCKETS[0])(given, x)
+        assert set((tmp_path / "cache").glob("jit_step-*-cache")) == programs, "it was read from the cache"
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert given["w"].is_deleted(), "the state's memory was taken, as by jit"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> BucketedDataset:
+    config = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "pictures")).data
+    buckets = (*tiny.BUCKETS, (8, 64))  # the last has no picture
+    return BucketedDataset(dataclasses.replace(config, batch_size=4, buckets=buckets), Tokenizer.of(tiny.MODEL.text))
+
+
+def test_batch_that_is_compiled_for_is_that_of_the_data(dataset: BucketedDataset) -> None:
+    """That of a cache is compared where one is trained from: in test_encoding."""
+    batches = dataset.iterate()
+    for step in range(4):
+        batch = sharding.put_batch(MESH, next(batches))
+        bucket = dataset.bucket_of(step)
+        abstract = compilation.abstract_batch(MESH, tiny.MODEL, bucket, 4, cached=False, scored=False)
+        assert jax.tree.structure(abstract) == jax.tree.structure(batch)
+        for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(batch), strict=True):
+            assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+    batches.close()
+
+
+def test_order_of_need_is_that_of_the_data(dataset: BucketedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    for first in range(4):
+        buckets = [dataset.bucket_of(step) for step in range(first, 9)]
+        assert list(compilation.order_of_need(dataset, first, 9)) == list(dict.fromkeys(buckets))
+    assert compilation.order_of_need(dataset, 3, 4) == {dataset.bucket_of(3): 4}, "no other step is left"
+    assert compilation.order_of_need(dataset, 4, 4) == {}
+    monkeypatch.setattr(compilation, "_LOOKED_AHEAD", 1)
+    all_buckets = compilation.order_of_need(dataset, 3, 9)
+    assert set(all_buckets) == set(tiny.BUCKETS)
+    assert next(iter(all_buckets)) == dataset.bucket_of(3)

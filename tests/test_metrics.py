@@ -1,0 +1,295 @@
+"""The promises of what a run tells about itself: lines, bar, Weights & Biases, and where the time went."""
+
+import json
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import command
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from sdxl_jax import config as configuration
+from sdxl_jax import hardware
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.errors import InputError
+from sdxl_jax.training import clock as clocks
+from sdxl_jax.training import metrics, profiling
+from sdxl_jax.training.clock import Clock, Part, TimeLog
+from sdxl_jax.training.metrics import TIMES, MetricsWriter, Speed, WandbBoard
+
+BUCKET = Bucket(32, 32)
+
+
+class Time:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def clock(time: Time) -> Clock:
+    return Clock(began=90.0, now=time)
+
+
+def numbers(step: int) -> dict[str, Any]:
+    return {"loss": jnp.float32(1 / step), "grad_norm": jnp.float32(2), "learning_rate": jnp.float32(0.5)}
+
+
+def make_steps(writer: MetricsWriter, clock: Clock, time: Time, steps: range, compiling: tuple[int, ...] = ()) -> None:
+    """Each takes 2 s, of which 0.5 are for data, and before some of them 7 s are for their program; then 4 are for a
+    checkpoint."""
+    for step in steps:
+        if step in compiling:
+            writer.settle()
+            with clock.during(Part.COMPILE):
+                writer.compiling(step, 40)
+                time.sleep(7)
+            writer.compiled()
+        with clock.during(Part.DATA):
+            time.sleep(0.5)
+        with clock.during(Part.STEP):
+            time.sleep(1.5)
+            writer.log(step, BUCKET, 8, numbers(step))
+        with clock.during(Part.SAVE):
+            writer.flush()
+            time.sleep(4)
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_step_seconds_are_without_compiling_and_saving(tmp_path: Path, clock: Clock, time: Time) -> None:
+    speed = Speed(flops={BUCKET: 3e12}, peak=10e12)
+    with MetricsWriter(tmp_path, 0, 4, False, clock, speed) as writer:
+        make_steps(writer, clock, time, range(1, 5), compiling=(1, 3))
+    for line in lines(tmp_path):
+        assert line["step_seconds"] == 2
+        assert line["images_per_second"] == 4
+        assert line["data_seconds"] == 0.5
+        assert line.get("compile_seconds") == (7 if line["step"] in (1, 3) else None)
+        assert line["peak_share"] == pytest.approx(0.15)
+        assert {*TIMES} - line.keys() <= {"compile_seconds"}
+
+
+def test_resumed_lines_are_the_same_but_for_times(tmp_path: Path, clock: Clock, time: Time) -> None:
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    for folder in folders:
+        folder.mkdir()
+    with MetricsWriter(folders[0], 0, 4, False, clock) as writer:
+        make_steps(writer, clock, time, range(1, 5))
+    with MetricsWriter(folders[1], 0, 4, False, clock) as writer:
+        assert writer.made_before == 0
+        make_steps(writer, clock, time, range(1, 4))
+    with MetricsWriter(folders[1], 2, 4, False, clock) as writer:
+        assert writer.made_before == 3
+        make_steps(writer, clock, time, range(3, 5), compiling=(3,))
+    whole, resumed = ([{k: v for k, v in line.items() if k not in TIMES} for line in lines(each)] for each in folders)
+    assert whole == resumed
+
+
+def test_bar_tells_loss_speed_share_of_peak_data_and_compiling(
+    tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MetricsWriter(tmp_path, 0, 4, True, clock, Speed({BUCKET: 3e12}, 10e12)) as writer:
+        make_steps(writer, clock, time, range(1, 5), compiling=(3,))
+    shown = capsys.readouterr().err
+    assert "compiling 3/40" in shown
+    assert "loss 0.2500, 4.0 images/s, 15% of peak, 2 s waiting for data" in shown
+
+
+def test_time_left_does_not_follow_from_compiling(tmp_path: Path, clock: Clock, time: Time) -> None:
+    with MetricsWriter(tmp_path, 0, 8, True, clock) as writer:
+        bar = writer._bar
+        bar.start_t = bar.last_print_t = time.now
+        bar._time = time  # pyright: ignore[reportAttributeAccessIssue] (tqdm's own)
+        make_steps(writer, clock, time, range(1, 5), compiling=(3,))
+        assert bar.format_dict["elapsed"] == 4 * (2 + 4)
+
+
+# Weights & Biases
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.defined: list[tuple[Any, ...]] = []
+        self.exit_codes: list[int] = []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.defined.append((name, step_metric))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[dict[str, Any], FakeRun]]]:
+    """What was begun with the package."""
+    runs = []
+
+    def init(**options: Any) -> FakeRun:
+        runs.append((options, FakeRun()))
+        return runs[-1][1]
+
+    module = types.ModuleType("wandb")
+    monkeypatch.setattr(module, "init", init, raising=False)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    yield runs
+
+
+def test_wandb_gets_every_line_and_goes_on_with_its_run(
+    tmp_path: Path, clock: Clock, time: Time, wandb: list[tuple[dict[str, Any], FakeRun]]
+) -> None:
+    metrics.check("a project")
+    with MetricsWriter(tmp_path, 0, 4, False, clock, board=WandbBoard("a project", tmp_path, {"seed": 0})) as writer:
+        make_steps(writer, clock, time, range(1, 4))
+    with (
+        pytest.raises(KeyboardInterrupt),
+        MetricsWriter(tmp_path, 2, 4, False, clock, board=WandbBoard("a project", tmp_path, {"seed": 0})) as writer,
+    ):
+        make_steps(writer, clock, time, range(3, 5))
+        raise KeyboardInterrupt
+    (options, first), (again, second) = wandb
+    assert options["project"] == "a project"
+    assert options["config"] == {"seed": 0}
+    assert options["resume"] == "allow"
+    assert options["id"] and again["id"] == options["id"]
+    assert [values["step"] for values in first.logged + second.logged] == [1, 2, 3, 3, 4]
+    assert first.logged[0]["loss"] == 1 and first.logged[0]["bucket_height"] == 32
+    assert first.defined == [("step", None), ("*", "step")]
+    assert (first.exit_codes, second.exit_codes) == ([0], [1])
+
+
+def test_missing_wandb_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    metrics.check(None)
+    outcome = command.call(
+        "train", config_file(tmp_path), "--run-dir", tmp_path / "run", "--logging.wandb-project", "x"
+    )
+    assert outcome.code == 2
+    assert "logging.wandb_project" in outcome.err and "pip install 'sdxl_jax[wandb]'" in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+# Where the time went
+
+
+def test_every_second_belongs_to_one_part(clock: Clock, time: Time) -> None:
+    time.sleep(1)
+    with clock.during(Part.SAVE):
+        time.sleep(2)
+        with pytest.raises(KeyError), clock.during(Part.STEP):
+            time.sleep(3)
+            raise KeyError
+        time.sleep(4)
+    time.sleep(5)
+    spent = {part: seconds for part, seconds in clock.seconds().items() if seconds}
+    assert spent == {Part.START: 10 + 1 + 5, Part.SAVE: 6, Part.STEP: 3}
+
+
+def test_table_adds_up_all_starts(tmp_path: Path) -> None:
+    time = Time()
+    for number in range(3):
+        began = time.now
+        clock = Clock(began, time)
+        time.sleep(10)
+        with TimeLog(tmp_path, clock) as log, clock.during(Part.OTHER):
+            for step in range(4 * number, 4 * number + 6):  # the last two are made again
+                again = number > 0 and step < 4 * number + 2
+                with clock.during(Part.AGAIN if again else Part.STEP):
+                    time.sleep(20)
+                log.note(step, again)
+        assert sum(clock.seconds().values()) == time.now - began == 130
+    with (tmp_path / "time.jsonl").open("a") as file:
+        file.write('{"start": 4, "st')  # what a kill leaves
+    starts = clocks.read(tmp_path)
+    assert [(start.number, start.step, start.steps_again) for start in starts] == [(1, 5, 0), (2, 9, 2), (3, 13, 2)]
+    rows = clocks.totals(starts)
+    assert (rows["start"], rows["restart"], rows["step"]) == (10, 2 * 10 + 4 * 20, 14 * 20)
+    assert sum(rows.values()) == 3 * 130
+    shown = [line.split() for line in clocks.table(starts).splitlines()]
+    assert ["restart", "100.0", "25.6%", "2", "restarts,", "4", "steps", "made", "again"] in shown
+    assert shown[-1] == ["all", "390.0", "100.0%"]
+
+
+def test_killed_start_is_in_the_table_up_to_its_last_line(tmp_path: Path, clock: Clock, time: Time) -> None:
+    log = TimeLog(tmp_path, clock).__enter__()
+    for step in range(1, 7):
+        time.sleep(20)
+        log.note(step, again=False)
+    ((_, step, _, seconds),) = clocks.read(tmp_path)  # nothing more was written
+    assert (step, sum(seconds.values())) == (6, 130)
+
+
+# Traces, chips
+
+
+def config_file(folder: Path) -> Path:
+    tiny.make_folder(folder / "pictures", 2)
+    text = f"""
+from pathlib import Path
+import tiny
+def get_config():
+    return tiny.train_config(Path({str(folder / "pictures")!r}))
+"""
+    (folder / "config.py").write_text(text)
+    return folder / "config.py"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [("10", "expected FIRST:LAST"), ("2:9", "makes the steps 1 to 4"), ("0:1", "makes the steps")]
+)
+def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, given: str, message: str) -> None:
+    outcome = command.call("train", config_file(tmp_path), "--run-dir", tmp_path / "run", "--profile", given)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_before_the_checkpoint_cannot_be_traced() -> None:
+    profiling.check((3, 3), first=2, stop=3)
+    profiling.check(None, first=2, stop=3)
+    with pytest.raises(InputError, match=r"makes the steps 3 to 3\. Give FIRST:LAST among them, e\.g\. 3:3"):
+        profiling.check((2, 3), first=2, stop=3)
+
+
+def test_compiling_and_logging_may_change_on_resume() -> None:
+    old = configuration.to_json(tiny.train_config(Path("unused")))
+    new = json.loads(json.dumps(old))
+    new["training"] |= {"compile_ahead": "before", "compile_threads": 4, "compilation_cache": "there"}
+    new["logging"] = {"wandb_project": "x"}
+    assert len(configuration.differences(old, new)) == 4
+    assert not configuration.blocking_differences(old, new)
+    del old["logging"], old["training"]["compile_ahead"]  # of a run that is older than these fields
+    assert not configuration.blocking_differences(old, new)
+
+
+def test_chips_are_known_by_jax_names() -> None:
+    v5p = hardware.chip_of("TPU v5")
+    assert v5p is not None and v5p is hardware.V5P and v5p.flops_per_second == 459e12
+    assert hardware.chip_of("TPU v5 lite") is hardware.V5E
+    assert hardware.chip_of("cpu") is None
+    assert Speed.of({}, jax.devices()) is None
+    v6e = types.SimpleNamespace(device_kind="TPU v6e")
+    assert Speed.of({BUCKET: 1e15}, cast(Any, [v6e] * 4)) == ({BUCKET: 1e15}, 4 * 918e12)
