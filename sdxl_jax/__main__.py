@@ -99,7 +99,7 @@ def _train(arguments: list[str]) -> None:
     loop.train(config, options.run_dir, profile=_steps("--profile", options.profile), began=_BEGAN)
 
 
-_COMPILE_USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--all-buckets] [--json] [--section.field VALUE ...]
+_COMPILE_USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--section.field VALUE ...]
 
 Compile what a configuration would run, for TPU slices that are not here: memory, operations, time, communication.
 `sdxl-jax compile CONFIG.py --help` lists every field with its default in that file. Needs libtpu, and no TPU.

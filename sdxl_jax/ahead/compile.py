@@ -55,9 +55,9 @@ def compile_step(
 ) -> list[Report]:
     """Compiles the train step for each of the buckets, by default the one with the most pixels.
 
-    parallel: programs compiled at once; each takes about 10 GiB of this machine for the 2.6B model. cache: the folder of
-    compiled programs that training reads. Raises InputError for an unknown topology, a mesh that its chips do not fill,
-    a batch that does not divide, a bucket that the configuration lacks.
+    parallel: programs compiled at once; each takes about 10 GiB of this machine for the 2.6B model. cache: a folder of
+    compiled programs, which a second call reads. Raises InputError for an unknown topology, a mesh that its chips do
+    not fill, a batch that does not divide, a bucket that the configuration lacks.
     """
     chip = topologies.check(topology)
     config.check()

@@ -43,7 +43,8 @@ def check(name: str) -> Chip:
 
 
 def devices(name: str, slices: int = 1) -> list[Any]:
-    """The devices of `slices` slices. Raises InputError for a topology that the compiler does not know, or no libtpu."""
+    """The devices of `slices` slices. Raises InputError for a topology that the compiler does not know, and without
+    libtpu."""
     check(name)
     if slices < 1:
         raise InputError(f"--slices {slices}: expected 1 or more")

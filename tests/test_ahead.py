@@ -1,0 +1,159 @@
+"""The promises of sdxl_jax.ahead: operations are counted right, programs are read right, bad input is named.
+
+What needs libtpu says so, and is skipped where it is missing.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from command import call
+
+from sdxl_jax.ahead import compile as ahead
+from sdxl_jax.ahead import flops, hlo, topologies
+from sdxl_jax.errors import InputError
+from sdxl_jax.models import attention, unet
+from sdxl_jax.models.layers import Attention, Compute, Remat
+from sdxl_jax.models.unet import SDXL_BASE
+from sdxl_jax.sharding import MeshConfig
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@functools.cache
+def params() -> object:
+    return jax.eval_shape(functools.partial(unet.init, config=SDXL_BASE), jax.random.key(0))
+
+
+@pytest.mark.parametrize(("side", "teraflop"), [(1024, 6.76), (256, 0.43)])
+def test_flops_of_the_base_unet_are_the_published_ones(side: int, teraflop: float) -> None:
+    def forward(params: object, latent: jax.Array) -> jax.Array:
+        plain = Compute(attention=Attention.XLA)
+        context, vector = jnp.zeros((1, 77, 2048)), jnp.zeros((1, 2816))
+        return unet.apply(SDXL_BASE, params, latent, jnp.zeros(1), context, vector, plain)  # pyright: ignore
+
+    latent = jax.ShapeDtypeStruct((1, side // 8, side // 8, 4), jnp.float32)
+    assert flops.count(forward, params(), latent).total / 1e12 == pytest.approx(teraflop, abs=0.005)
+
+
+def test_flops_of_a_splash_kernel_are_two_products_forward_and_five_backward() -> None:
+    array = jax.ShapeDtypeStruct((2, 700, 3, 64), jnp.bfloat16)  # padded to 1024
+
+    def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return attention.dot_product_attention(query, key, value, Attention.SPLASH).sum()
+
+    counted = flops.count(jax.grad(loss, argnums=(0, 1, 2)), array, array, array)
+    assert counted.kernels == 7 * 2 * (2 * 3 * 1024 * 1024 * 64)
+
+
+def test_a_scan_counts_as_often_as_it_runs_and_rematerialisation_is_counted() -> None:
+    weight = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+
+    def once(x: jax.Array) -> jax.Array:
+        return x @ x
+
+    def seven(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda carry, _: (once(carry), None), x, length=7)[0]
+
+    assert flops.count(seven, weight).total == 7 * 2 * 8**3
+    plain = flops.count(jax.grad(lambda x: jnp.sum(jnp.sin(once(once(x))))), weight).total
+    again = flops.count(jax.grad(jax.checkpoint(lambda x: jnp.sum(jnp.sin(once(once(x)))))), weight).total
+    assert again > plain
+
+
+PROGRAM = """HloModule example
+
+%condition (carry: (s32[], f32[8])) -> pred[] {
+  %carry = (s32[], f32[8]{0}) parameter(0)
+  %bound = s32[]{:T(128)} constant(7)
+  %counter = s32[]{:T(128)} get-tuple-element(%carry), index=0
+  ROOT %less = pred[] compare(%counter, %bound), direction=LT
+}
+
+%sum-and-slice (input: bf16[8]) -> bf16[2] {
+  %input = bf16[8]{0} parameter(0)
+  %all-reduce.1 = bf16[8]{0} all-reduce(%input), replica_groups={{0,1,2,3}}
+  ROOT %part = bf16[2]{0} slice(%all-reduce.1), slice={[0:2]}
+}
+
+%body (carry.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %carry.1 = (s32[], f32[8]{0}) parameter(0)
+  %inner = f32[8]{0} fusion(%carry.1), kind=kLoop, calls=%anything, backend_config={"estimated_cycles":"100"}
+  %gathered = bf16[4,8]{1,0} all-gather(%inner), dimensions={0}
+  ROOT %out = (s32[], f32[8]{0}) tuple(%carry.1, %inner)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %outer = f32[8]{0} fusion(%x), kind=kLoop, calls=%anything, backend_config={"estimated_cycles":"100"}
+  %scattered = bf16[2]{0} fusion(%outer), kind=kCustom, calls=%sum-and-slice
+  %loop = (s32[], f32[8]{0}) while(%outer), condition=%condition, body=%body
+  ROOT %result = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_program_is_read_with_its_loops_and_collectives() -> None:
+    found = list(hlo.instructions(PROGRAM))
+    assert {each.name: each.executions for each in found}["inner"] == 7
+    assert hlo.loop_factor(found) == (7 * 100 + 100) / 200
+    assert hlo.collectives(found) == [
+        hlo.Collective("all-gather", 7, 7 * 4 * 8 * 2),
+        hlo.Collective("reduce-scatter", 1, 2 * 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("v9x:2x2", "There is no topology 'v9x:2x2'. Known, nearest first: .*v5p:2x2x1.*all chips: v4, v5e, v5p, v6e"),
+        ("v5p:4x4", "has no arrangement of 3 axes. v5p has 2x2x1, 2x2x2"),
+        ("v5e", "has no arrangement of 2 axes"),
+    ],
+)
+def test_unknown_topology_lists_the_known(name: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        topologies.check(name)
+
+
+def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
+    config = tmp_path / "config.py"
+    config.write_text("from tiny import train_config\nfrom pathlib import Path\n\n\ndef get_config():\n"
+                      "    return train_config(Path('nowhere'))\n")  # fmt: skip
+    for arguments, words in (
+        ([], "Give --topology"),
+        (["--topology", "v7:2x2"], "There is no topology 'v7:2x2'"),
+        (["--topology", "v5e:2x2", "--bucket", "32x32", "--all-buckets"], "Give one of them"),
+    ):
+        outcome = call("compile", str(config), *arguments)
+        assert outcome.code == 2
+        assert words in outcome.err
+
+
+@needs_libtpu
+def test_compile_reports_memory_operations_and_what_is_sent(tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny.train_config(tmp_path), mesh=MeshConfig(data=2, fsdp=2))
+    (made,) = ahead.compile_step(config, "v5p:2x2x1", progress=False)
+    assert made.fits and made.chips == 4
+    assert made.bytes_by_use["average"] == made.bytes_by_use["parameters"]
+    assert made.model_flops > 0
+    assert "all-gather" in {each.kind for each in made.collectives}
+    assert json.loads(json.dumps(made.as_json()))["bytes_per_chip"]["total"] == made.bytes_total
+    assert "It fits" in ahead.verdict(made, config)
+    remat = dataclasses.replace(config, compute=Compute(remat=Remat.BLOCK))
+    assert ahead.compile_step(remat, "v5p:2x2x1", progress=False)[0].model_flops == made.model_flops
+
+
+@needs_libtpu
+def test_bucket_and_batch_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    config = tiny.train_config(tmp_path)
+    with pytest.raises(InputError, match=r"--bucket 64x64 is none of data.buckets: 32x32, 24x40"):
+        ahead.compile_step(config, "v5e:2x2", buckets=[ahead.Bucket(64, 64)])
+    with pytest.raises(InputError, match=r"data.batch_size=8 cannot be split over 16 devices"):
+        ahead.compile_step(config, "v5e:4x4")

@@ -1,0 +1,76 @@
+"""The promises of models.attention: every kernel computes what XLA computes, and is chosen where it can run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from sdxl_jax import sharding
+from sdxl_jax.models import attention
+from sdxl_jax.models.layers import Attention
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def inputs(tokens: int, keys: int | None = None, dim: int = 64) -> list[jax.Array]:
+    shapes = [(1, tokens, 2, dim), (1, keys or tokens, 2, dim), (1, keys or tokens, 2, dim)]
+    return [jax.random.normal(jax.random.key(number), shape) for number, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize("tokens", [128, 200, 640])
+def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
+    """200 is padded to 256, 640 to 1024: what is padded must be seen by nobody."""
+
+    def loss(implementation: Attention, *arrays: jax.Array) -> jax.Array:
+        weights = jnp.cos(jnp.arange(tokens * 128.0)).reshape(1, tokens, 2, 64)
+        return jnp.sum(attention.dot_product_attention(*arrays, implementation) * weights)
+
+    given = inputs(tokens)
+    out, gradients = {}, {}
+    for implementation in (Attention.XLA, Attention.SPLASH):
+        out[implementation] = attention.dot_product_attention(*given, implementation)
+        gradients[implementation] = jax.grad(loss, argnums=(1, 2, 3))(implementation, *given)
+    # Sums of a few hundred float32 terms in another order.
+    np.testing.assert_allclose(out[Attention.SPLASH], out[Attention.XLA], atol=2e-6)
+    for kernel, plain in zip(gradients[Attention.SPLASH], gradients[Attention.XLA], strict=True):
+        np.testing.assert_allclose(kernel, plain, atol=1e-5)
+
+
+def test_attention_to_text_is_xlas_whatever_is_asked_for() -> None:
+    query, key, value = inputs(128, keys=77)
+    asked = [attention.dot_product_attention(query, key, value, each) for each in (Attention.SPLASH, Attention.CUDNN)]
+    plain = attention.dot_product_attention(query, key, value, Attention.XLA)
+    for out in asked:
+        np.testing.assert_array_equal(out, plain)
+
+
+@pytest.mark.parametrize(
+    ("platform", "tokens", "keys", "dim", "dtype", "expected"),
+    [
+        ("tpu", 4096, 4096, 64, jnp.bfloat16, Attention.SPLASH),
+        ("tpu", 988, 988, 64, jnp.bfloat16, Attention.XLA),  # 832×1216's coarsest level: too short to pay
+        ("tpu", 3952, 3952, 64, jnp.bfloat16, Attention.SPLASH),  # its finer one, padded to 4096
+        ("tpu", 4096, 77, 64, jnp.bfloat16, Attention.XLA),
+        ("tpu", 4096, 4096, 40, jnp.bfloat16, Attention.XLA),  # SD 1.x's finest level
+        ("gpu", 4096, 4096, 64, jnp.bfloat16, Attention.CUDNN),
+        ("gpu", 4096, 4096, 64, jnp.float32, Attention.XLA),
+        ("gpu", 4096, 77, 64, jnp.bfloat16, Attention.XLA),
+        ("gpu", 4096, 4096, 160, jnp.bfloat16, Attention.XLA),
+        ("cpu", 4096, 4096, 64, jnp.bfloat16, Attention.XLA),
+    ],
+)
+def test_kernel_by_platform_and_shape(
+    platform: str, tokens: int, keys: int, dim: int, dtype: jnp.dtype, expected: Attention
+) -> None:
+    query = jax.ShapeDtypeStruct((1, tokens, 10, dim), dtype)
+    key = jax.ShapeDtypeStruct((1, keys, 10, dim), dtype)
+    assert attention.choose(platform, query, key) is expected
+
+
+def test_activations_lie_along_the_axes_that_divide_them() -> None:
+    mesh = AbstractMesh((2, 2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    batch = ("slice", "data", "fsdp")
+    spec = sharding.activation(mesh, (8, 5, 6, 64), "batch", None, "tensor", None)
+    assert tuple(spec) == (batch, None, ("tensor",), None)
+    assert tuple(sharding.activation(mesh, (4, 5, 5), "batch", None, "tensor")) == (None, None, None)
