@@ -63,7 +63,7 @@ class Generated(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampler", "compute", "guided"))
-def _sample(
+def sample_latents(
     params: Params,
     tokens: dict[str, TokenIds],
     negative_tokens: dict[str, TokenIds],
@@ -98,7 +98,7 @@ def _sample(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
+def decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
     return arrays.to_bytes(vae.decode(config.vae, params["vae"], latent, compute))
 
 
@@ -193,7 +193,7 @@ def generate(
         # The last batch is filled up with its last row, so that it needs no compilation of its own.
         index = np.minimum(np.arange(start, start + batch_size), count - 1)
         batch = jax.tree.map(lambda row: row[index], rows)  # noqa: B023 (used within the iteration)
-        latent = _sample(
+        latent = sample_latents(
             model.params,
             *batch,
             jnp.float32(guidance),
@@ -204,7 +204,7 @@ def generate(
             guided=guidance != 1,
         )
         latents.append(np.asarray(latent)[: count - start])
-        decoded = _decode(model.params, latent, config=config, compute=compute)
+        decoded = decode(model.params, latent, config=config, compute=compute)
         images.append(np.asarray(decoded)[: count - start])
     return Generated(np.concatenate(images), np.concatenate(latents))
 

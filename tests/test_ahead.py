@@ -151,6 +151,15 @@ def test_compile_reports_memory_operations_and_what_is_sent(tmp_path: Path) -> N
 
 
 @needs_libtpu
+def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
+    config = tiny.train_config(tmp_path)
+    validation = dataclasses.replace(config.validation, sizes=((32, 32),), steps=3)
+    made = ahead.compile_sampler(dataclasses.replace(config, validation=validation), "v5e:2x2", progress=False)
+    assert [each.program for each in made] == ["sampler 32×32, 3 steps", "decoder"]
+    assert all(each.fits and each.images == 4 and each.model_flops > 0 for each in made)
+
+
+@needs_libtpu
 def test_bucket_and_batch_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
     with pytest.raises(InputError, match=r"--bucket 64x64 is none of data.buckets: 32x32, 24x40"):

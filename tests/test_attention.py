@@ -22,15 +22,15 @@ def inputs(tokens: int, keys: int | None = None, dim: int = 64) -> list[jax.Arra
 def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
     """200 is padded to 256, 640 to 1024: what is padded must be seen by nobody."""
 
-    def loss(implementation: Attention, *arrays: jax.Array) -> jax.Array:
+    def loss(implementation: Attention, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         weights = jnp.cos(jnp.arange(tokens * 128.0)).reshape(1, tokens, 2, 64)
-        return jnp.sum(attention.dot_product_attention(*arrays, implementation) * weights)
+        return jnp.sum(attention.dot_product_attention(query, key, value, implementation) * weights)
 
-    given = inputs(tokens)
+    query, key, value = inputs(tokens)
     out, gradients = {}, {}
     for implementation in (Attention.XLA, Attention.SPLASH):
-        out[implementation] = attention.dot_product_attention(*given, implementation)
-        gradients[implementation] = jax.grad(loss, argnums=(1, 2, 3))(implementation, *given)
+        out[implementation] = attention.dot_product_attention(query, key, value, implementation)
+        gradients[implementation] = jax.grad(loss, argnums=(1, 2, 3))(implementation, query, key, value)
     # Sums of a few hundred float32 terms in another order.
     np.testing.assert_allclose(out[Attention.SPLASH], out[Attention.XLA], atol=2e-6)
     for kernel, plain in zip(gradients[Attention.SPLASH], gradients[Attention.XLA], strict=True):
@@ -72,5 +72,5 @@ def test_activations_lie_along_the_axes_that_divide_them() -> None:
     mesh = AbstractMesh((2, 2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
     batch = ("slice", "data", "fsdp")
     spec = sharding.activation(mesh, (8, 5, 6, 64), "batch", None, "tensor", None)
-    assert tuple(spec) == (batch, None, ("tensor",), None)
+    assert tuple(spec) == (batch, None, "tensor", None)
     assert tuple(sharding.activation(mesh, (4, 5, 5), "batch", None, "tensor")) == (None, None, None)

@@ -29,8 +29,8 @@ from sdxl_jax.samplers.steps import Spacing
 PROMPTS = ["a red cube", "two green birds"]
 SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size": 2}
 LATENT = (2, 3, 4)
-SAMPLE: Any = pipeline._sample
-DECODE: Any = pipeline._decode
+SAMPLE: Any = pipeline.sample_latents
+DECODE: Any = pipeline.decode
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -98,7 +98,7 @@ def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkey
 
     sizes: list[Any] = []
     monkeypatch.setattr(pipeline, "_sample", spy)
-    monkeypatch.setattr(pipeline, "_decode", lambda params, latent, **static: jnp.zeros((1, 8, 8, 3), jnp.uint8))
+    monkeypatch.setattr(pipeline, "decode", lambda params, latent, **static: jnp.zeros((1, 8, 8, 3), jnp.uint8))
     config = dataclasses.replace(MODEL, default_size=(16, 40))
     generate(Model(config, model.params), PROMPTS[:1])
     generate(Model(config, model.params), PROMPTS[:1], height=24)

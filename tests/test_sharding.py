@@ -123,8 +123,8 @@ def test_batch_that_does_not_split_names_a_size_that_does() -> None:
     with pytest.raises(InputError) as raised:
         sharding.check_batch(mesh_of(32, 2), 100, 1)
     assert str(raised.value) == (
-        "data.batch_size=100 cannot be split over 64 devices (slice 1 × data 32 × fsdp 2) in 1 micro-batches. Use a multiple of "
-        "64, e.g. 128, or another mesh"
+        "data.batch_size=100 cannot be split over 64 devices (slice 1 × data 32 × fsdp 2) in 1 micro-batches. Use a "
+        "multiple of 64, e.g. 128, or another mesh"
     )
     with pytest.raises(InputError, match=r"in 3 micro-batches\. Use a multiple of 24, e\.g\. 24, or another mesh"):
         sharding.check_batch(mesh_of(4, 2), 16, 3)

@@ -5,6 +5,7 @@ weights.
 """
 
 import dataclasses
+import functools
 import resource
 import time
 from collections.abc import Sequence
@@ -13,17 +14,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
-from sdxl_jax import sharding
+from sdxl_jax import model as models
+from sdxl_jax import pipeline, sharding
 from sdxl_jax.ahead import flops, report, topologies
 from sdxl_jax.ahead.report import Report
-from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.arrays import MicroConditioning
+from sdxl_jax.conditioning.micro import Numbers
+from sdxl_jax.conditioning.text import TOKENS, Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
+from sdxl_jax.diffusion import schedule
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Attention, Compute, Remat
+from sdxl_jax.samplers.steps import SAMPLERS, Spacing, timesteps
 from sdxl_jax.training import loop
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training.compilation import abstract_batch, use_cache
@@ -59,7 +67,7 @@ def compile_step(
     compiled programs, which a second call reads. Raises InputError for an unknown topology, a mesh that its chips do
     not fill, a batch that does not divide, a bucket that the configuration lacks.
     """
-    chip = topologies.check(topology)
+    topologies.check(topology)
     config.check()
     buckets_of_data = check_buckets(config.data.buckets)
     sizes = dict(zip(buckets_of_data, batch_sizes(config.data, buckets_of_data), strict=True))
@@ -74,6 +82,21 @@ def compile_step(
     if cache is not None:
         use_cache(cache)
     programs = [_step_program(config, mesh, bucket, sizes[bucket]) for bucket in wanted]
+    return _compile(programs, mesh, topology, parallel, progress)
+
+
+def compile_sampler(config: TrainConfig, topology: str, *, slices: int = 1, progress: bool = True) -> list[Report]:
+    """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
+    steps and guidance of `validation`. Raises InputError as `compile_step`."""
+    config.check()
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, slices=slices), topologies.devices(topology, slices))
+    sizes = config.validation.sizes or (config.model.default_size,)
+    programs = [program for size in sizes for program in _sampler_programs(config, mesh, Bucket(*size))]
+    return _compile(programs, mesh, topology, 1, progress)
+
+
+def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, progress: bool) -> list[Report]:
+    slices = mesh.shape["slice"]
 
     def one(program: Program) -> Report:
         began = time.monotonic()
@@ -87,7 +110,7 @@ def compile_step(
             compiled,
             topology=topology if slices == 1 else f"{slices} × {topology}",
             chips=mesh.size,
-            chip=chip,
+            chip=topologies.check(topology),
             program=program.name,
             images=program.images,
             inputs=program.inputs,
@@ -127,6 +150,55 @@ def _step_program(config: TrainConfig, mesh: Any, bucket: Bucket, batch_size: in
         images=batch_size,
         model=flops.count(mathematics, state, frozen, batch),
     )
+
+
+def _sampler_programs(config: TrainConfig, mesh: Any, size: Bucket) -> list[Program]:
+    """What makes latents of prompts, and what makes pictures of latents."""
+    model, images, factor = config.model, sharding.batch_parts(mesh), config.model.vae.downsampling
+    params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
+    place = sharding.batch_sharding(mesh)
+
+    def rows(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=place)
+
+    sampler = SAMPLERS["euler"]
+    levels = schedule.make(model.schedule)
+    spaced = timesteps(config.validation.steps, len(levels.alpha_bar), Spacing.LEADING)
+    tokens = {tower.name: rows(jnp.int32, TOKENS) for tower in model.text}
+    scored = model.micro is not None and model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
+    sizes = (rows(jnp.int32, 2) for _ in range(3))
+    micro = MicroConditioning(*sizes, aesthetic_score=rows(jnp.float32) if scored else None)
+    latent = rows(jnp.float32, size.height // factor, size.width // factor, model.vae.latent_channels)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.float32, sharding=sharding.replicated(mesh)),
+        (1.0, sampler.plan(levels, spaced)),
+    )
+    guided = config.validation.guidance != 1
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place)
+    arguments = (params, tokens, tokens, rows(jnp.float32), (micro, micro), latent, keys, *whole)
+
+    def sample(compute: Compute) -> Any:
+        return functools.partial(pipeline.sample_latents, config=model, sampler=sampler, compute=compute, guided=guided)
+
+    def decode(compute: Compute) -> Any:
+        return functools.partial(pipeline.decode, config=model, compute=compute)
+
+    plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
+    named = f"{size.height}×{size.width}, {config.validation.steps} steps"
+    made = []
+    for name, function, given in ((f"sampler {named}", sample, arguments), ("decoder", decode, (params, latent))):
+        made.append(
+            Program(
+                name=name,
+                function=jax.jit(function(config.compute)),
+                inputs={"parameters": params, "batch": given[1:]},
+                arguments=given,
+                images=images,
+                model=flops.count(function(plain), *given),
+            )
+        )
+    return made
 
 
 def _too_large(program: Program, error: Exception) -> InputError:
