@@ -43,6 +43,8 @@ ALLOWED: dict[str, set[str]] = {
     "training.ema": BASE,
     "training.optimiser": BASE,
     "training.metrics": {"data"} | BASE,
+    "training.hosts": {"errors"},
+    "training.run_directory": {"config", "data"} | BASE,
     "training.checkpoint": {"sharding", "interop", "training.state"} | BASE,
     "training.initial": {"config", "opening", "loading", "interop"} | BASE,
     "training.encoding": {

@@ -42,7 +42,7 @@ from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import checkpoint, loop, optimiser
+from sdxl_jax.training import checkpoint, loop, optimiser, run_directory
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, decay_at
 from sdxl_jax.training.metrics import MetricsWriter
@@ -378,15 +378,15 @@ def test_config_json_holds_configuration_versions_and_commit(config: TrainConfig
 
 def test_commit_is_found_among_packed_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(loop, "__file__", str(tmp_path / "sdxl_jax" / "training" / "loop.py"))
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "sdxl_jax" / "training" / "loop.py"))
     (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
-    assert loop._commit() is None  # a repository before its first commit
+    assert run_directory.commit() is None  # a repository before its first commit
     (tmp_path / ".git" / "packed-refs").write_text(
         f"# pack-refs\n{'1' * 40} refs/heads/other\n{'2' * 40} refs/heads/main\n"
     )
-    assert loop._commit() == "2" * 40
+    assert run_directory.commit() == "2" * 40
     (tmp_path / ".git" / "HEAD").write_text(f"{'3' * 40}\n")
-    assert loop._commit() == "3" * 40
+    assert run_directory.commit() == "3" * 40
 
 
 def test_the_newest_checkpoints_are_kept(whole: Run) -> None:

@@ -16,6 +16,17 @@ from sdxl_jax.errors import InputError
 _SCALARS = ("loss", "grad_norm", "learning_rate", "images_per_second")
 
 
+class NonFiniteLoss(InputError):
+    """Raised when the numbers of that step are read; those of the steps before are written."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(
+            f"The loss of step {step} is {loss}. The run stops before this is saved. Lower "
+            "optimiser.learning_rate, or go on from the last checkpoint with another training.seed in a new run"
+        )
+        self.step = step
+
+
 class MetricsWriter:
     """One line a step. A context manager: leaving it writes everything out.
 
@@ -23,12 +34,13 @@ class MetricsWriter:
     never idle for their sake.
     """
 
-    def __init__(self, run_dir: Path, start: int, stop: int, progress: bool):
-        """Removes the lines of steps after `start`, which are about to be made again."""
-        self._path = run_dir / "metrics.jsonl"
-        self._images_seen = _cut_after(self._path, start) if self._path.exists() else 0
+    def __init__(self, run_dir: Path, start: int, stop: int, progress: bool, writes: bool = True):
+        """Removes the lines of steps after `start`, which are about to be made again. writes: one process of several
+        does; the others read the numbers all the same, and raise where it raises."""
+        self._path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
+        self._images_seen = _cut_after(self._path, start) if writes and self._path.exists() else 0
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1) if writes else None
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, jax.Array]] | None = None
         self._last = time.monotonic()
@@ -40,7 +52,8 @@ class MetricsWriter:
         if kind is None:
             self.flush()
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         self._bar.close()
 
     def log(self, step: int, bucket: Bucket, batch_size: int, metrics: dict[str, jax.Array]) -> None:
@@ -54,8 +67,9 @@ class MetricsWriter:
         """Waits for the last step and brings all lines to the disk."""
         self._write()
         self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        if self._board is not None:
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def restart_clock(self) -> None:
         """What was done since the last step does not count as the next one's time."""
@@ -78,14 +92,12 @@ class MetricsWriter:
             "step_seconds": seconds,
             "images_per_second": batch_size / seconds,
         }
-        if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"The loss of step {step} is {values['loss']}. The run stops before this is saved. Lower "
-                "optimiser.learning_rate, or go on from the last checkpoint with another training.seed in a new run"
-            )
+        if not math.isfinite(values["loss"]) and not values.get("skipped"):
+            raise NonFiniteLoss(step, values["loss"])
         self._file.write(json.dumps(line) + "\n")
-        for name in _SCALARS:
-            self._board.add_scalar(name, line[name], step)
+        if self._board is not None:
+            for name in _SCALARS:
+                self._board.add_scalar(name, line[name], step)
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {line['images_per_second']:.1f} images/s", refresh=False)
         self._bar.update()
 
