@@ -1,30 +1,23 @@
 """One process of a tiny training run, for tests that kill it: `python killed_run.py CONFIG_JSON RUN_DIR PHASE_FILE`.
 
-It writes to PHASE_FILE in which phase it is, so that a test knows where its kill fell: start-up (imports, opening the
-data, restoring), compiling, step, save (begun and not known to be whole), evaluation, end.
+It writes to PHASE_FILE in which phase its main thread is, so that a test knows where its kill fell: start-up (imports,
+opening the data, restoring), compiling, step, save, evaluation, end.
 """
 
+import json
+import os
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 PHASE = Path(sys.argv[3])
 
 
 def enter(phase: str) -> None:
-    PHASE.write_text(phase)
-
-
-enter("start-up")
-sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-import tensorboardX  # noqa: F401  # which imports torch where it is there: two seconds
-
-del sys.modules["torch"]
-
-import json
-from typing import Any
-
-from sdxl_jax.config import TrainConfig, from_json
-from sdxl_jax.training import checkpoint, loop
+    partial = PHASE.with_suffix(".partial")
+    partial.write_text(phase)
+    partial.replace(PHASE)
 
 
 def within(phase: str, function: Any, after: str | None = None) -> Any:
@@ -39,9 +32,18 @@ def within(phase: str, function: Any, after: str | None = None) -> Any:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as the command does, before there is anything to save
+    enter("start-up")
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    import tensorboardX  # noqa: F401  # which imports torch where it is there: two seconds
+
+    del sys.modules["torch"]
+    from sdxl_jax.config import TrainConfig, from_json
+    from sdxl_jax.training import checkpoint, loop
+
     loop._look = within("evaluation", loop._look, "step")
     loop._Programs.__call__ = within("compiling", loop._Programs.__call__, "step")
-    checkpoint.Checkpoints.save = within("save", checkpoint.Checkpoints.save)
+    checkpoint.Checkpoints.save = within("save", checkpoint.Checkpoints.save, "step")
     checkpoint.Checkpoints.finish = within("save", checkpoint.Checkpoints.finish, "step")
     config = from_json(json.loads(sys.argv[1]), TrainConfig)
     loop.train(config, Path(sys.argv[2]), progress="--progress" in sys.argv)
