@@ -165,6 +165,11 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
         assert names[0] == names[1]
 
 
+def _half_written(run_dir: Path) -> set[tuple[str, float]]:
+    """Checkpoints that lie there under Orbax's temporary name, with the time when they were begun."""
+    return {(path.name, path.stat().st_ctime) for path in run_dir.glob("checkpoints/*tmp*")}
+
+
 def campaign(
     config: TrainConfig,
     whole: Path,
@@ -185,6 +190,7 @@ def campaign(
     run, begun = 0, time.monotonic()
     while True:
         run_dir = scratch / f"killed_{run}"
+        before = _half_written(run_dir)
         started = Processes.start(config, run_dir, scratch, processes)
         try:
             left = kills - counts.total()
@@ -199,7 +205,7 @@ def campaign(
         finally:
             started.end()
         if codes is None:
-            if any("tmp" in path.name for path in run_dir.glob("checkpoints/*")):
+            if _half_written(run_dir) - before:
                 phase = "half-written checkpoint"
             counts[phase] += 1
             say(f"{time.monotonic() - begun:7.0f} s  kill {counts.total()} of run {run}: {phase}")
