@@ -25,6 +25,8 @@ from sdxl_jax.interop import orbax
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
 
+_FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+"""Odd numbers without a simple relation, one an axis, so that no two places of an array count alike."""
 _CONFIG, _CONFIG_CHECKSUM, _CHECKSUMS = "config", "config_sha256", "array_checksums"
 
 
@@ -265,10 +267,9 @@ def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
     size = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
     weight = jnp.ones(array.shape, jnp.uint32)
-    for axis in range(array.ndim):
+    for axis, factor in zip(range(array.ndim), _FACTORS, strict=False):
         # By axis rather than by the flat index: a reshape would gather what is split over devices.
-        number = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        weight += 2 * number * np.uint32((0x9E3779B1 * (2 * axis + 1)) % 2**32)
+        weight += 2 * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(factor)
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
