@@ -1,7 +1,7 @@
 """One process of a tiny training run, for tests that kill it: `python killed_run.py CONFIG_JSON RUN_DIR PHASE_FILE`.
 
 It writes to PHASE_FILE in which phase its main thread is, so that a test knows where its kill fell: start-up (imports,
-opening the data, restoring), compiling, step, save, evaluation, end.
+opening the data, restoring), compiling, step, save, evaluation, end. Before any of it, the interpreter starts.
 """
 
 import json

@@ -84,7 +84,7 @@ class Processes:
         phases = [scratch / f"phase_{number}" for number in range(count)]
         children = []
         for number, phase in enumerate(phases):
-            phase.write_text("start-up")
+            phase.write_text("interpreter")
             command = [
                 sys.executable,
                 str(PROGRAM),

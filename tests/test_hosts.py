@@ -124,6 +124,23 @@ def test_a_signal_is_heard_while_work_is_waited_for_unless_another_host_is_past_
     assert max(together(three, program)) < 4
 
 
+def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[Hosts]) -> None:
+    """The last checkpoint: hosts agree on it, and one is slow; its helper is still busy with what it left."""
+
+    def program(host: Hosts) -> list[str]:
+        if host.index == 0:
+            host._signalled = "SIGTERM"
+        with pytest.raises(Interrupted):
+            host.wait(lambda: time.sleep(4))
+        time.sleep(host.index)
+        began = time.monotonic()
+        said = host.gather(f"saved by {host.index}")
+        assert time.monotonic() - began < 3
+        return said
+
+    assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
+
+
 def test_hosts_gather_in_order(three: list[Hosts]) -> None:
     assert (
         together(three, lambda host: (host.gather(f"a{host.index}"), host.gather("b")))

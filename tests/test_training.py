@@ -10,15 +10,11 @@ import json
 import math
 import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,44 +163,50 @@ def test_resume_does_not_restart_the_epoch(whole: Run, crashed: Run, resumed: Ru
     assert sorted(epoch) == list(range(16))
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from sdxl_jax import sharding
-from sdxl_jax.config import TrainConfig, from_json
-from sdxl_jax.training import loop
-
-steps, put = [], sharding.put_batch
-
-def put_or_die(mesh, batch):
-    steps.append(batch)
-    if len(steps) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return put(mesh, batch)
-
-sharding.put_batch = put_or_die
-loop.train(from_json(json.loads(sys.argv[1]), TrainConfig), Path(sys.argv[2]), progress=False)
-"""
-
-
-def test_killed_process_resumes_bit_for_bit(
-    config: TrainConfig, whole: Run, abstract: TrainState, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """SIGKILL before step 5, while the checkpoint of step 4 is being written."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    command = [sys.executable, "-c", KILLED, json.dumps(configuration.to_json(config)), str(folder)]
-    environment = compiling.environment(tmp_path_factory.getbasetemp() / "compiled")
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+def test_line_that_was_cut_off_is_written_anew(crashed: Run, resumed: Run, config: TrainConfig, whole: Run) -> None:
+    del crashed
+    shutil.copytree(resumed.folder, folder := resumed.folder.with_name("earlier"))
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # what a write that was cut off leaves
-    last = checkpoint.latest_step(folder / "checkpoints")
-    assert last in (2, 4)
-    resumed = run(config, folder)
-    assert len(resumed.examples) == STEPS - last
-    assert without_times(resumed.lines()) == without_times(whole.lines())
-    assert_identical(resumed.state(STEPS, abstract), whole.state(STEPS, abstract))
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]  # nothing half-written
+        file.write('{"step": 7, "lo')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.pipeline, "text_to_image", lambda *_, **__: np.zeros((2, 32, 32, 3), np.uint8))
+        loop.train(config, folder, progress=False, from_step=4)
+    assert without_times([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]) == (
+        without_times(whole.lines())
+    )
+    assert [path.name for path in (folder / "set_aside").iterdir()] == ["6"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_pictures_that_a_stop_left_out_are_drawn_when_the_run_goes_on(config: TrainConfig, resumed: Run) -> None:
+    missing = resumed.folder / "samples" / "step_00000006.png"
+    before = missing.read_bytes()
+    missing.unlink()
+    loop.train(config, resumed.folder, progress=False)
+    assert missing.read_bytes() == before
+
+
+def test_loss_that_is_not_finite_names_what_the_step_was_given(
+    config: TrainConfig, resumed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(resumed.folder, folder := resumed.folder.with_name("not_finite"))
+    program = loop._Programs.__call__
+
+    def spoilt(*given: Any) -> Any:
+        def step(*inputs: Any) -> Any:
+            state, metrics = program(*given)(*inputs)
+            return state, metrics | {"loss": metrics["loss"] * jnp.nan}
+
+        return step
+
+    monkeypatch.setattr(loop._Programs, "__call__", spoilt)
+    with pytest.raises(InputError, match=r"loss of step 5 is nan.*key are in .*nonfinite_step_00000005\.json"):
+        loop.train(config, folder, progress=False, from_step=4)
+    told = json.loads((folder / "nonfinite_step_00000005.json").read_text())
+    assert [row["image"] for row in told["rows"]] == resumed.examples[-2].tolist()
+    assert told["rows"][0]["captions"] == [f"picture number {told['rows'][0]['image']}"]
+    assert told["rows"][0]["source"].endswith(f"{told['rows'][0]['image']:03d}.png")
+    assert told["key"] == jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4)).tolist()
 
 
 class OneStep(NamedTuple):

@@ -96,11 +96,12 @@ class Hosts:
         self._asked: str | None = None
         self._passed = 0
         self._stop_after: int | None = None
+        self._stopping = False
         self._failure: str | None = None
         self._gathered = 0
         self._over = threading.Event()
         self._helper = _Helper()
-        self._busy = False
+        self._abandoned = False
         self._before: dict[int, Any] = {}
 
     @property
@@ -150,7 +151,7 @@ class Hosts:
         if self.count > 1:
             self._leave(None if stopped or isinstance(error, HostFailed) else error)
         self._over.set()
-        if self._busy or self.count > 1:
+        if self._abandoned or self.count > 1:
             # A thread inside a compilation, or a host that does not answer any more, must not hold up the exit.
             code = 0 if stopped else 2 if isinstance(error, InputError) else 1
             atexit.register(_exit_now, code)
@@ -192,22 +193,26 @@ class Hosts:
         return self._stop_after is not None
 
     def _raise_if_reached(self) -> None:
-        if self._stop_after is not None and self._passed >= self._stop_after:
+        if self._stop_after is not None and self._passed >= self._stop_after and not self._stopping:
             assert self._asked is not None
+            self._stopping = True  # what is still to be waited for, belongs to the saving
             raise Interrupted(self._asked)
 
     def wait(self, work: Callable[[], _T], timeout_seconds: float = math.inf) -> _T:
         """The work's result; it is done in another thread. Raises Interrupted when all stop before the next point, and
         TimeoutError: the work is then abandoned, and must not matter."""
         future = self._helper.start(work)
-        self._busy, deadline = True, time.monotonic() + timeout_seconds
-        while not concurrent.futures.wait([future], _POLL_SECONDS).done:
-            self._hear_alone()
-            if self._agreed():
-                self._raise_if_reached()
-            if time.monotonic() > deadline:
-                raise TimeoutError
-        self._busy = False
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            while not concurrent.futures.wait([future], _POLL_SECONDS).done:
+                self._hear_alone()
+                if self._agreed():
+                    self._raise_if_reached()
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+        except BaseException:
+            self._abandoned, self._helper = True, _Helper()  # the other one has its work to end
+            raise
         return future.result()
 
     # What hosts tell each other
