@@ -141,6 +141,21 @@ def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[
     assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
 
 
+def test_hosts_that_agree_on_a_checkpoint_are_not_stopped_within(three: list[Hosts]) -> None:
+    """Else one host would begin it again while another has it."""
+
+    def program(host: Hosts) -> int:
+        if host.index == 0:
+            host._signalled = "SIGTERM"
+        time.sleep(host.index)
+        written = len(host.gather("", stops=False))
+        with pytest.raises(Interrupted):
+            host.point()
+        return written
+
+    assert together(three, program) == [3] * 3
+
+
 def test_hosts_gather_in_order(three: list[Hosts]) -> None:
     assert (
         together(three, lambda host: (host.gather(f"a{host.index}"), host.gather("b")))

@@ -18,6 +18,7 @@ Not here: what is done when a run is stopped (loop).
 
 import atexit
 import concurrent.futures
+import functools
 import json
 import math
 import os
@@ -60,22 +61,25 @@ class _Helper:
     """One thread that does one thing at a time. What is abandoned there ends with the process."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._serve, daemon=True, name="work that is waited for").start()
 
     def _serve(self) -> None:
-        while True:
-            job, future = self._jobs.get()
+        while (given := self._jobs.get()) is not None:
+            job, future = given
             try:
                 future.set_result(job())
             except BaseException as error:
                 future.set_exception(error)
-            del job, future  # or the last result lives until the next job
+            del given, job, future  # or the last result lives until the next job
 
     def start(self, job: Callable[[], _T]) -> "Future[_T]":
         future: Future[_T] = Future()
         self._jobs.put((job, future))
         return future
+
+    def close(self) -> None:
+        self._jobs.put(None)
 
 
 class Hosts:
@@ -144,6 +148,7 @@ class Hosts:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._helper.close()
         if kind is None:
             self._over.set()
             return
@@ -198,15 +203,18 @@ class Hosts:
             self._stopping = True  # what is still to be waited for, belongs to the saving
             raise Interrupted(self._asked)
 
-    def wait(self, work: Callable[[], _T], timeout_seconds: float = math.inf) -> _T:
+    def wait(self, work: Callable[[], _T], timeout_seconds: float = math.inf, *, stops: bool = True) -> _T:
         """The work's result; it is done in another thread. Raises Interrupted when all stop before the next point, and
-        TimeoutError: the work is then abandoned, and must not matter."""
+        TimeoutError: the work is then abandoned. It must not matter that other hosts, or this one, have done it.
+
+        stops=False: a stop must wait, another host's failure need not.
+        """
         future = self._helper.start(work)
         deadline = time.monotonic() + timeout_seconds
         try:
             while not concurrent.futures.wait([future], _POLL_SECONDS).done:
                 self._hear_alone()
-                if self._agreed():
+                if self._agreed() and stops:
                     self._raise_if_reached()
                 if time.monotonic() > deadline:
                     raise TimeoutError
@@ -217,14 +225,14 @@ class Hosts:
 
     # What hosts tell each other
 
-    def gather(self, text: str) -> list[str]:
-        """What every host gives, in order. All hosts call it in the same order; it waits for them."""
+    def gather(self, text: str, *, stops: bool = True) -> list[str]:
+        """What every host gives, in order. All hosts call it in the same order; it waits for them, as `wait`."""
         if self.count == 1:
             return [text]
         place = f"{self._prefix}/gather/{self._gathered}"
         self._gathered += 1
         self._client.key_value_set(f"{place}/{self.index}", text)
-        return [self.wait(lambda host=host: self._read(f"{place}/{host}")) for host in range(self.count)]
+        return [self.wait(functools.partial(self._read, f"{place}/{host}"), stops=stops) for host in range(self.count)]
 
     def _read(self, key: str) -> str:
         while True:

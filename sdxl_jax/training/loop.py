@@ -118,6 +118,7 @@ def train(
                 _naming_what_is_not_finite(config, run_dir, hosts, dataset),
             ):
                 step = saved = first
+                met = set[Bucket]()
                 since = _Mean(config.checkpoint.keep_best)
 
                 def save() -> None:
@@ -136,6 +137,10 @@ def train(
                         batch = sharding.put_batch(mesh, hosts.wait(lambda: next(batches)))
                         bucket, batch_size = dataset.bucket_of(step), dataset.batch_size_of(step)
                         run_step = hosts.wait(functools.partial(programs, bucket, batch))
+                        if bucket not in met:
+                            met.add(bucket)
+                            # No host begins the step while another may yet be stopped compiling it.
+                            hosts.gather("compiled")
                         hosts.point()
                         state, metrics = run_step(state, frozen, batch)
                         step += 1
@@ -197,7 +202,7 @@ def _checkpoints(config: TrainConfig, run_dir: Path, hosts: Hosts) -> Checkpoint
         keep_every_hours=options.keep_every_hours,
         keep_best=options.keep_best,
         go_on=options.on_failed_save is OnFailedSave.GO_ON,
-        agree=hosts.gather,
+        agree=functools.partial(hosts.gather, stops=False),  # a checkpoint is written by all hosts, or by none
     )
 
 
