@@ -81,7 +81,7 @@ def test_sigterm_saves_and_ends_with_exit_code_0(whole: Whole, phase: str) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["start-up", "compiling", "step", "evaluation"])
+@pytest.mark.parametrize("phase", ["compiling", "step", "evaluation"])  # before they have joined, none tells another
 def test_sigterm_on_one_of_two_hosts_stops_both_at_the_same_step(tmp_path: Path, phase: str) -> None:
     two = whole_run(tmp_path, 2, 7)
     assert stopped(two, tmp_path / "stopped", 2, phase, victim=1) < 30
