@@ -6,7 +6,9 @@ Exit code 0 when done; 2 when the input is at fault, with one message on stderr 
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,6 +56,7 @@ def _quickstart(arguments: list[str]) -> None:
 _TRAIN_USAGE = """usage: sdxl-jax train CONFIG.py [--run-dir DIR] [--section.field VALUE ...]
 
 Train what a configuration file describes. Run again with the same run directory, it goes on from the last checkpoint.
+SIGTERM, or Ctrl-C, stops it once what was done is saved. On several machines, give each the same command.
 `sdxl-jax train CONFIG.py --help` lists every field with its default in that file; configs/ holds examples.
 """
 
@@ -79,6 +82,9 @@ def _configured(
 
 
 def _train(arguments: list[str]) -> None:
+    if threading.current_thread() is threading.main_thread():
+        # Until the loop takes it over: there is nothing to save yet.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     from sdxl_jax import config as configuration
 
     @dataclass(frozen=True)
@@ -89,6 +95,11 @@ def _train(arguments: list[str]) -> None:
         """Where checkpoints, metrics and pictures are written."""
         profile: Annotated[str | None, tyro.conf.arg(metavar="FIRST:LAST")] = None
         """Trace these steps, both included, into RUN/profile, for xprof. Not a part of the run's configuration."""
+        from_step: int | None = None
+        """Go on from this checkpoint instead of the last one; those after it are moved to RUN/set_aside. For once: the
+        next start goes on from the last one again only if this is left out."""
+        allow_changes: str | None = None
+        """FIELD,FIELD: what may differ from the run's configuration although it alters what is learnt."""
 
     options, config = _configured(
         Train, arguments, "train", _TRAIN_USAGE, lambda path: {"run_dir": Path("runs") / path.stem}
@@ -96,7 +107,15 @@ def _train(arguments: list[str]) -> None:
     from sdxl_jax.training import loop
 
     print(json.dumps(configuration.to_json(config), indent=1))
-    loop.train(config, options.run_dir, profile=_steps("--profile", options.profile), began=_BEGAN)
+    allowed = options.allow_changes.split(",") if options.allow_changes else ()
+    loop.train(
+        config,
+        options.run_dir,
+        from_step=options.from_step,
+        allow_changes=allowed,
+        profile=_steps("--profile", options.profile),
+        began=_BEGAN,
+    )
 
 
 _COMPILE_USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--section.field VALUE ...]

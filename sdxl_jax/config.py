@@ -10,6 +10,7 @@ import enum
 import json
 import math
 import runpy
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.ema import EmaConfig, EmaKind
-from sdxl_jax.training.optimiser import OptimiserConfig, OptimiserKind
+from sdxl_jax.training.optimiser import Decay, OptimiserConfig, OptimiserKind
 
 
 class OnNonfinite(enum.Enum):
@@ -74,12 +75,37 @@ class TrainingConfig:
     (JAX_COMPILATION_CACHE_DIR), without which every start compiles anew."""
 
 
+class OnFailedSave(enum.Enum):
+    """What a checkpoint that could not be written does to the run."""
+
+    STOP = "stop"
+    GO_ON = "go_on"
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When checkpoints are written, and which are kept: those that one of the three fields asks for."""
+
     every_steps: int = 1000
     """Steps between checkpoints. Lower: less is lost to a crash, more is written."""
     keep: int = 3
-    """Newest checkpoints that are kept."""
+    """Newest checkpoints that are kept. Higher: more room is taken."""
+    keep_every_hours: float | None = None
+    """Besides, one of so many hours is kept for ever. Higher: fewer. None: none."""
+    keep_best: str | None = None
+    """Besides, that one is kept whose mean of this metric since the checkpoint before it is lowest, e.g. loss. None:
+    none."""
+    on_failed_save: OnFailedSave = OnFailedSave.STOP
+    """A full disk, for example: STOP ends the run with an error, GO_ON says so and trains on. The checkpoints of before
+    stay whole either way."""
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """The processes that train together, one a machine; the environment says which they are (training/hosts.py)."""
+
+    join_timeout_seconds: float = 300.0
+    """Until a process that has not joined is given up. Higher: slower machines may come later."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +154,8 @@ class TrainConfig:
     """What the loop does."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When and how many."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    """The processes that train together."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The pictures in RUN/samples."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -144,6 +172,8 @@ class TrainConfig:
             ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
             ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
+            ("checkpoint.keep_every_hours", self.checkpoint.keep_every_hours, 1 / 3600, math.inf),
+            ("hosts.join_timeout_seconds", self.hosts.join_timeout_seconds, 1, math.inf),
             ("validation.every_steps", self.validation.every_steps, 1, math.inf),
             ("validation.steps", self.validation.steps, 1, self.model.schedule.timesteps),
         ]
@@ -191,8 +221,7 @@ class TrainConfig:
 
 
 MAY_CHANGE = (
-    "checkpoint.every_steps",
-    "checkpoint.keep",
+    "checkpoint",
     "data.cache",
     "data.cache_of_other_code",
     "data.folder",
@@ -202,9 +231,8 @@ MAY_CHANGE = (
     "data.sources",
     "data.verify_images",
     "data.workers",
+    "hosts",
     "logging",
-    "mesh.data",
-    "mesh.fsdp",
     "training.compilation_cache",
     "training.compile_ahead",
     "training.compile_threads",
@@ -213,6 +241,9 @@ MAY_CHANGE = (
 )
 """Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. Folders may have
 moved, their contents are compared, with the weights of several sources; the frozen weights are in the run."""
+
+SAME_WITHIN_ROUNDING = ("compute.attention", "compute.compiler_options", "compute.remat", "compute.unroll", "mesh")
+"""Those that may change too, and change the order of additions: a resumed run says so."""
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
 
@@ -300,11 +331,15 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
+def is_within(line: str, names: Collection[str]) -> bool:
+    """Whether a line of `differences` is about one of the fields, or fields of one of the groups, that are named."""
+    name = line.split(":", 1)[0]
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in names)
+
+
 def blocking_differences(old: Any, new: Any) -> list[str]:
     """The differences that a resumed run may not have."""
-
-    def may_change(line: str) -> bool:
-        name = line.split(":", 1)[0]
-        return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
-
-    return [line for line in differences(old, new) if not may_change(line)]
+    allowed = [*MAY_CHANGE, *SAME_WITHIN_ROUNDING]
+    if new.get("optimiser", {}).get("decay") == Decay.CONSTANT.value:
+        allowed.append("training.steps")  # no schedule depends on where the end is
+    return [line for line in differences(old, new) if not is_within(line, allowed)]

@@ -60,8 +60,11 @@ class ModelConfig:
     """(height, width) of pictures unless the user asks for another."""
 
     def check(self) -> None:
-        """Raises InputError for parts that do not fit together."""
+        """Raises InputError for parts that do not fit together, or have no size."""
         self._check_text()
+        for name in ("resnets_per_block", "middle_depth", "in_channels", "out_channels", "groups"):
+            if (value := getattr(self.unet, name)) < 1:  # parameters without elements, which no checkpoint holds
+                raise InputError(f"model.unet.{name}={value}. Give 1 or more")
         context = sum(tower.clip.width for tower in self.text)
         if context != self.unet.context_dim:
             raise InputError(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
@@ -100,6 +101,13 @@ def sample_latents(
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
     return arrays.to_bytes(vae.decode(config.vae, params["vae"], latent, compute))
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; of one that is spread over several processes, in each of them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
@@ -203,9 +211,9 @@ def generate(
             compute=compute,
             guided=guidance != 1,
         )
-        latents.append(np.asarray(latent)[: count - start])
+        latents.append(_on_host(latent)[: count - start])
         decoded = decode(model.params, latent, config=config, compute=compute)
-        images.append(np.asarray(decoded)[: count - start])
+        images.append(_on_host(decoded)[: count - start])
     return Generated(np.concatenate(images), np.concatenate(latents))
 
 

@@ -21,7 +21,7 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig, path_name
-from sdxl_jax.training import loop, optimiser
+from sdxl_jax.training import optimiser, start
 from sdxl_jax.training.checkpoint import Checkpoints, restore
 from sdxl_jax.training.encoding import fingerprint
 from sdxl_jax.training.state import TrainState
@@ -78,14 +78,14 @@ def fresh(layout: str) -> tuple[TrainState, Any, TrainState]:
     """State, frozen parameters, and the state's shapes and places."""
     mesh = mesh_of(layout)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = loop.abstract_state(CONFIG, mesh, OPTIMISER)
-        return *loop._fresh(CONFIG, OPTIMISER, abstract, abstract_frozen, {}), abstract
+        abstract, abstract_frozen = start.abstract_state(CONFIG, mesh, OPTIMISER)
+        return *start.fresh_state(CONFIG, OPTIMISER, abstract, abstract_frozen, {}), abstract
 
 
 def train(layout: str, state: TrainState, frozen: Any, abstract: TrainState, steps: int) -> list[Trained]:
     mesh, made = mesh_of(layout), []
     with jax.set_mesh(mesh):
-        step = loop.compiled(STEP, mesh, abstract)
+        step = start.jitted(STEP, CONFIG, mesh, abstract)
         for number in range(steps):
             state = jax.tree.map(jnp.copy, state)  # the step takes its input's memory
             state, metrics = step(state, frozen, sharding.put_batch(mesh, batch(number)))
@@ -158,7 +158,7 @@ def main(scratch: Path) -> dict[str, Any]:
     for layout, steps in (("8×1", 1), ("2×4", 1), ("4×2", len(BUCKETS))):
         mesh = mesh_of(layout)
         with jax.set_mesh(mesh):
-            places = loop.abstract_state(CONFIG, mesh, OPTIMISER)[0]
+            places = start.abstract_state(CONFIG, mesh, OPTIMISER)[0]
         state = jax.tree.map(lambda leaf, place: jax.device_put(leaf, place.sharding), single, places)
         together = train(layout, state, sharding.put(mesh, frozen), places, steps)
         results[layout] = {

@@ -15,8 +15,9 @@ import pytest
 import tiny
 from command import call
 
+from sdxl_jax import flops
 from sdxl_jax.ahead import compile as ahead
-from sdxl_jax.ahead import flops, hlo, topologies
+from sdxl_jax.ahead import hlo, topologies
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention, unet
 from sdxl_jax.models.layers import Attention, Compute, Remat

@@ -47,6 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "training.compilation": {"config", "data", "model", "sharding"} | BASE,
     "training.metrics": {"data", "hardware", "training.clock"} | BASE,
     "training.profiling": {"errors"},
+    "training.hosts": {"errors"},
+    "training.run_directory": {"config", "data"} | BASE,
     "training.checkpoint": {"sharding", "interop", "training.state"} | BASE,
     "training.initial": {"config", "opening", "loading", "interop"} | BASE,
     "training.encoding": {

@@ -10,15 +10,11 @@ import json
 import math
 import re
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +41,7 @@ from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import checkpoint, clock, loop, optimiser
+from sdxl_jax.training import checkpoint, clock, compilation, loop, optimiser, run_directory, start
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, weight_at
 from sdxl_jax.training.metrics import TIMES, MetricsWriter
@@ -134,7 +130,7 @@ def resumed(config: TrainConfig, crashed: Run) -> Run:
 @pytest.fixture(scope="module")
 def abstract(config: TrainConfig) -> TrainState:
     mesh = sharding.make_mesh(config.mesh)
-    return loop.abstract_state(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
+    return start.abstract_state(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
 
 
 def assert_identical(one: Any, other: Any) -> None:
@@ -171,44 +167,50 @@ def test_resume_does_not_restart_the_epoch(whole: Run, crashed: Run, resumed: Ru
     assert sorted(epoch) == list(range(16))
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from sdxl_jax import sharding
-from sdxl_jax.config import TrainConfig, from_json
-from sdxl_jax.training import loop
-
-steps, put = [], sharding.put_batch
-
-def put_or_die(mesh, batch):
-    steps.append(batch)
-    if len(steps) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return put(mesh, batch)
-
-sharding.put_batch = put_or_die
-loop.train(from_json(json.loads(sys.argv[1]), TrainConfig), Path(sys.argv[2]), progress=False)
-"""
-
-
-def test_killed_process_resumes_bit_for_bit(
-    config: TrainConfig, whole: Run, abstract: TrainState, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """SIGKILL before step 5, while the checkpoint of step 4 is being written."""
-    folder = tmp_path_factory.mktemp("killed") / "run"
-    command = [sys.executable, "-c", KILLED, json.dumps(configuration.to_json(config)), str(folder)]
-    environment = compiling.environment(tmp_path_factory.getbasetemp() / "compiled")
-    done = subprocess.run(command, env=environment, capture_output=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+def test_line_that_was_cut_off_is_written_anew(crashed: Run, resumed: Run, config: TrainConfig, whole: Run) -> None:
+    del crashed
+    shutil.copytree(resumed.folder, folder := resumed.folder.with_name("earlier"))
     with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # what a write that was cut off leaves
-    last = checkpoint.latest_step(folder / "checkpoints")
-    assert last in (2, 4)
-    resumed = run(config, folder)
-    assert len(resumed.examples) == STEPS - last
-    assert without_times(resumed.lines()) == without_times(whole.lines())
-    assert_identical(resumed.state(STEPS, abstract), whole.state(STEPS, abstract))
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]  # nothing half-written
+        file.write('{"step": 7, "lo')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting.pipeline, "text_to_image", lambda *_, **__: np.zeros((2, 32, 32, 3), np.uint8))
+        loop.train(config, folder, progress=False, from_step=4)
+    assert without_times([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]) == (
+        without_times(whole.lines())
+    )
+    assert [path.name for path in (folder / "set_aside").iterdir()] == ["6"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]
+
+
+def test_pictures_that_a_stop_left_out_are_drawn_when_the_run_goes_on(config: TrainConfig, resumed: Run) -> None:
+    missing = resumed.folder / "samples" / "step_00000006.png"
+    before = missing.read_bytes()
+    missing.unlink()
+    loop.train(config, resumed.folder, progress=False)
+    assert missing.read_bytes() == before
+
+
+def test_loss_that_is_not_finite_names_what_the_step_was_given(
+    config: TrainConfig, resumed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(resumed.folder, folder := resumed.folder.with_name("not_finite"))
+    program = compilation.CompiledSteps.of
+
+    def spoilt(*given: Any) -> Any:
+        def step(*inputs: Any) -> Any:
+            state, metrics = program(*given)(*inputs)
+            return state, metrics | {"loss": metrics["loss"] * jnp.nan}
+
+        return step
+
+    monkeypatch.setattr(compilation.CompiledSteps, "of", spoilt)
+    with pytest.raises(InputError, match=r"loss of step 5 is nan.*key are in .*nonfinite_step_00000005\.json"):
+        loop.train(config, folder, progress=False, from_step=4)
+    told = json.loads((folder / "nonfinite_step_00000005.json").read_text())
+    assert [row["image"] for row in told["rows"]] == resumed.examples[-2].tolist()
+    assert told["rows"][0]["captions"] == [f"picture number {told['rows'][0]['image']}"]
+    assert told["rows"][0]["source"].endswith(f"{told['rows'][0]['image']:03d}.png")
+    assert told["key"] == jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4)).tolist()
 
 
 class OneStep(NamedTuple):
@@ -231,10 +233,10 @@ def fifth(config: TrainConfig, whole: Run) -> Iterator[OneStep]:
     update = optimiser.make(config.optimiser, STEPS)
     dataset = BucketedDataset(config.data, tokenizer)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = loop.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = start.abstract_state(config, mesh, update)
         batches = dataset.iterate(4)
         yield OneStep(
-            loop.compiled(stepping.make_step(config, update, tokenizer([""])), mesh, abstract),
+            start.jitted(stepping.make_step(config, update, tokenizer([""])), config, mesh, abstract),
             whole.state(4, abstract),
             checkpoint.restore_frozen(whole.folder, abstract_frozen),
             sharding.put_batch(mesh, next(batches)),
@@ -398,15 +400,15 @@ def test_config_json_holds_configuration_versions_and_commit(config: TrainConfig
 
 def test_commit_is_found_among_packed_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(loop, "__file__", str(tmp_path / "sdxl_jax" / "training" / "loop.py"))
+    monkeypatch.setattr(run_directory, "__file__", str(tmp_path / "sdxl_jax" / "training" / "loop.py"))
     (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
-    assert loop._commit() is None  # a repository before its first commit
+    assert run_directory.commit() is None  # a repository before its first commit
     (tmp_path / ".git" / "packed-refs").write_text(
         f"# pack-refs\n{'1' * 40} refs/heads/other\n{'2' * 40} refs/heads/main\n"
     )
-    assert loop._commit() == "2" * 40
+    assert run_directory.commit() == "2" * 40
     (tmp_path / ".git" / "HEAD").write_text(f"{'3' * 40}\n")
-    assert loop._commit() == "3" * 40
+    assert run_directory.commit() == "3" * 40
 
 
 def test_the_newest_checkpoints_are_kept(whole: Run) -> None:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sdxl_jax import flops, pipeline, sharding
 from sdxl_jax import model as models
-from sdxl_jax import pipeline, sharding
-from sdxl_jax.ahead import flops, report, topologies
+from sdxl_jax.ahead import report, topologies
 from sdxl_jax.ahead.report import Report
 from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning.micro import Numbers
@@ -32,9 +32,9 @@ from sdxl_jax.diffusion import schedule
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers.steps import SAMPLERS, Spacing, timesteps
-from sdxl_jax.training import loop
 from sdxl_jax.training import optimiser as optimisers
-from sdxl_jax.training.compilation import abstract_batch, use_cache
+from sdxl_jax.training import start
+from sdxl_jax.training.compilation import use_cache
 from sdxl_jax.training.step import make_step
 
 
@@ -48,7 +48,7 @@ class Program(NamedTuple):
     """Abstract arguments by what they are, for the report."""
     arguments: tuple[Any, ...]
     images: int
-    model: flops.Flops
+    model_flops: float
 
 
 def compile_step(
@@ -114,8 +114,8 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
             program=program.name,
             images=program.images,
             inputs=program.inputs,
-            model=program.model,
-            actual=flops.of_jaxpr(traced.jaxpr.jaxpr),
+            model_flops=program.model_flops,
+            kernel_flops=flops.of_jaxpr(traced.jaxpr.jaxpr).kernels,
             compile_seconds=time.monotonic() - began,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -127,14 +127,9 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
 def _step_program(config: TrainConfig, mesh: Any, bucket: Bucket, batch_size: int) -> Program:
     """The train step of one bucket."""
     optimiser = optimisers.make(config.optimiser, config.training.steps)
-    state, frozen = loop.abstract_state(config, mesh, optimiser)
-    cached = config.data.cache is not None
-    batch = abstract_batch(
-        mesh, config.model, bucket, batch_size, cached=cached, scored=config.data.aesthetic is not None
-    )
+    state, frozen = start.abstract_state(config, mesh, optimiser)
+    batch = start.abstract_batch(config, mesh, bucket, batch_size)
     empty = Tokenizer.of(config.model.text)([""])
-    plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA, remat=Remat.NONE)
-    mathematics = make_step(dataclasses.replace(config, compute=plain), optimiser, empty)
     inputs = {
         "parameters": state.params,
         "average": state.ema,
@@ -144,11 +139,11 @@ def _step_program(config: TrainConfig, mesh: Any, bucket: Bucket, batch_size: in
     }
     return Program(
         name=f"train step {bucket.height}×{bucket.width}",
-        function=loop.compiled(make_step(config, optimiser, empty), mesh, state),
+        function=start.jitted(make_step(config, optimiser, empty), config, mesh, state),
         inputs=inputs,
         arguments=(state, frozen, batch),
         images=batch_size,
-        model=flops.count(mathematics, state, frozen, batch),
+        model_flops=start.model_flops(config, optimiser, empty, (state, frozen, batch)),
     )
 
 
@@ -195,7 +190,7 @@ def _sampler_programs(config: TrainConfig, mesh: Any, size: Bucket) -> list[Prog
                 inputs={"parameters": params, "batch": given[1:]},
                 arguments=given,
                 images=images,
-                model=flops.count(function(plain), *given),
+                model_flops=flops.count(function(plain), *given).total,
             )
         )
     return made

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from sdxl_jax.ahead import hlo
-from sdxl_jax.ahead.flops import Flops
 from sdxl_jax.ahead.hlo import Collective
 from sdxl_jax.hardware import Chip
 
@@ -141,13 +140,13 @@ def make(
     program: str,
     images: int,
     inputs: Mapping[str, Any],
-    model: Flops,
-    actual: Flops,
+    model_flops: float,
+    kernel_flops: float,
     compile_seconds: float,
     peak_host_bytes: int,
 ) -> Report:
-    """Of a compiled program. inputs: its abstract arguments by what they are. model, actual: FLOPs of the mathematics,
-    and of the program with its kernels."""
+    """Of a compiled program. inputs: its abstract arguments by what they are. model_flops: of the
+    mathematics. kernel_flops: of attention kernels as the program has them."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     found = list(hlo.instructions(compiled.as_text()))
     by_use = {name: shard_bytes(tree) for name, tree in inputs.items()}
@@ -163,8 +162,8 @@ def make(
         chip=chip,
         bytes_by_use=by_use,
         bytes_activations=padding + made,
-        model_flops=model.total,
-        kernel_flops=actual.kernels,
+        model_flops=model_flops,
+        kernel_flops=kernel_flops,
         compiler_seconds=estimate * hlo.loop_factor(found) if estimate > 0 else None,
         collectives=tuple(hlo.collectives(found)),
         compile_seconds=compile_seconds,

@@ -49,10 +49,9 @@ def load(path: Path, abstract: Any) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> InputError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    remedy = "Restore its files"
-    if path.name.isdecimal():
-        remedy += ", or delete this folder to go on from the checkpoint before it"
-    return InputError(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. {remedy}")
+    return InputError(
+        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,23 @@
 """Checkpoints, with Orbax v1: `RUN/checkpoints/<step>/`, and `RUN/frozen/` for what does not train.
 
 A checkpoint holds the state, whose `step` is also the position in the data and in the random numbers; its metadata
-holds the configuration and the versions. Saving goes on in the background; `close` waits for it.
+holds the configuration with a checksum, the versions, and a checksum of every array, which is compared when it is read.
+Saving goes on in the background; `close` waits for it.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
+from tqdm import tqdm
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
@@ -17,49 +25,193 @@ from sdxl_jax.interop import orbax
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
 
+_FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
+"""Odd numbers without a simple relation, one an axis, so that no two places of an array count alike."""
+_CONFIG, _CONFIG_CHECKSUM, _CHECKSUMS = "config", "config_sha256", "array_checksums"
+
 
 class Checkpoints:
-    """Writes the checkpoints of one run. A context manager: leaving it finishes what is being written."""
+    """Writes the checkpoints of one run. A context manager: leaving it finishes what is being written.
 
-    def __init__(self, directory: Path, keep: int):
-        self._checkpointer = ocp.training.Checkpointer(
-            str(directory.absolute()),
+    Args:
+        keep: newest checkpoints that are kept.
+        keep_every_hours: keeps one of so many hours besides, for ever.
+        keep_best: keeps the one with the lowest of this metric besides.
+        go_on: whether a failed save is told and the run goes on, or the run ends with it. The last one ends it always.
+        agree: what all hosts say, given what this one says, so that they take one host's failure alike.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        *,
+        keep_every_hours: float | None = None,
+        keep_best: str | None = None,
+        go_on: bool = False,
+        agree: Callable[[str], Sequence[str]] = lambda text: [text],
+    ):
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_every_hours is not None:
+            kept.append(policies.EveryNSeconds(int(keep_every_hours * 3600)))
+        if keep_best is not None:
+            # In falling order, and the last one stays: the lowest.
+            kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics[keep_best], reverse=True, n=1))
+        self._directory, self._go_on, self._agree = directory, go_on, agree
+        self._policy = policies.AnyPreservationPolicy(kept)
+        self._checkpointer = self._open()
+        self._writing: int | None = None
+
+    def _open(self) -> ocp.training.Checkpointer:
+        return ocp.training.Checkpointer(
+            str(self._directory.absolute()),
             # The loop decides when; Orbax's default skips a save while another is running, and says nothing.
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore
+            preservation_policy=self._policy,  # pyright: ignore
             cleanup_tmp_directories=True,
         )
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.finish(last=True)
+            self._checkpointer.close()
+            return
+        try:
+            self._checkpointer.close()
+        except Exception as error:  # what ends the run is told already, and matters more
+            tqdm.write(f"  the checkpoint of step {self._writing} was not finished: {_reason(error)}")
 
-    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
-        """Starts writing; returns when the arrays are copied. Waits for an earlier save first."""
-        self._checkpointer.wait()
-        response = self._checkpointer.save_async(step, state, custom_metadata=dict(metadata))
-        assert response is not None, f"Orbax skipped the checkpoint of step {step}"
+    def save(
+        self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Starts writing; returns when the arrays are copied. Waits for an earlier save first.
+
+        metrics: what `keep_best` goes by. Raises InputError for an earlier save that failed, unless the run goes on.
+        """
+        self.finish()
+        self._writing = step
+        described = {
+            **metadata,
+            _CONFIG_CHECKSUM: _checksum_of(metadata.get(_CONFIG)),
+            _CHECKSUMS: _checksums(state),
+        }
+        failed = ""
+        try:
+            response = self._checkpointer.save_async(
+                step, state, custom_metadata=described, metrics=None if metrics is None else dict(metrics)
+            )
+            assert response is not None, f"Orbax skipped the checkpoint of step {step}"
+        except Exception as error:  # OSError, and what Orbax and tensorstore make of it
+            failed = _reason(error)
+        self._settle(failed)
+
+    def finish(self, last: bool = False) -> None:
+        """Waits until all is written. Raises InputError where that failed, unless the run goes on."""
+        if self._writing is None:
+            return
+        failed = ""
+        try:
+            self._checkpointer.wait()
+        except Exception as error:  # as above
+            failed = _reason(error)
+        self._settle(failed, last)
+        self._writing = None
+
+    def _settle(self, failed: str, last: bool = False) -> None:
+        """After a part of a save: has it failed, here or on another host?"""
+        reasons = self._agree(failed)
+        if not any(reasons):
+            return
+        host = next(host for host, reason in enumerate(reasons) if reason)
+        where = f" on host {host}" if len(reasons) > 1 else ""
+        step, self._writing = self._writing, None
+        message = f"The checkpoint of step {step} could not be written{where} ({reasons[host]})."
+        self._reopen()
+        before = latest_step(self._directory)
+        kept = "There is none before it" if before is None else f"That of step {before} is whole"
+        if last or not self._go_on:
+            raise InputError(
+                f"{message} {kept}. Make room or see to the folder, and run the same command again; "
+                "checkpoint.on_failed_save=go_on trains on after such a failure"
+            )
+        tqdm.write(f"  {message} {kept}; training goes on (checkpoint.on_failed_save)")
+
+    def _reopen(self) -> None:
+        """Orbax counts on what it began to write. A new one removes that."""
+        try:
+            self._checkpointer.close()
+        except Exception as error:  # the failure of before, once more
+            tqdm.write(f"  closing: {_reason(error)}")
+        self._checkpointer = self._open()
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def latest_step(directory: Path) -> int | None:
     """Step of the newest checkpoint, None if there is none. What a cut-off save leaves has another name."""
-    return max((int(path.name) for path in directory.glob("*") if path.name.isdecimal()), default=None)
+    return max(_steps(directory), default=None)
+
+
+def _steps(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
+def step_to_start_from(directory: Path, from_step: int | None) -> int | None:
+    """The newest checkpoint's step, or the one that is asked for. Raises InputError where that is not there."""
+    steps = _steps(directory)
+    if from_step is not None and from_step not in steps:
+        raise InputError(
+            f"There is no checkpoint of step {from_step} in {directory}. Those that there are: "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
+    return (steps[-1] if steps else None) if from_step is None else from_step
+
+
+def set_aside_after(run_dir: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after a step to RUN/set_aside/, out of the run; where they are now."""
+    moved = []
+    for newer in _steps(run_dir / "checkpoints"):
+        if newer > step:
+            place = run_dir / "set_aside" / str(newer)
+            number = 1
+            while place.exists():
+                number += 1
+                place = place.with_name(f"{newer}_{number}")
+            place.parent.mkdir(exist_ok=True)
+            shutil.move(run_dir / "checkpoints" / str(newer), place)
+            moved.append(place)
+    return moved
 
 
 def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
     """The state of a step, placed as `abstract` says (shapes, dtypes, shardings).
 
-    Raises InputError if the checkpoint cannot be read or is of another shape; nothing is changed.
+    Raises InputError if the checkpoint cannot be read, is of another shape, or is not what was written; nothing is
+    changed.
     """
-    return _load(directory / str(step), abstract)
+    try:
+        return _load(directory / str(step), abstract)
+    except _Damaged as error:
+        before = [other for other in _steps(directory) if other < step]
+        offer = f"go on from the one before it: --from-step {before[-1]}" if before else "start anew in another folder"
+        raise InputError(f"{error}, or {offer}") from error
+
+
+class _Damaged(InputError):
+    """Not a checkpoint of another kind, but a broken one."""
 
 
 def save_frozen(run_dir: Path, params: Params) -> None:
     """Writes the frozen parameters, at the start of a run. A start that left no checkpoint may have left others."""
     if params:  # Orbax saves no empty tree; where everything trains, there is nothing to keep
-        ocp.save(str((run_dir / "frozen").absolute()), params, overwrite=True)
+        path = str((run_dir / "frozen").absolute())
+        ocp.save(path, params, overwrite=True, custom_metadata={_CHECKSUMS: _checksums(params)})
 
 
 def restore_frozen(run_dir: Path, abstract: Params) -> Params:
@@ -68,8 +220,57 @@ def restore_frozen(run_dir: Path, abstract: Params) -> Params:
 
 
 def _load(path: Path, abstract: Any) -> Any:
-    _compare(path, orbax.metadata(path)[0], abstract)
-    return orbax.load(path, abstract)
+    try:
+        stored, described = orbax.metadata(path)
+    except InputError as error:
+        raise _Damaged(str(error)) from error
+    if _CONFIG_CHECKSUM in described and described[_CONFIG_CHECKSUM] != _checksum_of(described.get(_CONFIG)):
+        raise _damaged(path, "the configuration in its metadata is not the one that was written")
+    _compare(path, stored, abstract)
+    try:
+        tree = orbax.load(path, abstract)
+    except InputError as error:
+        raise _Damaged(str(error)) from error
+    if _CHECKSUMS in described:
+        names = [path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+        expected, found = (
+            [text[start : start + 8] for start in range(0, len(text), 8)]
+            for text in (described[_CHECKSUMS], _checksums(tree))
+        )
+        wrong = [name for name, one, other in zip(names, expected, found, strict=True) if one != other]
+        if wrong:
+            raise _damaged(path, f"{len(wrong)} arrays are not what was written, the first is {wrong[0]}")
+    return tree
+
+
+def _damaged(path: Path, reason: str) -> _Damaged:
+    return _Damaged(
+        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files"
+    )
+
+
+def _checksum_of(value: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _checksums(tree: Any) -> str:
+    """Eight hexadecimal digits an array, in the tree's order. They do not depend on how arrays lie on devices."""
+    numbers = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
+    return "".join(f"{int(number):08x}" for number in numbers)
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
+    """Sum of the bits of every element, each times an odd number of its own, modulo 2³². Whole numbers: exact in any
+    order, and any one element that changed shows."""
+    size = array.dtype.itemsize
+    bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
+    weight = jnp.ones(array.shape, jnp.uint32)
+    for axis, factor in zip(range(array.ndim), _FACTORS, strict=False):
+        # By axis rather than by the flat index: a reshape would gather what is split over devices.
+        weight += 2 * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(factor)
+    return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
 class _Leaf(NamedTuple):

@@ -12,6 +12,7 @@ line; machines that were gone in between are in no line.
 import contextlib
 import enum
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,8 +74,9 @@ class Clock:
 class TimeLog:
     """RUN/time.jsonl: one line now and then, and a last one. A context manager: leaving it writes that last one."""
 
-    def __init__(self, run_dir: Path, clock: Clock):
-        self._path, self._clock = run_dir / "time.jsonl", clock
+    def __init__(self, run_dir: Path, clock: Clock, writes: bool = True):
+        """writes: one process of several does."""
+        self._path, self._clock = run_dir / "time.jsonl" if writes else Path(os.devnull), clock
         self._start = 1 + max((start.number for start in read(run_dir)), default=0)
         self._step, self._again = 0, 0
         self._written = 0.0

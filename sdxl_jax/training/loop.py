@@ -6,45 +6,39 @@ repeated exactly by its configuration; interrupted, it goes on from its last che
 
 import contextlib
 import functools
-import json
-import platform
-import warnings
-from importlib import metadata as packages
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
-import optax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sdxl_jax import config as configuration
-from sdxl_jax import model as models
-from sdxl_jax import pipeline, sharding
-from sdxl_jax.arrays import Batch, Params, flatten, unflatten
+from sdxl_jax import sharding
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import OnFailedSave, TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.model import Model
-from sdxl_jax.pictures import contact_sheet, save_png
+from sdxl_jax.training import checkpoint, compilation, profiling, reporting, run_directory, start
 from sdxl_jax.training import clock as clocks
-from sdxl_jax.training import compilation, profiling
 from sdxl_jax.training import metrics as logging
 from sdxl_jax.training import optimiser as optimisers
-from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, restore_frozen, save_frozen
+from sdxl_jax.training.checkpoint import Checkpoints, restore, restore_frozen, save_frozen
 from sdxl_jax.training.clock import Clock, Part, TimeLog
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.encoding import check_frozen, from_cache
+from sdxl_jax.training.hosts import Hosts, Interrupted
 from sdxl_jax.training.initial import initial_weights
-from sdxl_jax.training.metrics import MetricsWriter, WandbBoard
-from sdxl_jax.training.state import TrainState, create, merge, partition
-from sdxl_jax.training.step import Step, make_step
+from sdxl_jax.training.metrics import MetricsWriter, NonFinite, Speed, WandbBoard
+from sdxl_jax.training.run_directory import check_run
+from sdxl_jax.training.state import merge
+from sdxl_jax.training.step import make_step
 
-_CAPTIONS_LOOKED_AT = 10_000
-"""Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
-_GRID_SEED = 0
-_LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_T = TypeVar("_T")
 
 
 def train(
@@ -52,93 +46,233 @@ def train(
     run_dir: str | Path = "runs/train",
     progress: bool = True,
     *,
+    from_step: int | None = None,
+    allow_changes: Collection[str] = (),
     profile: tuple[int, int] | None = None,
     began: float | None = None,
 ) -> Model:
     """Trains until `config.training.steps`, from the last checkpoint in `run_dir` if there is one; returns the model,
     with its averaged weights.
 
+    from_step: the checkpoint to go on from instead of the last; those after it are moved to RUN/set_aside.
+    allow_changes: fields of the configuration, or groups of them, that may differ from the run's although they alter
+    what is learnt; it is noted in config.json.
     profile: the first and the last step of a trace in RUN/profile. began: when the program started, by
     `time.monotonic()`, for the table of where the time went; None: now.
 
     Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
-    configuration, a checkpoint that cannot be read.
+    configuration, or in use, a checkpoint that cannot be read, hosts that differ. SIGTERM or SIGINT end it with
+    SystemExit(0), once what was done is saved.
     """
     run_dir, clock = Path(run_dir), Clock(began)
-    config.check()
-    logging.check(config.logging.wandb_project)
-    if config.training.compilation_cache is not None:
-        compilation.use_cache(config.training.compilation_cache)
-    check_run(config, run_dir)
-    check_frozen(config)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
-    tokenizer = Tokenizer.of(config.model.text)
-    dataset = BucketedDataset(config.data, tokenizer, host_index=jax.process_index(), host_count=jax.process_count())
-    check_run(config, run_dir, dataset)
-    optimiser = optimisers.make(config.optimiser, config.training.steps)
+    with Hosts(config.hosts.join_timeout_seconds) as hosts, contextlib.ExitStack() as leaving:
+        progress = progress and hosts.is_first
+        config.check()
+        logging.check(config.logging.wandb_project)
+        if config.training.compilation_cache is not None:
+            compilation.use_cache(config.training.compilation_cache)
+        check_run(config, run_dir, allow_changes=allow_changes)
+        check_frozen(config)
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
+        tokenizer = Tokenizer.of(config.model.text)
+        dataset = hosts.wait(
+            lambda: BucketedDataset(config.data, tokenizer, host_index=hosts.index, host_count=hosts.count)
+        )
+        changed = check_run(config, run_dir, dataset, allow_changes)
+        optimiser, empty = optimisers.make(config.optimiser, config.training.steps), tokenizer([""])
+        abstract, abstract_frozen = start.abstract_state(config, mesh, optimiser)
 
-    with jax.set_mesh(mesh), contextlib.ExitStack() as leaving:
-        abstract, abstract_frozen = abstract_state(config, mesh, optimiser)
-        last = latest_step(run_dir / "checkpoints")
+        if hosts.is_first:
+            leaving.enter_context(run_directory.locked(run_dir))
+        on_mesh = functools.partial(_on_mesh, hosts, mesh)
+        last = checkpoint.step_to_start_from(run_dir / "checkpoints", from_step)
         profiling.check(profile, last or 0, config.training.steps)
-        step_function = compiled(make_step(config, optimiser, tokenizer([""])), mesh, abstract)
-        arguments = _arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
+        hosts.gather("the directory is locked")
+        hosts.compare(_facts(config, run_dir, dataset, last))
+        given = start.arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
+        function = start.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
         ahead, threads = config.training.compile_ahead, config.training.compile_threads
-        steps = leaving.enter_context(CompiledSteps(step_function, arguments, mesh, ahead, threads))
+        steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads))
         initial = {}
         if last is None:
-            initial = initial_weights(config, mesh, progress=progress)
-            state, frozen = _fresh(config, optimiser, abstract, abstract_frozen, initial)
+            initial = on_mesh(lambda: initial_weights(config, mesh, progress=progress))
+            state, frozen = on_mesh(lambda: start.fresh_state(config, optimiser, abstract, abstract_frozen, initial))
         else:
-            state, frozen = restore(run_dir / "checkpoints", last, abstract), restore_frozen(run_dir, abstract_frozen)
+            state = on_mesh(lambda: restore(run_dir / "checkpoints", last, abstract))
+            frozen = on_mesh(lambda: restore_frozen(run_dir, abstract_frozen))
         first, stop = int(state.step), config.training.steps
         dataset = from_cache(config, dataset, frozen)
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _write_config(config, run_dir, dataset)
+        if hosts.is_first:
+            if from_step is not None:
+                _set_aside(run_dir, from_step)
+            run_directory.write_config(config, run_dir, dataset, first, changed)
+        hosts.gather("the directory is ready")
         if last is None:
-            save_frozen(run_dir, frozen)
+            on_mesh(lambda: save_frozen(run_dir, frozen))
         if progress:
-            _announce(dataset, tokenizer, run_dir, first)
+            reporting.announce(dataset, tokenizer, run_dir, first, changed)
             random = sorted(set(frozen) - {path.split("/")[0] for path in initial})
             if last is None and random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
-        wandb = _wandb(config, run_dir)
+
+        speed = Speed.of(lambda bucket: start.model_flops(config, optimiser, empty, given[bucket]), jax.devices())
+        board = _wandb(config, run_dir) if hosts.is_first else None
         with (
-            TimeLog(run_dir, clock) as times,
+            jax.set_mesh(mesh),
+            TimeLog(run_dir, clock, writes=hosts.is_first) as times,
             clock.during(Part.SAVE),  # leaving Checkpoints finishes what is being written
-            Checkpoints(run_dir / "checkpoints", config.checkpoint.keep) as checkpoints,
+            _checkpoints(config, run_dir, hosts) as checkpoints,
             clock.during(Part.OTHER),
-            MetricsWriter(run_dir, first, stop, progress, clock, board=wandb) as writer,
+            MetricsWriter(run_dir, first, stop, progress, clock, speed, board, writes=hosts.is_first) as writer,
             profiling.Profile(run_dir / "profile", profile) as profiler,
-            contextlib.closing(dataset.iterate(first)) as batches,
+            _closing(dataset.iterate(first)) as batches,
+            _naming_what_is_not_finite(config, run_dir, hosts, dataset),
         ):
-            for step in range(first + 1, stop + 1):
-                bucket, again = dataset.bucket_of(step - 1), step <= writer.made_before
-                if not steps.ready(bucket):
+            step = saved = first
+            met = set[Bucket]()
+            since = _Mean(config.checkpoint.keep_best)
+
+            def save() -> None:
+                with clock.during(Part.SAVE):
+                    writer.flush()
+                    metadata = {"config": configuration.to_json(config), "versions": run_directory.versions()}
+                    checkpoints.save(step, state, metadata, since.take())
+
+            def look() -> None:
+                with clock.during(Part.EVALUATION):
+                    writer.flush()
+                    model = Model(config.model, merge(state.sampled, frozen))
+                    reporting.look(config, hosts, run_dir, step, model, mesh)
+
+            def meet(bucket: Bucket) -> None:
+                """Waits for a bucket's program, where it is needed for the first time."""
+                with clock.during(Part.COMPILE):
                     writer.settle()
-                    with clock.during(Part.COMPILE):
-                        steps.of(bucket, waiting=lambda: writer.compiling(steps.finished, steps.total))
-                    writer.compiled()
-                with clock.during(Part.DATA):
-                    batch = sharding.put_batch(mesh, next(batches))
-                with clock.during(Part.AGAIN if again else Part.STEP), profiler.step(step, writer.settle):
-                    state, metrics = steps.of(bucket)(state, frozen, batch)
-                    writer.log(step, bucket, dataset.batch_size_of(step - 1), metrics)
-                times.note(step, again)
-                if _due(step, config.checkpoint.every_steps, stop):
-                    with clock.during(Part.SAVE):
-                        writer.flush()
-                        metadata = {"config": configuration.to_json(config), "versions": _versions()}
-                        checkpoints.save(step, state, metadata)
-                if config.validation.prompts and _due(step, config.validation.every_steps, stop):
-                    with clock.during(Part.EVALUATION):
-                        writer.flush()
-                        _look(config, run_dir, step, Model(config.model, merge(state.sampled, frozen)))
-    if progress:
-        tqdm.write(f"where the time went\n{clocks.table(clocks.read(run_dir))}")
+                    hosts.wait(lambda: steps.of(bucket, lambda: writer.compiling(steps.finished, steps.total)))
+                    # No host begins the step while another may yet be stopped compiling it.
+                    hosts.gather("compiled")
+                    writer.compiled(bucket)
+                met.add(bucket)
+
+            try:
+                if first and _look_due(config, first) and not _is_there(run_dir, first, hosts):
+                    look()  # the run was stopped between the checkpoint and its pictures
+                while step < stop:
+                    bucket, again = dataset.bucket_of(step), step < writer.made_before
+                    if bucket not in met:
+                        meet(bucket)
+                    with clock.during(Part.DATA):
+                        batch = sharding.put_batch(mesh, hosts.wait(lambda: next(batches)))
+                    hosts.point()
+                    with clock.during(Part.AGAIN if again else Part.STEP), profiler.step(step + 1, writer.settle):
+                        state, metrics = steps.of(bucket)(state, frozen, batch)
+                        step += 1
+                        since.add(metrics)
+                        writer.log(step, bucket, dataset.batch_size_of(step - 1), metrics)
+                    times.note(step, again)
+                    if _due(step, config.checkpoint.every_steps, stop):
+                        save()
+                        saved = step
+                    if _look_due(config, step):
+                        look()
+            except Interrupted as stopped:
+                if step > saved:
+                    save()
+                checkpoints.finish(last=True)
+                if hosts.is_first:
+                    done = "saved; run the same command to go on" if step else "before anything was to be saved"
+                    tqdm.write(f"stopped by {stopped.signal_name} after step {step}, {done}")
+                raise
+        if progress:
+            tqdm.write(f"where the time went\n{clocks.table(clocks.read(run_dir))}")
     return Model(config.model, merge(state.sampled, frozen))
+
+
+def _on_mesh(hosts: Hosts, mesh: Mesh, work: Callable[[], _T]) -> _T:
+    """The work's result, for which a signal need not wait. The mesh is one of a thread's own settings."""
+
+    def run() -> _T:
+        with jax.set_mesh(mesh):
+            return jax.block_until_ready(work())
+
+    hosts.point()
+    return hosts.wait(run)
+
+
+def _facts(config: TrainConfig, run_dir: Path, dataset: BucketedDataset, last: int | None) -> dict[str, Any]:
+    """What all hosts must have in common."""
+    values = configuration.to_json(config)
+    return {
+        "configuration": {line.split(":")[0]: line.split(": ")[1] for line in configuration.differences({}, values)},
+        "versions of the libraries": run_directory.versions(),
+        "data": dataset.fingerprint,
+        "order of the data": dataset.assignment,
+        "run directory in sight": (run_dir / "lock").read_text() if (run_dir / "lock").exists() else None,
+        "checkpoint to start from": last,
+    }
+
+
+def _set_aside(run_dir: Path, step: int) -> None:
+    for place in checkpoint.set_aside_after(run_dir, step):
+        tqdm.write(f"  a checkpoint after step {step} is now in {place}")
+
+
+def _checkpoints(config: TrainConfig, run_dir: Path, hosts: Hosts) -> Checkpoints:
+    options = config.checkpoint
+    return Checkpoints(
+        run_dir / "checkpoints",
+        options.keep,
+        keep_every_hours=options.keep_every_hours,
+        keep_best=options.keep_best,
+        go_on=options.on_failed_save is OnFailedSave.GO_ON,
+        agree=functools.partial(hosts.gather, stops=False),  # a checkpoint is written by all hosts, or by none
+    )
+
+
+class _Mean:
+    """Of one metric over the steps since it was last taken, read when it is taken."""
+
+    def __init__(self, name: str | None):
+        self._name, self._values = name, list[jax.Array]()
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        if self._name is None:
+            return
+        if self._name not in metrics:
+            known = ", ".join(nearest_first(self._name, metrics))
+            raise InputError(f"checkpoint.keep_best={self._name} is no metric. Known, nearest first: {known}")
+        self._values.append(metrics[self._name])
+
+    def take(self) -> dict[str, float] | None:
+        if self._name is None:
+            return None
+        values, self._values = self._values, []
+        return {self._name: float(np.mean(jax.device_get(values)))}
+
+
+@contextlib.contextmanager
+def _closing(batches: Any) -> Iterator[Any]:
+    """Ends the workers, unless the thread that waits for a batch was left there: it ends with the process."""
+    try:
+        yield batches
+    finally:
+        with contextlib.suppress(ValueError):  # generator already executing
+            batches.close()
+
+
+@contextlib.contextmanager
+def _naming_what_is_not_finite(
+    config: TrainConfig, run_dir: Path, hosts: Hosts, dataset: BucketedDataset
+) -> Iterator[None]:
+    try:
+        yield
+    except NonFinite as error:
+        path = run_dir / f"nonfinite_step_{error.step:08d}.json"
+        if hosts.is_first:
+            reporting.describe_nonfinite(config, path, error.step, dataset)
+        raise InputError(f"{error}. Its pictures, captions and key are in {path}") from error
 
 
 def _due(step: int, every: int | None, stop: int) -> bool:
@@ -146,185 +280,15 @@ def _due(step: int, every: int | None, stop: int) -> bool:
     return every is not None and (step % every == 0 or step == stop)
 
 
-def compiled(step: Step, mesh: Mesh, abstract: TrainState) -> Step:
-    """The step, compiled when first called. Its results stay where the state was: left to choose, XLA moves small
-    arrays, so that the next call compiles again, and a resumed run no longer repeats the last digits."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+def _look_due(config: TrainConfig, step: int) -> bool:
+    return bool(config.validation.prompts) and _due(step, config.validation.every_steps, config.training.steps)
 
 
-def _arguments(
-    config: TrainConfig,
-    mesh: Mesh,
-    dataset: BucketedDataset,
-    first: int,
-    abstract: TrainState,
-    abstract_frozen: Params,
-) -> dict[Bucket, tuple[TrainState, Params, Batch]]:
-    """What the step of each bucket that the run still needs is compiled for, in the order of need."""
-    cached, scored = config.data.cache is not None, config.data.aesthetic is not None
-    return {
-        bucket: (
-            abstract,
-            abstract_frozen,
-            compilation.abstract_batch(mesh, config.model, bucket, batch_size, cached=cached, scored=scored),
-        )
-        for bucket, batch_size in compilation.order_of_need(dataset, first, config.training.steps).items()
-    }
+def _is_there(run_dir: Path, step: int, hosts: Hosts) -> bool:
+    """Whether a step's pictures are, for the first host: what the others see may be older."""
+    return hosts.gather(str(reporting.grid_path(run_dir, step).exists()))[0] == "True"
 
 
 def _wandb(config: TrainConfig, run_dir: Path) -> WandbBoard | None:
     project = config.logging.wandb_project
     return None if project is None else WandbBoard(project, run_dir, configuration.to_json(config))
-
-
-def abstract_state(
-    config: TrainConfig, mesh: Mesh, optimiser: optax.GradientTransformation
-) -> tuple[TrainState, Params]:
-    """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
-    params = jax.eval_shape(functools.partial(models.init, config=config.model), jax.random.key(0))
-    trained, frozen = partition(params, config.training.trains)
-    state = jax.eval_shape(functools.partial(create, optimiser=optimiser, config=config.ema), trained)
-    return sharding.placed(mesh, state), sharding.placed(mesh, frozen)
-
-
-def _fresh(
-    config: TrainConfig,
-    optimiser: optax.GradientTransformation,
-    abstract: TrainState,
-    abstract_frozen: Params,
-    initial: dict[str, jax.Array],
-) -> tuple[TrainState, Params]:
-    """The state before the first step and the frozen parameters; each array is made where it belongs, or is the one
-    that `initial` has by its path."""
-
-    def make(key: jax.Array, initial: dict[str, jax.Array]) -> tuple[TrainState, Params]:
-        params = unflatten(flatten(models.init(key, config.model)) | initial)
-        trained, frozen = partition(params, config.training.trains)
-        return create(trained, optimiser, config.ema), frozen
-
-    places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
-    with warnings.catch_warnings():
-        # Of what trains, the average is a second copy: one of the two cannot be the array that was given.
-        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        start = jax.jit(make, out_shardings=places, donate_argnums=1)
-        return start(jax.random.key(config.training.seed), initial)
-
-
-def check_run(config: TrainConfig, run_dir: Path, dataset: BucketedDataset | None = None) -> None:
-    """Raises InputError if the directory holds another run, or something else; with `dataset`, also if that is no
-    longer the data that the run was started with."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
-            raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
-        return
-    saved = configuration.read_saved(path)
-    if changed := configuration.blocking_differences(saved["config"], configuration.to_json(config)):
-        shown = "\n  ".join(changed[:8])
-        raise InputError(
-            f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
-            f"{shown}\nUse the run's own configuration to go on with it, or another --run-dir"
-        )
-    if (saved["config"]["data"].get("cache") is None) != (config.data.cache is None):
-        raise InputError(
-            f"{run_dir} was started {'without' if config.data.cache else 'with'} a cache (data.cache), whose rounding "
-            "to bfloat16 is part of what is learnt. Go on in the same way, or choose another --run-dir"
-        )
-    if dataset is not None and saved.get("data_fingerprint") != dataset.fingerprint:
-        raise InputError(
-            f"{run_dir} was trained on other data: names, captions or sizes of the pictures in {dataset.where} have "
-            "changed since, or the weights of data.sources. Bring them back, or choose another --run-dir"
-        )
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: packages.version(name) for name in _LIBRARIES}}
-
-
-def _write_config(config: TrainConfig, run_dir: Path, dataset: BucketedDataset) -> None:
-    path = run_dir / "config.json"
-    partial = path.with_name("config.json.partial")
-    content = {
-        "config": configuration.to_json(config),
-        "data_fingerprint": dataset.fingerprint,
-        "versions": _versions(),
-        "commit": _commit(),
-    }
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, None for an installed package."""
-    head = Path(__file__).parents[2] / ".git" / "HEAD"
-    if not head.is_file():
-        return None
-    content = head.read_text().strip()
-    if not content.startswith("ref: "):
-        return content
-    name = content.removeprefix("ref: ")
-    loose, packed = head.parent / name, head.parent / "packed-refs"
-    if loose.is_file():
-        return loose.read_text().strip()
-    lines = packed.read_text().splitlines() if packed.is_file() else []
-    return next((line.split()[0] for line in lines if line.endswith(f" {name}")), None)
-
-
-def _announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, first: int) -> None:
-    tqdm.write(f"{run_dir}: {'starting' if not first else f'going on after step {first}'}")
-    for bucket in dataset.report():
-        if bucket.images:
-            notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
-            notes += ", which hold the same images several times" if bucket.repeated else ""
-            batches = f"{bucket.batches:.4g} batches of {bucket.batch_size} an epoch"
-            tqdm.write(f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {batches}{notes}")
-        if bucket.merged_into is not None:
-            height, width = bucket.merged_into
-            tqdm.write(f"  bucket {bucket.height}×{bucket.width}: too few images, merged into {height}×{width}")
-    if dataset.config.cache is not None:
-        tqdm.write(f"  latents and text states are read from {dataset.config.cache}")
-    if len(shares := dataset.shares()) > 1:
-        for share in shares:
-            tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of an epoch")
-    if small := dataset.too_small_count():
-        tqdm.write(f"  {small} images below data.min_size={dataset.config.min_size} left out")
-    if count := dataset.refused_count():
-        tqdm.write(f"  {count} files refused, the first: {next(dataset.refused()).file}")
-    images = len(dataset.source)
-    looked_at = range(0, images, max(1, images // _CAPTIONS_LOOKED_AT))
-    captions = [caption for image in looked_at for caption in dataset.source.captions(image)]
-    if cut := sum(count > 0 for count in tokenizer.truncated(captions)):
-        of = f" of {len(captions)} looked at" if len(looked_at) < images else ""
-        tqdm.write(f"  {cut} captions{of} are longer than 75 tokens and lose their end")
-
-
-def _look(config: TrainConfig, run_dir: Path, step: int, model: Model) -> None:
-    """Writes the validation grid: the averaged weights' pictures, from the same noise each time. It says so in its PNG
-    text."""
-    validation = config.validation
-    pictures, captions = [], []
-    for height, width in validation.sizes:
-        pictures += list(
-            pipeline.text_to_image(
-                model,
-                validation.prompts,
-                height=height,
-                width=width,
-                steps=validation.steps,
-                guidance=validation.guidance,
-                seed=_GRID_SEED,
-                compute=config.compute,
-            )
-        )
-        captions += list(validation.prompts)
-    sheet = contact_sheet(pictures, captions, columns=len(validation.prompts))
-    origin = {
-        "step": step,
-        "weights": "ema",
-        "seed": _GRID_SEED,
-        "steps": validation.steps,
-        "guidance": validation.guidance,
-    }
-    text = {name: str(value) for name, value in origin.items()}
-    save_png(sheet, run_dir / "samples" / f"step_{step:08d}.png", text)

@@ -1,13 +1,14 @@
 """Where a run's numbers go: RUN/metrics.jsonl with all digits, RUN/tensorboard, Weights & Biases if asked for, and the
 progress bar."""
 
+import functools
 import json
 import math
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from tensorboardX import SummaryWriter
@@ -25,19 +26,30 @@ _PAUSES = (Part.COMPILE, Part.SAVE, Part.EVALUATION)
 """What is no step's time."""
 
 
-class Speed(NamedTuple):
-    """What a share of peak is computed from."""
+class Speed:
+    """What a share of peak is computed from: model FLOPs of a step of each bucket, counted when first asked for."""
 
-    flops: Mapping[Bucket, float]
-    """Model FLOPs of a step of each bucket, over all devices."""
-    peak: float
-    """FLOP/s of all devices together."""
+    def __init__(self, flops: Callable[[Bucket], float], peak: float):
+        """flops: over all devices. peak: FLOP/s of all devices together."""
+        self.flops, self.peak = functools.cache(flops), peak
 
     @classmethod
-    def of(cls, flops: Mapping[Bucket, float], devices: Sequence[Any]) -> "Speed | None":
+    def of(cls, flops: Callable[[Bucket], float], devices: Sequence[Any]) -> "Speed | None":
         """devices: jax's, all of one kind. None where they have no known peak, as CPUs."""
         chip = hardware.chip_of(devices[0].device_kind)
         return None if chip is None else cls(flops, chip.flops_per_second * len(devices))
+
+
+class NonFinite(InputError):
+    """Raised when the numbers of that step are read; those of the steps before are written."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float):
+        super().__init__(
+            f"The loss of step {step} is {loss}, its gradient's norm {grad_norm}; step {step - 1} was the last with "
+            "finite ones. The run stops before this is saved. Lower optimiser.learning_rate, go on from the last "
+            "checkpoint with another training.seed in a new run, or skip such steps with training.on_nonfinite=skip"
+        )
+        self.step = step
 
 
 class MetricsWriter:
@@ -57,13 +69,16 @@ class MetricsWriter:
         clock: Clock | None = None,
         speed: Speed | None = None,
         board: "WandbBoard | None" = None,
+        writes: bool = True,
     ):
-        """Removes the lines of steps after `start`, which are about to be made again."""
-        self._path = run_dir / "metrics.jsonl"
-        self._images_seen, self.made_before = _cut_after(self._path, start) if self._path.exists() else (0, start)
+        """Removes the lines of steps after `start`, which are about to be made again. writes: one process of several
+        does; the others read the numbers all the same, and raise where it raises."""
+        self._path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
+        there = writes and self._path.exists()
+        self._images_seen, self.made_before = _cut_after(self._path, start) if there else (0, start)
         """`made_before`: the last step that an earlier start had made."""
         self._file = self._path.open("a", buffering=1)  # a line at a time: a kill loses the last one or two
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1) if writes else None
         self._wandb, self._speed, self._clock = board, speed, clock or Clock()
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, jax.Array], dict[str, float]] | None = None
@@ -76,7 +91,8 @@ class MetricsWriter:
         if kind is None:
             self.flush()
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
         self._bar.close()
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None)
@@ -101,15 +117,18 @@ class MetricsWriter:
         """Waits for the last step and brings all lines to the disk."""
         self.settle()
         self._file.flush()
-        os.fsync(self._file.fileno())
-        self._board.flush()
+        if self._board is not None:
+            os.fsync(self._file.fileno())
+            self._board.flush()
 
     def compiling(self, finished: int, total: int) -> None:
         """Says in the bar that the next step waits for its program."""
         self._bar.set_postfix_str(f"compiling {finished}/{total}")
 
-    def compiled(self) -> None:
-        """The waiting is over: the time left does not follow from it."""
+    def compiled(self, bucket: Bucket) -> None:
+        """The waiting is over: the time left does not follow from it. Counts the operations of that bucket's step."""
+        if self._speed is not None:
+            self._speed.flops(bucket)
         if not self._bar.disable:
             waited = self._clock.seconds()[Part.COMPILE] - self._noted[Part.COMPILE]
             self._bar.start_t += waited
@@ -135,17 +154,14 @@ class MetricsWriter:
             **times,
         }
         if self._speed is not None:
-            line["peak_share"] = self._speed.flops[bucket] / seconds / self._speed.peak
+            line["peak_share"] = self._speed.flops(bucket) / seconds / self._speed.peak
         if not math.isfinite(values["loss"] + values["grad_norm"]) and not values.get("skipped"):
-            raise InputError(
-                f"The loss of step {step} is {values['loss']}, its gradient's norm {values['grad_norm']}. The run "
-                "stops before this is saved. Lower optimiser.learning_rate, go on from the last checkpoint with "
-                "another training.seed in a new run, or skip such steps with training.on_nonfinite=skip"
-            )
+            raise NonFinite(step, values["loss"], values["grad_norm"])
         self._file.write(json.dumps(line) + "\n")
-        for name in _SCALARS:
-            if name in line:
-                self._board.add_scalar(name, line[name], step)
+        if self._board is not None:
+            for name in _SCALARS:
+                if name in line:
+                    self._board.add_scalar(name, line[name], step)
         if self._wandb is not None:
             self._wandb.log(line)
         shown = [f"loss {values['loss']:.4f}", f"{line['images_per_second']:.1f} images/s"]

@@ -1,0 +1,154 @@
+"""RUN, the folder of one run: whose it is, who writes in it, what its config.json says.
+
+Everything here is done before any work, so that a refusal costs nothing and changes nothing.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import platform
+import socket
+from collections.abc import Collection, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sdxl_jax import config as configuration
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
+
+_LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_FINGERPRINT = "data_fingerprint"
+
+
+def check_run(
+    config: TrainConfig, run_dir: Path, dataset: BucketedDataset | None = None, allow_changes: Collection[str] = ()
+) -> list[str]:
+    """Raises InputError if the directory holds another run, or something else; with `dataset`, also if that is no
+    longer the data that the run was started with.
+
+    allow_changes: fields, groups of them, or data_fingerprint, that may differ all the same. Returns the differences
+    that there are, as `configuration.differences` words them.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
+            raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
+        return []
+    saved = configuration.read_saved(path)
+    new = configuration.to_json(config)
+    blocking = configuration.blocking_differences(saved["config"], new)
+    if changed := [line for line in blocking if not configuration.is_within(line, allow_changes)]:
+        shown = "\n  ".join(changed[:8])
+        names = ",".join(line.split(":", 1)[0] for line in changed[:8])
+        raise InputError(
+            f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
+            f"{shown}\nUse the run's own configuration to go on with it, or another --run-dir. To go on with these "
+            f"changes, which alter what is learnt: --allow-changes {names}"
+        )
+    if (saved["config"]["data"].get("cache") is None) != (config.data.cache is None):
+        raise InputError(
+            f"{run_dir} was started {'without' if config.data.cache else 'with'} a cache (data.cache), whose rounding "
+            "to bfloat16 is part of what is learnt. Go on in the same way, or choose another --run-dir"
+        )
+    changed = configuration.differences(saved["config"], new)
+    if dataset is not None and saved.get(_FINGERPRINT) != dataset.fingerprint:
+        if not configuration.is_within(_FINGERPRINT, allow_changes):
+            raise InputError(
+                f"{run_dir} was trained on other data: names, captions or sizes of the pictures in {dataset.where} "
+                "have changed since, or the weights of data.sources. Bring them back, or choose another --run-dir. To "
+                f"go on with what is there now, in another order: --allow-changes {_FINGERPRINT}"
+            )
+        changed.append(f"{_FINGERPRINT}: {saved.get(_FINGERPRINT)} -> {dataset.fingerprint}")
+    return changed
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """The directory, made if need be, for this process alone; the system lets go of it however the process ends.
+
+    Raises InputError where another process has it, or where it cannot be written. Leaves nothing where nothing was.
+
+    On network file systems it depends on the server whether other machines see the lock: NFS 4 does that, object
+    stores mounted as a folder mostly do not.
+    """
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    path = run_dir / "lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "checkpoints").mkdir(exist_ok=True)
+        _try_writing(run_dir / "checkpoints")
+        file = path.open("a+")
+    except OSError as error:
+        raise InputError(
+            f"Nothing can be written in {run_dir} ({error}). Choose another --run-dir, or see to its permissions and "
+            "its room"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise InputError(
+                f"{run_dir} is in use by another process ({file.read().strip() or 'which has just begun'}). Wait for "
+                "it to end, stop it, or choose another --run-dir"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            # Whoever opened the file before has not got the lock, and gives up: nobody is left with a lock on no file.
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # not empty: there is a run
+                (run_dir / "checkpoints").rmdir()
+                for folder in made:
+                    folder.rmdir()
+
+
+def _try_writing(folder: Path) -> None:
+    probe = folder / f".probe-{os.getpid()}"
+    probe.write_bytes(b"can this be written?")
+    probe.unlink()
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
+
+
+def write_config(config: TrainConfig, run_dir: Path, dataset: BucketedDataset, step: int, changed: list[str]) -> None:
+    """config.json. changed: differences from what it says so far, which become part of its history."""
+    path = run_dir / "config.json"
+    history: list[Any] = configuration.read_saved(path).get("history", []) if path.exists() else []
+    if changed:
+        history.append({"after_step": step, "changed": changed})
+    content = {
+        "config": configuration.to_json(config),
+        _FINGERPRINT: dataset.fingerprint,
+        "versions": versions(),
+        "commit": commit(),
+        "history": history,
+    }
+    partial = path.with_name("config.json.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.replace(path)
+
+
+def commit() -> str | None:
+    """The commit of the source tree, None for an installed package."""
+    head = Path(__file__).parents[2] / ".git" / "HEAD"
+    if not head.is_file():
+        return None
+    content = head.read_text().strip()
+    if not content.startswith("ref: "):
+        return content
+    name = content.removeprefix("ref: ")
+    loose, packed = head.parent / name, head.parent / "packed-refs"
+    if loose.is_file():
+        return loose.read_text().strip()
+    lines = packed.read_text().splitlines() if packed.is_file() else []
+    return next((line.split()[0] for line in lines if line.endswith(f" {name}")), None)

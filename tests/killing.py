@@ -1,0 +1,252 @@
+"""Kills a training run at random moments, starts it again each time until it has come to its end, and compares it with
+a run that nobody disturbed: every line of metrics.jsonl, times aside, every bit of the last state, every picture.
+
+The moments are drawn from a seed, evenly over the time that an undisturbed run takes, its start included. Where each
+kill fell is what the run itself wrote last (killed_run.py), and "half-written checkpoint" where one lay there.
+
+By hand, for many kills: `python tests/killing.py --kills 200 --processes 2 --folder SCRATCH`. Each kill and each
+finished run is a line; the last line has the counts. From the repository's root, with tests/ on PYTHONPATH.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import compiling
+import numpy as np
+import tiny
+
+from sdxl_jax import config as configuration
+from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.interop import orbax
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.training.checkpoint import latest_step
+
+PROGRAM = Path(__file__).with_name("killed_run.py")
+TIMES = ("step_seconds", "images_per_second", "data_seconds")
+"""Of a line of metrics.jsonl: what another run has otherwise."""
+
+
+def train_config(folder: Path, steps: int) -> TrainConfig:
+    """The least that has all the phases of a run, because a start costs what tracing costs: one text encoder, one
+    level, one bucket. Checkpoints every three steps, pictures every four."""
+    base = tiny.train_config(folder, steps)
+    model = ModelConfig(
+        unet=UNetConfig((8,), 1, (1,), 1, (2,), context_dim=8, vector_dim=None, groups=4),
+        vae=VaeConfig(block_channels=(4,), resnets_per_block=1, groups=2),
+        text=(Tower("text_encoder", ClipTextConfig(8, 1, 2, 16), END_OF_TEXT),),
+        micro=None,
+        default_size=(16, 16),
+    )
+    return dataclasses.replace(
+        base,
+        model=model,
+        data=dataclasses.replace(base.data, buckets=((16, 16),), max_aspect_distance=10.0, batch_size=4),
+        checkpoint=configuration.CheckpointConfig(every_steps=3, keep=2),
+        validation=configuration.ValidationConfig(4, ("one", "two"), ((16, 16),), steps=2),
+    )
+
+
+@dataclasses.dataclass
+class Processes:
+    """One start of a run on one or several processes, over loopback."""
+
+    children: list[subprocess.Popen[bytes]]
+    phases: list[Path]
+
+    @classmethod
+    def start(
+        cls, config: TrainConfig, run_dir: Path, scratch: Path, count: int, log: Path | None = None
+    ) -> "Processes":
+        environment = compiling.environment(scratch / "compiled") | {"JAX_PLATFORMS": "cpu"}
+        if count > 1:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                address = f"localhost:{free.getsockname()[1]}"
+            environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        phases = [scratch / f"phase_{number}" for number in range(count)]
+        children = []
+        for number, phase in enumerate(phases):
+            phase.write_text("interpreter")
+            command = [
+                sys.executable,
+                str(PROGRAM),
+                json.dumps(configuration.to_json(config)),
+                str(run_dir),
+                str(phase),
+            ]
+            with (log or scratch / f"log_{number}").open("ab") as output:
+                children.append(
+                    subprocess.Popen(
+                        command,
+                        env=environment | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}),
+                        stdout=output,
+                        stderr=output,
+                    )
+                )
+        return cls(children, phases)
+
+    def wait(self, seconds: float) -> list[int] | None:
+        """The exit codes, None if a process is still there after that time."""
+        deadline = time.monotonic() + seconds
+        for child in self.children:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                return None
+        return [child.returncode for child in self.children]
+
+    def kill(self, numbers: list[int]) -> None:
+        for number in numbers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.children[number].pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        self.kill(list(range(len(self.children))))
+        for child in self.children:
+            child.wait()
+
+
+def undisturbed(config: TrainConfig, run_dir: Path, scratch: Path, count: int, limit: float = 600) -> float:
+    """Runs without a kill; the seconds that it took."""
+    began = time.monotonic()
+    processes = Processes.start(config, run_dir, scratch, count)
+    try:
+        codes = processes.wait(limit)
+    finally:
+        processes.end()
+    logs = [(scratch / f"log_{number}").read_text()[-3000:] for number in range(count)]
+    assert codes == [0] * count, f"{codes}\n" + "\n".join(logs)
+    return time.monotonic() - began
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what is a time."""
+    found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+def state(run_dir: Path) -> dict[str, bytes]:
+    """Of the newest checkpoint, by path: step, parameters, average, moments."""
+    newest = latest_step(run_dir / "checkpoints")
+    assert newest is not None
+    path = run_dir / "checkpoints" / str(newest)
+    leaves = orbax.leaves(path, orbax.metadata(path)[0])
+    return {name: leaf.read().tobytes() for name, leaf in leaves.items()}
+
+
+def pictures(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run_dir / "samples").iterdir())}
+
+
+def assert_same_run(run_dir: Path, whole: Path) -> None:
+    assert lines(run_dir) == lines(whole)
+    assert state(run_dir) == state(whole)
+    assert pictures(run_dir) == pictures(whole)
+    for folder in (".", "checkpoints", "samples"):  # nothing half-written is left
+        names = [sorted(path.name for path in (place / folder).iterdir()) for place in (run_dir, whole)]
+        assert names[0] == names[1]
+
+
+def _half_written(run_dir: Path) -> set[tuple[str, float]]:
+    """Checkpoints that lie there under Orbax's temporary name, with the time when they were begun."""
+    return {(path.name, path.stat().st_ctime) for path in run_dir.glob("checkpoints/*tmp*")}
+
+
+def campaign(
+    config: TrainConfig,
+    whole: Path,
+    scratch: Path,
+    processes: int,
+    kills: int,
+    span: float,
+    seed: int,
+    say: Callable[[str], object] = lambda line: None,
+) -> Counter[str]:
+    """So many kills, over as many runs as that takes; each run is brought to its end and compared with `whole`.
+
+    A kill hits one of the processes at a moment up to `span` seconds after the start, and the others shortly after.
+    Returns how many fell in which phase.
+    """
+    rng = np.random.default_rng(seed)
+    counts: Counter[str] = Counter()
+    run, begun = 0, time.monotonic()
+    while True:
+        run_dir = scratch / f"killed_{run}"
+        before = _half_written(run_dir)
+        started = Processes.start(config, run_dir, scratch, processes)
+        try:
+            left = kills - counts.total()
+            codes = started.wait(float(rng.uniform(0, span)) if left else 600)
+            if codes is None:
+                assert left, "it hangs"
+                victim = int(rng.integers(processes))
+                phase = started.phases[victim].read_text()
+                started.kill([victim])
+                if processes > 1:
+                    time.sleep(float(rng.uniform(0, 0.3)))  # the others notice, or not yet
+        finally:
+            started.end()
+        if codes is None:
+            if _half_written(run_dir) - before:
+                phase = "half-written checkpoint"
+            counts[phase] += 1
+            say(f"{time.monotonic() - begun:7.0f} s  kill {counts.total()} of run {run}: {phase}")
+            continue
+        log = "\n".join((scratch / f"log_{number}").read_text()[-3000:] for number in range(processes))
+        assert codes == [0] * processes, f"{codes}\n{log}"
+        assert_same_run(run_dir, whole)
+        say(f"{time.monotonic() - begun:7.0f} s  run {run} has come to its end, the same")
+        shutil.rmtree(run_dir)
+        run += 1
+        if not left:
+            return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True)
+    config = train_config(tiny.make_folder(options.folder / "pictures"), options.steps)
+    spans = []
+    for name in ("whole", "again"):  # the second finds everything compiled, as every restart does
+        spans.append(undisturbed(config, options.folder / name, options.folder, options.processes))
+        print(f"undisturbed: {spans[-1]:.1f} s", flush=True)
+    assert_same_run(options.folder / "again", options.folder / "whole")
+    counts = campaign(
+        config,
+        options.folder / "whole",
+        options.folder,
+        options.processes,
+        options.kills,
+        spans[-1],
+        options.seed,
+        functools.partial(print, flush=True),
+    )
+    print(f"{counts.total()} kills, {options.processes} processes, all runs the same: {dict(counts.most_common())}")
+
+
+if __name__ == "__main__":
+    main()

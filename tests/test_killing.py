@@ -1,0 +1,102 @@
+"""Killed at any moment, a run comes to what it would have been: three kills by default, 200 with `-m slow`.
+
+How many: the environment variable KILLS. The harness, and how to run it by hand with a log, is killing.py.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import killing
+import pytest
+import tiny
+
+from sdxl_jax.config import TrainConfig
+
+KILLS = int(os.environ.get("KILLS", "200"))
+
+
+class Whole(NamedTuple):
+    """A run that nobody disturbed."""
+
+    config: TrainConfig
+    scratch: Path
+    folder: Path
+    seconds: float
+
+
+def whole_run(scratch: Path, processes: int, steps: int) -> Whole:
+    config = killing.train_config(tiny.make_folder(scratch / "pictures"), steps)
+    seconds = killing.undisturbed(config, scratch / "whole", scratch, processes)
+    return Whole(config, scratch, scratch / "whole", seconds)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return whole_run(tmp_path_factory.mktemp("alone"), 1, 7)
+
+
+def test_run_killed_three_times_is_the_undisturbed_run(whole: Whole) -> None:
+    counts = killing.campaign(whole.config, whole.folder, whole.scratch, 1, 3, whole.seconds, seed=1)
+    assert counts.total() == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_killed_many_times_is_the_undisturbed_run(tmp_path: Path, processes: int) -> None:
+    run = whole_run(tmp_path, processes, 18)
+    counts = killing.campaign(run.config, run.folder, tmp_path, processes, KILLS, run.seconds, 0, print)
+    assert counts.total() == KILLS
+
+
+def stopped(whole: Whole, folder: Path, processes: int, phase: str, victim: int, number: int = signal.SIGTERM) -> float:
+    """Signals one process when it is in that phase, lets all end by themselves, and goes on to the end. Seconds from
+    the signal to the end."""
+    started = killing.Processes.start(whole.config, folder, whole.scratch, processes)
+    try:
+        deadline = time.monotonic() + 300
+        while started.phases[victim].read_text() != phase:
+            assert time.monotonic() < deadline
+            assert started.children[victim].poll() is None
+            time.sleep(0.01)
+        started.children[victim].send_signal(number)
+        told = time.monotonic()
+        codes = started.wait(120)
+        seconds = time.monotonic() - told
+    finally:
+        started.end()
+    assert codes == [0] * processes, (whole.scratch / f"log_{victim}").read_text()[-3000:]
+    assert not (folder / "lock").exists()
+    killing.undisturbed(whole.config, folder, whole.scratch, processes)
+    killing.assert_same_run(folder, whole.folder)
+    return seconds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["start-up", "compiling", "step", "evaluation"])
+def test_sigterm_saves_and_ends_with_exit_code_0(whole: Whole, phase: str) -> None:
+    assert stopped(whole, whole.scratch / f"stopped_in_{phase}", 1, phase, 0) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["compiling", "step", "evaluation"])  # before they have joined, none tells another
+def test_sigterm_on_one_of_two_hosts_stops_both_at_the_same_step(tmp_path: Path, phase: str) -> None:
+    two = whole_run(tmp_path, 2, 7)
+    assert stopped(two, tmp_path / "stopped", 2, phase, victim=1) < 30
+
+
+@pytest.mark.slow
+def test_survivor_of_a_killed_host_ends_by_itself(tmp_path: Path) -> None:
+    config = killing.train_config(tiny.make_folder(tmp_path / "pictures"), 100_000)
+    started = killing.Processes.start(config, tmp_path / "run", tmp_path, 2)
+    try:
+        while started.phases[1].read_text() != "step":
+            time.sleep(0.05)
+        started.kill([1])
+        codes = started.wait(150)  # jax's heartbeat is given up after 100 s
+    finally:
+        started.end()
+    assert codes is not None
+    assert codes[0] != 0
