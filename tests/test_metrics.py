@@ -5,7 +5,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import command
 import jax
@@ -61,7 +61,7 @@ def make_steps(writer: MetricsWriter, clock: Clock, time: Time, steps: range, co
             with clock.during(Part.COMPILE):
                 writer.compiling(step, 40)
                 time.sleep(7)
-            writer.compiled()
+            writer.compiled(BUCKET)
         with clock.during(Part.DATA):
             time.sleep(0.5)
         with clock.during(Part.STEP):
@@ -77,7 +77,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_step_seconds_are_without_compiling_and_saving(tmp_path: Path, clock: Clock, time: Time) -> None:
-    speed = Speed(flops={BUCKET: 3e12}, peak=10e12)
+    speed = Speed(lambda _: 3e12, peak=10e12)
     with MetricsWriter(tmp_path, 0, 4, False, clock, speed) as writer:
         make_steps(writer, clock, time, range(1, 5), compiling=(1, 3))
     for line in lines(tmp_path):
@@ -108,7 +108,7 @@ def test_resumed_lines_are_the_same_but_for_times(tmp_path: Path, clock: Clock, 
 def test_bar_tells_loss_speed_share_of_peak_data_and_compiling(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with MetricsWriter(tmp_path, 0, 4, True, clock, Speed({BUCKET: 3e12}, 10e12)) as writer:
+    with MetricsWriter(tmp_path, 0, 4, True, clock, Speed(lambda _: 3e12, 10e12)) as writer:
         make_steps(writer, clock, time, range(1, 5), compiling=(3,))
     shown = capsys.readouterr().err
     assert "compiling 3/40" in shown
@@ -290,6 +290,6 @@ def test_chips_are_known_by_jax_names() -> None:
     assert v5p is not None and v5p is hardware.V5P and v5p.flops_per_second == 459e12
     assert hardware.chip_of("TPU v5 lite") is hardware.V5E
     assert hardware.chip_of("cpu") is None
-    assert Speed.of({}, jax.devices()) is None
-    v6e = types.SimpleNamespace(device_kind="TPU v6e")
-    assert Speed.of({BUCKET: 1e15}, cast(Any, [v6e] * 4)) == ({BUCKET: 1e15}, 4 * 918e12)
+    assert Speed.of(lambda _: 1e15, jax.devices()) is None
+    speed = Speed.of(lambda _: 1e15, [types.SimpleNamespace(device_kind="TPU v6e")] * 4)
+    assert speed is not None and speed.peak == 4 * 918e12

@@ -41,7 +41,7 @@ from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import checkpoint, clock, compilation, loop, optimiser, run_directory, start
+from sdxl_jax.training import checkpoint, clock, compilation, loop, optimiser, reporting, run_directory, start
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, weight_at
 from sdxl_jax.training.metrics import TIMES, MetricsWriter
