@@ -36,7 +36,7 @@ from sdxl_jax.training.checkpoint import Checkpoints, latest_step, restore, rest
 from sdxl_jax.training.clock import Clock, Part, TimeLog
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.encoding import check_frozen, from_cache
-from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.training.initial import check_initial, initial_weights
 from sdxl_jax.training.metrics import MetricsWriter, WandbBoard
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Step, make_step
@@ -71,6 +71,8 @@ def train(
         compilation.use_cache(config.training.compilation_cache)
     check_run(config, run_dir)
     check_frozen(config)
+    if latest_step(run_dir / "checkpoints") is None:
+        check_initial(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
     tokenizer = Tokenizer.of(config.model.text)
