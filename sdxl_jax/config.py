@@ -65,6 +65,8 @@ class TrainingConfig:
     init_from: tuple[str, ...] = ()
     """Models, or networks alone, in any layout, whose weights a new run starts from; the last one wins. A part that is
     in none of them starts from random weights."""
+    init_parts: tuple[str, ...] | None = None
+    """Parts of the model that are taken of `init_from`, e.g. ("vae", "text_encoder"); None: all that are there."""
     compile_ahead: CompileAhead = CompileAhead.BACKGROUND
     """When the steps of the buckets are compiled: beside training, before it, or each when it is needed."""
     compile_threads: int = 1
@@ -181,6 +183,11 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise InputError(f"{name}={value} is out of range. Give {expected}")
+        if self.training.init_parts is not None and not self.training.init_from:
+            raise InputError(
+                f"training.init_parts={self.training.init_parts} has no effect without training.init_from. Name the "
+                "models to take them of, or leave it out (None)"
+            )
         self.loss.check(self.model.schedule.timesteps)
         self.optimiser.check()
         self.ema.check()
@@ -237,6 +244,7 @@ MAY_CHANGE = (
     "training.compile_ahead",
     "training.compile_threads",
     "training.init_from",
+    "training.init_parts",
     "validation",
 )
 """Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. Folders may have

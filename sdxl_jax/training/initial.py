@@ -17,19 +17,54 @@ from sdxl_jax.loading import load_weights
 from sdxl_jax.opening import open_model
 
 
+def check_initial(config: TrainConfig) -> None:
+    """Raises InputError where `initial_weights` would; only headers are read."""
+    _opened(config)
+
+
 def initial_weights(
     config: TrainConfig, mesh: Mesh, *, parts: Collection[str] | None = None, progress: bool = True
 ) -> dict[str, jax.Array]:
     """The parameters that `training.init_from` gives, by path, float32 and where they belong.
 
-    parts: those that are wanted, None for all. Raises InputError for a part that the model lacks, or has otherwise.
+    parts: those that are wanted, None for all. Raises InputError for a path without a model, and for a part that the
+    model lacks, or has otherwise.
     """
     initial: dict[str, jax.Array] = {}
-    wanted = part_configs(config.model)
+    for path, weights in zip(config.training.init_from, _opened(config, parts), strict=True):
+        if "unet" in weights.parts and weights.config.prediction is not config.model.prediction:
+            had, has = weights.config.prediction.value, config.model.prediction.value
+            tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
+        initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
+    return initial
+
+
+def _opened(config: TrainConfig, parts: Collection[str] | None = None) -> list[Weights]:
+    """What is at each path of `training.init_from`, not read yet: of `parts` what is to be taken, and fits."""
+    opened: list[Weights] = []
+    wanted, taken = part_configs(config.model), config.training.init_parts
+    if unknown := [part for part in taken or () if part not in wanted]:
+        raise InputError(
+            f"training.init_parts has {', '.join(unknown)}, which this model does not have. Its parts are "
+            f"{', '.join(wanted)}"
+        )
+    missing = set(taken or ())
     for path in config.training.init_from:
-        weights = open_model(path)
+        try:
+            weights = open_model(path)
+        except InputError as error:
+            raise InputError(
+                f"training.init_from={path} cannot be opened: {error}. If it is the run of the stage before, train "
+                "that first (docs/guides/recipe.md); weights of others are downloaded first"
+            ) from error
+        if taken is not None:
+            weights = _only(weights, taken)
+            missing -= set(weights.parts)
         if unknown := [part for part in weights.parts if part not in wanted]:
-            raise InputError(f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have")
+            raise InputError(
+                f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have. Choose with "
+                f"training.init_parts what is to be taken of {', '.join(wanted)}"
+            )
         weights = _only(weights, parts or wanted)
         for part in weights.parts:
             have, want = (configuration.to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
@@ -38,13 +73,16 @@ def initial_weights(
             if differences := configuration.differences(have, want):
                 raise InputError(
                     f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
-                    f"file -> in the model). Set {_field_of(part, config)} to the file's configuration"
+                    f"file -> in the model). Set {_field_of(part, config)} to the file's configuration, or leave the "
+                    f"{part} out of training.init_parts"
                 )
-        if "unet" in weights.parts and weights.config.prediction is not config.model.prediction:
-            had, has = weights.config.prediction.value, config.model.prediction.value
-            tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
-        initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
-    return initial
+        opened.append(weights)
+    if missing:
+        raise InputError(
+            f"training.init_parts wants {', '.join(sorted(missing))}, which none of training.init_from="
+            f"{config.training.init_from} holds. Add a model with it, or leave it out"
+        )
+    return opened
 
 
 def _only(weights: Weights, parts: Collection[str]) -> Weights:

@@ -32,7 +32,7 @@ from sdxl_jax.training.clock import Clock, Part, TimeLog
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.encoding import check_frozen, from_cache
 from sdxl_jax.training.hosts import Hosts, Interrupted
-from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.training.initial import check_initial, initial_weights
 from sdxl_jax.training.metrics import MetricsWriter, NonFinite, Speed, WandbBoard
 from sdxl_jax.training.run_directory import check_run
 from sdxl_jax.training.state import merge
@@ -73,6 +73,8 @@ def train(
             compilation.use_cache(config.training.compilation_cache)
         check_run(config, run_dir, allow_changes=allow_changes)
         check_frozen(config)
+        if checkpoint.latest_step(run_dir / "checkpoints") is None:
+            check_initial(config)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
         tokenizer = Tokenizer.of(config.model.text)

@@ -1,0 +1,45 @@
+"""SDXL refiner: another network, for the 200 lowest timesteps, which is told an aesthetic score.
+
+hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hours      unknown
+metric     none measured
+command    sdxl-jax train configs/sdxl_refiner.py --run-dir runs/sdxl_refiner
+last run   never at full size; the tests run its twin, configs/tiny/sdxl_refiner.py
+
+Works on the latents of the base: it takes autoencoder and text encoder of runs/sdxl_base_1024_multi_aspect. Its UNet
+has other shapes (384 channels, one text encoder), so nothing of the base's fits and it starts from random weights, as
+the separate model of arXiv:2307.01952, section 2.5. Every picture needs a number `aesthetic` (`sdxl-jax data inspect`
+lists what there is). The paper tells neither steps, batch size nor rate; those here are ours: docs/guides/recipe.md.
+"""
+
+from sdxl_jax.config import CheckpointConfig, CompileAhead, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.buckets import SDXL_BUCKETS
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.diffusion.loss import LossConfig
+from sdxl_jax.model import SDXL_REFINER
+from sdxl_jax.models.layers import Attention, Compute, Dtype, Remat
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.ema import EmaConfig
+from sdxl_jax.training.optimiser import OptimiserConfig
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(folder="data/shards", buckets=SDXL_BUCKETS, batch_size=1024, aesthetic="aesthetic"),
+        model=SDXL_REFINER,
+        compute=Compute(dtype=Dtype.BFLOAT16, attention=Attention.AUTO, remat=Remat.BLOCK),
+        mesh=MeshConfig(data=-1, fsdp=8),
+        loss=LossConfig(timesteps=(0, 200)),
+        optimiser=OptimiserConfig(learning_rate=1e-4, warmup_steps=10_000, weight_decay=0.01),
+        ema=EmaConfig(decay=0.9999),
+        training=TrainingConfig(
+            steps=200_000,
+            caption_dropout=0.1,
+            init_from=("runs/sdxl_base_1024_multi_aspect",),
+            init_parts=("vae", "text_encoder_2"),
+            compile_ahead=CompileAhead.BACKGROUND,
+        ),
+        checkpoint=CheckpointConfig(every_steps=2000, keep=3),
+        # From pure noise it draws nothing: it has never seen any. It is judged on what the base has drawn.
+        validation=ValidationConfig(every_steps=None),
+    )

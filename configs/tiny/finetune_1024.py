@@ -1,0 +1,13 @@
+"""The twin of configs/finetune_1024.py for any machine: the same run, tiny. See sdxl_jax/twin.py.
+
+command    sdxl-jax train configs/tiny/finetune_1024.py --run-dir tiny/runs/finetune_1024
+"""
+
+from pathlib import Path
+
+from sdxl_jax.config import TrainConfig, load
+from sdxl_jax.twin import tiny
+
+
+def get_config() -> TrainConfig:
+    return tiny(load(Path(__file__).parents[1] / "finetune_1024.py"))

@@ -1,0 +1,13 @@
+"""The twin of configs/sdxl_base_1024_multi_aspect.py for any machine: the same run, tiny. See sdxl_jax/twin.py.
+
+command    sdxl-jax train configs/tiny/sdxl_base_1024_multi_aspect.py --run-dir tiny/runs/sdxl_base_1024_multi_aspect
+"""
+
+from pathlib import Path
+
+from sdxl_jax.config import TrainConfig, load
+from sdxl_jax.twin import tiny
+
+
+def get_config() -> TrainConfig:
+    return tiny(load(Path(__file__).parents[1] / "sdxl_base_1024_multi_aspect.py"))

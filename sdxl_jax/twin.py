@@ -1,0 +1,126 @@
+"""The tiny twin of a configuration: the same run in seconds on a CPU, to see that all of it fits together.
+
+Only what `SHRUNK` lists is changed: sizes of the networks and of pictures, how many of everything, the mesh, and where
+files are. What is learnt and how stays: prediction, loss, conditioning, precision, rematerialisation, optimiser,
+average.
+"""
+
+import math
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from sdxl_jax.conditioning.text import Tower
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.sharding import MeshConfig
+
+SMALLER = 8
+"""How many times smaller sides of pictures are."""
+STEPS = 3
+
+SHRUNK = (
+    *("data.buckets", "data.min_size", "data.batch_size", "data.batch_pixels"),
+    *("data.folder", "data.sources", "data.cache"),
+    *("model.unet.block_channels", "model.unet.resnets_per_block", "model.unet.transformer_depth"),
+    *("model.unet.middle_depth", "model.unet.heads", "model.unet.context_dim", "model.unet.vector_dim"),
+    *("model.unet.groups", "model.vae.block_channels", "model.vae.resnets_per_block", "model.vae.groups"),
+    *("model.text", "model.micro.embedding_dim", "model.default_size"),
+    *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices"),
+    *("optimiser.warmup_steps", "optimiser.accumulate"),
+    *("training.steps", "training.init_from", "training.compilation_cache"),
+    *("checkpoint.every_steps", "checkpoint.keep"),
+    *("validation.every_steps", "validation.prompts", "validation.sizes", "validation.steps"),
+)
+"""Fields that a twin may have otherwise; all others are the same. Of `model.text` the towers' widths, layers, heads and
+projections."""
+
+
+def tiny(config: TrainConfig, root: str = "tiny") -> TrainConfig:
+    """The twin of a configuration.
+
+    root: folder that takes the place of the current one in all its paths, so that the twins of stages find each other's
+    runs, and no run at full size: runs/sdxl_base_256 becomes tiny/runs/sdxl_base_256.
+
+    Of many buckets there are left the widest, the squarest and the tallest.
+    """
+    data, training, validation = config.data, config.training, config.validation
+
+    def place(path: str) -> str:
+        return str(PurePosixPath(root, path))
+
+    return replace(
+        config,
+        data=replace(
+            data,
+            folder=None if data.folder is None else place(data.folder),
+            sources=tuple(replace(source, folder=place(source.folder)) for source in data.sources),
+            cache=None if data.cache is None else place(data.cache),
+            buckets=tuple(_smaller(size) for size in _extremes(data.buckets)),
+            min_size=max(1, data.min_size // SMALLER),
+            batch_size=8,
+            batch_pixels=None,
+        ),
+        model=_small_model(config.model),
+        mesh=MeshConfig(),
+        optimiser=replace(config.optimiser, warmup_steps=min(1, config.optimiser.warmup_steps), accumulate=1),
+        training=replace(
+            training,
+            steps=STEPS,
+            init_from=tuple(map(place, training.init_from)),
+            compilation_cache=None if training.compilation_cache is None else place(training.compilation_cache),
+        ),
+        checkpoint=replace(config.checkpoint, every_steps=1, keep=STEPS),
+        validation=replace(
+            validation,
+            every_steps=None if validation.every_steps is None else STEPS,
+            prompts=validation.prompts[:1],
+            sizes=tuple(_smaller(size) for size in validation.sizes[:1]),
+            steps=2,
+        ),
+    )
+
+
+def _smaller(size: tuple[int, int]) -> tuple[int, int]:
+    """A size in multiples of 64, which buckets have, to one in multiples of 8, which the autoencoder needs."""
+    height, width = size
+    return height // SMALLER, width // SMALLER
+
+
+def _extremes(buckets: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+    def log_aspect(size: tuple[int, int]) -> float:
+        return math.log(size[0] / size[1])
+
+    squarest = min(buckets, key=lambda size: abs(log_aspect(size)))
+    return tuple(dict.fromkeys((min(buckets, key=log_aspect), squarest, max(buckets, key=log_aspect))))
+
+
+def _small_model(config: ModelConfig) -> ModelConfig:
+    """The same levels, blocks of the same kinds, and widths in about the same proportions."""
+    towers = tuple(map(_small_tower, config.text))
+    micro = None if config.micro is None else replace(config.micro, embedding_dim=4)
+    pooled, unet = towers[-1].clip.projection_dim, config.unet
+    return replace(
+        config,
+        unet=replace(
+            unet,
+            block_channels=tuple(8 * (channels // unet.block_channels[0]) for channels in unet.block_channels),
+            resnets_per_block=1,
+            transformer_depth=tuple(min(2, depth) for depth in unet.transformer_depth),
+            middle_depth=min(2, unet.middle_depth),
+            heads=tuple(heads // 5 for heads in unet.heads),  # SDXL: 1, 2, 4
+            context_dim=sum(tower.clip.width for tower in towers),
+            vector_dim=None if micro is None or pooled is None else pooled + micro.vector_dim,
+            groups=4,
+        ),
+        vae=replace(config.vae, block_channels=(4,) * len(config.vae.block_channels), resnets_per_block=1, groups=2),
+        text=towers,
+        micro=micro,
+        default_size=_smaller(config.default_size),
+    )
+
+
+def _small_tower(tower: Tower) -> Tower:
+    width = tower.clip.width // 64  # L, H and bigG keep different widths: 12, 16, 20
+    projection = None if tower.clip.projection_dim is None else width
+    clip = replace(tower.clip, width=width, layers=2, heads=2, mlp_width=2 * width, projection_dim=projection)
+    return replace(tower, clip=clip)

@@ -1,0 +1,258 @@
+"""The promises of configs/: every recipe loads, fits its mesh, and runs; each stage goes on from the one before.
+
+What runs are the tiny twins, which differ from the recipes in sizes alone. The recipes are traced, never made.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from PIL import Image
+
+from sdxl_jax import config as configuration
+from sdxl_jax import model, sharding
+from sdxl_jax.arrays import Params, flatten
+from sdxl_jax.conditioning.micro import Numbers
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.converting import convert
+from sdxl_jax.data.buckets import SDXL_BUCKETS
+from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.errors import InputError
+from sdxl_jax.loading import load_model
+from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.models.layers import Dtype, Remat
+from sdxl_jax.sharding import AXES
+from sdxl_jax.training import loop, optimiser
+from sdxl_jax.training.state import create, partition
+from sdxl_jax.twin import SHRUNK, STEPS, tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STAGES = ("sdxl_base_256", "sdxl_base_512", "sdxl_base_1024_multi_aspect", "sdxl_refiner")
+OTHERS = ("finetune_1024", "sd15", "sd21_v")
+NAMES = STAGES + OTHERS
+PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
+PUBLISHED |= {"stable-diffusion-2": "sd21_v"}
+"""Weights that recipes start from, and the recipe whose model they are of."""
+UNET_PARAMETERS = {
+    "sdxl_refiner": 2_259_526_660,
+    "sd15": 859_520_964,
+    "sd21_v": 865_910_724,
+}
+SDXL_BASE_PARAMETERS = 2_567_463_684
+
+
+@functools.cache
+def recipe(name: str) -> TrainConfig:
+    return configuration.load(CONFIGS / f"{name}.py")
+
+
+def test_every_recipe_is_tested_and_has_its_twin() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*NAMES, "quickstart"}
+    assert {path.stem for path in (CONFIGS / "tiny").glob("*.py")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_says_what_the_recipe_needs_and_reaches(name: str) -> None:
+    header = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
+    rows = dict(line.split(maxsplit=1) for line in header.split("\n\n")[1].replace("last run", "last_run").splitlines())
+    assert list(rows) == ["hardware", "hours", "metric", "command", "last_run"]
+    assert rows["command"].startswith(f"sdxl-jax train configs/{name}.py --run-dir runs/{name}")
+
+
+@functools.cache
+def abstract_parameters(config: ModelConfig) -> Params:
+    return jax.eval_shape(functools.partial(model.init, config=config), jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_is_of_the_published_size_and_fits_its_mesh(name: str) -> None:
+    config = recipe(name)
+    config.check()
+    params = abstract_parameters(config.model)
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params["unet"]))
+    assert size == UNET_PARAMETERS.get(name, SDXL_BASE_PARAMETERS)
+    trained, frozen = partition(params, config.training.trains)
+    update = optimiser.make(config.optimiser, config.training.steps)
+    state = jax.eval_shape(functools.partial(create, optimiser=update, config=config.ema), trained)
+    arranged = config.mesh
+    assert arranged.data == -1
+    for devices in (8, 64, 256):
+        data = devices // (arranged.fsdp * arranged.tensor * arranged.slices)
+        mesh = AbstractMesh((arranged.slices, data, arranged.fsdp, arranged.tensor), AXES)
+        sharding.place(mesh, (state, frozen))  # raises where an axis does not divide
+        if devices <= config.data.batch_size:  # a fine-tune's batch is for fewer devices
+            sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
+
+
+def test_numbers_are_those_of_the_paper() -> None:
+    stages = [recipe(name) for name in STAGES]
+    assert [config.training.steps for config in stages[:2]] == [600_000, 200_000]
+    assert stages[0].data.batch_size == 2048
+    assert [config.data.buckets for config in stages] == [((256, 256),), ((512, 512),), SDXL_BUCKETS, SDXL_BUCKETS]
+    assert [config.loss.offset_noise for config in stages] == [0, 0, 0.05, 0]
+    assert [config.loss.timesteps for config in stages] == [None, None, None, (0, 200)]
+    assert stages[3].model.micro is not None
+    assert stages[3].model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
+    assert [config.model.prediction for config in stages] == [Prediction.EPSILON] * 4
+    sd21 = recipe("sd21_v")
+    assert (sd21.model.prediction, sd21.data.buckets) == (Prediction.V, ((768, 768),))
+
+
+def changed(name: str) -> set[str]:
+    full, twin = recipe(name), configuration.load(CONFIGS / "tiny" / f"{name}.py")
+    lines = configuration.differences(configuration.to_json(full), configuration.to_json(twin))
+    return {line.split(":", 1)[0] for line in lines}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twin_differs_in_sizes_alone(name: str) -> None:
+    assert changed(name) <= set(SHRUNK)
+    full, twin = recipe(name), tiny(recipe(name))
+    assert (twin.compute, twin.loss, twin.ema) == (full.compute, full.loss, full.ema)
+    assert twin.compute.dtype is Dtype.BFLOAT16
+    assert twin.compute.remat is Remat.BLOCK
+    sizes = ("width", "layers", "heads", "mlp_width", "projection_dim")
+    for large, small in zip(full.model.text, twin.model.text, strict=True):
+        same = {field: getattr(large.clip, field) for field in sizes}
+        assert dataclasses.replace(small, clip=dataclasses.replace(small.clip, **same)) == large
+
+
+# The twins run
+
+
+class Chain(NamedTuple):
+    root: Path
+    """The folder of their data, weights and runs."""
+    configs: dict[str, TrainConfig]
+
+
+def make_pictures(folder: Path) -> None:
+    """Eight in each of three shapes, two of the shapes long, with a score."""
+    folder.mkdir(parents=True)
+    rng, lines = np.random.default_rng(0), []
+    for number in range(24):
+        height, width = [(64, 256), (130, 129), (260, 64)][number % 3]
+        name = f"{number:02d}.png"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": f"picture number {number}", "aesthetic": 4 + number / 10}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def twin(name: str, root: Path) -> TrainConfig:
+    """Small pictures are kept, and none are drawn: the sampler has its own tests, and costs as much to compile."""
+    config = tiny(recipe(name), str(root))
+    validation = dataclasses.replace(config.validation, every_steps=None)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, min_size=1), validation=validation)
+
+
+@pytest.fixture(scope="module")
+def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """Data and weights where the twins look for them, and the stages trained, one after the other."""
+    root = tmp_path_factory.mktemp("recipes")
+    make_pictures(root / "data" / "shards")
+    (root / "weights").mkdir()
+    configs = {name: twin(name, root) for name in NAMES}
+    for number, (file, name) in enumerate(PUBLISHED.items()):
+        config, rng = configs[name].model, np.random.default_rng(number)
+        # As random as trained ones, and nothing to compile; small, so that no prediction overflows.
+        params = jax.tree.map(
+            lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_parameters(config)
+        )
+        convert(Model(config, params), root / "weights" / file, "single-file" if "." in file else "diffusers", False)
+    for name in NAMES:
+        loop.train(configs[name], root / "runs" / name, progress=False)
+    return Chain(root, configs)
+
+
+def lines_of(chain: Chain, name: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (chain.root / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_twin_trains(chain: Chain, name: str) -> None:
+    lines = lines_of(chain, name)
+    assert [line["step"] for line in lines] == [1, 2, 3] == list(range(1, STEPS + 1))
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    before, after = (flatten(load_model(checkpoint(chain, name, step)).params) for step in (1, STEPS))
+    moved = {path.split("/")[0] for path in after if not np.array_equal(before[path], after[path])}
+    assert moved == {"unet"}
+
+
+def checkpoint(chain: Chain, name: str, step: int) -> Path:
+    return chain.root / "runs" / name / "checkpoints" / str(step)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stage_starts_from_what_it_names_bit_for_bit(chain: Chain, name: str) -> None:
+    """The averaged weights. The first step of the warm-up has a rate of zero, so that its checkpoint has them still."""
+    assert lines_of(chain, name)[0]["learning_rate"] == 0
+    (source,) = chain.configs[name].training.init_from
+    theirs = flatten(load_model(source).params)
+    ours = flatten(load_model(checkpoint(chain, name, 1)).params)
+    parts = chain.configs[name].training.init_parts
+    taken = [path for path in ours if parts is None or path.split("/")[0] in parts]
+    assert {path.split("/")[0] for path in taken} == set(parts or {path.split("/")[0] for path in ours})
+    for path in taken:
+        np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
+
+
+@pytest.mark.parametrize("name", STAGES[1:])
+def test_stages_form_a_chain(name: str) -> None:
+    before = STAGES[STAGES.index(name) - 1]
+    assert recipe(name).training.init_from == (f"runs/{before}",)
+
+
+def refusal(config: TrainConfig, run_dir: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        loop.train(config, run_dir, progress=False)
+    assert not run_dir.exists()
+    return str(refused.value)
+
+
+def with_training(config: TrainConfig, **options: object) -> TrainConfig:
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, **options))
+
+
+def test_stage_whose_predecessor_is_missing_is_refused_before_the_data_is_opened(tmp_path: Path) -> None:
+    for name in NAMES:  # there is no data either
+        message = refusal(twin(name, tmp_path), tmp_path / "run")
+        assert "training.init_from=" in message
+        assert "There is nothing at" in message
+        assert "train that first (docs/guides/recipe.md)" in message
+
+
+def test_stage_from_a_model_of_other_shapes_is_refused(chain: Chain, tmp_path: Path) -> None:
+    source = str(chain.root / "runs" / "sdxl_base_512")
+    refiner = chain.configs["sdxl_refiner"]
+    everything = with_training(refiner, init_from=(source,), init_parts=None)
+    message = refusal(everything, tmp_path / "run")
+    assert "holds text_encoder, which this model does not have. Choose with training.init_parts" in message
+    unet = with_training(refiner, init_from=(source,), init_parts=("unet",))
+    message = refusal(unet, tmp_path / "run")
+    assert "The unet in" in message
+    assert "is not this model's: block_channels" in message
+
+
+@pytest.mark.parametrize(
+    ("source", "parts", "expected"),
+    [
+        ("stable-diffusion-v1-2", ("text_encoder_2",), "init_parts has text_encoder_2, which this model does not have"),
+        ("stable-diffusion-v1-2/vae", ("vae", "unet"), "init_parts wants unet, which none of training.init_from="),
+        (None, ("vae",), "has no effect without training.init_from"),
+    ],
+)
+def test_parts_that_cannot_be_taken_are_refused(
+    chain: Chain, tmp_path: Path, source: str | None, parts: tuple[str, ...], expected: str
+) -> None:
+    named = () if source is None else (str(chain.root / "weights" / source),)
+    config = with_training(chain.configs["sd15"], init_from=named, init_parts=parts)
+    assert expected in refusal(config, tmp_path / "run")
