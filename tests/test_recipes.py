@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -154,6 +154,12 @@ def twin(name: str, root: Path) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, min_size=1), validation=validation)
 
 
+def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Params:
+    """Nothing to compile; small, so that no prediction overflows."""
+    abstract = abstract_parameters(config)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract)
+
+
 @pytest.fixture(scope="module")
 def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """Data and weights where the twins look for them."""
@@ -162,11 +168,8 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
     (root / "weights").mkdir()
     configs = {name: twin(name, root) for name in NAMES}
     for number, (file, name) in enumerate(PUBLISHED.items()):
-        config, rng = configs[name].model, np.random.default_rng(number)
-        # As random as trained ones, and nothing to compile; small, so that no prediction overflows.
-        params = jax.tree.map(
-            lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_parameters(config)
-        )
+        config = configs[name].model
+        params = random_parameters(config, np.random.default_rng(number))
         convert(Model(config, params), root / "weights" / file, "single-file" if "." in file else "diffusers", False)
     return Chain(root, configs)
 
@@ -230,7 +233,7 @@ def refusal(config: TrainConfig, run_dir: Path) -> str:
     return str(refused.value)
 
 
-def with_training(config: TrainConfig, **options: object) -> TrainConfig:
+def with_training(config: TrainConfig, **options: Any) -> TrainConfig:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **options))
 
 
