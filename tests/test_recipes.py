@@ -8,7 +8,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -154,30 +154,45 @@ def twin(name: str, root: Path) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, min_size=1), validation=validation)
 
 
+def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Params:
+    """Nothing to compile; small, so that no prediction overflows."""
+    abstract = abstract_parameters(config)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract)
+
+
 @pytest.fixture(scope="module")
 def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Data and weights where the twins look for them, and the stages trained, one after the other."""
+    """Data and weights where the twins look for them."""
     root = tmp_path_factory.mktemp("recipes")
     make_pictures(root / "data" / "shards")
     (root / "weights").mkdir()
     configs = {name: twin(name, root) for name in NAMES}
     for number, (file, name) in enumerate(PUBLISHED.items()):
-        config, rng = configs[name].model, np.random.default_rng(number)
-        # As random as trained ones, and nothing to compile; small, so that no prediction overflows.
-        params = jax.tree.map(
-            lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract_parameters(config)
-        )
+        config = configs[name].model
+        params = random_parameters(config, np.random.default_rng(number))
         convert(Model(config, params), root / "weights" / file, "single-file" if "." in file else "diffusers", False)
-    for name in NAMES:
-        loop.train(configs[name], root / "runs" / name, progress=False)
     return Chain(root, configs)
 
 
+def trained(chain: Chain, name: str) -> Path:
+    """The run of a twin, which is trained when first asked for, and those before it."""
+    run_dir = chain.root / "runs" / name
+    if not run_dir.exists():
+        if name in STAGES[1:]:
+            trained(chain, STAGES[STAGES.index(name) - 1])
+        loop.train(chain.configs[name], run_dir, progress=False)
+    return run_dir
+
+
+RUN = [pytest.param(name, marks=() if name in STAGES[:2] else pytest.mark.slow) for name in NAMES]
+"""Each compiles a step and the initial weights: by default two of them, of which one goes on from the other."""
+
+
 def lines_of(chain: Chain, name: str) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (chain.root / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (trained(chain, name) / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_twin_trains(chain: Chain, name: str) -> None:
     lines = lines_of(chain, name)
     assert [line["step"] for line in lines] == [1, 2, 3] == list(range(1, STEPS + 1))
@@ -188,10 +203,10 @@ def test_twin_trains(chain: Chain, name: str) -> None:
 
 
 def checkpoint(chain: Chain, name: str, step: int) -> Path:
-    return chain.root / "runs" / name / "checkpoints" / str(step)
+    return trained(chain, name) / "checkpoints" / str(step)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RUN)
 def test_stage_starts_from_what_it_names_bit_for_bit(chain: Chain, name: str) -> None:
     """The averaged weights. The first step of the warm-up has a rate of zero, so that its checkpoint has them still."""
     assert lines_of(chain, name)[0]["learning_rate"] == 0
@@ -218,7 +233,7 @@ def refusal(config: TrainConfig, run_dir: Path) -> str:
     return str(refused.value)
 
 
-def with_training(config: TrainConfig, **options: object) -> TrainConfig:
+def with_training(config: TrainConfig, **options: Any) -> TrainConfig:
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **options))
 
 
@@ -231,7 +246,7 @@ def test_stage_whose_predecessor_is_missing_is_refused_before_the_data_is_opened
 
 
 def test_stage_from_a_model_of_other_shapes_is_refused(chain: Chain, tmp_path: Path) -> None:
-    source = str(chain.root / "runs" / "sdxl_base_512")
+    source = str(trained(chain, "sdxl_base_256"))
     refiner = chain.configs["sdxl_refiner"]
     everything = with_training(refiner, init_from=(source,), init_parts=None)
     message = refusal(everything, tmp_path / "run")

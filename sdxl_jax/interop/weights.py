@@ -226,7 +226,9 @@ class Weights:
 
 def in_memory(model: Model) -> Weights:
     """A model, or the parts that it has, as the writers take it."""
-    leaves = {path: InMemory(value) for path, value in flatten(model.params).items()}
+    # jax gives dictionaries back in the order of the alphabet; that of the parts is told in files.
+    ordered = {part: model.params[part] for part in part_configs(model.config) if part in model.params}
+    leaves = {path: InMemory(value) for path, value in flatten(ordered).items()}
     return Weights(model.config, leaves, Origin("memory"))
 
 
