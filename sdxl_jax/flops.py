@@ -44,7 +44,7 @@ def of_jaxpr(jaxpr: Any) -> Flops:
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":  # its body is what one device does
-                times = math.prod(parameters["mesh"].shape[axis] for axis in parameters["manual_axes"])
+                times = math.prod(parameters["mesh"].shape[axis] for axis in parameters["newly_manual_axes"])
             inner = [of_jaxpr(body) for body in _bodies(parameters)]
             if name == "cond":
                 inner = [max(inner, key=lambda flops: flops.total)]

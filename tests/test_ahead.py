@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 import tiny
 from command import call
+from jax.sharding import AbstractMesh, AxisType
 
-from sdxl_jax import flops
+from sdxl_jax import flops, sharding
 from sdxl_jax.ahead import compile as ahead
 from sdxl_jax.ahead import hlo, topologies
 from sdxl_jax.errors import InputError
@@ -51,6 +52,14 @@ def test_flops_of_a_splash_kernel_are_two_products_forward_and_five_backward() -
 
     counted = flops.count(jax.grad(loss, argnums=(0, 1, 2)), array, array, array)
     assert counted.kernels == 7 * 2 * (2 * 3 * 1024 * 1024 * 64)
+
+
+def test_kernels_within_a_mesh_count_for_all_its_devices() -> None:
+    mesh = AbstractMesh((1, 2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    array = jax.ShapeDtypeStruct((4, 256, 2, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        counted = flops.count(lambda x: attention.dot_product_attention(x, x, x, Attention.SPLASH), array)
+    assert counted.kernels == 2 * 2 * (4 * 2 * 256 * 256 * 64)
 
 
 def test_a_scan_counts_as_often_as_it_runs_and_rematerialisation_is_counted() -> None:

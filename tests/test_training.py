@@ -425,7 +425,7 @@ def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
 
 
 def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None:
-    (before,), (first, second) = clock.read(crashed.folder), clock.read(resumed.folder)
+    (before,), (first, second, *_) = clock.read(crashed.folder), clock.read(resumed.folder)
     assert first == before  # which an exception ended
     assert (second.step, second.steps_again) == (STEPS, 1)  # step 3
     for part in (clock.Part.DATA, clock.Part.STEP, clock.Part.SAVE, clock.Part.EVALUATION, clock.Part.COMPILE):

@@ -103,6 +103,7 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
         try:
             with jax.set_mesh(mesh):
                 traced = program.function.trace(*program.arguments)
+                kernels = flops.of_jaxpr(traced.jaxpr.jaxpr).kernels
                 compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             raise _too_large(program, error) from error
@@ -115,7 +116,7 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
             images=program.images,
             inputs=program.inputs,
             model_flops=program.model_flops,
-            kernel_flops=flops.of_jaxpr(traced.jaxpr.jaxpr).kernels,
+            kernel_flops=kernels,
             compile_seconds=time.monotonic() - began,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
