@@ -4,8 +4,7 @@ On eight simulated devices in one process, and on real processes that talk over 
 
 Tolerance: devices add up in another order, a float32 rounding (6e-8 of a number's size) here and there in each sum, and
 20 steps carry it on. Adam's epsilon is 1e-3 in these runs, so that an update follows its gradient: the usual 1e-8 makes
-a step of full length of the rounding of a gradient near zero. A wrong row, a lost gradient or a mean over a part of
-the batch changes losses by 1e-3 and more.
+a step of full length of the rounding of a gradient near zero.
 """
 
 import dataclasses
