@@ -102,6 +102,25 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
+def host_part(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): into how many parts the processes cut a batch, and which of them this one's devices take.
+
+    It is the process's own index and the number of processes, unless devices of several processes share images (along
+    `tensor`): those take the same part. Raises InputError where parts would overlap.
+    """
+    rows: dict[int, set[int]] = {}
+    parts = batch_parts(mesh)
+    for device, (place,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        rows.setdefault(device.process_index, set()).add(place.indices(parts)[0])
+    taken = sorted({tuple(sorted(some)) for some in rows.values()})
+    if sum(map(len, taken)) != parts or len(set(map(len, taken))) != 1:
+        raise InputError(
+            f"The {len(rows)} processes cannot cut a batch into equal parts, as the mesh {dict(mesh.shape)} lies over "
+            "their devices. Set mesh.tensor to a divisor, or a multiple, of the devices of a process"
+        )
+    return taken.index(tuple(sorted(rows[jax.process_index()]))), len(taken)
+
+
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> None:
     """Raises InputError if a batch does not split over the devices, `accumulate` times."""
     multiple = batch_parts(mesh) * accumulate

@@ -78,9 +78,8 @@ def train(
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
         tokenizer = Tokenizer.of(config.model.text)
-        dataset = hosts.wait(
-            lambda: BucketedDataset(config.data, tokenizer, host_index=hosts.index, host_count=hosts.count)
-        )
+        part, parts = sharding.host_part(mesh)
+        dataset = hosts.wait(lambda: BucketedDataset(config.data, tokenizer, host_index=part, host_count=parts))
         changed = check_run(config, run_dir, dataset, allow_changes)
         optimiser, empty = optimisers.make(config.optimiser, config.training.steps), tokenizer([""])
         abstract, abstract_frozen = start.abstract_state(config, mesh, optimiser)
