@@ -38,10 +38,9 @@ from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.training.checkpoint import latest_step
+from sdxl_jax.training.metrics import TIMES
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
-TIMES = ("step_seconds", "images_per_second", "data_seconds")
-"""Of a line of metrics.jsonl: what another run has otherwise."""
 
 
 def train_config(folder: Path, steps: int) -> TrainConfig:
@@ -156,10 +155,16 @@ def pictures(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "samples").iterdir())}
 
 
+def _assert_same(killed: dict[str, bytes], undisturbed: dict[str, bytes]) -> None:
+    different = [name for name in {**undisturbed, **killed} if killed.get(name) != undisturbed.get(name)]
+    sizes = {name: [len(each.get(name, b"")) for each in (killed, undisturbed)] for name in different[:5]}
+    assert not different, f"{len(different)} of {len(undisturbed)} differ, the first with so many bytes: {sizes}"
+
+
 def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert lines(run_dir) == lines(whole)
-    assert state(run_dir) == state(whole)
-    assert pictures(run_dir) == pictures(whole)
+    _assert_same(state(run_dir), state(whole))
+    _assert_same(pictures(run_dir), pictures(whole))
     for folder in (".", "checkpoints", "samples"):  # nothing half-written is left
         names = [sorted(path.name for path in (place / folder).iterdir()) for place in (run_dir, whole)]
         assert names[0] == names[1]

@@ -97,7 +97,7 @@ def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkey
         return state
 
     sizes: list[Any] = []
-    monkeypatch.setattr(pipeline, "_sample", spy)
+    monkeypatch.setattr(pipeline, "sample_latents", spy)
     monkeypatch.setattr(pipeline, "decode", lambda params, latent, **static: jnp.zeros((1, 8, 8, 3), jnp.uint8))
     config = dataclasses.replace(MODEL, default_size=(16, 40))
     generate(Model(config, model.params), PROMPTS[:1])
@@ -168,7 +168,7 @@ def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest
         return jnp.zeros(jax.eval_shape(functools.partial(sample, **static), *arguments).shape)
 
     monkeypatch.setattr(pipeline.unet, "apply", spy)
-    monkeypatch.setattr(pipeline, "_sample", traced)
+    monkeypatch.setattr(pipeline, "sample_latents", traced)
     for guidance, expected in ((1.0, 2), (5.0, 4), (0.0, 4)):
         batches.clear()
         generate(model, PROMPTS, guidance=guidance, **SETTINGS)
@@ -269,7 +269,7 @@ def test_the_negative_has_its_own_aesthetic_score(model: Model, monkeypatch: pyt
         told.append([micro.aesthetic_score.tolist() for micro in rows[3]])
         return jnp.zeros((2, *LATENT))
 
-    monkeypatch.setattr(pipeline, "_sample", spy)
+    monkeypatch.setattr(pipeline, "sample_latents", spy)
     generate(model, PROMPTS, **SETTINGS)
     generate(model, PROMPTS, geometry=Geometry(aesthetic_score=9.0), **SETTINGS)
     generate(model, PROMPTS, negative_geometry=Geometry(aesthetic_score=1.0), **SETTINGS)

@@ -714,6 +714,6 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
 
 
 def test_mesh_of_the_configuration_is_the_one_in_use(config: TrainConfig, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"mesh\.data=3 × mesh\.fsdp=1 does not make"):
+    with pytest.raises(InputError, match=r"mesh\.data=3 × mesh\.fsdp=1 × mesh\.tensor=1 does not make"):
         loop.train(dataclasses.replace(config, mesh=MeshConfig(3, 1)), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

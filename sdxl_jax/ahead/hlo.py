@@ -87,15 +87,14 @@ def _walk(computations: dict[str, list[str]], name: str, executions: int) -> Ite
 
 
 def _fused_collective(computations: dict[str, list[str]], line: str) -> str | None:
-    """What a fusion sends, if it does: reduce-scatter, which TPUs have as a sum and a slice of it."""
-    called = [name for found in _CALLED.findall(line) for name in found.strip("{}").split(",")]
-    sends = any(
-        match[3] in COLLECTIVES
-        for name in called
-        for inner in computations.get(name.strip().lstrip("%"), [])
-        if (match := _INSTRUCTION.match(inner))
-    )
-    return "reduce-scatter" if sends else None
+    """What a fusion sends, if it does. A sum is a reduce-scatter then, which TPUs have as a sum and a slice of it."""
+    for found in _CALLED.findall(line):
+        for name in found.strip("{}").split(","):
+            for inner in computations.get(name.strip().lstrip("%"), []):
+                match = _INSTRUCTION.match(inner)
+                if match and match[3] in COLLECTIVES:
+                    return "reduce-scatter" if match[3] == "all-reduce" else match[3]
+    return None
 
 
 def _trips(condition: list[str]) -> int:

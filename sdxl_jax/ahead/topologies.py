@@ -49,7 +49,7 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     if slices < 1:
         raise InputError(f"--slices {slices}: expected 1 or more")
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("Compiling for TPUs needs libtpu, and no TPU: pip install libtpu")
+        raise InputError("Compiling for TPUs needs libtpu, and no TPU: pip install 'sdxl_jax[aot]'")
     # What libtpu asks of the machine that it is on, which is none of its own.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -1,0 +1,204 @@
+"""The train step, side by side with diffusers' UNet under torch.compile, on the same device in one run.
+
+    python benchmarks/train_step.py                                    # a small SDXL, float32: for CPUs
+    python benchmarks/train_step.py --size full --batch 4 --side 1024 --dtype bfloat16      # for GPUs
+
+Both sides do the same work from cached latents and text states: noise the latents, predict, squared error, gradient,
+clip by the global norm, AdamW. Neither keeps an average. Same batch, same number format (bfloat16: activations; the
+parameters stay float32, by autocast there), same initial weights. After warming up, the two take turns, so that
+whatever else the machine does falls on both; given is the median of the rounds.
+
+Share of peak: model FLOPs (products of matrices and convolutions, forward and backward, counted in our traced program)
+over the device's bfloat16 peak, where that is known. --profile DIR writes a trace of our steps for xprof.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sdxl_jax import hardware, sharding
+from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import TrainConfig, TrainingConfig
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.interop import names
+from sdxl_jax.interop.names import Dialect, Naming
+from sdxl_jax.model import SDXL_BASE, ModelConfig
+from sdxl_jax.models.layers import Compute, Dtype, Remat
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.training import optimiser as optimisers
+from sdxl_jax.training import start
+from sdxl_jax.training.ema import EmaConfig, EmaKind
+from sdxl_jax.training.optimiser import OptimiserConfig
+from sdxl_jax.training.step import make_step
+
+SMALL = UNetConfig(
+    block_channels=(128, 256, 512), transformer_depth=(0, 1, 4), middle_depth=4, heads=(2, 4, 8), context_dim=2048
+)
+"""A hundredth of the base's operations, of the same kinds."""
+TEXT = tuple(
+    dataclasses.replace(tower, clip=dataclasses.replace(tower.clip, layers=1, mlp_width=64)) for tower in SDXL_BASE.text
+)
+"""What the batch has of them is not computed; their widths are all that is asked of them."""
+RATE, EPSILON, DECAY, CLIP = 1e-4, 1e-8, 1e-2, 1.0
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["small", "full"], default="small", help="of the UNet")
+    parser.add_argument("--batch", type=int, default=2, help="images a step")
+    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
+    parser.add_argument("--remat", choices=[each.value for each in Remat], default="none", help="ours alone")
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each side that are measured")
+    parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
+    parser.add_argument("--profile", help="folder for a trace of our steps")
+    return parser.parse_args()
+
+
+def batch(options: argparse.Namespace) -> Batch:
+    rng = np.random.default_rng(0)
+    count, side = options.batch, options.side // 8
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal((count, *shape)), jnp.bfloat16)
+
+    size = np.full((count, 2), options.side, np.int32)
+    latent = (side, side, 4)
+    encoded = Encoded(normal(*latent), normal(*latent) - 20, normal(77, 2048), normal(1280))
+    tokens: Any = {tower.name: np.zeros((count, 77), np.int32) for tower in SDXL_BASE.text}
+    micro = MicroConditioning(size, np.zeros_like(size), size)
+    return Batch(None, tokens, micro, np.arange(count, dtype=np.int32), np.zeros(count, bool), encoded)
+
+
+def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Callable[[], float], float]:
+    """(one step, which gives the loss; its model FLOPs)."""
+    model = ModelConfig(unet=unet, text=TEXT)
+    config = TrainConfig(
+        data=DataConfig("unused", batch_size=options.batch),
+        model=model,
+        compute=Compute(dtype=Dtype(options.dtype), remat=Remat(options.remat)),
+        optimiser=OptimiserConfig(learning_rate=RATE, warmup_steps=0, weight_decay=DECAY, clip_norm=CLIP),
+        ema=EmaConfig(kind=EmaKind.NONE),
+        training=TrainingConfig(caption_dropout=0.0),
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    optimiser = optimisers.make(config.optimiser, 1000)
+    empty = Tokenizer.of(model.text)([""])
+    abstract, abstract_frozen = start.abstract_state(config, mesh, optimiser)
+    with jax.set_mesh(mesh):
+        given = sharding.put_batch(mesh, batch(options))
+        step = start.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
+        frozen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_frozen)  # not read
+        state = jax.jit(lambda params: start.create(params, optimiser, config.ema), donate_argnums=0)({"unet": params})
+        program = step.lower(abstract, frozen, given).compile()
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = program(state, frozen, given)
+        return float(metrics["loss"])
+
+    return run, start.model_flops(config, optimiser, empty, (abstract, frozen, given))
+
+
+def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], float], Any]:
+    """(one step, which gives the loss; our parameters of the same values)."""
+    import diffusers
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    attends = [depth > 0 for depth in unet.transformer_depth]
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=unet.block_channels,
+        layers_per_block=unet.resnets_per_block,
+        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        transformer_layers_per_block=[max(depth, 1) for depth in unet.transformer_depth],
+        attention_head_dim=unet.heads,  # misnamed there: it is the number of heads
+        cross_attention_dim=unet.context_dim,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=unet.vector_dim,
+    )
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    params = names.from_tensors(names.table(unet, Naming(Dialect.DIFFUSERS)), tensors)
+    params = jax.tree.map(jnp.array, params)  # copies: torch goes on to change its own
+    model = model.to(device).train()
+    if device == "cuda":
+        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network = model if options.eager else torch.compile(model)
+    optimiser = torch.optim.AdamW(model.parameters(), RATE, eps=EPSILON, weight_decay=DECAY, fused=True)
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return torch.from_numpy(rng.standard_normal((options.batch, *shape), np.float32)).to(device)
+
+    side = options.side // 8
+    latent, context, pooled = normal(4, side, side), normal(77, unet.context_dim), normal(1280)
+    sizes = torch.full((options.batch, 6), float(options.side), device=device)
+    alpha_bar = diffusers.DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).alphas_cumprod.to(device)
+    half = torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16")
+
+    def run() -> float:
+        timestep = torch.randint(0, 1000, (options.batch,), device=device)
+        noise = torch.randn_like(latent)
+        level = alpha_bar[timestep].reshape(-1, 1, 1, 1)
+        noised = level.sqrt() * latent + (1 - level).sqrt() * noise
+        with half:
+            conditions = {"text_embeds": pooled, "time_ids": sizes}
+            out = network(noised, timestep, context, added_cond_kwargs=conditions, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(out.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        return loss.item()  # waits for the device
+
+    return run, params
+
+
+def main() -> None:
+    options = arguments()
+    unet = SMALL if options.size == "small" else SDXL_BASE.unet
+    their_step, params = theirs(options, unet)
+    our_step, flops = ours(options, unet, params)
+    sides = {"diffusers, torch.compile" if not options.eager else "diffusers, eager": their_step, "sdxl_jax": our_step}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for name, step in sides.items():
+        began = time.monotonic()
+        losses = [step(), step()]
+        print(f"{name}: ready after {time.monotonic() - began:.0f} s, losses {losses[0]:.4f}, {losses[1]:.4f}")
+    if options.profile:
+        with jax.profiler.trace(options.profile):
+            our_step()
+    for _ in range(options.rounds):
+        for name, step in sides.items():
+            began = time.monotonic()
+            step()
+            seconds[name].append(time.monotonic() - began)
+    device = jax.devices()[0]
+    chip = hardware.chip_of(device.device_kind)
+    print(f"\n{device.device_kind}, {options.size}, batch {options.batch}, {options.side}², {options.dtype}")
+    print(f"| | seconds a step | images/s | TFLOP/s{' | share of peak ' if chip else ''} |")
+    print(f"|---|---|---|---{'|---' if chip else ''}|")
+    for name, each in seconds.items():
+        median = statistics.median(each)
+        share = f" | {flops / median / chip.flops_per_second:.1%}" if chip else ""
+        print(f"| {name} | {median:.3f} | {options.batch / median:.3f} | {flops / median / 1e12:.3f}{share} |")
+    first, second = (statistics.median(each) for each in seconds.values())
+    print(f"\nratio: {first / second:.2f} times diffusers' images a second")
+
+
+if __name__ == "__main__":
+    main()
