@@ -136,7 +136,9 @@ def test_batch_that_the_devices_cannot_split_is_refused(place: Path) -> None:
 
 def test_mesh_that_does_not_multiply_up_is_refused(place: Path) -> None:
     refused = train(place, "--mesh.data", 3, "--run-dir", place / "new")
-    assert_refused(place, refused, r"mesh\.data=3 × mesh\.fsdp=1 × mesh\.tensor=1 does not make 1 devices. Choose numbers")
+    assert_refused(
+        place, refused, r"mesh\.data=3 × mesh\.fsdp=1 × mesh\.tensor=1 does not make 1 devices. Choose numbers"
+    )
 
 
 @pytest.mark.parametrize("option", ["--data.batch-sise", "--data.batch_sise"])
