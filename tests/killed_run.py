@@ -42,7 +42,12 @@ def main() -> None:
     from sdxl_jax.training import checkpoint, compilation, loop, reporting
 
     reporting.look = within("evaluation", reporting.look, "step")
-    compilation.CompiledSteps.of = within("compiling", compilation.CompiledSteps.of, "step")
+    wait = compilation.CompiledSteps.of
+    waiting = within("compiling", wait, "step")
+    # It is asked for every step, and waits for the first of a bucket.
+    compilation.CompiledSteps.of = lambda self, bucket, *rest: (wait if self.ready(bucket) else waiting)(
+        self, bucket, *rest
+    )
     checkpoint.Checkpoints.save = within("save", checkpoint.Checkpoints.save, "step")
     checkpoint.Checkpoints.finish = within("save", checkpoint.Checkpoints.finish, "step")
     config = from_json(json.loads(sys.argv[1]), TrainConfig)
