@@ -44,10 +44,12 @@ def main() -> None:
     reporting.look = within("evaluation", reporting.look, "step")
     wait = compilation.CompiledSteps.of
     waiting = within("compiling", wait, "step")
-    # It is asked for every step, and waits for the first of a bucket.
-    compilation.CompiledSteps.of = lambda self, bucket, *rest: (wait if self.ready(bucket) else waiting)(
-        self, bucket, *rest
-    )
+
+    def of(steps: Any, bucket: Any, *rest: Any) -> Any:
+        """It is asked for every step, and waits for the first of a bucket."""
+        return (wait if steps.ready(bucket) else waiting)(steps, bucket, *rest)
+
+    compilation.CompiledSteps.of = of  # pyright: ignore[reportAttributeAccessIssue]
     checkpoint.Checkpoints.save = within("save", checkpoint.Checkpoints.save, "step")
     checkpoint.Checkpoints.finish = within("save", checkpoint.Checkpoints.finish, "step")
     config = from_json(json.loads(sys.argv[1]), TrainConfig)
