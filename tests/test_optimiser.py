@@ -76,6 +76,7 @@ def plain(kind: OptimiserKind, **options: Any) -> OptimiserConfig:
     return config_of(kind, **{"weight_decay": 0.0, "clip_norm": None, **options})
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_every_optimiser_goes_downhill(kind: OptimiserKind) -> None:
     rule = optimiser.make(config_of(kind, weight_decay=0.0), 200)
@@ -253,6 +254,7 @@ def test_number_that_an_optimiser_does_not_take_is_refused_with_a_remedy(options
         OptimiserConfig(**options).check()
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_every_number_that_an_optimiser_takes_has_an_effect(kind: OptimiserKind) -> None:
     given = {"beta1": 0.5, "beta2": 0.5, "epsilon": 0.1, "weight_decay": 0.5}

@@ -74,7 +74,10 @@ def abstract_parameters(config: ModelConfig) -> Params:
     return jax.eval_shape(functools.partial(model.init, config=config), jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", NAMES)
+SIZES = [pytest.param(name, marks=() if name in (STAGES[2], "sdxl_refiner") else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_recipe_is_of_the_published_size_and_fits_its_mesh(name: str) -> None:
     config = recipe(name)
     config.check()
@@ -185,8 +188,8 @@ def trained(chain: Chain, name: str) -> Path:
     return run_dir
 
 
-RUN = [pytest.param(name, marks=() if name == STAGES[0] else pytest.mark.slow) for name in NAMES]
-"""Each compiles a step and the initial weights: by default the first."""
+RUN = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+"""Each compiles a step and the initial weights, about a minute each."""
 
 
 def lines_of(chain: Chain, name: str) -> list[dict[str, float]]:
@@ -250,6 +253,7 @@ def test_stage_whose_predecessor_is_missing_is_refused_before_the_data_is_opened
         assert "train that first (docs/guides/recipe.md)" in message
 
 
+@pytest.mark.slow
 def test_stage_from_a_model_of_other_shapes_is_refused(chain: Chain, tmp_path: Path) -> None:
     source = str(trained(chain, "sdxl_base_256"))
     refiner = chain.configs["sdxl_refiner"]
