@@ -201,14 +201,14 @@ import sys
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     from test_data_build import Fake
-    print(Fake(12, 20, 0.005).build(sys.argv[2], workers=2))
+    print(Fake(int(sys.argv[3]), 20, 0.005).build(sys.argv[2], workers=2))
 """
 
 
-def start(script: Path, destination: Path) -> subprocess.Popen:
+def start(script: Path, destination: Path, pieces: int = 12) -> subprocess.Popen:
     script.write_text(IN_PROCESSES)
     return subprocess.Popen(
-        [sys.executable, str(script), TESTS, str(destination)],
+        [sys.executable, str(script), TESTS, str(destination), str(pieces)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -255,7 +255,7 @@ def test_killed_with_its_workers_at_work_it_comes_to_the_same_bytes(tmp_path):
 
 
 def test_ctrl_c_ends_all_processes_and_loses_nothing(tmp_path):
-    process = start(tmp_path / "script.py", tmp_path / "shards")
+    process = start(tmp_path / "script.py", tmp_path / "shards", pieces=300)  # 15 s: it cannot end before the signal
     wait_until(lambda: [*(tmp_path / "shards" / "parts").glob("[0-9]????")])
     os.killpg(process.pid, signal.SIGINT)
     _, problems = process.communicate(timeout=30)
