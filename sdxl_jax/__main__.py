@@ -136,8 +136,8 @@ def _compile(arguments: list[str]) -> None:
 
         topology: str | None = None
         """The slice: chip and arrangement, e.g. v5e:4x4, v5p:2x2x2, v6e:8x8. A wrong one lists the known."""
-        slices: int = 1
-        """How many such slices, joined by the data-centre network; sets mesh.slices."""
+        slices: int | None = None
+        """How many such slices, joined by the data-centre network. Default: mesh.slices."""
         program: Literal["train", "sample"] = "train"
         """The train step; or the sampler, with validation's sizes, steps and guidance."""
         bucket: str | None = None
@@ -154,6 +154,12 @@ def _compile(arguments: list[str]) -> None:
         raise InputError("Give --topology, e.g. --topology v5p:2x2x2")
     if options.bucket is not None and options.all_buckets:
         raise InputError("--bucket and --all-buckets are both given. Give one of them")
+    if options.program == "sample" and (options.bucket is not None or options.all_buckets or options.parallel != 1):
+        raise InputError(
+            "--bucket, --all-buckets and --parallel are about the train step. The sampler's sizes are validation.sizes"
+        )
+    if options.parallel < 1:
+        raise InputError(f"--parallel {options.parallel}: expected 1 or more")
     from sdxl_jax.ahead import compile as ahead
     from sdxl_jax.data.buckets import Bucket
 
@@ -173,6 +179,13 @@ def _compile(arguments: list[str]) -> None:
         return
     for each in made:
         print(f"{each}\n{ahead.verdict(each, config)}\n")
+    if options.program == "train":
+        cache = config.training.compilation_cache
+        print(
+            "Not kept: training.compilation_cache names no folder."
+            if cache is None
+            else f"Kept in {cache}/ahead: training with this configuration and training.compilation_cache reads them."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -614,6 +627,8 @@ def program() -> None:
     """`main` as a process of its own, which ends even while a step is being compiled beside training."""
     try:
         code = main()
+    except SystemExit as stopped:  # by SIGTERM or Ctrl-C, once all is saved; --help; what argparse refuses
+        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1  # of a process that SIGINT ends

@@ -73,8 +73,9 @@ class TrainingConfig:
     """Buckets compiled at once. Higher: all are there sooner; each takes cores and memory of every host (at full size
     about 10 GiB), which reading the data may need too."""
     compilation_cache: str | None = None
-    """Folder that compiled programs are kept in and read from; several runs may share it. None: jax's own setting
-    (JAX_COMPILATION_CACHE_DIR), without which every start compiles anew."""
+    """Folder that compiled programs are kept in and read from; several runs may share it. Those of
+    `sdxl-jax compile` are read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every
+    start compiles anew."""
 
 
 class OnFailedSave(enum.Enum):

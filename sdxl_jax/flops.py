@@ -84,9 +84,7 @@ def _kernel(equation: Any) -> float:
     elif name.startswith("splash_mha_dkv") and len(equation.outvars) > 4:  # fused: it returns that of the queries too
         products = 5  # scores again, and the gradients of weights, queries, keys and values
     else:
-        raise NotImplementedError(
-            f"The operations of the kernel {name} are unknown. Add them to sdxl_jax/ahead/flops.py"
-        )
+        raise NotImplementedError(f"The operations of the kernel {name} are unknown. Add them to sdxl_jax/flops.py")
     query = next(v.aval for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating))
     *outer, tokens, dim = query.shape
     return 2.0 * products * math.prod(outer) * tokens * tokens * dim

@@ -12,6 +12,7 @@ that XLA's partitioner gathers parameters and never moves a batch; the rest is l
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,6 +131,17 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> 
             f"data.batch_size={batch_size} cannot be split over {batch_parts(mesh)} devices ({arranged}) in "
             f"{accumulate} micro-batches. Use a multiple of {multiple}, e.g. "
             f"{math.ceil(batch_size / multiple) * multiple}, or another mesh"
+        )
+
+
+def check_heads(mesh: Mesh | AbstractMesh, heads: Collection[int]) -> None:
+    """Raises InputError if the devices along `tensor` cannot share the heads of the UNet's transformers evenly."""
+    tensor, shared = mesh.shape["tensor"], math.gcd(*heads)
+    if shared % tensor:
+        ways = [str(number) for number in range(1, shared + 1) if not shared % number]
+        raise InputError(
+            f"mesh.tensor={tensor} does not divide the UNet's attention heads, of which its levels have "
+            f"{', '.join(map(str, sorted({*heads})))}. Use {' or '.join(ways)}"
         )
 
 

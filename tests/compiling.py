@@ -40,6 +40,11 @@ def _set(values: dict[str, bool | int | str]) -> None:
     compilation_cache.reset_cache()  # or the folder of before is kept
 
 
-def environment(cache: Path) -> dict[str, str]:
-    """The environment of a child process that compiles so."""
-    return os.environ | {name.upper(): str(value) for name, value in settings(cache).items()}
+def environment(cache: Path, devices: int = 1) -> dict[str, str]:
+    """The environment of a child process that compiles so, with so many simulated devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    return (
+        os.environ
+        | {name.upper(): str(value) for name, value in settings(cache).items()}
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+    )

@@ -1,15 +1,27 @@
 """What many test files need: quick compilation, asked for by `pytestmark = pytest.mark.usefixtures(...)`."""
 
+import gc
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import compiling
 import pytest
+
+# Python looks through all objects for cycles, and traced programs are millions of them: a sixth of the time went there.
+gc.set_threshold(100_000, 50, 1000)
+
+
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all files, of all workers, keep what they compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
 
 
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For all tests and fixtures of a file."""
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+    with compiling.quick(shared(tmp_path_factory)):
         yield
 
 
@@ -21,5 +33,5 @@ def quick_compilation_unless_slow(
     if request.node.get_closest_marker("slow"):
         yield
         return
-    with compiling.quick(tmp_path_factory.getbasetemp() / "compiled"):
+    with compiling.quick(shared(tmp_path_factory)):
         yield

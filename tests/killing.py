@@ -74,7 +74,7 @@ class Processes:
     def start(
         cls, config: TrainConfig, run_dir: Path, scratch: Path, count: int, log: Path | None = None
     ) -> "Processes":
-        environment = compiling.environment(scratch / "compiled") | {"JAX_PLATFORMS": "cpu"}
+        environment = compiling.environment(scratch / "compiled")
         if count > 1:
             with socket.socket() as free:
                 free.bind(("localhost", 0))

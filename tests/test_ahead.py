@@ -140,6 +140,8 @@ def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
         ([], "Give --topology"),
         (["--topology", "v7:2x2"], "There is no topology 'v7:2x2'"),
         (["--topology", "v5e:2x2", "--bucket", "32x32", "--all-buckets"], "Give one of them"),
+        (["--topology", "v5e:2x2", "--program", "sample", "--all-buckets"], "are about the train step"),
+        (["--topology", "v5e:2x2", "--parallel", "0"], "--parallel 0: expected 1 or more"),
     ):
         outcome = call("compile", str(config), *arguments)
         assert outcome.code == 2
@@ -161,6 +163,17 @@ def test_compile_reports_memory_operations_and_what_is_sent(tmp_path: Path) -> N
 
 
 @needs_libtpu
+def test_a_compiled_step_is_kept_under_the_same_name_each_time(tmp_path: Path) -> None:
+    config = tiny.train_config(tmp_path)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, compilation_cache=str(tmp_path)))
+    names = []
+    for buckets in (config.data.buckets[:1], config.data.buckets[:1], config.data.buckets[:2]):
+        ahead.compile_step(config, "v5e:2x2", buckets=[ahead.Bucket(*size) for size in buckets], progress=False)
+        names.append({path.name for path in (tmp_path / "ahead").iterdir()})
+    assert len(names[0]) == 1 and names[1] == names[0] and len(names[2] - names[0]) == 1
+
+
+@needs_libtpu
 def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
     validation = dataclasses.replace(config.validation, sizes=((32, 32),), steps=3)
@@ -176,3 +189,9 @@ def test_bucket_and_batch_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ahead.compile_step(config, "v5e:2x2", buckets=[ahead.Bucket(64, 64)])
     with pytest.raises(InputError, match=r"data.batch_size=8 cannot be split over 16 devices"):
         ahead.compile_step(config, "v5e:4x4")
+    wrong = dataclasses.replace(config, compute=Compute(compiler_options=("xla_tpu_misspelt=1",)))
+    with pytest.raises(InputError, match=r"compute\.compiler_options: .*xla_tpu_misspelt"):
+        ahead.compile_step(wrong, "v5e:2x2", progress=False)
+    two = dataclasses.replace(config, mesh=MeshConfig(data=4, slices=2))
+    assert ahead._mesh(two, "v5e:2x2", None).shape["slice"] == 2
+    assert ahead._mesh(two, "v5e:2x2", 1).shape["slice"] == 1

@@ -23,9 +23,11 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import compilation
 from sdxl_jax.training.compilation import CompiledSteps
+from sdxl_jax.training.programs import Programs
 
 BUCKETS = [Bucket(8 * number, 8) for number in range(1, 6)]
 ARGUMENTS = {bucket: (bucket,) for bucket in BUCKETS}
@@ -152,12 +154,13 @@ def test_signal_interrupts_the_waiting(compiler: Compiler) -> None:
 LEAVING = """
 import sys, threading, time
 import jax, jax.numpy as jnp
-from sdxl_jax import sharding
+from sdxl_jax import __main__ as command, sharding
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.training import compilation
+from sdxl_jax.training.hosts import Interrupted
 
 def step(x):
-    for _ in range(1000):
+    for _ in range(5000):
         x = jnp.sin(jnp.sort(x)) + 1
     return x
 
@@ -176,16 +179,24 @@ arguments = {Bucket(8, 8): (jax.ShapeDtypeStruct((8, 8), jnp.float32),)}
 with compilation.CompiledSteps(Step(), arguments, sharding.make_mesh(sharding.MeshConfig())):
     Step.compiling.wait()
     time.sleep(0.2)
-    print("said")
-compilation.leave(3)
-sys.exit(4)  # nothing was being compiled any more
+    print("said", flush=True)
+
+def main():
+    {ending}
+
+command.main = main
+command.program()
 """
 
 
-def test_process_ends_while_a_step_is_compiled() -> None:
+@pytest.mark.parametrize(
+    ("ending", "code"), [("return 3", 3), ("raise Interrupted('SIGTERM')", 0), ("raise OSError('disk')", 1)]
+)
+def test_process_ends_while_a_step_is_compiled(ending: str, code: int) -> None:
     """Without `leave`, Python aborts (exit code 134): seen with jax 0.10.2."""
-    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (3, "said\n"), done.stderr[-2000:]
+    program = LEAVING.replace("{ending}", ending)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "said\n"), done.stderr[-2000:]
 
 
 def test_compiled_ahead_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None:
@@ -247,3 +258,50 @@ def test_order_of_need_is_that_of_the_data(dataset: BucketedDataset, monkeypatch
     all_buckets = compilation.order_of_need(dataset, 3, 9)
     assert set(all_buckets) == set(tiny.BUCKETS)
     assert next(iter(all_buckets)) == dataset.bucket_of(3)
+
+
+def test_what_the_compiler_says_of_the_configuration_names_the_remedy() -> None:
+    function = jax.jit(jnp.sin, compiler_options={"xla_misspelt": "1"})
+    with (
+        CompiledSteps(function, {BUCKETS[0]: (1.0,)}, MESH) as steps,
+        pytest.raises(InputError, match=r"compute\.compiler_options: .*No such compile option: 'xla_misspelt'"),
+    ):
+        steps.of(BUCKETS[0])
+    full = RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nRan out of memory: 20G of 16G hbm")
+    said = compilation.explained("the step", full)
+    assert isinstance(said, InputError) and "20G of 16G hbm. To need less memory: raise mesh.fsdp" in str(said)
+    assert compilation.explained("the step", other := ValueError("")) is other
+
+
+def refuse(_: Any) -> Any:
+    raise AssertionError("it was to be read, not compiled")
+
+
+def test_step_compiled_ahead_is_read_not_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = jax.jit(lambda x: {"sum": x["a"].sum(), "more": jnp.cos(x["a"])})
+    given = {"a": jnp.arange(6.0)}
+    made_ahead = Programs(str(tmp_path), MESH, {"option": 1})
+    lowered = function.lower(given)
+    compiled = lowered.compile()
+    for _ in range(2):  # the second time in place of the first
+        made_ahead.write(lowered, compiled)
+
+    def run(made_ahead: Programs) -> Any:
+        with CompiledSteps(function, {BUCKETS[0]: (given,)}, MESH, made_ahead=made_ahead) as steps:
+            return steps.of(BUCKETS[0])(given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", refuse)
+        jax.tree.map(np.testing.assert_array_equal, run(made_ahead), compiled(given))
+        assert capsys.readouterr().out == ""
+        with pytest.raises(AssertionError, match="to be read, not compiled"):
+            run(made_ahead._replace(options={"option": 2}))
+    said = capsys.readouterr().out
+    assert "the step of 8×8 in" in said and "is none of the 1 there (of another configuration" in said
+
+    (file,) = (tmp_path / "ahead").iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    jax.tree.map(np.testing.assert_array_equal, run(made_ahead), compiled(given))
+    assert "could not be read: " in capsys.readouterr().out

@@ -3,6 +3,7 @@
 Several hosts are threads here, around a coordination service of a few lines; real processes are in test_killing.py.
 """
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -16,9 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tiny
 
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.training import hosts as hosting
+from sdxl_jax.training import loop
 from sdxl_jax.training.hosts import HostFailed, Hosts, Interrupted
 
 
@@ -163,10 +168,13 @@ def test_hosts_gather_in_order(three: list[Hosts]) -> None:
     )
 
 
-def test_a_host_that_differs_is_named_on_all_hosts(three: list[Hosts]) -> None:
+def test_a_host_that_differs_is_named_on_all_hosts(three: list[Hosts], tmp_path: Path) -> None:
+    config = tiny.train_config(tiny.make_folder(tmp_path / "pictures"))
+    dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
+
     def program(host: Hosts) -> None:
-        configuration = {"data.batch_size": "8", "training.seed": "1" if host.index == 2 else "0"}
-        host.compare({"configuration": configuration, "data": "abc"})
+        training = dataclasses.replace(config.training, seed=int(host.index == 2))
+        host.compare(loop._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
 
     for outcome in together(three, program):
         assert isinstance(outcome, InputError)

@@ -93,6 +93,7 @@ def test_survivor_of_a_killed_host_ends_by_itself(tmp_path: Path) -> None:
     started = killing.Processes.start(config, tmp_path / "run", tmp_path, 2)
     try:
         while started.phases[1].read_text() != "step":
+            assert started.children[1].poll() is None, (tmp_path / "log_1").read_text()[-3000:]
             time.sleep(0.05)
         started.kill([1])
         codes = started.wait(150)  # jax's heartbeat is given up after 100 s

@@ -46,9 +46,7 @@ def options(scratch: Path, names: list[str], **others: Any) -> Options:
 
 def run(scratch: Path, asked: Options, processes: int = 1, devices: int = 8) -> list[list[dict[str, Any]]]:
     """What each process prints, a line for each layout. devices: of each process, simulated."""
-    environment = compiling.environment(scratch / "compiled") | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
+    environment = compiling.environment(scratch / "compiled", devices=devices) | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
     }
     if processes > 1:

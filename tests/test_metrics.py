@@ -105,6 +105,20 @@ def test_resumed_lines_are_the_same_but_for_times(tmp_path: Path, clock: Clock, 
     assert whole == resumed
 
 
+def test_skipped_step_is_a_line_of_strict_json_and_counted_in_the_bar(
+    tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with MetricsWriter(tmp_path, 0, 2, True, clock) as writer:
+        for step, skipped in ((1, 1), (2, 0)):
+            time.sleep(2)
+            loss = {"loss": jnp.float32(jnp.nan)} if skipped else {}
+            writer.log(step, BUCKET, 8, numbers(step) | loss | {"skipped": jnp.int32(skipped)})
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(first, parse_constant=pytest.fail)["loss"] is None
+    assert json.loads(second)["loss"] == 0.5
+    assert ", 1 skipped" in capsys.readouterr().err
+
+
 def test_bar_tells_loss_speed_share_of_peak_data_and_compiling(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,11 +281,14 @@ def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, given: str, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_before_the_checkpoint_cannot_be_traced() -> None:
-    profiling.check((3, 3), first=2, stop=3)
-    profiling.check(None, first=2, stop=3)
+def test_steps_before_the_checkpoint_are_not_traced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert profiling.check((3, 3), first=2, stop=3) == (3, 3)
+    assert profiling.check(None, first=2, stop=3) is None
     with pytest.raises(InputError, match=r"makes the steps 3 to 3\. Give FIRST:LAST among them, e\.g\. 3:3"):
-        profiling.check((2, 3), first=2, stop=3)
+        profiling.check((3, 4), first=2, stop=3)
+    capsys.readouterr()
+    assert profiling.check((2, 3), first=2, stop=3) is None
+    assert "an earlier start has made step 2; nothing is traced" in capsys.readouterr().out
 
 
 def test_compiling_and_logging_may_change_on_resume() -> None:

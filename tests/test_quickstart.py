@@ -54,6 +54,7 @@ def test_shipped_autoencoder_is_small_and_gives_the_pictures_back(pictures: Path
         assert 0.8 < float(latent.std()) < 1.2
 
 
+@pytest.mark.slow
 def test_autoencoder_training_writes_weights_that_load(pictures: Path, tmp_path: Path):
     few = tmp_path / "few"
     few.mkdir()

@@ -155,6 +155,10 @@ def test_checkpoints_are_kept_by_number_and_by_metric(tmp_path: Path) -> None:
     directory = saved(tmp_path / "best", [1, 2, 3, 4, 5], keep=2, keep_best="loss", metrics=losses)
     assert steps_in(directory) == ["2", "4", "5"]
     assert steps_in(saved(tmp_path / "newest", [1, 2, 3], keep=2)) == ["2", "3"]
+    # On resume by another metric, which those before do not have.
+    others = [{"grad_norm": value} for value in (3.0, 4.0, 5.0)]
+    saved(directory, [6, 7, 8], keep=2, keep_best="grad_norm", metrics=others)
+    assert steps_in(directory) == ["6", "7", "8"]
 
 
 def test_checkpoints_are_kept_by_the_hour(tmp_path: Path) -> None:
@@ -290,3 +294,21 @@ def test_last_checkpoint_that_fails_is_an_error_even_if_the_run_may_go_on(
     ):
         monkeypatch.setattr(checkpoints._checkpointer, "wait", full)
         checkpoints._writing = 2
+    with (
+        pytest.raises(InputError, match=said),
+        Checkpoints(tmp_path / "refused", keep=3, go_on=True) as checkpoints,
+    ):
+        monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
+        assert not checkpoints.save(2, state(2), {})
+
+
+def test_a_good_checkpoint_makes_up_for_a_lost_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Checkpoints(tmp_path / "checkpoints", keep=3, go_on=True) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoints._checkpointer, "save_async", full)
+            assert not checkpoints.save(1, state(1), {})
+        assert checkpoints.save(2, state(2), {})
+    assert steps_in(tmp_path / "checkpoints") == ["2"]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 import sharded_step
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sdxl_jax import model, sharding
 from sdxl_jax.errors import InputError
@@ -35,9 +35,7 @@ MODELS = {"SDXL base": model.SDXL_BASE, "SDXL refiner": model.SDXL_REFINER, "SD 
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What sharded_step.py prints."""
     script, scratch = Path(__file__).with_name("sharded_step.py"), tmp_path_factory.mktemp("sharded")
-    environment = compiling.environment(scratch / "compiled") | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
+    environment = compiling.environment(scratch / "compiled", devices=8) | {
         "PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)]),
     }
     command = [sys.executable, str(script), str(scratch)]
@@ -111,6 +109,17 @@ def test_mesh_that_does_not_multiply_up_says_what_would(data: int, fsdp: int) ->
         f"mesh.slices=1 × mesh.data={data} × mesh.fsdp={fsdp} × mesh.tensor=1 does not make 8 devices. Choose numbers "
         "whose product is 8, or set one to -1"
     )
+
+
+def test_mesh_that_cannot_share_the_heads_is_refused() -> None:
+    def mesh(tensor: int) -> AbstractMesh:
+        return AbstractMesh((1, 1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
+
+    heads = model.SDXL_BASE.unet.attention_heads
+    for tensor in (1, 2, 5, 10):
+        sharding.check_heads(mesh(tensor), heads)
+    with pytest.raises(InputError, match=r"mesh\.tensor=4 .* have 10, 20\. Use 1 or 2 or 5 or 10"):
+        sharding.check_heads(mesh(4), heads)
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(0, 1), (1, 0), (-1, 0), (-2, -1), (2, 1)])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sdxl_jax import flops, pipeline, sharding
@@ -33,6 +34,8 @@ from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers.steps import SAMPLERS, Spacing, timesteps
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training import start
+from sdxl_jax.training.compilation import REMEDIES, explained
+from sdxl_jax.training.programs import Programs
 from sdxl_jax.training.step import make_step
 
 
@@ -47,22 +50,27 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
     images: int
     model_flops: float
+    kept: Programs | None = None
+    """Where training will look for it."""
 
 
 def compile_step(
     config: TrainConfig,
     topology: str,
     *,
-    slices: int = 1,
+    slices: int | None = None,
     buckets: Sequence[Bucket] | None = None,
     parallel: int = 1,
     progress: bool = True,
 ) -> list[Report]:
     """Compiles the train step for each of the buckets, by default the one with the most pixels.
 
-    parallel: programs compiled at once; each takes about 10 GiB of this machine for the 2.6B model. jax keeps none of
-    them in its compilation cache, which is for devices that are here. Raises InputError for an unknown topology, a
-    mesh that its chips do not fill, a batch that does not divide, a bucket that the configuration lacks.
+    slices: of the topology; None: `mesh.slices`. parallel: programs compiled at once; each takes about 10 GiB of this
+    machine for the 2.6B model. The programs are kept in `training.compilation_cache`, if it is set, where training on
+    such a slice finds them.
+
+    Raises InputError for an unknown topology, a mesh that its chips do not fill, a batch that does not divide, a bucket
+    that the configuration lacks, a program that does not fit.
     """
     topologies.check(topology)
     config.check()
@@ -72,25 +80,33 @@ def compile_step(
     if missing := [bucket for bucket in wanted if bucket not in sizes]:
         known = ", ".join(f"{bucket.height}x{bucket.width}" for bucket in sizes)
         raise InputError(f"--bucket {missing[0].height}x{missing[0].width} is none of data.buckets: {known}")
-    devices = topologies.devices(topology, slices)
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, slices=slices), devices)
+    mesh = _mesh(config, topology, slices)
     for bucket in wanted:
         sharding.check_batch(mesh, sizes[bucket], config.optimiser.accumulate)
     programs = [_step_program(config, mesh, bucket, sizes[bucket]) for bucket in wanted]
     return _compile(programs, mesh, topology, parallel, progress)
 
 
-def compile_sampler(config: TrainConfig, topology: str, *, slices: int = 1, progress: bool = True) -> list[Report]:
+def compile_sampler(
+    config: TrainConfig, topology: str, *, slices: int | None = None, progress: bool = True
+) -> list[Report]:
     """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
     steps and guidance of `validation`. Raises InputError as `compile_step`."""
     config.check()
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, slices=slices), topologies.devices(topology, slices))
+    mesh = _mesh(config, topology, slices)
     sizes = config.validation.sizes or (config.model.default_size,)
     programs = [program for size in sizes for program in _sampler_programs(config, mesh, Bucket(*size))]
     return _compile(programs, mesh, topology, 1, progress)
 
 
-def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, progress: bool) -> list[Report]:
+def _mesh(config: TrainConfig, topology: str, slices: int | None) -> Mesh:
+    slices = config.mesh.slices if slices is None else slices
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, slices=slices), topologies.devices(topology, slices))
+    sharding.check_heads(mesh, config.model.unet.attention_heads)
+    return mesh
+
+
+def _compile(programs: list[Program], mesh: Mesh, topology: str, parallel: int, progress: bool) -> list[Report]:
     slices = mesh.shape["slice"]
 
     def one(program: Program) -> Report:
@@ -99,9 +115,13 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
             with jax.set_mesh(mesh):
                 traced = program.function.trace(*program.arguments)
                 kernels = flops.of_jaxpr(traced.jaxpr.jaxpr).kernels
-                compiled = traced.lower().compile()
+                lowered = traced.lower()
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            raise _too_large(program, error) from error
+            raise explained(program.name, error) from error
+        seconds = time.monotonic() - began
+        if program.kept is not None:
+            program.kept.write(lowered, compiled)
         return report.make(
             compiled,
             topology=topology if slices == 1 else f"{slices} × {topology}",
@@ -112,7 +132,7 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
             inputs=program.inputs,
             model_flops=program.model_flops,
             kernel_flops=kernels,
-            compile_seconds=time.monotonic() - began,
+            compile_seconds=seconds,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
 
@@ -120,7 +140,7 @@ def _compile(programs: list[Program], mesh: Any, topology: str, parallel: int, p
         return list(tqdm(pool.map(one, programs), "compiling", len(programs), disable=not progress))
 
 
-def _step_program(config: TrainConfig, mesh: Any, bucket: Bucket, batch_size: int) -> Program:
+def _step_program(config: TrainConfig, mesh: Mesh, bucket: Bucket, batch_size: int) -> Program:
     """The train step of one bucket."""
     optimiser = optimisers.make(config.optimiser, config.training.steps)
     state, frozen = start.abstract_state(config, mesh, optimiser)
@@ -140,10 +160,11 @@ def _step_program(config: TrainConfig, mesh: Any, bucket: Bucket, batch_size: in
         arguments=(state, frozen, batch),
         images=batch_size,
         model_flops=start.model_flops(config, optimiser, empty, (state, frozen, batch)),
+        kept=start.programs(config, mesh),
     )
 
 
-def _sampler_programs(config: TrainConfig, mesh: Any, size: Bucket) -> list[Program]:
+def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Program]:
     """What makes latents of prompts, and what makes pictures of latents."""
     model, images, factor = config.model, sharding.batch_parts(mesh), config.model.vae.downsampling
     params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
@@ -190,18 +211,6 @@ def _sampler_programs(config: TrainConfig, mesh: Any, size: Bucket) -> list[Prog
             )
         )
     return made
-
-
-def _too_large(program: Program, error: Exception) -> InputError:
-    """What the compiler says where a program does not fit, in one line, with what would help."""
-    line = next((line for line in str(error).splitlines() if "hbm" in line.lower()), str(error).splitlines()[0])
-    return InputError(f"{program.name} does not compile: {line}. {REMEDIES}")
-
-
-REMEDIES = (
-    "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
-    "data.batch_size, store ema.dtype or optimiser.first_moment as bfloat16"
-)
 
 
 def verdict(made: Report, config: TrainConfig) -> str:

@@ -41,7 +41,7 @@ class Report:
     model_flops: float
     """Of the mathematics, over all chips."""
     kernel_flops: float
-    """Of attention kernels, over all chips, rematerialisation and padding included."""
+    """Of attention kernels, over all chips, rematerialisation and padded tokens included."""
     compiler_seconds: float | None
     """The compiler's estimate for one execution, loops counted in full; None where it makes none that can be true."""
     collectives: tuple[Collective, ...]

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import math
+import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
@@ -168,8 +169,10 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
 
 
 def _worker_starts(worker: int, workers: int) -> None:
-    """Grain's would wait for ever where the process that reads from them is killed."""
+    """Grain's would wait for ever where the process that reads from them is killed. A terminal's Ctrl-C reaches them
+    too, while the run still needs their batches to stop where it should."""
     end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def ahead(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:

@@ -54,7 +54,7 @@ class DataConfig:
     pass over all images: turn it off for a large folder that is known to be good."""
     max_bad_share: float = 0.01
     """Images that turn out to be damaged while training are named and replaced. A run with a larger share of them among
-    its examples, of 1000 at least, stops. 0: the first one stops it."""
+    its examples, of 1000 at least, stops; every host counts its own. 0: the first one stops it."""
     seed: int = 0
     """Order, crops and flips follow from it, 0 to 2³² − 1."""
     workers: int = 0

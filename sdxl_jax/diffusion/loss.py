@@ -117,7 +117,7 @@ def draw_timestep(key: Key[Array, ""], config: LossConfig, timesteps: int) -> In
         return jax.random.randint(key, (), *(config.timesteps or (0, timesteps)))
     # Inverse of the distribution function, in whole numbers of 2⁻³²: of a float32, a share is off by up to 1e-4.
     often = frequencies(config, timesteps)
-    ends = np.round(np.cumsum(often) * 2.0**32)[: np.flatnonzero(often)[-1]]
+    ends = np.minimum(np.round(np.cumsum(often) * 2.0**32), 2.0**32 - 1)[: np.flatnonzero(often)[-1]]
     return jnp.searchsorted(ends.astype(np.uint32), jax.random.bits(key), side="right").astype(jnp.int32)
 
 

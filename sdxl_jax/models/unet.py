@@ -57,6 +57,12 @@ class UNetConfig:
     """Groups of every group norm. Must divide all block_channels."""
 
     @property
+    def attention_heads(self) -> tuple[int, ...]:
+        """Heads of each level that has transformers, and of the middle."""
+        levels = [heads for heads, depth in zip(self.heads, self.transformer_depth, strict=True) if depth]
+        return (*levels, self.heads[-1])
+
+    @property
     def embedding_dim(self) -> int:
         return 4 * self.block_channels[0]
 

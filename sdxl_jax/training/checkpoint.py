@@ -2,11 +2,12 @@
 
 A checkpoint holds the state, whose `step` is also the position in the data and in the random numbers; its metadata
 holds the configuration with a checksum, the versions, and a checksum of every array, which is compared when it is read.
-Saving goes on in the background; `close` waits for it.
+Saving goes on in the background; `Checkpoints.finish` waits for it.
 """
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,12 +57,14 @@ class Checkpoints:
         if keep_every_hours is not None:
             kept.append(policies.EveryNSeconds(int(keep_every_hours * 3600)))
         if keep_best is not None:
-            # In falling order, and the last one stays: the lowest.
-            kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics[keep_best], reverse=True, n=1))
+            # In falling order, and the last one stays: the lowest. One of before the metric was set is the worst.
+            kept.append(policies.BestN(get_metric_fn=lambda m: (m or {}).get(keep_best, math.inf), reverse=True, n=1))
         self._directory, self._go_on, self._agree = directory, go_on, agree
         self._policy = policies.AnyPreservationPolicy(kept)
         self._checkpointer = self._open()
         self._writing: int | None = None
+        self._lost = ""
+        """Why the last checkpoint was not written, if the run went on after it."""
 
     def _open(self) -> ocp.training.Checkpointer:
         return ocp.training.Checkpointer(
@@ -87,10 +90,11 @@ class Checkpoints:
 
     def save(
         self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None
-    ) -> None:
-        """Starts writing; returns when the arrays are copied. Waits for an earlier save first.
+    ) -> bool:
+        """Starts writing; returns when the arrays are copied. Waits for an earlier save first. Whether it has begun.
 
-        metrics: what `keep_best` goes by. Raises InputError for an earlier save that failed, unless the run goes on.
+        metrics: what `keep_best` goes by. Raises InputError for a save that failed, or an earlier one, unless the run
+        goes on.
         """
         self.finish()
         self._writing = step
@@ -108,10 +112,16 @@ class Checkpoints:
         except Exception as error:  # OSError, and what Orbax and tensorstore make of it
             failed = _reason(error)
         self._settle(failed)
+        return self._writing is not None
 
     def finish(self, last: bool = False) -> None:
-        """Waits until all is written. Raises InputError where that failed, unless the run goes on."""
+        """Waits until all is written. Raises InputError where that failed, unless the run goes on.
+
+        last: no other comes after it, and it must have been written.
+        """
         if self._writing is None:
+            if last and self._lost:
+                raise InputError(self._lost)
             return
         failed = ""
         try:
@@ -119,6 +129,8 @@ class Checkpoints:
         except Exception as error:  # as above
             failed = _reason(error)
         self._settle(failed, last)
+        if not failed:
+            self._lost = ""
         self._writing = None
 
     def _settle(self, failed: str, last: bool = False) -> None:
@@ -133,11 +145,12 @@ class Checkpoints:
         self._reopen()
         before = latest_step(self._directory)
         kept = "There is none before it" if before is None else f"That of step {before} is whole"
+        self._lost = (
+            f"{message} {kept}. Make room or see to the folder, and run the same command again; "
+            "checkpoint.on_failed_save=go_on trains on after such a failure"
+        )
         if last or not self._go_on:
-            raise InputError(
-                f"{message} {kept}. Make room or see to the folder, and run the same command again; "
-                "checkpoint.on_failed_save=go_on trains on after such a failure"
-            )
+            raise InputError(self._lost)
         tqdm.write(f"  {message} {kept}; training goes on (checkpoint.on_failed_save)")
 
     def _reopen(self) -> None:
@@ -176,7 +189,8 @@ def step_to_start_from(directory: Path, from_step: int | None) -> int | None:
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:
     """Moves the checkpoints after a step to RUN/set_aside/, out of the run; where they are now."""
     moved = []
-    for newer in _steps(run_dir / "checkpoints"):
+    # The newest first: cut off in between, the next start does not take one of those that were to go.
+    for newer in reversed(_steps(run_dir / "checkpoints")):
         if newer > step:
             place = run_dir / "set_aside" / str(newer)
             number = 1

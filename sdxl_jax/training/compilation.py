@@ -3,7 +3,8 @@
     order of need ── threads ── trace, lower, compile (or read from the cache) ── steps.of(bucket)
 
 All hosts compile the same programs in the same order, which is that of the data. What is compiled so is what `jax.jit`
-would have compiled when called, bit for bit. Compiled programs come back from the persistent cache, if there is one.
+would have compiled when called, bit for bit. Compiled programs come back from the persistent cache, if there is one;
+what `sdxl-jax compile` made for such a machine is read from beside it.
 
 A thread that compiles cannot be stopped, and a Python that ends meanwhile aborts. So its end waits for the compiler, a
 minute at most; a program that must end in time, as the command line does, ends with `leave`.
@@ -22,13 +23,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractMesh, Mesh
+from tqdm import tqdm
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.training.programs import Programs
 
 _LOOKED_AHEAD = 100_000
 """Steps whose buckets are looked up, about a second's work: a bucket that none of them has is compiled last."""
@@ -36,6 +40,23 @@ _PATIENCE = 0.2
 """Seconds between looks at whether a program is there."""
 _PATIENCE_AT_EXIT = 60.0
 """Seconds that the end of Python waits for the compiler."""
+
+REMEDIES = (
+    "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
+    "data.batch_size, store ema.dtype or optimiser.first_moment as bfloat16"
+)
+
+
+def explained(program: str, error: BaseException) -> BaseException:
+    """What the compiler raised, as an InputError where it is about the configuration: an option that it does not know,
+    or a program that does not fit into the memory."""
+    lines = str(error).splitlines() or [""]
+    if "No such compile option" in lines[0] or "into flag" in lines[0]:
+        return InputError(f"compute.compiler_options: {lines[0]}. They are XLA's flags, in their spelling: NAME=VALUE")
+    if "RESOURCE_EXHAUSTED" not in lines[0]:
+        return error
+    line = next((line for line in lines if "hbm" in line.lower()), lines[0])
+    return InputError(f"{program} does not fit: {line}. {REMEDIES}")
 
 
 def use_cache(folder: str | Path) -> None:
@@ -108,10 +129,12 @@ class CompiledSteps:
         mesh: Mesh,
         ahead: CompileAhead = CompileAhead.BACKGROUND,
         threads: int = 1,
+        made_ahead: Programs | None = None,
     ):
         """step: what `jax.jit` returned. arguments: for each bucket the abstract arguments, in the order of need.
-        threads: programs compiled at once; each takes cores and, for large models, many GiB of this host's memory."""
-        self._step, self._arguments, self._mesh = step, arguments, mesh
+        threads: programs compiled at once; each takes cores and, for large models, many GiB of this host's memory.
+        made_ahead: where programs compiled on another machine may lie."""
+        self._step, self._arguments, self._mesh, self._made_ahead = step, arguments, mesh, made_ahead
         self._before = ahead is CompileAhead.BEFORE
         self._changed = threading.Condition()  # guards what follows
         self._to_do = [] if ahead is CompileAhead.ON_DEMAND else list(arguments)
@@ -174,15 +197,28 @@ class CompiledSteps:
             program = error = None
             try:
                 with _in_flight.counted(), jax.set_mesh(self._mesh):  # a mesh is a thread's own
-                    program = self._step.lower(*self._arguments[bucket]).compile()
+                    program = self._program(bucket)
             except BaseException as problem:  # raised again where a program is asked for
-                problem.add_note(f"(while the step of the bucket {bucket.height}×{bucket.width} was compiled)")
-                error = problem
+                error = explained(f"the train step of {bucket.height}×{bucket.width}", problem)
+                error.add_note(f"(while the step of the bucket {bucket.height}×{bucket.width} was compiled)")
             with self._changed:
                 if program is not None:
                     self._programs[bucket] = program
                 self._error = self._error or error
                 self._changed.notify_all()
+
+    def _program(self, bucket: Bucket) -> Callable[..., Any]:
+        lowered = self._step.lower(*self._arguments[bucket])
+        if self._made_ahead is not None and (there := self._made_ahead.count()):
+            try:
+                made = self._made_ahead.read(lowered)
+                why = f"is none of the {there} there (of another configuration, slice or version)"
+            except Exception as error:  # whatever jax and the file system raise
+                made, why = None, f"could not be read: {str(error).splitlines()[0]}"
+            if made is not None:
+                return made
+            tqdm.write(f"  the step of {bucket.height}×{bucket.width} in {self._made_ahead.folder} {why}; compiling it")
+        return lowered.compile()
 
 
 class _InFlight:

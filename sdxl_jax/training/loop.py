@@ -6,6 +6,7 @@ repeated exactly by its configuration; interrupted, it goes on from its last che
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from sdxl_jax import config as configuration
 from sdxl_jax import sharding
+from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import OnFailedSave, TrainConfig
 from sdxl_jax.data.buckets import Bucket
@@ -77,6 +79,7 @@ def train(
             check_initial(config)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
+        sharding.check_heads(mesh, config.model.unet.attention_heads)
         tokenizer = Tokenizer.of(config.model.text)
         part, parts = sharding.host_part(mesh)
         dataset = hosts.wait(lambda: BucketedDataset(config.data, tokenizer, host_index=part, host_count=parts))
@@ -88,13 +91,14 @@ def train(
             leaving.enter_context(run_directory.locked(run_dir))
         on_mesh = functools.partial(_on_mesh, hosts, mesh)
         last = checkpoint.step_to_start_from(run_dir / "checkpoints", from_step)
-        profiling.check(profile, last or 0, config.training.steps)
+        profile = profiling.check(profile, last or 0, config.training.steps)
         hosts.gather("the directory is locked")
         hosts.compare(_facts(config, run_dir, dataset, last))
         given = start.arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
         function = start.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
         ahead, threads = config.training.compile_ahead, config.training.compile_threads
-        steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads))
+        made_ahead = start.programs(config, mesh)
+        steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads, made_ahead))
         initial = {}
         if last is None:
             initial = on_mesh(lambda: initial_weights(config, mesh, progress=progress))
@@ -135,11 +139,12 @@ def train(
             met = set[Bucket]()
             since = _Mean(config.checkpoint.keep_best)
 
-            def save() -> None:
+            def save() -> bool:
+                """Whether it has begun: after a failure, the run may go on."""
                 with clock.during(Part.SAVE):
                     writer.flush()
                     metadata = {"config": configuration.to_json(config), "versions": run_directory.versions()}
-                    checkpoints.save(step, state, metadata, since.take())
+                    return checkpoints.save(step, state, metadata, since.take())
 
             def look() -> None:
                 with clock.during(Part.EVALUATION):
@@ -173,8 +178,7 @@ def train(
                         since.add(metrics)
                         writer.log(step, bucket, dataset.batch_size_of(step - 1), metrics)
                     times.note(step, again)
-                    if _due(step, config.checkpoint.every_steps, stop):
-                        save()
+                    if _due(step, config.checkpoint.every_steps, stop) and save():
                         saved = step
                     if _look_due(config, step):
                         look()
@@ -206,7 +210,7 @@ def _facts(config: TrainConfig, run_dir: Path, dataset: BucketedDataset, last: i
     """What all hosts must have in common."""
     values = configuration.to_json(config)
     return {
-        "configuration": {line.split(":")[0]: line.split(": ")[1] for line in configuration.differences({}, values)},
+        "configuration": {path.replace("/", "."): value for path, value in flatten(values).items()},
         "versions of the libraries": run_directory.versions(),
         "data": dataset.fingerprint,
         "order of the data": dataset.assignment,
@@ -249,8 +253,10 @@ class _Mean:
     def take(self) -> dict[str, float] | None:
         if self._name is None:
             return None
-        values, self._values = self._values, []
-        return {self._name: float(np.mean(jax.device_get(values)))}
+        values = np.asarray(jax.device_get(self._values))
+        self._values = []
+        values = values[np.isfinite(values)]  # those of skipped steps are not
+        return {self._name: float(np.mean(values)) if len(values) else math.inf}
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from sdxl_jax.training.clock import Clock, Part
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "peak_share")
 """Fields of a line that a resumed run does not repeat: they are about time."""
-_SCALARS = ("loss", "grad_norm", "learning_rate", *TIMES)
+_SCALARS = ("loss", "grad_norm", "learning_rate", "skipped", *TIMES)
 _PAUSES = (Part.COMPILE, Part.SAVE, Part.EVALUATION)
 """What is no step's time."""
 
@@ -46,8 +46,9 @@ class NonFinite(InputError):
     def __init__(self, step: int, loss: float, grad_norm: float):
         super().__init__(
             f"The loss of step {step} is {loss}, its gradient's norm {grad_norm}; step {step - 1} was the last with "
-            "finite ones. The run stops before this is saved. Lower optimiser.learning_rate, go on from the last "
-            "checkpoint with another training.seed in a new run, or skip such steps with training.on_nonfinite=skip"
+            "finite ones. The run stops before this is saved. Go on from the last checkpoint with a lower rate "
+            "(--allow-changes optimiser.learning_rate --optimiser.learning-rate RATE), or skip such steps "
+            "(--allow-changes training.on_nonfinite --training.on-nonfinite skip)"
         )
         self.step = step
 
@@ -83,6 +84,7 @@ class MetricsWriter:
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, jax.Array], dict[str, float]] | None = None
         self._noted = self._read = self._clock.seconds()
+        self._skipped = 0
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -95,7 +97,7 @@ class MetricsWriter:
             self._board.close()
         self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish(failed=kind is not None)
+            self._wandb.finish(failed=kind is not None and not issubclass(kind, SystemExit))
 
     def log(self, step: int, bucket: Bucket, batch_size: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the numbers of a step that has been started, and writes those of the one before."""
@@ -157,7 +159,8 @@ class MetricsWriter:
             line["peak_share"] = self._speed.flops(bucket) / seconds / self._speed.peak
         if not math.isfinite(values["loss"] + values["grad_norm"]) and not values.get("skipped"):
             raise NonFinite(step, values["loss"], values["grad_norm"])
-        self._file.write(json.dumps(line) + "\n")
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         if self._board is not None:
             for name in _SCALARS:
                 if name in line:
@@ -168,6 +171,9 @@ class MetricsWriter:
         if "peak_share" in line:
             shown.append(f"{line['peak_share']:.0%} of peak")
         shown.append(f"{now[Part.DATA]:.0f} s waiting for data")
+        self._skipped += int(values.get("skipped", 0))
+        if self._skipped:
+            shown.append(f"{self._skipped} skipped")
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+from tqdm import tqdm
 
 from sdxl_jax.errors import InputError
 
@@ -49,10 +50,15 @@ class Profile:
             self._running = False
 
 
-def check(steps: tuple[int, int] | None, first: int, stop: int) -> None:
-    """Raises InputError unless the steps are among those that a run is about to make, first + 1 to stop."""
+def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, int] | None:
+    """The steps, if they are among those that a run is about to make, first + 1 to stop. None, and said, where an
+    earlier start has made the first of them: the same command goes on. Raises InputError otherwise."""
+    if steps is not None and 1 <= steps[0] <= first and steps[0] <= steps[1]:
+        tqdm.write(f"  --profile {steps[0]}:{steps[1]}: an earlier start has made step {steps[0]}; nothing is traced")
+        return None
     if steps is not None and not first < steps[0] <= steps[1] <= stop:
         raise InputError(
             f"--profile {steps[0]}:{steps[1]}: this start makes the steps {first + 1} to {stop}. Give FIRST:LAST among "
             f"them, e.g. {min(first + 10, stop)}:{min(first + 14, stop)}"
         )
+    return steps

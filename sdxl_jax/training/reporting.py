@@ -16,6 +16,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.model import Model
 from sdxl_jax.pictures import contact_sheet, save_png
+from sdxl_jax.training.ema import EmaKind
 from sdxl_jax.training.hosts import Hosts
 
 _CAPTIONS_LOOKED_AT = 10_000
@@ -90,7 +91,7 @@ def look(config: TrainConfig, hosts: Hosts, run_dir: Path, step: int, model: Mod
     if hosts.is_first:
         origin = {
             "step": step,
-            "weights": "ema",
+            "weights": "parameters" if config.ema.kind is EmaKind.NONE else "ema",
             "seed": _GRID_SEED,
             "steps": validation.steps,
             "guidance": validation.guidance,

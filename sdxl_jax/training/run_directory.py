@@ -90,6 +90,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise OSError("the file was removed by the process that had it")
         except OSError as error:
             file.seek(0)
             raise InputError(
@@ -102,7 +104,7 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Whoever opened the file before has not got the lock, and gives up: nobody is left with a lock on no file.
+            # Whoever opened this file and gets its lock behind us sees that it is no longer there, and gives up.
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # not empty: there is a run
                 (run_dir / "checkpoints").rmdir()
