@@ -3,7 +3,9 @@
 How many: the environment variable KILLS. The harness, and how to run it by hand with a log, is killing.py.
 """
 
+import dataclasses
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import killing
 import pytest
 import tiny
 
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import CompileAhead, TrainConfig
 
 KILLS = int(os.environ.get("KILLS", "200"))
 
@@ -54,7 +56,12 @@ def test_run_killed_many_times_is_the_undisturbed_run(tmp_path: Path, processes:
 def stopped(whole: Whole, folder: Path, processes: int, phase: str, victim: int, number: int = signal.SIGTERM) -> float:
     """Signals one process when it is in that phase, lets all end by themselves, and goes on to the end. Seconds from
     the signal to the end."""
-    started = killing.Processes.start(whole.config, folder, whole.scratch, processes)
+    config = whole.config
+    if phase == "compiling":  # neither from the cache nor beside the start: there is something to wait for
+        shutil.rmtree(whole.scratch / "compiled")
+        training = dataclasses.replace(config.training, compile_ahead=CompileAhead.ON_DEMAND)
+        config = dataclasses.replace(config, training=training)
+    started = killing.Processes.start(config, folder, whole.scratch, processes)
     try:
         deadline = time.monotonic() + 300
         while started.phases[victim].read_text() != phase:
