@@ -96,15 +96,17 @@ class Options:
     """Folder and step of a checkpoint to write, of the last layout."""
     restore: tuple[str, int] | None = None
     """Folder and step of a checkpoint to go on from."""
+    buckets: int = len(BUCKETS)
+    """How many of `BUCKETS`, each of which compiles a step."""
 
 
-def train_config(folder: str, layout: Layout) -> TrainConfig:
+def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS)) -> TrainConfig:
     base = tiny.train_config(Path(folder), STEPS)
     # An epsilon of 1e-3 keeps Adam from turning the rounding of a gradient near zero into a step of full length.
     options = dataclasses.replace(base.optimiser, epsilon=1e-3, warmup_steps=0, accumulate=layout.accumulate)
     return dataclasses.replace(
         base,
-        data=DataConfig(folder, buckets=BUCKETS, batch_size=8),
+        data=DataConfig(folder, buckets=BUCKETS[:buckets], batch_size=8, max_aspect_distance=10.0),
         model=MODEL,
         mesh=layout.mesh,
         compute=layout.compute,
@@ -148,7 +150,7 @@ class Trained(NamedTuple):
 def train(name: str, options: Options) -> Trained:
     """The steps of one layout, from the initial parameters or from a checkpoint."""
     layout = LAYOUTS[name]
-    config = train_config(options.folder, layout)
+    config = train_config(options.folder, layout, options.buckets)
     mesh = sharding.make_mesh(layout.mesh, jax.devices()[:1] if name == "single" else None)
     sharding.check_batch(mesh, config.data.batch_size, layout.accumulate)
     tokenizer = Tokenizer.of(MODEL.text)

@@ -4,7 +4,6 @@ What needs libtpu says so, and is skipped where it is missing.
 """
 
 import dataclasses
-import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -20,28 +19,11 @@ from sdxl_jax import flops, sharding
 from sdxl_jax.ahead import compile as ahead
 from sdxl_jax.ahead import hlo, topologies
 from sdxl_jax.errors import InputError
-from sdxl_jax.models import attention, unet
+from sdxl_jax.models import attention
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.models.unet import SDXL_BASE
 from sdxl_jax.sharding import MeshConfig
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-
-
-@functools.cache
-def params() -> object:
-    return jax.eval_shape(functools.partial(unet.init, config=SDXL_BASE), jax.random.key(0))
-
-
-@pytest.mark.parametrize(("side", "teraflop"), [(1024, 6.76), (256, 0.43)])
-def test_flops_of_the_base_unet_are_the_published_ones(side: int, teraflop: float) -> None:
-    def forward(params: object, latent: jax.Array) -> jax.Array:
-        plain = Compute(attention=Attention.XLA)
-        context, vector = jnp.zeros((1, 77, 2048)), jnp.zeros((1, 2816))
-        return unet.apply(SDXL_BASE, params, latent, jnp.zeros(1), context, vector, plain)  # pyright: ignore
-
-    latent = jax.ShapeDtypeStruct((1, side // 8, side // 8, 4), jnp.float32)
-    assert flops.count(forward, params(), latent).total / 1e12 == pytest.approx(teraflop, abs=0.005)
 
 
 def test_flops_of_a_splash_kernel_are_two_products_forward_and_five_backward() -> None:

@@ -606,6 +606,7 @@ def encode_into(place: Path) -> tuple[list[object], list[object]]:
     return fields, ["data", "encode", place / "config.py", *fields, "--batch-size", 3]
 
 
+@pytest.mark.slow
 def test_encode_writes_its_share_and_then_the_rest(place: Path) -> None:
     _, encode = encode_into(place)
     said = f"{place / 'cache'}: 8 pictures, 2 crops of each; "

@@ -40,6 +40,7 @@ def test_pictures_come_in_many_original_sizes(pictures: Path):
     assert longest.max() > 240
 
 
+@pytest.mark.slow
 def test_shipped_autoencoder_is_small_and_gives_the_pictures_back(pictures: Path):
     """28 dB on average over a quarter of them: what a stranger takes for the same picture. Measured 29.7 over all."""
     assert autoencoder.WEIGHTS.stat().st_size < 5_000_000

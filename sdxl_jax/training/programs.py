@@ -10,6 +10,7 @@ it. Reading one runs code (it is a pickle): whoever may write the folder may do 
 import hashlib
 import importlib.metadata
 import json
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ class Programs(NamedTuple):
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(lowered)
         partial = path.with_suffix(".partial")
-        partial.write_bytes(data)
+        partial.write_bytes(zlib.compress(data, 1))  # to a quarter: of the full model, a gigabyte
         partial.replace(path)
 
     def read(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
@@ -51,7 +52,7 @@ class Programs(NamedTuple):
             return None
         devices = list(self.mesh.devices.flat)
         return serialize_executable.deserialize_and_load(
-            path.read_bytes(), lowered.in_tree, lowered.out_tree, devices[0].client, devices
+            zlib.decompress(path.read_bytes()), lowered.in_tree, lowered.out_tree, devices[0].client, devices
         )
 
     def _path(self, lowered: jax.stages.Lowered) -> epath.Path:

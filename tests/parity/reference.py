@@ -103,6 +103,10 @@ def _pair(model: Any, config: names.PartConfig, dialect: Dialect, seed: int) -> 
 
 
 def unet_pair(config: unet.UNetConfig, seed: int = 0) -> Pair:
+    return _pair(unet_model(config), config, Dialect.DIFFUSERS, seed)
+
+
+def unet_model(config: unet.UNetConfig, fourier_dim: int = FOURIER_DIM) -> Any:
     attends = [depth > 0 for depth in config.transformer_depth]
     depths = [max(depth, 1) for depth in config.transformer_depth]  # not read where a level has no attention
     depths[-1] = config.middle_depth  # diffusers reads the middle's depth there
@@ -111,10 +115,10 @@ def unet_pair(config: unet.UNetConfig, seed: int = 0) -> Pair:
     if config.vector_dim is not None:
         options = {
             "addition_embed_type": "text_time",
-            "addition_time_embed_dim": FOURIER_DIM,
+            "addition_time_embed_dim": fourier_dim,
             "projection_class_embeddings_input_dim": config.vector_dim,
         }
-    model = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
         block_out_channels=config.block_channels,
@@ -127,7 +131,6 @@ def unet_pair(config: unet.UNetConfig, seed: int = 0) -> Pair:
         use_linear_projection=not config.conv_projection,
         **options,
     )
-    return _pair(model, config, Dialect.DIFFUSERS, seed)
 
 
 def vae_pair(config: vae.VaeConfig, seed: int = 0) -> Pair:

@@ -10,11 +10,13 @@ import pytest
 import reference
 from agreement import TOLERANCE, Agree
 from reference import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from sdxl_jax import flops, model
 from sdxl_jax.arrays import Params
 from sdxl_jax.interop import names
 from sdxl_jax.models import unet
-from sdxl_jax.models.layers import Compute, Remat
+from sdxl_jax.models.layers import Attention, Compute, Remat
 
 # Heights and widths that halve evenly all the way, on the way, or not at all; never a square.
 SIZES = {
@@ -23,6 +25,13 @@ SIZES = {
     "SD 1.x": (8, 24),
     "SD 2.x": (13, 7),
     "SD 1.x inpainting": (5, 6),
+}
+
+FULL_SIZE = {
+    "SDXL base": model.SDXL_BASE.unet,
+    "SDXL refiner": model.SDXL_REFINER.unet,
+    "SD 1.x": model.SD1.unet,
+    "SD 2.x": model.SD2.unet,
 }
 
 
@@ -103,3 +112,28 @@ def test_unet_gradients_match_torch_autograd(agree: Agree) -> None:
     for kind, members in chosen.items():
         worst = max(members, key=differs)
         agree(f"UNet gradient: {kind}", ours[worst], theirs[worst], 1e-4 if kind.endswith(CANCELLING) else TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["SDXL base", "SDXL refiner", "SD 1.x", "SD 2.x"])
+def test_operations_of_the_full_size_are_those_that_torch_counts(name: str) -> None:
+    """Nothing is computed: torch counts on its device "meta", we in the traced program. An odd size, in part halved."""
+    config = FULL_SIZE[name]
+    sizes = {"SDXL base": (128, 128), "SDXL refiner": (96, 72), "SD 1.x": (64, 40), "SD 2.x": (66, 90)}
+    latent = (1, *sizes[name], config.in_channels)
+    with torch.device("meta"), FlopCounterMode(display=False) as counted:
+        shapes = [(1,), (1, 77, config.context_dim)]
+        conditions = None
+        if config.vector_dim is not None:
+            numbers = (config.vector_dim - 1280) // 256
+            conditions = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, numbers)}
+        model = reference.unet_model(config, 256)
+        model(torch.zeros(latent).permute(0, 3, 1, 2), *map(torch.zeros, shapes), added_cond_kwargs=conditions)
+
+    def forward(params: Params, latent: jax.Array) -> jax.Array:
+        vector = None if config.vector_dim is None else jnp.zeros((1, config.vector_dim))
+        plain = Compute(attention=Attention.XLA)
+        timestep, context = map(jnp.zeros, shapes)
+        return unet.apply(config, params, latent, timestep, context, vector, plain)
+
+    params = jax.eval_shape(functools.partial(unet.init, config=config), jax.random.key(0))
+    assert flops.count(forward, params, jax.ShapeDtypeStruct(latent, jnp.float32)).total == counted.get_total_flops()
