@@ -60,6 +60,7 @@ LAYOUTS = {
     "data 2 × fsdp 2 × tensor 2, two micro-batches": Layout(_TENSOR, accumulate=2),
     "data 2 × fsdp 4, remat dots": Layout(MeshConfig(2, 4), Compute(remat=Remat.DOTS)),
     "data 2 × fsdp 4, remat block": Layout(MeshConfig(2, 4), Compute(remat=Remat.BLOCK)),
+    "data 2 × fsdp 4, remat offload": Layout(MeshConfig(2, 4), Compute(remat=Remat.OFFLOAD)),
     "data 2 × fsdp 2 × tensor 2, unrolled": Layout(_TENSOR, Compute(unroll=True)),
     "data 2 × fsdp 2 × tensor 2, splash attention": Layout(_TENSOR, Compute(attention=Attention.SPLASH)),
     # For two devices and for four, over several processes.

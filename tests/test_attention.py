@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from sdxl_jax import sharding
+from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention
 from sdxl_jax.models.layers import Attention
 
@@ -35,6 +36,30 @@ def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
     np.testing.assert_allclose(out[Attention.SPLASH], out[Attention.XLA], atol=2e-6)
     for kernel, plain in zip(gradients[Attention.SPLASH], gradients[Attention.XLA], strict=True):
         np.testing.assert_allclose(kernel, plain, atol=1e-5)
+
+
+def loss_of(implementation: Attention, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    out = attention.dot_product_attention(query, key, value, implementation)
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+
+def test_cudnn_attention_is_xlas_and_so_are_its_gradients() -> None:
+    if jax.default_backend() != "gpu":
+        pytest.skip("needs a GPU")
+    arrays = [array.astype(jnp.bfloat16) for array in inputs(1024)]
+    gradient = jax.value_and_grad(loss_of, argnums=(1, 2, 3))
+    kernel, plain = (gradient(each, *arrays) for each in (Attention.CUDNN, Attention.XLA))
+    for one, other in zip(jax.tree.leaves(kernel), jax.tree.leaves(plain), strict=True):
+        # bfloat16 has 8 bits, and both round the weights to it, at another place.
+        assert float(jnp.abs(one - other).max()) < 0.02 * float(jnp.abs(other).max())
+
+
+def test_cudnn_without_a_gpu_is_refused() -> None:
+    if jax.default_backend() == "gpu":
+        pytest.skip("this is a GPU")
+    query, key, value = inputs(128)
+    with pytest.raises(InputError, match=r"compute\.attention=cudnn needs a GPU, and this is a cpu\. Set it to auto"):
+        attention.dot_product_attention(query, key, value, Attention.CUDNN)
 
 
 def test_attention_to_text_is_xlas_whatever_is_asked_for() -> None:

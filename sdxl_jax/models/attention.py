@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Float
 
 from sdxl_jax import sharding
+from sdxl_jax.errors import InputError
 from sdxl_jax.models import layers
 from sdxl_jax.models.layers import Attention, Compute, conv, dense, group_norm, layer_norm
 from sdxl_jax.sharding import constrain
@@ -41,7 +42,7 @@ def dot_product_attention(
     """softmax(q kᵀ / √dim) v, the softmax in float32. Causal: a query sees keys up to its own position.
 
     Kernels are for self-attention over pictures; attention to text and within it is XLA's whatever is asked for, since
-    77 keys fit no kernel.
+    77 keys fit no kernel. Raises InputError for cuDNN without a GPU.
     """
     if implementation is Attention.AUTO:
         implementation = choose(_platform(), query, key)
@@ -51,6 +52,8 @@ def dot_product_attention(
         case Attention.SPLASH:
             return _splash(query, key, value)
         case Attention.CUDNN:
+            if _platform() != "gpu":
+                raise InputError(f"compute.attention=cudnn needs a GPU, and this is a {_platform()}. Set it to auto")
             out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         case _:
             out = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")

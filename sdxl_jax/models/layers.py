@@ -52,7 +52,7 @@ class Remat(enum.Enum):
     BLOCK = "block"
     """Whole blocks: their inputs alone are kept. About a third more time."""
     OFFLOAD = "offload"
-    """As BLOCK, and what enters a transformer block waits in the host's memory: TPUs and GPUs only."""
+    """As BLOCK, and what enters a transformer block waits in the host's memory. On a CPU that is the same memory."""
 
 
 KEPT = "kept"
