@@ -75,7 +75,7 @@ STEPS = 20
 """Of a whole run."""
 MODEL = ModelConfig(
     unet=UNetConfig((8,), 1, (2,), 1, (2,), context_dim=8, vector_dim=8 + 6 * 4, groups=4),
-    vae=VaeConfig(block_channels=(4, 4), resnets_per_block=1, groups=2),
+    vae=VaeConfig(block_channels=(8, 8), resnets_per_block=1, groups=2),
     text=(Tower("text_encoder_2", ClipTextConfig(8, 2, 2, 16, Activation.GELU, 8), END_OF_TEXT),),
     micro=tiny.MODEL.micro,
     default_size=(16, 16),
