@@ -12,6 +12,14 @@ import pytest
 gc.set_threshold(100_000, 50, 1000)
 
 
+LONG = ("test_training", "test_killing", "test_sharding", "test_cli", "test_encoding")
+"""Files whose tests take minutes: they begin first, or one worker would have them alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all files, of all workers, keep what they compiled."""
     folder = tmp_path_factory.getbasetemp()

@@ -197,7 +197,8 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(finished, tmp_path):
 
 
 IN_PROCESSES = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job, as tests may be, ignores it
 if __name__ == "__main__":
     sys.path.insert(0, sys.argv[1])
     from test_data_build import Fake
