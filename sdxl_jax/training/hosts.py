@@ -87,7 +87,8 @@ class Hosts:
     JAX_PROCESS_ID, or what jax detects (TPU pods, Slurm, Open MPI, Kubernetes). One process where it describes none.
 
     A context manager, to be entered before any device is touched; in the main thread, it takes SIGTERM and SIGINT.
-    Raises InputError for numbers that are missing, and when not all processes have joined in time.
+    Raises InputError for numbers that are missing, and when not all processes have joined in time. After an error with
+    several processes, or after work was left behind, the process is ended at its exit with the code of that error.
     """
 
     def __init__(self, join_timeout_seconds: float):
