@@ -270,8 +270,13 @@ def _checksum_of(value: Any) -> str:
 
 def _checksums(tree: Any) -> str:
     """Eight hexadecimal digits an array, in the tree's order. They do not depend on how arrays lie on devices."""
-    numbers = jax.device_get([_checksum(leaf) for leaf in jax.tree.leaves(tree)])
-    return "".join(f"{int(number):08x}" for number in numbers)
+    numbers = list[jax.Array]()
+    for leaf in jax.tree.leaves(tree):
+        numbers.append(_checksum(leaf))
+        if jax.default_backend() == "cpu":
+            # A CPU's devices meet in a few threads: of two programs under way, each can hold what the other waits for.
+            numbers[-1].block_until_ready()
+    return "".join(f"{int(number):08x}" for number in jax.device_get(numbers))
 
 
 @jax.jit
