@@ -28,7 +28,7 @@ from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig, TrainingConfig
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.interop import names
+from sdxl_jax.interop import diffusers_fields, names
 from sdxl_jax.interop.names import Dialect, Naming
 from sdxl_jax.model import SDXL_BASE, ModelConfig
 from sdxl_jax.models.layers import Compute, Dtype, Remat
@@ -115,20 +115,7 @@ def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], 
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    attends = [depth > 0 for depth in unet.transformer_depth]
-    model = diffusers.UNet2DConditionModel(
-        block_out_channels=unet.block_channels,
-        layers_per_block=unet.resnets_per_block,
-        down_block_types=["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
-        up_block_types=["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
-        transformer_layers_per_block=[max(depth, 1) for depth in unet.transformer_depth],
-        attention_head_dim=unet.heads,  # misnamed there: it is the number of heads
-        cross_attention_dim=unet.context_dim,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=unet.vector_dim,
-    )
+    model = diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(unet))
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     params = names.from_tensors(names.table(unet, Naming(Dialect.DIFFUSERS)), tensors)
     params = jax.tree.map(jnp.array, params)  # copies: torch goes on to change its own

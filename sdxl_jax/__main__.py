@@ -180,11 +180,14 @@ def _compile(arguments: list[str]) -> None:
     for each in made:
         print(f"{each}\n{ahead.verdict(each, config)}\n")
     if options.program == "train":
+        from sdxl_jax.training import programs
+
         cache = config.training.compilation_cache
         print(
             "Not kept: training.compilation_cache names no folder."
             if cache is None
-            else f"Kept in {cache}/ahead: training with this configuration and training.compilation_cache reads them."
+            else f"Kept in {programs.folder(cache)}: training with this configuration and training.compilation_cache "
+            "reads them."
         )
 
 

@@ -12,6 +12,9 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+PATHS = Path(__file__).parents[1], Path(__file__).parent
+"""Where a child process finds this project and these tests."""
+
 
 def settings(cache: Path) -> dict[str, bool | int | str]:
     """jax's settings for it, with compiled programs kept in the folder `cache`."""
@@ -41,10 +44,10 @@ def _set(values: dict[str, bool | int | str]) -> None:
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """The environment of a child process that compiles so, with so many simulated devices."""
+    """The environment of a child process that compiles so, with so many simulated devices, and imports as we do."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return (
         os.environ
         | {name.upper(): str(value) for name, value in settings(cache).items()}
-        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+        | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "PYTHONPATH": os.pathsep.join(map(str, PATHS))}
     )

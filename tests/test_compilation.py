@@ -27,7 +27,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import compilation
 from sdxl_jax.training.compilation import CompiledSteps
-from sdxl_jax.training.programs import Programs
+from sdxl_jax.training.programs import Programs, folder
 
 BUCKETS = [Bucket(8 * number, 8) for number in range(1, 6)]
 ARGUMENTS = {bucket: (bucket,) for bucket in BUCKETS}
@@ -282,7 +282,7 @@ def test_step_compiled_ahead_is_read_not_compiled(
 ) -> None:
     function = jax.jit(lambda x: {"sum": x["a"].sum(), "more": jnp.cos(x["a"])})
     given = {"a": jnp.arange(6.0)}
-    made_ahead = Programs(str(tmp_path), MESH, {"option": 1})
+    made_ahead = Programs(folder(str(tmp_path)), MESH, {"option": 1})
     lowered = function.lower(given)
     compiled = lowered.compile()
     for _ in range(2):  # the second time in place of the first

@@ -9,7 +9,6 @@ a step of full length of the rounding of a gradient near zero.
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -46,9 +45,7 @@ def options(scratch: Path, names: list[str], **others: Any) -> Options:
 
 def run(scratch: Path, asked: Options, processes: int = 1, devices: int = 8) -> list[list[dict[str, Any]]]:
     """What each process prints, a line for each layout. devices: of each process, simulated."""
-    environment = compiling.environment(scratch / "compiled", devices=devices) | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parent)]),
-    }
+    environment = compiling.environment(scratch / "compiled", devices=devices)
     if processes > 1:
         with socket.socket() as free:
             free.bind(("localhost", 0))

@@ -281,12 +281,13 @@ def test_full_disk_in_the_middle_of_a_save_leaves_the_checkpoints_before(
         assert sorted(path.name for path in directory.iterdir()) == kept
 
 
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_last_checkpoint_that_fails_is_an_error_even_if_the_run_may_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     said = r"step 2 could not be written \(.*No space left.*There is none before it"
     with (
         pytest.raises(InputError, match=said),
@@ -303,12 +304,21 @@ def test_last_checkpoint_that_fails_is_an_error_even_if_the_run_may_go_on(
 
 
 def test_a_good_checkpoint_makes_up_for_a_lost_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
     with Checkpoints(tmp_path / "checkpoints", keep=3, go_on=True) as checkpoints:
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints._checkpointer, "save_async", full)
             assert not checkpoints.save(1, state(1), {})
         assert checkpoints.save(2, state(2), {})
     assert steps_in(tmp_path / "checkpoints") == ["2"]
+
+
+def test_checkpoint_that_another_host_lost_is_lost_on_all(tmp_path: Path) -> None:
+    theirs = ""
+    with (
+        pytest.raises(InputError, match=r"step 2 could not be written on host 1 \(disk full\)"),
+        Checkpoints(tmp_path, keep=3, go_on=True, agree=lambda ours: [ours, theirs]) as checkpoints,
+    ):
+        checkpoints.save(2, state(2), {})
+        theirs = "disk full"
+        checkpoints.finish()
+        theirs = ""

@@ -6,7 +6,6 @@ Eight devices are simulated in a process of its own (sharded_step.py). Full-size
 import functools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -35,9 +34,7 @@ MODELS = {"SDXL base": model.SDXL_BASE, "SDXL refiner": model.SDXL_REFINER, "SD 
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What sharded_step.py prints."""
     script, scratch = Path(__file__).with_name("sharded_step.py"), tmp_path_factory.mktemp("sharded")
-    environment = compiling.environment(scratch / "compiled", devices=8) | {
-        "PYTHONPATH": os.pathsep.join([str(script.parents[1]), str(script.parent)]),
-    }
+    environment = compiling.environment(scratch / "compiled", devices=8)
     command = [sys.executable, str(script), str(scratch)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

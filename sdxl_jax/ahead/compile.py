@@ -119,10 +119,7 @@ def _compile(programs: list[Program], mesh: Mesh, topology: str, parallel: int, 
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             raise explained(program.name, error) from error
-        seconds = time.monotonic() - began
-        if program.kept is not None:
-            program.kept.write(lowered, compiled)
-        return report.make(
+        made = report.make(
             compiled,
             topology=topology if slices == 1 else f"{slices} × {topology}",
             chips=mesh.size,
@@ -132,9 +129,12 @@ def _compile(programs: list[Program], mesh: Mesh, topology: str, parallel: int, 
             inputs=program.inputs,
             model_flops=program.model_flops,
             kernel_flops=kernels,
-            compile_seconds=seconds,
+            compile_seconds=time.monotonic() - began,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
+        if program.kept is not None:  # behind the report, whose memory is the compiler's
+            program.kept.write(lowered, compiled)
+        return made
 
     with ThreadPoolExecutor(parallel) as pool:
         return list(tqdm(pool.map(one, programs), "compiling", len(programs), disable=not progress))

@@ -88,13 +88,10 @@ def _walk(computations: dict[str, list[str]], name: str, executions: int) -> Ite
 
 def _fused_collective(computations: dict[str, list[str]], line: str) -> str | None:
     """What a fusion sends, if it does. A sum is a reduce-scatter then, which TPUs have as a sum and a slice of it."""
-    for found in _CALLED.findall(line):
-        for name in found.strip("{}").split(","):
-            for inner in computations.get(name.strip().lstrip("%"), []):
-                match = _INSTRUCTION.match(inner)
-                if match and match[3] in COLLECTIVES:
-                    return "reduce-scatter" if match[3] == "all-reduce" else match[3]
-    return None
+    called = [name.strip().lstrip("%") for found in _CALLED.findall(line) for name in found.strip("{}").split(",")]
+    inner = (_INSTRUCTION.match(each) for name in called for each in computations.get(name, []))
+    kind = next((match[3] for match in inner if match and match[3] in COLLECTIVES), None)
+    return "reduce-scatter" if kind == "all-reduce" else kind
 
 
 def _trips(condition: list[str]) -> int:

@@ -129,9 +129,8 @@ class Checkpoints:
         except Exception as error:  # as above
             failed = _reason(error)
         self._settle(failed, last)
-        if not failed:
-            self._lost = ""
-        self._writing = None
+        if self._writing is not None:  # on no host has it failed
+            self._lost, self._writing = "", None
 
     def _settle(self, failed: str, last: bool = False) -> None:
         """After a part of a save: has it failed, here or on another host?"""

@@ -209,14 +209,14 @@ class CompiledSteps:
 
     def _program(self, bucket: Bucket) -> Callable[..., Any]:
         lowered = self._step.lower(*self._arguments[bucket])
-        if self._made_ahead is not None and (there := self._made_ahead.count()):
+        if self._made_ahead is not None and self._made_ahead.folder.is_dir():
             try:
-                made = self._made_ahead.read(lowered)
+                if (made := self._made_ahead.read(lowered)) is not None:
+                    return made
+                there = self._made_ahead.count()
                 why = f"is none of the {there} there (of another configuration, slice or version)"
             except Exception as error:  # whatever jax and the file system raise
-                made, why = None, f"could not be read: {str(error).splitlines()[0]}"
-            if made is not None:
-                return made
+                why = f"could not be read: {str(error).splitlines()[0]}"
             tqdm.write(f"  the step of {bucket.height}×{bucket.width} in {self._made_ahead.folder} {why}; compiling it")
         return lowered.compile()
 

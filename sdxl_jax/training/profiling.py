@@ -53,12 +53,15 @@ class Profile:
 def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, int] | None:
     """The steps, if they are among those that a run is about to make, first + 1 to stop. None, and said, where an
     earlier start has made the first of them: the same command goes on. Raises InputError otherwise."""
-    if steps is not None and 1 <= steps[0] <= first and steps[0] <= steps[1]:
-        tqdm.write(f"  --profile {steps[0]}:{steps[1]}: an earlier start has made step {steps[0]}; nothing is traced")
+    if steps is None:
         return None
-    if steps is not None and not first < steps[0] <= steps[1] <= stop:
+    begin, end = steps
+    if 1 <= begin <= min(first, end):
+        tqdm.write(f"  --profile {begin}:{end}: an earlier start has made step {begin}; nothing is traced")
+        return None
+    if not first < begin <= end <= stop:
         raise InputError(
-            f"--profile {steps[0]}:{steps[1]}: this start makes the steps {first + 1} to {stop}. Give FIRST:LAST among "
+            f"--profile {begin}:{end}: this start makes the steps {first + 1} to {stop}. Give FIRST:LAST among "
             f"them, e.g. {min(first + 10, stop)}:{min(first + 14, stop)}"
         )
     return steps

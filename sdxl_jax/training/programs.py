@@ -20,17 +20,17 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 
+def folder(cache: str) -> epath.Path:
+    """Where they lie in `training.compilation_cache`: a path, or a bucket's URL (gs://…)."""
+    return epath.Path(cache) / "ahead"
+
+
 class Programs(NamedTuple):
     """The programs in a folder, for one mesh and the compiler's options."""
 
-    cache: str
-    """`training.compilation_cache`: a path, or a bucket's URL (gs://…)."""
+    folder: epath.Path
     mesh: Mesh
     options: Mapping[str, Any]
-
-    @property
-    def folder(self) -> epath.Path:
-        return epath.Path(self.cache) / "ahead"
 
     def count(self) -> int:
         """Programs that are there, for whatever machine."""

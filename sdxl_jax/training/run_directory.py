@@ -90,7 +90,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # which raises where there is none
                 raise OSError("the file was removed by the process that had it")
         except OSError as error:
             file.seek(0)

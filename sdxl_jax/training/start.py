@@ -18,7 +18,7 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.training import compilation
-from sdxl_jax.training.programs import Programs
+from sdxl_jax.training.programs import Programs, folder
 from sdxl_jax.training.state import TrainState, create, partition
 from sdxl_jax.training.step import NoTokens, Step, make_step
 
@@ -48,7 +48,7 @@ def jitted(step: Step, config: TrainConfig, mesh: Mesh, abstract: TrainState) ->
 def programs(config: TrainConfig, mesh: Mesh) -> Programs | None:
     """Where steps compiled ahead, on another machine, are kept; None without a folder for them."""
     cache = config.training.compilation_cache
-    return None if cache is None else Programs(cache, mesh, _options(config, mesh))
+    return None if cache is None else Programs(folder(cache), mesh, _options(config, mesh))
 
 
 def _options(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from agreement import TOLERANCE, Agree
 from reference import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_jax import flops, model
+from sdxl_jax import flops
+from sdxl_jax import model as models
 from sdxl_jax.arrays import Params
 from sdxl_jax.interop import names
 from sdxl_jax.models import unet
@@ -28,10 +29,10 @@ SIZES = {
 }
 
 FULL_SIZE = {
-    "SDXL base": model.SDXL_BASE.unet,
-    "SDXL refiner": model.SDXL_REFINER.unet,
-    "SD 1.x": model.SD1.unet,
-    "SD 2.x": model.SD2.unet,
+    "SDXL base": (models.SDXL_BASE.unet, (128, 128)),
+    "SDXL refiner": (models.SDXL_REFINER.unet, (96, 72)),
+    "SD 1.x": (models.SD1.unet, (64, 40)),
+    "SD 2.x": (models.SD2.unet, (66, 90)),
 }
 
 
@@ -114,12 +115,11 @@ def test_unet_gradients_match_torch_autograd(agree: Agree) -> None:
         agree(f"UNet gradient: {kind}", ours[worst], theirs[worst], 1e-4 if kind.endswith(CANCELLING) else TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["SDXL base", "SDXL refiner", "SD 1.x", "SD 2.x"])
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_operations_of_the_full_size_are_those_that_torch_counts(name: str) -> None:
-    """Nothing is computed: torch counts on its device "meta", we in the traced program. An odd size, in part halved."""
-    config = FULL_SIZE[name]
-    sizes = {"SDXL base": (128, 128), "SDXL refiner": (96, 72), "SD 1.x": (64, 40), "SD 2.x": (66, 90)}
-    latent = (1, *sizes[name], config.in_channels)
+    """Nothing is computed: torch counts on its device "meta", we in the traced program."""
+    config, size = FULL_SIZE[name]
+    latent = (1, *size, config.in_channels)
     with torch.device("meta"), FlopCounterMode(display=False) as counted:
         shapes = [(1,), (1, 77, config.context_dim)]
         conditions = None
