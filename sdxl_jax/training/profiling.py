@@ -40,7 +40,10 @@ class Profile:
         first, last = self._steps
         if step == first:
             settle()
-            jax.profiler.start_trace(str(self._folder))
+            options = jax.profiler.ProfileOptions()
+            # Hooking Python's calls while another thread compiles ends the process (seen with jax 0.10.2).
+            options.python_tracer_level = 0
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
