@@ -1,30 +1,38 @@
-"""Samplers: which timesteps are visited, and how each step goes.
+"""Samplers: which noise levels are visited, and how each step goes.
 
-A sampler is two functions. `plan` (numpy, float64, before compilation) lists what each step needs; `step` (jax, one
-compiled body for all steps) takes the state, the denoised prediction, the step's row of the plan, and fresh noise. Two
-kinds of state are in use: x_t = α x₀ + σ_t ε (DDIM, DDPM), and the EDM form x₀ + sigma ε (Euler), which the network
-sees divided by √(1 + sigma²).
+All of them are linear. A sampler's next state is a weighted sum of its state, of what the network says now (as x₀ and
+as ε), of what it said before, and of fresh noise; the weights depend on the noise levels alone. So a sampler is a pure
+function from noise levels to weights, in float64, before anything is compiled, and one compiled step (`loop.advance`)
+serves all of them:
 
-Sources: DDPM, Ho et al. (arXiv:2006.11239) eq. 6 and 7; DDIM, Song et al. (arXiv:2010.02502) eq. 12; Euler, Karras et
-al. (arXiv:2206.00364) algorithm 1 without its second-order correction. Timesteps and constants as in diffusers'
-schedulers of the same names.
+    x_next = Σ weight · term          terms: x | remembered … | x0 | epsilon | noise
+
+The state is x_t = α x₀ + σ_t ε with α² + σ_t² = 1, what the network sees, for every sampler. Those that others write
+with the EDM sigma = σ_t / α, of x₀ + sigma ε, come out the same: their state is ours divided by α. Nothing here is
+infinite at zero terminal SNR, where α = 0.
+
+Sources, and what timesteps and constants follow, are diffusers' schedulers of the same names:
+    DDPM              Ho et al., arXiv:2006.11239, eq. 6 and 7
+    DDIM              Song et al., arXiv:2010.02502, eq. 12 and 16
+    Euler, Heun       Karras et al., arXiv:2206.00364, algorithm 1 without churn; Euler is its first half
+    Euler ancestral   k-diffusion `sample_euler_ancestral`
+    LMS               k-diffusion `sample_lms`, order 4
+    DPM++ 2M, SDE     Lu et al., arXiv:2211.01095, algorithm 2, and SDE-DPM-Solver++ of appendix B (midpoint)
+    UniPC             Zhao et al., arXiv:2302.04867, order 2, B₂(h), predicting x₀
+    LCM               Luo et al., arXiv:2310.04378, algorithm 3
 """
 
 import enum
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from sdxl_jax.diffusion.parameterisation import Denoised
 from sdxl_jax.diffusion.schedule import Schedule
-from sdxl_jax.errors import InputError
-
-Array = jax.Array
+from sdxl_jax.errors import InputError, nearest_first
 
 
 class Spacing(enum.Enum):
@@ -36,6 +44,17 @@ class Spacing(enum.Enum):
     """Counted down from the last: 999, 979 … 19. What sgm does."""
     LINSPACE = "linspace"
     """Evenly from 0 to the last, both included; not whole numbers in general."""
+
+
+class Sigmas(enum.Enum):
+    """How noise levels lie between the first and the last."""
+
+    SCHEDULE = "schedule"
+    """Those of the timesteps that the spacing names."""
+    KARRAS = "karras"
+    """Evenly in sigma^(1/7). Karras et al., arXiv:2206.00364, eq. 5."""
+    EXPONENTIAL = "exponential"
+    """Evenly in log sigma."""
 
 
 def timesteps(count: int, schedule_length: int, spacing: Spacing, offset: int = 1) -> Float[np.ndarray, " steps"]:
@@ -52,92 +71,395 @@ def timesteps(count: int, schedule_length: int, spacing: Spacing, offset: int = 
             return np.linspace(0, schedule_length - 1, count)[::-1].copy()
 
 
-class Plan(NamedTuple):
-    """What each step needs, one row a step; float64 numpy here, float32 inside the loop."""
+def _solver_timesteps(count: int, length: int, spacing: Spacing) -> Float[np.ndarray, " steps"]:
+    """Those of diffusers' DPM-Solver and UniPC: whole, and of count + 1 the last is left out, since they end at sigma 0
+    behind it."""
+    match spacing:
+        case Spacing.LEADING:
+            return np.minimum(np.arange(1, count + 1) * (length // (count + 1)) + 1, length - 1)[::-1].astype(float)
+        case Spacing.TRAILING:
+            return timesteps(count, length, spacing)
+        case Spacing.LINSPACE:
+            return np.linspace(0, length - 1, count + 1).round()[:0:-1].copy()
+
+
+_LCM_STEPS = 50
+"""Timesteps that consistency distillation trains: 19, 39 … 999."""
+
+
+def _lcm_timesteps(count: int, length: int) -> Float[np.ndarray, " steps"]:
+    if count > _LCM_STEPS:
+        raise InputError(f"steps={count}, but sampler lcm has {_LCM_STEPS} at most. Use 4 to 8")
+    trained = np.arange(_LCM_STEPS, 0, -1) * (length // _LCM_STEPS) - 1.0
+    return trained[np.floor(np.linspace(0, _LCM_STEPS, count, endpoint=False)).astype(int)]
+
+
+class Levels(NamedTuple):
+    """The noise levels that a sampler visits, from the noisiest, and the one that it ends at."""
 
     timestep: Float[np.ndarray, " steps"]
     """What the network is told."""
-    input_scale: Float[np.ndarray, " steps"]
-    """Factor from the sampler's state to the network's input x_t."""
-    alpha: Float[np.ndarray, " steps"]
-    """α of the network's input."""
-    sigma_t: Float[np.ndarray, " steps"]
-    """σ_t of the network's input."""
-    now: Float[np.ndarray, " steps"]
-    """Noise level of the state: ᾱ, or the EDM sigma."""
-    next: Float[np.ndarray, " steps"]
-    """Noise level that the step leads to."""
+    alpha: Float[np.ndarray, " levels"]
+    """Share of the image in x_t; 1 at the end."""
+    sigma_t: Float[np.ndarray, " levels"]
+    """Share of the noise; 0 at the end."""
+
+    @property
+    def sigma(self) -> Float[np.ndarray, " levels"]:
+        """The EDM sigma."""
+        return self.sigma_t / self.alpha
+
+    def since(self, first: int) -> "Levels":
+        """The way from the level of number `first` on."""
+        return Levels(self.timestep[first:], self.alpha[first:], self.sigma_t[first:])
 
 
-Step = Callable[[Array, Denoised, Plan, Array], Array]
-"""(state, prediction, row of the plan, standard normal noise) -> next state."""
+class Plan(NamedTuple):
+    """What each evaluation of the network needs, one row each; float64 numpy here, float32 inside the loop."""
+
+    timestep: Float[np.ndarray, " rows"]
+    """What the network is told."""
+    alpha: Float[np.ndarray, " rows"]
+    """α of the state."""
+    sigma_t: Float[np.ndarray, " rows"]
+    """σ_t of the state."""
+    next_alpha: Float[np.ndarray, " rows"]
+    """α of the state that the row leads to."""
+    next_sigma_t: Float[np.ndarray, " rows"]
+    """σ_t of the state that the row leads to."""
+    weights: Float[np.ndarray, "rows memory terms"]
+    """Of each term in each array that is carried on; the first of these is the state. The terms are these arrays as
+    they are, then x₀, ε and fresh noise."""
+
+    def between(self, first: int, stop: int | None) -> "Plan":
+        """Some of its rows."""
+        return Plan(*(column[first:stop] for column in self))
+
+    @property
+    def memory(self) -> int:
+        """Arrays that are carried from row to row, the state among them."""
+        return self.weights.shape[1]
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise is used."""
+        return bool(self.weights[:, :, -1].any())
+
+
+Sum = Mapping[str, float]
+"""A weighted sum of named terms."""
+Row = Mapping[str, Sum]
+"""Of every array that is carried on, what it becomes; one that is not named is forgotten."""
+
+
+class Moment(NamedTuple):
+    """An evaluation of the network: the level where it happens, and the one that its sums lead to, by number."""
+
+    at: int
+    to: int
+    row: Row
+
+
+class Family(enum.Enum):
+    """Which noise levels a sampler can visit."""
+
+    DISCRETE = "discrete"
+    """Those of whole timesteps."""
+    SIGMA = "sigma"
+    """Any; Karras's and exponential ones lie between those of the first and the last timestep."""
+    SOLVER = "solver"
+    """Any; Karras's and exponential ones span the whole schedule, their timesteps are rounded."""
+    CONSISTENCY = "consistency"
+    """Those that consistency distillation trains."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    plan: Callable[[Schedule, Float[np.ndarray, " steps"]], Plan]
-    step: Step
-    initial_scale: Callable[[Plan, Spacing], float]
-    """Factor from standard normal noise to the first state."""
-    stochastic: bool = False
-    """Whether `step` uses its noise."""
+    moments: Callable[[Levels, float], Iterator[Moment]]
+    """(levels, η) -> what is evaluated where, and the sums."""
+    family: Family
+    remembers: tuple[str, ...] = ()
+    """Names of the arrays that it carries on besides the state x."""
+    evaluations: int = 1
+    """Of the network a step; the last step has one."""
+    takes_eta: bool = False
+    """Whether η has an effect."""
+
+    def plan(self, levels: Levels, eta: float = 0.0) -> Plan:
+        """The rows of the whole way along `levels`."""
+        memory = ("x", *self.remembers)
+        terms = (*memory, "x0", "epsilon", "noise")
+        moments = list(self.moments(levels, eta))
+        weights = np.zeros((len(moments), len(memory), len(terms)))
+        for row, moment in zip(weights, moments, strict=True):
+            for name, total in moment.row.items():
+                for term, weight in total.items():
+                    row[memory.index(name), terms.index(term)] = weight
+        at, to = (np.array([getattr(moment, which) for moment in moments], int) for which in ("at", "to"))
+        return Plan(levels.timestep[at], *(column[index] for index in (at, to) for column in levels[1:]), weights)
 
 
-def _plan_by_alpha_bar(schedule: Schedule, timesteps: Float[np.ndarray, " steps"]) -> Plan:
-    """For states x_t. The last step leads to ᾱ = 1, no noise: diffusers' default set_alpha_to_one=True, where its
-    Stable Diffusion configurations for DDIM stop at ᾱ of timestep 0."""
-    visited = timesteps.round().astype(int)
-    alpha_bar = schedule.alpha_bar[visited]
-    after = np.append(alpha_bar[1:], 1.0)
-    ones = np.ones_like(alpha_bar)
-    return Plan(visited.astype(np.float64), ones, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), alpha_bar, after)
+_SMALLEST = 2.0**-24
+"""ᾱ that stands for 0 in samplers that divide by α, as in diffusers: sigma 4096 in the place of infinity."""
 
 
-def _plan_by_sigma(schedule: Schedule, timesteps: Float[np.ndarray, " steps"]) -> Plan:
-    """For states x₀ + sigma ε. Fractional timesteps get the interpolated sigma; the last step leads to 0."""
-    sigma = np.interp(timesteps, np.arange(len(schedule.sigma)), schedule.sigma)
-    if not np.isfinite(sigma).all():
-        raise InputError(
-            "At zero terminal SNR the first sigma is infinite, which this sampler cannot start from. "
-            "Use the sampler ddim, or a schedule with zero_terminal_snr=False"
-        )
+def make_levels(
+    sampler: Sampler, schedule: Schedule, steps: int, spacing: Spacing | None, sigmas: Sigmas = Sigmas.SCHEDULE
+) -> Levels:
+    """The levels of so many steps. spacing None: LEADING, or LCM's own.
+
+    Raises InputError for a choice that has no effect on the sampler.
+    """
+    name, length = _name(sampler), len(schedule.alpha_bar)
+    if sampler.family is Family.CONSISTENCY and spacing is not None:
+        raise InputError(f"sampler {name} has its own timesteps. Leave timestep_spacing={spacing.value} out")
+    if sampler.family in (Family.CONSISTENCY, Family.DISCRETE) and sigmas is not Sigmas.SCHEDULE:
+        able = [each for each, other in SAMPLERS.items() if other.family in (Family.SIGMA, Family.SOLVER)]
+        raise InputError(f"sampler {name} visits whole timesteps, no {sigmas.value} sigmas. Those that do: {able}")
+    spacing = spacing or Spacing.LEADING
+    if sampler.family is Family.CONSISTENCY:
+        visited = _lcm_timesteps(steps, length)
+    elif sampler.family is Family.SOLVER:
+        visited = _solver_timesteps(steps, length, spacing)
+    else:
+        visited = timesteps(steps, length, spacing)
+    if sampler.family in (Family.CONSISTENCY, Family.DISCRETE):
+        visited = visited.round()
+        alpha_bar = schedule.alpha_bar[visited.astype(int)]
+        return Levels(visited, np.append(np.sqrt(alpha_bar), 1.0), np.append(np.sqrt(1 - alpha_bar), 0.0))
+    alpha_bar = np.maximum(schedule.alpha_bar, _SMALLEST)
+    known = np.sqrt((1 - alpha_bar) / alpha_bar)
+    sigma = np.interp(visited, np.arange(length), known)
+    if sigmas is not Sigmas.SCHEDULE:
+        first, last = (known[-1], known[0]) if sampler.family is Family.SOLVER else (sigma[0], sigma[-1])
+        ramp = np.linspace(0, 1, steps)
+        if sigmas is Sigmas.KARRAS:
+            sigma = (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7
+        else:
+            sigma = np.exp(math.log(first) + ramp * (math.log(last) - math.log(first)))
+        visited = np.interp(np.log(sigma), np.log(known), np.arange(length))
+        if sampler.family is Family.SOLVER:
+            # diffusers rounds Karras's and cuts off the exponential ones'; the nearest is meant.
+            visited = visited.round()
     shrink = 1 / np.sqrt(1 + sigma**2)
-    return Plan(timesteps, shrink, shrink, sigma * shrink, sigma, np.append(sigma[1:], 0.0))
+    return Levels(visited, np.append(shrink, 1.0), np.append(sigma * shrink, 0.0))
 
 
-def _ddim_step(state: Array, prediction: Denoised, row: Plan, noise: Array) -> Array:
-    """Eq. 12 with η = 0: back to the noise level `next` along the same ε."""
-    return jnp.sqrt(row.next) * prediction.x0 + jnp.sqrt(1 - row.next) * prediction.epsilon
+def find(name: str) -> Sampler:
+    """The sampler of that name. Raises InputError, with the known ones."""
+    if name not in SAMPLERS:
+        raise InputError(f"There is no sampler {name!r}. Known, nearest first: {nearest_first(name, SAMPLERS)}")
+    return SAMPLERS[name]
 
 
-def _ddpm_step(state: Array, prediction: Denoised, row: Plan, noise: Array) -> Array:
+def _name(sampler: Sampler) -> str:
+    return next((name for name, each in SAMPLERS.items() if each is sampler), "of your own")
+
+
+def initial_scale(sampler: Sampler, levels: Levels, spacing: Spacing | None) -> float:
+    """Factor from standard normal noise to the first state.
+
+    1; but σ_t for Euler and its kin unless the spacing is LEADING, as diffusers has it: x₀ + sigma ε with its image
+    left out.
+    """
+    own = sampler.family is Family.SIGMA and spacing not in (None, Spacing.LEADING)
+    return float(levels.sigma_t[0]) if own else 1.0
+
+
+# The samplers. i is the level where the network is asked, i + 1 the one that the step leads to.
+
+
+def _steps(levels: Levels) -> range:
+    return range(len(levels.timestep))
+
+
+def _add(*parts: tuple[float, Sum]) -> dict[str, float]:
+    """Σ factor · sum."""
+    total: dict[str, float] = {}
+    for factor, part in parts:
+        for term, weight in part.items():
+            total[term] = total.get(term, 0.0) + factor * weight
+    return total
+
+
+def _ddim(levels: Levels, eta: float) -> Iterator[Moment]:
+    """Eq. 12: back to the next level along the same ε, of which η puts a share of fresh noise, eq. 16: η = 1 is DDPM's
+    variance."""
+    for i in _steps(levels):
+        alpha, sigma, before, now = levels.alpha[i + 1], levels.sigma_t[i + 1], levels.alpha[i], levels.sigma_t[i]
+        fresh = eta * sigma / now * math.sqrt(max(0.0, 1 - (before / alpha) ** 2))
+        yield Moment(i, i + 1, {"x": {"x0": alpha, "epsilon": math.sqrt(sigma**2 - fresh**2), "noise": fresh}})
+
+
+def _ddpm(levels: Levels, eta: float) -> Iterator[Moment]:
     """Eq. 6 and 7: a draw from q(x_next | x_t, x₀), whose variance is β̃ (diffusers: fixed_small)."""
-    alpha = row.now / row.next  # of this step alone: 1 − β
-    mean_x0 = jnp.sqrt(row.next) * (1 - alpha) / (1 - row.now)
-    mean_state = jnp.sqrt(alpha) * (1 - row.next) / (1 - row.now)
-    variance = (1 - row.next) / (1 - row.now) * (1 - alpha)
-    return mean_x0 * prediction.x0 + mean_state * state + jnp.sqrt(variance) * noise
+    for i in _steps(levels):
+        now, after = levels.alpha[i] ** 2, levels.alpha[i + 1] ** 2
+        kept = now / after  # of this step alone: 1 − β
+        row = {
+            "x0": math.sqrt(after) * (1 - kept) / (1 - now),
+            "x": math.sqrt(kept) * (1 - after) / (1 - now),
+            "noise": math.sqrt((1 - after) / (1 - now) * (1 - kept)),
+        }
+        yield Moment(i, i + 1, {"x": row})
 
 
-def _euler_step(state: Array, prediction: Denoised, row: Plan, noise: Array) -> Array:
-    """dx/dsigma = (x − x₀) / sigma = ε, one Euler step of it."""
-    return state + (row.next - row.now) * prediction.epsilon
+def _lcm(levels: Levels, eta: float) -> Iterator[Moment]:
+    """Algorithm 3: the consistency function c_skip x + c_out x₀ (section 4.1, with timesteps × 10 and σ_data = 1/2),
+    noised again to the next level."""
+    for i in _steps(levels):
+        scaled = 10 * levels.timestep[i]
+        skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+        alpha = levels.alpha[i + 1]
+        yield Moment(i, i + 1, {"x": {"x": alpha * skip, "x0": alpha * out, "noise": levels.sigma_t[i + 1]}})
 
 
-def _unit(plan: Plan, spacing: Spacing) -> float:
-    return 1.0
+def _euler(levels: Levels, eta: float) -> Iterator[Moment]:
+    """dx/dsigma = ε: from x₀ + sigma ε to x₀ + sigma_next ε."""
+    for i in _steps(levels):
+        yield Moment(i, i + 1, {"x": {"x0": levels.alpha[i + 1], "epsilon": levels.sigma_t[i + 1]}})
 
 
-def _euler_initial_scale(plan: Plan, spacing: Spacing) -> float:
-    """√(1 + sigma²), which x₀ + sigma ε has for images of unit variance; sigma alone unless spacing is LEADING, as
-    diffusers has it."""
-    sigma = plan.now[0]
-    return float(np.sqrt(1 + sigma**2) if spacing is Spacing.LEADING else sigma)
+def _euler_ancestral(levels: Levels, eta: float) -> Iterator[Moment]:
+    """Euler to a lower sigma than the next, then noise up to it, as much as DDPM would have."""
+    sigma = levels.sigma
+    for i in _steps(levels):
+        up = sigma[i + 1] * math.sqrt(1 - (sigma[i + 1] / sigma[i]) ** 2)
+        down = math.sqrt(sigma[i + 1] ** 2 - up**2)
+        alpha = levels.alpha[i + 1]
+        yield Moment(i, i + 1, {"x": {"x0": alpha, "epsilon": alpha * down, "noise": alpha * up}})
 
 
-DDIM = Sampler(_plan_by_alpha_bar, _ddim_step, _unit)
-DDPM = Sampler(_plan_by_alpha_bar, _ddpm_step, _unit, stochastic=True)
-EULER = Sampler(_plan_by_sigma, _euler_step, _euler_initial_scale)
+def _heun(levels: Levels, eta: float) -> Iterator[Moment]:
+    """An Euler step, then the same again with the mean of ε here and ε there; the last step is Euler's alone."""
+    sigma = levels.sigma
+    for i in _steps(levels):
+        alpha = levels.alpha[i + 1]
+        euler = {"x0": alpha, "epsilon": levels.sigma_t[i + 1]}
+        yield Moment(i, i + 1, {"x": euler, "first_x0": {"x0": 1.0}, "first_epsilon": {"epsilon": 1.0}})
+        if i + 1 < len(levels.timestep):
+            half = (sigma[i + 1] - sigma[i]) / 2
+            mean = {"first_x0": alpha, "first_epsilon": alpha * (sigma[i] + half), "epsilon": alpha * half}
+            yield Moment(i + 1, i + 1, {"x": mean})
 
-SAMPLERS = {"ddim": DDIM, "ddpm": DDPM, "euler": EULER}
+
+_LMS_ORDER = 4
+
+
+def _lms(levels: Levels, eta: float) -> Iterator[Moment]:
+    """Adams–Bashforth: the polynomial through the last four ε, integrated over sigma."""
+    sigma = levels.sigma
+    for i in _steps(levels):
+        nodes = sigma[i - np.arange(min(i + 1, _LMS_ORDER))]
+        row: dict[str, float] = {"x": levels.alpha[i + 1] / levels.alpha[i]}
+        for j, name in zip(range(len(nodes)), ("epsilon", "epsilon_1", "epsilon_2", "epsilon_3"), strict=False):
+            others = np.delete(nodes, j)
+            basis = np.polynomial.Polynomial(np.atleast_1d(np.poly(others))[::-1] / np.prod(nodes[j] - others))
+            area = basis.integ()
+            row[name] = levels.alpha[i + 1] * (area(sigma[i + 1]) - area(sigma[i]))
+        shifted = {"epsilon_1": {"epsilon": 1.0}, "epsilon_2": {"epsilon_1": 1.0}, "epsilon_3": {"epsilon_2": 1.0}}
+        yield Moment(i, i + 1, {"x": row, **shifted})
+
+
+def _log_snr(levels: Levels) -> Float[np.ndarray, " levels"]:
+    """λ = log(α/σ_t), half the log SNR; infinite at the end."""
+    with np.errstate(divide="ignore"):
+        return np.log(levels.alpha) - np.log(levels.sigma_t)
+
+
+def _slope(lam: Float[np.ndarray, " levels"], i: int) -> float:
+    """Share of the last change of x₀ that half a step along λ repeats; none where there is no last one, or no half."""
+    return 0.5 * (lam[i + 1] - lam[i]) / (lam[i] - lam[i - 1]) if i and np.isfinite(lam[i + 1]) else 0.0
+
+
+def _dpmpp_2m(levels: Levels, eta: float) -> Iterator[Moment]:
+    """Algorithm 2: x₀ is taken as linear in λ, through this x₀ and the one before; as constant in the first step and in
+    the last, which leads to λ = ∞."""
+    lam = _log_snr(levels)
+    for i in _steps(levels):
+        h = lam[i + 1] - lam[i]
+        gain = -levels.alpha[i + 1] * math.expm1(-h)
+        slope = _slope(lam, i)
+        row = {
+            "x": levels.sigma_t[i + 1] / levels.sigma_t[i],
+            "x0": gain * (1 + slope),
+            "previous_x0": -gain * slope,
+        }
+        yield Moment(i, i + 1, {"x": row, "previous_x0": {"x0": 1.0}})
+
+
+def _dpmpp_2m_sde(levels: Levels, eta: float) -> Iterator[Moment]:
+    """The same for the reverse SDE: twice the way along λ, and noise in the place of what is lost on it."""
+    lam = _log_snr(levels)
+    for i in _steps(levels):
+        h = lam[i + 1] - lam[i]
+        gain = -levels.alpha[i + 1] * math.expm1(-2 * h)
+        slope = _slope(lam, i)
+        row = {
+            "x": levels.sigma_t[i + 1] / levels.sigma_t[i] * math.exp(-h),
+            "x0": gain * (1 + slope),
+            "previous_x0": -gain * slope,
+            "noise": levels.sigma_t[i + 1] * math.sqrt(-math.expm1(-2 * h)),
+        }
+        yield Moment(i, i + 1, {"x": row, "previous_x0": {"x0": 1.0}})
+
+
+def _unipc(levels: Levels, eta: float) -> Iterator[Moment]:
+    """Algorithm 1 with p = 2: what the network says here first corrects the state (UniC), then predicts the next
+    (UniP). The first step and the last are of order 1.
+
+    `start` is the corrected state of the step before, `x0_1` and `x0_2` are what the network said there and before.
+    """
+    lam, count = _log_snr(levels), len(levels.timestep)
+
+    def order(i: int) -> int:
+        return min(2, i + 1, count - i)
+
+    def line(i: int, start: str, x0: str) -> dict[str, float]:
+        """From level i to i + 1 with a constant x₀."""
+        gain = -levels.alpha[i + 1] * math.expm1(-(lam[i + 1] - lam[i]))
+        return {start: levels.sigma_t[i + 1] / levels.sigma_t[i], x0: gain}
+
+    def change(i: int, weight: float, new: str, old: str) -> tuple[float, Sum]:
+        """weight · α (1 − e^−h) · (new − old): B₂(h) times a difference of x₀."""
+        gain = -levels.alpha[i + 1] * math.expm1(-(lam[i + 1] - lam[i]))
+        return weight * gain, {new: 1.0, old: -1.0}
+
+    def back(i: int) -> float:
+        """r₁ of the paper: how far the level before lies, in steps from i to i + 1. Negative."""
+        return (lam[i - 1] - lam[i]) / (lam[i + 1] - lam[i])
+
+    for i in _steps(levels):
+        corrected: Sum = {"x": 1.0}
+        if i and order(i - 1) == 1:
+            corrected = _add((1.0, line(i - 1, "start", "x0_1")), change(i - 1, 0.5, "x0", "x0_1"))
+        elif i:
+            r, hh = back(i - 1), -(lam[i] - lam[i - 1])
+            phi = math.expm1(hh) / hh - 1  # h φ₂, then h φ₃, over B₂
+            right = np.array([phi, 2 * (phi / hh - 0.5)]) / math.expm1(hh)
+            before, here = np.linalg.solve(np.array([[1.0, 1.0], [r, 1.0]]), right)
+            corrected = _add(
+                (1.0, line(i - 1, "start", "x0_1")),
+                change(i - 1, before / r, "x0_2", "x0_1"),
+                change(i - 1, here, "x0", "x0_1"),
+            )
+        predicted = line(i, "corrected", "x0")
+        if order(i) == 2:
+            predicted = _add((1.0, predicted), change(i, 0.5 / back(i), "x0_1", "x0"))
+        state = _add((predicted.pop("corrected"), corrected), (1.0, predicted))
+        yield Moment(i, i + 1, {"x": state, "start": corrected, "x0_1": {"x0": 1.0}, "x0_2": {"x0_1": 1.0}})
+
+
+SAMPLERS = {
+    "ddpm": Sampler(_ddpm, Family.DISCRETE),
+    "ddim": Sampler(_ddim, Family.DISCRETE, takes_eta=True),
+    "euler": Sampler(_euler, Family.SIGMA),
+    "euler_ancestral": Sampler(_euler_ancestral, Family.SIGMA),
+    "heun": Sampler(_heun, Family.SIGMA, ("first_x0", "first_epsilon"), evaluations=2),
+    "lms": Sampler(_lms, Family.SIGMA, ("epsilon_1", "epsilon_2", "epsilon_3")),
+    "dpmpp_2m": Sampler(_dpmpp_2m, Family.SOLVER, ("previous_x0",)),
+    "dpmpp_2m_sde": Sampler(_dpmpp_2m_sde, Family.SOLVER, ("previous_x0",)),
+    "unipc": Sampler(_unipc, Family.SOLVER, ("start", "x0_1", "x0_2")),
+    "lcm": Sampler(_lcm, Family.CONSISTENCY),
+}
 """By the names of the command line."""

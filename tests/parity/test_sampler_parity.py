@@ -1,9 +1,10 @@
 """The samplers against diffusers' schedulers, step by step: same first noise, same network outputs, same fresh noise.
 
-Tolerance: diffusers multiplies up its ᾱ in float32, a thousand roundings of 6e-8 that partly cancel; ours is float64.
-Each step is measured by its own largest value, as the state of Euler shrinks on its way. Timestep 0, which LINSPACE
-alone visits, is allowed twice as much: 1 − ᾱ is 0.00085 there, and float32's rounding of ᾱ, 3e-8, moves its root by
-1.8e-5 of itself.
+Our state is theirs as the network sees it: for those with an EDM sigma, theirs divided by √(1 + sigma²).
+
+Tolerance, of each step's own largest value: 1e-5. diffusers multiplies up its ᾱ in float32, a thousand roundings of
+6e-8 that partly cancel, and keeps its sigmas and logarithms in float32; ours is float64. Linspace timesteps are allowed
+more, for the reason in `tolerance`.
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from agreement import Agree
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction, denoised
 from sdxl_jax.diffusion.schedule import ScheduleConfig
-from sdxl_jax.samplers.steps import SAMPLERS, Plan, Spacing, timesteps
+from sdxl_jax.samplers import loop
+from sdxl_jax.samplers.steps import SAMPLERS, Family, Levels, Plan, Sigmas, Spacing, initial_scale, make_levels
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -26,86 +28,151 @@ diffusers = pytest.importorskip("diffusers")
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
-TOLERANCE = {Spacing.LEADING: 1e-5, Spacing.TRAILING: 1e-5, Spacing.LINSPACE: 2e-5}
+COUNTS = (1, 4, 20, 30, 50)
 SHAPE = (1, 3, 5, 4)
-LEVELS = schedule.make(ScheduleConfig())
 SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+CLASSES = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ddpm": {"clip_sample": False, "variance_type": "fixed_small"},
+    "ddim": {"clip_sample": False, "set_alpha_to_one": True},
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+    "lcm": {"clip_sample": False},
+}
+"""diffusers' sample pipelines leave these at their defaults, but for what SDXL's scheduler configuration says."""
+DRAWING = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"}
 
 
-def scheduler(name: str, spacing: Spacing, prediction: Prediction) -> Any:
+def tolerance(spacing: Spacing | None) -> float:
+    # Timestep 0, which LINSPACE alone visits: 1 − ᾱ is 0.00085 there, and float32's rounding of ᾱ, 3e-8, moves its root
+    # by 1.8e-5 of itself.
+    return 2e-5 if spacing is Spacing.LINSPACE else 1e-5
+
+
+def scheduler(name: str, spacing: Spacing | None, sigmas: Sigmas, prediction: Prediction, **more: Any) -> Any:
     """diffusers' scheduler of that name, with SDXL's settings."""
-    options = {**SDXL, "steps_offset": 1, "timestep_spacing": spacing.value, "prediction_type": prediction.value}
-    match name:
-        case "ddim":
-            return diffusers.DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=True)
-        case "ddpm":
-            return diffusers.DDPMScheduler(**options, clip_sample=False, variance_type="fixed_small")
-        case "euler":
-            return diffusers.EulerDiscreteScheduler(**options)
-    raise ValueError(name)
+    options = {**SDXL, "steps_offset": 1, "prediction_type": prediction.value, **OPTIONS.get(name, {}), **more}
+    if spacing is not None:
+        options["timestep_spacing"] = spacing.value
+    if sigmas is not Sigmas.SCHEDULE:
+        options[f"use_{sigmas.value}_sigmas"] = True
+    return getattr(diffusers, CLASSES[name])(**options)
 
 
-def consistent(theirs: Any, plan: Plan) -> Plan:
-    """The plan with the noise levels that diffusers' DDIM steps to.
+def levels_like(theirs: Any, levels: Levels, noise: schedule.Schedule, index: int) -> Levels:
+    """One step of a way, to where diffusers' DDIM steps.
 
     It steps to t − 1000 // steps, whatever timestep it visits next. Where the two are not the same (linspace; trailing
     with a number of steps that does not divide 1000) its state has another noise level than the network is then told.
     Ours steps to the next one visited; for the comparison it is made to step where theirs does.
     """
-    visited = plan.timestep.astype(int)
-    previous = visited - 1000 // theirs.num_inference_steps
-    after = np.where(previous >= 0, LEVELS.alpha_bar[np.maximum(previous, 0)], 1.0)
-    return plan._replace(next=after)
+    now = int(levels.timestep[index])
+    then = now - 1000 // theirs.num_inference_steps
+    alpha_bar = np.array([noise.alpha_bar[now], noise.alpha_bar[then] if then >= 0 else 1.0])
+    return Levels(levels.timestep[index : index + 1], np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
-def trajectories(name: str, spacing: Spacing, prediction: Prediction, count: int) -> Iterator[tuple[Any, Any]]:
+@jax.jit
+def advance(arrays: jax.Array, output: Any, noise: Any, row: Plan) -> dict[Prediction, jax.Array]:
+    def one(prediction: Prediction) -> jax.Array:
+        return loop.advance(row.weights, arrays, denoised(prediction, output, arrays[0], row.alpha, row.sigma_t), noise)
+
+    return {prediction.value: one(prediction) for prediction in (Prediction.EPSILON, Prediction.V)}
+
+
+def trajectories(
+    name: str,
+    spacing: Spacing | None,
+    sigmas: Sigmas,
+    prediction: Prediction,
+    count: int,
+    eta: float = 0.0,
+    config: ScheduleConfig = ScheduleConfig(),
+    **more: Any,
+) -> Iterator[tuple[Any, Any]]:
     """(ours, theirs) after each step, both divided by the largest value of theirs."""
-    sampler, theirs = SAMPLERS[name], scheduler(name, spacing, prediction)
+    sampler, noise = SAMPLERS[name], schedule.make(config)
+    theirs = scheduler(name, spacing, sigmas, prediction, **more)
     theirs.set_timesteps(count)
-    plan = sampler.plan(LEVELS, timesteps(count, 1000, spacing))
-    np.testing.assert_allclose(plan.timestep, theirs.timesteps[:count], rtol=1e-7)  # float32 of a linspace
-    if name == "ddim":
-        if spacing is Spacing.LEADING:
-            np.testing.assert_array_equal(consistent(theirs, plan).next, plan.next)
-        plan = consistent(theirs, plan)
-
-    @jax.jit
-    def step(state: jax.Array, output: jax.Array, noise: jax.Array, row: Any) -> jax.Array:
-        x_t = state * row.input_scale
-        return sampler.step(state, denoised(prediction, output, x_t, row.alpha, row.sigma_t), row, noise)
+    levels = make_levels(sampler, noise, count, spacing, sigmas)
+    plan = sampler.plan(levels, eta)
+    # float32 of a linspace or an interpolation; their whole ones are cut off, not rounded.
+    atol = 1 if sigmas is Sigmas.EXPONENTIAL and sampler.family is Family.SOLVER else 2e-3
+    np.testing.assert_allclose(plan.timestep, np.asarray(theirs.timesteps)[: len(plan.timestep)], atol=atol)
 
     rng = np.random.default_rng(count)
     start = rng.standard_normal(SHAPE, np.float32)
-    ours = jnp.asarray(start) * sampler.initial_scale(plan, spacing)
+    arrays = loop.start(jnp.asarray(start) * initial_scale(sampler, levels, spacing), plan).arrays
     state = torch.from_numpy(start) * theirs.init_noise_sigma
     used, twin = (torch.Generator().manual_seed(count) for _ in range(2))
-    for index in range(count):
+    for index in range(len(plan.timestep)):
         output, timestep = rng.standard_normal(SHAPE, np.float32), theirs.timesteps[index]
-        # Drawn as the scheduler will draw it, which does so at every timestep but 0.
-        noise = torch.randn(SHAPE, generator=twin).numpy()
+        drawn = torch.randn(SHAPE, generator=twin).numpy() if name in DRAWING or eta else np.zeros(SHAPE, np.float32)
         theirs.scale_model_input(state, timestep)
-        keywords = {} if name == "ddim" else {"generator": used}
+        keywords = {"generator": used} if name in DRAWING or eta else {}
+        keywords |= {"eta": eta} if eta else {}
         state = theirs.step(torch.from_numpy(output), timestep, state, **keywords).prev_sample
-        row = jax.tree.map(lambda column, index=index: jnp.float32(column[index]), plan)
-        ours = step(ours, jnp.asarray(output), jnp.asarray(noise), row)
-        largest = np.abs(state.numpy()).max()
-        yield np.asarray(ours) / largest, state.numpy() / largest
+        row = plan.between(index, index + 1)
+        if name == "ddim":
+            row = sampler.plan(levels_like(theirs, levels, noise, index), eta)
+        row = Plan(*(jnp.asarray(column[0], jnp.float32) for column in row))
+        arrays = advance(arrays, output, drawn, row)[prediction.value]
+        scaled = state.numpy() * (plan.next_alpha[index] if sampler.family is Family.SIGMA else 1.0)
+        largest = np.abs(scaled).max()
+        yield np.asarray(arrays[0]) / largest, scaled / largest
 
 
-@pytest.mark.parametrize("spacing", Spacing)
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_every_step_matches_diffusers(name: str, spacing: Spacing, agree: Agree) -> None:
+WAYS = [
+    pytest.param(name, spacing, sigmas, id=f"{name}-{spacing.value if spacing else 'own'}-{sigmas.value}")
+    for name, sampler in SAMPLERS.items()
+    for spacing in ([None] if sampler.family is Family.CONSISTENCY else Spacing)
+    for sigmas in Sigmas
+    if sigmas is Sigmas.SCHEDULE or sampler.family is Family.SOLVER or name in ("euler", "heun", "lms")
+]
+"""What diffusers' schedulers offer of it."""
+
+
+@pytest.mark.parametrize(("name", "spacing", "sigmas"), WAYS)
+def test_every_step_matches_diffusers(name: str, spacing: Spacing | None, sigmas: Sigmas, agree: Agree) -> None:
     for prediction in (Prediction.EPSILON, Prediction.V):
-        pairs = [pair for count in (1, 4, 20, 30, 50) for pair in trajectories(name, spacing, prediction, count)]
-        ours, theirs = (np.stack(side) for side in zip(*pairs, strict=True))
-        agree(f"{name}, {spacing.value} timesteps, {prediction.value}", ours, theirs, TOLERANCE[spacing])
+        for count in COUNTS:
+            ours, theirs = map(np.stack, zip(*trajectories(name, spacing, sigmas, prediction, count), strict=True))
+            what = f"{name}, {spacing.value if spacing else 'own'} timesteps, {sigmas.value} sigmas, {prediction.value}"
+            agree(f"{what}, {count:2d} steps", ours, theirs, tolerance(spacing))
 
 
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ddim_with_eta_matches_diffusers(eta: float, agree: Agree) -> None:
+    for count in COUNTS:
+        pairs = trajectories("ddim", Spacing.LEADING, Sigmas.SCHEDULE, Prediction.EPSILON, count, eta)
+        ours, theirs = map(np.stack, zip(*pairs, strict=True))
+        agree(f"ddim, η = {eta}, {count:2d} steps", ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+def test_zero_terminal_snr_matches_diffusers(name: str, agree: Agree) -> None:
+    config, more = ScheduleConfig(zero_terminal_snr=True), {"rescale_betas_zero_snr": True}
+    pairs = trajectories(name, Spacing.TRAILING, Sigmas.SCHEDULE, Prediction.V, 20, config=config, **more)
+    ours, theirs = map(np.stack, zip(*pairs, strict=True))
+    agree(f"{name}, zero terminal SNR", ours, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "lms", "euler_ancestral", "dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("spacing", Spacing)
-def test_euler_starts_from_noise_of_the_same_size(spacing: Spacing) -> None:
-    for count in (1, 4, 20, 30, 50):
-        theirs = scheduler("euler", spacing, Prediction.EPSILON)
+def test_the_first_noise_has_the_same_size(name: str, spacing: Spacing) -> None:
+    for count in COUNTS:
+        theirs = scheduler(name, spacing, Sigmas.SCHEDULE, Prediction.EPSILON)
         theirs.set_timesteps(count)
-        plan = SAMPLERS["euler"].plan(LEVELS, timesteps(count, 1000, spacing))
-        expected = float(theirs.init_noise_sigma)
-        assert SAMPLERS["euler"].initial_scale(plan, spacing) == pytest.approx(expected, rel=TOLERANCE[spacing])
+        levels = make_levels(SAMPLERS[name], schedule.make(ScheduleConfig()), count, spacing)
+        seen = float(theirs.init_noise_sigma) * (levels.alpha[0] if SAMPLERS[name].family is Family.SIGMA else 1.0)
+        assert initial_scale(SAMPLERS[name], levels, spacing) == pytest.approx(seen, rel=2e-5)
