@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention, clip, layers, unet, vae
 from sdxl_jax.models.layers import Compute, Dtype, Remat
 
@@ -55,7 +56,8 @@ def unet_inputs() -> dict[str, jax.Array]:
 
 
 def apply_unet(compute: Compute) -> Callable[[Params], jax.Array]:
-    return lambda params: unet.apply(UNET, params, **unet_inputs(), compute=compute)
+    apply = functools.partial(unet.apply, UNET, compute=compute)
+    return lambda params: apply(params, **unet_inputs())  # pyright: ignore[reportArgumentType] (as if it named parts)
 
 
 # Compiling is most of the time that this file takes: each of these is compiled once, and with little optimisation.
@@ -169,6 +171,49 @@ def test_unrolled_scan_has_the_same_parameters_and_the_same_result() -> None:
     # 1e-6: the compiler may fuse the copies differently, and so round differently.
     results = (compiled_unet(Compute(unroll=unroll))(params, **unet_inputs()) for unroll in (True, False))
     assert relative(*results) < 1e-6
+
+
+ONE_LEVEL = unet.UNetConfig((8,), 1, (1,), 1, (2,), 4, None, groups=4)
+"""One scan on the way down, one in the middle, two on the way up."""
+
+
+def one_level_inputs() -> list[jax.Array]:
+    """The same example twice."""
+    rng = np.random.default_rng(0)
+    latent, context = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((1, 4, 4, 4), (1, 3, 4)))
+    return [jnp.repeat(array, 2, axis=0) for array in (latent, jnp.array([500]), context)]
+
+
+def test_perturbed_rows_lose_their_self_attention_and_the_others_nothing() -> None:
+    params, inputs = random_params(unet.init, ONE_LEVEL), one_level_inputs()
+    program = jax.jit(functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=tuple(unet.Part)))
+    none = program(params, *inputs, perturbed=jnp.array([False, False]))
+    one = program(params, *inputs, perturbed=jnp.array([False, True]))
+    np.testing.assert_array_equal(one[0], none[0])
+    assert relative(one[1], none[1]) > 1e-2
+
+
+def test_self_attention_is_perturbed_in_the_named_parts_alone_and_unasked_nowhere() -> None:
+    """The choice between value and attention is one operation in the body of a scan."""
+    params, inputs = abstract(unet.init, ONE_LEVEL), one_level_inputs()
+
+    def choices(perturbed: jax.Array | None, *parts: unet.Part) -> int:
+        apply = functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=parts)
+        jaxpr = jax.make_jaxpr(apply)(params, *inputs, perturbed=perturbed)
+        return sum(equation.primitive.name == "select_n" for equation in equations(jaxpr.jaxpr))
+
+    rows, (down, middle, up) = jnp.array([False, True]), unet.Part
+    assert choices(None, *unet.Part) == 0
+    assert [choices(rows, part) for part in (down, middle, up)] == [1, 1, 2]
+    assert choices(rows, up, down) == 3
+
+
+def test_a_part_without_attention_cannot_be_perturbed() -> None:
+    config = unet.UNetConfig((8,), 1, (0,), 1, (1,), 4, None, groups=4)
+    inputs = jnp.ones((1, 2, 2, 4)), jnp.ones(1), jnp.ones((1, 1, 4))
+    for parts, given in (((unet.Part.MIDDLE, unet.Part.UP), "mid, up"), ((), "nothing")):
+        with pytest.raises(InputError, match=rf"perturbed in: {given}\. This UNet has attention in: mid\. Name"):
+            unet.apply(config, {}, *inputs, perturbed=jnp.array([True]), perturbed_parts=parts)
 
 
 def test_rematerialised_blocks_give_the_same_output_and_gradient() -> None:

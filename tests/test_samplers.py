@@ -468,3 +468,40 @@ def test_conditions_without_a_vector_are_joined_too() -> None:
     joined = guidance.both(guidance.Condition(context, None), guidance.Condition(context, None))
     assert joined.vector is None
     assert joined.context.shape == (4, 77, 3)
+
+
+@pytest.mark.parametrize("perturbed", [False, True])
+@pytest.mark.parametrize("guided", [False, True])
+def test_terms_that_are_not_there_leave_no_trace(guided: bool, perturbed: bool) -> None:
+    positive, other = normal(0), normal(1)
+    outputs = guidance.Outputs(positive, other if guided else None, other if perturbed else None)
+    strengths = jnp.float32(5), jnp.float32(3)
+    combined = guidance.combine(outputs, *strengths)
+    if not guided and not perturbed:
+        assert combined is positive
+    if guided and not perturbed:
+        both = jnp.concatenate([other, positive])
+        np.testing.assert_array_equal(combined, guidance.guide(both, strengths[0]))
+    # Two float32 sums of a few terms of size 5.
+    expected = positive + (4 * guided + 3 * perturbed) * (positive - other)
+    np.testing.assert_allclose(combined, expected, atol=1e-5)
+    unperturbed = guidance.combine(outputs._replace(perturbed=None), strengths[0])
+    np.testing.assert_array_equal(guidance.combine(outputs, strengths[0], jnp.float32(0)), unperturbed)
+
+
+def test_rescaling_gives_each_row_the_deviation_of_its_positive() -> None:
+    positive, negative = normal(0) * jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1), normal(1)
+    outputs, strength = guidance.Outputs(positive, negative), jnp.float32(7.5)
+    guided = guidance.combine(outputs, strength)
+    deviation = functools.partial(jnp.std, axis=(1, 2, 3))
+    wholly = guidance.combine(outputs, strength, phi=jnp.float32(1))
+    np.testing.assert_allclose(deviation(wholly), deviation(positive), rtol=1e-5)  # float32 sums of 60 squares
+    assert (deviation(guided) > 2 * deviation(positive)).all(), "there was something to rescale"
+    np.testing.assert_array_equal(guidance.combine(outputs, strength, phi=jnp.float32(0)), guided)
+    half = guidance.combine(outputs, strength, phi=jnp.float32(0.5))
+    np.testing.assert_allclose(half, (wholly + guided) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_rescaling_leaves_the_zeros_of_a_fresh_network_zero() -> None:
+    zeros = jnp.zeros((2, 3, 5, 4))
+    np.testing.assert_array_equal(guidance.rescale(zeros, zeros, jnp.float32(0.7)), zeros)

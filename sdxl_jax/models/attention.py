@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from sdxl_jax import sharding
 from sdxl_jax.errors import InputError
@@ -131,7 +131,11 @@ def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Any:
 
 
 class MultiHeadAttention(nn.Module):
-    """Queries from `hidden`, keys and values from `context`; the output projection alone has a bias, unless `bias`."""
+    """Queries from `hidden`, keys and values from `context`; the output projection alone has a bias, unless `bias`.
+
+    Rows that are `perturbed` have the identity as their attention map: each position takes its own value alone. Ahn et
+    al. 2024, arXiv:2403.17377, section 4; diffusers `attention_processor.py:PAGIdentitySelfAttnProcessor2_0`.
+    """
 
     heads: int
     compute: Compute
@@ -139,7 +143,10 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[jax.Array, "batch queries features"], context: Float[jax.Array, "batch keys context"]
+        self,
+        hidden: Float[jax.Array, "batch queries features"],
+        context: Float[jax.Array, "batch keys context"],
+        perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch queries features"]:
         features = hidden.shape[-1]
 
@@ -150,6 +157,8 @@ class MultiHeadAttention(nn.Module):
 
         query, key, value = project("to_q", hidden), project("to_k", context), project("to_v", context)
         out = dot_product_attention(query, key, value, self.compute.attention)
+        if perturbed is not None:
+            out = jnp.where(perturbed[:, None, None, None], value, out)
         return dense(features, "to_out", self.compute)(rearrange(out, "b tokens heads dim -> b tokens (heads dim)"))
 
 
@@ -174,12 +183,15 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[jax.Array, "batch tokens features"], context: Float[jax.Array, "batch words context"]
+        self,
+        hidden: Float[jax.Array, "batch tokens features"],
+        context: Float[jax.Array, "batch words context"],
+        perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> tuple[Float[jax.Array, "batch tokens features"], None]:
-        """Returns (hidden, None): the pair that a scan's body returns."""
+        """Returns (hidden, None): the pair that a scan's body returns. `perturbed` concerns self-attention."""
         hidden = checkpoint_name(constrain(hidden, "batch", None, None), layers.ENTERING)
         normed = layer_norm("norm1", self.compute)(hidden)
-        hidden = hidden + MultiHeadAttention(self.heads, self.compute, name="attn1")(normed, normed)
+        hidden = hidden + MultiHeadAttention(self.heads, self.compute, name="attn1")(normed, normed, perturbed)
         normed = layer_norm("norm2", self.compute)(hidden)
         hidden = hidden + MultiHeadAttention(self.heads, self.compute, name="attn2")(normed, context)
         normed = layer_norm("norm3", self.compute)(hidden)
@@ -212,7 +224,10 @@ class SpatialTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[jax.Array, "batch height width channels"], context: Float[jax.Array, "batch words context"]
+        self,
+        x: Float[jax.Array, "batch height width channels"],
+        context: Float[jax.Array, "batch words context"],
+        perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch height width channels"]:
         batch, height, width, channels = x.shape
 
@@ -224,6 +239,6 @@ class SpatialTransformer(nn.Module):
         hidden = group_norm(self.groups, 1e-6, "norm", self.compute)(x)
         hidden = rearrange(project("proj_in", hidden), "b height width channels -> b (height width) channels")
         blocks = stack(TransformerBlock, self.depth, self.compute)
-        hidden, _ = blocks(self.heads, self.compute, name="transformer_blocks")(hidden, context)
+        hidden, _ = blocks(self.heads, self.compute, name="transformer_blocks")(hidden, context, perturbed)
         hidden = hidden.reshape(batch, height, width, channels)
         return x + project("proj_out", hidden, kernel_init=nn.initializers.zeros)

@@ -9,14 +9,17 @@ vector holds is the business of `conditioning/micro.py`; here it is `vector_dim`
 (arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
 """
 
+import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Key, Num
+from jaxtyping import Bool, Float, Key, Num
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.errors import InputError
 from sdxl_jax.models.attention import SpatialTransformer
 from sdxl_jax.models.layers import (
     Compute,
@@ -95,6 +98,17 @@ SD2 = UNetConfig(
 )
 
 
+class Part(enum.Enum):
+    """A third of the UNet: where `perturbed` rows lose their self-attention."""
+
+    DOWN = "down"
+    """All levels of the way down."""
+    MIDDLE = "mid"
+    """The middle: the default, and that of diffusers' `StableDiffusionXLPAGPipeline`."""
+    UP = "up"
+    """All levels of the way up."""
+
+
 class _Level(nn.Module):
     """What the blocks of the UNet share: its options, and how it builds a residual block and a transformer."""
 
@@ -123,6 +137,7 @@ class DownBlock(_Level):
         x: Float[jax.Array, "batch height width inputs"],
         embedding: Float[jax.Array, "batch embedding"],
         context: Float[jax.Array, "batch words context"],
+        perturbed: Bool[jax.Array, "batch"] | None,
     ) -> list[jax.Array]:
         """Every intermediate result, in order: the way up takes them as skips, the last one goes on down."""
         depth = self.config.transformer_depth[self.level]
@@ -130,7 +145,7 @@ class DownBlock(_Level):
         for index in range(self.config.resnets_per_block):
             x = self.resnet(index)(x, embedding)
             if depth:
-                x = self.transformer(index, depth)(x, context)
+                x = self.transformer(index, depth)(x, context, perturbed)
             skips.append(x)
         if self.level + 1 < len(self.config.block_channels):
             x = conv(x.shape[-1], "downsample", self.compute, strides=2)(x)
@@ -147,9 +162,10 @@ class MiddleBlock(_Level):
         x: Float[jax.Array, "batch height width channels"],
         embedding: Float[jax.Array, "batch embedding"],
         context: Float[jax.Array, "batch words context"],
+        perturbed: Bool[jax.Array, "batch"] | None,
     ) -> Float[jax.Array, "batch height width channels"]:
         x = self.resnet(0)(x, embedding)
-        x = self.transformer(0, self.config.middle_depth)(x, context)
+        x = self.transformer(0, self.config.middle_depth)(x, context, perturbed)
         return self.resnet(1)(x, embedding)
 
 
@@ -163,13 +179,14 @@ class UpBlock(_Level):
         skips: list[jax.Array],
         embedding: Float[jax.Array, "batch embedding"],
         context: Float[jax.Array, "batch words context"],
+        perturbed: Bool[jax.Array, "batch"] | None,
     ) -> Float[jax.Array, "batch height_out width_out channels"]:
         """Takes its skips from the end of the list and removes them."""
         depth = self.config.transformer_depth[self.level]
         for index in range(self.config.resnets_per_block + 1):
             x = self.resnet(index)(jnp.concatenate([x, skips.pop()], axis=-1), embedding)
             if depth:
-                x = self.transformer(index, depth)(x, context)
+                x = self.transformer(index, depth)(x, context, perturbed)
         if skips:
             _, height, width, _ = skips[-1].shape
             x = Upsample(self.compute, name="upsample")(x, height, width)
@@ -179,6 +196,8 @@ class UpBlock(_Level):
 class UNet(nn.Module):
     config: UNetConfig
     compute: Compute = Compute()
+    perturbed_parts: tuple[Part, ...] = ()
+    """Where `perturbed` rows are."""
 
     @nn.compact
     def __call__(
@@ -187,6 +206,7 @@ class UNet(nn.Module):
         timestep: Num[jax.Array, "batch"],
         context: Float[jax.Array, "batch words context"],
         vector: Float[jax.Array, "batch vector"] | None,
+        perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch height width outputs"]:
         config, compute, dtype = self.config, self.compute, self.compute.activations
         context = context.astype(dtype)
@@ -196,14 +216,16 @@ class UNet(nn.Module):
         if vector is not None:
             embedding += EmbeddingMlp(config.embedding_dim, compute, name="add_embedding")(vector)
 
+        down, middle, up = (perturbed if part in self.perturbed_parts else None for part in Part)
         levels = range(len(config.block_channels))
         x = conv(config.block_channels[0], "conv_in", compute)(latent)
         skips = [x]
         for level in levels:
-            skips += DownBlock(config, level, compute, name=f"down_blocks_{level}")(skips[-1], embedding, context)
-        x = MiddleBlock(config, levels[-1], compute, name="mid_block")(skips[-1], embedding, context)
+            block = DownBlock(config, level, compute, name=f"down_blocks_{level}")
+            skips += block(skips[-1], embedding, context, down)
+        x = MiddleBlock(config, levels[-1], compute, name="mid_block")(skips[-1], embedding, context, middle)
         for index, level in enumerate(reversed(levels)):
-            x = UpBlock(config, level, compute, name=f"up_blocks_{index}")(x, skips, embedding, context)
+            x = UpBlock(config, level, compute, name=f"up_blocks_{index}")(x, skips, embedding, context, up)
         assert not skips
 
         x = nn.silu(group_norm(config.groups, 1e-5, "conv_norm_out", compute)(x))
@@ -219,14 +241,34 @@ def apply(
     context: Float[jax.Array, "batch words context"],
     vector: Float[jax.Array, "batch vector"] | None = None,
     compute: Compute = Compute(),
+    *,
+    perturbed: Bool[jax.Array, "batch"] | None = None,
+    perturbed_parts: Sequence[Part] = (Part.MIDDLE,),
 ) -> Float[jax.Array, "batch height width outputs"]:
     """The network's prediction (ε, v or x₀, as it was trained), float32.
 
     latent: scaled and noised, any height and width. timestep: 0..999, integers or floats. context: text states,
     [batch, 77, context_dim]. vector: [batch, vector_dim], None exactly if the configuration has none.
+
+    perturbed: rows whose self-attention in `perturbed_parts` is the identity, for perturbed-attention guidance (Ahn et
+    al. 2024, arXiv:2403.17377; `samplers/guidance.py`). None: no row, and nothing more is computed. The parts are
+    static. Raises InputError for a part that has no attention.
     """
     assert (vector is None) == (config.vector_dim is None), "a vector is given exactly if the configuration has one"
-    return UNet(config, compute).apply({"params": params}, latent, timestep, context, vector)  # pyright: ignore
+    if perturbed is not None:
+        _check_attends(config, perturbed_parts)
+    network = UNet(config, compute, tuple(perturbed_parts))
+    return network.apply({"params": params}, latent, timestep, context, vector, perturbed)  # pyright: ignore
+
+
+def _check_attends(config: UNetConfig, parts: Sequence[Part]) -> None:
+    """Where there is no attention to perturb, the guidance would silently be zero."""
+    attends = {Part.DOWN: any(config.transformer_depth), Part.MIDDLE: config.middle_depth > 0}
+    attends[Part.UP] = attends[Part.DOWN]
+    if not parts or not all(attends[part] for part in parts):
+        given = ", ".join(part.value for part in parts) or "nothing"
+        known = ", ".join(part.value for part in Part if attends[part])
+        raise InputError(f"Attention is to be perturbed in: {given}. This UNet has attention in: {known}. Name those")
 
 
 def init(key: Key[jax.Array, ""], config: UNetConfig) -> Params:

@@ -1,5 +1,15 @@
-"""Classifier-free guidance: away from what the network says without the prompt. Ho & Salimans, arXiv:2207.12598,
-eq. 6."""
+"""Guidance: from what the network says in several ways to the one output that the sampler goes on with.
+
+    guided = negative + w · (positive − negative)      away from what it says without the prompt
+           + s · (positive − perturbed)                and from what it says without self-attention
+    output = φ · guided · std(positive) / std(guided) + (1 − φ) · guided
+
+The first line is classifier-free guidance (Ho & Salimans, arXiv:2207.12598, eq. 6), the second perturbed-attention
+guidance (Ahn et al. 2024, arXiv:2403.17377; `models/unet.py` perturbs), the third the rescaling of Lin et al.
+(arXiv:2305.08891, section 3.4). Which lines exist is static, how strong they are is traced.
+
+Not here: evaluating the network, and strengths that depend on the timestep: the caller may give another one at each.
+"""
 
 from typing import NamedTuple
 
@@ -30,3 +40,54 @@ def guide(
     """negative + guidance · (positive − negative), of a network output for `both`. Guidance 1 is the positive alone."""
     negative, positive = jnp.split(output, 2)
     return negative + guidance * (positive - negative)
+
+
+class Outputs(NamedTuple):
+    """What the network said of the same latents: ε, v or x₀, as it was trained."""
+
+    positive: Float[Array, "batch height width channels"]
+    """Of the prompt."""
+    negative: Float[Array, "batch height width channels"] | None = None
+    """Of the negative prompt; None: no classifier-free guidance."""
+    perturbed: Float[Array, "batch height width channels"] | None = None
+    """Of the prompt, self-attention perturbed; None: no perturbed-attention guidance."""
+
+
+def combine(
+    outputs: Outputs,
+    guidance: Float[Array, ""] | None = None,
+    pag: Float[Array, ""] | None = None,
+    phi: Float[Array, ""] | None = None,
+) -> Float[Array, "batch height width channels"]:
+    """The guided output, as diffusers has it in `pag_utils.py` and `rescale_noise_cfg`.
+
+    guidance: strength w, read where there are negatives; 1 is the positive alone. pag: strength s, read where there are
+    perturbed ones; 0 is none, 3 diffusers' default. phi: 0..1, how much is rescaled; None: nothing is, and nothing is
+    computed for it. diffusers leaves rescaling out where there are no negatives; this does what it is given.
+    """
+    positive, negative, perturbed = outputs
+    guided = positive
+    if negative is not None:
+        assert guidance is not None, "there are negatives, and no strength of guidance"
+        guided = negative + guidance * (positive - negative)
+    if perturbed is not None:
+        assert pag is not None, "there are perturbed outputs, and no strength of pag"
+        guided = guided + pag * (positive - perturbed)
+    return guided if phi is None else rescale(guided, positive, phi)
+
+
+def rescale(
+    guided: Float[Array, "batch height width channels"],
+    positive: Float[Array, "batch height width channels"],
+    phi: Float[Array, ""],
+) -> Float[Array, "batch height width channels"]:
+    """Guided outputs with a share `phi` (0..1) of them brought to each positive's standard deviation.
+
+    Strong guidance enlarges the output, which over-exposes the picture. Lin et al., arXiv:2305.08891, section 3.4,
+    eq. 15 and 16; diffusers' `rescale_noise_cfg`. An output without deviation, such as a fresh network's zeros, stays
+    as it is; there it would be 0 / 0.
+    """
+    axes = tuple(range(1, guided.ndim))
+    wanted, given = jnp.std(positive, axes, keepdims=True), jnp.std(guided, axes, keepdims=True)
+    factor = jnp.where(given > 0, wanted / jnp.where(given > 0, given, 1), 1)
+    return phi * (guided * factor) + (1 - phi) * guided

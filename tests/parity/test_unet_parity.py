@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from sdxl_jax.arrays import Params
 from sdxl_jax.interop import names
 from sdxl_jax.models import unet
 from sdxl_jax.models.layers import Attention, Compute, Remat
+from sdxl_jax.models.unet import Part
+
+PAGMixin = pytest.importorskip("diffusers.pipelines.pag.pag_utils").PAGMixin
 
 # Heights and widths that halve evenly all the way, on the way, or not at all; never a square.
 SIZES = {
@@ -45,6 +49,31 @@ def test_unet_matches_diffusers(name: str, agree: Agree) -> None:
         theirs = reference.run_unet(pair.model, inputs, reference.to_torch(inputs.latent))
     ours = jax.jit(functools.partial(unet.apply, config))(pair.params, **inputs.ours())
     agree(f"UNet {name}", ours, reference.from_torch(theirs))
+
+
+class Perturbing(PAGMixin):
+    """What diffusers' pipelines with perturbed-attention guidance do to their UNet: other processors in some layers."""
+
+    def __init__(self, model: Any, parts: tuple[Part, ...]) -> None:
+        self.unet = model
+        self.set_pag_applied_layers([part.value for part in parts])
+        self._set_pag_attn_processor(self.pag_applied_layers, do_classifier_free_guidance=True)
+
+
+@pytest.mark.parametrize("parts", [(Part.MIDDLE,), tuple(Part)])
+def test_unet_with_perturbed_rows_matches_diffusers(parts: tuple[Part, ...], agree: Agree) -> None:
+    """A batch as diffusers makes it: the negative prompt, the prompt, the prompt perturbed."""
+    config = reference.UNET_FOR_GRADIENTS  # stacks of two, all parts with attention, quick to compile
+    pair = reference.unet_pair(config)
+    inputs = jax.tree.map(lambda rows: rows[[0, 1, 1]], reference.unet_inputs(config, 9, 16))
+    Perturbing(pair.model, parts)
+    with torch.no_grad():
+        theirs = reference.from_torch(reference.run_unet(pair.model, inputs, reference.to_torch(inputs.latent)))
+    apply = jax.jit(functools.partial(unet.apply, config, perturbed_parts=parts))
+    ours = apply(pair.params, **inputs.ours(), perturbed=jnp.array([False, False, True]))
+    agree(f"UNet perturbed {' '.join(part.value for part in parts)}", ours, theirs)
+    moved = np.abs(theirs[1] - theirs[2]).max() / np.abs(theirs).max()
+    assert moved > 100 * TOLERANCE, f"the perturbation moves the prediction by {moved:.1e} alone"
 
 
 KINDS = {
