@@ -1,113 +1,72 @@
 """From prompts to pictures: the functions that users call.
 
-    prompts ── tokens ── text states ┐
-    sizes, crops ────────────────────┴─ condition ── sampler's scan over the UNet ── latent ── decoder ── picture
+    text_to_image     prompts → pictures
+    image_to_image    a picture is noised to some strength, and the rest of the way is gone anew
+    inpaint           the same where a mask is white; elsewhere the picture stays
+    refine            image to image with a refiner
 
-Text encoding and the sampling loop are one compiled program, decoding another. Both are keyed on the configuration and
-the shapes, so a second call with the same shapes compiles nothing.
+All are `generate` with other arguments, which also gives latents, takes a refiner, and can be watched. What happens on
+the devices is `drawing`; what can be asked for is `options.Options`.
+
+Programs are keyed on configurations and shapes: a second call with the same shapes compiles nothing, whatever the
+prompts, seeds, sizes that the model is told, and strengths.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Float, UInt8
+from jax.sharding import NamedSharding
+from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
-from sdxl_jax import arrays, model
-from sdxl_jax.arrays import MicroConditioning, Params, TokenIds
+from sdxl_jax import drawing, init_images, sharding
+from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.diffusion import schedule
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.drawing import Begin, Inputs, Leg, Painted, Recipe, Strengths, Stretch, Terms
+from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
-from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.samplers import guidance as guiding
-from sdxl_jax.samplers import loop
-from sdxl_jax.samplers.steps import SAMPLERS, Plan, Sampler, Spacing, timesteps
+from sdxl_jax.options import Options, Size, check_size
+from sdxl_jax.samplers.steps import Family, Levels, Plan, initial_scale, make_levels
 
-Size = tuple[int, int]
-"""(height, width) or (top, left), in pixels."""
+IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
+"""Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""
 
-
-class Geometry(NamedTuple):
-    """What the model is told of each picture's size and crop; None: the picture's own size."""
-
-    original_size: Size | None = None
-    crop_top_left: Size = (0, 0)
-    target_size: Size | None = None
-    aesthetic_score: float | None = None
-
-    def rows(self, count: int, size: Size, aesthetic_score: float) -> MicroConditioning:
-        def repeat(pair: Size) -> np.ndarray:
-            return np.tile(np.array(pair, np.int32), (count, 1))
-
-        score = aesthetic_score if self.aesthetic_score is None else self.aesthetic_score
-        return MicroConditioning(
-            repeat(self.original_size or size),
-            repeat(self.crop_top_left),
-            repeat(self.target_size or size),
-            np.full(count, score, np.float32),
-        )
+Images = UInt8[np.ndarray, "images height width 3"]
 
 
 class Generated(NamedTuple):
-    images: UInt8[np.ndarray, "images height width 3"]
+    images: Images
     latents: Float[np.ndarray, "images latent_height latent_width channels"]
     """Scaled, as the UNet sees them."""
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampler", "compute", "guided"))
-def sample_latents(
-    params: Params,
-    tokens: dict[str, TokenIds],
-    negative_tokens: dict[str, TokenIds],
-    has_negative: jax.Array,
-    micro: tuple[MicroConditioning, MicroConditioning],
-    state: jax.Array,
-    keys: jax.Array,
-    guidance: jax.Array,
-    plan: Plan,
-    *,
-    config: ModelConfig,
-    sampler: Sampler,
-    compute: Compute,
-    guided: bool,
-) -> jax.Array:
-    """Latents of one batch. micro: of the prompt and of the negative prompt. guided=False evaluates the prompt
-    alone."""
-    condition = model.condition(config, text.encode(config.text, params, tokens, compute), micro[0])
-    if guided:
-        negative = text.encode(config.text, params, negative_tokens, compute)
-        if config.no_prompt is model.NoPrompt.ZEROS:
-            negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
-        condition = guiding.both(model.condition(config, negative, micro[1]), condition)
+class Seen(NamedTuple):
+    """What a watcher is told behind each step."""
 
-    def network(x_t: jax.Array, timestep: jax.Array) -> jax.Array:
-        inputs = jnp.concatenate([x_t, x_t]) if guided else x_t
-        times = jnp.full(len(inputs), timestep)
-        output = unet.apply(config.unet, params["unet"], inputs, times, condition.context, condition.vector, compute)
-        return guiding.guide(output, guidance) if guided else output
-
-    return loop.sample(network, state, keys, sampler, plan, config.prediction)
+    step: int
+    """Steps that are done, of this batch."""
+    steps: int
+    """Steps of this batch."""
+    images: int
+    """Pictures of this batch."""
+    first: int
+    """Number of its first picture."""
+    x0: jax.Array
+    """The latents as the network sees them finished, scaled."""
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute"))
-def decode(params: Params, latent: jax.Array, *, config: ModelConfig, compute: Compute) -> jax.Array:
-    return arrays.to_bytes(vae.decode(config.vae, params["vae"], latent, compute))
-
-
-def _on_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array; of one that is spread over several processes, in each of them."""
-    if array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+Watch = Callable[[Seen], None]
 
 
 def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
@@ -122,106 +81,421 @@ def generate(
     prompts: Sequence[str],
     *,
     negative_prompts: Sequence[str | None] | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    steps: int = 30,
-    sampler: str = "euler",
-    timestep_spacing: Spacing = Spacing.LEADING,
-    guidance: float = 5.0,
-    seed: int = 0,
-    num_images: int = 1,
-    geometry: Geometry = Geometry(),
-    negative_geometry: Geometry | None = None,
+    refiner: Model | None = None,
+    init_image: UInt8[np.ndarray, "rows columns 3"] | None = None,
+    mask: Bool[np.ndarray, "rows columns"] | None = None,
     init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None = None,
-    batch_size: int = 8,
     compute: Compute = Compute(),
+    one_program: bool = False,
     progress: bool = False,
+    watch: Watch | None = None,
+    **options: Any,
 ) -> Generated:
     """Pictures and their latents, in order of prompts, then images.
 
     Args:
         negative_prompts: one a prompt; None, or a None in it: no negative prompt, which is not the same as "".
-        height, width: of the pictures, multiples of 8 for SDXL; default: the model's own.
-        steps: 1 to the schedule's length.
-        sampler: ddim, ddpm or euler.
-        guidance: strength of classifier-free guidance; 1 is none, and costs half.
-        seed: picture k's noise depends on the seed and k alone, whatever the batch size.
-        num_images: pictures a prompt.
-        geometry, negative_geometry: sizes and crop that the model is told; the negative's default is the same, except
-            for its aesthetic score.
+        refiner: takes over for the last steps (`handoff`), or goes over the finished latent (`refine_strength`). It may
+            do without its own text encoder, if the model has the same.
+        init_image: 0..255; what the pictures start from. It is brought to height × width by covering it and cropping
+            at the centre.
+        mask: with an init image, of its size: True is repainted. Outside of it the picture keeps its own pixels.
         init_noise: standard normal, in place of the seeded noise.
-        batch_size: pictures at a time. Higher: faster until memory ends.
-        progress: show a bar.
+        one_program: compile text encoders, loop and decoder as one program instead of one each.
+        progress: show a bar, step by step unless `one_program`.
+        watch: called behind each step.
+        options: the fields of `options.Options`, or `options=Options(…)`.
 
-    Raises InputError for values out of range, an unknown sampler, noise of another shape, a model with parts missing.
+    Raises InputError for what cannot be made, before anything is compiled, and where memory does not suffice.
     """
-    config = model.config
-    _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
-    if config.unet.in_channels != config.vae.latent_channels:
+    given = options.pop("options", None)
+    job = _Job(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given or Options(**options))
+    return job.run(compute, one_program, progress, watch)
+
+
+def text_to_image(model: Model, prompts: Sequence[str], **options: Any) -> Images:
+    """Pictures of prompts, uint8 0..255. The options are those of `generate`, which also gives the latents."""
+    return generate(model, prompts, **options).images
+
+
+def image_to_image(
+    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any
+) -> Images:
+    """Pictures that start from a picture, SDEdit: Meng et al. 2021, arXiv:2108.01073. `strength` (0.3) of the way from
+    noise is gone anew. The options are those of `generate`."""
+    return generate(model, prompts, init_image=image, **options).images
+
+
+def inpaint(
+    model: Model,
+    prompts: Sequence[str],
+    image: UInt8[np.ndarray, "rows columns 3"],
+    mask: Bool[np.ndarray, "rows columns"],
+    **options: Any,
+) -> Images:
+    """A picture repainted where the mask is True. With a UNet of 9 channels, which is shown the rest; with any other, by
+    putting the rest back behind every step. The options are those of `generate`."""
+    return generate(model, prompts, init_image=image, mask=mask, **options).images
+
+
+def refine(model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any) -> Images:
+    """Image to image with a refiner as the model: Podell et al. (arXiv:2307.01952), section 2.5."""
+    return image_to_image(model, prompts, image, **options)
+
+
+def way(
+    config: ModelConfig, refiner: ModelConfig | None, options: Options, with_image: bool = False
+) -> tuple[tuple[Leg, ...], tuple[Stretch, ...], int]:
+    """The legs of a way, their rows, and how many steps are gone. Raises InputError where a part has none."""
+    sampler, legs, stretches = options.method, [], []
+    levels = _levels(config, options)
+    skipped = options.steps - _steps_of(_strength(options), options.steps, "strength") if with_image else 0
+
+    def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
+        """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
+        plan = sampler.plan(levels.since(first), options.eta)
+        stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in stretches)
+        for low, high, terms in _cuts(options, config, first, stop):
+            rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
+            legs.append(Leg(number, terms, stochastic, begin))
+            stretches.append(Stretch(_rows(rows), np.int32(done)))
+            done, begin = done + len(rows.timestep), Begin.CONTINUE
+
+    steps, refine = options.steps, refiner is not None and options.refine_strength is not None
+    if refiner is None or refine:
+        stretch_out(0, levels, skipped, steps, Begin.RENOISE)
+    else:
+        handoff = HANDOFF if options.handoff is None else options.handoff
+        cutoff = round((1 - handoff) * config.schedule.timesteps)
+        split = int((levels.timestep >= cutoff).sum())
+        if not skipped < split < steps:
+            who = "the refiner" if split >= steps else "the model before it"
+            raise InputError(
+                f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
+                f"{HANDOFF:g}, or more steps"
+            )
+        stretch_out(0, levels, skipped, split, Begin.RENOISE)
+        stretch_out(1, _levels(refiner, options), split, steps, Begin.HAND_OVER)
+    gone = steps - skipped
+    if refine:
+        assert refiner is not None
+        again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
+        stretch_out(1, _levels(refiner, options), steps - again, steps, Begin.RENOISE)
+        gone += again
+    return tuple(legs), tuple(stretches), gone
+
+
+def _strength(options: Options) -> float:
+    return IMAGE_STRENGTH if options.strength is None else options.strength
+
+
+def _levels(config: ModelConfig, options: Options) -> Levels:
+    return make_levels(
+        options.method, schedule.make(config.schedule), options.steps, options.timestep_spacing, options.sigmas
+    )
+
+
+def _steps_of(strength: float, steps: int, name: str) -> int:
+    """The last steps of a way, which begin at a strength."""
+    if not (count := min(int(steps * strength), steps)):
+        raise InputError(f"{name}={strength:g} of {steps} steps is none. Give at least {1 / steps:.3g}, or more steps")
+    return count
+
+
+def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
+    """(first, stop, terms) of each part of some steps in which the same is asked."""
+    guided = _guidance(options, config) != 1
+    asked = Terms(
+        guided,
+        options.pag_parts if options.pag else (),
+        bool(options.guidance_rescale) and (guided or bool(options.pag)),
+        options.sequential,
+    )
+    low, high = (round(share * options.steps) for share in options.guidance_interval)
+    marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
+    for start, end in zip(marks, marks[1:], strict=False):
+        inside = low <= start and end <= high
+        yield start, end, asked if inside else Terms()
+
+
+def _guidance(options: Options, config: ModelConfig) -> float:
+    if options.guidance is not None:
+        return options.guidance
+    return 1.0 if config.distilled else 5.0
+
+
+def _row(evaluations: int, steps: int, plan: Plan) -> int:
+    """The row behind so many steps: the last step of a sampler with several evaluations has one."""
+    return min(evaluations * steps, len(plan.timestep))
+
+
+def _rows(plan: Plan) -> Plan:
+    return Plan(*(column.astype(np.float32) for column in plan))
+
+
+class _Job:
+    """One call: checked, and as rows of which batches are taken."""
+
+    def __init__(
+        self,
+        model: Model,
+        refiner: Model | None,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None] | None,
+        init_image: np.ndarray | None,
+        mask: np.ndarray | None,
+        init_noise: np.ndarray | None,
+        options: Options,
+    ):
+        config = model.config
+        if isinstance(prompts, str):
+            raise InputError(f"prompts is one text, {prompts[:40]!r}. Give a list of texts")
+        if not prompts:
+            raise InputError("There is nothing to make: give at least one prompt")
+        negatives = [None] * len(prompts) if negatives is None else negatives
+        if len(negatives) != len(prompts):
+            raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
+        _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
+        options.check(config)
+        self.shares_text = _check_refiner(config, refiner, options)
+        self.size = _size(config, options, init_image)
+        if mask is not None and options.strength is None:
+            options = _replace(options, strength=1.0)
+        self.original, self.mask = _painted(config, options, init_image, mask, self.size)
+        if init_image is None and options.strength is not None:
+            raise InputError(
+                f"strength={options.strength} has no effect without an init image. Give one, or leave it out"
+            )
+        self.model, self.refiner, self.options = model, refiner, options
+        self.legs, self.stretches, self.steps = way(
+            config, None if refiner is None else refiner.config, options, init_image is not None
+        )
+        prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
+        self.count = len(prompts)
+        self.rows = self._make_rows(
+            prompts, [prompt for prompt in negatives for _ in range(options.num_images)], init_noise
+        )
+
+    def _make_rows(
+        self, prompts: list[str], negatives: list[str | None], init_noise: np.ndarray | None
+    ) -> dict[str, Any]:
+        """What each picture is made from, one row a picture."""
+        config, options, count = self.model.config, self.options, self.count
+        factor = config.vae.downsampling
+        latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
+        numbers = options.first_index + np.arange(count)
+        with jax.ensure_compile_time_eval():
+            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(options.seed)))(numbers)
+
+            def normal(purpose: int) -> jax.Array:
+                draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), latent))
+                return draw(keys)
+
+            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
+            if init_noise is not None and init_noise.shape != (count, *latent):
+                raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent)}")
+            noise = normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32)
+            again = any(leg.begin is Begin.RENOISE and leg.model for leg in self.legs)
+            refiner_noise = normal(2) if again else None
+        scale = 1.0
+        if self._from_noise:
+            levels = _levels(config, options)
+            scale = initial_scale(options.method, levels, options.timestep_spacing)
+        tokenizer = Tokenizer.of(config.text)
+        read = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
+        tokens, negative = read(prompts), read([each or "" for each in negatives])
+        chunks = max(tokens.chunks, negative.chunks)
+        if tokens.chunks != negative.chunks:
+            tokens, negative = read(prompts, chunks=chunks), read([each or "" for each in negatives], chunks=chunks)
+        return {
+            "tokens": tokens,
+            "negative_tokens": negative,
+            "has_negative": np.array([each is not None for each in negatives], np.float32),
+            "micro": micro_rows(options, count, self.size),
+            "noise": noise * scale,
+            "refiner_noise": refiner_noise,
+            "keys": step_keys,
+            "painted": self._painted_rows(),
+        }
+
+    @property
+    def _from_noise(self) -> bool:
+        """Whether the way begins with nothing but noise; with a mask and full strength it does too."""
+        return self.original is None or (self.mask is not None and len(self.stretches) > 0 and self._full)
+
+    @property
+    def _full(self) -> bool:
+        return min(int(self.options.steps * _strength(self.options)), self.options.steps) == self.options.steps
+
+    def _painted_rows(self) -> Painted | None:
+        if self.original is None:
+            return None
+        config, count = self.model.config, self.count
+
+        def repeat(one: np.ndarray) -> np.ndarray:
+            return np.broadcast_to(one, (count, *one.shape))
+
+        if self.mask is None:
+            return Painted(repeat(self.original), None, None)
+        cells = init_images.latent_mask(self.mask, config.vae.downsampling)
+        masked = None
+        if _shows_mask(config):
+            # Grey, 0 in −1..1: diffusers multiplies by the mask there.
+            masked = repeat(np.where(self.mask[..., None], np.uint8(128), self.original))
+        return Painted(repeat(self.original), repeat(cells), masked)
+
+    def run(self, compute: Compute, one_program: bool, progress: bool, watch: Watch | None) -> Generated:
+        options, models = self.options, [self.model, *([] if self.refiner is None else [self.refiner])]
+        recipe = Recipe(
+            tuple(each.config for each in models),
+            self.shares_text,
+            self.legs,
+            compute,
+            None if options.decode_tile is None else options.decode_tile // self.model.config.vae.downsampling,
+        )
+        strengths = (_guidance(options, self.model.config), options.pag, options.guidance_rescale)
+        fixed: dict[str, Any] = {
+            "params": tuple(each.params for each in models),
+            "stretches": self.stretches,
+            "strengths": Strengths(*map(np.float32, strengths)),
+        }
+        images, latents = [], []
+        with _on_mesh(self.model) as parts, _memory(options), _Bar(self, progress, one_program) as bar:
+            batch_size = -(-min(options.batch_size, self.count) // parts) * parts
+            for start in range(0, self.count, batch_size):
+                # The last batch is filled up with its last row, so that it needs no compilation of its own.
+                index = np.minimum(np.arange(start, start + batch_size), self.count - 1)
+                batch = jax.tree.map(lambda row: row[index], self.rows)  # noqa: B023 (used within the iteration)
+                inputs = Inputs(**fixed, **batch)
+                size = min(batch_size, self.count - start)
+                if one_program:
+                    drawn, latent = drawing.whole(inputs, recipe)
+                else:
+                    seen = self._watcher(bar, watch, start, size)
+                    drawn, latent = drawing.staged(inputs, recipe, seen if progress or watch else None)
+                latents.append(_on_host(latent)[:size])
+                images.append(self._finished(_on_host(drawn)[:size]))
+                bar.batch(size)
+        return Generated(np.concatenate(images), np.concatenate(latents))
+
+    def _watcher(self, bar: "_Bar", watch: Watch | None, first: int, size: int) -> Callable[[int, drawing.State], None]:
+        rows = sum(len(each.plan.timestep) for each in self.stretches)
+
+        def seen(row: int, state: drawing.State) -> None:
+            bar.row(state)
+            if watch is not None:
+                watch(Seen(row + 1, rows, size, self.options.first_index + first, state.x0[:size]))
+
+        return seen
+
+    def _finished(self, images: np.ndarray) -> np.ndarray:
+        if self.mask is None or self.original is None:
+            return images
+        return np.stack([init_images.composite(self.original, image, self.mask) for image in images])
+
+
+def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroConditioning, MicroConditioning]:
+    """What the model is told of sizes and crops, for the prompts and for the negative prompts; one row a picture."""
+
+    def rows(original: Size | None, crop: tuple[int, int], target: Size | None, score: float) -> MicroConditioning:
+        pairs = (np.tile(np.array(pair, np.int32), (count, 1)) for pair in (original or size, crop, target or size))
+        return MicroConditioning(*pairs, aesthetic_score=np.full(count, score, np.float32))
+
+    def either(value: Any, other: Any) -> Any:
+        return other if value is None else value
+
+    positive = rows(
+        options.original_size, options.crop, options.target_size, either(options.aesthetic_score, AESTHETIC_SCORE)
+    )
+    negative = rows(
+        either(options.negative_original_size, options.original_size),
+        either(options.negative_crop, options.crop),
+        either(options.negative_target_size, options.target_size),
+        either(options.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE),
+    )
+    return positive, negative
+
+
+def _replace(options: Options, **changes: Any) -> Options:
+    import dataclasses
+
+    return dataclasses.replace(options, **changes)
+
+
+def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
+    factor = config.vae.downsampling
+    own = config.default_size if image is None else init_images.snap(*image.shape[:2], factor)
+    height = own[0] if options.height is None else options.height
+    width = own[1] if options.width is None else options.width
+    check_size(height, width, factor)
+    return Size(height, width)
+
+
+def _shows_mask(config: ModelConfig) -> bool:
+    """Whether the UNet is one for inpainting: it sees latent, mask, and the latent of what is left."""
+    return config.unet.in_channels == 2 * config.vae.latent_channels + 1
+
+
+def _painted(
+    config: ModelConfig, options: Options, image: np.ndarray | None, mask: np.ndarray | None, size: Size
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Init image and mask at the size of the pictures."""
+    if _shows_mask(config) and (image is None or mask is None):
         raise InputError(
             f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
-            "for inpainting, which draws nothing from text alone. Use one for text to image"
+            "for inpainting. Give an init image and a mask, or use a model for text to image"
         )
-    factor = config.vae.downsampling
-    height = config.default_size[0] if height is None else height
-    width = config.default_size[1] if width is None else width
-    negatives = [None] * len(prompts) if negative_prompts is None else negative_prompts
-    _check(config, prompts, negatives, height, width, steps, sampler, num_images, batch_size, seed)
-    prompts = [prompt for prompt in prompts for _ in range(num_images)]
-    negatives = [prompt for prompt in negatives for _ in range(num_images)]
-    size, count = (height, width), len(prompts)
-
-    chosen = SAMPLERS[sampler]
-    levels = schedule.make(config.schedule)
-    plan = chosen.plan(levels, timesteps(steps, len(levels.alpha_bar), Spacing(timestep_spacing)))
-    latent_shape = (height // factor, width // factor, config.vae.latent_channels)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(count))
-    if init_noise is None:
-        noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), latent_shape))(keys)
-    elif init_noise.shape == (count, *latent_shape):
-        noise = jnp.asarray(init_noise, jnp.float32)
-    else:
-        raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent_shape)}")
-    step_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-
-    tokenizer = Tokenizer.of(config.text)
-    negative_geometry = negative_geometry or geometry._replace(aesthetic_score=None)
-    rows = (
-        tokenizer(prompts),
-        tokenizer([negative or "" for negative in negatives]),
-        np.array([negative is not None for negative in negatives], np.float32),
-        (geometry.rows(count, size, AESTHETIC_SCORE), negative_geometry.rows(count, size, NEGATIVE_AESTHETIC_SCORE)),
-        noise * chosen.initial_scale(plan, timestep_spacing),
-        step_keys,
-    )
-    images, latents = [], []
-    batch_size = min(batch_size, count)
-    starts = range(0, count, batch_size)
-    for start in tqdm(starts, desc="sampling", unit="batch", disable=not progress):
-        # The last batch is filled up with its last row, so that it needs no compilation of its own.
-        index = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = jax.tree.map(lambda row: row[index], rows)  # noqa: B023 (used within the iteration)
-        latent = sample_latents(
-            model.params,
-            *batch,
-            jnp.float32(guidance),
-            plan,
-            config=config,
-            sampler=chosen,
-            compute=compute,
-            guided=guidance != 1,
+    if config.unet.in_channels != config.vae.latent_channels and not _shows_mask(config):
+        raise InputError(
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Models of "
+            "this kind cannot be sampled here"
         )
-        latents.append(_on_host(latent)[: count - start])
-        decoded = decode(model.params, latent, config=config, compute=compute)
-        images.append(_on_host(decoded)[: count - start])
-    return Generated(np.concatenate(images), np.concatenate(latents))
+    if mask is not None and image is None:
+        raise InputError("A mask needs an init image of its size. Give both")
+    if image is None:
+        return None, None
+    if mask is not None and mask.shape != image.shape[:2]:
+        raise InputError(
+            f"The mask has {mask.shape[0]}×{mask.shape[1]} pixels (height × width), the init image "
+            f"{image.shape[0]}×{image.shape[1]}. Give one of the same size"
+        )
+    fitted = None if mask is None else init_images.fit_mask(mask, *size)
+    if fitted is not None and not fitted.any():
+        raise InputError("The mask is black, so nothing would be repainted. Make white what is to be repainted")
+    return init_images.fit(image, *size), fitted
 
 
-def text_to_image(
-    model: Model, prompts: Sequence[str], **options: object
-) -> UInt8[np.ndarray, "images height width 3"]:
-    """Pictures of prompts, 0..255. The options are those of `generate`, which also gives the latents."""
-    return generate(model, prompts, **options).images  # pyright: ignore[reportArgumentType]
+def _check_refiner(config: ModelConfig, refiner: Model | None, options: Options) -> bool:
+    """Whether the refiner shares the model's text encoder."""
+    if config.unet.vector_dim is not None and refiner is not None and _is_refiner(config):
+        raise InputError("The model is a refiner itself: its context is bigG's alone. Give the base as the model")
+    if refiner is None:
+        for name in ("handoff", "refine_strength"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
+        return False
+    if not _is_refiner(refiner.config):
+        raise InputError(
+            f"The refiner's UNet attends to states of width {refiner.config.unet.context_dim} and is told target sizes, "
+            "as SDXL base is. Give a refiner: it attends to bigG's states alone and is told an aesthetic score"
+        )
+    if refiner.config.vae.latent_channels != config.vae.latent_channels:
+        raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
+    _check_parts(refiner, "unet")
+    names = [tower.name for tower in refiner.config.text]
+    missing = [name for name in names if name not in refiner.params]
+    if not missing:
+        return False
+    last = config.text[-1]
+    if missing != names or len(names) != 1 or last.clip != refiner.config.text[0].clip:
+        _check_parts(refiner, *names)
+    return True
+
+
+def _is_refiner(config: ModelConfig) -> bool:
+    from sdxl_jax.conditioning.micro import Numbers
+
+    return config.micro is not None and config.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
 
 
 def _check_parts(model: Model, *needed: str) -> None:
@@ -232,32 +506,74 @@ def _check_parts(model: Model, *needed: str) -> None:
         )
 
 
-def _check(
-    config: ModelConfig,
-    prompts: Sequence[str],
-    negatives: Sequence[str | None],
-    height: int,
-    width: int,
-    steps: int,
-    sampler: str,
-    num_images: int,
-    batch_size: int,
-    seed: int,
-) -> None:
-    factor, length = config.vae.downsampling, config.schedule.timesteps
-    if isinstance(prompts, str):
-        raise InputError(f"prompts is one text, {prompts[:40]!r}. Give a list of texts")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed={seed}, expected 0 to {2**32 - 1}")
-    if num_images < 1 or not prompts:
-        raise InputError("There is nothing to make: give at least one prompt and --num-images of 1 or more")
-    if height < factor or width < factor or height % factor or width % factor:
-        raise InputError(f"height {height} × width {width}: expected positive multiples of {factor}")
-    if not 1 <= steps <= length:
-        raise InputError(f"steps={steps}, expected 1 to {length}")
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}, expected 1 or more")
-    if len(negatives) != len(prompts):
-        raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
-    if sampler not in SAMPLERS:
-        raise InputError(f"There is no sampler {sampler!r}. Known, nearest first: {nearest_first(sampler, SAMPLERS)}")
+@contextlib.contextmanager
+def _on_mesh(model: Model) -> Iterator[int]:
+    """Within the mesh that the parameters lie on, unless one is set. Gives the parts that a batch is cut into."""
+    place = jax.tree.leaves(model.params["unet"])[0].sharding
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    if mesh is None or mesh.size == 1 or set(mesh.axis_names) != set(sharding.AXES):
+        yield 1
+        return
+    with contextlib.nullcontext() if not jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh):
+        yield sharding.batch_parts(mesh)
+
+
+@contextlib.contextmanager
+def _memory(options: Options) -> Iterator[None]:
+    """Out of memory, told with what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        knobs = [
+            f"batch_size below {options.batch_size}" if options.batch_size > 1 else "",
+            "dtype bfloat16",
+            "" if options.sequential else "sequential, for guidance in two calls",
+            "decode_tile 512, for the autoencoder" if options.decode_tile is None else "",
+            "mesh.fsdp, to share the weights over devices",
+        ]
+        raise InputError(
+            f"Memory does not suffice ({str(error).splitlines()[0][:200]}). What helps, in this order: "
+            f"{'; '.join(filter(None, knobs))}"
+        ) from error
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; of one that is spread over several processes, in each of them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+class _Bar:
+    """Progress, in steps of pictures; or in pictures, of a program that cannot be looked into."""
+
+    def __init__(self, job: _Job, show: bool, one_program: bool):
+        self._stepwise = not one_program
+        rows = sum(len(each.plan.timestep) for each in job.stretches)
+        batches = -(-job.count // min(job.options.batch_size, job.count))
+        self._bar = tqdm(
+            total=batches * rows if self._stepwise else job.count,
+            desc="sampling",
+            unit="step" if self._stepwise else "image",
+            disable=not show,
+        )
+        self._show, self._made, self._began = show, 0, time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def row(self, state: drawing.State) -> None:
+        if self._show:
+            jax.block_until_ready(state.x0)  # or the bar would run ahead of the devices
+            self._bar.update()
+
+    def batch(self, images: int) -> None:
+        self._made += images
+        if not self._stepwise:
+            self._bar.update(images)
+        self._bar.set_postfix_str(f"{self._made / (time.monotonic() - self._began):.3g} images/s")

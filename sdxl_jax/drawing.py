@@ -1,0 +1,375 @@
+"""Drawing, as pure functions of arrays: text to states, noise to latent, latent to picture, and all three as one.
+
+    tokens ── text_states ──┐
+    sizes ──────────────────┴─ told ── denoise, leg by leg ── decode ── picture
+    picture ── encode ─────────────────────┘
+
+A way from noise to a picture is cut into *legs*: stretches along which the same network is asked the same things. Most
+ways have one. Guidance over a part of the steps makes up to three, a refiner one more; whoever watches cuts every leg
+into single steps, so that one compiled step serves any number of them.
+
+What is static is a `Recipe`, what is traced are `Inputs`. `draw` follows the recipe with the functions that it is
+given: plain ones within one `jax.jit` (`whole`), or each of them compiled on its own (`staged`). Not here: options,
+files, whatever the user sees; that is `pipeline`.
+"""
+
+import enum
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Key, UInt8
+
+from sdxl_jax import arrays, model
+from sdxl_jax.arrays import MicroConditioning, Params
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.prompts import PromptTokens
+from sdxl_jax.conditioning.text import TextCondition, Tower
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models import unet, vae
+from sdxl_jax.models.layers import Compute
+from sdxl_jax.models.unet import Part
+from sdxl_jax.samplers import guidance, loop
+from sdxl_jax.samplers.guidance import Condition, Outputs
+from sdxl_jax.samplers.loop import Kept, State
+from sdxl_jax.samplers.steps import Plan
+
+Array = jax.Array
+
+
+class Terms(NamedTuple):
+    """What the network is asked at each step. Static."""
+
+    guided: bool = False
+    """The negative prompt too."""
+    perturbed: tuple[Part, ...] = ()
+    """The prompt without self-attention in these parts too."""
+    rescaled: bool = False
+    """The guided output is rescaled."""
+    sequential: bool = False
+    """One after the other, not as one batch."""
+
+
+class Strengths(NamedTuple):
+    """How strong the terms are. Traced, so that another strength compiles nothing."""
+
+    guidance: Float[Any, ""]
+    pag: Float[Any, ""]
+    rescale: Float[Any, ""]
+
+
+class Told(NamedTuple):
+    """What the network is told of the prompt and of the negative prompt."""
+
+    positive: Condition
+    negative: Condition | None
+
+
+class Begin(enum.Enum):
+    """How a leg takes over."""
+
+    CONTINUE = "continue"
+    """The state as it is, with what the sampler remembers."""
+    HAND_OVER = "hand_over"
+    """The latent at its noise level; nothing is remembered."""
+    RENOISE = "renoise"
+    """The latent as a finished one, with fresh noise up to the leg's first level."""
+
+
+class Leg(NamedTuple):
+    """Static."""
+
+    model: int
+    """Number of the model that is asked: 0, or 1 for the refiner."""
+    terms: Terms
+    stochastic: bool
+    begin: Begin
+
+
+class Stretch(NamedTuple):
+    """A leg's numbers. Traced."""
+
+    plan: Plan
+    first: Any
+    """Number of its first row, for the keys."""
+
+
+class Recipe(NamedTuple):
+    """Static."""
+
+    models: tuple[ModelConfig, ...]
+    shares_text: bool
+    """The refiner has no text encoder of its own: it is the base's last."""
+    legs: tuple[Leg, ...]
+    compute: Compute
+    tile: int | None
+    """Of the latent, positions a side that are decoded at a time; None: all."""
+
+
+class Painted(NamedTuple):
+    """Inpainting and image to image: what there was."""
+
+    image: UInt8[Any, "batch height width 3"]
+    mask: Float[Any, "batch latent_height latent_width 1"] | None
+    """1 where it is repainted; None: everywhere."""
+    masked_image: UInt8[Any, "batch height width 3"] | None
+    """Its mask grey: what UNets of 9 channels are shown."""
+
+
+class Inputs(NamedTuple):
+    """Traced."""
+
+    params: tuple[Params, ...]
+    """Of each model."""
+    tokens: PromptTokens
+    negative_tokens: PromptTokens
+    has_negative: Float[Any, " batch"]
+    """0 where there is no negative prompt, which is not the empty one."""
+    micro: tuple[MicroConditioning, MicroConditioning]
+    """Of the prompt and of the negative prompt."""
+    noise: Float[Any, "batch latent_height latent_width channels"]
+    """Standard normal, × the sampler's first scale unless there is a picture."""
+    refiner_noise: Float[Any, "batch latent_height latent_width channels"] | None
+    """What `Begin.RENOISE` adds, standard normal."""
+    keys: Key[Array, " batch"]
+    stretches: tuple[Stretch, ...]
+    strengths: Strengths
+    painted: Painted | None
+
+
+# Text
+
+
+def text_states(
+    params: Params,
+    tokens: PromptTokens,
+    negative_tokens: PromptTokens,
+    *,
+    towers: tuple[Tower, ...],
+    guided: bool,
+    compute: Compute,
+) -> tuple[TextCondition, TextCondition | None]:
+    """Of prompts and, if needed, of negative prompts."""
+    positive = text.encode_prompts(towers, params, tokens, compute)
+    return positive, text.encode_prompts(towers, params, negative_tokens, compute) if guided else None
+
+
+def told(
+    config: ModelConfig,
+    states: tuple[TextCondition, TextCondition | None],
+    has_negative: Array,
+    micro: tuple[MicroConditioning, MicroConditioning],
+) -> Told:
+    positive, negative = states
+    if negative is not None and config.no_prompt is model.NoPrompt.ZEROS:
+        negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
+    return Told(
+        model.condition(config, positive, micro[0]),
+        None if negative is None else model.condition(config, negative, micro[1]),
+    )
+
+
+def of_the_last(states: TextCondition | None, width: int) -> TextCondition | None:
+    """The states of the last tower alone, `width` wide: what a refiner that shares them is told."""
+    return None if states is None else TextCondition(states.context[..., -width:], states.pooled)
+
+
+# The way
+
+
+def denoise(
+    params: Params,
+    told: Told,
+    state: State,
+    keys: Key[Array, " batch"],
+    stretch: Stretch,
+    strengths: Strengths,
+    kept: Kept | None,
+    shown: Float[Array, "batch latent_height latent_width shown"] | None,
+    *,
+    config: ModelConfig,
+    terms: Terms,
+    stochastic: bool,
+    compute: Compute,
+) -> State:
+    """One leg. shown: what a UNet of more channels than the latent's sees besides it. `params`: the UNet's."""
+    conditions = [told.positive]
+    if terms.guided:
+        assert told.negative is not None, "guidance needs a negative"
+        conditions.insert(0, told.negative)
+    if terms.perturbed:
+        conditions.append(told.positive)
+    ways = len(conditions)
+
+    def ask(x: Array, timestep: Array, condition: Condition, perturbed: Array | None) -> Array:
+        times = jnp.full(len(x), timestep)
+        given: dict[str, Any] = (
+            {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
+        )
+        return unet.apply(config.unet, params, x, times, condition.context, condition.vector, compute, **given)
+
+    def network(x_t: Array, timestep: Array) -> Array:
+        x = x_t if shown is None else jnp.concatenate([x_t, shown], axis=-1)
+        count = len(x)
+        # Which rows are perturbed: the last way's.
+        perturbed = jnp.arange(ways) == ways - 1 if terms.perturbed else None
+        if ways == 1:
+            outputs = [ask(x, timestep, told.positive, None)]
+        elif terms.sequential:
+            stacked = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
+            rows = None if perturbed is None else jnp.repeat(perturbed[:, None], count, axis=1)
+            outputs = list(jax.lax.map(lambda way: ask(x, timestep, *way), (stacked, rows)))
+        else:
+            joined = jax.tree.map(lambda *each: jnp.concatenate(each), *conditions)
+            rows = None if perturbed is None else jnp.repeat(perturbed, count)
+            outputs = jnp.split(ask(jnp.concatenate([x] * ways), timestep, joined, rows), ways)
+        negative = outputs[0] if terms.guided else None
+        positive = outputs[1 if terms.guided else 0]
+        said = Outputs(positive, negative, outputs[-1] if terms.perturbed else None)
+        return guidance.combine(said, strengths.guidance, strengths.pag, strengths.rescale if terms.rescaled else None)
+
+    return loop.sample(
+        network, state, keys, stretch.plan, config.prediction, first=stretch.first, stochastic=stochastic, kept=kept
+    )
+
+
+def begin(leg: Leg, stretch: Stretch, state: State | None, noise: Array, image: Array | None) -> State:
+    """The state before a leg. state None: before the first; `image` is then the latent that it starts from, if any."""
+    plan = stretch.plan
+    if state is None and image is None:
+        return loop.start(noise, plan)
+    if leg.begin is Begin.CONTINUE and state is not None:
+        return state
+    latent = image if state is None else state.arrays[0]
+    assert latent is not None
+    if leg.begin is Begin.HAND_OVER and state is not None:
+        return loop.start(latent, plan)
+    alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (plan.alpha, plan.sigma_t))
+    return loop.start(alpha * latent + sigma_t * noise, plan)
+
+
+# Pictures
+
+
+def encode(
+    params: Params, image: UInt8[Array, "batch height width 3"], *, config: ModelConfig, compute: Compute
+) -> Array:
+    """Scaled latents: the mean of the autoencoder's posterior.
+
+    diffusers draws from the posterior. Its deviation is a hundredth of the latent's, so the pictures are alike, and the
+    mean needs no random numbers of its own.
+    """
+    return config.vae.scale * vae.encode(config.vae, params, arrays.normalise(image), compute).mean
+
+
+def decode(
+    params: Params, latent: Array, *, config: ModelConfig, compute: Compute, tile: int | None
+) -> UInt8[Array, "batch height width 3"]:
+    """`params`: the autoencoder's. tile: of the latent, positions a side that are decoded at a time; None: all."""
+    if tile is None:
+        return arrays.to_bytes(vae.decode(config.vae, params, latent, compute))
+    return arrays.to_bytes(vae.decode_tiled(config.vae, params, latent, compute, tile))
+
+
+class Functions(NamedTuple):
+    """What `draw` calls: all plain, or all compiled."""
+
+    text_states: Callable[..., Any]
+    encode: Callable[..., Any]
+    begin: Callable[..., Any]
+    denoise: Callable[..., Any]
+    decode: Callable[..., Any]
+
+
+PLAIN = Functions(text_states, encode, begin, denoise, decode)
+
+
+STAGED = Functions(
+    jax.jit(text_states, static_argnames=("towers", "guided", "compute")),
+    jax.jit(encode, static_argnames=("config", "compute")),
+    jax.jit(begin, static_argnames="leg"),
+    jax.jit(denoise, static_argnames=("config", "terms", "stochastic", "compute")),
+    jax.jit(decode, static_argnames=("config", "compute", "tile")),
+)
+
+
+def _text(recipe: Recipe, inputs: Inputs, call: Functions) -> list[Told]:
+    """What each model is told."""
+    guided = any(leg.terms.guided for leg in recipe.legs)
+    found = []
+    for number, config in enumerate(recipe.models):
+        if number and recipe.shares_text:
+            width = config.text[-1].clip.width
+            states = tuple(of_the_last(each, width) for each in found[0])
+        else:
+            towers = {tower.name: inputs.params[number][tower.name] for tower in config.text}
+            tokens = (inputs.tokens, inputs.negative_tokens)
+            states = call.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
+        found.append(states)
+    return [
+        told(config, states, inputs.has_negative, inputs.micro)
+        for config, states in zip(recipe.models, found, strict=True)
+    ]
+
+
+def draw(
+    inputs: Inputs,
+    recipe: Recipe,
+    call: Functions = PLAIN,
+    watch: Callable[[int, State], None] | None = None,
+) -> tuple[UInt8[Array, "batch height width 3"], Float[Array, "batch latent_height latent_width channels"]]:
+    """(pictures, latents) of one batch. watch(number of the row, state) is called behind every row of every leg; the
+    legs are then gone through row by row."""
+    base, compute = recipe.models[0], recipe.compute
+    conditions = _text(recipe, inputs, call)
+    image, kept, shown = None, None, None
+    if (painted := inputs.painted) is not None:
+        latents = functools.partial(call.encode, inputs.params[0]["vae"], config=base, compute=compute)
+        image = latents(painted.image)
+        if painted.masked_image is not None:
+            assert painted.mask is not None
+            shown = jnp.concatenate([painted.mask, latents(painted.masked_image)], axis=-1)
+        elif painted.mask is not None:
+            kept = Kept(image, inputs.noise, painted.mask)
+    state = None
+    for leg, stretch in zip(recipe.legs, inputs.stretches, strict=True):
+        config = recipe.models[leg.model]
+        noise = inputs.refiner_noise if leg.begin is Begin.RENOISE and state is not None else inputs.noise
+        state = call.begin(leg, stretch, state, noise, image)
+        go = functools.partial(
+            call.denoise,
+            inputs.params[leg.model]["unet"],
+            conditions[leg.model],
+            keys=inputs.keys,
+            strengths=inputs.strengths,
+            kept=kept,
+            shown=shown,
+            config=config,
+            terms=leg.terms,
+            stochastic=leg.stochastic,
+            compute=compute,
+        )
+        if watch is None:
+            state = go(state=state, stretch=stretch)
+            continue
+        for row in range(len(stretch.plan.timestep)):
+            part = Stretch(stretch.plan.between(row, row + 1), stretch.first + row)
+            state = go(state=state, stretch=part)
+            watch(int(stretch.first) + row, state)
+    assert state is not None
+    latent = state.arrays[0]
+    return call.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile), latent
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def whole(inputs: Inputs, recipe: Recipe) -> tuple[Array, Array]:
+    """`draw` as one program."""
+    return draw(inputs, recipe)
+
+
+def staged(inputs: Inputs, recipe: Recipe, watch: Callable[[int, State], None] | None = None) -> tuple[Array, Array]:
+    """`draw` as programs of their own: text, picture to latent, each leg, latent to picture. Another prompt, another
+    number of steps (if watched), another decoder compile only what they change."""
+    return draw(inputs, recipe, STAGED, watch)

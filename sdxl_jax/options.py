@@ -1,0 +1,162 @@
+"""What can be said of the pictures that are to be made: sizes, sampler, guidance, what the model is told, and how it is
+computed. The command line has the same fields; `pipeline` acts on them.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sdxl_jax.conditioning.prompts import LongPrompts
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.unet import Part
+from sdxl_jax.samplers.steps import Family, Sampler, Sigmas, Spacing, find
+
+
+class Size(NamedTuple):
+    """Pixels."""
+
+    height: int
+    width: int
+
+
+class Position(NamedTuple):
+    """Pixels from the picture's corner."""
+
+    top: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything about some pictures but their prompts, models, and the pictures that they start from."""
+
+    height: int | None = None
+    """Pixels, a multiple of 8. Default: the init image's, or the model's own."""
+    width: int | None = None
+    """Pixels, a multiple of 8. Default: the init image's, or the model's own."""
+    steps: int = 30
+    """Steps of the sampler. Higher: slower, finer."""
+    sampler: str = "euler"
+    """How a step is made: ddpm, ddim, euler, euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc, lcm."""
+    timestep_spacing: Spacing | None = None
+    """Which timesteps are visited: leading as diffusers (981 … 1), trailing as sgm (999 … 19), linspace. Default:
+    leading; sampler lcm has its own."""
+    sigmas: Sigmas = Sigmas.SCHEDULE
+    """How noise levels lie between the first and the last: as the timesteps' own, karras, or exponential."""
+    eta: float = 0.0
+    """Share of fresh noise in each step of sampler ddim, 0 to 1."""
+    guidance: float | None = None
+    """Strength of classifier-free guidance; 1 is none and costs half. Default: 5; of a distilled model 1."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, of the guided output that is brought back to the deviation of the prompt's own. Higher: less
+    over-exposed where guidance is strong."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Part of the steps, 0 to 1, in which guidance (and PAG) acts. The others cost half."""
+    pag: float = 0.0
+    """Strength of perturbed-attention guidance; 3 is usual. More structure, for one more evaluation a step."""
+    pag_parts: tuple[Part, ...] = (Part.MIDDLE,)
+    """Where self-attention is perturbed for it: down, mid, up."""
+    sequential: bool = False
+    """Ask for prompt and negative prompt one after the other: less memory, slower."""
+    seed: int = 0
+    """Picture k depends on the seed and k, not on how many are drawn."""
+    first_index: int = 0
+    """The number k of the first picture. Higher: the pictures that a longer run would have gone on with."""
+    num_images: int = 1
+    """Pictures a prompt."""
+    original_size: Size | None = None
+    """HxW that the model is told the picture had before any resize. Default: the picture's size."""
+    crop: Position = Position(0, 0)
+    """TOP,LEFT that the model is told the picture was cropped at."""
+    target_size: Size | None = None
+    """HxW that the model is told it draws. Default: the picture's size."""
+    aesthetic_score: float | None = None
+    """Rating that a refiner is told, about 1 to 10. Default 6."""
+    negative_original_size: Size | None = None
+    """The same for the negative prompt. Default: as for the prompt."""
+    negative_crop: Position | None = None
+    """The same for the negative prompt. Default: as for the prompt."""
+    negative_target_size: Size | None = None
+    """The same for the negative prompt. Default: as for the prompt."""
+    negative_aesthetic_score: float | None = None
+    """Rating that a refiner is told for the negative prompt. Default 2.5."""
+    long_prompts: LongPrompts = LongPrompts.TRUNCATE
+    """What becomes of tokens beyond the first 75: cut off, or read in further chunks."""
+    prompt_weights: bool = False
+    """Read (word:1.2), (word) and [word] as weights; otherwise brackets are text."""
+    strength: float | None = None
+    """Of an init image: share of the way, 0 to 1, that is gone anew. Higher: less is left of it. Default: 0.3, and 1
+    with a mask."""
+    handoff: float | None = None
+    """With a refiner: share of the way, 0 to 1, after which it takes over (ensemble of experts). Default 0.8, unless
+    refine_strength is given."""
+    refine_strength: float | None = None
+    """With a refiner: the finished latent is noised by this share of the way, which the refiner goes anew (SDEdit)."""
+    batch_size: int = 4
+    """Pictures at a time. Higher: faster until memory ends."""
+    decode_tile: int | None = None
+    """Pixels a side of the tiles in which the autoencoder decodes. For large pictures: memory is that of a tile.
+    Default: all at once."""
+
+    @property
+    def method(self) -> Sampler:
+        return find(self.sampler)
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises InputError for values out of range, and for those that would have no effect on this model."""
+        length, factor = config.schedule.timesteps, config.vae.downsampling
+        sampler = self.method
+        if not 1 <= self.steps <= length:
+            raise InputError(f"steps={self.steps}, expected 1 to {length}")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed}, expected 0 to {2**32 - 1}")
+        for name, value in (("num_images", self.num_images), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise InputError(f"{name}={value}, expected 1 or more")
+        if self.first_index < 0:
+            raise InputError(f"first_index={self.first_index}, expected 0 or more")
+        for name in ("eta", "guidance_rescale", "strength", "handoff", "refine_strength"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name}={value}, expected 0 to 1")
+        start, stop = self.guidance_interval
+        if not 0 <= start < stop <= 1:
+            raise InputError(f"guidance_interval={start:g} {stop:g}, expected two numbers of 0 to 1, the lower first")
+        if self.eta and not sampler.takes_eta:
+            raise InputError(
+                f"eta={self.eta} has no effect on sampler {self.sampler}. Use sampler ddim, or leave it out"
+            )
+        if self.handoff is not None and self.refine_strength is not None:
+            raise InputError(
+                f"handoff={self.handoff} and refine_strength={self.refine_strength} are two ways to use a refiner. Give "
+                "one of them"
+            )
+        if self.decode_tile is not None and (self.decode_tile < 16 * factor or self.decode_tile % factor):
+            raise InputError(
+                f"decode_tile={self.decode_tile}, expected a multiple of {factor} from {16 * factor} on, e.g. 512"
+            )
+        if config.distilled and self.guidance not in (None, 1.0):
+            raise InputError(
+                f"guidance={self.guidance:g}, but this model is distilled: guidance is in its weights. Leave it out, or "
+                "set it to 1"
+            )
+        if sampler.family is Family.CONSISTENCY and self.timestep_spacing is not None:
+            raise InputError(
+                f"timestep_spacing={self.timestep_spacing.value} has no effect on sampler {self.sampler}, which has its "
+                "own timesteps. Leave it out"
+            )
+
+
+def check_size(height: int, width: int, factor: int) -> None:
+    """Raises InputError for a size that cannot be drawn."""
+    if height < factor or width < factor or height % factor or width % factor:
+        near = [max(factor, round(side / factor) * factor) for side in (height, width)]
+        raise InputError(
+            f"height {height} × width {width}: expected positive multiples of {factor}, e.g. {near[0]} × {near[1]}"
+        )
+    if height * width > LARGEST:
+        raise InputError(f"height {height} × width {width}: more than {LARGEST:,} pixels. Is a digit too many?")
+
+
+LARGEST = 16384**2
+"""Pixels of a picture beyond which a size is taken for a slip."""
