@@ -1,4 +1,4 @@
-"""An encoded image to pixels: JPEG, PNG, WebP, BMP, from a file or from bytes.
+"""An encoded image to pixels: JPEG, PNG, WebP, BMP, from a file or from bytes; others where they are asked for.
 
 Sizes are (height, width) of the upright image, that is after its EXIF orientation; pixels are RGB, 0..255, upright.
 
@@ -22,6 +22,9 @@ from sdxl_jax.data.sources import Unusable
 from sdxl_jax.errors import InputError
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+"""Of training pictures, as Pillow names them."""
+WHITE = (255, 255, 255)
 PIXEL_LIMIT = 200_000_000
 """Images with more pixels are refused by their header: a small file can unpack to any size. It stands in for Pillow's
 limit, which warns at 89 million pixels, in the middle of a run, and gives up at 179 million."""
@@ -29,8 +32,16 @@ limit, which warns at 89 million pixels, in the middle of a run, and gives up at
 _pillow_limit = threading.Lock()
 
 
+def every_format() -> tuple[str, ...]:
+    """All that Pillow reads, for pictures that somebody chose. Without EPS, a program that Ghostscript would run."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8."""
+    if image.format == "TIFF":  # Pillow turns these itself while it loads them, and its sizes are upright
+        return 1
     try:
         # The base method: PNG's own one decodes the whole image to look for EXIF behind the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
@@ -39,7 +50,7 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _identify(file: io.BytesIO | io.BufferedReader) -> Image.Image:
+def _identify(file: io.BytesIO | io.BufferedReader, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image of an open binary file: its header read, no pixel decoded. Unusable above PIXEL_LIMIT."""
     if not file.read(1):
         raise Unusable("zero bytes")
@@ -47,9 +58,10 @@ def _identify(file: io.BytesIO | io.BufferedReader) -> Image.Image:
     with _pillow_limit:  # Pillow's limit is a global of its module
         theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            image = Image.open(file, formats=("JPEG", "PNG", "WEBP", "BMP"))
+            image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            raise Unusable("neither JPEG, PNG, WebP nor BMP") from None
+            known = "neither JPEG, PNG, WebP nor BMP" if formats == FORMATS else "in no picture format that is known"
+            raise Unusable(known) from None
         finally:
             Image.MAX_IMAGE_PIXELS = theirs
     if image.width * image.height > PIXEL_LIMIT:
@@ -66,12 +78,16 @@ def measure(image: bytes | io.BufferedReader) -> tuple[int, int]:
     return _upright_size(_identify(io.BytesIO(image) if isinstance(image, bytes) else image))
 
 
-def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's own conversion clips at 255
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        grey = np.asarray(image) >> 8
+        if image.mode == "I" and (grey.min() < 0 or grey.max() > 255):
+            raise Unusable("32 bits a pixel, of unknown range; 8 and 16 bits are read")
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise Unusable("floating-point pixels, of unknown range; integers of 8 and 16 bits are read")
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return np.array(image.convert("RGB"))
 
 
@@ -86,8 +102,14 @@ def _upright(pixels: UInt8[np.ndarray, "rows columns 3"], orientation: int) -> U
     return np.ascontiguousarray(pixels)
 
 
-def decode(data: bytes, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
-    """Pixels of an encoded image, as in `read_image`.
+def decode(
+    data: bytes,
+    at_least: tuple[int, int] | None = None,
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    background: tuple[int, int, int] = WHITE,
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Pixels of an encoded image, as in `read_image`, in one of the formats, transparency over the background.
 
     With `at_least`, an upright (height, width), a JPEG comes out at 1/2, 3/8, 1/4 or 1/8 of its size, sides rounded up:
     the smallest of these whose sides are both at least as long. Where none is, the image is whole; so is one in CMYK,
@@ -95,7 +117,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> UInt8[np.nda
 
     Raises whatever the decoders raise where it is truncated or damaged, many types; `why_unreadable` makes it a reason.
     """
-    image = _identify(io.BytesIO(data))
+    image = _identify(io.BytesIO(data), formats)
     orientation = _orientation(image)
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # simplejpeg does no CMYK to RGB
         height, width = at_least or (0, 0)  # 0: whole
@@ -104,7 +126,7 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> UInt8[np.nda
         # Not strict, a truncated file comes out grey at the bottom.
         pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, strict=True)
     else:
-        pixels = _to_rgb(image)
+        pixels = _to_rgb(image, background)
     return _upright(pixels, orientation)
 
 

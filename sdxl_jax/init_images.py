@@ -1,0 +1,165 @@
+"""Pictures that sampling starts from, and the masks of inpainting: from files to what the pipeline takes, and back.
+
+    image file ── read ── [outpaint] ── fit ─────────────── encoded, noised ── … ── decoded ── composite ── picture
+    mask file ─── read_mask ────────── fit_mask ── latent_mask ─────────────────────────────────┘
+
+Pictures are uint8 [height, width, 3], RGB, 0..255; masks are bool [height, width], True where something new is painted.
+Sizes are (height, width) in pixels, upright.
+
+Any format that Pillow reads is read, by the decoder of training pictures. Resizing is that of training pictures too, so
+a picture that has the size already stays what it is.
+
+Not here: noise, the autoencoder, and blending along the mask's edge. No jax: nothing here touches a device.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from einops import reduce
+from jaxtyping import Bool, Float32, UInt8
+from PIL import Image
+
+from sdxl_jax.data import images, transforms
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.errors import InputError
+
+Colour = tuple[int, int, int]
+"""Red, green, blue, 0..255."""
+
+WHITE, BLACK = images.WHITE, (0, 0, 0)
+HALF = 128
+"""The darkest grey of a mask that counts as white: diffusers' 0.5 of `VaeImageProcessor.binarize`, in bytes."""
+
+
+def parse_background(text: str) -> Colour:
+    """ "white", "black" or "#rrggbb" as a colour. Raises InputError for anything else."""
+    named = {"white": WHITE, "black": BLACK}
+    if text in named:
+        return named[text]
+    if not re.fullmatch("#[0-9a-fA-F]{6}", text):
+        raise InputError(f"The background is {text!r}. Give white, black, or a colour as #rrggbb, e.g. #808080")
+    red, green, blue = bytes.fromhex(text[1:])
+    return red, green, blue
+
+
+def read(path: Path, background: Colour = WHITE) -> UInt8[np.ndarray, "height width 3"]:
+    """A picture from a file: RGB, 0..255, upright by its EXIF orientation, transparency over the background.
+
+    Greyscale, palette, 16-bit (the high byte) and CMYK become RGB, colour profiles are not applied; of an animation,
+    the first frame. Raises InputError with the file's name where it is missing, no picture, truncated, damaged, or
+    above `images.PIXEL_LIMIT`.
+    """
+    try:
+        return images.decode(path.read_bytes(), formats=images.every_format(), background=background)
+    except FileNotFoundError:
+        raise InputError(f"There is no picture {path}. Give the path of a file that exists") from None
+    except Exception as problem:  # decoders raise many types on damaged files; each means the same here
+        reason = images.why_unreadable(problem)
+        raise InputError(f"The picture {path} {reason}. Save it anew, as PNG or JPEG, or give another") from problem
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
+    """A mask from a file, for a picture of that size as it was read: True where the mask is white, to be repainted.
+
+    Colours count by their brightness (ITU-R 601), white is 128 and above, as in diffusers. What is transparent is as
+    black: it is kept, whatever colour hides there. So a mask may be white strokes on nothing.
+
+    Raises InputError as `read` does, for a mask of another size, and for one that marks something by transparency alone
+    and nothing by white.
+    """
+    mask = _bright(read(path, BLACK))
+    if mask.shape != size:
+        given, expected = ("{}×{}".format(*each) for each in (mask.shape, size))
+        raise InputError(
+            f"The mask {path} has height × width {given}, the picture that it belongs to {expected}. Give a mask of "
+            "the picture's size"
+        )
+    if not mask.any() and _bright(read(path, WHITE)).any():
+        raise InputError(
+            f"Nothing in the mask {path} is white, though some of it is transparent; transparent is kept. Paint white "
+            "what is to be repainted, and black what is to be kept"
+        )
+    return mask
+
+
+def _bright(picture: UInt8[np.ndarray, "height width 3"]) -> Bool[np.ndarray, "height width"]:
+    return np.asarray(Image.fromarray(picture).convert("L")) >= HALF
+
+
+def snap(height: int, width: int, multiple: int) -> tuple[int, int]:
+    """The size rounded down to multiples, and never to nothing."""
+    assert min(height, width, multiple) > 0
+    return max(1, height // multiple) * multiple, max(1, width // multiple) * multiple
+
+
+def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    """The picture resized to cover height × width, and cropped to it in the middle; `data/transforms.py` resizes.
+
+    A picture of that size comes back as it is. Raises InputError for one so long and narrow that the resized one would
+    be above `images.PIXEL_LIMIT`.
+    """
+    target = Bucket(height, width)
+    rows, columns, _ = image.shape
+    covering = transforms.cover_size(rows, columns, target)
+    if covering.height * covering.width > images.PIXEL_LIMIT:
+        raise InputError(
+            f"A picture of height × width {rows}×{columns}, resized to cover {height}×{width}, would be "
+            f"{covering.height}×{covering.width}. Crop it nearer to the shape that is asked for"
+        )
+    unused = np.random.default_rng(0)  # the middle is not drawn
+    return transforms.cover_crop(image, target, rng=unused, crop="centre").image
+
+
+def fit_mask(mask: Bool[np.ndarray, "rows columns"], height: int, width: int) -> Bool[np.ndarray, "{height} {width}"]:
+    """The mask of a picture, for the same picture after `fit`: True where at least half of a pixel is."""
+    grey = np.where(mask, np.uint8(255), np.uint8(0))
+    return fit(np.repeat(grey[:, :, None], 3, axis=2), height, width)[:, :, 0] >= HALF
+
+
+def latent_mask(
+    mask: Bool[np.ndarray, "height width"], factor: int
+) -> Float32[np.ndarray, "latent_height latent_width 1"]:
+    """1 for each latent pixel, `factor` × `factor` pixels, that the mask touches anywhere, else 0.
+
+    diffusers resizes to the nearest (`prepare_mask_latents`): of each such cell it reads the pixel at the top left, and
+    so keeps what lies behind a thin mask. Raises InputError for sides that are no multiples of the factor.
+    """
+    height, width = mask.shape
+    if height % factor or width % factor:
+        raise InputError(f"The mask has height × width {height}×{width}. Fit it to multiples of {factor} first")
+    touched = reduce(mask, "(rows r) (columns c) -> rows columns 1", "max", r=factor, c=factor)
+    return touched.astype(np.float32)
+
+
+def outpaint(
+    image: UInt8[np.ndarray, "rows columns 3"], top: int = 0, right: int = 0, bottom: int = 0, left: int = 0
+) -> tuple[UInt8[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
+    """(picture on a canvas larger by that many pixels a side, mask that is True on what is new).
+
+    The new area repeats the picture's edge: its colours are a start, and unlike a reflection it holds nothing that
+    would be taken for content at a strength below 1. The sides need not be multiples of anything: the caller chooses.
+
+    Raises InputError for negative numbers, and where the canvas would be above `images.PIXEL_LIMIT`.
+    """
+    if min(top, right, bottom, left) < 0:
+        raise InputError(
+            f"The canvas is to grow by top {top}, right {right}, bottom {bottom}, left {left} pixels. Give 0 or more "
+            "of each"
+        )
+    height, width = image.shape[0] + top + bottom, image.shape[1] + left + right
+    if height * width > images.PIXEL_LIMIT:
+        raise InputError(f"The canvas would be {height}×{width}, the limit is {images.PIXEL_LIMIT} pixels. Add less")
+    sides = (top, bottom), (left, right)
+    mask = np.pad(np.zeros(image.shape[:2], bool), sides, constant_values=True)
+    return np.pad(image, (*sides, (0, 0)), mode="edge"), mask
+
+
+def composite(
+    original: UInt8[np.ndarray, "height width 3"],
+    repainted: UInt8[np.ndarray, "height width 3"],
+    mask: Bool[np.ndarray, "height width"],
+) -> UInt8[np.ndarray, "height width 3"]:
+    """The repainted picture where the mask is True; elsewhere the original's own pixels, bit for bit."""
+    assert original.shape == repainted.shape == (*mask.shape, 3)
+    return np.where(mask[:, :, None], repainted, original)
