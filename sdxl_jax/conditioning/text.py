@@ -10,6 +10,14 @@ which is what users of diffusers get; it differs from OpenAI's on curly quotes, 
 A tower may know words beyond that vocabulary, learnt by textual inversion (Gal et al. 2022, arXiv:2208.01618). They are
 found anywhere in a prompt, whatever their case, even within a word. Words `<tok>`, `<tok>_1`, `<tok>_2` are vectors of
 one concept, as diffusers writes it: where a prompt says `<tok>`, it means all of them, in turn.
+
+Prompts of more than 75 tokens and prompts with weighted words (how they are written: `prompts`) are for sampling:
+
+    "a (red:1.3) car, …" ── Tokenizer.prompts ── chunks of 77 tokens ── encode_prompts ── states [chunks · 77, width]
+
+Each chunk goes through the towers on its own, and the states follow each other; the pooled vector is the first chunk's.
+A weight moves a token's state away from what the empty prompt has at the same place: empty + weight · (state − empty).
+It does not move the pooled vector. Both as ComfyUI has it, `comfy/sd1_clip.py`, `encode_token_weights`.
 """
 
 import enum
@@ -27,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float, Int32, Key
 from tokenizers import pre_tokenizers
 
@@ -35,6 +44,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import CLIPTokenizer
 
 from sdxl_jax.arrays import Params, TokenIds
+from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, Piece, PromptTokens, chunk_ends, pieces
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import clip
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L, ClipTextConfig
@@ -71,7 +81,7 @@ class Tower:
     """Words beyond CLIP's vocabulary, in the order of their rows 49408, 49409, … of the token embedding."""
 
 
-END_OF_TEXT = 49407
+START_OF_TEXT, END_OF_TEXT = 49406, 49407
 FIRST_ADDED = END_OF_TEXT + 1
 """Number of the first of a tower's added tokens, and its row of the token embedding."""
 SDXL_BASE_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT), Tower("text_encoder_2", CLIP_BIGG, 0))
@@ -178,10 +188,71 @@ class Tokenizer:
             for name, pad, added in self.towers
         }
 
-    def truncated(self, prompts: list[str]) -> list[int]:
+    def prompts(
+        self,
+        prompts: list[str],
+        long: LongPrompts = LongPrompts.TRUNCATE,
+        weighted: bool = False,
+        chunks: int | None = None,
+    ) -> PromptTokens:
+        """Prompts for `encode_prompts`. By default one chunk each, with the tokens of `__call__`.
+
+        Args:
+            long: what becomes of the tokens beyond the first 75.
+            weighted: brackets are weights, as `prompts` has them; otherwise they are text.
+            chunks: at least so many. A prompt and a negative prompt must have the same number: that of the longer one.
+
+        Where towers have different added tokens, each breaks a long prompt at its own places.
+        Raises InputError for brackets that are no weights.
+        """
+        read = self._read(prompts, weighted)
+        ends = {added: [self._ends(tokens, added, long) for tokens, _ in rows] for added, rows in read.items()}
+        chunks = max([chunks or 1, *(len(each) for rows in ends.values() for each in rows)])
+        empty = _encode([""], self.vocabulary, ())[0]
+        tokens, weights = {}, {}
+        for name, pad, added in self.towers:
+            filled = tokens[name] = np.full((len(prompts), chunks, TOKENS), pad, np.int32)
+            weighed = weights[name] = np.ones(filled.shape, np.float32)
+            filled[..., : len(empty)] = empty
+            for row, (words, word_weights) in enumerate(read[added]):
+                for chunk, (start, end) in enumerate(itertools.pairwise([0, *ends[added][row]])):
+                    count = end - start
+                    filled[row, chunk, 1 : count + 2] = [*words[start:end], empty[-1]]
+                    weighed[row, chunk, 1 : count + 1] = word_weights[start:end]
+        return PromptTokens(tokens, weights if weighted else None)
+
+    def truncated(self, prompts: list[str], weighted: bool = False) -> list[int]:
         """For each prompt, how many of its tokens are beyond the 75 that a tower reads; the most of any tower."""
-        encoded = self._encoded(prompts, verbose=False).values()
-        return [max(0, *(len(row) - TOKENS for row in rows)) for rows in zip(*encoded, strict=True)]
+        read = self._read(prompts, weighted).values()
+        return [max(0, *(len(tokens) - CHUNK for tokens, _ in rows)) for rows in zip(*read, strict=True)]
+
+    def _read(self, prompts: list[str], weighted: bool) -> dict[tuple[str, ...], list[tuple[list[int], list[float]]]]:
+        """By added tokens: the tokens of each prompt, all of them, without start and end, and their weights."""
+        split = [pieces(prompt) if weighted else [Piece(prompt, 1.0)] for prompt in prompts]
+        encoded = self._encoded([piece.text for row in split for piece in row], verbose=False)
+        read = {}
+        for added, every in encoded.items():
+            rest = iter(every)
+            rows = [[(next(rest)[1:-1], piece.weight) for piece in row] for row in split]
+            read[added] = [
+                ([token for tokens, _ in row for token in tokens], [weight for tokens, weight in row for _ in tokens])
+                for row in rows
+            ]
+        return read
+
+    def _ends(self, tokens: list[int], added: tuple[str, ...], long: LongPrompts) -> list[int]:
+        """Where the chunks of a prompt end."""
+        if len(tokens) <= CHUNK:
+            return [len(tokens)]
+        if long is LongPrompts.TRUNCATE:
+            return [CHUNK]
+        words = list(_byte_pair_encoder(self.vocabulary, added).convert_ids_to_tokens(tokens))
+        after = dict(pair for token in concepts(added) for pair in itertools.pairwise(concept_words(token, added)))
+        joined = [
+            after.get(word) == following if word in added else not word.endswith("</w>")
+            for word, following in zip(words, [*words[1:], ""], strict=True)
+        ]
+        return chunk_ends(joined, [word == ",</w>" for word in words])
 
     def _encoded(self, prompts: list[str], **options: Any) -> dict[tuple[str, ...], list[list[int]]]:
         """By added tokens: most often the same for all towers, whose prompts are then encoded once."""
@@ -206,6 +277,41 @@ def encode(
     states = [clip.apply(tower.clip, params[tower.name], jnp.asarray(tokens[tower.name]), compute) for tower in towers]
     context = [getattr(state, tower.context.value) for tower, state in zip(towers, states, strict=True)]
     return TextCondition(jnp.concatenate(context, axis=-1), states[-1].projected)
+
+
+def encode_prompts(
+    towers: tuple[Tower, ...], params: Params, prompts: PromptTokens, compute: Compute = Compute()
+) -> TextCondition:
+    """`encode` for prompts in chunks, weighted or not: context [batch, chunks · 77, features].
+
+    For one chunk without weights the states are those of `encode`, bit for bit; with weights they still are wherever
+    the weight is 1. Where there are weights, the empty prompt is read besides.
+    """
+    tokens = {tower.name: _in_a_row(prompts.tokens[tower.name]) for tower in towers}
+    context, pooled = encode(towers, params, tokens, compute)
+    if prompts.weights is not None:
+        empty = encode(towers, params, {tower.name: _empty_prompt(tower) for tower in towers}, compute).context
+        each = {tower: _in_a_row(jnp.asarray(prompts.weights[tower.name])) for tower in towers}
+        widened = [jnp.repeat(each[tower][..., None], tower.clip.width, axis=-1) for tower in towers]
+        weights = jnp.concatenate(widened, axis=-1)
+        # Not by the formula alone: empty + 1 · (state − empty) is not quite the state.
+        context = jnp.where(weights == 1, context, empty + weights * (context - empty))
+    count = prompts.chunks
+    context = rearrange(context, "(batch chunks) tokens features -> batch (chunks tokens) features", chunks=count)
+    if pooled is not None:
+        pooled = rearrange(pooled, "(batch chunks) projection -> batch chunks projection", chunks=count)[:, 0]
+    return TextCondition(context, pooled)
+
+
+def _in_a_row(chunks: Any) -> Any:
+    """Every chunk as a prompt of its own."""
+    return rearrange(chunks, "batch chunks tokens -> (batch chunks) tokens")
+
+
+def _empty_prompt(tower: Tower) -> Int32[np.ndarray, "1 77"]:
+    tokens = np.full((1, TOKENS), tower.pad_token, np.int32)
+    tokens[0, :2] = START_OF_TEXT, tower.clip.end_token
+    return tokens
 
 
 def zeros_like(condition: TextCondition) -> TextCondition:

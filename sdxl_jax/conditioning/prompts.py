@@ -1,0 +1,168 @@
+"""How a prompt is written: brackets that give words a weight, and what becomes of a prompt that is too long.
+
+    "a (red:1.3) car, [old]"   →   "a " 1 | "red" 1.3 | " car, " 1 | "old" 1/1.1
+
+Weights are those of AUTOMATIC1111's stable-diffusion-webui, `modules/prompt_parser.py`:
+
+    (word)        × 1.1               ((word))      × 1.21: within each other, weights multiply
+    (word:1.2)    × 1.2               [word]        × 1/1.1
+    \\( \\) \\[ \\] \\: \\\\                a character that is text
+
+A colon is text unless a number and the bracket's end follow it. Where webui guesses, this refuses: a bracket without
+its other half, a number in square brackets (webui's prompt editing, which is not here), and weights beyond ±10. ComfyUI
+differs: there a number replaces the weights around it, and square brackets are text.
+
+Each piece becomes tokens on its own. These are the tokens of the text without its brackets, unless a bracket stands
+within a word or a run of punctuation: "(sun)flower" is read as "sun" and "flower", and "(wow!)!" ends in two tokens
+where "wow!!" ends in one. Neighbours of one weight are one piece, so where all weights are 1 brackets change nothing.
+
+A CLIP tower reads 75 tokens. More are cut off, or go on in further chunks of 75, each of which a tower reads as a
+prompt of its own. A chunk ends behind the last comma among its last 20 tokens, as in webui
+(`modules/sd_hijack_clip.py`); where there is none, behind a whole word or a whole concept of textual inversion; and
+where one of these fills a whole chunk, within it.
+
+Text alone: tokens and states are `text`'s.
+"""
+
+import enum
+import itertools
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int32
+
+from sdxl_jax.arrays import type_of_array
+from sdxl_jax.errors import InputError
+
+CHUNK = 75
+"""Tokens of a chunk, without its start and end."""
+NEAR_THE_END = 20
+"""A comma among so many last tokens of a chunk ends it, and those behind it move to the next."""
+STEP = 1.1
+"""Weight of brackets without a number."""
+LARGEST_WEIGHT = 10.0
+"""Beyond it, up or down, states are so far from any that a UNet has seen that it is a slip: 12 for 1.2."""
+
+
+class LongPrompts(enum.Enum):
+    """What becomes of the tokens beyond the first 75."""
+
+    TRUNCATE = "truncate"
+    """They are not read."""
+    CHUNKS = "chunks"
+    """They are read in further chunks, and the UNet attends to all: 77 states more for each."""
+
+
+class PromptTokens(NamedTuple):
+    """A batch of prompts as towers read them, keyed by tower name. Every prompt has the same number of chunks."""
+
+    tokens: dict[str, Int32[type_of_array, "batch chunks 77"]]
+    """Each chunk with start, end and padding; chunks beyond a prompt's own are those of the empty prompt."""
+    weights: dict[str, Float[type_of_array, "batch chunks 77"]] | None = None
+    """Of each token, 1 for start, end and padding. None: unweighted, and nothing is computed for it."""
+
+    @property
+    def chunks(self) -> int:
+        return next(iter(self.tokens.values())).shape[1]
+
+
+class Piece(NamedTuple):
+    """A part of a prompt whose words weigh the same."""
+
+    text: str
+    """Without brackets and escapes."""
+    weight: float
+    """−10 to 10, a float32."""
+
+
+_LEXEMES = re.compile(
+    r"""
+    \\ (?P<escaped> [\]\[():\\] )
+    | (?P<colon> : \s* (?= [-+.,]* [0-9] ) (?P<number> [-+.,eE0-9]+ ) \s* )? (?P<close> [\])] )
+    | (?P<open> [\[(] )
+    | (?P<text> . )
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+
+
+def pieces(prompt: str) -> list[Piece]:
+    """The prompt's text in pieces of one weight; neighbours have different ones.
+
+    Raises InputError for a bracket without its other half and for a number that is no weight, with the place.
+    """
+    characters: list[str] = []
+    weights: list[float] = []
+    places: list[int] = []
+    opened: list[tuple[int, int]] = []  # place in the prompt, number of characters before
+    for found in _LEXEMES.finditer(prompt):
+        if found["open"]:
+            opened.append((found.start(), len(characters)))
+        elif found["close"]:
+            at, start = opened.pop() if opened else (None, 0)
+            factor = _factor(prompt, at, found)
+            weights[start:] = [weight * factor for weight in weights[start:]]
+        else:
+            characters.append(found["escaped"] or found["text"])
+            weights.append(1.0)
+            places.append(found.start())
+    if opened:
+        at, _ = opened[-1]
+        raise _refusal(
+            prompt, at, f"{prompt[at]} is never closed", f"Close it, or write \\{prompt[at]} where it is text"
+        )
+    for weight, place in zip(weights, places, strict=True):
+        if abs(weight) > LARGEST_WEIGHT:
+            wanted = f"Give −{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, all brackets around it together"
+            raise _refusal(
+                prompt, place, f"the weight is {weight:g}", wanted + r", or write \: for a colon that is text"
+            )
+    # float32, as they are used: 1.1 · (1 / 1.1) must not differ from 1.
+    weighed = zip(characters, np.asarray(weights, np.float32).tolist(), strict=True)
+    groups = itertools.groupby(weighed, key=lambda pair: pair[1])
+    return [Piece("".join(character for character, _ in group), weight) for weight, group in groups]
+
+
+def _factor(prompt: str, opened_at: int | None, found: re.Match[str]) -> float:
+    """What a closing bracket, and the number before it, make of the weights within."""
+    close, number = found["close"], found["number"]
+    at = found.start("close")
+    as_text = f"Write \\{close} where it is text"
+    if opened_at is None:
+        raise _refusal(prompt, at, f"{close} closes nothing", as_text)
+    opening = prompt[opened_at]
+    if opening + close not in ("()", "[]"):
+        raise _refusal(prompt, at, f"{close} stands where the {opening} of character {opened_at + 1} is open", as_text)
+    if number is None:
+        return STEP if opening == "(" else 1 / STEP
+    at = found.start("colon")
+    if opening == "[":
+        wanted = r"Give it in round ones, (word:0.8), or write \: for a colon that is text"
+        raise _refusal(prompt, at, f"a number, {number}, stands in square brackets", wanted)
+    try:
+        return float(number)
+    except ValueError as error:
+        wanted = r"Give one such as 1.2, or write \: for a colon that is text"
+        raise _refusal(prompt, at, f"{number} is no number", wanted) from error
+
+
+def _refusal(prompt: str, at: int, what: str, remedy: str) -> InputError:
+    start, end = max(0, at - 20), at + 21
+    near = "…" * (start > 0) + prompt[start:end] + "…" * (end < len(prompt))
+    return InputError(f"Prompt weights: at character {at + 1} of the prompt, near {near!r}, {what}. {remedy}")
+
+
+def chunk_ends(joined: Sequence[bool], commas: Sequence[bool]) -> list[int]:
+    """Where the chunks of a prompt end, as numbers of tokens from its beginning; the last is the prompt's own end.
+
+    joined: of each token, whether it belongs to one word with the next. commas: whether it is one. No tokens: [0].
+    """
+    ends = [0]
+    while len(joined) - ends[-1] > CHUNK:
+        full = ends[-1] + CHUNK
+        behind_comma = (end for end in range(full, full - NEAR_THE_END, -1) if commas[end - 1])
+        behind_word = (end for end in range(full, ends[-1], -1) if not joined[end - 1])
+        ends.append(next(itertools.chain(behind_comma, behind_word), full))
+    return [*ends[1:], len(joined)]
