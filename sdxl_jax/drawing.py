@@ -70,6 +70,8 @@ class Told(NamedTuple):
 class Begin(enum.Enum):
     """How a leg takes over."""
 
+    NOISE = "noise"
+    """Nothing but noise."""
     CONTINUE = "continue"
     """The state as it is, with what the sampler remembers."""
     HAND_OVER = "hand_over"
@@ -130,7 +132,9 @@ class Inputs(NamedTuple):
     micro: tuple[MicroConditioning, MicroConditioning]
     """Of the prompt and of the negative prompt."""
     noise: Float[Any, "batch latent_height latent_width channels"]
-    """Standard normal, × the sampler's first scale unless there is a picture."""
+    """Standard normal."""
+    scale: Float[Any, ""]
+    """What it is multiplied by where a way begins with nothing else."""
     refiner_noise: Float[Any, "batch latent_height latent_width channels"] | None
     """What `Begin.RENOISE` adds, standard normal."""
     keys: Key[Array, " batch"]
@@ -236,15 +240,16 @@ def denoise(
 
 
 def begin(leg: Leg, stretch: Stretch, state: State | None, noise: Array, image: Array | None) -> State:
-    """The state before a leg. state None: before the first; `image` is then the latent that it starts from, if any."""
+    """The state before a leg. Before the first there is none; `image` is the latent that it may start from."""
     plan = stretch.plan
-    if state is None and image is None:
+    if leg.begin is Begin.NOISE:
         return loop.start(noise, plan)
-    if leg.begin is Begin.CONTINUE and state is not None:
+    if leg.begin is Begin.CONTINUE:
+        assert state is not None, "there is something to go on with"
         return state
     latent = image if state is None else state.arrays[0]
-    assert latent is not None
-    if leg.begin is Begin.HAND_OVER and state is not None:
+    assert latent is not None, "there is a latent to start from"
+    if leg.begin is Begin.HAND_OVER:
         return loop.start(latent, plan)
     alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (plan.alpha, plan.sigma_t))
     return loop.start(alpha * latent + sigma_t * noise, plan)
@@ -325,27 +330,28 @@ def draw(
     base, compute = recipe.models[0], recipe.compute
     conditions = _text(recipe, inputs, call)
     image, kept, shown = None, None, None
+    begun = inputs.scale * inputs.noise if recipe.legs[0].begin is Begin.NOISE else inputs.noise
     if (painted := inputs.painted) is not None:
         latents = functools.partial(call.encode, inputs.params[0]["vae"], config=base, compute=compute)
         image = latents(painted.image)
         if painted.masked_image is not None:
             assert painted.mask is not None
             shown = jnp.concatenate([painted.mask, latents(painted.masked_image)], axis=-1)
-        elif painted.mask is not None:
+        if painted.mask is not None:
             kept = Kept(image, inputs.noise, painted.mask)
     state = None
     for leg, stretch in zip(recipe.legs, inputs.stretches, strict=True):
         config = recipe.models[leg.model]
-        noise = inputs.refiner_noise if leg.begin is Begin.RENOISE and state is not None else inputs.noise
-        state = call.begin(leg, stretch, state, noise, image)
+        sees_mask = config.unet.in_channels != config.vae.latent_channels
+        state = call.begin(leg, stretch, state, begun if state is None else inputs.refiner_noise, image)
         go = functools.partial(
             call.denoise,
             inputs.params[leg.model]["unet"],
             conditions[leg.model],
             keys=inputs.keys,
             strengths=inputs.strengths,
-            kept=kept,
-            shown=shown,
+            kept=None if sees_mask else kept,
+            shown=shown if sees_mask else None,
             config=config,
             terms=leg.terms,
             stochastic=leg.stochastic,

@@ -58,6 +58,8 @@ class ModelConfig:
     """What stands for an absent prompt."""
     default_size: tuple[int, int] = (1024, 1024)
     """(height, width) of pictures unless the user asks for another."""
+    distilled: bool = False
+    """Whether guidance is in the weights, as after consistency distillation: sampling then has none of its own."""
 
     def check(self) -> None:
         """Raises InputError for parts that do not fit together, or have no size."""

@@ -66,8 +66,8 @@ class Options:
     """Pictures a prompt."""
     original_size: Size | None = None
     """HxW that the model is told the picture had before any resize. Default: the picture's size."""
-    crop: Position = Position(0, 0)
-    """TOP,LEFT that the model is told the picture was cropped at."""
+    crop: Position | None = None
+    """TOP,LEFT that the model is told the picture was cropped at. Default: 0,0."""
     target_size: Size | None = None
     """HxW that the model is told it draws. Default: the picture's size."""
     aesthetic_score: float | None = None
@@ -128,8 +128,8 @@ class Options:
             )
         if self.handoff is not None and self.refine_strength is not None:
             raise InputError(
-                f"handoff={self.handoff} and refine_strength={self.refine_strength} are two ways to use a refiner. Give "
-                "one of them"
+                f"handoff={self.handoff} and refine_strength={self.refine_strength} are two ways to use a refiner. "
+                "Give one of them"
             )
         if self.decode_tile is not None and (self.decode_tile < 16 * factor or self.decode_tile % factor):
             raise InputError(
@@ -137,13 +137,13 @@ class Options:
             )
         if config.distilled and self.guidance not in (None, 1.0):
             raise InputError(
-                f"guidance={self.guidance:g}, but this model is distilled: guidance is in its weights. Leave it out, or "
-                "set it to 1"
+                f"guidance={self.guidance:g}, but this model is distilled: guidance is in its weights. Leave it out, "
+                "or set it to 1"
             )
         if sampler.family is Family.CONSISTENCY and self.timestep_spacing is not None:
             raise InputError(
-                f"timestep_spacing={self.timestep_spacing.value} has no effect on sampler {self.sampler}, which has its "
-                "own timesteps. Leave it out"
+                f"timestep_spacing={self.timestep_spacing.value} has no effect on sampler {self.sampler}, which has "
+                "its own timesteps. Leave it out"
             )
 
 

@@ -14,6 +14,7 @@ prompts, seeds, sizes that the model is told, and strengths.
 
 import contextlib
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,22 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from sdxl_jax import drawing, init_images, sharding
 from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning import text
-from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
+from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, Numbers
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.drawing import Begin, Inputs, Leg, Painted, Recipe, Strengths, Stretch, Terms
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.options import Options, Size, check_size
-from sdxl_jax.samplers.steps import Family, Levels, Plan, initial_scale, make_levels
+from sdxl_jax.options import Options, Position, Size, check_size
+from sdxl_jax.samplers.steps import Levels, Plan, initial_scale, make_levels
 
 IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
 """Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""
@@ -133,8 +134,8 @@ def inpaint(
     mask: Bool[np.ndarray, "rows columns"],
     **options: Any,
 ) -> Images:
-    """A picture repainted where the mask is True. With a UNet of 9 channels, which is shown the rest; with any other, by
-    putting the rest back behind every step. The options are those of `generate`."""
+    """A picture repainted where the mask is True: by a UNet of 9 channels, which is shown the
+    rest, or by any other, with the rest put back behind every step. The options are those of `generate`."""
     return generate(model, prompts, init_image=image, mask=mask, **options).images
 
 
@@ -144,12 +145,17 @@ def refine(model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows 
 
 
 def way(
-    config: ModelConfig, refiner: ModelConfig | None, options: Options, with_image: bool = False
+    config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
 ) -> tuple[tuple[Leg, ...], tuple[Stretch, ...], int]:
-    """The legs of a way, their rows, and how many steps are gone. Raises InputError where a part has none."""
+    """The legs of a way, their rows, and how many steps are gone. Raises InputError where a part has none.
+
+    image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
+    noise, as in diffusers; without one it begins with the image far below the noise.
+    """
     sampler, legs, stretches = options.method, [], []
     levels = _levels(config, options)
-    skipped = options.steps - _steps_of(_strength(options), options.steps, "strength") if with_image else 0
+    skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
+    start = Begin.RENOISE if image and (skipped or not mask) else Begin.NOISE
 
     def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
         """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
@@ -163,7 +169,7 @@ def way(
 
     steps, refine = options.steps, refiner is not None and options.refine_strength is not None
     if refiner is None or refine:
-        stretch_out(0, levels, skipped, steps, Begin.RENOISE)
+        stretch_out(0, levels, skipped, steps, start)
     else:
         handoff = HANDOFF if options.handoff is None else options.handoff
         cutoff = round((1 - handoff) * config.schedule.timesteps)
@@ -174,7 +180,7 @@ def way(
                 f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
                 f"{HANDOFF:g}, or more steps"
             )
-        stretch_out(0, levels, skipped, split, Begin.RENOISE)
+        stretch_out(0, levels, skipped, split, start)
         stretch_out(1, _levels(refiner, options), split, steps, Begin.HAND_OVER)
     gone = steps - skipped
     if refine:
@@ -185,8 +191,10 @@ def way(
     return tuple(legs), tuple(stretches), gone
 
 
-def _strength(options: Options) -> float:
-    return IMAGE_STRENGTH if options.strength is None else options.strength
+def _strength(options: Options, mask: bool) -> float:
+    if options.strength is not None:
+        return options.strength
+    return 1.0 if mask else IMAGE_STRENGTH
 
 
 def _levels(config: ModelConfig, options: Options) -> Levels:
@@ -213,7 +221,7 @@ def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Itera
     )
     low, high = (round(share * options.steps) for share in options.guidance_interval)
     marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
-    for start, end in zip(marks, marks[1:], strict=False):
+    for start, end in itertools.pairwise(marks):
         inside = low <= start and end <= high
         yield start, end, asked if inside else Terms()
 
@@ -259,8 +267,6 @@ class _Job:
         options.check(config)
         self.shares_text = _check_refiner(config, refiner, options)
         self.size = _size(config, options, init_image)
-        if mask is not None and options.strength is None:
-            options = _replace(options, strength=1.0)
         self.original, self.mask = _painted(config, options, init_image, mask, self.size)
         if init_image is None and options.strength is not None:
             raise InputError(
@@ -268,7 +274,7 @@ class _Job:
             )
         self.model, self.refiner, self.options = model, refiner, options
         self.legs, self.stretches, self.steps = way(
-            config, None if refiner is None else refiner.config, options, init_image is not None
+            config, None if refiner is None else refiner.config, options, init_image is not None, mask is not None
         )
         prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
         self.count = len(prompts)
@@ -284,23 +290,14 @@ class _Job:
         factor = config.vae.downsampling
         latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
         numbers = options.first_index + np.arange(count)
-        with jax.ensure_compile_time_eval():
-            keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(options.seed)))(numbers)
+        if init_noise is not None and init_noise.shape != (count, *latent):
+            raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent)}")
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(options.seed)))(numbers)
 
-            def normal(purpose: int) -> jax.Array:
-                draw = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), latent))
-                return draw(keys)
+        def normal(purpose: int) -> jax.Array:
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), latent))(keys)
 
-            step_keys = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-            if init_noise is not None and init_noise.shape != (count, *latent):
-                raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent)}")
-            noise = normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32)
-            again = any(leg.begin is Begin.RENOISE and leg.model for leg in self.legs)
-            refiner_noise = normal(2) if again else None
-        scale = 1.0
-        if self._from_noise:
-            levels = _levels(config, options)
-            scale = initial_scale(options.method, levels, options.timestep_spacing)
+        renoised = any(leg.begin is Begin.RENOISE and leg.model for leg in self.legs)
         tokenizer = Tokenizer.of(config.text)
         read = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
         tokens, negative = read(prompts), read([each or "" for each in negatives])
@@ -312,20 +309,11 @@ class _Job:
             "negative_tokens": negative,
             "has_negative": np.array([each is not None for each in negatives], np.float32),
             "micro": micro_rows(options, count, self.size),
-            "noise": noise * scale,
-            "refiner_noise": refiner_noise,
-            "keys": step_keys,
+            "noise": normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32),
+            "refiner_noise": normal(2) if renoised else None,
+            "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             "painted": self._painted_rows(),
         }
-
-    @property
-    def _from_noise(self) -> bool:
-        """Whether the way begins with nothing but noise; with a mask and full strength it does too."""
-        return self.original is None or (self.mask is not None and len(self.stretches) > 0 and self._full)
-
-    @property
-    def _full(self) -> bool:
-        return min(int(self.options.steps * _strength(self.options)), self.options.steps) == self.options.steps
 
     def _painted_rows(self) -> Painted | None:
         if self.original is None:
@@ -358,6 +346,9 @@ class _Job:
             "params": tuple(each.params for each in models),
             "stretches": self.stretches,
             "strengths": Strengths(*map(np.float32, strengths)),
+            "scale": np.float32(
+                initial_scale(options.method, _levels(self.model.config, options), options.timestep_spacing)
+            ),
         }
         images, latents = [], []
         with _on_mesh(self.model) as parts, _memory(options), _Bar(self, progress, one_program) as bar:
@@ -397,9 +388,12 @@ class _Job:
 def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroConditioning, MicroConditioning]:
     """What the model is told of sizes and crops, for the prompts and for the negative prompts; one row a picture."""
 
-    def rows(original: Size | None, crop: tuple[int, int], target: Size | None, score: float) -> MicroConditioning:
-        pairs = (np.tile(np.array(pair, np.int32), (count, 1)) for pair in (original or size, crop, target or size))
-        return MicroConditioning(*pairs, aesthetic_score=np.full(count, score, np.float32))
+    def rows(original: Size | None, crop: Position | None, target: Size | None, score: float) -> MicroConditioning:
+        def repeat(pair: tuple[int, int]) -> np.ndarray:
+            return np.tile(np.array(pair, np.int32), (count, 1))
+
+        scores = np.full(count, score, np.float32)
+        return MicroConditioning(repeat(original or size), repeat(crop or (0, 0)), repeat(target or size), scores)
 
     def either(value: Any, other: Any) -> Any:
         return other if value is None else value
@@ -414,12 +408,6 @@ def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroCondition
         either(options.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE),
     )
     return positive, negative
-
-
-def _replace(options: Options, **changes: Any) -> Options:
-    import dataclasses
-
-    return dataclasses.replace(options, **changes)
 
 
 def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
@@ -447,8 +435,8 @@ def _painted(
         )
     if config.unet.in_channels != config.vae.latent_channels and not _shows_mask(config):
         raise InputError(
-            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Models of "
-            "this kind cannot be sampled here"
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Give a "
+            f"UNet of {config.vae.latent_channels}, or of {2 * config.vae.latent_channels + 1} for inpainting"
         )
     if mask is not None and image is None:
         raise InputError("A mask needs an init image of its size. Give both")
@@ -467,8 +455,11 @@ def _painted(
 
 def _check_refiner(config: ModelConfig, refiner: Model | None, options: Options) -> bool:
     """Whether the refiner shares the model's text encoder."""
-    if config.unet.vector_dim is not None and refiner is not None and _is_refiner(config):
-        raise InputError("The model is a refiner itself: its context is bigG's alone. Give the base as the model")
+    if refiner is not None and _is_refiner(config):
+        raise InputError(
+            f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
+            "alone. Give the base as the model, and this as the refiner"
+        )
     if refiner is None:
         for name in ("handoff", "refine_strength"):
             if (value := getattr(options, name)) is not None:
@@ -476,8 +467,8 @@ def _check_refiner(config: ModelConfig, refiner: Model | None, options: Options)
         return False
     if not _is_refiner(refiner.config):
         raise InputError(
-            f"The refiner's UNet attends to states of width {refiner.config.unet.context_dim} and is told target sizes, "
-            "as SDXL base is. Give a refiner: it attends to bigG's states alone and is told an aesthetic score"
+            f"The model that is given as the refiner attends to text states of width {refiner.config.unet.context_dim} "
+            "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
         )
     if refiner.config.vae.latent_channels != config.vae.latent_channels:
         raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
@@ -493,8 +484,6 @@ def _check_refiner(config: ModelConfig, refiner: Model | None, options: Options)
 
 
 def _is_refiner(config: ModelConfig) -> bool:
-    from sdxl_jax.conditioning.micro import Numbers
-
     return config.micro is not None and config.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
 
 
@@ -511,7 +500,7 @@ def _on_mesh(model: Model) -> Iterator[int]:
     """Within the mesh that the parameters lie on, unless one is set. Gives the parts that a batch is cut into."""
     place = jax.tree.leaves(model.params["unet"])[0].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) else None
-    if mesh is None or mesh.size == 1 or set(mesh.axis_names) != set(sharding.AXES):
+    if not isinstance(mesh, Mesh) or mesh.size == 1 or set(mesh.axis_names) != set(sharding.AXES):
         yield 1
         return
     with contextlib.nullcontext() if not jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh):

@@ -196,7 +196,8 @@ class Sampler:
                 for term, weight in total.items():
                     row[memory.index(name), terms.index(term)] = weight
         at, to = (np.array([getattr(moment, which) for moment in moments], int) for which in ("at", "to"))
-        return Plan(levels.timestep[at], *(column[index] for index in (at, to) for column in levels[1:]), weights)
+        alpha, sigma_t = levels.alpha, levels.sigma_t
+        return Plan(levels.timestep[at], alpha[at], sigma_t[at], alpha[to], sigma_t[to], weights)
 
 
 _SMALLEST = 2.0**-24
