@@ -1,4 +1,4 @@
-"""How a prompt is written: brackets that give words a weight, and what becomes of a prompt that is too long.
+r"""How a prompt is written: brackets that give words a weight, and what becomes of a prompt that is too long.
 
     "a (red:1.3) car, [old]"   →   "a " 1 | "red" 1.3 | " car, " 1 | "old" 1/1.1
 
@@ -6,10 +6,10 @@ Weights are those of AUTOMATIC1111's stable-diffusion-webui, `modules/prompt_par
 
     (word)        × 1.1               ((word))      × 1.21: within each other, weights multiply
     (word:1.2)    × 1.2               [word]        × 1/1.1
-    \\( \\) \\[ \\] \\: \\\\                a character that is text
+    \( \) \[ \] \: \\   the character as text
 
-A colon is text unless a number and the bracket's end follow it. Where webui guesses, this refuses: a bracket without
-its other half, a number in square brackets (webui's prompt editing, which is not here), and weights beyond ±10. ComfyUI
+A colon is text unless a number and the bracket's end follow it. Stricter than webui, this refuses a bracket without its
+other half, a number in square brackets (webui's prompt editing, which is not here) and weights beyond ±10. ComfyUI
 differs: there a number replaces the weights around it, and square brackets are text.
 
 Each piece becomes tokens on its own. These are the tokens of the text without its brackets, unless a bracket stands
