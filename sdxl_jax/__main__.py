@@ -18,20 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from sdxl_jax.commands.parsing import Opened, pair
+from sdxl_jax.commands.parsing import parse as _parse
 from sdxl_jax.errors import InputError, nearest_first
 
 if TYPE_CHECKING:
     from sdxl_jax.config import TrainConfig
-    from sdxl_jax.opening import Opening
-    from sdxl_jax.pipeline import Geometry
 
 _BEGAN = time.monotonic()
 _T = TypeVar("_T")
-_CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff)
-
-
-def _parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
-    return tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, **options)
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,7 @@ def _compile(arguments: list[str]) -> None:
     if options.all_buckets:
         buckets = [Bucket(*bucket) for bucket in config.data.buckets]
     elif options.bucket is not None:
-        buckets = [Bucket(*_pair("--bucket", options.bucket, "x", "HxW in pixels, e.g. 1024x1024"))]
+        buckets = [Bucket(*pair("--bucket", options.bucket, "x", "HxW in pixels, e.g. 1024x1024"))]
     if options.program == "sample":
         made = ahead.compile_sampler(config, options.topology, slices=options.slices)
     else:
@@ -191,217 +186,18 @@ def _compile(arguments: list[str]) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """What can be said of any model that is opened."""
-
-    parts_from: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Another model, or one network alone, whose parts take the place of this one's, e.g. another autoencoder."""
-    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE or FILE:SCALE; a LoRA that is merged into the weights. May be given several times."""
-    variant: str | None = None
-    """Which weights of a diffusers directory: fp16 for *.fp16.safetensors. Default: those without a variant."""
-    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the UNet outputs, for files that do not tell."""
-    allow_partial: bool = False
-    """Take what fits of a model whose tensors do not all fit; the rest has its initial values, and is listed."""
-
-    def opening(self, mixed: bool = False) -> "Opening":
-        from sdxl_jax.diffusion.parameterisation import Prediction
-        from sdxl_jax.opening import Opening
-
-        prediction = None if self.prediction is None else Prediction(self.prediction)
-        return Opening(self.variant, prediction, self.allow_partial, mixed)
-
-
-@dataclass(frozen=True)
-class Sample(_Opened):
-    """Draw pictures of prompts with a model."""
-
-    model: tyro.conf.Positional[Path]
-    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
-    out: Path
-    """Folder for 000000.png and so on, in order of prompts, then images."""
-    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to draw. May be given several times."""
-    prompts_file: Path | None = None
-    """Text file with one prompt a line, drawn after those of --prompt."""
-    negative_prompt: str | None = None
-    """What guidance leads away from. Absent is not the same as empty."""
-    embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE or FILE:TOKEN; a textual inversion. TOKEN is what prompts call it, default: the file's own or its name."""
-    height: int | None = None
-    """Pixels, a multiple of 8. Default: the model's own."""
-    width: int | None = None
-    """Pixels, a multiple of 8. Default: the model's own."""
-    steps: int = 30
-    """Steps of the sampler. Higher: slower, finer."""
-    sampler: Literal["ddpm", "ddim", "euler"] = "euler"
-    """How a step is made."""
-    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
-    """Which timesteps are visited: leading as diffusers (981 … 1), trailing as sgm (999 … 19)."""
-    guidance: float = 5.0
-    """Strength of classifier-free guidance; 1 is none and costs half."""
-    seed: int = 0
-    """Picture k depends on the seed and k, not on how many are drawn."""
-    num_images: int = 1
-    """Pictures a prompt."""
-    batch_size: int = 4
-    """Pictures at a time. Higher: faster until memory ends."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of activations."""
-    original_size: str | None = None
-    """HxW that the model is told the picture had before any resize. Default: the picture's size."""
-    crop: str = "0,0"
-    """TOP,LEFT that the model is told the picture was cropped at."""
-    target_size: str | None = None
-    """HxW that the model is told it draws. Default: the picture's size."""
-    negative_original_size: str | None = None
-    """The same for the negative prompt. Default: as for the prompt."""
-    negative_crop: str | None = None
-    """The same for the negative prompt. Default: as for the prompt."""
-    negative_target_size: str | None = None
-    """The same for the negative prompt. Default: as for the prompt."""
-    aesthetic_score: float | None = None
-    """Rating that a refiner is told, about 1 to 10. Default 6."""
-    negative_aesthetic_score: float | None = None
-    """Rating that a refiner is told for the negative prompt. Default 2.5."""
-    init_noise: Path | None = None
-    """NPY file, standard normal float32 [images, height/8, width/8, 4], in place of the seeded noise."""
-    save_latents: bool = False
-    """Also write latents.npy, float32 [images, height/8, width/8, 4], scaled as the UNet sees them."""
-
-
 def _sample(arguments: list[str]) -> None:
-    options = _parse(Sample, arguments, "sample")
-    import numpy as np
-    from PIL import Image
+    from sdxl_jax.commands import sample
 
-    from sdxl_jax.conditioning.text import Tokenizer
-    from sdxl_jax.interop import inversion, lora
-    from sdxl_jax.loading import load_weights
-    from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.opening import open_model
-    from sdxl_jax.pictures import save_png
-    from sdxl_jax.pipeline import Geometry, generate
-    from sdxl_jax.samplers.steps import Spacing
-
-    prompts = list(options.prompt)
-    if options.prompts_file is not None:
-        lines = [line for line in _read_text(options.prompts_file).splitlines() if line.strip()]
-        if any(line.startswith("{") for line in lines):
-            raise InputError(f"{options.prompts_file} has lines of JSON. Give one prompt a line, and options by flags")
-        prompts += lines
-    if not prompts:
-        raise InputError("There is nothing to draw. Give --prompt TEXT, once or several times, or --prompts-file FILE")
-    geometry = Geometry(
-        _size("--original-size", options.original_size),
-        _position("--crop", options.crop),
-        _size("--target-size", options.target_size),
-        options.aesthetic_score,
-    )
-    noise = None
-    if options.init_noise is not None:
-        try:
-            noise = np.load(options.init_noise)
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(
-                f"--init-noise {options.init_noise} is no readable NPY file ({error}). Give one that numpy.save wrote"
-            ) from error
-        if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):
-            kind = f"of {noise.dtype}" if isinstance(noise, np.ndarray) else "an NPZ archive"
-            raise InputError(f"--init-noise {options.init_noise} is {kind}. Give an NPY file of float32")
-    if options.out.exists() and not options.out.is_dir():
-        raise InputError(f"--out {options.out} is a file. Give a folder, new or old")
-
-    loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
-    model = load_weights(open_model(options.model, options.opening(), options.parts_from))
-    for read, scale in loras:
-        model = lora.add(model, read, scale)
-    for line in lora.listing(model):
-        print(f"merged {line}", file=sys.stderr)
-    for embedding in options.embedding:
-        model = inversion.add(model, *_file_and_token(embedding))
-    tokenizer = Tokenizer.of(model.config.text)
-    for number, beyond in enumerate(tokenizer.truncated([*prompts, options.negative_prompt or ""])):
-        if beyond:
-            what = f"prompt {number + 1}" if number < len(prompts) else "the negative prompt"
-            print(f"warning: {beyond} tokens of {what} are beyond the 75 that are read", file=sys.stderr)
-    made = generate(
-        model,
-        prompts,
-        negative_prompts=[options.negative_prompt] * len(prompts),
-        height=options.height,
-        width=options.width,
-        steps=options.steps,
-        sampler=options.sampler,
-        timestep_spacing=Spacing(options.timestep_spacing),
-        guidance=options.guidance,
-        seed=options.seed,
-        num_images=options.num_images,
-        geometry=geometry,
-        negative_geometry=_negative_geometry(options, geometry),
-        init_noise=noise,
-        batch_size=options.batch_size,
-        compute=Compute(dtype=Dtype(options.dtype)),
-        progress=True,
-    )
-    settings = dataclasses.asdict(options) | {"prompt": None, "prompts_file": None, "out": None}
-    for number, image in enumerate(made.images):
-        prompt = prompts[number // options.num_images]
-        text = {"prompt": prompt, "index": str(number)} | {
-            name: str(value) for name, value in settings.items() if value is not None and value != ()
-        }
-        save_png(Image.fromarray(image), options.out / f"{number:06d}.png", text)
-    if options.save_latents:
-        np.save(options.out / "latents.npy", made.latents)
-    print(f"{len(made.images)} pictures in {options.out}")
-
-
-def _negative_geometry(options: Sample, geometry: "Geometry") -> "Geometry":
-    changed = {
-        "original_size": _size("--negative-original-size", options.negative_original_size),
-        "crop_top_left": _position("--negative-crop", options.negative_crop) if options.negative_crop else None,
-        "target_size": _size("--negative-target-size", options.negative_target_size),
-    }
-    given = {name: value for name, value in changed.items() if value is not None}
-    return geometry._replace(aesthetic_score=options.negative_aesthetic_score, **given)
-
-
-def _size(option: str, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else _pair(option, value, "x", "HxW in pixels, e.g. 1024x768")
+    sample.run(arguments)
 
 
 def _steps(option: str, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else _pair(option, value, ":", "FIRST:LAST, numbers of steps, e.g. 10:14")
-
-
-def _position(option: str, value: str) -> tuple[int, int]:
-    return _pair(option, value, ",", "TOP,LEFT in pixels, e.g. 0,64")
-
-
-def _file_and_token(value: str) -> tuple[Path, str | None]:
-    """FILE or FILE:TOKEN. A file that is there is a file, whatever colons are in its name."""
-    file, found, token = value.rpartition(":")
-    return (Path(value), None) if not found or Path(value).exists() else (Path(file), token)
-
-
-def _pair(option: str, value: str, separator: str, expected: str) -> tuple[int, int]:
-    first, found, second = value.partition(separator)
-    if not (found and first.isdecimal() and second.isdecimal() and max(len(first), len(second)) <= 6):
-        raise InputError(f"{option} {value!r}: expected {expected}")
-    return int(first), int(second)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Give a text file") from error
+    return None if value is None else pair(option, value, ":", "FIRST:LAST, numbers of steps, e.g. 10:14")
 
 
 @dataclass(frozen=True)
-class Convert(_Opened):
+class Convert(Opened):
     """Write a model in another layout: for diffusers, for ComfyUI and the like, for Orbax."""
 
     source: tyro.conf.Positional[Path]

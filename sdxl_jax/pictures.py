@@ -45,6 +45,39 @@ def contact_sheet(
     return sheet
 
 
+def labelled_grid(
+    rows: Sequence[Sequence[UInt8[np.ndarray, "_height _width 3"]]], columns: Sequence[str], labels: Sequence[str]
+) -> Image.Image:
+    """Pictures in a grid, `columns` above and `labels` on the left, both wrapped. Small pictures are enlarged."""
+    largest = max(max(picture.shape[:2]) for row in rows for picture in row)
+    scale = max(1, 160 // largest)
+    font = ImageFont.load_default(_FONT)
+    widths = [max(row[column].shape[1] for row in rows) * scale for column in range(len(columns))]
+    heights = [max(picture.shape[0] for picture in row) * scale for row in rows]
+    tops = [textwrap.wrap(text, max(8, width // 6)) for text, width in zip(columns, widths, strict=True)]
+    sides = [[line for part in text.splitlines() for line in textwrap.wrap(part, 22)] for text in labels]
+    left = _MARGIN + (22 * 6 if any(sides) else 0)
+    top = _MARGIN + max(map(len, tops)) * _LINE + _MARGIN
+    size = (left + sum(widths) + (len(widths) + 1) * _MARGIN, top + sum(heights) + (len(heights) + 1) * _MARGIN)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    x = left + _MARGIN
+    for lines, width, column in zip(tops, widths, range(len(columns)), strict=True):
+        draw.multiline_text((x + width / 2, _MARGIN), "\n".join(lines), "black", font, anchor="ma", align="center")
+        y = top
+        for row, height in zip(rows, heights, strict=True):
+            tile = Image.fromarray(np.ascontiguousarray(row[column]))
+            tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.BICUBIC)
+            grid.paste(tile, (x + (width - tile.width) // 2, y))
+            y += height + _MARGIN
+        x += width + _MARGIN
+    y = top
+    for lines, height in zip(sides, heights, strict=True):
+        draw.multiline_text((_MARGIN, y + _MARGIN), "\n".join(lines[: max(1, height // _LINE)]), "black", font)
+        y += height + _MARGIN
+    return grid
+
+
 def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
     """Writes a PNG whole or not at all, with `text` as its text chunks."""
     from PIL.PngImagePlugin import PngInfo

@@ -238,7 +238,7 @@ def _row(evaluations: int, steps: int, plan: Plan) -> int:
 
 
 def _rows(plan: Plan) -> Plan:
-    return Plan(*(column.astype(np.float32) for column in plan))
+    return Plan._make(column.astype(np.float32) for column in plan)
 
 
 class _Job:
