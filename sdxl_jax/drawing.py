@@ -161,11 +161,13 @@ def text_states(
 
 
 def told(
-    config: ModelConfig,
     states: tuple[TextCondition, TextCondition | None],
-    has_negative: Array,
+    has_negative: Float[Array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
+    *,
+    config: ModelConfig,
 ) -> Told:
+    """What a model's network is told."""
     positive, negative = states
     if negative is not None and config.no_prompt is model.NoPrompt.ZEROS:
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
@@ -282,17 +284,19 @@ class Functions(NamedTuple):
     """What `draw` calls: all plain, or all compiled."""
 
     text_states: Callable[..., Any]
+    told: Callable[..., Any]
     encode: Callable[..., Any]
     begin: Callable[..., Any]
     denoise: Callable[..., Any]
     decode: Callable[..., Any]
 
 
-PLAIN = Functions(text_states, encode, begin, denoise, decode)
+PLAIN = Functions(text_states, told, encode, begin, denoise, decode)
 
 
 STAGED = Functions(
     jax.jit(text_states, static_argnames=("towers", "guided", "compute")),
+    jax.jit(told, static_argnames="config"),
     jax.jit(encode, static_argnames=("config", "compute")),
     jax.jit(begin, static_argnames="leg"),
     jax.jit(denoise, static_argnames=("config", "terms", "stochastic", "compute")),
@@ -314,7 +318,7 @@ def _text(recipe: Recipe, inputs: Inputs, call: Functions) -> list[Told]:
             states = call.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
         found.append(states)
     return [
-        told(config, states, inputs.has_negative, inputs.micro)
+        call.told(states, inputs.has_negative, inputs.micro, config=config)
         for config, states in zip(recipe.models, found, strict=True)
     ]
 

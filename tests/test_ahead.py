@@ -160,7 +160,7 @@ def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
     validation = dataclasses.replace(config.validation, sizes=((32, 32),), steps=3)
     made = ahead.compile_sampler(dataclasses.replace(config, validation=validation), "v5e:2x2", progress=False)
-    assert [each.program for each in made] == ["sampler 32×32, 3 steps", "decoder"]
+    assert [each.program for each in made] == ["text encoders", "sampler 32×32, 3 steps", "decoder"]
     assert all(each.fits and each.images == 4 and each.model_flops > 0 for each in made)
 
 

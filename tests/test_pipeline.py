@@ -16,21 +16,23 @@ import pytest
 from PIL import Image
 from tiny import MODEL
 
+from sdxl_jax import drawing
 from sdxl_jax import model as models
-from sdxl_jax import pipeline
+from sdxl_jax.drawing import Inputs, Recipe
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, NoPrompt
 from sdxl_jax.models.layers import abstract
+from sdxl_jax.options import Options, Position, Size
 from sdxl_jax.pictures import contact_sheet, save_png
-from sdxl_jax.pipeline import Generated, Geometry, encode_prompt, generate, text_to_image
+from sdxl_jax.pipeline import Generated, encode_prompt, generate, micro_rows, text_to_image
 from sdxl_jax.samplers.steps import Spacing
 
 PROMPTS = ["a red cube", "two green birds"]
 SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size": 2}
 LATENT = (2, 3, 4)
-SAMPLE: Any = pipeline.sample_latents
-DECODE: Any = pipeline.decode
+SAMPLE: Any = drawing.STAGED.denoise
+DECODE: Any = drawing.STAGED.decode
 
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -92,13 +94,15 @@ def test_pictures_are_bytes_of_the_size_that_was_asked_for(model: Model, picture
 
 
 def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def spy(params: Any, tokens: Any, negative: Any, has: Any, micro: Any, state: jax.Array, *rest: Any, **static: Any):
-        sizes.append((state.shape[1:3], micro[0].original_size[0].tolist(), micro[1].target_size[0].tolist()))
-        return state
-
     sizes: list[Any] = []
-    monkeypatch.setattr(pipeline, "sample_latents", spy)
-    monkeypatch.setattr(pipeline, "decode", lambda params, latent, **static: jnp.zeros((1, 8, 8, 3), jnp.uint8))
+
+    def spy(inputs: Inputs, recipe: Recipe, watch: Any) -> tuple[jax.Array, jax.Array]:
+        positive, negative = inputs.micro
+        told = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
+        sizes.append((inputs.noise.shape[1:3], *told))
+        return jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise
+
+    monkeypatch.setattr(drawing, "staged", spy)
     config = dataclasses.replace(MODEL, default_size=(16, 40))
     generate(Model(config, model.params), PROMPTS[:1])
     generate(Model(config, model.params), PROMPTS[:1], height=24)
@@ -145,7 +149,9 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, picture
         negative_prompts=["blurry", None],
         guidance=7.5,
         seed=3,
-        geometry=Geometry((40, 50), (1, 2), (16, 24)),
+        original_size=Size(40, 50),
+        crop=Position(1, 2),
+        target_size=Size(16, 24),
         **SETTINGS,
     )
     assert unlike(changed, pictures) > EFFECT
@@ -155,20 +161,22 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, picture
 # Guidance and negative prompts
 
 
+def traced(inputs: Inputs, recipe: Recipe, watch: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Zeros in place of pictures and latents: the program is traced, not compiled."""
+    images, latents = jax.eval_shape(functools.partial(drawing.draw, recipe=recipe), inputs)
+    return jnp.zeros(images.shape, images.dtype), jnp.zeros(latents.shape)
+
+
 def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int] = []
-    evaluate, sample = pipeline.unet.apply, SAMPLE.__wrapped__
+    evaluate = drawing.unet.apply
 
     def spy(config: Any, params: Any, latent: jax.Array, *rest: Any) -> jax.Array:
         batches.append(len(latent))
         return evaluate(config, params, latent, *rest)
 
-    def traced(*arguments: Any, **static: Any) -> jax.Array:
-        """Zeros in place of the latents: the program is traced, not compiled."""
-        return jnp.zeros(jax.eval_shape(functools.partial(sample, **static), *arguments).shape)
-
-    monkeypatch.setattr(pipeline.unet, "apply", spy)
-    monkeypatch.setattr(pipeline, "sample_latents", traced)
+    monkeypatch.setattr(drawing.unet, "apply", spy)
+    monkeypatch.setattr(drawing, "staged", traced)
     for guidance, expected in ((1.0, 2), (5.0, 4), (0.0, 4)):
         batches.clear()
         generate(model, PROMPTS, guidance=guidance, **SETTINGS)
@@ -220,18 +228,18 @@ def test_each_prompt_has_its_own_negative_prompt_also_for_several_images(model: 
 # Sizes and crops
 
 
-@pytest.mark.parametrize(
-    "geometry",
-    [Geometry(original_size=(60, 24)), Geometry(crop_top_left=(0, 9)), Geometry(target_size=(16, 40))],
-    ids=["original size", "crop", "target size"],
-)
+SIZES: dict[str, Any] = {"original_size": Size(60, 24), "crop": Position(0, 9), "target_size": Size(16, 40)}
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_each_size_changes_the_picture_for_the_prompt_and_for_the_negative(
-    geometry: Geometry, model: Model, pictures: Generated
+    name: str, model: Model, pictures: Generated
 ) -> None:
     # Elsewhere the negative crop is ignored.
-    both = generate(model, PROMPTS, geometry=geometry, **SETTINGS)
-    prompt = generate(model, PROMPTS, geometry=geometry, negative_geometry=Geometry(), **SETTINGS)
-    negative = generate(model, PROMPTS, negative_geometry=geometry, **SETTINGS)
+    own: Any = Position(0, 0) if name == "crop" else Size(16, 24)
+    both = generate(model, PROMPTS, **{name: SIZES[name]}, **SETTINGS)
+    prompt = generate(model, PROMPTS, **{name: SIZES[name], f"negative_{name}": own}, **SETTINGS)
+    negative = generate(model, PROMPTS, **{f"negative_{name}": SIZES[name]}, **SETTINGS)
     versions = [pictures, both, prompt, negative]
     for index, one in enumerate(versions):
         for other in versions[:index]:
@@ -241,9 +249,9 @@ def test_each_size_changes_the_picture_for_the_prompt_and_for_the_negative(
 def test_negative_sizes_are_right_for_every_picture_of_a_batch(model: Model) -> None:
     # Elsewhere they are right at batch 1 alone.
     given: dict[str, Any] = {
-        "geometry": Geometry((50, 40), (3, 1)),
-        "negative_geometry": Geometry((20, 90), (0, 7), (8, 8)),
-        "num_images": 2,
+        **{"original_size": Size(50, 40), "crop": Position(3, 1)},
+        **{"negative_original_size": Size(20, 90), "negative_crop": Position(0, 7)},
+        **{"negative_target_size": Size(8, 8), "num_images": 2},
     }
     together = generate(model, PROMPTS[:1], **given, **SETTINGS)
     one_by_one = generate(model, PROMPTS[:1], **given, **{**SETTINGS, "batch_size": 1})
@@ -252,28 +260,30 @@ def test_negative_sizes_are_right_for_every_picture_of_a_batch(model: Model) -> 
 
 
 def test_sizes_are_height_then_width_and_by_default_the_pictures_own() -> None:
-    rows = Geometry().rows(2, (24, 40), 6.0)
-    np.testing.assert_array_equal(rows.original_size, [[24, 40]] * 2)
-    np.testing.assert_array_equal(rows.crop_top_left, [[0, 0]] * 2)
-    np.testing.assert_array_equal(rows.target_size, [[24, 40]] * 2)
-    np.testing.assert_array_equal(rows.aesthetic_score, [6.0, 6.0])
-    assert {array.dtype for array in rows[:3]} == {np.dtype(np.int32)}  # pyright: ignore[reportOptionalMemberAccess]
-    given = Geometry((1, 2), (3, 4), (5, 6), 7.5).rows(1, (24, 40), 6.0)
-    assert [np.asarray(array).ravel().tolist() for array in given] == [[1, 2], [3, 4], [5, 6], [7.5]]
+    for rows in micro_rows(Options(), 2, Size(24, 40)):
+        np.testing.assert_array_equal(rows.original_size, [[24, 40]] * 2)
+        np.testing.assert_array_equal(rows.crop_top_left, [[0, 0]] * 2)
+        np.testing.assert_array_equal(rows.target_size, [[24, 40]] * 2)
+        assert {np.asarray(array).dtype for array in rows[:3]} == {np.dtype(np.int32)}
+    given = Options(
+        original_size=Size(1, 2),
+        crop=Position(3, 4),
+        target_size=Size(5, 6),
+        aesthetic_score=7.5,
+        negative_crop=Position(0, 0),
+    )
+    positive, negative = micro_rows(given, 1, Size(24, 40))
+    assert [np.asarray(array).ravel().tolist() for array in positive] == [[1, 2], [3, 4], [5, 6], [7.5]]
+    assert [np.asarray(array).ravel().tolist() for array in negative] == [[1, 2], [0, 0], [5, 6], [2.5]]
 
 
-def test_the_negative_has_its_own_aesthetic_score(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
+def test_the_negative_has_its_own_aesthetic_score() -> None:
+    def told(**options: Any) -> list[list[float]]:
+        return [np.asarray(rows.aesthetic_score).tolist() for rows in micro_rows(Options(**options), 2, Size(8, 8))]
 
-    def spy(params: Any, *rows: Any, **static: Any) -> jax.Array:
-        told.append([micro.aesthetic_score.tolist() for micro in rows[3]])
-        return jnp.zeros((2, *LATENT))
-
-    monkeypatch.setattr(pipeline, "sample_latents", spy)
-    generate(model, PROMPTS, **SETTINGS)
-    generate(model, PROMPTS, geometry=Geometry(aesthetic_score=9.0), **SETTINGS)
-    generate(model, PROMPTS, negative_geometry=Geometry(aesthetic_score=1.0), **SETTINGS)
-    assert told == [[[6.0] * 2, [2.5] * 2], [[9.0] * 2, [2.5] * 2], [[6.0] * 2, [1.0] * 2]]
+    assert told() == [[6.0] * 2, [2.5] * 2]
+    assert told(aesthetic_score=9.0) == [[9.0] * 2, [2.5] * 2]
+    assert told(negative_aesthetic_score=1.0) == [[6.0] * 2, [1.0] * 2]
 
 
 # Noise
@@ -303,8 +313,8 @@ def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
         ({"steps": 0}, "steps=0, expected 1 to 1000"),
         ({"steps": 1001}, "steps=1001, expected 1 to 1000"),
         ({"sampler": "eular"}, r"no sampler 'eular'. Known, nearest first: \['euler', "),
-        ({"sampler": "ddmi"}, r"no sampler 'ddmi'. Known, nearest first: \['ddim', "),
-        ({"num_images": 0}, "nothing to make"),
+        ({"sampler": "ddimm"}, r"no sampler 'ddimm'. Known, nearest first: \['ddim', "),
+        ({"num_images": 0}, "num_images=0, expected 1 or more"),
         ({"batch_size": 0}, "batch_size=0, expected 1 or more"),
         ({"prompts": []}, "nothing to make: give at least one prompt"),
         ({"negative_prompts": ["blurry"]}, "1 negative prompts for 2 prompts. Give one each, or none"),
@@ -334,15 +344,17 @@ def test_a_model_with_parts_missing_is_refused_by_their_names(model: Model) -> N
 
 def test_a_model_for_inpainting_is_refused(model: Model) -> None:
     config = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, in_channels=9))
-    with pytest.raises(InputError, match=r"takes 9 channels, the latent has 4: a model for inpainting"):
+    with pytest.raises(
+        InputError, match=r"takes 9 channels, the latent has 4: a model for inpainting. Give an init image and a mask"
+    ):
         generate(model._replace(config=config), PROMPTS, **SETTINGS)
 
 
-def test_euler_is_refused_at_zero_terminal_snr_where_it_would_start_at_infinity(model: Model) -> None:
+def test_zero_terminal_snr_is_drawn_without_infinities(model: Model) -> None:
     rescaled = dataclasses.replace(MODEL.schedule, zero_terminal_snr=True)
     config = dataclasses.replace(MODEL, schedule=rescaled, prediction=models.Prediction.V)
-    with pytest.raises(InputError, match="Use the sampler ddim"):
-        generate(Model(config, model.params), PROMPTS, timestep_spacing=Spacing.TRAILING, **SETTINGS)
+    made = generate(Model(config, model.params), PROMPTS, timestep_spacing=Spacing.TRAILING, **SETTINGS)
+    assert np.isfinite(made.latents).all()
 
 
 # Text states

@@ -15,23 +15,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from sdxl_jax import flops, pipeline, sharding
+from sdxl_jax import drawing, flops, pipeline, sharding
 from sdxl_jax import model as models
 from sdxl_jax.ahead import report, topologies
 from sdxl_jax.ahead.report import Report
-from sdxl_jax.arrays import MicroConditioning
-from sdxl_jax.conditioning.micro import Numbers
-from sdxl_jax.conditioning.text import TOKENS, Tokenizer
+from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
-from sdxl_jax.diffusion import schedule
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.samplers.steps import SAMPLERS, Spacing, timesteps
+from sdxl_jax.options import Options, Size
+from sdxl_jax.samplers import loop
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training import start
 from sdxl_jax.training.compilation import REMEDIES, explained
@@ -165,46 +163,66 @@ def _step_program(config: TrainConfig, mesh: Mesh, bucket: Bucket, batch_size: i
 
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Program]:
-    """What makes latents of prompts, and what makes pictures of latents."""
+    """The three of `drawing.staged`: text to states, noise to latents, latents to pictures."""
     model, images, factor = config.model, sharding.batch_parts(mesh), config.model.vae.downsampling
     params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
     place = sharding.batch_sharding(mesh)
 
-    def rows(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((images, *shape), dtype, sharding=place)
+    def rows(tree: Any) -> Any:
+        """Split over the batch."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
 
-    sampler = SAMPLERS["euler"]
-    levels = schedule.make(model.schedule)
-    spaced = timesteps(config.validation.steps, len(levels.alpha_bar), Spacing.LEADING)
-    tokens = {tower.name: rows(jnp.int32, TOKENS) for tower in model.text}
-    scored = model.micro is not None and model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
-    sizes = (rows(jnp.int32, 2) for _ in range(3))
-    micro = MicroConditioning(*sizes, aesthetic_score=rows(jnp.float32) if scored else None)
-    latent = rows(jnp.float32, size.height // factor, size.width // factor, model.vae.latent_channels)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    whole = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.float32, sharding=sharding.replicated(mesh)),
-        (1.0, sampler.plan(levels, spaced)),
-    )
-    guided = config.validation.guidance != 1
-    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=place)
-    arguments = (params, tokens, tokens, rows(jnp.float32), (micro, micro), latent, keys, *whole)
+    def whole(tree: Any) -> Any:
+        everywhere = sharding.replicated(mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=everywhere), tree
+        )
+
+    options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
+    (leg,), (stretch,), _ = pipeline.way(model, None, options)
+    guided = leg.terms.guided
+    tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
+    towers = {tower.name: params[tower.name] for tower in model.text}
+
+    def states(compute: Compute) -> Any:
+        return functools.partial(drawing.text_states, towers=model.text, guided=guided, compute=compute)
+
+    def told(towers: Any, tokens: Any, micro: Any) -> drawing.Told:
+        return drawing.told(states(plain)(towers, tokens, tokens), jnp.ones(images), micro, config=model)
 
     def sample(compute: Compute) -> Any:
-        return functools.partial(pipeline.sample_latents, config=model, sampler=sampler, compute=compute, guided=guided)
+        static: Any = {"config": model, "terms": leg.terms, "stochastic": leg.stochastic, "compute": compute}
+        return functools.partial(drawing.denoise, kept=None, shown=None, **static)
 
     def decode(compute: Compute) -> Any:
-        return functools.partial(pipeline.decode, config=model, compute=compute)
+        return functools.partial(drawing.decode, config=model, compute=compute, tile=None)
 
     plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
-    named = f"{size.height}×{size.width}, {config.validation.steps} steps"
+    micro = jax.eval_shape(lambda: pipeline.micro_rows(options, images, Size(size.height, size.width)))
+    latent = jax.ShapeDtypeStruct(
+        (images, size.height // factor, size.width // factor, model.vae.latent_channels), jnp.float32, sharding=place
+    )
+    batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    state = jax.eval_shape(lambda latent: loop.start(latent, stretch.plan), latent)
+    state = state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
+    keys = rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images)))
+    strengths = whole(drawing.Strengths(*(np.float32(1),) * 3))
+    conditions = rows(jax.eval_shape(told, towers, tokens, micro))
     made = []
-    for name, function, given in ((f"sampler {named}", sample, arguments), ("decoder", decode, (params, latent))):
+    for name, function, given in (
+        ("text encoders", states, (towers, rows(tokens), rows(tokens))),
+        (
+            f"sampler {size.height}×{size.width}, {options.steps} steps",
+            sample,
+            (params["unet"], conditions, state, keys, whole(stretch), strengths),
+        ),
+        ("decoder", decode, (params["vae"], latent)),
+    ):
         made.append(
             Program(
                 name=name,
                 function=jax.jit(function(config.compute)),
-                inputs={"parameters": params, "batch": given[1:]},
+                inputs={"parameters": given[0], "batch": given[1:]},
                 arguments=given,
                 images=images,
                 model_flops=flops.count(function(plain), *given).total,

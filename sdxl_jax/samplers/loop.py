@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Key
 
+from sdxl_jax.arrays import type_of_array
 from sdxl_jax.diffusion.parameterisation import Denoised, Prediction, denoised
 from sdxl_jax.samplers.steps import Plan
 
@@ -41,16 +42,17 @@ def start(x: Float[Array, "batch height width channels"], plan: Plan) -> State:
 
 
 def advance(
-    weights: Float[Array, "memory terms"],
+    weights: Float[type_of_array, "memory terms"],
     arrays: Float[Array, "memory batch height width channels"],
     prediction: Denoised,
-    noise: Float[Array, "batch height width channels"],
+    noise: Float[type_of_array, "batch height width channels"],
 ) -> Float[Array, "memory batch height width channels"]:
     """One row of a plan: every carried array becomes its sum of the terms.
 
     Sums of products, not a matrix product, which TPUs would round to bfloat16.
     """
     terms = jnp.concatenate([arrays, jnp.stack([*prediction, noise])])
+    weights = jnp.asarray(weights)
     return (weights[:, :, None, None, None, None] * terms).sum(axis=1)
 
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from sdxl_jax.arrays import type_of_array
 from sdxl_jax.diffusion.schedule import Schedule
 from sdxl_jax.errors import InputError, nearest_first
 
@@ -117,17 +118,17 @@ class Levels(NamedTuple):
 class Plan(NamedTuple):
     """What each evaluation of the network needs, one row each; float64 numpy here, float32 inside the loop."""
 
-    timestep: Float[np.ndarray, " rows"]
+    timestep: Float[type_of_array, " rows"]
     """What the network is told."""
-    alpha: Float[np.ndarray, " rows"]
+    alpha: Float[type_of_array, " rows"]
     """α of the state."""
-    sigma_t: Float[np.ndarray, " rows"]
+    sigma_t: Float[type_of_array, " rows"]
     """σ_t of the state."""
-    next_alpha: Float[np.ndarray, " rows"]
+    next_alpha: Float[type_of_array, " rows"]
     """α of the state that the row leads to."""
-    next_sigma_t: Float[np.ndarray, " rows"]
+    next_sigma_t: Float[type_of_array, " rows"]
     """σ_t of the state that the row leads to."""
-    weights: Float[np.ndarray, "rows memory terms"]
+    weights: Float[type_of_array, "rows memory terms"]
     """Of each term in each array that is carried on; the first of these is the state. The terms are these arrays as
     they are, then x₀, ε and fresh noise."""
 
