@@ -4,7 +4,8 @@
 
 Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the
 encoder pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are
-not here.
+not here. `encode`, `decode` and `init` take the tiny autoencoder of `taesd.py` as well, by the type of its
+configuration.
 """
 
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from einops import rearrange
 from jaxtyping import Float, Key
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.errors import InputError
+from sdxl_jax.models import taesd
 from sdxl_jax.models.attention import MultiHeadAttention
 from sdxl_jax.models.layers import Compute, ResnetBlock, Upsample, conv, group_norm
+from sdxl_jax.models.taesd import TinyVaeConfig
 
 _EPSILON = 1e-6
 
@@ -47,12 +51,15 @@ class VaeConfig:
 SDXL_VAE = VaeConfig()
 SD_VAE = VaeConfig(scale=0.18215)
 
+AnyVaeConfig = VaeConfig | TinyVaeConfig
+
 
 class Posterior(NamedTuple):
     """The diagonal normal distribution of unscaled latents that the encoder gives for an image."""
 
     mean: Float[jax.Array, "batch height width channels"]
     log_variance: Float[jax.Array, "batch height width channels"]
+    """−∞ where the encoder gives the mean alone: a sample is the mean."""
 
     def sample(self, keys: Key[jax.Array, " batch"]) -> Float[jax.Array, "batch height width channels"]:
         """keys: one an image, so that a latent does not depend on its neighbours in the batch."""
@@ -129,37 +136,56 @@ class Decoder(nn.Module):
 
 
 def encode(
-    config: VaeConfig, params: Params, image: Float[jax.Array, "batch height width 3"], compute: Compute = Compute()
+    config: AnyVaeConfig, params: Params, image: Float[jax.Array, "batch height width 3"], compute: Compute = Compute()
 ) -> Posterior:
-    """Distribution of the unscaled latent, float32, log variance clamped to −30..20.
+    """Distribution of the unscaled latent, float32, log variance clamped to −30..20. Of a tiny autoencoder the mean,
+    with log variance −∞.
 
-    image: −1..1, height and width multiples of `config.downsampling`.
+    image: −1..1, height and width multiples of `config.downsampling`. Raises InputError where there is no encoder.
     """
+    _check_half(params, "encoder")
+    if isinstance(config, TinyVaeConfig):
+        mean = taesd.encode(config, params, image, compute)
+        return Posterior(mean, jnp.full_like(mean, -jnp.inf))
     moments = Encoder(config, compute).apply({"params": params["encoder"]}, image)
     mean, log_variance = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
     return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
 
 def scaled_sample(
-    config: VaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
+    config: AnyVaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
 ) -> Float[jax.Array, "batch latent_height latent_width channels"]:
     """Latents as the UNet sees them: drawn, and × `config.scale`. keys: one an image."""
     return posterior.sample(keys) * config.scale
 
 
 def decode(
-    config: VaeConfig,
+    config: AnyVaeConfig,
     params: Params,
     latent: Float[jax.Array, "batch latent_height latent_width channels"],
     compute: Compute = Compute(),
 ) -> Float[jax.Array, "batch height width 3"]:
-    """The image of a scaled latent, float32, about −1..1 (not clipped)."""
+    """The image of a scaled latent, float32, about −1..1 (not clipped). Raises InputError where there is no decoder."""
+    _check_half(params, "decoder")
+    if isinstance(config, TinyVaeConfig):
+        return taesd.decode(config, params, latent, compute)
     image = Decoder(config, compute).apply({"params": params["decoder"]}, latent / config.scale)
     return jnp.asarray(image, jnp.float32)
 
 
-def init(key: Key[jax.Array, ""], config: VaeConfig) -> Params:
+def _check_half(params: Params, half: str) -> None:
+    """Tiny autoencoders come as two files, of which one alone may have been loaded."""
+    if half not in params:
+        raise InputError(
+            f"The autoencoder has no {half}, only its {', '.join(params)}. Give the file of the {half} too "
+            f"(taesdxl_{half}.safetensors, with --parts-from), or a whole autoencoder"
+        )
+
+
+def init(key: Key[jax.Array, ""], config: AnyVaeConfig) -> Params:
     """Fresh float32 parameters: {"encoder": …, "decoder": …}."""
+    if isinstance(config, TinyVaeConfig):
+        return taesd.init(key, config)
     encoder_key, decoder_key = jax.random.split(key)
     side = config.downsampling
     image, latent = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, config.latent_channels))
