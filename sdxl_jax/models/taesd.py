@@ -86,6 +86,19 @@ class TinyEncoder(nn.Module):
         return conv(config.latent_channels, "conv_out", compute)(x)
 
 
+def _level(config: TinyVaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
+    """A level of the decoder, from the coarsest, in the scope of a module: what enlarges to it, its blocks, the end."""
+    if level:
+        for axis in (1, 2):
+            x = nearest(x, 2 * x.shape[axis], axis)
+        x = conv(config.channels, f"up_blocks_{level - 1}_upsample", compute, use_bias=False)(x)
+    else:
+        x = nn.relu(conv(config.channels, "conv_in", compute)(_CLAMP * jnp.tanh(x / _CLAMP)))
+    for index in range(config.decoder_blocks[level]):
+        x = compute.block(Block)(compute, name=f"up_blocks_{level}_blocks_{index}")(x)
+    return x if level + 1 < len(config.decoder_blocks) else 2 * conv(3, "conv_out", compute)(x) - 1
+
+
 class TinyDecoder(nn.Module):
     config: TinyVaeConfig
     compute: Compute
@@ -94,17 +107,23 @@ class TinyDecoder(nn.Module):
     def __call__(
         self, x: Float[jax.Array, "batch latent_height latent_width channels"]
     ) -> Float[jax.Array, "batch height width 3"]:
-        config, compute = self.config, self.compute
-        block = compute.block(Block)
-        x = nn.relu(conv(config.channels, "conv_in", compute)(_CLAMP * jnp.tanh(x / _CLAMP)))
-        for level, blocks in enumerate(config.decoder_blocks):
-            for index in range(blocks):
-                x = block(compute, name=f"up_blocks_{level}_blocks_{index}")(x)
-            if level + 1 < len(config.decoder_blocks):
-                for axis in (1, 2):
-                    x = nearest(x, 2 * x.shape[axis], axis)
-                x = conv(config.channels, f"up_blocks_{level}_upsample", compute, use_bias=False)(x)
-        return 2 * conv(3, "conv_out", compute)(x) - 1
+        for level in range(len(self.config.decoder_blocks)):
+            x = _level(self.config, self.compute, level, x)
+        return x
+
+
+class TinyDecoderLevel(nn.Module):
+    """One level of `TinyDecoder` alone, of whose parameters it takes its own."""
+
+    config: TinyVaeConfig
+    compute: Compute
+    level: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width features"]
+    ) -> Float[jax.Array, "batch height_out width_out features_out"]:
+        return _level(self.config, self.compute, self.level, x)
 
 
 def encode(
