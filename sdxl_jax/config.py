@@ -23,6 +23,8 @@ from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
+from sdxl_jax.models.taesd import TinyVaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.ema import EmaConfig, EmaKind
 from sdxl_jax.training.optimiser import Decay, OptimiserConfig, OptimiserKind
@@ -255,6 +257,15 @@ SAME_WITHIN_ROUNDING = ("compute.attention", "compute.compiler_options", "comput
 """Those that may change too, and change the order of additions: a resumed run says so."""
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
+    """The kind is not written beside the fields, which tell it."""
+    kind = TinyVaeConfig if isinstance(value, dict) and "decoder_blocks" in value else VaeConfig
+    return _converter.structure(value, kind)
+
+
+_converter.register_structure_hook(AnyVaeConfig, _either_vae)
 
 
 def to_json(config: Any) -> Any:

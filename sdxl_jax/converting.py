@@ -2,7 +2,8 @@
 
     orbax         one checkpoint of our parameter tree, for `load_model` and for Orbax's own `load`
     diffusers     a directory that `DiffusionPipeline.from_pretrained` loads: weights, configurations, tokenizers
-    single-file   one .safetensors in Stability's original layout, for ComfyUI and the like
+    single-file   one .safetensors in Stability's original layout, for ComfyUI and the like; of a tiny autoencoder, one
+                  of its halves
 
 The way back is exact, bit for bit and name for name: a layout remembers how its source named and shaped its tensors,
 and carries those along that have no place in our model. Where a destination has no place for them either, that is said.
@@ -27,10 +28,20 @@ from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.interop import diffusers, names, orbax, safetensors
 from sdxl_jax.interop.names import Dialect, Naming
-from sdxl_jax.interop.weights import Carried, FirstLayers, InMemory, Leaf, Weights, in_memory, part_configs
+from sdxl_jax.interop.weights import (
+    Carried,
+    FirstLayers,
+    InMemory,
+    Leaf,
+    Weights,
+    in_memory,
+    lacking_half,
+    part_configs,
+)
 from sdxl_jax.loading import bar
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.opening import METADATA, describe, open_model
 
 
@@ -147,6 +158,11 @@ def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
 
 
 def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
+    if (half := lacking_half(weights)) is not None:
+        raise InputError(
+            f"diffusers' AutoencoderTiny is encoder and decoder; the {half} is missing. Give --parts-from "
+            f"taesdxl_{half}.safetensors"
+        )
     alone = len(weights.parts) == 1
     whole, weights = weights, weights if alone else _as_diffusers_has_it(weights)
     destination.mkdir()
@@ -182,7 +198,7 @@ def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
 
 
 def _is_diffusers(naming: Naming) -> bool:
-    others = (Dialect.ORIGINAL, Dialect.OPENCLIP)
+    others = (Dialect.ORIGINAL, Dialect.OPENCLIP, *names.HALVES)
     return naming.dialect not in others and not naming.prefix and not naming.conv_attention
 
 
@@ -223,6 +239,8 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
     same = weights.origin.layout == "single-file" or alone
     if same:
         namings |= weights.origin.namings
+    if "vae" in weights.parts and isinstance(weights.config.vae, TinyVaeConfig):
+        namings["vae"] = _tiny_naming(weights, namings["vae"])
     carried = {("", name): tensor for (part, name), tensor in weights.carried.items() if same and not part}
     carried = _with_marks(weights, carried, new=not same)
     left_out = tuple(sorted(name for part, name in weights.carried if (part, name) not in carried))
@@ -230,6 +248,24 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
     chosen = dataclasses.replace(weights, carried=carried)
     count = _write_tensors(chosen, {part: namings[part] for part in weights.parts}, destination, metadata, shown)
     return Written(weights.parts, count, weights.size, left_out)
+
+
+def _tiny_naming(weights: Weights, naming: Naming) -> Naming:
+    """Of a tiny autoencoder in a single file. naming: that of the file that it came from, if it was one."""
+    alone = {"encoder": Naming(Dialect.TAESD_DECODER), "decoder": Naming(Dialect.TAESD_ENCODER)}
+    if len(weights.parts) > 1:
+        raise InputError(
+            "A single file of a whole model has no place for a tiny autoencoder. Give --parts-from the large one, or "
+            "choose --to diffusers or --to orbax"
+        )
+    if (half := lacking_half(weights)) is not None:
+        return alone[half]
+    if naming.dialect is not Dialect.DIFFUSERS:
+        raise InputError(
+            "taesd keeps encoder and decoder in two files, whose tensors have the same names. Convert each alone, or "
+            "choose --to diffusers or --to orbax for both"
+        )
+    return naming
 
 
 def _with_marks(

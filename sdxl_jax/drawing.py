@@ -107,7 +107,7 @@ class Recipe(NamedTuple):
     legs: tuple[Leg, ...]
     compute: Compute
     tile: int | None
-    """Of the latent, positions a side that are decoded at a time; None: all."""
+    """Pixels a side that are decoded at a time; None: all."""
 
 
 class Painted(NamedTuple):
@@ -274,7 +274,7 @@ def encode(
 def decode(
     params: Params, latent: Array, *, config: ModelConfig, compute: Compute, tile: int | None
 ) -> UInt8[Array, "batch height width 3"]:
-    """`params`: the autoencoder's. tile: of the latent, positions a side that are decoded at a time; None: all."""
+    """`params`: the autoencoder's. tile: pixels a side that are decoded at a time; None: all."""
     if tile is None:
         return arrays.to_bytes(vae.decode(config.vae, params, latent, compute))
     return arrays.to_bytes(vae.decode_tiled(config.vae, params, latent, compute, tile))

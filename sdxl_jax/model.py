@@ -24,8 +24,9 @@ from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import clip, unet, vae
 from sdxl_jax.models.layers import Compute
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.samplers.guidance import Condition
 
 
@@ -44,8 +45,8 @@ class ModelConfig:
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The denoising network."""
-    vae: VaeConfig = field(default_factory=VaeConfig)
-    """The autoencoder between images and latents."""
+    vae: AnyVaeConfig = field(default_factory=VaeConfig)
+    """The autoencoder between images and latents: the large one, or a tiny one for its latents."""
     text: tuple[Tower, ...] = text.SDXL_BASE_TEXT
     """The text encoders, in the order in which their states are concatenated."""
     micro: MicroConfig | None = field(default_factory=MicroConfig)
@@ -90,7 +91,12 @@ class ModelConfig:
                 f"model.vae.latent_channels={self.vae.latent_channels} and model.unet.out_channels="
                 f"{self.unet.out_channels} differ. Set both to the same number"
             )
-        for name, part in (("unet", self.unet), ("vae", self.vae)):
+        grouped: list[tuple[str, UNetConfig | VaeConfig]] = [("unet", self.unet)]
+        if isinstance(self.vae, TinyVaeConfig):
+            self._check_tiny(self.vae)
+        else:
+            grouped.append(("vae", self.vae))
+        for name, part in grouped:
             if uneven := [channels for channels in part.block_channels if channels % part.groups]:
                 raise InputError(
                     f"model.{name}.block_channels has {uneven}, which model.{name}.groups={part.groups} does not "
@@ -110,6 +116,18 @@ class ModelConfig:
             raise InputError(
                 "model.schedule.zero_terminal_snr=True leaves nothing to predict noise from at the last timestep. "
                 "Set model.prediction=v_prediction"
+            )
+
+    def _check_tiny(self, tiny: TinyVaeConfig) -> None:
+        if tiny.channels < 1 or min(tiny.encoder_blocks + tiny.decoder_blocks, default=0) < 1:
+            raise InputError(
+                f"model.vae has channels={tiny.channels}, encoder_blocks={tiny.encoder_blocks} and decoder_blocks="
+                f"{tiny.decoder_blocks}. Give 1 or more everywhere"
+            )
+        if len(tiny.encoder_blocks) != len(tiny.decoder_blocks):
+            raise InputError(
+                f"model.vae.encoder_blocks={tiny.encoder_blocks} and decoder_blocks={tiny.decoder_blocks} differ in "
+                "length. Give one number a level each"
             )
 
     def _check_text(self) -> None:

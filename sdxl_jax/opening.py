@@ -5,6 +5,7 @@
     a diffusers directory                             model_index.json; whole, sharded, or variant files
     a .safetensors file                               a whole model in Stability's original layout
     one network alone                                 UNet, VAE or text encoder: a directory or a file
+    half a network                                    encoder or decoder of a tiny VAE: a file
 
 `loading.py` reads the parameters to devices, `converting.py` writes them in another layout.
 """
@@ -28,11 +29,22 @@ from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.interop import detection, diffusers, diffusers_fields, json_files, names, orbax, safetensors
 from sdxl_jax.interop.names import Dialect, Naming, PartConfig
 from sdxl_jax.interop.safetensors import Tensor
-from sdxl_jax.interop.weights import Carried, Initial, InMemory, Leaf, Origin, Weights, leaves_of, part_configs
+from sdxl_jax.interop.weights import (
+    Carried,
+    Initial,
+    InMemory,
+    Leaf,
+    Origin,
+    Weights,
+    lacking_half,
+    leaves_of,
+    part_configs,
+)
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.training.checkpoint import latest_step
 
 METADATA = "sdxl_jax"
@@ -134,6 +146,8 @@ def _open_orbax(path: Path) -> Weights:
     for part, name, dtype, shape in described.get("empty", []):
         carried[part, name] = InMemory(np.zeros(shape, dtype))
     parts = [part for part in part_configs(config) if part in tree]
+    if isinstance(config.vae, TinyVaeConfig) and len(halves := list(tree.get("vae", ()))) == 1:
+        parts[parts.index("vae")] = f"vae/{halves[0]}"
     origin = configuration.from_json(described["origin"], Origin)
     return Weights(config, _complete(config, found, path, parts), origin, carried, licences_in(path))
 
@@ -153,12 +167,13 @@ def _complete(
 
 
 def _expected(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of a model, or of some parts of it, by path."""
+    """The parameters of a model by path, or those of them that are below some keys."""
+    below = tuple(f"{part}/" for part in (part_configs(config) if parts is None else parts))
     return {
         f"{part}/{path}": leaf
         for part, part_config in part_configs(config).items()
-        if parts is None or part in parts
         for path, leaf in names.abstract(part_config).items()
+        if f"{part}/{path}".startswith(below)
     }
 
 
@@ -221,6 +236,8 @@ def _around(part_config: PartConfig) -> tuple[str, ModelConfig]:
         case VaeConfig():
             base = models.SD1 if part_config.scale == models.SD1.vae.scale else models.SDXL_BASE
             return "vae", dataclasses.replace(base, vae=part_config)
+        case TinyVaeConfig():
+            return "vae", dataclasses.replace(models.SDXL_BASE, vae=part_config)
         case ClipTextConfig():
             base = detection.nearest(None, [part_config])
             tower = detection.by_width(base.text, part_config)
@@ -252,7 +269,7 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         if kind is not None and isinstance(part_config := _component_config(beside, kind), namings[0][0]):
             alone, config = _around(part_config)
             parts = {alone: detection.Found(part_config, namings[0][1])}
-        elif alone == "vae":
+        elif alone == "vae" and isinstance(config.vae, VaeConfig):
             tells_scale = False
             notes.append(f"{path} does not say the scale of its latents, as a directory with config.json does")
     leaves, carried = {}, {name: tensor for name, tensor in tensors.items() if detection.is_carried(name)}
@@ -351,7 +368,12 @@ class _Matched:
 
 _PARTIAL = "To load what fits, and leave the rest out, give --allow-partial"
 
-_FIRST_CHOICE = {UNetConfig: Dialect.DIFFUSERS, VaeConfig: Dialect.DIFFUSERS, ClipTextConfig: Dialect.TRANSFORMERS}
+_FIRST_CHOICE = {
+    UNetConfig: Dialect.DIFFUSERS,
+    VaeConfig: Dialect.DIFFUSERS,
+    TinyVaeConfig: Dialect.DIFFUSERS,
+    ClipTextConfig: Dialect.TRANSFORMERS,
+}
 
 
 def _match(
@@ -452,20 +474,24 @@ def _with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
         config = dataclasses.replace(config, unet=other.config.unet)
         if other.tells_noise:
             config = dataclasses.replace(config, prediction=other.config.prediction, schedule=other.config.schedule)
+    kept: tuple[str, ...] = ()
     if "vae" in other.parts:
-        scale = other.config.vae.scale if other.tells_scale else config.vae.scale
-        config = dataclasses.replace(config, vae=dataclasses.replace(other.config.vae, scale=scale))
+        half = lacking_half(other)
+        if half is not None and isinstance(config.vae, TinyVaeConfig):
+            kept = tuple(leaf_path for leaf_path in weights.leaves if leaf_path.startswith(f"vae/{half}/"))
+        config = dataclasses.replace(config, vae=_other_vae(config.vae, other, half if kept else None, path))
     given = {tower.name: tower for tower in other.config.text if tower.name in other.parts}
     towers = tuple(_replaced(tower, given[tower.name]) if tower.name in given else tower for tower in config.text)
     config = dataclasses.replace(config, text=towers)
     config.check()
-    leaves = {
-        leaf_path: source.leaves[leaf_path]
-        for part in mine
-        for source in [other if part in other.parts else weights]
-        for leaf_path in source.leaves
-        if leaf_path.startswith(f"{part}/")
+    own = {
+        leaf_path: leaf
+        for leaf_path, leaf in weights.leaves.items()
+        if leaf_path in kept or leaf_path.split("/")[0] not in other.parts
     }
+    both = {**own, **other.leaves}
+    present = tuple(part for part in mine if part in weights.parts or part in other.parts)
+    leaves = {leaf_path: both[leaf_path] for leaf_path in _expected(config, present) if leaf_path in both}
     namings = weights.origin.namings
     gone = tuple(namings[part].prefix for part in other.parts if part in namings and namings[part].prefix)
     gone += ("model_ema.", "v_pred", "ztsnr") if "unet" in other.parts else ()
@@ -477,6 +503,24 @@ def _with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
     notes = (*weights.notes, *other.notes)
     licences = tuple(dict.fromkeys((*weights.licences, *other.licences)))
     return dataclasses.replace(weights, config=config, leaves=leaves, carried=carried, notes=notes, licences=licences)
+
+
+def _other_vae(mine: AnyVaeConfig, other: Weights, kept: str | None, path: str | Path) -> AnyVaeConfig:
+    """Another autoencoder in the place of a model's. kept: the half of a tiny one that stays, and is joined by it."""
+    theirs = other.config.vae
+    if isinstance(theirs, VaeConfig):
+        # A file that does not tell its scale is taken to have that of the model, which a tiny one does not know.
+        known = other.tells_scale or not isinstance(mine, VaeConfig)
+        return theirs if known else dataclasses.replace(theirs, scale=mine.scale)
+    if kept is None or not isinstance(mine, TinyVaeConfig):
+        return theirs
+    have, want = ((vae.channels, vae.latent_channels) for vae in (theirs, mine))
+    if have != want:
+        raise InputError(
+            f"{path} has {have[0]} channels and latents of {have[1]}, the {kept} that it joins {want[0]} and "
+            f"{want[1]}: halves of two autoencoders. Give both halves of one"
+        )
+    return dataclasses.replace(theirs, **{f"{kept}_blocks": getattr(mine, f"{kept}_blocks")})
 
 
 def _replaced(tower: Tower, other: Tower) -> Tower:

@@ -339,7 +339,7 @@ class _Job:
             self.shares_text,
             self.legs,
             compute,
-            None if options.decode_tile is None else options.decode_tile // self.model.config.vae.downsampling,
+            options.decode_tile,
         )
         strengths = (_guidance(options, self.model.config), options.pag, options.guidance_rescale)
         fixed: dict[str, Any] = {
@@ -412,7 +412,7 @@ def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroCondition
 
 def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
     factor = config.vae.downsampling
-    own = config.default_size if image is None else init_images.snap(*image.shape[:2], factor)
+    own = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
     height = own[0] if options.height is None else options.height
     width = own[1] if options.width is None else options.width
     check_size(height, width, factor)

@@ -12,6 +12,8 @@ from pathlib import PurePosixPath
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig
 from sdxl_jax.sharding import MeshConfig
 
 SMALLER = 8
@@ -24,6 +26,7 @@ SHRUNK = (
     *("model.unet.block_channels", "model.unet.resnets_per_block", "model.unet.transformer_depth"),
     *("model.unet.middle_depth", "model.unet.heads", "model.unet.context_dim", "model.unet.vector_dim"),
     *("model.unet.groups", "model.vae.block_channels", "model.vae.resnets_per_block", "model.vae.groups"),
+    *("model.vae.channels", "model.vae.encoder_blocks", "model.vae.decoder_blocks"),
     *("model.text", "model.micro.embedding_dim", "model.default_size"),
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices"),
     *("optimiser.warmup_steps", "optimiser.accumulate"),
@@ -112,11 +115,18 @@ def _small_model(config: ModelConfig) -> ModelConfig:
             vector_dim=None if micro is None or pooled is None else pooled + micro.vector_dim,
             groups=4,
         ),
-        vae=replace(config.vae, block_channels=(4,) * len(config.vae.block_channels), resnets_per_block=1, groups=2),
+        vae=_small_vae(config.vae),
         text=towers,
         micro=micro,
         default_size=_smaller(config.default_size),
     )
+
+
+def _small_vae(config: AnyVaeConfig) -> AnyVaeConfig:
+    if isinstance(config, TinyVaeConfig):
+        one = (1,) * len(config.decoder_blocks)
+        return replace(config, channels=4, encoder_blocks=one, decoder_blocks=one)
+    return replace(config, block_channels=(4,) * len(config.block_channels), resnets_per_block=1, groups=2)
 
 
 def _small_tower(tower: Tower) -> Tower:

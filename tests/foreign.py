@@ -142,8 +142,10 @@ def single_file(
 
 
 def diffusers_namings(config: ModelConfig) -> dict[str, Naming]:
-    kinds = {UNetConfig: Dialect.DIFFUSERS, VaeConfig: Dialect.DIFFUSERS, ClipTextConfig: Dialect.TRANSFORMERS}
-    return {part: Naming(kinds[type(part_config)]) for part, part_config in part_configs(config).items()}
+    def dialect(part_config: PartConfig) -> Dialect:
+        return Dialect.TRANSFORMERS if isinstance(part_config, ClipTextConfig) else Dialect.DIFFUSERS
+
+    return {part: Naming(dialect(part_config)) for part, part_config in part_configs(config).items()}
 
 
 def weights_name(part: str) -> str:

@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
         *("training.ema", "training.optimiser"),
         *BASE,
     },
-    "twin": {"config", "model", "conditioning", "sharding"},
+    "twin": {"config", "model", "models", "conditioning", "sharding"},
     "opening": {"config", "model", "models", "conditioning", "diffusion", "interop", "training.checkpoint"} | BASE,
     "loading": {"opening", "model", "diffusion", "interop", "sharding"} | BASE,
     "converting": {"opening", "loading", "config", "model", "models", "diffusion", "interop"} | BASE,

@@ -38,6 +38,7 @@ from sdxl_jax.interop.weights import Cast, FirstLayers, FromTensors, Initial, In
 from sdxl_jax.loading import load_model
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L, ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.opening import Opening, open_model
@@ -99,6 +100,7 @@ DIALECTS: dict[type, tuple[Naming, ...]] = {
         Naming(Dialect.ORIGINAL, conv_attention=True),
         Naming(Dialect.ORIGINAL),
     ),
+    TinyVaeConfig: (Naming(Dialect.DIFFUSERS),),
     ClipTextConfig: (
         Naming(Dialect.TRANSFORMERS),
         Naming(Dialect.TRANSFORMERS, "cond_stage_model.transformer."),

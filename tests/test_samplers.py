@@ -350,7 +350,7 @@ def test_ddpm_noise_has_the_variance_of_the_posterior() -> None:
     x0, epsilon, fresh = jnp.full((1, 200, 250, 1), 1.5), normal(0, (1, 200, 250, 1)), normal(1, (1, 200, 250, 1))
     row = Plan(*(jnp.asarray(column[4], jnp.float32) for column in plan))
     x_t = row.alpha * x0 + row.sigma_t * epsilon
-    after = loop.advance(row.weights, x_t[None], Denoised(x0, epsilon), fresh)[0]
+    after = loop.advance(row.weights, jnp.asarray(x_t)[None], Denoised(x0, epsilon), fresh)[0]
     # 50,000 numbers: five standard errors.
     assert float(after.mean()) == pytest.approx(1.5 * float(row.next_alpha), abs=0.02)
     assert float(after.var()) == pytest.approx(float(row.next_sigma_t) ** 2, rel=0.03)

@@ -12,7 +12,10 @@ import enum
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Float
+
+from sdxl_jax.arrays import type_of_array
 
 Array = jax.Array
 
@@ -56,13 +59,14 @@ def denoised(
     prediction: Prediction,
     output: Float[Array, "batch height width channels"],
     x_t: Float[Array, "batch height width channels"],
-    alpha: Float[Array, "..."],
-    sigma_t: Float[Array, "..."],
+    alpha: Float[type_of_array, "..."],
+    sigma_t: Float[type_of_array, "..."],
 ) -> Denoised:
     """x₀ and ε of a network's output at x_t.
 
     From ε, α must not be 0 (zero terminal SNR); from x₀, σ_t must not be 0: there the question has no answer.
     """
+    alpha, sigma_t = jnp.asarray(alpha), jnp.asarray(sigma_t)
     match prediction:
         case Prediction.EPSILON:
             return Denoised((x_t - sigma_t * output) / alpha, output)

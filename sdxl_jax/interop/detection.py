@@ -17,6 +17,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.interop.names import Dialect, Naming, PartConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, VaeConfig
 
@@ -33,6 +34,7 @@ _MARKS: tuple[tuple[type, Dialect, tuple[str, str]], ...] = (
             (Dialect.ORIGINAL, "mid.attn_1.q"),
         )
     ),
+    (TinyVaeConfig, Dialect.DIFFUSERS, ("encoder.layers.1.conv.0.weight", "decoder.layers.2.conv.0.weight")),
     *(
         (ClipTextConfig, dialect, (f"{prefix}token_embedding.weight", f"{prefix}position_embedding.weight"))
         for dialect, prefix in (
@@ -44,6 +46,12 @@ _MARKS: tuple[tuple[type, Dialect, tuple[str, str]], ...] = (
 )
 """Two tensors that every network of a kind has in a naming: where one is missing, the other still tells what it is. The
 longer ones come first, which others end with."""
+
+_TAESD = {
+    Dialect.TAESD_ENCODER: {"0.bias", "1.conv.0.weight", "2.weight"},
+    Dialect.TAESD_DECODER: {"1.bias", "3.conv.0.weight"},
+}
+"""Tensors of the halves of taesd, all of which are needed: numbers alone, without a prefix, say little."""
 
 _CARRIED = re.compile(
     r"(^|\.)embeddings\.position_ids$|(^|\.)(logit_scale|attn_mask)$|(^|\.)(visual|vision_model|visual_projection)(\.|$)"
@@ -85,7 +93,10 @@ def namings(shapes: Shapes) -> list[tuple[type, Naming]]:
                 continue
             # The VAE's mark is a weight of its attention.
             found[kind, prefix] = Naming(dialect, prefix, kind is VaeConfig and len(shapes[name]) == 4)
-    order = (UNetConfig, VaeConfig, ClipTextConfig)
+    for dialect, marks in _TAESD.items():
+        if marks <= shapes.keys():
+            found[TinyVaeConfig, ""] = Naming(dialect)
+    order = (UNetConfig, VaeConfig, TinyVaeConfig, ClipTextConfig)
     return [(key[0], found[key]) for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
 
 
@@ -98,7 +109,7 @@ def _infer(kind: type, naming: Naming, shapes: Shapes) -> PartConfig:
     dialect, prefix = naming.dialect, naming.prefix
     inside = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     try:
-        infer = {UNetConfig: _unet, VaeConfig: _vae, ClipTextConfig: _clip}[kind]
+        infer = {UNetConfig: _unet, VaeConfig: _vae, TinyVaeConfig: _tiny_vae, ClipTextConfig: _clip}[kind]
         return infer(inside, dialect)
     except (KeyError, IndexError, ValueError) as error:
         raise InputError(
@@ -162,6 +173,32 @@ def _vae(shapes: Shapes, dialect: Dialect) -> VaeConfig:
     return VaeConfig(channels, len(resnets), shapes["quant_conv.weight"][0] // 2)
 
 
+def _tiny_vae(shapes: Shapes, dialect: Dialect) -> TinyVaeConfig:
+    """Of a half alone, the other is taken for its mirror."""
+    if dialect is Dialect.DIFFUSERS:
+        halves = [
+            {name.removeprefix(half): shape for name, shape in shapes.items() if name.startswith(half)}
+            for half in ("encoder.layers.", "decoder.layers.")
+        ]
+        encoder, decoder = map(_blocks, halves)
+        first = halves[1]["0.weight"]
+    elif dialect is Dialect.TAESD_DECODER:
+        decoder, first = _blocks(shapes), shapes["1.weight"]
+        encoder = decoder[::-1]
+    else:
+        encoder, last = _blocks(shapes), _numbers(shapes, r"(\d+)\.bias")[-1]
+        decoder, first = encoder[::-1], shapes[f"{last}.weight"][:2][::-1]
+    return TinyVaeConfig(first[0], encoder, decoder, first[1])
+
+
+def _blocks(layers: Shapes) -> tuple[int, ...]:
+    """Residual blocks between the plain convolutions of half a tiny autoencoder, whose layers are numbered."""
+    plain = _numbers(layers, r"(\d+)\.weight")
+    blocks = _numbers(layers, r"(\d+)\.conv\.0\.weight")
+    ends = itertools.pairwise(plain)
+    return tuple(sum(start < block < stop for block in blocks) for start, stop in ends)
+
+
 def _clip(shapes: Shapes, dialect: Dialect) -> ClipTextConfig:
     match dialect:
         case Dialect.TRANSFORMERS:
@@ -201,7 +238,7 @@ def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
     Raises InputError for a file with two parts of one kind that no published model has.
     """
     unets = [part for part in found if isinstance(part.config, UNetConfig)]
-    vaes = [part for part in found if isinstance(part.config, VaeConfig)]
+    vaes = [part for part in found if isinstance(part.config, VaeConfig | TinyVaeConfig)]
     towers = [part for part in found if isinstance(part.config, ClipTextConfig)]
     if len(unets) > 1 or len(vaes) > 1 or len(towers) > 2:
         prefixes = ", ".join(part.naming.prefix or "(none)" for part in found)
@@ -214,9 +251,12 @@ def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
     if network is not None:
         config = replace(config, unet=network)
     if vaes:
-        assert isinstance(vaes[0].config, VaeConfig)
-        scale = SD_VAE.scale if config.micro is None else SDXL_VAE.scale
-        config = replace(config, vae=replace(vaes[0].config, scale=scale))
+        autoencoder = vaes[0].config
+        assert isinstance(autoencoder, VaeConfig | TinyVaeConfig)
+        if isinstance(autoencoder, VaeConfig):
+            scale = SD_VAE.scale if config.micro is None else SDXL_VAE.scale
+            autoencoder = replace(autoencoder, scale=scale)
+        config = replace(config, vae=autoencoder)
         parts["vae"] = Found(config.vae, vaes[0].naming)
     described = {}
     for preset, clip, part in zip(_assign(config.text, clips), clips, towers, strict=True):

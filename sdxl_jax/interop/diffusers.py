@@ -31,7 +31,7 @@ from sdxl_jax.interop.json_files import Fields
 from sdxl_jax.model import ModelConfig, NoPrompt
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig
 
 _PIPELINES = {
     "StableDiffusionPipeline": False,
@@ -75,7 +75,7 @@ def _read_component(directory: Path, name: str, kind: str) -> tuple[dict[str, An
     fields = json_files.read(path)
     if component_kind(fields) != kind:
         given = fields.get("_class_name") or fields.get("architectures") or fields.get("model_type")
-        classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}.get(kind, "CLIPTextModel")
+        classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL or AutoencoderTiny"}.get(kind, "CLIPTextModel")
         raise InputError(f"{path} describes {json.dumps(given)}, expected {classes}. Other classes are not implemented")
     return fields, str(path)
 
@@ -189,7 +189,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
         **VERSION,
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", vae_fields(config.vae)["_class_name"]],
     }
     if config.micro is None:
         index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
@@ -217,14 +217,14 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
 
 
 def write_component(
-    config: UNetConfig | VaeConfig | ClipTextConfig, directory: Path, micro: MicroConfig | None = MicroConfig()
+    config: UNetConfig | AnyVaeConfig | ClipTextConfig, directory: Path, micro: MicroConfig | None = MicroConfig()
 ) -> None:
     """directory/config.json of one part alone. micro: as for `unet_fields`."""
     match config:
         case UNetConfig():
             fields = unet_fields(config, micro)
-        case VaeConfig():
-            fields = vae_fields(config)
         case ClipTextConfig():
             fields = clip_fields(config)
+        case _:
+            fields = vae_fields(config)
     json_files.write(directory / "config.json", fields)

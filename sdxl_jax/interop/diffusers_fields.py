@@ -4,9 +4,10 @@
     unet_fields, vae_fields, clip_fields, scheduler_fields     and back
 
 What a field means, and what holds where a file leaves it out, follows the constructors of diffusers'
-`UNet2DConditionModel`, `AutoencoderKL` and schedulers, and of transformers' `CLIPTextConfig`. A field that asks for
-something that is not implemented is refused by its name: a model built without it would run and be wrong. Fields that
-only steer numerics, tiling or the choice of a sampler are skipped, as is every name that begins with "_".
+`UNet2DConditionModel`, `AutoencoderKL`, `AutoencoderTiny` and schedulers, and of transformers' `CLIPTextConfig`. A
+field that asks for something that is not implemented is refused by its name: a model built without it would run and be
+wrong. Fields that only steer numerics, tiling or the choice of a sampler are skipped, as is every name that begins with
+"_".
 """
 
 import json
@@ -21,8 +22,9 @@ from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.interop.json_files import Fields
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 
 # What the fields of a part may say
 
@@ -100,6 +102,25 @@ _VAE = _Known(
         **_each("use_quant_conv use_post_quant_conv mid_block_add_attention", True),
     },
     skipped="force_upcast sample_size torch_dtype",
+)
+_TINY_VAE = _Known(
+    read={
+        "encoder_block_out_channels": [64, 64, 64, 64],
+        "decoder_block_out_channels": [64, 64, 64, 64],
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3, 3, 3, 1],
+        "latent_channels": 4,
+    },
+    only={
+        **_each("act_fn", "relu"),
+        **_each("upsample_fn", "nearest"),
+        **_each("in_channels out_channels", 3),
+        **_each("upsampling_scaling_factor", 2),
+        **_each("scaling_factor", 1),
+        **_each("shift_factor", 0, None),
+    },
+    # The first two are for keeping latents as bytes; the third repeats the decoder's.
+    skipped="latent_magnitude latent_shift block_out_channels force_upcast torch_dtype",
 )
 _CLIP = _Known(
     read={
@@ -181,10 +202,13 @@ def _number(fields: Fields, name: str, where: str, levels: int = 1) -> int:
 # Each part: from the fields
 
 
+_CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
+
+
 def component_kind(fields: Fields) -> str | None:
     """What a config.json describes: "unet", "vae", "text_encoder", or None for anything else."""
     if (name := fields.get("_class_name")) is not None:
-        return {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}.get(name) if isinstance(name, str) else None
+        return _CLASSES.get(name) if isinstance(name, str) else None
     # The model type comes second: safety checkers have "clip" there too.
     if architectures := fields.get("architectures"):
         towers = {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"}
@@ -236,8 +260,10 @@ def unet_surroundings(fields: Fields, where: str, default: int) -> tuple[int, tu
     )
 
 
-def vae_config(fields: Fields, where: str) -> VaeConfig:
-    """vae/config.json. where: its path, for messages."""
+def vae_config(fields: Fields, where: str) -> AnyVaeConfig:
+    """vae/config.json, of either kind. where: its path, for messages."""
+    if fields.get("_class_name") == "AutoencoderTiny":
+        return _tiny_vae_config(fields, where)
     given = _checked(_VAE, fields, where)
     channels = _numbers(given, "block_out_channels", where)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -253,6 +279,18 @@ def vae_config(fields: Fields, where: str) -> VaeConfig:
         scale=float(scale),
         groups=_number(given, "norm_num_groups", where),
     )
+
+
+def _tiny_vae_config(fields: Fields, where: str) -> TinyVaeConfig:
+    given = _checked(_TINY_VAE, fields, where)
+    encoder, decoder = (_numbers(given, f"num_{half}_blocks", where) for half in ("encoder", "decoder"))
+    if len(encoder) != len(decoder):
+        raise _refused(where, "num_encoder_blocks", list(encoder), f"as many levels as the decoder's {len(decoder)}")
+    # diffusers' layers between the levels keep the number of channels, which must then be one.
+    channels = _number(given, "decoder_block_out_channels", where, len(decoder))
+    if _number(given, "encoder_block_out_channels", where, len(encoder)) != channels:
+        raise _refused(where, "encoder_block_out_channels", given["encoder_block_out_channels"], "the decoder's")
+    return TinyVaeConfig(channels, encoder, decoder, _number(given, "latent_channels", where))
 
 
 def clip_config(fields: Fields, where: str) -> ClipTextConfig:
@@ -356,8 +394,19 @@ def unet_fields(
     }
 
 
-def vae_fields(config: VaeConfig, sample_size: int = 1024) -> dict[str, Any]:
+def vae_fields(config: AnyVaeConfig, sample_size: int = 1024) -> dict[str, Any]:
     """vae/config.json. sample_size: pixels along a side of the tiles that diffusers can decode in."""
+    if isinstance(config, TinyVaeConfig):
+        return {
+            "_class_name": "AutoencoderTiny",
+            **VERSION,
+            **_written(_TINY_VAE),
+            "encoder_block_out_channels": [config.channels] * len(config.encoder_blocks),
+            "decoder_block_out_channels": [config.channels] * len(config.decoder_blocks),
+            "num_encoder_blocks": list(config.encoder_blocks),
+            "num_decoder_blocks": list(config.decoder_blocks),
+            "latent_channels": config.latent_channels,
+        }
     levels = len(config.block_channels)
     return {
         "_class_name": "AutoencoderKL",

@@ -23,17 +23,18 @@ from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.models import clip, layers, unet, vae
 from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 
-PartConfig = UNetConfig | VaeConfig | ClipTextConfig
+PartConfig = UNetConfig | VaeConfig | TinyVaeConfig | ClipTextConfig
 
 
 class Dialect(enum.Enum):
     """Who named the tensors."""
 
     DIFFUSERS = "diffusers"
-    """UNet and VAE of diffusers."""
+    """UNet, VAE and tiny VAE of diffusers."""
     DIFFUSERS_OLD = "diffusers_old"
     """VAE of diffusers before 0.18: its attention has query, key, value and proj_attn."""
     ORIGINAL = "original"
@@ -44,6 +45,14 @@ class Dialect(enum.Enum):
     """CLIP as transformers 5 saves it: without `text_model.`."""
     OPENCLIP = "openclip"
     """CLIP of OpenAI and OpenCLIP: transformer.resblocks, queries, keys and values in one tensor."""
+    TAESD_ENCODER = "taesd_encoder"
+    """The encoder alone of a tiny VAE, as taesd has it: layers by number."""
+    TAESD_DECODER = "taesd_decoder"
+    """The decoder alone, in a file of its own."""
+
+
+HALVES = {Dialect.TAESD_ENCODER: "encoder/", Dialect.TAESD_DECODER: "decoder/"}
+"""Where the parameters are that a naming of half a network has names for. All other namings are of whole networks."""
 
 
 @dataclass(frozen=True)
@@ -222,8 +231,28 @@ def _original_vae(config: VaeConfig) -> _Rules:
     )
 
 
+def _tiny_vae(config: TinyVaeConfig, dialect: Dialect) -> _Rules:
+    """Layers are numbered through each half, activations and enlargements among them."""
+    encoder, decoder = ["conv_in"], ["conv_in", ""]
+    for level, blocks in enumerate(config.encoder_blocks):
+        encoder += [f"down_blocks_{level}_downsample"] if level else []
+        encoder += [f"down_blocks_{level}_blocks_{index}" for index in range(blocks)]
+    for level, blocks in enumerate(config.decoder_blocks):
+        decoder += [f"up_blocks_{level}_blocks_{index}" for index in range(blocks)]
+        decoder += ["", f"up_blocks_{level}_upsample"] if level + 1 < len(config.decoder_blocks) else []
+    rules = []
+    # taesd's own decoder begins with the clamp of the latent, as layer 0.
+    for half, layers_of, first in (("encoder", encoder, 0), ("decoder", decoder, dialect is Dialect.TAESD_DECODER)):
+        prefix = f"{half}.layers." if dialect is Dialect.DIFFUSERS else ""
+        for number, layer in enumerate([*layers_of, "conv_out"], first):
+            rules += [(rf"^{half}\.{layer}\.", f"{prefix}{number}.")] if layer else []
+    return (*rules, (r"\.conv1\.", ".conv.0."), (r"\.conv2\.", ".conv.2."), (r"\.conv3\.", ".conv.4."))
+
+
 def _rules(config: PartConfig, dialect: Dialect) -> _Rules:
     match config, dialect:
+        case TinyVaeConfig(), Dialect.DIFFUSERS | Dialect.TAESD_ENCODER | Dialect.TAESD_DECODER:
+            return _tiny_vae(config, dialect)
         case UNetConfig(), Dialect.DIFFUSERS:
             return _DIFFUSERS_UNET
         case UNetConfig(), Dialect.ORIGINAL:
@@ -255,7 +284,7 @@ def init(config: PartConfig) -> Callable[[jax.Array], Params]:
     match config:
         case UNetConfig():
             return lambda key: unet.init(key, config)
-        case VaeConfig():
+        case VaeConfig() | TinyVaeConfig():
             return lambda key: vae.init(key, config)
         case ClipTextConfig():
             return lambda key: clip.init(key, config)
@@ -263,8 +292,10 @@ def init(config: PartConfig) -> Callable[[jax.Array], Params]:
 
 @functools.cache
 def table(config: PartConfig, naming: Naming) -> Table:
-    """The table of one part of a model in one naming."""
-    rules, params = _rules(config, naming.dialect), abstract(config)
+    """The table of one part of a model in one naming; of half of it, where the naming has names for half."""
+    half = HALVES.get(naming.dialect, "")
+    params = {path: leaf for path, leaf in abstract(config).items() if path.startswith(half)}
+    rules = _rules(config, naming.dialect)
     places: dict[str, list[Place]] = {}
     layouts: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     for path, leaf in _by_order_of_fusion(params):

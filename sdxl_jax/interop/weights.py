@@ -237,6 +237,14 @@ def part_configs(config: ModelConfig) -> dict[str, PartConfig]:
     return {"unet": config.unet, "vae": config.vae, **{tower.name: tower.clip for tower in config.text}}
 
 
+def lacking_half(weights: Weights) -> str | None:
+    """ "encoder" or "decoder", where the autoencoder is the other alone: a tiny one's halves are files of their own."""
+    if "vae" not in weights.parts:
+        return None
+    halves = {path.split("/")[1] for path in weights.leaves if path.startswith("vae/")}
+    return next((half for half in ("encoder", "decoder") if half not in halves), None)
+
+
 def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Path, mixed: bool) -> dict[str, Leaf]:
     """The parameters of one part that its tensors hold wholly.
 

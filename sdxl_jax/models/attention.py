@@ -60,6 +60,26 @@ def dot_product_attention(
     return checkpoint_name(out, layers.KEPT)
 
 
+def in_parts(
+    query: Float[jax.Array, "batch queries heads dim"],
+    key: Float[jax.Array, "batch keys heads dim"],
+    value: Float[jax.Array, "batch keys heads dim"],
+    implementation: Attention,
+    at_once: int,
+) -> Float[jax.Array, "batch queries heads dim"]:
+    """The same for so many queries at a time, where XLA would materialise the scores of all: 16 GiB for the 65536
+    positions of a picture of 2048 × 2048 in an autoencoder."""
+    if implementation is Attention.AUTO:
+        implementation = choose(_platform(), query, key)
+    queries = query.shape[1]
+    if implementation is not Attention.XLA or queries <= at_once:
+        return dot_product_attention(query, key, value, implementation)
+    padded = jnp.pad(query, ((0, 0), (0, -queries % at_once), (0, 0), (0, 0)))
+    parts = rearrange(padded, "batch (parts queries) heads dim -> parts batch queries heads dim", queries=at_once)
+    out = jax.lax.map(lambda part: dot_product_attention(part, key, value, Attention.XLA), parts)
+    return rearrange(out, "parts batch queries heads dim -> batch (parts queries) heads dim")[:, :queries]
+
+
 def choose(platform: str, query: Any, key: Any) -> Attention:
     """What `AUTO` is on a platform ("cpu", "gpu", "tpu") for arrays of these shapes and dtypes."""
     tokens, dim = query.shape[1], query.shape[3]
@@ -140,6 +160,8 @@ class MultiHeadAttention(nn.Module):
     heads: int
     compute: Compute
     bias: bool = False
+    queries: int | None = None
+    """How many at a time; None: all."""
 
     @nn.compact
     def __call__(
@@ -156,7 +178,10 @@ class MultiHeadAttention(nn.Module):
             return constrain(split, "batch", None, "tensor", None)
 
         query, key, value = project("to_q", hidden), project("to_k", context), project("to_v", context)
-        out = dot_product_attention(query, key, value, self.compute.attention)
+        if self.queries is None:
+            out = dot_product_attention(query, key, value, self.compute.attention)
+        else:
+            out = in_parts(query, key, value, self.compute.attention, self.queries)
         if perturbed is not None:
             out = jnp.where(perturbed[:, None, None, None], value, out)
         return dense(features, "to_out", self.compute)(rearrange(out, "b tokens heads dim -> b tokens (heads dim)"))

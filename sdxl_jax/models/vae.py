@@ -4,10 +4,11 @@
 
 Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the
 encoder pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are
-not here.
+not here. `encode`, `decode` and `init` take the tiny autoencoder of `taesd.py` as well, by the type of its
+configuration.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -17,10 +18,15 @@ from einops import rearrange
 from jaxtyping import Float, Key
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.errors import InputError
+from sdxl_jax.models import taesd, tiling
 from sdxl_jax.models.attention import MultiHeadAttention
-from sdxl_jax.models.layers import Compute, ResnetBlock, Upsample, conv, group_norm
+from sdxl_jax.models.layers import Compute, Remat, ResnetBlock, Upsample, conv, group_norm
+from sdxl_jax.models.taesd import TinyVaeConfig
 
 _EPSILON = 1e-6
+_QUERIES = 1024
+"""Positions that attend at a time in a tiled decode: scores of 256 MiB at 2048 × 2048 pixels."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +53,15 @@ class VaeConfig:
 SDXL_VAE = VaeConfig()
 SD_VAE = VaeConfig(scale=0.18215)
 
+AnyVaeConfig = VaeConfig | TinyVaeConfig
+
 
 class Posterior(NamedTuple):
     """The diagonal normal distribution of unscaled latents that the encoder gives for an image."""
 
     mean: Float[jax.Array, "batch height width channels"]
     log_variance: Float[jax.Array, "batch height width channels"]
+    """−∞ where the encoder gives the mean alone: a sample is the mean."""
 
     def sample(self, keys: Key[jax.Array, " batch"]) -> Float[jax.Array, "batch height width channels"]:
         """keys: one an image, so that a latent does not depend on its neighbours in the batch."""
@@ -65,6 +74,8 @@ class MiddleBlock(nn.Module):
 
     config: VaeConfig
     compute: Compute
+    queries: int | None = None
+    """Positions that attend at a time; None: all."""
 
     @nn.compact
     def __call__(
@@ -75,7 +86,7 @@ class MiddleBlock(nn.Module):
         x = block(channels, groups, _EPSILON, self.compute, name="resnets_0")(x, None)
         hidden = group_norm(groups, _EPSILON, "norm", self.compute)(x)
         hidden = rearrange(hidden, "b height width channels -> b (height width) channels")
-        hidden = MultiHeadAttention(1, self.compute, bias=True, name="attention")(hidden, hidden)
+        hidden = MultiHeadAttention(1, self.compute, True, self.queries, name="attention")(hidden, hidden)
         x = x + rearrange(hidden, "b (height width) channels -> b height width channels", height=height)
         return block(channels, groups, _EPSILON, self.compute, name="resnets_1")(x, None)
 
@@ -104,6 +115,28 @@ class Encoder(nn.Module):
         return conv(2 * config.latent_channels, "quant_conv", compute, size=1)(x)
 
 
+def _entry(config: VaeConfig, compute: Compute, x: jax.Array, queries: int | None = None) -> jax.Array:
+    """The decoder's layers before its levels, in the scope of a module. queries: see `MiddleBlock`."""
+    x = conv(config.latent_channels, "post_quant_conv", compute, size=1)(x)
+    x = conv(config.block_channels[-1], "conv_in", compute)(x)
+    return MiddleBlock(config, compute, queries, name="mid_block")(x)
+
+
+def _level(config: VaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
+    """A level of the decoder, from the coarsest: the enlargement before it, its blocks, and after the last the end."""
+    block = compute.block(ResnetBlock)
+    if level:
+        _, height, width, _ = x.shape
+        x = Upsample(compute, name=f"up_blocks_{level - 1}_upsample")(x, 2 * height, 2 * width)
+    for index in range(config.resnets_per_block + 1):
+        name = f"up_blocks_{level}_resnets_{index}"
+        x = block(config.block_channels[-1 - level], config.groups, _EPSILON, compute, name=name)(x, None)
+    if level + 1 < len(config.block_channels):
+        return x
+    x = nn.silu(group_norm(config.groups, _EPSILON, "conv_norm_out", compute)(x))
+    return conv(3, "conv_out", compute)(x)
+
+
 class Decoder(nn.Module):
     config: VaeConfig
     compute: Compute
@@ -112,54 +145,127 @@ class Decoder(nn.Module):
     def __call__(
         self, x: Float[jax.Array, "batch latent_height latent_width channels"]
     ) -> Float[jax.Array, "batch height width 3"]:
-        config, compute = self.config, self.compute
-        block = compute.block(ResnetBlock)
-        x = conv(config.latent_channels, "post_quant_conv", compute, size=1)(x)
-        x = conv(config.block_channels[-1], "conv_in", compute)(x)
-        x = MiddleBlock(config, compute, name="mid_block")(x)
-        for level, channels in enumerate(reversed(config.block_channels)):
-            for index in range(config.resnets_per_block + 1):
-                name = f"up_blocks_{level}_resnets_{index}"
-                x = block(channels, config.groups, _EPSILON, compute, name=name)(x, None)
-            if level + 1 < len(config.block_channels):
-                _, height, width, _ = x.shape
-                x = Upsample(compute, name=f"up_blocks_{level}_upsample")(x, 2 * height, 2 * width)
-        x = nn.silu(group_norm(config.groups, _EPSILON, "conv_norm_out", compute)(x))
-        return conv(3, "conv_out", compute)(x)
+        x = _entry(self.config, self.compute, x)
+        for level in range(len(self.config.block_channels)):
+            x = _level(self.config, self.compute, level, x)
+        return x
+
+
+class DecoderEntry(nn.Module):
+    """The first part of `Decoder` alone, of whose parameters it takes its own. queries: see `MiddleBlock`."""
+
+    config: VaeConfig
+    compute: Compute
+    queries: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch latent_height latent_width channels"]
+    ) -> Float[jax.Array, "batch latent_height latent_width features"]:
+        return _entry(self.config, self.compute, x, self.queries)
+
+
+class DecoderLevel(nn.Module):
+    """One level of `Decoder` alone."""
+
+    config: VaeConfig
+    compute: Compute
+    level: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width features"]
+    ) -> Float[jax.Array, "batch height_out width_out features_out"]:
+        return _level(self.config, self.compute, self.level, x)
 
 
 def encode(
-    config: VaeConfig, params: Params, image: Float[jax.Array, "batch height width 3"], compute: Compute = Compute()
+    config: AnyVaeConfig, params: Params, image: Float[jax.Array, "batch height width 3"], compute: Compute = Compute()
 ) -> Posterior:
-    """Distribution of the unscaled latent, float32, log variance clamped to −30..20.
+    """Distribution of the unscaled latent, float32, log variance clamped to −30..20. Of a tiny autoencoder the mean,
+    with log variance −∞.
 
-    image: −1..1, height and width multiples of `config.downsampling`.
+    image: −1..1, height and width multiples of `config.downsampling`. Raises InputError where there is no encoder.
     """
+    _check_half(params, "encoder")
+    if isinstance(config, TinyVaeConfig):
+        mean = taesd.encode(config, params, image, compute)
+        return Posterior(mean, jnp.full_like(mean, -jnp.inf))
     moments = Encoder(config, compute).apply({"params": params["encoder"]}, image)
     mean, log_variance = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
     return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
 
 def scaled_sample(
-    config: VaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
+    config: AnyVaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
 ) -> Float[jax.Array, "batch latent_height latent_width channels"]:
     """Latents as the UNet sees them: drawn, and × `config.scale`. keys: one an image."""
     return posterior.sample(keys) * config.scale
 
 
 def decode(
-    config: VaeConfig,
+    config: AnyVaeConfig,
     params: Params,
     latent: Float[jax.Array, "batch latent_height latent_width channels"],
     compute: Compute = Compute(),
 ) -> Float[jax.Array, "batch height width 3"]:
-    """The image of a scaled latent, float32, about −1..1 (not clipped)."""
+    """The image of a scaled latent, float32, about −1..1 (not clipped). Raises InputError where there is no decoder."""
+    _check_half(params, "decoder")
+    if isinstance(config, TinyVaeConfig):
+        return taesd.decode(config, params, latent, compute)
     image = Decoder(config, compute).apply({"params": params["decoder"]}, latent / config.scale)
     return jnp.asarray(image, jnp.float32)
 
 
-def init(key: Key[jax.Array, ""], config: VaeConfig) -> Params:
+def decode_tiled(
+    config: AnyVaeConfig,
+    params: Params,
+    latent: Float[jax.Array, "batch latent_height latent_width channels"],
+    compute: Compute = Compute(),
+    tile: int = 512,
+) -> Float[jax.Array, "batch height width 3"]:
+    """What `decode` gives, apart from rounding, with the memory of a tile: for pictures that have too little of it.
+
+    tile: positions along a tile's side, at every level of the decoder; at the last these are pixels. Higher: faster,
+    more memory. A level that fits is computed whole.
+
+    Norms take their moments over the whole picture, which costs the large autoencoder seven or eight runs over a level
+    that does not fit (models/tiling.py); the tiny one has no norms. Kept whole, besides the picture, are the results of
+    levels, of which the largest has half the picture's sides. Attention takes some of its queries at a time.
+
+    Raises InputError as `decode`, and for tiles too small for the borders that they need.
+    """
+    _check_half(params, "decoder")
+    compute, variables = replace(compute, remat=Remat.NONE), {"params": params["decoder"]}
+    if isinstance(config, TinyVaeConfig):
+        x, levels = latent, [taesd.TinyDecoderLevel(config, compute, n) for n in range(len(config.decoder_blocks))]
+        borders = [3 * blocks + 2 for blocks in config.decoder_blocks]
+    else:
+        x = DecoderEntry(config, compute, _QUERIES).apply(variables, latent / config.scale)
+        levels = [DecoderLevel(config, compute, n) for n in range(len(config.block_channels))]
+        borders = [2 * (config.resnets_per_block + 1) + 2] * len(levels)
+    for number, (level, border) in enumerate(zip(levels, borders, strict=True)):
+
+        def network(x: jax.Array, level: nn.Module = level) -> jax.Array:
+            return jnp.asarray(level.apply(variables, x))
+
+        x = tiling.apply(network, jnp.asarray(x), tile, border, factor=2 if number else 1)
+    return jnp.asarray(x, jnp.float32)
+
+
+def _check_half(params: Params, half: str) -> None:
+    """Tiny autoencoders come as two files, of which one alone may have been loaded."""
+    if half not in params:
+        raise InputError(
+            f"The autoencoder has no {half}, only its {', '.join(params)}. Give the file of the {half} too "
+            f"(taesdxl_{half}.safetensors, with --parts-from), or a whole autoencoder"
+        )
+
+
+def init(key: Key[jax.Array, ""], config: AnyVaeConfig) -> Params:
     """Fresh float32 parameters: {"encoder": …, "decoder": …}."""
+    if isinstance(config, TinyVaeConfig):
+        return taesd.init(key, config)
     encoder_key, decoder_key = jax.random.split(key)
     side = config.downsampling
     image, latent = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, config.latent_channels))

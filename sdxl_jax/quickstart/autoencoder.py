@@ -101,4 +101,5 @@ def load(path: Path = WEIGHTS) -> tuple[VaeConfig, Params]:
     """The configuration and the weights, as float32."""
     weights = open_model(path)
     params = {name: np.asarray(leaf.read(), np.float32) for name, leaf in weights.leaves.items()}
+    assert isinstance(weights.config.vae, VaeConfig)
     return weights.config.vae, unflatten(params)["vae"]

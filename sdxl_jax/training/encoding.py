@@ -45,7 +45,7 @@ from sdxl_jax.training.state import partition
 _CODE = (
     *("arrays.py", "conditioning/clip_merges.txt.gz", "conditioning/text.py", "data/crops.py", "data/images.py"),
     *("data/loader.py", "data/transforms.py", "models/attention.py", "models/clip.py", "models/layers.py"),
-    *("models/vae.py", "training/encoding.py"),
+    *("models/vae.py", "models/taesd.py", "training/encoding.py"),
 )
 """Files that decide what is encoded."""
 

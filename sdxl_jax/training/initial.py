@@ -12,7 +12,7 @@ from sdxl_jax import config as configuration
 from sdxl_jax.arrays import flatten
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop.weights import Weights, cast, part_configs
+from sdxl_jax.interop.weights import Weights, cast, lacking_half, part_configs
 from sdxl_jax.loading import load_weights
 from sdxl_jax.opening import open_model
 
@@ -70,6 +70,8 @@ def _opened(config: TrainConfig, parts: Collection[str] | None = None) -> list[W
             have, want = (configuration.to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
             if not weights.tells_scale:
                 have["scale"] = want["scale"]
+            if part == "vae" and (half := lacking_half(weights)) is not None:
+                have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # which the other half's file does not tell
             if differences := configuration.differences(have, want):
                 raise InputError(
                     f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
@@ -77,6 +79,12 @@ def _opened(config: TrainConfig, parts: Collection[str] | None = None) -> list[W
                     f"{part} out of training.init_parts"
                 )
         opened.append(weights)
+    lacking = [lacking_half(weights) for weights in opened if "vae" in weights.parts]
+    if lacking and None not in lacking and len(set(lacking)) == 1:
+        raise InputError(
+            f"training.init_from={config.training.init_from} holds a tiny autoencoder without its {lacking[0]}, which "
+            f"would have random weights. Add the {lacking[0]}'s file (taesdxl_{lacking[0]}.safetensors)"
+        )
     if missing:
         raise InputError(
             f"training.init_parts wants {', '.join(sorted(missing))}, which none of training.init_from="

@@ -18,7 +18,7 @@ import pytest
 from sdxl_jax.arrays import Params
 from sdxl_jax.interop import names
 from sdxl_jax.interop.names import Dialect, Naming
-from sdxl_jax.models import clip, layers, unet, vae
+from sdxl_jax.models import clip, layers, taesd, unet, vae
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -44,6 +44,7 @@ UNETS: dict[str, unet.UNetConfig] = {
 UNET_FOR_GRADIENTS = unet.UNetConfig((64, 128), 1, (0, 2), 2, (2, 4), 48, POOLED_DIM + 6 * FOURIER_DIM)
 """Every kind of weight once or twice: the gradient of a larger one takes a minute to compile."""
 VAE = vae.VaeConfig((64, 64, 128, 128))
+TINY_VAE = taesd.TinyVaeConfig(16, (1, 2, 3), (3, 2, 1))
 
 START, END, ADDED = 98, 99, 110
 """Tokens of the tiny vocabulary. `ADDED` is beyond `END`, as a textual inversion's token is."""
@@ -143,6 +144,27 @@ def vae_pair(config: vae.VaeConfig, seed: int = 0) -> Pair:
         latent_channels=config.latent_channels,
     )
     return _pair(model, config, Dialect.DIFFUSERS, seed)
+
+
+def tiny_vae_pair(config: taesd.TinyVaeConfig, seed: int = 0) -> Pair:
+    return _pair(tiny_vae_model(config), config, Dialect.DIFFUSERS, seed)
+
+
+def tiny_vae_with(config: taesd.TinyVaeConfig, params: Params) -> Pair:
+    """The same with weights that are given, ours."""
+    model, table = tiny_vae_model(config), names.table(config, Naming(Dialect.DIFFUSERS))
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in names.to_tensors(table, params).items()})
+    return Pair(model.eval(), table, params)
+
+
+def tiny_vae_model(config: taesd.TinyVaeConfig) -> Any:
+    return diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(config.channels,) * len(config.encoder_blocks),
+        decoder_block_out_channels=(config.channels,) * len(config.decoder_blocks),
+        num_encoder_blocks=config.encoder_blocks,
+        num_decoder_blocks=config.decoder_blocks,
+        latent_channels=config.latent_channels,
+    )
 
 
 def tower_pair(config: clip.ClipTextConfig, seed: int = 0) -> Pair:

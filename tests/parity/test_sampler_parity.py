@@ -83,7 +83,7 @@ def levels_like(theirs: Any, levels: Levels, noise: schedule.Schedule, index: in
 
 
 @jax.jit
-def advance(arrays: jax.Array, output: Any, noise: Any, row: Plan) -> dict[Prediction, jax.Array]:
+def advance(arrays: jax.Array, output: Any, noise: Any, row: Plan) -> dict[str, jax.Array]:
     def one(prediction: Prediction) -> jax.Array:
         return loop.advance(row.weights, arrays, denoised(prediction, output, arrays[0], row.alpha, row.sigma_t), noise)
 

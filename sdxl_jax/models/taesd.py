@@ -1,0 +1,159 @@
+"""The tiny autoencoder: an image to the latent of a large model's autoencoder and back, in a thirtieth of its numbers.
+
+    image −1..1 ── (x + 1) / 2 ── encoder ── scaled latent ── 3 tanh(x / 3) ── decoder ── 2x − 1 ── image
+
+Convolutions, ReLU and residual blocks of three convolutions; no norm, no attention, no distribution: the encoder gives
+the mean that the large autoencoder would. It is trained on latents that are scaled already, so nothing is multiplied
+here (TAESDXL: those of SDXL × 0.13025). Inside, images are 0..1.
+
+Source: Ollin Boer Bohan's `taesd` (github.com/madebyollin/taesd, taesd.py), which diffusers has as `AutoencoderTiny`.
+`vae.encode` and `vae.decode` take this autoencoder too; its training is not here.
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Key
+
+from sdxl_jax.arrays import Params
+from sdxl_jax.models.layers import Compute, conv, nearest
+
+_CLAMP = 3.0
+"""The decoder sees latents between −3 and 3."""
+
+
+@dataclass(frozen=True)
+class TinyVaeConfig:
+    """What the tiny autoencoder's weights depend on. The defaults are those of TAESD and TAESDXL."""
+
+    channels: int = 64
+    """Channels of every layer. Higher: better pictures, slower by the square."""
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    """Residual blocks of each level of the encoder, from the finest. Four levels: the latent's sides are an eighth."""
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    """Residual blocks of each level of the decoder, from the coarsest; as many levels."""
+    latent_channels: int = 4
+    """Channels of the latent."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of the image along one side of a latent position."""
+        return 2 ** (len(self.decoder_blocks) - 1)
+
+    @property
+    def scale(self) -> float:
+        """Its latents have unit variance as they are."""
+        return 1.0
+
+
+TAESDXL = TinyVaeConfig()
+
+
+class Block(nn.Module):
+    """Three convolutions around a shortcut, each behind a ReLU of what comes in."""
+
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch height width channels"]:
+        channels = x.shape[-1]
+        hidden = nn.relu(conv(channels, "conv1", self.compute)(x))
+        hidden = nn.relu(conv(channels, "conv2", self.compute)(hidden))
+        return nn.relu(x + conv(channels, "conv3", self.compute)(hidden))
+
+
+class TinyEncoder(nn.Module):
+    config: TinyVaeConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width 3"]
+    ) -> Float[jax.Array, "batch latent_height latent_width channels"]:
+        config, compute = self.config, self.compute
+        block = compute.block(Block)
+        x = conv(config.channels, "conv_in", compute)((x + 1) / 2)
+        for level, blocks in enumerate(config.encoder_blocks):
+            if level:
+                name = f"down_blocks_{level}_downsample"
+                x = conv(config.channels, name, compute, strides=2, use_bias=False)(x)
+            for index in range(blocks):
+                x = block(compute, name=f"down_blocks_{level}_blocks_{index}")(x)
+        return conv(config.latent_channels, "conv_out", compute)(x)
+
+
+def _level(config: TinyVaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
+    """A level of the decoder, from the coarsest, in the scope of a module: what enlarges to it, its blocks, the end."""
+    if level:
+        for axis in (1, 2):
+            x = nearest(x, 2 * x.shape[axis], axis)
+        x = conv(config.channels, f"up_blocks_{level - 1}_upsample", compute, use_bias=False)(x)
+    else:
+        x = nn.relu(conv(config.channels, "conv_in", compute)(_CLAMP * jnp.tanh(x / _CLAMP)))
+    for index in range(config.decoder_blocks[level]):
+        x = compute.block(Block)(compute, name=f"up_blocks_{level}_blocks_{index}")(x)
+    return x if level + 1 < len(config.decoder_blocks) else 2 * conv(3, "conv_out", compute)(x) - 1
+
+
+class TinyDecoder(nn.Module):
+    config: TinyVaeConfig
+    compute: Compute
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch latent_height latent_width channels"]
+    ) -> Float[jax.Array, "batch height width 3"]:
+        for level in range(len(self.config.decoder_blocks)):
+            x = _level(self.config, self.compute, level, x)
+        return x
+
+
+class TinyDecoderLevel(nn.Module):
+    """One level of `TinyDecoder` alone, of whose parameters it takes its own."""
+
+    config: TinyVaeConfig
+    compute: Compute
+    level: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[jax.Array, "batch height width features"]
+    ) -> Float[jax.Array, "batch height_out width_out features_out"]:
+        return _level(self.config, self.compute, self.level, x)
+
+
+def encode(
+    config: TinyVaeConfig,
+    params: Params,
+    image: Float[jax.Array, "batch height width 3"],
+    compute: Compute = Compute(),
+) -> Float[jax.Array, "batch latent_height latent_width channels"]:
+    """The scaled latent of an image −1..1, float32. Height and width: multiples of `config.downsampling`."""
+    latent = TinyEncoder(config, compute).apply({"params": params["encoder"]}, image)
+    return jnp.asarray(latent, jnp.float32)
+
+
+def decode(
+    config: TinyVaeConfig,
+    params: Params,
+    latent: Float[jax.Array, "batch latent_height latent_width channels"],
+    compute: Compute = Compute(),
+) -> Float[jax.Array, "batch height width 3"]:
+    """The image of a scaled latent, float32, about −1..1 (not clipped)."""
+    image = TinyDecoder(config, compute).apply({"params": params["decoder"]}, latent)
+    return jnp.asarray(image, jnp.float32)
+
+
+def init(key: Key[jax.Array, ""], config: TinyVaeConfig) -> Params:
+    """Fresh float32 parameters: {"encoder": …, "decoder": …}."""
+    encoder_key, decoder_key = jax.random.split(key)
+    side = config.downsampling
+    image, latent = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, config.latent_channels))
+    return {
+        "encoder": TinyEncoder(config, Compute()).init(encoder_key, image)["params"],
+        "decoder": TinyDecoder(config, Compute()).init(decoder_key, latent)["params"],
+    }
