@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Key, UInt8
 
 from sdxl_jax import arrays, model
-from sdxl_jax.arrays import MicroConditioning, Params
+from sdxl_jax.arrays import MicroConditioning, Params, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.prompts import PromptTokens
 from sdxl_jax.conditioning.text import TextCondition, Tower
@@ -162,7 +162,7 @@ def text_states(
 
 def told(
     states: tuple[TextCondition, TextCondition | None],
-    has_negative: Float[Array, " batch"],
+    has_negative: Float[type_of_array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
     *,
     config: ModelConfig,
@@ -241,20 +241,22 @@ def denoise(
     )
 
 
-def begin(leg: Leg, stretch: Stretch, state: State | None, noise: Array, image: Array | None) -> State:
-    """The state before a leg. Before the first there is none; `image` is the latent that it may start from."""
-    plan = stretch.plan
-    if leg.begin is Begin.NOISE:
-        return loop.start(noise, plan)
+def begin(leg: Leg, row: Plan, state: State | None, noise: Array | None, image: Array | None) -> State:
+    """The state before a leg whose first row is `row`. Before the first leg there is none; `image` is the latent that
+    it may start from."""
     if leg.begin is Begin.CONTINUE:
         assert state is not None, "there is something to go on with"
         return state
+    if leg.begin is Begin.NOISE:
+        assert noise is not None, "there is noise to start from"
+        return loop.start(noise, row)
     latent = image if state is None else state.arrays[0]
     assert latent is not None, "there is a latent to start from"
     if leg.begin is Begin.HAND_OVER:
-        return loop.start(latent, plan)
-    alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (plan.alpha, plan.sigma_t))
-    return loop.start(alpha * latent + sigma_t * noise, plan)
+        return loop.start(latent, row)
+    assert noise is not None, "there is noise to add"
+    alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (row.alpha, row.sigma_t))
+    return loop.start(alpha * latent + sigma_t * noise, row)
 
 
 # Pictures
@@ -347,7 +349,8 @@ def draw(
     for leg, stretch in zip(recipe.legs, inputs.stretches, strict=True):
         config = recipe.models[leg.model]
         sees_mask = config.unet.in_channels != config.vae.latent_channels
-        state = call.begin(leg, stretch, state, begun if state is None else inputs.refiner_noise, image)
+        noise = begun if state is None else inputs.refiner_noise
+        state = call.begin(leg, stretch.plan.between(0, 1), state, noise, image)
         go = functools.partial(
             call.denoise,
             inputs.params[leg.model]["unet"],

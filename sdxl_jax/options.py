@@ -126,6 +126,8 @@ class Options:
             raise InputError(
                 f"eta={self.eta} has no effect on sampler {self.sampler}. Use sampler ddim, or leave it out"
             )
+        if self.pag and not self.pag_parts:
+            raise InputError(f"pag={self.pag:g}, but pag_parts names nothing. Name some of down, mid, up")
         if self.handoff is not None and self.refine_strength is not None:
             raise InputError(
                 f"handoff={self.handoff} and refine_strength={self.refine_strength} are two ways to use a refiner. "

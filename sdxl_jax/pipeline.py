@@ -84,7 +84,7 @@ def generate(
     negative_prompts: Sequence[str | None] | None = None,
     refiner: Model | None = None,
     init_image: UInt8[np.ndarray, "rows columns 3"] | None = None,
-    mask: Bool[np.ndarray, "rows columns"] | None = None,
+    mask: Bool[np.ndarray, "mask_rows mask_columns"] | None = None,
     init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None = None,
     compute: Compute = Compute(),
     one_program: bool = False,
@@ -131,7 +131,7 @@ def inpaint(
     model: Model,
     prompts: Sequence[str],
     image: UInt8[np.ndarray, "rows columns 3"],
-    mask: Bool[np.ndarray, "rows columns"],
+    mask: Bool[np.ndarray, "mask_rows mask_columns"],
     **options: Any,
 ) -> Images:
     """A picture repainted where the mask is True: by a UNet of 9 channels, which is shown the

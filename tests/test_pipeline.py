@@ -5,7 +5,6 @@ Compiling is most of the time: the tests share sizes and settings, so that few p
 
 import dataclasses
 import functools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import MODEL
+from tiny import MODEL, random_model
 
 from sdxl_jax import drawing
 from sdxl_jax import model as models
@@ -22,7 +21,6 @@ from sdxl_jax.drawing import Inputs, Recipe
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, NoPrompt
-from sdxl_jax.models.layers import abstract
 from sdxl_jax.options import Options, Position, Size
 from sdxl_jax.pictures import contact_sheet, save_png
 from sdxl_jax.pipeline import Generated, encode_prompt, generate, micro_rows, text_to_image
@@ -40,20 +38,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    """Every parameter random, so that everything the network is told has a say; a fresh UNet says 0. Pictures must not
-    be all black or white: the last convolutions are made small."""
-    rng = np.random.default_rng(0)
-
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        names, noise = [key.key for key in path], rng.standard_normal(leaf.shape, np.float32)
-        if names[-1] == "kernel":
-            stacked = any(name in ("transformer_blocks", "layers") for name in names)
-            gain = 0.3 if names[-2] == "conv_out" else 1.0
-            return jnp.asarray(gain * noise / math.sqrt(math.prod(leaf.shape[stacked:-1])))
-        embedding = names[-1] in ("embedding", "position_embedding")
-        return jnp.asarray((1.0 if embedding else 0.1) * noise + (names[-1] == "scale"))
-
-    return Model(MODEL, jax.tree_util.tree_map_with_path(draw, abstract(lambda key: models.init(key, MODEL))))
+    return random_model(MODEL, 0)
 
 
 @pytest.fixture(scope="module")

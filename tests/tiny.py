@@ -1,17 +1,23 @@
 """The smallest configuration in which every part of the system is present, for tests that train or sample."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from sdxl_jax import model as models
 from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.model import ModelConfig
+from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.layers import abstract
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.training.ema import EmaConfig
@@ -37,6 +43,23 @@ MODEL = ModelConfig(
     default_size=(32, 32),
 )
 BUCKETS = ((32, 32), (24, 40))
+
+
+def random_model(config: ModelConfig, seed: int) -> Model:
+    """Every parameter random, so that everything the network is told has a say; a fresh UNet says 0. Pictures must not
+    be all black or white: the last convolutions are made small."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names, noise = [key.key for key in path], rng.standard_normal(leaf.shape, np.float32)
+        if names[-1] == "kernel":
+            stacked = any(name in ("transformer_blocks", "layers") for name in names)
+            gain = 0.3 if names[-2] == "conv_out" else 1.0
+            return jnp.asarray(gain * noise / math.sqrt(math.prod(leaf.shape[stacked:-1])))
+        embedding = names[-1] in ("embedding", "position_embedding")
+        return jnp.asarray((1.0 if embedding else 0.1) * noise + (names[-1] == "scale"))
+
+    return Model(config, jax.tree_util.tree_map_with_path(draw, abstract(lambda key: models.init(key, config))))
 
 
 def make_folder(folder: Path, images: int = 16) -> Path:

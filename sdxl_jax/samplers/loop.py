@@ -63,7 +63,7 @@ def sample(
     plan: Plan,
     prediction: Prediction,
     *,
-    first: int | Array = 0,
+    first: int | np.integer | Array = 0,
     stochastic: bool | None = None,
     kept: Kept | None = None,
 ) -> State:
