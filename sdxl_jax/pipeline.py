@@ -146,8 +146,8 @@ def refine(model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows 
 
 def way(
     config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
-) -> tuple[tuple[Leg, ...], tuple[Stretch, ...], int]:
-    """The legs of a way, their rows, and how many steps are gone. Raises InputError where a part has none.
+) -> tuple[tuple[Leg, ...], tuple[Stretch, ...]]:
+    """The legs of a way, and their rows. Raises InputError where a part has none.
 
     image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
     noise, as in diffusers; without one it begins with the image far below the noise.
@@ -182,13 +182,11 @@ def way(
             )
         stretch_out(0, levels, skipped, split, start)
         stretch_out(1, _levels(refiner, options), split, steps, Begin.HAND_OVER)
-    gone = steps - skipped
     if refine:
         assert refiner is not None
         again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
         stretch_out(1, _levels(refiner, options), steps - again, steps, Begin.RENOISE)
-        gone += again
-    return tuple(legs), tuple(stretches), gone
+    return tuple(legs), tuple(stretches)
 
 
 def _strength(options: Options, mask: bool) -> float:
@@ -241,6 +239,34 @@ def _rows(plan: Plan) -> Plan:
     return Plan._make(column.astype(np.float32) for column in plan)
 
 
+class Prepared(NamedTuple):
+    """What can be said of pictures without a model's weights."""
+
+    size: Size
+    image: UInt8[np.ndarray, "height width 3"] | None
+    """Init image at the pictures' size."""
+    mask: Bool[np.ndarray, "height width"] | None
+    legs: tuple[Leg, ...]
+    stretches: tuple[Stretch, ...]
+
+
+def prepare(
+    config: ModelConfig,
+    refiner: ModelConfig | None,
+    options: Options,
+    init_image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> Prepared:
+    """Checks what is asked for, and works out what follows from it; raises InputError. Quick: it needs no weights."""
+    options.check(config)
+    _check_refiner(config, refiner, options)
+    size = _size(config, options, init_image)
+    if init_image is None and options.strength is not None:
+        raise InputError(f"strength={options.strength} has no effect without an init image. Give one, or leave it out")
+    original, fitted = _painted(config, init_image, mask, size)
+    return Prepared(size, original, fitted, *way(config, refiner, options, original is not None, fitted is not None))
+
+
 class _Job:
     """One call: checked, and as rows of which batches are taken."""
 
@@ -264,18 +290,10 @@ class _Job:
         if len(negatives) != len(prompts):
             raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
         _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
-        options.check(config)
-        self.shares_text = _check_refiner(config, refiner, options)
-        self.size = _size(config, options, init_image)
-        self.original, self.mask = _painted(config, options, init_image, mask, self.size)
-        if init_image is None and options.strength is not None:
-            raise InputError(
-                f"strength={options.strength} has no effect without an init image. Give one, or leave it out"
-            )
+        self.shares_text = False if refiner is None else _shares_text(model, refiner)
+        prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask)
+        self.size, self.original, self.mask, self.legs, self.stretches = prepared
         self.model, self.refiner, self.options = model, refiner, options
-        self.legs, self.stretches, self.steps = way(
-            config, None if refiner is None else refiner.config, options, init_image is not None, mask is not None
-        )
         prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
         self.count = len(prompts)
         self.rows = self._make_rows(
@@ -425,7 +443,7 @@ def _shows_mask(config: ModelConfig) -> bool:
 
 
 def _painted(
-    config: ModelConfig, options: Options, image: np.ndarray | None, mask: np.ndarray | None, size: Size
+    config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Init image and mask at the size of the pictures."""
     if _shows_mask(config) and (image is None or mask is None):
@@ -453,33 +471,34 @@ def _painted(
     return init_images.fit(image, *size), fitted
 
 
-def _check_refiner(config: ModelConfig, refiner: Model | None, options: Options) -> bool:
-    """Whether the refiner shares the model's text encoder."""
-    if refiner is not None and _is_refiner(config):
-        raise InputError(
-            f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
-            "alone. Give the base as the model, and this as the refiner"
-        )
+def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Options) -> None:
     if refiner is None:
         for name in ("handoff", "refine_strength"):
             if (value := getattr(options, name)) is not None:
                 raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
-        return False
-    if not _is_refiner(refiner.config):
+        return
+    if _is_refiner(config):
         raise InputError(
-            f"The model that is given as the refiner attends to text states of width {refiner.config.unet.context_dim} "
+            f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
+            "alone. Give the base as the model, and this as the refiner"
+        )
+    if not _is_refiner(refiner):
+        raise InputError(
+            f"The model that is given as the refiner attends to text states of width {refiner.unet.context_dim} "
             "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
         )
-    if refiner.config.vae.latent_channels != config.vae.latent_channels:
+    if refiner.vae.latent_channels != config.vae.latent_channels:
         raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
+
+
+def _shares_text(model: Model, refiner: Model) -> bool:
+    """Whether the refiner does without its own text encoder, which must then be the model's last."""
     _check_parts(refiner, "unet")
-    names = [tower.name for tower in refiner.config.text]
-    missing = [name for name in names if name not in refiner.params]
-    if not missing:
+    towers = refiner.config.text
+    if all(tower.name in refiner.params for tower in towers):
         return False
-    last = config.text[-1]
-    if missing != names or len(names) != 1 or last.clip != refiner.config.text[0].clip:
-        _check_parts(refiner, *names)
+    if len(towers) != 1 or towers[0].clip != model.config.text[-1].clip:
+        _check_parts(refiner, *(tower.name for tower in towers))
     return True
 
 

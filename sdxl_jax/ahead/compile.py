@@ -179,7 +179,7 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
         )
 
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
-    (leg,), (stretch,), _ = pipeline.way(model, None, options)
+    (leg,), (stretch,) = pipeline.way(model, None, options)
     guided = leg.terms.guided
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     towers = {tower.name: params[tower.name] for tower in model.text}

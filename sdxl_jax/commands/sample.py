@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from sdxl_jax.sharding import MeshConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from sdxl_jax.interop.weights import Weights
     from sdxl_jax.model import Model
     from sdxl_jax.pipeline import Generated, Seen
 
@@ -114,6 +115,8 @@ class Task(NamedTuple):
 
 
 def run(arguments: list[str]) -> None:
+    from sdxl_jax.pipeline import prepare
+
     sample = _parsed(arguments)
     tasks = _tasks(sample)
     _check_files(sample)
@@ -124,8 +127,11 @@ def run(arguments: list[str]) -> None:
         import jax
 
         jax.config.update("jax_compilation_cache_dir", str(sample.compilation_cache.resolve()))
-    models = load(sample)
-    _say_truncated(models[0], tasks, sample)
+    weights = opened(sample)
+    for options in dict.fromkeys(task.options for task in tasks):
+        prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
+    models = load(sample, weights)
+    _say_truncated(models[0], tasks)
     made = _draw(sample, models, tasks, noise, *init)
     _write(sample, tasks, texts, made)
 
@@ -348,36 +354,38 @@ def _read_init(sample: Sample) -> "tuple[np.ndarray | None, np.ndarray | None]":
     return image, None if sample.mask is None else init_images.read_mask(sample.mask, image.shape[:2])
 
 
-def load(sample: Sample) -> "tuple[Model, Model | None]":
-    """The model, with what is merged into it, and the refiner, which shares the model's text encoder if it can."""
+def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
+    """Model, with its LoRAs, and refiner: found and understood, not read yet."""
     import jax.numpy as jnp
 
-    from sdxl_jax import sharding
-    from sdxl_jax.interop import inversion, lora
+    from sdxl_jax.interop import lora
     from sdxl_jax.interop.weights import cast
-    from sdxl_jax.loading import load_weights
     from sdxl_jax.opening import open_model
 
-    mesh = sharding.make_mesh(sample.mesh)
-    opening = sample.opening(mixed=sample.dtype == "bfloat16")
+    halved = sample.dtype == "bfloat16"
+    opening = sample.opening(mixed=halved)
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, sample.lora)]
-
-    def opened(path: Path, parts_from: Sequence[Path]) -> Any:
-        return open_model(path, opening, parts_from)
-
-    def loaded(weights: Any) -> "Model":
-        return load_weights(cast(weights, jnp.dtype(jnp.bfloat16)) if sample.dtype == "bfloat16" else weights, mesh)
-
-    weights = opened(sample.model, sample.parts_from)
+    weights = open_model(sample.model, opening, sample.parts_from)
     for read, scale in loras:
         weights = lora.merge(weights, read, scale)
         print(f"merged {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
-    model = loaded(weights)
+    refiner = None if sample.refiner is None else open_model(sample.refiner, opening)
+    if not halved:
+        return weights, refiner
+    return cast(weights, jnp.dtype(jnp.bfloat16)), refiner and cast(refiner, jnp.dtype(jnp.bfloat16))
+
+
+def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Model, Model | None]":
+    """What is `opened`, read. The refiner shares the model's text encoder if it can."""
+    from sdxl_jax import sharding
+    from sdxl_jax.interop import inversion
+    from sdxl_jax.loading import load_weights
+
+    mesh = sharding.make_mesh(sample.mesh)
+    model = load_weights(weights[0], mesh)
     for embedding in sample.embedding:
         model = inversion.add(model, *_file_and_token(embedding))
-    if sample.refiner is None:
-        return model, None
-    return model, _sharing(model, loaded(opened(sample.refiner, ())))
+    return model, None if weights[1] is None else _sharing(model, load_weights(weights[1], mesh))
 
 
 def _sharing(model: "Model", refiner: "Model") -> "Model":
@@ -406,7 +414,7 @@ def _file_and_token(value: str) -> tuple[Path, str | None]:
     return (Path(value), None) if not found or Path(value).exists() else (Path(file), token)
 
 
-def _say_truncated(model: "Model", tasks: list[Task], sample: Sample) -> None:
+def _say_truncated(model: "Model", tasks: list[Task]) -> None:
     from sdxl_jax.conditioning.prompts import LongPrompts
     from sdxl_jax.conditioning.text import Tokenizer
 
