@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
     "pictures": {"errors"},
+    "previews": {"errors"},
     "models": {"models", "sharding"} | BASE,
     "diffusion": {"diffusion"} | BASE,
     "data": {"data"} | BASE,
