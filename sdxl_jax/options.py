@@ -2,6 +2,7 @@
 computed. The command line has the same fields; `pipeline` acts on them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,6 +102,15 @@ class Options:
     @property
     def method(self) -> Sampler:
         return find(self.sampler)
+
+    def resolved(self, config: ModelConfig) -> "Options":
+        """With the defaults that depend on the model or the sampler."""
+        spacing, guidance = self.timestep_spacing, self.guidance
+        if spacing is None and self.method.family is not Family.CONSISTENCY:
+            spacing = Spacing.LEADING
+        if guidance is None:
+            guidance = 1.0 if config.distilled else 5.0
+        return dataclasses.replace(self, timestep_spacing=spacing, guidance=guidance)
 
     def check(self, config: ModelConfig) -> None:
         """Raises InputError for values out of range, and for those that would have no effect on this model."""

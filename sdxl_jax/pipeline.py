@@ -210,7 +210,7 @@ def _steps_of(strength: float, steps: int, name: str) -> int:
 
 def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
     """(first, stop, terms) of each part of some steps in which the same is asked."""
-    guided = _guidance(options, config) != 1
+    guided = options.resolved(config).guidance != 1
     asked = Terms(
         guided,
         options.pag_parts if options.pag else (),
@@ -222,12 +222,6 @@ def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Itera
     for start, end in itertools.pairwise(marks):
         inside = low <= start and end <= high
         yield start, end, asked if inside else Terms()
-
-
-def _guidance(options: Options, config: ModelConfig) -> float:
-    if options.guidance is not None:
-        return options.guidance
-    return 1.0 if config.distilled else 5.0
 
 
 def _row(evaluations: int, steps: int, plan: Plan) -> int:
@@ -359,7 +353,7 @@ class _Job:
             compute,
             options.decode_tile,
         )
-        strengths = (_guidance(options, self.model.config), options.pag, options.guidance_rescale)
+        strengths = (options.resolved(self.model.config).guidance or 0.0, options.pag, options.guidance_rescale)
         fixed: dict[str, Any] = {
             "params": tuple(each.params for each in models),
             "stretches": self.stretches,

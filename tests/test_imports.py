@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "arrays": set(),
     "pictures": {"errors"},
     "init_images": {"data", "errors"},
+    "previews": {"errors"},
     "models": {"models", "sharding"} | BASE,
     "diffusion": {"diffusion"} | BASE,
     "data": {"data"} | BASE,

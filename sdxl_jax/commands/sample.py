@@ -6,12 +6,12 @@ are named with their checksum, and another file in their place is refused.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdxl_jax.interop.weights import Weights
-    from sdxl_jax.model import Model
-    from sdxl_jax.pipeline import Generated, Seen
+    from sdxl_jax.model import Model, ModelConfig
+    from sdxl_jax.pipeline import Generated
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,6 @@ def run(arguments: list[str]) -> None:
     tasks = _tasks(sample)
     _check_files(sample)
     noise, init = _read_noise(sample), _read_init(sample)
-    texts = [text for task in tasks for text in _texts(sample, task)]
-    _check_out(sample, texts)
     if sample.compilation_cache is not None:
         import jax
 
@@ -130,6 +128,8 @@ def run(arguments: list[str]) -> None:
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
         prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
+    texts = [text for task in tasks for text in _texts(sample, task, weights[0].config)]
+    _check_out(sample, texts)
     models = load(sample, weights)
     _say_truncated(models[0], tasks)
     made = _draw(sample, models, tasks, noise, *init)
@@ -232,11 +232,10 @@ def _changed(task: Task, name: str, value: str) -> Task:
 # What a picture says of itself
 
 
-def _texts(sample: Sample, task: Task) -> Iterator[dict[str, str]]:
+def _texts(sample: Sample, task: Task, config: "ModelConfig") -> Iterator[dict[str, str]]:
     """The PNG text of each picture of a task."""
-    options = task.options
+    options = task.options.resolved(config)
     settings = {name: " ".join(parsing.words(value)) for name, value in vars(options).items() if value is not None}
-    settings |= {"timestep_spacing": settings.get("timestep_spacing", "leading")} if options.sampler != "lcm" else {}
     settings |= {"model": str(sample.model), "dtype": sample.dtype, "prompt": task.prompt}
     if task.negative is not None:
         settings["negative_prompt"] = task.negative
@@ -442,41 +441,37 @@ def _draw(
     mask: "np.ndarray | None",
 ) -> "list[Generated]":
     """Neighbours with the same options are drawn together."""
+    from sdxl_jax.commands.preview import Previews
     from sdxl_jax.models.layers import Compute, Dtype
     from sdxl_jax.pipeline import generate
 
     made = []
     total = max(task.index + task.options.num_images for task in tasks)
-    with _previews(sample, models[0]) as watch:
-        for (options, _), group in itertools.groupby(tasks, key=lambda task: (task.options, task.label)):
-            members = list(group)
-            first, count = members[0].index, sum(task.options.num_images for task in members)
-            rows = noise if noise is None or len(noise) != total else noise[first : first + count]
-            made.append(
-                generate(
-                    models[0],
-                    [task.prompt for task in members],
-                    negative_prompts=[task.negative for task in members],
-                    refiner=models[1],
-                    init_image=init_image,
-                    mask=mask,
-                    init_noise=rows,
-                    compute=Compute(dtype=Dtype(sample.dtype)),
-                    one_program=sample.one_program,
-                    progress=True,
-                    watch=watch,
-                    options=dataclasses.replace(options, first_index=options.first_index + first),
-                )
+    watch = None
+    if sample.preview is not None:
+        looking = Previews(models[0].config, sample.preview_autoencoder)
+        watch = functools.partial(looking.write, sample.preview)
+    for (options, _), group in itertools.groupby(tasks, key=lambda task: (task.options, task.label)):
+        members = list(group)
+        first, count = members[0].index, sum(task.options.num_images for task in members)
+        rows = noise if noise is None or len(noise) != total else noise[first : first + count]
+        made.append(
+            generate(
+                models[0],
+                [task.prompt for task in members],
+                negative_prompts=[task.negative for task in members],
+                refiner=models[1],
+                init_image=init_image,
+                mask=mask,
+                init_noise=rows,
+                compute=Compute(dtype=Dtype(sample.dtype)),
+                one_program=sample.one_program,
+                progress=True,
+                watch=watch,
+                options=dataclasses.replace(options, first_index=options.first_index + first),
             )
+        )
     return made
-
-
-def _previews(sample: Sample, model: "Model") -> "AbstractContextManager[Callable[[Seen], None] | None]":
-    if sample.preview is None:
-        return nullcontext()
-    from sdxl_jax.previews import Previews
-
-    return Previews(sample.preview, model.config, sample.preview_autoencoder)
 
 
 def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made: "list[Generated]") -> None:

@@ -1,0 +1,51 @@
+"""Fits the linear map of `sdxl_jax.previews`: from SDXL's latents, as TAESDXL's encoder gives them, to colours.
+
+    python benchmarks/latent_colours.py taesdxl_encoder.safetensors PHOTOGRAPHS
+
+PHOTOGRAPHS: a folder of .jpg, of which each is cut to its middle square and resized to 320 × 320. The colour of a
+latent position is the mean of its 8 × 8 pixels, 0..1. Every fifth photograph is held out for the error, then all are
+fitted.
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageOps
+
+import sdxl_jax
+from sdxl_jax.models import vae
+
+SIDE = 320
+
+
+def square(path: Path) -> np.ndarray:
+    with Image.open(path) as opened:
+        image = ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 255
+
+
+def main(weights: str, folder: str) -> None:
+    model = sdxl_jax.load_model(weights, dtype="float32")
+    encode = jax.jit(lambda image: vae.encode(model.config.vae, model.params["vae"], image).mean)
+    images = [square(path) for path in sorted(Path(folder).rglob("*.jpg"))]
+    latents = np.stack([np.asarray(encode(2 * image[None] - 1))[0] for image in images]).astype(np.float64)
+    colours = np.stack([image.reshape(SIDE // 8, 8, SIDE // 8, 8, 3).mean((1, 3)) for image in images])
+    inputs = np.concatenate([latents, np.ones_like(latents[..., :1])], axis=-1)
+
+    def fit(rows: np.ndarray) -> np.ndarray:
+        return np.linalg.lstsq(inputs[rows].reshape(-1, 5), colours[rows].reshape(-1, 3), rcond=None)[0]
+
+    def error(fitted: np.ndarray, rows: np.ndarray) -> float:
+        made = np.clip(inputs[rows] @ fitted, 0, 1)
+        return 255 * float(np.sqrt(np.mean((made - colours[rows]) ** 2)))
+
+    every, held_out = np.arange(len(images)), np.arange(len(images)) % 5 == 0
+    print(f"{len(images)} photographs; deviation of the colours {255 * colours.std():.1f} of 255 levels")
+    print(f"root mean square error, held out: {error(fit(~held_out), held_out):.2f} levels")
+    print(f"of the fit to all: {error(fit(every), every):.2f}\n{np.round(fit(every), 4).tolist()}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
