@@ -35,6 +35,7 @@ from sdxl_jax.samplers import guidance, loop
 from sdxl_jax.samplers.guidance import Condition, Outputs
 from sdxl_jax.samplers.loop import Kept, State
 from sdxl_jax.samplers.steps import Plan
+from sdxl_jax.sharding import constrain
 
 Array = jax.Array
 
@@ -236,8 +237,16 @@ def denoise(
         said = Outputs(positive, negative, outputs[-1] if terms.perturbed else None)
         return guidance.combine(said, strengths.guidance, strengths.pag, strengths.rescale if terms.rescaled else None)
 
-    return loop.sample(
+    ended = loop.sample(
         network, state, keys, stretch.plan, config.prediction, first=stretch.first, stochastic=stochastic, kept=kept
+    )
+    return _laid(ended)
+
+
+def _laid(state: State) -> State:
+    """On a mesh, the batch over its axes, before and behind every leg: so that the next finds it as the last did."""
+    return State(
+        constrain(state.arrays, None, "batch", None, None, None), constrain(state.x0, "batch", None, None, None)
     )
 
 
@@ -249,14 +258,14 @@ def begin(leg: Leg, row: Plan, state: State | None, noise: Array | None, image: 
         return state
     if leg.begin is Begin.NOISE:
         assert noise is not None, "there is noise to start from"
-        return loop.start(noise, row)
+        return _laid(loop.start(noise, row))
     latent = image if state is None else state.arrays[0]
     assert latent is not None, "there is a latent to start from"
     if leg.begin is Begin.HAND_OVER:
-        return loop.start(latent, row)
+        return _laid(loop.start(latent, row))
     assert noise is not None, "there is noise to add"
     alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (row.alpha, row.sigma_t))
-    return loop.start(alpha * latent + sigma_t * noise, row)
+    return _laid(loop.start(alpha * latent + sigma_t * noise, row))
 
 
 # Pictures

@@ -363,13 +363,15 @@ class _Job:
             ),
         }
         images, latents = [], []
-        with _on_mesh(self.model) as parts, _memory(options), _Bar(self, progress, one_program) as bar:
+        mesh = _mesh_of(self.model)
+        parts = 1 if mesh is None else sharding.batch_parts(mesh)
+        with _within(mesh), _memory(options), _Bar(self, progress, one_program) as bar:
             batch_size = -(-min(options.batch_size, self.count) // parts) * parts
             for start in range(0, self.count, batch_size):
                 # The last batch is filled up with its last row, so that it needs no compilation of its own.
                 index = np.minimum(np.arange(start, start + batch_size), self.count - 1)
                 batch = jax.tree.map(lambda row: row[index], self.rows)  # noqa: B023 (used within the iteration)
-                inputs = Inputs(**fixed, **batch)
+                inputs = Inputs(**fixed, **_place(mesh, batch))
                 size = min(batch_size, self.count - start)
                 if one_program:
                     drawn, latent = drawing.whole(inputs, recipe)
@@ -508,16 +510,26 @@ def _check_parts(model: Model, *needed: str) -> None:
         )
 
 
-@contextlib.contextmanager
-def _on_mesh(model: Model) -> Iterator[int]:
-    """Within the mesh that the parameters lie on, unless one is set. Gives the parts that a batch is cut into."""
+def _mesh_of(model: Model) -> Mesh | None:
+    """The mesh that the parameters lie on, if it is one of ours."""
     place = jax.tree.leaves(model.params["unet"])[0].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) else None
-    if not isinstance(mesh, Mesh) or mesh.size == 1 or set(mesh.axis_names) != set(sharding.AXES):
-        yield 1
-        return
-    with contextlib.nullcontext() if not jax.sharding.get_abstract_mesh().empty else jax.set_mesh(mesh):
-        yield sharding.batch_parts(mesh)
+    return mesh if isinstance(mesh, Mesh) and set(mesh.axis_names) == set(sharding.AXES) else None
+
+
+def _within(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
+    """The mesh set, unless one is."""
+    if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
+
+
+def _place(mesh: Mesh | None, batch: Any) -> Any:
+    """A batch where the parameters are, split over the mesh: whatever is computed from it then lies alike, and no
+    program is compiled twice. Of several processes, each leaves its own to jax."""
+    if mesh is None or jax.process_count() > 1:
+        return batch
+    return jax.device_put(batch, sharding.batch_sharding(mesh) if mesh.size > 1 else sharding.replicated(mesh))
 
 
 @contextlib.contextmanager

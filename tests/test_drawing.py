@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tiny import MODEL, random_model
 
-from sdxl_jax import drawing, pipeline
+from sdxl_jax import drawing, pipeline, sharding
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.drawing import Begin
@@ -26,6 +26,7 @@ from sdxl_jax.models.unet import Part
 from sdxl_jax.options import Options, Position
 from sdxl_jax.pipeline import Generated, Seen, generate, image_to_image, inpaint, refine
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Sigmas, Spacing
+from sdxl_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -123,6 +124,17 @@ def test_watched_another_number_of_steps_and_another_sampler_compile_nothing(mod
     generate(model, PROMPTS, watch=watch, **{**SETTINGS, "steps": 7})
     generate(model, PROMPTS, watch=watch, sampler="ddim", **SETTINGS)
     assert compiled() == before
+
+
+def test_weights_on_a_mesh_of_one_compile_a_step_once(model: Model, pictures: Generated) -> None:
+    """As `load_model` places them: the state that a step leaves must lie as the one that it was given."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    placed = model._replace(params=sharding.put(mesh, model.params))
+    denoise: Any = drawing.STAGED.denoise
+    before = denoise._cache_size()
+    made = generate(placed, PROMPTS, watch=lambda seen: None, **SETTINGS)
+    assert denoise._cache_size() == before + 1
+    assert unlike(made, pictures) < SAME
 
 
 def test_a_watcher_sees_every_step_and_ends_at_the_latent(model: Model) -> None:

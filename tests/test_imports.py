@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "samplers": {"samplers", "diffusion"} | BASE,
     "model": {"conditioning", "diffusion", "models", "samplers.guidance"} | BASE,
     "options": {"model", "samplers", "conditioning", "models"} | BASE,
-    "drawing": {"model", "samplers", "conditioning", "models"} | BASE,
+    "drawing": {"model", "samplers", "conditioning", "models", "sharding"} | BASE,
     "pipeline": {
         *("drawing", "options", "model", "samplers", "conditioning", "models", "diffusion", "init_images", "sharding"),
         *BASE,

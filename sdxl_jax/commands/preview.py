@@ -23,8 +23,8 @@ class Previews:
         self._tiny = None if autoencoder is None else _load(autoencoder, config)
         if self._tiny is None and not _is_sdxl(config):
             raise InputError(
-                "Previews by colour are for SDXL's latents, and this model has others. Give --preview-autoencoder FILE, "
-                "its tiny autoencoder (TAESD), or leave --preview out"
+                "Previews by colour are for SDXL's latents, and this model has others. Give its tiny autoencoder "
+                "(TAESD) as --preview-autoencoder FILE, or leave --preview out"
             )
 
     def look(self, seen: "Seen") -> UInt8[np.ndarray, "images height width 3"]:

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from sdxl_jax.arrays import type_of_array
+
 Array = jax.Array
 
 
@@ -55,9 +57,9 @@ class Outputs(NamedTuple):
 
 def combine(
     outputs: Outputs,
-    guidance: Float[Array, ""] | None = None,
-    pag: Float[Array, ""] | None = None,
-    phi: Float[Array, ""] | None = None,
+    guidance: Float[type_of_array, ""] | None = None,
+    pag: Float[type_of_array, ""] | None = None,
+    phi: Float[type_of_array, ""] | None = None,
 ) -> Float[Array, "batch height width channels"]:
     """The guided output, as diffusers has it in `pag_utils.py` and `rescale_noise_cfg`.
 
@@ -79,7 +81,7 @@ def combine(
 def rescale(
     guided: Float[Array, "batch height width channels"],
     positive: Float[Array, "batch height width channels"],
-    phi: Float[Array, ""],
+    phi: Float[type_of_array, ""],
 ) -> Float[Array, "batch height width channels"]:
     """Guided outputs with a share `phi` (0..1) of them brought to each positive's standard deviation.
 
@@ -90,4 +92,5 @@ def rescale(
     axes = tuple(range(1, guided.ndim))
     wanted, given = jnp.std(positive, axes, keepdims=True), jnp.std(guided, axes, keepdims=True)
     factor = jnp.where(given > 0, wanted / jnp.where(given > 0, given, 1), 1)
+    phi = jnp.asarray(phi)
     return phi * (guided * factor) + (1 - phi) * guided

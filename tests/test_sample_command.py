@@ -1,0 +1,311 @@
+"""What `sdxl-jax sample` can do beyond a prompt: files of prompts, pictures made again, sweeps, pictures to start from.
+
+Exit codes and messages of what is refused in any case are in `test_cli.py`.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import Outcome, call
+from PIL import Image
+from tiny import MODEL, random_model
+
+from sdxl_jax.commands import parsing, sample
+from sdxl_jax.converting import Layout, convert
+from sdxl_jax.errors import InputError
+from sdxl_jax.options import Options, Position, Size
+from sdxl_jax.samplers.steps import Sigmas, Spacing
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk."""
+    path = tmp_path_factory.mktemp("model") / "model"
+    convert(random_model(MODEL, 0), path, Layout.ORBAX)
+    return path
+
+
+@pytest.fixture(scope="module")
+def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prompts, two pictures each."""
+    out = tmp_path_factory.mktemp("drawn") / "out"
+    outcome = run(model, out, "--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--negative-prompt", "fog")
+    assert outcome.code == 0, outcome
+    return out
+
+
+def run(model: Path, out: Path, *more: Any) -> Outcome:
+    """One shape for all tests, and the same batch: 24 × 32, two steps."""
+    return call(*("sample", model, "--out", out, "--height", 24, "--width", 32, "--steps", 2), *more)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def text(path: Path) -> dict[str, str]:
+    return sample.read_text(path)
+
+
+def same(one: Path, other: Path) -> bool:
+    """But for what a compiler makes of another batch size: one level."""
+    return int(np.abs(pixels(one).astype(int) - pixels(other)).max()) <= 1
+
+
+# Made again
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_a_picture_is_made_again_from_itself(number: int, model: Path, drawn: Path, tmp_path: Path) -> None:
+    picture = drawn / f"{number:06d}.png"
+    outcome = call("sample", model, "--from-png", picture, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["000000.png"]
+    assert same(tmp_path / "out" / "000000.png", picture)
+    assert not same(tmp_path / "out" / "000000.png", drawn / "000001.png")
+    again = text(tmp_path / "out" / "000000.png")
+    assert {**again, "num_images": "2", "first_index": "0"} == text(picture)
+
+
+def test_other_options_change_what_is_made_again(model: Path, drawn: Path, tmp_path: Path) -> None:
+    given = ["sample", model, "--from-png", drawn / "000000.png", "--prompt", "a fish", "--seed", 9]
+    assert call(*given, "--out", tmp_path / "out").code == 0
+    told = text(tmp_path / "out" / "000000.png")
+    assert (told["prompt"], told["seed"], told["negative_prompt"], told["steps"]) == ("a fish", "9", "fog", "2")
+    assert not same(tmp_path / "out" / "000000.png", drawn / "000000.png")
+
+
+def test_a_picture_of_others_is_no_recipe(model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
+    (tmp_path / "none.png").write_bytes(b"no picture")
+    for name, expected in (("other.png", "says nothing of how it was made"), ("none.png", "cannot be read")):
+        outcome = call("sample", model, "--from-png", tmp_path / name, "--out", tmp_path / "out")
+        assert outcome.code == 2
+        assert expected in outcome.err
+
+
+def test_another_init_image_in_the_place_of_the_one_that_was_used_is_refused(model: Path, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.full((24, 32, 3), 90, np.uint8)).save(photo)
+    assert run(model, tmp_path / "out", "--prompt", "x", "--init-image", photo, "--strength", 0.5).code == 0
+    again = ["sample", model, "--from-png", tmp_path / "out" / "000000.png", "--out", tmp_path / "again"]
+    assert call(*again).code == 0
+    assert same(tmp_path / "again" / "000000.png", tmp_path / "out" / "000000.png")
+    Image.fromarray(np.full((24, 32, 3), 190, np.uint8)).save(photo)
+    outcome = call(*again, "--overwrite")
+    assert outcome.code == 2
+    assert "was made with another --init-image" in outcome.err
+
+
+OPTIONS = Options(
+    height=64,
+    sampler="dpmpp_2m",
+    timestep_spacing=Spacing.TRAILING,
+    sigmas=Sigmas.KARRAS,
+    guidance_interval=(0.25, 0.75),
+    original_size=Size(512, 768),
+    crop=Position(0, 9),
+    sequential=True,
+    seed=3,
+)
+
+
+def test_options_say_themselves_in_words_that_are_read_back() -> None:
+    said = {name: " ".join(parsing.words(value)) for name, value in vars(OPTIONS).items() if value is not None}
+    assert said["original_size"] == "512x768"
+    assert said["crop"] == "0,9"
+    assert said["guidance_interval"] == "0.25 0.75"
+    assert said["pag_parts"] == "mid"
+    assert parsing.from_mapping(Options(), said, "here") == OPTIONS
+
+
+# Files of prompts
+
+
+def test_lines_of_json_have_options_of_their_own(model: Path, drawn: Path, tmp_path: Path) -> None:
+    lines = [
+        {"prompt": "a cat", "num_images": 2, "negative_prompt": "fog"},
+        {"prompt": "a dog", "guidance": 1.5, "num-images": 1, "crop": "3,4"},
+        {"prompt": "a dog", "negative-prompt": "fog"},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    outcome = run(model, tmp_path / "out", "--prompts-file", tmp_path / "prompts.jsonl")
+    assert outcome.code == 0, outcome
+    files = sorted((tmp_path / "out").iterdir())
+    assert [file.name for file in files] == [f"{number:06d}.png" for number in range(4)]
+    told = [text(file) for file in files]
+    assert [(each["prompt"], each["index"], each["guidance"]) for each in told] == [
+        ("a cat", "0", "5.0"),
+        ("a cat", "1", "5.0"),
+        ("a dog", "2", "1.5"),
+        ("a dog", "3", "5.0"),
+    ]
+    assert told[2]["crop"] == "3,4"
+    assert "negative_prompt" not in told[2]
+    for file in (files[0], files[1], files[3]):  # the same numbers as where all were asked for alike
+        assert same(file, drawn / file.name)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"prompt": "a", ', "line 2 is no JSON"),
+        ('["a"]', "line 2 has no prompt"),
+        ('{"steps": 3}', "line 2 has no prompt"),
+        ('{"prompt": "a", "stepz": 3}', "line 2: there is no option 'stepz'. Known, nearest first: ['steps'"),
+        ('{"prompt": "a", "steps": "many"}', "line 2: one of steps has a value that it cannot have"),
+        ('{"prompt": "a", "sequential": 3}', "line 2: sequential is 3, expected true or false"),
+        ("a plain prompt", "line 2 is no JSON"),
+    ],
+)
+def test_a_broken_line_is_named(line: str, expected: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "fine"}\n' + line + "\n")
+    outcome = run(model, tmp_path / "out", "--prompts-file", tmp_path / "prompts.jsonl")
+    assert outcome.code == 2
+    assert expected in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# Sweeps and sheets
+
+
+def test_a_sweep_draws_every_value_from_the_same_noise(model: Path, drawn: Path, tmp_path: Path) -> None:
+    given = ["--prompt", "a cat", "--negative-prompt", "fog", "--num-images", 2, "--sweep", "guidance=1,5"]
+    outcome = run(model, tmp_path / "out", *given, "--contact-sheet")
+    assert outcome.code == 0, outcome
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "000003.png", "contact_sheet.png", "sweep.png"]
+    told = [text(tmp_path / "out" / name) for name in names[:4]]
+    assert [(each["guidance"], each["index"]) for each in told] == [
+        ("1.0", "0"),
+        ("1.0", "1"),
+        ("5.0", "0"),
+        ("5.0", "1"),
+    ]
+    for number in (0, 1):
+        assert same(tmp_path / "out" / f"{number + 2:06d}.png", drawn / f"{number:06d}.png")
+    assert not same(tmp_path / "out" / "000000.png", tmp_path / "out" / "000002.png")
+    grid = pixels(tmp_path / "out" / "sweep.png")
+    assert grid.shape[1] > 2 * 32
+
+
+def test_sweeps_of_positions_and_of_two_options(model: Path, tmp_path: Path) -> None:
+    given = ["--prompt", "a cat", "--sweep", "crop=0,0;0,8", "--sweep", "guidance=1,2"]
+    assert run(model, tmp_path / "out", *given).code == 0
+    told = [text(path) for path in sorted((tmp_path / "out").glob("0*.png"))]
+    assert [(each["crop"], each["guidance"]) for each in told] == [
+        ("0,0", "1.0"),
+        ("0,8", "1.0"),
+        ("0,0", "2.0"),
+        ("0,8", "2.0"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spoken", "expected"),
+    [
+        ("guidance", "expected OPTION=VALUE,VALUE"),
+        ("guidanse=1,2", "no option 'guidanse'. Known, nearest first: ['guidance'"),
+        ("steps=1,many", "--sweep steps=many: one of steps has a value"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(spoken: str, expected: str, model: Path, tmp_path: Path) -> None:
+    outcome = run(model, tmp_path / "out", "--prompt", "a cat", "--sweep", spoken)
+    assert outcome.code == 2
+    assert expected in outcome.err
+
+
+# Pictures to start from
+
+
+def test_inpainting_and_outpainting_keep_what_is_there(model: Path, tmp_path: Path) -> None:
+    photo = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    mask = np.zeros((24, 32), np.uint8)
+    mask[:, 16:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    start = ["--prompt", "a cat", "--init-image", tmp_path / "photo.png"]
+    assert run(model, tmp_path / "in", *start, "--mask", tmp_path / "mask.png").code == 0
+    painted = pixels(tmp_path / "in" / "000000.png")
+    np.testing.assert_array_equal(painted[:, :16], photo[:, :16])
+    assert (painted[:, 16:] != photo[:, 16:]).mean() > 0.5
+    outcome = call("sample", model, "--out", tmp_path / "out", "--steps", 2, *start, "--outpaint", 0, 0, 0, 8)
+    assert outcome.code == 0, outcome
+    wider = pixels(tmp_path / "out" / "000000.png")
+    assert wider.shape == (24, 40, 3)
+    np.testing.assert_array_equal(wider[:, 8:], photo)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--mask", "photo.png"], "--mask needs an --init-image"),
+        (["--outpaint", 8, 0, 0, 0], "--outpaint needs an --init-image"),
+        (["--init-image", "absent.png"], "absent.png"),
+        (["--init-image", "empty.png"], "empty.png"),
+        (["--init-image", "broken.png"], "broken.png"),
+        (["--init-image", "photo.png", "--mask", "small.png"], "24×32"),
+        (["--init-image", "photo.png", "--mask", "photo.png", "--outpaint", 8, 0, 0, 0], "--mask and --outpaint"),
+        (["--init-image", "photo.png", "--background", "pink"], "pink"),
+        (["--init-image", "photo.png", "--strength", 2], "strength=2.0, expected 0 to 1"),
+        (["--handoff", 0.8], "handoff=0.8 has no effect without a refiner"),
+        (["--preview-autoencoder", "x"], "no effect without --preview"),
+        (["--one-program", "--preview", "x.png"], "--preview cannot look into --one-program"),
+        (["--preview", "x.png"], "Previews by colour are for SDXL's latents"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_started_from_is_refused(
+    options: list[Any], expected: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 24)).save("photo.png")
+    Image.new("L", (8, 8), 255).save("small.png")
+    Path("broken.png").write_bytes(Path("photo.png").read_bytes()[:45])
+    Path("empty.png").touch()
+    outcome = run(model, tmp_path / "out", "--prompt", "a cat", *options)
+    assert outcome.code == 2
+    assert expected in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# The folder
+
+
+def test_other_pictures_are_not_written_over(model: Path, drawn: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(drawn, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    outcome = run(model, out, "--prompt", "a bird")
+    assert outcome.code == 2
+    assert "holds other pictures, e.g. 000000.png. Give a new folder, or --overwrite" in outcome.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    # The same command may be given again, and writes the same bytes.
+    again = ["--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--negative-prompt", "fog"]
+    assert run(model, out, *again).code == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert run(model, out, "--prompt", "a bird", "--overwrite").code == 0
+    assert (out / "000000.png").read_bytes() != before["000000.png"]
+
+
+def test_compiled_programs_are_kept_for_the_next_time(model: Path, tmp_path: Path) -> None:
+    import jax
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        given = ["--prompt", "a cat", "--compilation-cache", tmp_path / "cache"]
+        assert run(model, tmp_path / "out", *given).code == 0
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "cache")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_words_of_a_wrong_kind_are_refused_with_the_place() -> None:
+    with pytest.raises(InputError, match="here: one of crop has a value that it cannot have"):
+        parsing.from_mapping(Options(), {"crop": "3x4"}, "here")
