@@ -192,6 +192,12 @@ def _sample(arguments: list[str]) -> None:
     sample.run(arguments)
 
 
+def _serve(arguments: list[str]) -> None:
+    from sdxl_jax.commands import serve
+
+    serve.run(arguments)
+
+
 def _steps(option: str, value: str | None) -> tuple[int, int] | None:
     return None if value is None else pair(option, value, ":", "FIRST:LAST, numbers of steps, e.g. 10:14")
 
@@ -378,6 +384,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "train": (_train, "train what a configuration file describes, or go on with it"),
     "compile": (_compile, "compile it for TPU slices that are not here: does it fit, how fast will it go"),
     "sample": (_sample, "draw pictures of prompts with a trained model"),
+    "serve": (_serve, "draw pictures on a web page"),
     "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training will see; encode: caches"),
 }

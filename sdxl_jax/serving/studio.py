@@ -1,0 +1,283 @@
+"""What stands behind the page: one drawing at a time, which can be stopped and looked at, and the pictures so far.
+
+    what the fields hold ── wanted ── Wanted ── Studio.draw ── Drawn, a PNG file each
+                                                 │    ▲
+                                        Drawing.told  Drawing.stop, from the page, between steps
+
+A drawing runs in a thread of its own, and the page reads its `Drawing` while it does. A second one waits its turn.
+
+Not here: the page, and anything of NiceGUI.
+"""
+
+import dataclasses
+import hashlib
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image
+
+from sdxl_jax import init_images
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.models.layers import Compute
+from sdxl_jax.options import Options
+from sdxl_jax.pictures import save_png
+from sdxl_jax.pipeline import HANDOFF, IMAGE_STRENGTH, Seen, generate
+from sdxl_jax.samplers.steps import Sigmas, Spacing
+
+
+class Wanted(NamedTuple):
+    """What is to be drawn."""
+
+    prompt: str
+    negative: str | None
+    options: Options
+    init_image: Path | None = None
+
+
+class Drawn(NamedTuple):
+    """A picture, and what draws it again."""
+
+    path: Path
+    """PNG, with what it was made with as its text."""
+    wanted: Wanted
+    """This picture alone."""
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    command: str
+    """The command line that draws it."""
+
+
+class Described(NamedTuple):
+    command: str
+    text: dict[str, str]
+    """For the PNG."""
+
+
+Describe = Callable[[Wanted], Described]
+"""How one picture is said: as a command line, and in its file."""
+
+Look = Callable[[Seen], np.ndarray]
+"""Pictures, uint8 [images, height, width, 3], as the network now sees them finished."""
+
+
+class Stopped(Exception):
+    """Somebody pressed stop."""
+
+
+class Drawing:
+    """A drawing as the page sees it, from another thread."""
+
+    def __init__(self) -> None:
+        self.status = "Waiting for another drawing"
+        self.share = 0.0
+        """0..1, of all steps of all pictures."""
+        self.preview: bytes | None = None
+        """PNG of the first picture of those that come into being."""
+        self.size = (1, 1)
+        """Its height and width."""
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Ends it behind the step that is being made."""
+        self._stop.set()
+        self.status = "Stopping behind this step"
+
+    def check(self) -> None:
+        """Raises Stopped if it was."""
+        if self._stop.is_set():
+            raise Stopped
+
+    def told(self, seen: Seen, options: Options, look: Look | None) -> None:
+        """Takes down how far it is. Raises Stopped."""
+        jax.block_until_ready(seen.x0)  # or the steps would be told before they are made
+        self.check()
+        first, last = (seen.first - options.first_index + number for number in (1, seen.images))
+        pictures = "" if last - first + 1 == options.num_images else f", pictures {first} to {last}"
+        self.status = f"Step {seen.step} of {seen.steps}{pictures}{'' if seen.step < seen.steps else '; decoding'}"
+        self.share = (first - 1 + seen.images * seen.step / seen.steps) / options.num_images
+        if look is not None:
+            image = look(seen._replace(x0=seen.x0[:1], images=1))[0]
+            self.preview, self.size = png(image), image.shape[:2]
+
+
+def png(image: np.ndarray) -> bytes:
+    """A picture, uint8 [height, width, 3], as a file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+class Studio:
+    """A model, and the pictures that were drawn with it since it was opened."""
+
+    def __init__(
+        self,
+        model: Model,
+        folder: Path,
+        describe: Describe,
+        refiner: Model | None = None,
+        compute: Compute = Compute(),
+        look: Look | None = None,
+    ):
+        """folder: where the pictures go, 000000.png and so on, behind those that are there.
+
+        look: what shows pictures while they come into being; None: nothing is seen before the end.
+        """
+        self.model, self.folder, self.refiner, self.compute = model, folder, refiner, compute
+        self.drawn: list[Drawn] = []
+        """Oldest first."""
+        self._describe, self._turn = describe, threading.Lock()
+        self._drawings: set[Drawing] = set()
+        self._look = look
+
+    def draw(self, wanted: Wanted, drawing: Drawing) -> list[Drawn]:
+        """The pictures, written. Raises InputError, and Stopped if the drawing was; then there are none."""
+        self._drawings.add(drawing)
+        try:
+            with self._turn:
+                drawing.check()
+                return self._draw(wanted, drawing)
+        finally:
+            self._drawings.discard(drawing)
+
+    def stop(self) -> None:
+        """Stops all drawings, also those that wait."""
+        for drawing in list(self._drawings):
+            drawing.stop()
+
+    def _draw(self, wanted: Wanted, drawing: Drawing) -> list[Drawn]:
+        drawing.status = "Preparing; the first picture of a size takes longer"
+        image = None if wanted.init_image is None else init_images.read(wanted.init_image)
+        made = generate(
+            self.model,
+            [wanted.prompt],
+            negative_prompts=[wanted.negative],
+            refiner=self.refiner,
+            init_image=image,
+            watch=lambda seen: drawing.told(seen, wanted.options, self._look),
+            compute=self.compute,
+            options=wanted.options,
+        )
+        return [self._keep(image, one) for image, one in zip(made.images, each(wanted), strict=True)]
+
+    def _keep(self, image: np.ndarray, wanted: Wanted) -> Drawn:
+        described = self._describe(wanted)
+        numbers = [int(path.stem) for path in self.folder.glob("[0-9]*.png") if path.stem.isdecimal()]
+        path = self.folder / f"{max(numbers, default=-1) + 1:06d}.png"
+        save_png(Image.fromarray(image), path, described.text)
+        self.drawn.append(Drawn(path, wanted, image.shape[:2], described.command))
+        return self.drawn[-1]
+
+    def keep_init_image(self, name: str, content: bytes) -> Path:
+        """Writes a picture to start from where commands find it again. Raises InputError if it is none."""
+        digest = hashlib.sha256(content).hexdigest()
+        path = self.folder / "init" / f"{digest[:16]}{Path(name).suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        try:
+            init_images.read(path)
+        except InputError:
+            path.unlink()
+            raise InputError(f"{name} is no picture that can be read. Give a PNG or JPEG") from None
+        return path
+
+    def notes(self, wanted: Wanted) -> list[str]:
+        """What is not as somebody may expect, though nothing is wrong."""
+        tokenizer = Tokenizer.of(self.model.config.text)
+        given = {"prompt": wanted.prompt, "negative prompt": wanted.negative or ""}
+        beyond = {name: tokenizer.truncated([text], False)[0] for name, text in given.items()}
+        return [
+            f"{count} tokens of the {name} are beyond the 75 that are read" for name, count in beyond.items() if count
+        ]
+
+
+def each(wanted: Wanted) -> list[Wanted]:
+    """One for each picture."""
+    options = wanted.options
+    return [
+        wanted._replace(options=dataclasses.replace(options, num_images=1, first_index=options.first_index + number))
+        for number in range(options.num_images)
+    ]
+
+
+# Fields
+
+
+def fields(config: ModelConfig, wanted: Wanted | None = None) -> dict[str, Any]:
+    """What the page's fields hold for some picture, or at first. `wanted` reads them."""
+    prompt, negative, options, init_image = wanted or Wanted("", None, Options())
+    height, width = config.default_size
+
+    def either(value: Any, other: Any) -> Any:
+        return other if value is None else value
+
+    return {
+        "prompt": prompt,
+        "negative_prompt": negative or "",
+        "height": either(options.height, height),
+        "width": either(options.width, width),
+        "sampler": options.sampler,
+        "timestep_spacing": None if options.timestep_spacing is None else options.timestep_spacing.value,
+        "sigmas": options.sigmas.value,
+        "steps": options.steps,
+        "guidance": options.resolved(config).guidance,
+        "guidance_rescale": options.guidance_rescale,
+        "seed": options.seed,
+        "first_index": options.first_index,
+        "num_images": options.num_images,
+        "handoff": either(options.handoff, HANDOFF),
+        "strength": either(options.strength, IMAGE_STRENGTH),
+        "init_image": init_image,
+    }
+
+
+def wanted(config: ModelConfig, given: dict[str, Any], refiner: bool = False) -> Wanted:
+    """What the fields say. What is as it would be anyway is left to be so, and not said in the command line.
+
+    Raises InputError for a field that is empty or no number; `generate` does for the rest.
+    """
+    image = given["init_image"]
+    height, width = _whole("height", given["height"]), _whole("width", given["width"])
+    own = image is None and (height, width) == tuple(config.default_size)
+    spacing = given["timestep_spacing"]
+    options = Options(
+        height=None if own else height,
+        width=None if own else width,
+        sampler=given["sampler"],
+        timestep_spacing=None if spacing is None else Spacing(spacing),
+        sigmas=Sigmas(given["sigmas"]),
+        steps=_whole("steps", given["steps"]),
+        guidance=_unless("guidance", given["guidance"], Options().resolved(config).guidance),
+        guidance_rescale=_number("guidance_rescale", given["guidance_rescale"]),
+        seed=_whole("seed", given["seed"]),
+        first_index=_whole("first_index", given["first_index"]),
+        num_images=_whole("num_images", given["num_images"]),
+        handoff=_unless("handoff", given["handoff"], HANDOFF) if refiner else None,
+        strength=None if image is None else _unless("strength", given["strength"], IMAGE_STRENGTH),
+    )
+    return Wanted(given["prompt"] or "", given["negative_prompt"] or None, options, image)
+
+
+def _unless(name: str, value: Any, default: float | None) -> float | None:
+    number = _number(name, value)
+    return None if number == default else number
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, int | float):
+        raise InputError(f"{name} is empty. Give a number")
+    return float(value)
+
+
+def _whole(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if not number.is_integer():
+        raise InputError(f"{name}={number:g}, expected a whole number")
+    return int(number)

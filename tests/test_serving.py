@@ -1,0 +1,381 @@
+"""`sdxl-jax serve`: what stands behind the page, on a tiny model with random weights; slow, the page in a browser."""
+
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
+
+import compiling
+import numpy as np
+import pytest
+from command import call
+from conftest import shared
+from PIL import Image
+from tiny import MODEL, random_model
+
+from sdxl_jax import converting
+from sdxl_jax.commands import parsing
+from sdxl_jax.commands.preview import Previews
+from sdxl_jax.commands.sample import Sample, load, opened, read_text
+from sdxl_jax.commands.serve import Serve, as_sample, command_line, describe, free_port
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import Model
+from sdxl_jax.options import Options
+from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.serving import studio as studios
+from sdxl_jax.serving.studio import Drawing, Stopped, Studio, Wanted
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL: dict[str, Any] = {"height": 16, "width": 24, "steps": 2}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    converting.convert(random_model(MODEL, 0), path, "orbax", progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(saved: Path) -> Model:
+    """Opened as the command does, so that both need the same programs."""
+    sample = as_sample(Serve(model=saved))
+    return load(sample, opened(sample))[0]
+
+
+@pytest.fixture
+def studio(model: Model, saved: Path, tmp_path: Path) -> Studio:
+    serve = Serve(model=saved)
+    return Studio(model, tmp_path / "pictures", lambda wanted: describe(serve, wanted, MODEL))
+
+
+def small(prompt: str = "a red cube", **options: Any) -> Wanted:
+    return Wanted(prompt, None, Options(**(SMALL | options)))
+
+
+# The command line that a picture is shown with
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Wanted("a red cube", None, Options()),
+        Wanted("", "", Options()),
+        Wanted('--it\'s a "$HOME" `date`;\n  of two lines', "-no", Options(guidance=0.1 + 0.2)),
+        Wanted(
+            "ein Würfel, 赤",
+            "blurred",
+            Options(**SMALL, sampler="ddim", timestep_spacing=Spacing.TRAILING, sigmas=Sigmas.KARRAS, seed=2**32 - 1),
+        ),
+        Wanted("x", None, Options(first_index=3, guidance_rescale=0.7, handoff=0.5, strength=0.6), Path("a b.png")),
+    ],
+)
+def test_the_command_line_reads_as_the_picture_that_it_is_shown_with(wanted: Wanted) -> None:
+    serve = Serve(
+        model=Path("my model"),
+        lora=("a:0.5", "b"),
+        embedding=("c",),
+        parts_from=(Path("vae"),),
+        dtype="bfloat16",
+        refiner=Path("refiner"),
+        prediction="v_prediction",
+        allow_partial=True,
+    )
+    sample = as_sample(serve, wanted)
+    program, command, *arguments = shlex.split(command_line(sample))
+    assert (program, command) == ("sdxl-jax", "sample")
+    assert parsing.parse(Sample, arguments, command) == sample
+    assert (sample.prompt, sample.negative_prompt, sample.options) == (
+        (wanted.prompt,),
+        wanted.negative,
+        wanted.options,
+    )
+
+
+def test_the_command_line_says_only_what_is_not_so_anyway() -> None:
+    said = command_line(as_sample(Serve(model=Path("run")), small(height=None, width=None)))
+    assert said == "sdxl-jax sample run --prompt 'a red cube' --steps 2 --out again"
+
+
+# The fields
+
+
+def test_fields_that_nobody_touched_are_the_defaults() -> None:
+    fields = studios.fields(MODEL) | {"prompt": "a cube"}
+    assert (fields["height"], fields["width"]) == MODEL.default_size
+    assert fields["guidance"] == 5
+    assert studios.wanted(MODEL, fields, refiner=True) == Wanted("a cube", None, Options())
+
+
+def test_fields_hold_all_that_a_picture_was_drawn_with() -> None:
+    options = Options(
+        height=16,
+        width=24,
+        steps=7,
+        sampler="ddim",
+        timestep_spacing=Spacing.LINSPACE,
+        sigmas=Sigmas.KARRAS,
+        guidance=3.0,
+        guidance_rescale=0.5,
+        seed=9,
+        first_index=2,
+        handoff=0.6,
+        strength=0.4,
+    )
+    wanted = Wanted("a", "b", options, Path("c.png"))
+    assert studios.wanted(MODEL, studios.fields(MODEL, wanted), refiner=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [("steps", None, "steps is empty"), ("steps", 2.5, "steps=2.5, expected a whole"), ("guidance", "", "is empty")],
+)
+def test_a_field_that_is_no_number_is_refused_by_name(name: str, value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        studios.wanted(MODEL, studios.fields(MODEL) | {name: value})
+
+
+# Drawing
+
+
+def test_a_drawn_picture_is_that_of_sample_with_the_same_text(studio: Studio, tmp_path: Path) -> None:
+    """The command that is shown draws the same picture, bit for bit: both are drawn one at a time."""
+    drawn = studio.draw(small(num_images=2, batch_size=1), Drawing())
+    assert [each.path.name for each in drawn] == ["000000.png", "000001.png"]
+    assert studio.drawn == drawn
+    again = shlex.split(drawn[1].command)[1:]
+    assert again[-2:] == ["--out", "again"]
+    outcome = call(*again[:-1], tmp_path / "again")
+    assert outcome.code == 0, outcome.err
+    path = tmp_path / "again" / "000000.png"
+    assert read_text(path) == read_text(drawn[1].path)
+    assert path.read_bytes() == drawn[1].path.read_bytes() != drawn[0].path.read_bytes()
+    with Image.open(path) as image:
+        assert image.size == (24, 16) == drawn[1].size[::-1]
+
+
+def test_pictures_go_behind_those_that_the_folder_holds(studio: Studio) -> None:
+    studio.folder.mkdir()
+    for name in ("000007.png", "sweep.png"):
+        (studio.folder / name).write_bytes(b"precious")
+    (drawn,) = studio.draw(small(), Drawing())
+    assert drawn.path.name == "000008.png"
+    assert (studio.folder / "000007.png").read_bytes() == b"precious"
+
+
+def test_a_drawing_tells_how_far_it_is_and_shows_what_comes(model: Model, saved: Path, studio: Studio) -> None:
+    look = Previews(MODEL, saved).look
+    seen: list[tuple[float, str]] = []
+
+    class Watched(Drawing):
+        def told(self, *arguments: Any) -> None:
+            super().told(*arguments)
+            seen.append((self.share, self.status))
+
+    drawing = Watched()
+    looking = Studio(model, studio.folder, studio._describe, look=look)
+    looking.draw(small(num_images=2, batch_size=1), drawing)
+    assert [share for share, _ in seen] == [0.25, 0.5, 0.75, 1]
+    assert [status for _, status in seen][1:3] == [
+        "Step 2 of 2, pictures 1 to 1; decoding",
+        "Step 1 of 2, pictures 2 to 2",
+    ]
+    assert drawing.preview is not None
+    with Image.open(io.BytesIO(drawing.preview)) as image:
+        assert image.size == (24, 16) == drawing.size[::-1]
+
+
+def test_stop_ends_a_drawing_between_steps_and_the_next_one_is_drawn(studio: Studio) -> None:
+    class Impatient(Drawing):
+        steps = 0
+
+        def told(self, *arguments: Any) -> None:
+            self.steps += 1
+            if self.steps == 2:
+                studio.stop()
+            super().told(*arguments)
+
+    drawing = Impatient()
+    with pytest.raises(Stopped):
+        studio.draw(small(steps=50), drawing)
+    assert drawing.steps == 2
+    assert studio.drawn == []
+    assert len(studio.draw(small(), Drawing())) == 1
+
+
+def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(studio: Studio) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    class Slow(Drawing):
+        def told(self, *arguments: Any) -> None:
+            began.set()
+            assert may_end.wait(60)
+            super().told(*arguments)
+
+    first = threading.Thread(target=lambda: studio.draw(small(), Slow()))
+    first.start()
+    while not began.wait(0.1):
+        assert first.is_alive()
+    waiting, outcome = Drawing(), []
+
+    def second() -> None:
+        try:
+            studio.draw(small(), waiting)
+        except Stopped:
+            outcome.append("stopped")
+
+    other = threading.Thread(target=second)
+    other.start()
+    assert waiting.status == "Waiting for another drawing"
+    waiting.stop()
+    may_end.set()
+    for thread in (first, other):
+        thread.join(60)
+    assert outcome == ["stopped"]
+    assert len(studio.drawn) == 1
+
+
+def test_what_cannot_be_drawn_is_an_input_error_and_leaves_nothing(studio: Studio) -> None:
+    with pytest.raises(InputError, match=r"height 12 × width 24: expected positive multiples of 8"):
+        studio.draw(small(height=12), Drawing())
+    assert studio.drawn == []
+    assert not studio.folder.exists()
+
+
+def test_a_picture_to_start_from_is_kept_under_a_name_of_its_own(studio: Studio) -> None:
+    content = studios.png(np.zeros((16, 24, 3), np.uint8))
+    path = studio.keep_init_image("../../holiday.png", content)
+    assert path.parent == studio.folder / "init"
+    assert path.read_bytes() == content
+    assert studio.keep_init_image("same.png", content) == path
+    with pytest.raises(InputError, match=r"notes.txt is no picture"):
+        studio.keep_init_image("notes.txt", b"hello")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_tokens_that_are_not_read_are_told(studio: Studio) -> None:
+    assert studio.notes(small("a cat")) == []
+    assert studio.notes(small("cat " * 80)) == ["5 tokens of the prompt are beyond the 75 that are read"]
+
+
+# The command
+
+
+def test_a_port_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(InputError, match=r"Nothing can listen on --host 127\.0\.0\.1 --port"):
+            free_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InputError, match="--port 70000, expected 0 to 65535"):
+        free_port("127.0.0.1", 70000)
+    assert free_port("127.0.0.1", 0) > 0
+
+
+def test_without_its_library_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sdxl_jax.serving.page", None)
+    monkeypatch.setitem(sys.modules, "nicegui", None)
+    monkeypatch.delitem(sys.modules, "sdxl_jax.serving.page")
+    outcome = call("serve", "absent")
+    assert outcome.code == 2
+    assert "pip install -e '.[serve]'" in outcome.err
+
+
+# The page
+
+
+@pytest.fixture
+def address(saved: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `sdxl-jax serve` listens, as a process of its own."""
+    pytest.importorskip("nicegui")
+    environment = compiling.environment(shared(tmp_path_factory))
+    environment.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI listens elsewhere when it sees it
+    command = [sys.executable, "-m", "sdxl_jax", "serve", saved, "--port", "0", "--out", tmp_path / "pictures"]
+    command += ["--preview-autoencoder", saved]
+    with (tmp_path / "log").open("w+") as log:
+        server = subprocess.Popen(
+            list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+", (tmp_path / "log").read_text())):
+                assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+            yield found.group()
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0, (tmp_path / "log").read_text()
+            assert "Traceback" not in (tmp_path / "log").read_text()
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
+def test_the_page_draws_stops_and_says_what_is_wrong(address: str, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch_persistent_context(
+            tmp_path / "profile", executable_path=CHROMIUM, args=flags, headless=True, accept_downloads=True
+        )
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("websocket", lambda socket: asked.append(socket.url))
+        page.goto(address)
+        prompt, draw = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Draw")
+        prompt.fill("a red cube, it's old")
+        assert page.get_by_label("Height").input_value() == str(MODEL.default_size[0])
+        for name, value in SMALL.items():
+            page.get_by_label(name.capitalize()).fill(str(value))
+        draw.click()
+        page.get_by_test_id("picture").wait_for()
+        shown = page.locator(".sdxl-command code").inner_text()
+        sample = parsing.parse(Sample, shlex.split(shown)[2:], "sample")
+        assert (sample.prompt, sample.options) == (("a red cube, it's old",), Options(**SMALL))
+        page.screenshot(path=tmp_path / "drawn.png")
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Download").click()
+        assert read_text(Path(download.value.path())) == read_text(tmp_path / "pictures" / "000000.png")
+
+        page.get_by_label("Height").fill("12")
+        draw.click()
+        message = page.get_by_text("height 12 × width 24: expected positive multiples of 8")
+        message.wait_for()
+        page.screenshot(path=tmp_path / "refused.png")
+
+        page.get_by_label("Height").fill("16")
+        page.get_by_label("Steps").fill("1000")
+        draw.click()
+        page.get_by_text(re.compile(r"Step \d+ of 1000")).wait_for()
+        page.get_by_test_id("preview").wait_for()
+        assert not message.is_visible()
+        page.screenshot(path=tmp_path / "drawing.png")
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped.").wait_for()
+        assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+        browser.close()
+    # All comes from this server, and from nowhere else.
+    assert {urlparse(url).netloc for url in asked if not url.startswith("data:")} == {urlparse(address).netloc}
+    # A name that somebody else gave this address does not open the page.
+    other = Request(address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(OSError, match="400"):
+        urlopen(other)
+    assert os.listdir(tmp_path / "pictures") == ["000000.png"]
