@@ -195,19 +195,13 @@ def test_sequential_guidance_is_batched_guidance(model: Model, pictures: Generat
 def evaluations(monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -> list[int]:
     """Rows that the network is asked for in each step of one picture."""
     rows: list[int] = []
-    real = drawing.denoise
 
-    def spy(*given: Any, terms: drawing.Terms, **static: Any) -> Any:
+    def spy(*given: Any, state: Any, terms: drawing.Terms, **static: Any) -> Any:
         rows.append(1 + terms.guided + bool(terms.perturbed))
-        return real(*given, terms=terms, **static)
+        return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            drawing,
-            "STAGED",
-            drawing.PLAIN._replace(denoise=spy, decode=lambda *_, **__: jnp.zeros((1, 8, 8, 3), jnp.uint8)),
-        )
-        patch.setattr(drawing.unet, "apply", lambda config, params, latent, *_, **__: latent)
+        patch.setattr(drawing, "STAGED", drawing.STAGED._replace(denoise=spy))
         generate(model, PROMPTS[:1], watch=lambda seen: None, **{**SETTINGS, "batch_size": 1}, **options)
     return rows
 
@@ -374,7 +368,7 @@ def test_a_mask_over_everything_is_text_to_image(model: Model, pictures: Generat
 def test_a_unet_of_nine_channels_is_shown_mask_and_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     painter = random_model(PAINTER, 2)
     seen: list[Any] = []
-    real = drawing.denoise
+    real = drawing.STAGED.denoise
 
     def spy(*given: Any, shown: Any, kept: Any, **static: Any) -> Any:
         seen.append((shown, kept))
