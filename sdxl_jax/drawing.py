@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Key, UInt8
+from jaxtyping import Bool, Float, Key, UInt8
 
 from sdxl_jax import arrays, model
 from sdxl_jax.arrays import MicroConditioning, Params, type_of_array
@@ -117,8 +117,8 @@ class Painted(NamedTuple):
     image: UInt8[Any, "batch height width 3"]
     mask: Float[Any, "batch latent_height latent_width 1"] | None
     """1 where it is repainted; None: everywhere."""
-    masked_image: UInt8[Any, "batch height width 3"] | None
-    """Its mask grey: what UNets of 9 channels are shown."""
+    hidden: Bool[Any, "batch height width 1"] | None
+    """For UNets of 9 channels: True on what is left out of the picture that they are shown."""
 
 
 class Inputs(NamedTuple):
@@ -272,14 +272,22 @@ def begin(leg: Leg, row: Plan, state: State | None, noise: Array | None, image: 
 
 
 def encode(
-    params: Params, image: UInt8[Array, "batch height width 3"], *, config: ModelConfig, compute: Compute
+    params: Params,
+    image: UInt8[Array, "batch height width 3"],
+    hidden: Bool[Array, "batch height width 1"] | None = None,
+    *,
+    config: ModelConfig,
+    compute: Compute,
 ) -> Array:
-    """Scaled latents: the mean of the autoencoder's posterior.
+    """Scaled latents: the mean of the autoencoder's posterior. What is hidden is 0 in −1..1, which no byte is.
 
     diffusers draws from the posterior. Its deviation is a hundredth of the latent's, so the pictures are alike, and the
     mean needs no random numbers of its own.
     """
-    return config.vae.scale * vae.encode(config.vae, params, arrays.normalise(image), compute).mean
+    seen = arrays.normalise(image)
+    if hidden is not None:
+        seen = jnp.where(hidden, 0.0, seen)
+    return config.vae.scale * vae.encode(config.vae, params, seen, compute).mean
 
 
 def decode(
@@ -349,9 +357,9 @@ def draw(
     if (painted := inputs.painted) is not None:
         latents = functools.partial(call.encode, inputs.params[0]["vae"], config=base, compute=compute)
         image = latents(painted.image)
-        if painted.masked_image is not None:
+        if painted.hidden is not None:
             assert painted.mask is not None
-            shown = jnp.concatenate([painted.mask, latents(painted.masked_image)], axis=-1)
+            shown = jnp.concatenate([painted.mask, latents(painted.image, painted.hidden)], axis=-1)
         if painted.mask is not None:
             kept = Kept(image, inputs.noise, painted.mask)
     state = None

@@ -338,11 +338,8 @@ class _Job:
         if self.mask is None:
             return Painted(repeat(self.original), None, None)
         cells = init_images.latent_mask(self.mask, config.vae.downsampling)
-        masked = None
-        if _shows_mask(config):
-            # Grey, 0 in −1..1: diffusers multiplies by the mask there.
-            masked = repeat(np.where(self.mask[..., None], np.uint8(128), self.original))
-        return Painted(repeat(self.original), repeat(cells), masked)
+        hidden = repeat(self.mask[..., None]) if _shows_mask(config) else None
+        return Painted(repeat(self.original), repeat(cells), hidden)
 
     def run(self, compute: Compute, one_program: bool, progress: bool, watch: Watch | None) -> Generated:
         options, models = self.options, [self.model, *([] if self.refiner is None else [self.refiner])]

@@ -1,14 +1,8 @@
 """Whole pictures: `sdxl-jax sample` against diffusers' pipelines, from the same directory and the same noise.
 
-The pipelines are tiny, with random weights, and built by diffusers and transformers alone; of ours are the tokenizers'
-files. Text encoders, guidance, conditioning, sampler and autoencoder are all at work, 20 steps of Euler, in float32.
-
-Tolerance: rounding, 2e-5 of a network's output at most (`agreement.py`), is multiplied by the guidance and fed back at
-every step; a few 1e-6 of the largest latent are measured, 1e-4 are allowed. A picture is rounded to 256 levels, where
-any difference can make one level, but of few bytes: rounded down instead, half of them would differ. That mistakes
-would show is a test of its own: every prompt, size and crop moves the latents by more than 100 times the tolerance.
-
-The prompts have no "!", which transformers takes for padding in the tokenizers that pad with it; ours does not.
+The pipelines are those of `pipelines.py`, which has the tolerances and their reasons too. Text encoders, guidance,
+conditioning, sampler and autoencoder are all at work, 20 steps of Euler, in float32. That mistakes would show is a test
+of its own: every prompt, size and crop moves the latents by more than 100 times the tolerance.
 """
 
 import functools
@@ -21,10 +15,26 @@ import numpy as np
 import pytest
 from agreement import Note
 from PIL import Image
-from reference import diffusers, from_torch, randomise, to_torch, torch, transformers
+from pipelines import (
+    NEGATIVES,
+    PARTS,
+    PROMPTS,
+    STEPS,
+    TOLD,
+    TOLERANCE,
+    Drawn,
+    Size,
+    Source,
+    Told,
+    apart,
+    build,
+    check_agreement,
+    sd,
+    sdxl,
+)
+from reference import diffusers, from_torch, to_torch, torch
 
 from sdxl_jax.__main__ import main
-from sdxl_jax.interop import diffusers as folders
 from sdxl_jax.loading import load_model
 from sdxl_jax.model import SD1, SD2, SDXL_BASE
 from sdxl_jax.pipeline import generate
@@ -35,164 +45,25 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 
-TOLERANCE, LEVELS, SHARE = 1e-4, 1, 0.01
-"""Of the largest latent; of 255; of the bytes of a picture that may differ at all."""
-STEPS = 20
-
-Size = tuple[int, int]
-"""(height, width) or (top, left), in pixels."""
-
-
 # ---- the pipelines ---------------------------------------------------------------------------------------------------
 
 
-def _tower(width: int, layers: int, heads: int, activation: str, projection_dim: int | None = None) -> Any:
-    """Token numbers as in the official files, mistakes included."""
-    kind = transformers.CLIPTextModel if projection_dim is None else transformers.CLIPTextModelWithProjection
-    fields = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "vocab_size": 49408}
-    return kind(
-        transformers.CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            hidden_act=activation,
-            projection_dim=projection_dim or width,
-            **fields,
-        )
-    )
-
-
-def _vae(scale: float) -> Any:
-    return diffusers.AutoencoderKL(
-        block_out_channels=(16, 16, 32, 32),
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        scaling_factor=scale,
-    )
-
-
-def _unet(attends: Sequence[bool], **options: Any) -> Any:
-    return diffusers.UNet2DConditionModel(
-        down_block_types=["CrossAttnDownBlock2D" if yes else "DownBlock2D" for yes in attends],
-        up_block_types=["CrossAttnUpBlock2D" if yes else "UpBlock2D" for yes in reversed(attends)],
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=8,
-        **options,
-    )
-
-
-def _scheduler(prediction: str) -> Any:
-    return diffusers.EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction,
-        timestep_spacing="leading",
-        steps_offset=1,
-    )
-
-
-def _sdxl(tokenizers: Sequence[Any]) -> Any:
-    return diffusers.StableDiffusionXLPipeline(
-        vae=_vae(0.13025),
-        text_encoder=_tower(32, 2, 2, "quick_gelu"),
-        text_encoder_2=_tower(48, 3, 3, "gelu", projection_dim=40),
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        unet=_unet(
-            [False, True],
-            transformer_layers_per_block=[1, 2],
-            attention_head_dim=[2, 4],
-            cross_attention_dim=32 + 48,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=16,
-            projection_class_embeddings_input_dim=40 + 6 * 16,
-            use_linear_projection=True,
-        ),
-        scheduler=_scheduler("epsilon"),
-        add_watermarker=False,
-    )
-
-
-def _sd(tokenizers: Sequence[Any], activation: str, prediction: str, heads: Any, linear: bool) -> Any:
-    return diffusers.StableDiffusionPipeline(
-        vae=_vae(0.18215),
-        text_encoder=_tower(32, 2, 2, activation),
-        tokenizer=tokenizers[0],
-        unet=_unet([True, False], attention_head_dim=heads, cross_attention_dim=32, use_linear_projection=linear),
-        scheduler=_scheduler(prediction),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 PIPELINES: dict[str, tuple[Any, Callable[[Sequence[Any]], Any]]] = {
-    "SDXL base": (SDXL_BASE, _sdxl),
-    "SD 1.x": (SD1, lambda tokenizers: _sd(tokenizers, "quick_gelu", "epsilon", 8, False)),
-    "SD 2.x": (SD2, lambda tokenizers: _sd(tokenizers, "gelu", "epsilon", [2, 4], True)),
-    "SD 2.x v": (SD2, lambda tokenizers: _sd(tokenizers, "gelu", "v_prediction", [2, 4], True)),
+    "SDXL base": (SDXL_BASE, sdxl),
+    "SD 1.x": (SD1, lambda tokenizers: sd(tokenizers, "quick_gelu", "epsilon", 8, False)),
+    "SD 2.x": (SD2, lambda tokenizers: sd(tokenizers, "gelu", "epsilon", [2, 4], True)),
+    "SD 2.x v": (SD2, lambda tokenizers: sd(tokenizers, "gelu", "v_prediction", [2, 4], True)),
 }
 """By name: the published model whose tokenizers it has, and how it is built from them."""
-
-
-class Source(NamedTuple):
-    """A tiny pipeline of diffusers."""
-
-    pipeline: Any
-    path: Path
-    """Where it has saved itself."""
-
-
-def _build(name: str, folder: Path) -> Source:
-    published, build = PIPELINES[name]
-    folders.write_folder(published, folder / "published")
-    paths = [folder / "published" / tower.name.replace("text_encoder", "tokenizer") for tower in published.text]
-    pipeline = build([transformers.CLIPTokenizer.from_pretrained(path) for path in paths])
-    for seed, part in enumerate(("vae", "text_encoder", "text_encoder_2", "unet")):
-        if (module := getattr(pipeline, part, None)) is not None:
-            randomise(module.eval(), seed)
-    pipeline.unet.conv_out.weight.data *= 0.8  # latents not much larger than the noise that they began as
-    pipeline.vae.decoder.conv_out.weight.data *= 0.4  # most pixels neither black nor white
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.save_pretrained(folder / "model")
-    return Source(pipeline, folder / "model")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
     """source(name): the pipeline of that name."""
-    return functools.cache(lambda name: _build(name, tmp_path_factory.mktemp("source")))
+    return functools.cache(lambda name: build(*PIPELINES[name], tmp_path_factory.mktemp("source")))
 
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
-
-LONG = "oil painting of a red house by the sea, " * 12
-PROMPTS = ("a cat on a mat", "Two cafés, 3 o'clock", LONG)
-"""The last one is longer than what the towers read."""
-
-
-class Told(NamedTuple):
-    """Sizes and crop that an SDXL is told; None: the picture's own size."""
-
-    original: Size | None = None
-    crop: Size = (0, 0)
-    target: Size | None = None
-
-
-NEGATIVES = {"absent": None, "empty": "", "given": "blurry, ugly"}
-TOLD: dict[str, tuple[Told, Told | None]] = {
-    "own sizes": (Told(), None),
-    "sizes given": (Told((1023, 333), (5, 64), (512, 1024)), None),
-    "negative sizes given": (Told((1023, 333), (5, 64), (512, 1024)), Told((301, 777), (9, 0), (96, 48))),
-}
-"""For the prompt, and for the negative prompt; None: the same."""
 
 
 class Case(NamedTuple):
@@ -215,13 +86,6 @@ class Case(NamedTuple):
         height, width = self.size or (64, 64)
         rng = np.random.default_rng([self.batch, height, width])
         return rng.standard_normal((self.batch, height // 8, width // 8, 4), np.float32)
-
-
-class Drawn(NamedTuple):
-    images: np.ndarray
-    """Bytes, images height width 3."""
-    latents: np.ndarray
-    """In our layout, scaled as the UNet sees them."""
 
 
 def draw(model: Path, case: Case, folder: Path) -> Drawn:
@@ -305,33 +169,6 @@ def reference_of(pipeline: Any, case: Case) -> Drawn:
         for start in range(0, case.batch, each)
     ]
     return Drawn(*(np.concatenate(arrays) for arrays in zip(*made, strict=True)))
-
-
-def apart(one: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference of latents, as a share of the largest latent."""
-    return float(np.abs(one - other).max() / np.abs(other).max())
-
-
-def check_picture(drawn: Drawn) -> None:
-    """That it is one in which a difference would be seen."""
-    assert np.isfinite(drawn.latents).all()
-    assert 1 < drawn.latents.std() < 20
-    assert np.mean((drawn.images == 0) | (drawn.images == 255)) < 0.05
-    assert (drawn.images.std(axis=(1, 2)) > 20).all(), "a colour of a picture hardly varies"
-
-
-def check_agreement(what: str, ours: Drawn, theirs: Drawn, note: Note) -> None:
-    assert ours.images.shape == theirs.images.shape
-    assert ours.latents.shape == theirs.latents.shape
-    check_picture(theirs)
-    difference = apart(ours.latents, theirs.latents)
-    levels = int(np.abs(ours.images.astype(int) - theirs.images.astype(int)).max())
-    share = float(np.mean(ours.images != theirs.images))
-    measured = f"PNG {levels} levels (allowed {LEVELS}) in {share:.2%} (allowed {SHARE:.0%})"
-    note(f"picture: {what}", f"{difference:.1e}  (allowed {TOLERANCE:.0e}), {measured}")
-    assert difference <= TOLERANCE, f"{what}: latents differ by {difference:.2e} of the maximum"
-    assert levels <= LEVELS, f"{what}: a byte of the pictures differs by {levels} levels"
-    assert share <= SHARE, f"{what}: {share:.2%} of the pictures' bytes differ"
 
 
 CASES = (
@@ -499,7 +336,7 @@ def test_diffusers_reads_our_single_file(
     file = converted(model)["single.safetensors" if dtype == "float32" else "half.safetensors"]
     kind = getattr(torch, dtype)
     read = type(pipeline).from_single_file(file, config=str(path), torch_dtype=kind, local_files_only=True)
-    for part in ("vae", "text_encoder", "text_encoder_2", "unet"):
+    for part in PARTS:
         if getattr(pipeline, part, None) is None:
             continue
         expected, given = (getattr(each, part).state_dict() for each in (pipeline, read))
