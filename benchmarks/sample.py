@@ -1,0 +1,429 @@
+"""Text to image, side by side with diffusers' `StableDiffusionXLPipeline`, on the same device in one run.
+
+    python benchmarks/sample.py                                              # a small SDXL, 256², float32: for CPUs
+    python benchmarks/sample.py --size tiny --eager                          # half a minute: does it run at all
+    python benchmarks/sample.py --size full --side 256 --steps 4             # the 2.6 billion of the base, on a CPU
+    python benchmarks/sample.py --size full --side 1024 --batch 8 --guidance 8 --dtype bfloat16          # for GPUs
+
+Both sides load the same folder of random weights, made in torch, and draw the same prompts from the same noise: text
+encoders, Euler with guidance, autoencoder, pictures as bytes on the host. Same steps, same number format, in which the
+weights are too. The UNet there is under torch.compile, unless --eager. That both did the same work is checked by their
+pictures: the largest difference is shown (it is one level or so in float32).
+
+Each side has a process of its own, so that memory can be told apart: on a GPU the most that was allocated, else the
+most that the process occupied, loading included. After their first pictures, compilation included, one after the other,
+they take turns, so that whatever else the machine does falls on both; given is the median of the rounds. Where memory
+does not hold both (--apart, and always at full size on a CPU) one side has all its rounds before the other is loaded:
+what else the machine does may then fall on one of them.
+
+On a CPU figures are worth something where nothing else runs; the load is shown, of which one side's own threads are a
+part. Torch's threads wait for each other in a loop, and lose much more than ours where others use the same processors:
+`taskset -c 0` before the command gives each side one thread. CPU seconds are those of all threads of a process.
+
+Share of peak: products of matrices and convolutions, of 2·steps evaluations of the UNet, the text encoders for both
+prompts and one decode, counted in our traced functions, over the device's bfloat16 peak, where that is known.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:  # a process imports what its own side needs, or the memory of both would be counted
+    from sdxl_jax.model import ModelConfig
+
+PROMPTS = ("a photograph of a lighthouse above a stormy sea", "a red bicycle before a yellow wall, oil painting")
+MLPERF = "TensorRT on H200: 2.40 images/s (MLPerf Inference 5.1, 8-bit, not measured here)"
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "small", "full"], default="small", help="of the model")
+    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--side", type=int, help="pixels; default 256, of a tiny model 64")
+    parser.add_argument("--steps", type=int, default=20, help="of Euler")
+    parser.add_argument("--guidance", type=float, default=5.0, help="its strength; above 1, or there is none")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and activations"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="calls of each side that are measured")
+    parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
+    parser.add_argument("--one-program", action="store_true", help="ours as one program, not one each for the parts")
+    parser.add_argument("--apart", action="store_true", help="one side after the other, for want of memory")
+    options = parser.parse_args(given)
+    options.side = options.side or (64 if options.size == "tiny" else 256)
+    return options
+
+
+def model_config(size: str) -> "ModelConfig":
+    """tiny: every kind of part, for seconds. small: a hundredth of the base's operations, of the same kinds."""
+    from sdxl_jax.conditioning.micro import MicroConfig
+    from sdxl_jax.model import SDXL_BASE, ModelConfig
+    from sdxl_jax.models.unet import UNetConfig
+    from sdxl_jax.models.vae import VaeConfig
+
+    if size == "full":
+        return SDXL_BASE
+
+    def towers(**changed: Any) -> Any:
+        return tuple(
+            dataclasses.replace(
+                tower,
+                clip=dataclasses.replace(
+                    tower.clip,
+                    **changed,
+                    projection_dim=tower.clip.projection_dim and changed.get("width", tower.clip.projection_dim),
+                ),
+            )
+            for tower in SDXL_BASE.text
+        )
+
+    if size == "small":
+        unet = UNetConfig((128, 256, 512), transformer_depth=(0, 1, 4), middle_depth=4, heads=(2, 4, 8))
+        return ModelConfig(unet, VaeConfig((32, 64, 128, 128)), towers(layers=3))
+    unet = UNetConfig((32, 64), 1, (0, 2), 2, (1, 2), context_dim=64, vector_dim=32 + 6 * 16)
+    text = towers(width=32, layers=2, heads=2, mlp_width=64)
+    return ModelConfig(unet, VaeConfig((32, 32, 32, 32), 1), text, MicroConfig(embedding_dim=16))
+
+
+# The two sides, each in a process of its own
+
+
+class Side(NamedTuple):
+    draw: Callable[[], np.ndarray]
+    """One call: uint8 pictures, on the host."""
+    peak_bytes: Callable[[], int]
+    """The most memory until now."""
+    device: str
+    on_cpu: bool
+    tflop: Callable[[], float]
+    """Of one picture."""
+    flops_per_second: float | None
+    """Of the device, where it is known."""
+
+
+def prompts(options: argparse.Namespace) -> list[str]:
+    return [PROMPTS[number % len(PROMPTS)] for number in range(options.batch)]
+
+
+def noise(options: argparse.Namespace) -> np.ndarray:
+    side = options.side // 8
+    return np.random.default_rng(0).standard_normal((options.batch, side, side, 4), np.float32)
+
+
+def occupied() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def quiet() -> None:
+    """No progress bars of diffusers and transformers, and not what is for their users alone."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", ".*torch_dtype.* is deprecated", FutureWarning)
+
+
+def write_weights(folder: Path, options: argparse.Namespace) -> None:
+    """A folder in diffusers' layout, every weight as torch initialises it."""
+    import diffusers
+    import torch
+    import transformers
+
+    from sdxl_jax.interop import diffusers as folders
+    from sdxl_jax.interop import diffusers_fields
+
+    config = model_config(options.size)
+    folders.write_folder(config, folder)
+    torch.manual_seed(0)
+    torch.set_default_dtype(getattr(torch, options.dtype))
+    quiet()
+    network: Any = diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(config.unet, config.micro))
+    network.save_pretrained(folder / "unet", max_shard_size="100GB")
+    del network
+    autoencoder: Any = diffusers.AutoencoderKL.from_config(diffusers_fields.vae_fields(config.vae))
+    autoencoder.save_pretrained(folder / "vae")
+    for tower in config.text:
+        fields = diffusers_fields.clip_fields(tower.clip)
+        encoder = getattr(transformers, fields["architectures"][0])(transformers.CLIPTextConfig(**fields))
+        encoder.save_pretrained(folder / tower.name)
+
+
+def ours(folder: Path, options: argparse.Namespace) -> Side:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs its share of the GPU
+    import jax
+
+    from sdxl_jax import hardware
+    from sdxl_jax.loading import load_model
+    from sdxl_jax.models.layers import Compute, Dtype
+    from sdxl_jax.pipeline import text_to_image
+
+    model = load_model(folder, progress=False)
+    compute = Compute(dtype=Dtype(options.dtype))
+    device = jax.devices()[0]
+    chip = hardware.chip_of(device.device_kind)
+
+    def draw() -> np.ndarray:
+        return text_to_image(
+            model,
+            prompts(options),
+            height=options.side,
+            width=options.side,
+            steps=options.steps,
+            guidance=options.guidance,
+            batch_size=options.batch,
+            init_noise=noise(options),
+            compute=compute,
+            one_program=options.one_program,
+        )
+
+    def peak_bytes() -> int:
+        statistics = device.memory_stats() or {}
+        return statistics.get("peak_bytes_in_use") or occupied()
+
+    def tflop() -> float:
+        return flops(model.config, options) / 1e12
+
+    speed = None if chip is None else chip.flops_per_second
+    return Side(draw, peak_bytes, device.device_kind, device.platform == "cpu", tflop, speed)
+
+
+def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
+    """Of one picture."""
+    import jax
+    import jax.numpy as jnp
+
+    from sdxl_jax import flops, model
+    from sdxl_jax.conditioning import text
+    from sdxl_jax.conditioning.text import Tokenizer
+    from sdxl_jax.models import layers, unet, vae
+    from sdxl_jax.models.layers import Attention, Compute
+
+    compute = Compute(attention=Attention.XLA)  # the same products, and a kernel might not be looked into
+    params = layers.abstract(lambda key: model.init(key, config))
+    both, side = 2, options.side // 8
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    tokens = Tokenizer.of(config.text)([""] * both)
+    read = flops.count(lambda params, tokens: text.encode(config.text, params, tokens, compute), params, tokens)
+    told = array(both, text.TOKENS, config.unet.context_dim), array(both, config.unet.vector_dim or 0)
+    asked = flops.count(
+        lambda params, *rest: unet.apply(config.unet, params, *rest, compute=compute),
+        params["unet"],
+        array(both, side, side, config.unet.in_channels),
+        array(both),
+        *told,
+    )
+    latent = array(1, side, side, config.vae.latent_channels)
+    decoded = flops.count(lambda params, latent: vae.decode(config.vae, params, latent), params["vae"], latent)
+    return read.total + options.steps * asked.total + decoded.total
+
+
+def theirs(folder: Path, options: argparse.Namespace) -> Side:
+    import diffusers
+    import torch
+
+    quiet()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on GPUs, as XLA has it by itself
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
+        folder, torch_dtype=getattr(torch, options.dtype), add_watermarker=False, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline = pipeline.to(device)
+    if device == "cuda":
+        for part in (pipeline.unet, pipeline.vae):
+            part.to(memory_format=torch.channels_last)
+    if not options.eager:
+        pipeline.unet.compile()
+    begun = torch.from_numpy(noise(options).transpose(0, 3, 1, 2).copy()).to(device, getattr(torch, options.dtype))
+
+    def draw() -> np.ndarray:
+        made: Any = pipeline(
+            prompts(options),
+            height=options.side,
+            width=options.side,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
+            latents=begun,
+        )
+        return np.stack([np.asarray(image) for image in made.images])
+
+    def peak_bytes() -> int:
+        return torch.cuda.max_memory_allocated() if device == "cuda" else occupied()
+
+    return Side(draw, peak_bytes, device, device == "cpu", lambda: 0.0, None)
+
+
+# The conversation with them
+
+
+class Answer(NamedTuple):
+    result: Any
+    seconds: float
+    cpu_seconds: float
+    """Of all threads of the process."""
+
+
+def serve(connection: Connection, begin: Callable[[Path, argparse.Namespace], Any], *given: Any) -> None:
+    """In the process of a side: does what it is asked until it is asked nothing more."""
+    side = begin(*given)
+    connection.send(None)
+    while (asked := connection.recv()) is not None:
+        began, work = time.monotonic(), time.process_time()
+        result = getattr(side, asked)
+        result = result() if callable(result) else result
+        connection.send(Answer(result, time.monotonic() - began, time.process_time() - work))
+
+
+class Process:
+    """A function in a process of its own, and what it gives."""
+
+    def __init__(self, name: str, begin: Callable[[Path, argparse.Namespace], Any], *given: Any):
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, begin, *given))
+        self._process.start()
+        other.close()
+        self._answer()
+
+    def ask(self, what: str) -> Answer:
+        """A field of `Side`, called if it is a function."""
+        self._connection.send(what)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise SystemExit(
+                f"{self.name} ended with exit code {self._process.exitcode} (-9: killed, mostly for want of memory; "
+                "then choose a smaller --size or --batch, --dtype bfloat16, or --apart)"
+            ) from None
+
+    def end(self) -> None:
+        self._connection.send(None)
+        self._process.join()
+
+
+@dataclasses.dataclass
+class Row:
+    """What was seen of one side."""
+
+    first_seconds: float
+    images: np.ndarray
+    rounds: list[Answer] = dataclasses.field(default_factory=list)
+    peak_bytes: int = 0
+
+    def seconds(self) -> float:
+        """Of one picture."""
+        return statistics.median(each.seconds for each in self.rounds) / len(self.images)
+
+    def cpu_seconds(self) -> float:
+        """Of one picture."""
+        return statistics.median(each.cpu_seconds for each in self.rounds) / len(self.images)
+
+
+class Machine(NamedTuple):
+    """What our side knows of the device, and of the work."""
+
+    device: str
+    on_cpu: bool
+    tflop: float
+    flops_per_second: float | None
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Row], Machine]:
+    begins = {
+        f"sdxl_jax, {'one program' if options.one_program else 'three programs'}": ours,
+        f"diffusers, {'eager' if options.eager else 'torch.compile'}": theirs,
+    }
+    rows: dict[str, Row] = {}
+    running: list[Process] = []
+    machine = None
+    for name, begin in begins.items():
+        process = Process(name, begin, folder, options)
+        machine = machine or Machine(*(process.ask(field).result for field in Machine._fields))
+        first = process.ask("draw")
+        rows[name] = Row(first.seconds, first.result)
+        print(f"{name}: first pictures after {first.seconds:.1f} s", flush=True)
+        running.append(process)
+        if options.apart or (options.size == "full" and machine.on_cpu):
+            take_turns(running, rows, options.rounds)
+            running = []
+    take_turns(running, rows, options.rounds)
+    assert machine is not None
+    return rows, machine
+
+
+def take_turns(running: list[Process], rows: dict[str, Row], rounds: int) -> None:
+    """All rounds of the processes, and their end."""
+    for _ in range(rounds):
+        for process in running:
+            rows[process.name].rounds.append(process.ask("draw"))
+    for process in running:
+        rows[process.name].peak_bytes = process.ask("peak_bytes").result
+        process.end()
+
+
+# What is shown
+
+
+def report(options: argparse.Namespace, rows: dict[str, Row], machine: Machine) -> Iterator[str]:
+    yield (
+        f"{machine.device}, {options.size}, batch {options.batch}, {options.side}², {options.steps} steps, guidance "
+        f"{options.guidance:g}, {options.dtype}; {machine.tflop:.3f} TFLOP a picture; load {os.getloadavg()[0]:.1f} on "
+        f"{os.cpu_count()} processors"
+    )
+    peak = machine.flops_per_second
+    shown = ("first pictures s", "s a picture", "CPU s a picture", "images/s", "TFLOP/s", "memory GiB")
+    columns = ["", *shown, *(["share of peak"] if peak else [])]
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for name, row in rows.items():
+        seconds, tflops = row.seconds(), machine.tflop / row.seconds()
+        cells = [f"{row.first_seconds:.1f}", f"{seconds:.3f}", f"{row.cpu_seconds():.3f}", f"{1 / seconds:.3f}"]
+        cells += [f"{tflops:.3f}", f"{row.peak_bytes / 2**30:.2f}", *([f"{1e12 * tflops / peak:.1%}"] if peak else [])]
+        yield f"| {name} | {' | '.join(cells)} |"
+    own, other = rows.values()
+    yield f"ratio: {other.seconds() / own.seconds():.2f} times diffusers' images a second"
+    apart = np.abs(own.images.astype(int) - other.images.astype(int))
+    yield f"pictures: at most {apart.max()} of 255 levels apart, {np.mean(apart > 0):.2%} of the bytes at all"
+    if not machine.on_cpu and comparable(options):
+        yield f"published: {MLPERF}"
+
+
+def comparable(options: argparse.Namespace) -> bool:
+    """Whether the settings are those of MLPerf's text to image."""
+    return options.size == "full" and options.side == 1024 and options.steps == 20 and options.guidance > 1
+
+
+def main() -> None:
+    options = arguments()
+    if options.guidance <= 1:
+        raise SystemExit(f"--guidance {options.guidance:g}: expected more than 1, since guidance is what is measured")
+    with tempfile.TemporaryDirectory() as folder:
+        Process("making the weights", write_weights, Path(folder), options).end()
+        rows, machine = measure(options, Path(folder))
+    print("\n" + "\n".join(report(options, rows, machine)))
+
+
+if __name__ == "__main__":
+    main()
