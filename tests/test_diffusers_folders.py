@@ -205,6 +205,13 @@ def test_fields_that_change_nothing_are_skipped() -> None:
     assert diffusers_fields.schedule_config(given, "scheduler") == (ScheduleConfig(), Prediction.V)
 
 
+def test_a_consistency_model_is_known_by_its_scheduler_there_and_back() -> None:
+    for distilled in (False, True):
+        fields = diffusers_fields.scheduler_fields(ScheduleConfig(), Prediction.EPSILON, distilled)
+        assert diffusers_fields.is_distilled(fields) == distilled
+        assert diffusers_fields.schedule_config(fields, "scheduler") == (ScheduleConfig(), Prediction.EPSILON)
+
+
 def test_tower_of_a_whole_clip_has_the_projection() -> None:
     nested = {name: value for name, value in diffusers_fields.clip_fields(CLIP_BIGG).items() if name != "architectures"}
     fields = {"architectures": ["CLIPModel"], "text_config": nested, "projection_dim": 1280, "vision_config": {"a": 1}}

@@ -7,9 +7,14 @@ asked for in other words, or of its limit. Agreement with diffusers is in `parit
 import dataclasses
 import functools
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -488,3 +493,14 @@ def test_too_little_memory_is_told_with_what_to_change(model: Model, monkeypatch
 
 def test_families_that_have_no_effect_of_a_spacing_are_few() -> None:
     assert [name for name, each in SAMPLERS.items() if each.family is Family.CONSISTENCY] == ["lcm"]
+
+
+@pytest.mark.slow
+def test_a_picture_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("sharded_sampling.py")
+    environment = compiling.environment(tmp_path / "compiled", devices=4)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert len(differences) == 4
+    assert max(differences.values()) < SAME, differences

@@ -122,7 +122,13 @@ ALLOWED: dict[str, set[str]] = {
         *("serving", "init_images", "model", "models", "conditioning", "options", "pictures", "pipeline", "samplers"),
         *BASE,
     },
-    "": {"converting", "loading", "pipeline", "training.loop"},  # the package itself: the homes of its public names
+    "": {
+        "converting",
+        "loading",
+        "options",
+        "pipeline",
+        "training.loop",
+    },  # the package itself: the homes of its public names
 }
 """Which of our modules each module may import; the longest name that fits counts. A name stands for all below it."""
 ANYTHING = ("quickstart", "__main__", "commands")

@@ -19,6 +19,7 @@ from sdxl_jax.interop.diffusers_fields import (
     clip_config,
     clip_fields,
     component_kind,
+    is_distilled,
     schedule_config,
     scheduler_fields,
     unet_config,
@@ -102,7 +103,8 @@ def read_model_config(directory: Path) -> ModelConfig:
         has_score = index.get("requires_aesthetics_score") or unet.vector_dim == pooled + 5 * dim
         micro = MicroConfig(Numbers.SIZE_CROP_AESTHETIC if has_score else Numbers.SIZE_CROP_TARGET, dim)
     scheduler = directory / "scheduler" / "scheduler_config.json"
-    schedule, prediction = schedule_config(json_files.read(scheduler), str(scheduler))
+    scheduling = json_files.read(scheduler)
+    schedule, prediction = schedule_config(scheduling, str(scheduler))
     zeros = is_xl and index.get("force_zeros_for_empty_prompt", True)
     config = ModelConfig(
         unet=unet,
@@ -111,6 +113,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         micro=micro,
         schedule=schedule,
         prediction=prediction,
+        distilled=is_distilled(scheduling),
         no_prompt=NoPrompt.ZEROS if zeros else NoPrompt.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
     )
@@ -183,7 +186,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
     config = as_diffusers_has_it(config)
     config.check()
     pipeline = _pipeline(config)
-    scheduler = scheduler_fields(config.schedule, config.prediction)
+    scheduler = scheduler_fields(config.schedule, config.prediction, config.distilled)
     index: dict[str, Any] = {
         "_class_name": pipeline,
         **VERSION,

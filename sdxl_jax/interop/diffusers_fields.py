@@ -445,8 +445,14 @@ def clip_fields(config: ClipTextConfig) -> dict[str, Any]:
     }
 
 
-def scheduler_fields(schedule: ScheduleConfig, prediction: Prediction) -> dict[str, Any]:
-    """scheduler/scheduler_config.json: the sampler of the official SDXL files, or DDIM for zero terminal SNR."""
+def is_distilled(fields: Fields) -> bool:
+    """Whether scheduler/scheduler_config.json is that of a consistency model, whose guidance is in its weights."""
+    return str(fields.get("_class_name")).startswith(("LCM", "TCD"))
+
+
+def scheduler_fields(schedule: ScheduleConfig, prediction: Prediction, distilled: bool = False) -> dict[str, Any]:
+    """scheduler/scheduler_config.json: the sampler of the official SDXL files, LCM for a distilled model, or DDIM for
+    zero terminal SNR."""
     fields = {
         "_class_name": "EulerDiscreteScheduler",
         **VERSION,
@@ -465,6 +471,10 @@ def scheduler_fields(schedule: ScheduleConfig, prediction: Prediction) -> dict[s
         "trained_betas": None,
         "use_karras_sigmas": False,
     }
+    if distilled:
+        unread = ("interpolation_type", "sample_max_value", "skip_prk_steps", "use_karras_sigmas")
+        lcm = {"_class_name": "LCMScheduler", "rescale_betas_zero_snr": schedule.zero_terminal_snr}
+        return {**{name: value for name, value in fields.items() if name not in unread}, **lcm}
     if not schedule.zero_terminal_snr:
         return fields
     # Euler's sigma is infinite where nothing of the image is left, and diffusers puts 4096 in its place. DDIM works
