@@ -1,7 +1,7 @@
 """Text to image, side by side with diffusers' `StableDiffusionXLPipeline`, on the same device in one run.
 
     python benchmarks/sample.py                                              # a small SDXL, 256², float32: for CPUs
-    python benchmarks/sample.py --size tiny --eager                          # half a minute: does it run at all
+    python benchmarks/sample.py --size tiny --eager                          # does it run at all
     python benchmarks/sample.py --size full --side 256 --steps 4             # the 2.6 billion of the base, on a CPU
     python benchmarks/sample.py --size full --side 1024 --batch 8 --guidance 8 --dtype bfloat16          # for GPUs
 
