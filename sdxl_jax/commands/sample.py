@@ -128,7 +128,7 @@ def run(arguments: list[str]) -> None:
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
         prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
-    texts = [text for task in tasks for text in _texts(sample, task, weights[0].config)]
+    texts = [text for task in tasks for text in texts_of(sample, task, weights[0].config)]
     _check_out(sample, texts)
     models = load(sample, weights)
     _say_truncated(models[0], tasks)
@@ -232,7 +232,7 @@ def _changed(task: Task, name: str, value: str) -> Task:
 # What a picture says of itself
 
 
-def _texts(sample: Sample, task: Task, config: "ModelConfig") -> Iterator[dict[str, str]]:
+def texts_of(sample: Sample, task: Task, config: "ModelConfig") -> Iterator[dict[str, str]]:
     """The PNG text of each picture of a task."""
     options = task.options.resolved(config)
     settings = {name: " ".join(parsing.words(value)) for name, value in vars(options).items() if value is not None}

@@ -145,7 +145,7 @@ def describe(serve: Serve, wanted: "Wanted", config: "ModelConfig") -> "Describe
     from sdxl_jax.serving.studio import Described
 
     sample = as_sample(serve, wanted)
-    (text,) = _texts(sample, Task(wanted.prompt, wanted.negative, wanted.options, index=0), config)
+    (text,) = texts_of(sample, Task(wanted.prompt, wanted.negative, wanted.options, index=0), config)
     return Described(command_line(sample), text)
 
 
