@@ -51,6 +51,8 @@ from reference import diffusers, from_torch, randomise, to_torch
 
 from sdxl_jax.loading import load_model
 from sdxl_jax.model import SDXL_BASE, Model
+from sdxl_jax.options import Position
+from sdxl_jax.options import Size as Pixels
 from sdxl_jax.pipeline import generate
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
@@ -143,11 +145,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 # ---- the pictures ----------------------------------------------------------------------------------------------------
 
-SIZES: dict[str, Size] = {"original_size": (1023, 333), "crop": (5, 64), "target_size": (512, 1024)}
-NEGATIVE_SIZES: dict[str, Size] = {
-    "negative_original_size": (301, 777),
-    "negative_crop": (9, 0),
-    "negative_target_size": (96, 48),
+SIZES = {"original_size": Pixels(1023, 333), "crop": Position(5, 64), "target_size": Pixels(512, 1024)}
+NEGATIVE_SIZES = {
+    "negative_original_size": Pixels(301, 777),
+    "negative_crop": Position(9, 0),
+    "negative_target_size": Pixels(96, 48),
 }
 
 
@@ -160,7 +162,7 @@ class Case(NamedTuple):
     size: Size = (72, 40)
 
     def __str__(self) -> str:
-        given = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.options]
+        given = [f"{name} {_said(value)}" for name, value in self.options]
         size = "x".join(map(str, self.size))
         return ", ".join([self.stage, f"batch {self.batch}, {size}, negative {self.negative}", *given])
 
@@ -179,6 +181,12 @@ class Case(NamedTuple):
         height, width = self.size
         keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), k), 2) for k in range(self.batch)]
         return np.stack([jax.random.normal(key, (height // 8, width // 8, 4)) for key in keys])
+
+
+def _said(value: Any) -> str:
+    return (
+        "x".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else value
+    )
 
 
 def case(stage: str, batch: int, negative: str = "absent", size: Size = (72, 40), **options: Any) -> Case:
@@ -454,6 +462,7 @@ VARIED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", VARIED)
 def test_everything_that_is_varied_changes_the_picture(stage: str, sources: Sources) -> None:
     """Otherwise agreement would prove nothing."""
@@ -476,11 +485,14 @@ def test_everything_that_is_varied_changes_the_picture(stage: str, sources: Sour
     assert not alike
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["image", "inpaint"])
 def test_diffusers_leaves_the_negative_crop_out(stage: str, sources: Sources) -> None:
     """`_get_add_time_ids` puts the prompt's there. Should it be mended, the cases above need not give the same."""
     plain = case(stage, 1, "given", (64, 64), strength=0.5, **SIZES | NEGATIVE_SIZES)
-    other = case(stage, 1, "given", (64, 64), strength=0.5, **SIZES | NEGATIVE_SIZES | {"negative_crop": (64, 5)})
+    other = case(
+        stage, 1, "given", (64, 64), strength=0.5, **SIZES | NEGATIVE_SIZES | {"negative_crop": Position(64, 5)}
+    )
     assert apart(theirs(sources, plain).latents, theirs(sources, other).latents) == 0
-    third = case(stage, 1, "given", (64, 64), strength=0.5, **SIZES | NEGATIVE_SIZES | {"crop": (64, 5)})
+    third = case(stage, 1, "given", (64, 64), strength=0.5, **SIZES | NEGATIVE_SIZES | {"crop": Position(64, 5)})
     assert apart(theirs(sources, plain).latents, theirs(sources, third).latents) > 100 * TOLERANCE
