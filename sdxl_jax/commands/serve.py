@@ -21,7 +21,7 @@ import tyro
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import Opened
-from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened
+from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened, texts_of
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
 
