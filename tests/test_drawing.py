@@ -94,7 +94,13 @@ LEFT[:, :8] = True
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sampler": "unipc"}, {"sampler": "heun"}, {"sampler": "dpmpp_2m_sde"}, {"guidance_interval": (0.25, 0.75)}],
+    [
+        {"sampler": "dpmpp_2m_sde"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in ({}, {"sampler": "unipc"}, {"sampler": "heun"}, {"guidance_interval": (0.25, 0.75)})
+        ),
+    ],
     ids=str,
 )
 def test_one_program_three_programs_and_single_steps_draw_the_same(options: dict[str, Any], model: Model) -> None:
@@ -172,7 +178,13 @@ def test_bfloat16_stays_near(model: Model, pictures: Generated) -> None:
     assert EFFECT < unlike(made, pictures) < 0.15
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+QUICK = ("euler_ancestral", "unipc")
+"""One that draws noise, one that remembers."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
 def test_every_sampler_draws_the_same_in_any_batch(name: str, model: Model) -> None:
     together = generate(model, PROMPTS, sampler=name, **SETTINGS)
     assert np.isfinite(together.latents).all()
@@ -180,6 +192,7 @@ def test_every_sampler_draws_the_same_in_any_batch(name: str, model: Model) -> N
     assert np.abs(alone.latents[0] - together.latents[1]).max() < SAME * np.abs(together.latents).max()
 
 
+@pytest.mark.slow
 def test_samplers_differ_from_each_other_but_euler_is_ddim(model: Model) -> None:
     """Where both visit the same timesteps: x₀ + sigma ε along the same ε."""
     made = {name: generate(model, PROMPTS[:1], sampler=name, **SETTINGS) for name in SAMPLERS}
@@ -222,6 +235,7 @@ def test_steps_outside_the_interval_ask_for_the_prompt_alone(model: Model, monke
     assert evaluations(monkeypatch, model, guidance_interval=(0.0, 0.5), sampler="heun") == [2, 2, 2, 2, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_guidance_over_no_step_is_none_and_over_all_is_all(model: Model, pictures: Generated) -> None:
     without = generate(model, PROMPTS, guidance=1.0, **SETTINGS)
     assert unlike(generate(model, PROMPTS, guidance_interval=(0.0, 0.01), **SETTINGS), without) < SAME
@@ -263,6 +277,7 @@ def test_the_refiner_takes_over_where_it_is_told_to(model: Model, refiner: Model
     assert int(stretches[1].first) == 16
 
 
+@pytest.mark.slow
 def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model: Model, pictures: Generated) -> None:
     """But for samplers that remember, Euler does not: the way in two legs is the way in one."""
     twin = model._replace(config=dataclasses.replace(MODEL))
@@ -328,6 +343,7 @@ def test_a_refiners_pictures_do_not_depend_on_the_batch(model: Model, refiner: M
 # Pictures to start from
 
 
+@pytest.mark.slow
 def test_strength_says_how_much_is_left_of_the_picture(model: Model) -> None:
     first = drawing.STAGED.encode(model.params["vae"], jnp.asarray(photograph()[None]), config=MODEL, compute=Compute())
 
@@ -427,6 +443,7 @@ def test_weights_are_text_unless_they_are_asked_for(model: Model, pictures: Gene
 # The autoencoder
 
 
+@pytest.mark.slow
 def test_a_picture_decoded_in_tiles_is_the_picture(model: Model) -> None:
     settings: dict[str, Any] = {"height": 160, "width": 200, "steps": 1, "guidance": 1.0}
     whole = generate(model, PROMPTS[:1], **settings)

@@ -133,7 +133,14 @@ def trajectories(
 
 
 WAYS = [
-    pytest.param(name, spacing, sigmas, id=f"{name}-{spacing.value if spacing else 'own'}-{sigmas.value}")
+    pytest.param(
+        name,
+        spacing,
+        sigmas,
+        id=f"{name}-{spacing.value if spacing else 'own'}-{sigmas.value}",
+        # Where Karras's and exponential sigmas begin and end is all that the spacing changes of them.
+        marks=[pytest.mark.slow] if sigmas is not Sigmas.SCHEDULE and spacing is not Spacing.LEADING else [],
+    )
     for name, sampler in SAMPLERS.items()
     for spacing in ([None] if sampler.family is Family.CONSISTENCY else Spacing)
     for sigmas in Sigmas
