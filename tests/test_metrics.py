@@ -281,7 +281,17 @@ def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, given: str, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_before_the_checkpoint_are_not_traced(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trace_that_would_end_the_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "breaks", lambda: True)
+    with pytest.raises(InputError, match=r"libtpu is installed.*pip uninstall libtpu"):
+        profiling.check((3, 3), first=2, stop=3)
+    assert profiling.check(None, first=2, stop=3) is None
+
+
+def test_steps_before_the_checkpoint_are_not_traced(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "breaks", lambda: False)
     assert profiling.check((3, 3), first=2, stop=3) == (3, 3)
     assert profiling.check(None, first=2, stop=3) is None
     with pytest.raises(InputError, match=r"makes the steps 3 to 3\. Give FIRST:LAST among them, e\.g\. 3:3"):

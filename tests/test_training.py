@@ -41,7 +41,17 @@ from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import checkpoint, clock, compilation, loop, optimiser, reporting, run_directory, start
+from sdxl_jax.training import (
+    checkpoint,
+    clock,
+    compilation,
+    loop,
+    optimiser,
+    profiling,
+    reporting,
+    run_directory,
+    start,
+)
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.ema import EmaConfig, weight_at
 from sdxl_jax.training.metrics import TIMES, MetricsWriter
@@ -124,7 +134,7 @@ def crashed(config: TrainConfig, whole: Run, tmp_path_factory: pytest.TempPathFa
 def resumed(config: TrainConfig, crashed: Run) -> Run:
     """A copy of `crashed`, gone on with, while steps 4 and 5 are traced."""
     shutil.copytree(crashed.folder, folder := crashed.folder.with_name("resumed"))
-    return run(config, folder, profile=(4, 5))
+    return run(config, folder, profile=None if profiling.breaks() else (4, 5))
 
 
 @pytest.fixture(scope="module")
@@ -415,6 +425,7 @@ def test_the_newest_checkpoints_are_kept(whole: Run) -> None:
     assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == ["4", "6"]
 
 
+@pytest.mark.skipif(profiling.breaks(), reason="libtpu is installed, with which jax's profiler fails")
 def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
     """That the trace changes no number is seen above: `resumed` was traced, and repeats `whole`."""
     assert not (whole.folder / "profile").exists()

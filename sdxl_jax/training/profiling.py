@@ -3,6 +3,7 @@ TensorBoard with its profile plugin). What is learnt is the same with it and wit
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,10 +41,7 @@ class Profile:
         first, last = self._steps
         if step == first:
             settle()
-            options = jax.profiler.ProfileOptions()
-            # Hooking Python's calls while another thread compiles ends the process (seen with jax 0.10.2).
-            options.python_tracer_level = 0
-            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            jax.profiler.start_trace(str(self._folder))
             self._running = True
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             yield
@@ -51,6 +49,11 @@ class Profile:
             settle()
             jax.profiler.stop_trace()
             self._running = False
+
+
+def breaks() -> bool:
+    """Whether a trace would end the process: jax 0.10.2 with libtpu 0.0.52 beside it does so without a TPU."""
+    return importlib.util.find_spec("libtpu") is not None and jax.default_backend() != "tpu"
 
 
 def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, int] | None:
@@ -66,5 +69,10 @@ def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, in
         raise InputError(
             f"--profile {begin}:{end}: this start makes the steps {first + 1} to {stop}. Give FIRST:LAST among "
             f"them, e.g. {min(first + 10, stop)}:{min(first + 14, stop)}"
+        )
+    if breaks():
+        raise InputError(
+            f"--profile would end this process: libtpu is installed, and this is a {jax.default_backend()}, where jax's "
+            "profiler then fails. Do: pip uninstall libtpu (the extra aot brings it), or leave --profile out"
         )
     return steps
