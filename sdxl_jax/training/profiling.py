@@ -72,7 +72,7 @@ def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, in
         )
     if breaks():
         raise InputError(
-            f"--profile would end this process: libtpu is installed, and this is a {jax.default_backend()}, where jax's "
-            "profiler then fails. Do: pip uninstall libtpu (the extra aot brings it), or leave --profile out"
+            f"--profile would end this process: libtpu is installed, and this is a {jax.default_backend()}, where "
+            "jax's profiler then fails. Do: pip uninstall libtpu (the extra aot brings it), or leave --profile out"
         )
     return steps
