@@ -10,10 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 PATHS = Path(__file__).parents[1], Path(__file__).parent
 """Where a child process finds this project and these tests."""
+
+
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all files, of all workers, keep what they compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
 
 
 def settings(cache: Path) -> dict[str, bool | int | str]:

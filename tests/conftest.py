@@ -1,9 +1,7 @@
 """What many test files need: quick compilation, asked for by `pytestmark = pytest.mark.usefixtures(...)`."""
 
 import gc
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import compiling
 import pytest
@@ -20,16 +18,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all files, of all workers, keep what they compiled."""
-    folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
-
-
 @pytest.fixture(scope="module")
 def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For all tests and fixtures of a file."""
-    with compiling.quick(shared(tmp_path_factory)):
+    with compiling.quick(compiling.shared(tmp_path_factory)):
         yield
 
 
@@ -41,5 +33,5 @@ def quick_compilation_unless_slow(
     if request.node.get_closest_marker("slow"):
         yield
         return
-    with compiling.quick(shared(tmp_path_factory)):
+    with compiling.quick(compiling.shared(tmp_path_factory)):
         yield

@@ -357,12 +357,12 @@ def test_sample_draws_with_the_embeddings_it_is_given(
         used.append(model)
         return SimpleNamespace(images=np.zeros((1, 8, 8, 3), np.uint8), latents=None)
 
-    monkeypatch.setattr(opening, "open_model", lambda *_: None)
-    monkeypatch.setattr(loading, "load_weights", lambda _: sdxl)
+    monkeypatch.setattr(opening, "open_model", lambda *_: SimpleNamespace(config=sdxl.config))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: sdxl)
     monkeypatch.setattr(pipeline, "generate", generate)
     one, two = for_sdxl(tmp_path / "one.safetensors", 1), for_sdxl(tmp_path / "two:2.safetensors", 2)
     command = ["sample", str(tmp_path), "--prompt", "a <x>", "--out", str(tmp_path / "out"), "--embedding"]
     assert __main__.main([*command, f"{one}:<x>", "--embedding", str(two), "--embedding", f"{two}:<y>"]) == 0
     assert inversion.names(used[0]) == {"<x>": 1, "two:2": 2, "<y>": 2}
-    assert __main__.main([*command, f"{tmp_path / 'absent.safetensors'}:<x>"]) == 2
+    assert __main__.main([*command, f"{tmp_path / 'absent.safetensors'}:<x>", "--overwrite"]) == 2
     assert "absent.safetensors is no readable safetensors file" in capsys.readouterr().err

@@ -21,7 +21,6 @@ import compiling
 import numpy as np
 import pytest
 from command import call
-from conftest import shared
 from PIL import Image
 from tiny import MODEL, random_model
 
@@ -302,7 +301,7 @@ def test_without_its_library_the_page_says_what_to_install(monkeypatch: pytest.M
 def address(saved: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where `sdxl-jax serve` listens, as a process of its own."""
     pytest.importorskip("nicegui")
-    environment = compiling.environment(shared(tmp_path_factory))
+    environment = compiling.environment(compiling.shared(tmp_path_factory))
     environment.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI listens elsewhere when it sees it
     command = [sys.executable, "-m", "sdxl_jax", "serve", saved, "--port", "0", "--out", tmp_path / "pictures"]
     command += ["--preview-autoencoder", saved]
