@@ -167,6 +167,7 @@ def test_threads_go_on_from_any_step_with_any_number_of_hosts(sources, undisturb
     assert_hosts_go_on(sources, undisturbed(stop), 0, hosts, stop)
 
 
+@pytest.mark.slow
 def test_four_workers_on_two_hosts_go_on_at_the_end_of_an_epoch(sources, undisturbed):
     assert_hosts_go_on(sources, undisturbed(EPOCH - 1), 4, 2, EPOCH - 1)
 

@@ -168,6 +168,7 @@ def test_a_watcher_that_raises_ends_the_drawing(model: Model) -> None:
         generate(model, PROMPTS, watch=stop, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near(model: Model, pictures: Generated) -> None:
     halved = model._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
     made = generate(halved, PROMPTS, compute=Compute(dtype=Dtype.BFLOAT16), **SETTINGS)
@@ -178,8 +179,8 @@ def test_bfloat16_stays_near(model: Model, pictures: Generated) -> None:
     assert EFFECT < unlike(made, pictures) < 0.15
 
 
-QUICK = ("euler_ancestral", "unipc")
-"""One that draws noise, one that remembers."""
+QUICK = ("unipc",)
+"""One that remembers."""
 
 
 @pytest.mark.parametrize(
@@ -206,6 +207,7 @@ def test_samplers_differ_from_each_other_but_euler_is_ddim(model: Model) -> None
 # Guidance
 
 
+@pytest.mark.slow
 def test_sequential_guidance_is_batched_guidance(model: Model, pictures: Generated) -> None:
     assert unlike(generate(model, PROMPTS, sequential=True, **SETTINGS), pictures) < SAME
     both = [generate(model, PROMPTS, sequential=each, pag=2.0, **SETTINGS) for each in (False, True)]
@@ -244,6 +246,7 @@ def test_guidance_over_no_step_is_none_and_over_all_is_all(model: Model, picture
     assert unlike(half, without) > EFFECT
 
 
+@pytest.mark.slow
 def test_perturbed_attention_and_rescaling_change_the_picture_by_their_strength(
     model: Model, pictures: Generated
 ) -> None:
@@ -298,6 +301,7 @@ def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model
     assert np.abs(np.asarray(latents) - pictures.latents).max() < SAME * np.abs(pictures.latents).max()
 
 
+@pytest.mark.slow
 def test_a_refiner_changes_the_picture_in_both_ways_and_more_if_it_has_more_steps(
     model: Model, refiner: Model, pictures: Generated
 ) -> None:
@@ -333,6 +337,7 @@ def test_one_set_of_text_states_serves_both(model: Model, refiner: Model, monkey
     assert unlike(shared, own) < SAME
 
 
+@pytest.mark.slow
 def test_a_refiners_pictures_do_not_depend_on_the_batch(model: Model, refiner: Model) -> None:
     for given in ({"handoff": 0.5}, {"refine_strength": 0.5}):
         together = generate(model, PROMPTS, refiner=refiner, **given, **SETTINGS)

@@ -161,6 +161,7 @@ def test_full_size_autoencoder_and_towers_have_the_published_shapes() -> None:
 # How a network is computed changes nothing but rounding.
 
 
+@pytest.mark.slow
 def test_unrolled_scan_has_the_same_parameters_and_the_same_result() -> None:
     def fresh(compute: Compute) -> Params:
         return jax.eval_shape(unet.UNet(UNET, compute).init, jax.random.key(0), **unet_inputs())["params"]
@@ -216,6 +217,7 @@ def test_a_part_without_attention_cannot_be_perturbed() -> None:
             unet.apply(config, {}, *inputs, perturbed=jnp.array([True]), perturbed_parts=parts)
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_give_the_same_output_and_gradient() -> None:
     (kept, kept_gradient), (again, again_gradient) = unet_gradient(Remat.NONE), unet_gradient(Remat.BLOCK)
     assert relative(again, kept) < 1e-6

@@ -272,7 +272,7 @@ def go(
 @SAMPLER
 @pytest.mark.parametrize("prediction", Prediction)
 @pytest.mark.parametrize("spacing", Spacing)
-@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_network_that_knows_the_image_leads_to_it(
     name: str, prediction: Prediction, spacing: Spacing, count: int
 ) -> None:

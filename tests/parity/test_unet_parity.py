@@ -145,6 +145,7 @@ def test_unet_gradients_match_torch_autograd(agree: Agree) -> None:
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.slow
 def test_operations_of_the_full_size_are_those_that_torch_counts(name: str) -> None:
     """Nothing is computed: torch counts on its device "meta", we in the traced program."""
     config, size = FULL_SIZE[name]
