@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import compiling
+import jax
 import numpy as np
 import pytest
 from command import Outcome, call
@@ -295,15 +297,13 @@ def test_other_pictures_are_not_written_over(model: Path, drawn: Path, tmp_path:
 
 
 def test_compiled_programs_are_kept_for_the_next_time(model: Path, tmp_path: Path) -> None:
-    import jax
-
-    before = jax.config.values["jax_compilation_cache_dir"]
-    try:
+    with compiling.quick(tmp_path / "of others"):
         given = ["--prompt", "a cat", "--compilation-cache", tmp_path / "cache"]
-        assert run(model, tmp_path / "out", *given).code == 0
+        # Another size, or nothing would be left to compile.
+        assert run(model, tmp_path / "out", *given, "--height", 40).code == 0
         assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "cache")
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    assert list((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "of others").exists()
 
 
 def test_words_of_a_wrong_kind_are_refused_with_the_place() -> None:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -121,19 +121,24 @@ def run(arguments: list[str]) -> None:
     tasks = _tasks(sample)
     _check_files(sample)
     noise, init = _read_noise(sample), _read_init(sample)
-    if sample.compilation_cache is not None:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(sample.compilation_cache.resolve()))
+    keep_programs(sample.compilation_cache)
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
         prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
-    texts = [text for task in tasks for text in texts_of(sample, task, weights[0].config)]
+    texts = list(texts_of(sample, tasks, weights[0].config))
     _check_out(sample, texts)
     models = load(sample, weights)
     _say_truncated(models[0], tasks)
     made = _draw(sample, models, tasks, noise, *init)
     _write(sample, tasks, texts, made)
+
+
+def keep_programs(folder: Path | None) -> None:
+    """Of a command that compiles: `--compilation-cache`."""
+    if folder is not None:
+        from sdxl_jax.training import compilation
+
+        compilation.use_cache(folder.resolve())
 
 
 def _parsed(arguments: list[str]) -> Sample:
@@ -232,13 +237,22 @@ def _changed(task: Task, name: str, value: str) -> Task:
 # What a picture says of itself
 
 
-def texts_of(sample: Sample, task: Task, config: "ModelConfig") -> Iterator[dict[str, str]]:
-    """The PNG text of each picture of a task."""
-    options = task.options.resolved(config)
-    settings = {name: " ".join(parsing.words(value)) for name, value in vars(options).items() if value is not None}
-    settings |= {"model": str(sample.model), "dtype": sample.dtype, "prompt": task.prompt}
-    if task.negative is not None:
-        settings["negative_prompt"] = task.negative
+def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> Iterator[dict[str, str]]:
+    """The PNG text of each picture."""
+    shared = _shared_text(sample)
+    for task in tasks:
+        options = task.options.resolved(config)
+        settings = {name: " ".join(parsing.words(value)) for name, value in vars(options).items() if value is not None}
+        settings |= {**shared, "prompt": task.prompt}
+        if task.negative is not None:
+            settings["negative_prompt"] = task.negative
+        for number in range(options.num_images):
+            yield settings | {"index": str(options.first_index + task.index + number)}
+
+
+def _shared_text(sample: Sample) -> dict[str, str]:
+    """What the text of all pictures has in common; the files that took part are read for it."""
+    settings = {"model": str(sample.model), "dtype": sample.dtype}
     for name in FILES:
         if (path := getattr(sample, name)) is not None:
             settings[name] = str(path)
@@ -254,18 +268,13 @@ def texts_of(sample: Sample, task: Task, config: "ModelConfig") -> Iterator[dict
         settings["background"] = sample.background
     if sample.outpaint is not None:
         settings["outpaint"] = " ".join(map(str, sample.outpaint))
-    for number in range(options.num_images):
-        yield settings | {"index": str(options.first_index + task.index + number)}
+    return settings
 
 
 def read_text(path: Path) -> dict[str, str]:
     """The text of a picture that `sample` has made. Raises InputError for any other."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=("PNG",)) as image:
-            image.load()  # text may stand behind the pixels
-            text = {str(name): str(value) for name, value in image.info.items() if isinstance(value, str)}
+        text = _png_text(path)
     except OSError as error:
         raise InputError(
             f"--from-png {path} cannot be read ({error}). Give a PNG that sdxl-jax sample has made"
@@ -275,9 +284,19 @@ def read_text(path: Path) -> dict[str, str]:
     return text
 
 
+def _png_text(path: Path) -> dict[str, str]:
+    """All text of a PNG. Raises OSError for any other file."""
+    from PIL import Image
+
+    with Image.open(path, formats=("PNG",)) as image:
+        image.load()  # text may stand behind the pixels
+        return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
+
+
 def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:  # of a refiner, gigabytes
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error})") from error
 
@@ -292,16 +311,10 @@ def _check_out(sample: Sample, texts: list[dict[str, str]]) -> None:
         raise InputError(f"--out {out} is a file. Give a folder, new or old")
     if sample.overwrite or not out.is_dir():
         return
-    from PIL import Image
-
     for path in sorted(out.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png")):
         number = int(path.stem)
         try:
-            with Image.open(path) as image:
-                image.load()
-                same = (
-                    number < len(texts) and {k: v for k, v in image.info.items() if isinstance(v, str)} == texts[number]
-                )
+            same = number < len(texts) and _png_text(path) == texts[number]
         except OSError:
             same = False
         if not same:

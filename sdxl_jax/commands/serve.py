@@ -21,7 +21,7 @@ import tyro
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import Opened
-from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened, texts_of
+from sdxl_jax.commands.sample import COMMAND, Sample, Task, keep_programs, load, opened, texts_of
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
 
@@ -68,10 +68,7 @@ def run(arguments: list[str]) -> None:
             raise
         raise InputError("The page needs NiceGUI, which is not installed. Do: pip install -e '.[serve]'") from error
     port = free_port(serve.host, serve.port)  # before the model is read, which takes longer
-    if serve.compilation_cache is not None:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(serve.compilation_cache.resolve()))
+    keep_programs(serve.compilation_cache)
     from sdxl_jax.models.layers import Compute, Dtype
     from sdxl_jax.serving import studio
 
@@ -145,7 +142,7 @@ def describe(serve: Serve, wanted: "Wanted", config: "ModelConfig") -> "Describe
     from sdxl_jax.serving.studio import Described
 
     sample = as_sample(serve, wanted)
-    (text,) = texts_of(sample, Task(wanted.prompt, wanted.negative, wanted.options, index=0), config)
+    (text,) = texts_of(sample, [Task(wanted.prompt, wanted.negative, wanted.options, index=0)], config)
     return Described(command_line(sample), text)
 
 
