@@ -229,7 +229,7 @@ def denoise(
             rows = None if perturbed is None else jnp.repeat(perturbed[:, None], count, axis=1)
             outputs = list(jax.lax.map(lambda way: ask(x, timestep, *way), (stacked, rows)))
         else:
-            joined = jax.tree.map(lambda *each: jnp.concatenate(each), *conditions)
+            joined = guidance.join(conditions)
             rows = None if perturbed is None else jnp.repeat(perturbed, count)
             outputs = jnp.split(ask(jnp.concatenate([x] * ways), timestep, joined, rows), ways)
         negative = outputs[0] if terms.guided else None

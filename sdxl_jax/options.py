@@ -152,11 +152,6 @@ class Options:
                 f"guidance={self.guidance:g}, but this model is distilled: guidance is in its weights. Leave it out, "
                 "or set it to 1"
             )
-        if sampler.family is Family.CONSISTENCY and self.timestep_spacing is not None:
-            raise InputError(
-                f"timestep_spacing={self.timestep_spacing.value} has no effect on sampler {self.sampler}, which has "
-                "its own timesteps. Leave it out"
-            )
 
 
 def check_size(height: int, width: int, factor: int) -> None:

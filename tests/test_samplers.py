@@ -438,12 +438,18 @@ def test_what_is_kept_has_the_noise_of_its_level_on_the_way() -> None:
 # Guidance
 
 
+def guided(output: jax.Array, strength: float) -> jax.Array:
+    """Of a network's output for negatives and then positives."""
+    negative, positive = jnp.split(output, 2)
+    return guidance.combine(guidance.Outputs(positive, negative), jnp.float32(strength))
+
+
 def test_guidance_goes_from_the_negative_at_0_through_the_positive_at_1() -> None:
     negative, positive = normal(0), normal(1)
     output = jnp.concatenate([negative, positive])
 
     def guide(strength: float) -> jax.Array:
-        return guidance.guide(output, jnp.float32(strength))
+        return guided(output, strength)
 
     np.testing.assert_array_equal(guide(0), negative)
     np.testing.assert_allclose(guide(1), positive, atol=1e-6)  # a float32 sum and difference
@@ -456,16 +462,16 @@ def test_guidance_takes_the_halves_in_the_order_in_which_they_are_joined() -> No
     def condition(value: float) -> guidance.Condition:
         return guidance.Condition(jnp.full((2, 77, 3), value), jnp.full((2, 6), value))
 
-    joined = guidance.both(condition(-1.0), condition(2.0))
+    joined = guidance.join([condition(-1.0), condition(2.0)])
     assert joined.vector is not None
     for part in (joined.context, joined.vector):
         output = part.reshape(4, 1, 1, -1)
-        np.testing.assert_allclose(guidance.guide(output, jnp.float32(3)), -1 + 3 * 3, rtol=1e-6)
+        np.testing.assert_allclose(guided(output, 3), -1 + 3 * 3, rtol=1e-6)
 
 
 def test_conditions_without_a_vector_are_joined_too() -> None:
     context = jnp.ones((2, 77, 3))
-    joined = guidance.both(guidance.Condition(context, None), guidance.Condition(context, None))
+    joined = guidance.join([guidance.Condition(context, None)] * 2)
     assert joined.vector is None
     assert joined.context.shape == (4, 77, 3)
 
@@ -480,8 +486,7 @@ def test_terms_that_are_not_there_leave_no_trace(guided: bool, perturbed: bool) 
     if not guided and not perturbed:
         assert combined is positive
     if guided and not perturbed:
-        both = jnp.concatenate([other, positive])
-        np.testing.assert_array_equal(combined, guidance.guide(both, strengths[0]))
+        np.testing.assert_array_equal(combined, other + strengths[0] * (positive - other))
     # Two float32 sums of a few terms of size 5.
     expected = positive + (4 * guided + 3 * perturbed) * (positive - other)
     np.testing.assert_allclose(combined, expected, atol=1e-5)

@@ -11,6 +11,7 @@ guidance (Ahn et al. 2024, arXiv:2403.17377; `models/unet.py` perturbs), the thi
 Not here: evaluating the network, and strengths that depend on the timestep: the caller may give another one at each.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,17 +32,9 @@ class Condition(NamedTuple):
     """Pooled text and micro-conditioning; None for models without it."""
 
 
-def both(negative: Condition, positive: Condition) -> Condition:
-    """One batch of twice the size: negatives first."""
-    return jax.tree.map(lambda no, yes: jnp.concatenate([no, yes]), negative, positive)
-
-
-def guide(
-    output: Float[Array, "twice_batch height width channels"], guidance: Float[Array, ""]
-) -> Float[Array, "batch height width channels"]:
-    """negative + guidance · (positive − negative), of a network output for `both`. Guidance 1 is the positive alone."""
-    negative, positive = jnp.split(output, 2)
-    return negative + guidance * (positive - negative)
+def join(conditions: Sequence[Condition]) -> Condition:
+    """One batch of them all, in turn."""
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *conditions)
 
 
 class Outputs(NamedTuple):

@@ -214,7 +214,10 @@ def make_levels(
     """
     name, length = _name(sampler), len(schedule.alpha_bar)
     if sampler.family is Family.CONSISTENCY and spacing is not None:
-        raise InputError(f"sampler {name} has its own timesteps. Leave timestep_spacing={spacing.value} out")
+        raise InputError(
+            f"A spacing has no effect on sampler {name}, which has its own timesteps. Leave "
+            f"timestep_spacing={spacing.value} out"
+        )
     if sampler.family in (Family.CONSISTENCY, Family.DISCRETE) and sigmas is not Sigmas.SCHEDULE:
         able = [each for each, other in SAMPLERS.items() if other.family in (Family.SIGMA, Family.SOLVER)]
         raise InputError(f"sampler {name} visits whole timesteps, no {sigmas.value} sigmas. Those that do: {able}")
