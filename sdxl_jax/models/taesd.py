@@ -7,7 +7,7 @@ the mean that the large autoencoder would. It is trained on latents that are sca
 here (TAESDXL: those of SDXL × 0.13025). Inside, images are 0..1.
 
 Source: Ollin Boer Bohan's `taesd` (github.com/madebyollin/taesd, taesd.py), which diffusers has as `AutoencoderTiny`.
-`vae.encode` and `vae.decode` take this autoencoder too; its training is not here.
+`vae.encode`, `vae.decode` and `vae.init` are those of this autoencoder too; its training is not here.
 """
 
 from dataclasses import dataclass
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Key
+from jaxtyping import Float
 
-from sdxl_jax.arrays import Params
 from sdxl_jax.models.layers import Compute, conv, nearest
 
 _CLAMP = 3.0
@@ -86,7 +85,7 @@ class TinyEncoder(nn.Module):
         return conv(config.latent_channels, "conv_out", compute)(x)
 
 
-def _level(config: TinyVaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
+def decoder_level(config: TinyVaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
     """A level of the decoder, from the coarsest, in the scope of a module: what enlarges to it, its blocks, the end."""
     if level:
         for axis in (1, 2):
@@ -108,52 +107,5 @@ class TinyDecoder(nn.Module):
         self, x: Float[jax.Array, "batch latent_height latent_width channels"]
     ) -> Float[jax.Array, "batch height width 3"]:
         for level in range(len(self.config.decoder_blocks)):
-            x = _level(self.config, self.compute, level, x)
+            x = decoder_level(self.config, self.compute, level, x)
         return x
-
-
-class TinyDecoderLevel(nn.Module):
-    """One level of `TinyDecoder` alone, of whose parameters it takes its own."""
-
-    config: TinyVaeConfig
-    compute: Compute
-    level: int
-
-    @nn.compact
-    def __call__(
-        self, x: Float[jax.Array, "batch height width features"]
-    ) -> Float[jax.Array, "batch height_out width_out features_out"]:
-        return _level(self.config, self.compute, self.level, x)
-
-
-def encode(
-    config: TinyVaeConfig,
-    params: Params,
-    image: Float[jax.Array, "batch height width 3"],
-    compute: Compute = Compute(),
-) -> Float[jax.Array, "batch latent_height latent_width channels"]:
-    """The scaled latent of an image −1..1, float32. Height and width: multiples of `config.downsampling`."""
-    latent = TinyEncoder(config, compute).apply({"params": params["encoder"]}, image)
-    return jnp.asarray(latent, jnp.float32)
-
-
-def decode(
-    config: TinyVaeConfig,
-    params: Params,
-    latent: Float[jax.Array, "batch latent_height latent_width channels"],
-    compute: Compute = Compute(),
-) -> Float[jax.Array, "batch height width 3"]:
-    """The image of a scaled latent, float32, about −1..1 (not clipped)."""
-    image = TinyDecoder(config, compute).apply({"params": params["decoder"]}, latent)
-    return jnp.asarray(image, jnp.float32)
-
-
-def init(key: Key[jax.Array, ""], config: TinyVaeConfig) -> Params:
-    """Fresh float32 parameters: {"encoder": …, "decoder": …}."""
-    encoder_key, decoder_key = jax.random.split(key)
-    side = config.downsampling
-    image, latent = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, config.latent_channels))
-    return {
-        "encoder": TinyEncoder(config, Compute()).init(encoder_key, image)["params"],
-        "decoder": TinyDecoder(config, Compute()).init(decoder_key, latent)["params"],
-    }

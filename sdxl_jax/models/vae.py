@@ -166,9 +166,9 @@ class DecoderEntry(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """One level of `Decoder` alone."""
+    """One level of a decoder alone, of either kind."""
 
-    config: VaeConfig
+    config: AnyVaeConfig
     compute: Compute
     level: int
 
@@ -176,7 +176,16 @@ class DecoderLevel(nn.Module):
     def __call__(
         self, x: Float[jax.Array, "batch height width features"]
     ) -> Float[jax.Array, "batch height_out width_out features_out"]:
+        if isinstance(self.config, TinyVaeConfig):
+            return taesd.decoder_level(self.config, self.compute, self.level, x)
         return _level(self.config, self.compute, self.level, x)
+
+
+def _networks(config: AnyVaeConfig, compute: Compute) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder."""
+    if isinstance(config, TinyVaeConfig):
+        return taesd.TinyEncoder(config, compute), taesd.TinyDecoder(config, compute)
+    return Encoder(config, compute), Decoder(config, compute)
 
 
 def encode(
@@ -188,11 +197,11 @@ def encode(
     image: −1..1, height and width multiples of `config.downsampling`. Raises InputError where there is no encoder.
     """
     _check_half(params, "encoder")
+    encoder, _ = _networks(config, compute)
+    moments = jnp.asarray(encoder.apply({"params": params["encoder"]}, image), jnp.float32)
     if isinstance(config, TinyVaeConfig):
-        mean = taesd.encode(config, params, image, compute)
-        return Posterior(mean, jnp.full_like(mean, -jnp.inf))
-    moments = Encoder(config, compute).apply({"params": params["encoder"]}, image)
-    mean, log_variance = jnp.split(jnp.asarray(moments, jnp.float32), 2, axis=-1)
+        return Posterior(moments, jnp.full_like(moments, -jnp.inf))
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
     return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
 
@@ -211,9 +220,8 @@ def decode(
 ) -> Float[jax.Array, "batch height width 3"]:
     """The image of a scaled latent, float32, about −1..1 (not clipped). Raises InputError where there is no decoder."""
     _check_half(params, "decoder")
-    if isinstance(config, TinyVaeConfig):
-        return taesd.decode(config, params, latent, compute)
-    image = Decoder(config, compute).apply({"params": params["decoder"]}, latent / config.scale)
+    _, decoder = _networks(config, compute)
+    image = decoder.apply({"params": params["decoder"]}, latent / config.scale)
     return jnp.asarray(image, jnp.float32)
 
 
@@ -238,15 +246,13 @@ def decode_tiled(
     _check_half(params, "decoder")
     compute, variables = replace(compute, remat=Remat.NONE), {"params": params["decoder"]}
     if isinstance(config, TinyVaeConfig):
-        x, levels = latent, [taesd.TinyDecoderLevel(config, compute, n) for n in range(len(config.decoder_blocks))]
-        borders = [3 * blocks + 2 for blocks in config.decoder_blocks]
+        x, borders = latent, [3 * blocks + 2 for blocks in config.decoder_blocks]
     else:
         x = DecoderEntry(config, compute, _QUERIES).apply(variables, latent / config.scale)
-        levels = [DecoderLevel(config, compute, n) for n in range(len(config.block_channels))]
-        borders = [2 * (config.resnets_per_block + 1) + 2] * len(levels)
-    for number, (level, border) in enumerate(zip(levels, borders, strict=True)):
+        borders = [2 * (config.resnets_per_block + 1) + 2] * len(config.block_channels)
+    for number, border in enumerate(borders):
 
-        def network(x: jax.Array, level: nn.Module = level) -> jax.Array:
+        def network(x: jax.Array, level: nn.Module = DecoderLevel(config, compute, number)) -> jax.Array:
             return jnp.asarray(level.apply(variables, x))
 
         x = tiling.apply(network, jnp.asarray(x), tile, border, factor=2 if number else 1)
@@ -264,12 +270,11 @@ def _check_half(params: Params, half: str) -> None:
 
 def init(key: Key[jax.Array, ""], config: AnyVaeConfig) -> Params:
     """Fresh float32 parameters: {"encoder": …, "decoder": …}."""
-    if isinstance(config, TinyVaeConfig):
-        return taesd.init(key, config)
     encoder_key, decoder_key = jax.random.split(key)
+    encoder, decoder = _networks(config, Compute())
     side = config.downsampling
     image, latent = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, config.latent_channels))
     return {
-        "encoder": Encoder(config, Compute()).init(encoder_key, image)["params"],
-        "decoder": Decoder(config, Compute()).init(decoder_key, latent)["params"],
+        "encoder": encoder.init(encoder_key, image)["params"],
+        "decoder": decoder.init(decoder_key, latent)["params"],
     }
