@@ -17,7 +17,6 @@ from typing import Any
 
 import cattrs
 
-from sdxl_jax.conditioning.micro import Numbers
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, nearest_first
@@ -205,7 +204,7 @@ class TrainConfig:
                 f"model.unet.in_channels={self.model.unet.in_channels}: training feeds the latent's "
                 f"{self.model.vae.latent_channels} channels and nothing else. Set it to that"
             )
-        told = self.model.micro is not None and self.model.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
+        told = self.model.is_refiner
         if told and self.data.aesthetic is None:
             raise InputError(
                 "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every picture. Set "

@@ -365,7 +365,6 @@ def draw(
     state = None
     for leg, stretch in zip(recipe.legs, inputs.stretches, strict=True):
         config = recipe.models[leg.model]
-        sees_mask = config.unet.in_channels != config.vae.latent_channels
         noise = begun if state is None else inputs.refiner_noise
         state = call.begin(leg, stretch.plan.between(0, 1), state, noise, image)
         go = functools.partial(
@@ -374,8 +373,8 @@ def draw(
             conditions[leg.model],
             keys=inputs.keys,
             strengths=inputs.strengths,
-            kept=None if sees_mask else kept,
-            shown=shown if sees_mask else None,
+            kept=None if config.sees_mask else kept,
+            shown=shown if config.sees_mask else None,
             config=config,
             terms=leg.terms,
             stochastic=leg.stochastic,

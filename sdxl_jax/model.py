@@ -62,6 +62,16 @@ class ModelConfig:
     distilled: bool = False
     """Whether guidance is in the weights, as after consistency distillation: sampling then has none of its own."""
 
+    @property
+    def is_refiner(self) -> bool:
+        """Whether the UNet is told an aesthetic score, as SDXL's refiner alone is."""
+        return self.micro is not None and self.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
+
+    @property
+    def sees_mask(self) -> bool:
+        """Whether the UNet is one for inpainting: it sees latent, mask, and the latent of what is left."""
+        return self.unet.in_channels == 2 * self.vae.latent_channels + 1
+
     def check(self) -> None:
         """Raises InputError for parts that do not fit together, or have no size."""
         self._check_text()

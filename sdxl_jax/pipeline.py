@@ -30,7 +30,7 @@ from tqdm import tqdm
 from sdxl_jax import drawing, init_images, sharding
 from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning import text
-from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE, Numbers
+from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.drawing import Begin, Inputs, Leg, Painted, Recipe, Strengths, Stretch, Terms
@@ -294,6 +294,11 @@ class _Job:
             prompts, [prompt for prompt in negatives for _ in range(options.num_images)], init_noise
         )
 
+    @property
+    def steps(self) -> int:
+        """Rows of all legs: what a batch goes through."""
+        return sum(len(each.plan.timestep) for each in self.stretches)
+
     def _make_rows(
         self, prompts: list[str], negatives: list[str | None], init_noise: np.ndarray | None
     ) -> dict[str, Any]:
@@ -338,7 +343,7 @@ class _Job:
         if self.mask is None:
             return Painted(repeat(self.original), None, None)
         cells = init_images.latent_mask(self.mask, config.vae.downsampling)
-        hidden = repeat(self.mask[..., None]) if _shows_mask(config) else None
+        hidden = repeat(self.mask[..., None]) if config.sees_mask else None
         return Painted(repeat(self.original), repeat(cells), hidden)
 
     def run(self, compute: Compute, one_program: bool, progress: bool, watch: Watch | None) -> Generated:
@@ -362,9 +367,11 @@ class _Job:
         images, latents = [], []
         mesh = _mesh_of(self.model)
         parts = 1 if mesh is None else sharding.batch_parts(mesh)
-        with _within(mesh), _memory(options), _Bar(self, progress, one_program) as bar:
-            batch_size = -(-min(options.batch_size, self.count) // parts) * parts
-            for start in range(0, self.count, batch_size):
+        batch_size = -(-min(options.batch_size, self.count) // parts) * parts
+        starts = range(0, self.count, batch_size)
+        total = self.count if one_program else len(starts) * self.steps
+        with _within(mesh), _memory(options), _Bar(total, not one_program, progress) as bar:
+            for start in starts:
                 # The last batch is filled up with its last row, so that it needs no compilation of its own.
                 index = np.minimum(np.arange(start, start + batch_size), self.count - 1)
                 batch = jax.tree.map(lambda row: row[index], self.rows)  # noqa: B023 (used within the iteration)
@@ -381,12 +388,10 @@ class _Job:
         return Generated(np.concatenate(images), np.concatenate(latents))
 
     def _watcher(self, bar: "_Bar", watch: Watch | None, first: int, size: int) -> Callable[[int, drawing.State], None]:
-        rows = sum(len(each.plan.timestep) for each in self.stretches)
-
         def seen(row: int, state: drawing.State) -> None:
             bar.row(state)
             if watch is not None:
-                watch(Seen(row + 1, rows, size, self.options.first_index + first, state.x0[:size]))
+                watch(Seen(row + 1, self.steps, size, self.options.first_index + first, state.x0[:size]))
 
         return seen
 
@@ -430,21 +435,16 @@ def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Si
     return Size(height, width)
 
 
-def _shows_mask(config: ModelConfig) -> bool:
-    """Whether the UNet is one for inpainting: it sees latent, mask, and the latent of what is left."""
-    return config.unet.in_channels == 2 * config.vae.latent_channels + 1
-
-
 def _painted(
     config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Init image and mask at the size of the pictures."""
-    if _shows_mask(config) and (image is None or mask is None):
+    if config.sees_mask and (image is None or mask is None):
         raise InputError(
             f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
             "for inpainting. Give an init image and a mask, or use a model for text to image"
         )
-    if config.unet.in_channels != config.vae.latent_channels and not _shows_mask(config):
+    if config.unet.in_channels != config.vae.latent_channels and not config.sees_mask:
         raise InputError(
             f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Give a "
             f"UNet of {config.vae.latent_channels}, or of {2 * config.vae.latent_channels + 1} for inpainting"
@@ -470,12 +470,12 @@ def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Op
             if (value := getattr(options, name)) is not None:
                 raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
         return
-    if _is_refiner(config):
+    if config.is_refiner:
         raise InputError(
             f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
             "alone. Give the base as the model, and this as the refiner"
         )
-    if not _is_refiner(refiner):
+    if not refiner.is_refiner:
         raise InputError(
             f"The model that is given as the refiner attends to text states of width {refiner.unet.context_dim} "
             "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
@@ -493,10 +493,6 @@ def _shares_text(model: Model, refiner: Model) -> bool:
     if len(towers) != 1 or towers[0].clip != model.config.text[-1].clip:
         _check_parts(refiner, *(tower.name for tower in towers))
     return True
-
-
-def _is_refiner(config: ModelConfig) -> bool:
-    return config.micro is not None and config.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
 
 
 def _check_parts(model: Model, *needed: str) -> None:
@@ -558,19 +554,12 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 
 class _Bar:
-    """Progress, in steps of pictures; or in pictures, of a program that cannot be looked into."""
+    """Progress, in steps of batches; or in pictures, of a program that cannot be looked into."""
 
-    def __init__(self, job: _Job, show: bool, one_program: bool):
-        self._stepwise = not one_program
-        rows = sum(len(each.plan.timestep) for each in job.stretches)
-        batches = -(-job.count // min(job.options.batch_size, job.count))
-        self._bar = tqdm(
-            total=batches * rows if self._stepwise else job.count,
-            desc="sampling",
-            unit="step" if self._stepwise else "image",
-            disable=not show,
-        )
-        self._show, self._made, self._began = show, 0, time.monotonic()
+    def __init__(self, total: int, stepwise: bool, show: bool):
+        self._stepwise, self._show = stepwise, show
+        self._bar = tqdm(total=total, desc="sampling", unit="step" if stepwise else "image", disable=not show)
+        self._made, self._began = 0, time.monotonic()
 
     def __enter__(self) -> "_Bar":
         return self

@@ -173,7 +173,7 @@ def _pipeline(config: ModelConfig) -> str:
     if config.unet.in_channels not in tasks:
         raise refused(f"model.unet.in_channels={config.unet.in_channels}", " or ".join(map(str, tasks)))
     task = tasks[config.unet.in_channels]
-    if config.micro is not None and config.micro.numbers is Numbers.SIZE_CROP_AESTHETIC:
+    if config.is_refiner:
         task = task or "Img2Img"  # the base's class has no aesthetic score
     return f"StableDiffusion{'XL' if is_xl else ''}{task}Pipeline"
 
@@ -202,7 +202,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
         index["force_zeros_for_empty_prompt"] = config.no_prompt is NoPrompt.ZEROS
         index["add_watermarker"] = None
         if pipeline != "StableDiffusionXLPipeline":
-            index["requires_aesthetics_score"] = config.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
+            index["requires_aesthetics_score"] = config.is_refiner
     height, width = (side // config.vae.downsampling for side in config.default_size)
     files: dict[str, Fields | str] = {
         "scheduler/scheduler_config.json": scheduler,
