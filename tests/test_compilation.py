@@ -1,5 +1,6 @@
 """The promises of compiling ahead: in the order of need, to the same bits, no failure lost, ended when it must be."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -305,3 +306,14 @@ def test_step_compiled_ahead_is_read_not_compiled(
     file.write_bytes(file.read_bytes()[:50])
     jax.tree.map(np.testing.assert_array_equal, run(made_ahead), compiled(given))
     assert "could not be read: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("taken", [58_978, 100])
+def test_cpu_without_room_for_another_program_is_told_before_it_ends_the_process(tmp_path: Path, taken: int) -> None:
+    for name, text in (("sys/vm/max_map_count", "65530\n"), ("self/maps", "7f00 r-xp\n" * taken)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    expected = pytest.raises(InputError, match=r"58978 .* of the 65530.* sysctl -w vm.max_map_count=1048480")
+    with expected if taken > 58_977 else contextlib.nullcontext():
+        compilation.check_mappings(tmp_path)
+    compilation.check_mappings(tmp_path / "no Linux")

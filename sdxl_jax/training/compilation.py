@@ -40,6 +40,8 @@ _PATIENCE = 0.2
 """Seconds between looks at whether a program is there."""
 _PATIENCE_AT_EXIT = 60.0
 """Seconds that the end of Python waits for the compiler."""
+_MAPPINGS_TAKEN = 0.9
+"""Share of the memory mappings that Linux allows a process; behind it no further program is compiled for a CPU."""
 
 REMEDIES = (
     "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
@@ -57,6 +59,21 @@ def explained(program: str, error: BaseException) -> BaseException:
         return error
     line = next((line for line in lines if "hbm" in line.lower()), lines[0])
     return InputError(f"{program} does not fit: {line}. {REMEDIES}")
+
+
+def check_mappings(proc: Path = Path("/proc")) -> None:
+    """Raises InputError when too few memory mappings are left to compile another program for a CPU: each takes about
+    two thousand, and XLA ends the process with a segmentation fault when there are none. Linux only."""
+    try:
+        limit = int((proc / "sys/vm/max_map_count").read_text())
+        taken = (proc / "self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return
+    if taken > _MAPPINGS_TAKEN * limit:
+        raise InputError(
+            f"This process has {taken} memory mappings of the {limit} that Linux allows, and each further program for "
+            f"a CPU takes thousands. Raise the limit, sysctl -w vm.max_map_count={16 * limit}, or train fewer buckets"
+        )
 
 
 def use_cache(folder: str | Path) -> None:
@@ -208,6 +225,8 @@ class CompiledSteps:
                 self._changed.notify_all()
 
     def _program(self, bucket: Bucket) -> Callable[..., Any]:
+        if jax.default_backend() == "cpu":
+            check_mappings()
         lowered = self._step.lower(*self._arguments[bucket])
         if self._made_ahead is not None and self._made_ahead.folder.is_dir():
             try:
