@@ -146,6 +146,22 @@ def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[
     assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
 
 
+def test_what_a_host_told_before_the_stop_is_not_taken_for_what_it_tells_after(three: list[Hosts]) -> None:
+    """One has compiled the next bucket's step and has said so, the others are stopped compiling; then all save."""
+
+    def program(host: Hosts) -> list[str]:
+        host.point()
+        with pytest.raises(Interrupted):
+            if host.index:
+                host.wait(lambda: time.sleep(4))
+            else:
+                host._signalled = "SIGTERM"
+                host.gather("compiled")
+        return host.gather(f"saved by {host.index}", stops=False)
+
+    assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
+
+
 def test_hosts_that_agree_on_a_checkpoint_are_not_stopped_within(three: list[Hosts]) -> None:
     """Else one host would begin it again while another has it."""
 

@@ -42,6 +42,8 @@ _POLL_SECONDS = 0.2
 """Between two looks at what other hosts say. Higher: they stop later."""
 _GRACE_SECONDS = 10
 """Until a host that does not react to another's failure is ended, most likely inside a collective."""
+_AFTER_THE_STOP = 10**9
+"""From here on texts are numbered then: not all hosts have given the same number before."""
 _runs = 0
 
 
@@ -202,6 +204,7 @@ class Hosts:
         if self._stop_after is not None and self._passed >= self._stop_after and not self._stopping:
             assert self._asked is not None
             self._stopping = True  # what is still to be waited for, belongs to the saving
+            self._gathered = _AFTER_THE_STOP
             raise Interrupted(self._asked)
 
     def wait(self, work: Callable[[], _T], timeout_seconds: float = math.inf, *, stops: bool = True) -> _T:
