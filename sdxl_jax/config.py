@@ -165,6 +165,12 @@ class TrainConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Where else the numbers go."""
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What a step tells (training/step.py)."""
+        skips = self.training.on_nonfinite is OnNonfinite.SKIP
+        return ("loss", "learning_rate", "grad_norm", "replaced", *(("skipped",) if skips else ()))
+
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
         self.model.check()
@@ -185,6 +191,10 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
                 raise InputError(f"{name}={value} is out of range. Give {expected}")
+        best = self.checkpoint.keep_best
+        if best is not None and best not in (metrics := self.metrics):
+            known = ", ".join(nearest_first(best, metrics))
+            raise InputError(f"checkpoint.keep_best={best} is no metric. Known, nearest first: {known}")
         if self.training.init_parts is not None and not self.training.init_from:
             raise InputError(
                 f"training.init_parts={self.training.init_parts} has no effect without training.init_from. Name the "
@@ -359,6 +369,6 @@ def is_within(line: str, names: Collection[str]) -> bool:
 def blocking_differences(old: Any, new: Any) -> list[str]:
     """The differences that a resumed run may not have."""
     allowed = [*MAY_CHANGE, *SAME_WITHIN_ROUNDING]
-    if new.get("optimiser", {}).get("decay") == Decay.CONSTANT.value:
-        allowed.append("training.steps")  # no schedule depends on where the end is
+    if new.get("optimiser", {}).get("decay") != Decay.COSINE.value:
+        allowed.append("training.steps")  # no other schedule depends on where the end is
     return [line for line in differences(old, new) if not is_within(line, allowed)]

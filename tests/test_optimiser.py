@@ -317,7 +317,8 @@ def test_skipped_step_changes_nothing_but_the_number_of_the_step(monkeypatch: py
     stopping = dataclasses.replace(config, training=dataclasses.replace(config.training, on_nonfinite=OnNonfinite.STOP))
     stopped, numbers = toy.stepped(stopping, monkeypatch, count=3, loss=stumbling)
     assert identical(stopped[:3], states[:3])
-    assert "skipped" not in numbers[0]
+    assert set(numbers[0]) == set(stopping.metrics)
+    assert set(metrics[0]) == set(config.metrics) == {*stopping.metrics, "skipped"}
     assert math.isnan(numbers[2]["loss"])
     # The rate that is logged is the one in use, and the schedule waits with the optimiser.
     rates = [float(numbers["learning_rate"]) for numbers in metrics]

@@ -138,7 +138,7 @@ def test_other_data_is_refused_unless_it_is_named(
     assert line.startswith("data_fingerprint: ")
 
 
-@pytest.mark.parametrize(("decay", "refused"), [(Decay.CONSTANT, False), (Decay.COSINE, True)])
+@pytest.mark.parametrize(("decay", "refused"), [(Decay.CONSTANT, False), (Decay.RSQRT, False), (Decay.COSINE, True)])
 def test_more_steps_are_free_where_no_schedule_depends_on_the_end(decay: Decay, refused: bool) -> None:
     base = tiny.train_config(Path("unused"))
     base = dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, decay=decay))
@@ -155,10 +155,11 @@ def test_checkpoints_are_kept_by_number_and_by_metric(tmp_path: Path) -> None:
     directory = saved(tmp_path / "best", [1, 2, 3, 4, 5], keep=2, keep_best="loss", metrics=losses)
     assert steps_in(directory) == ["2", "4", "5"]
     assert steps_in(saved(tmp_path / "newest", [1, 2, 3], keep=2)) == ["2", "3"]
-    # On resume by another metric, which those before do not have.
-    others = [{"grad_norm": value} for value in (3.0, 4.0, 5.0)]
-    saved(directory, [6, 7, 8], keep=2, keep_best="grad_norm", metrics=others)
-    assert steps_in(directory) == ["6", "7", "8"]
+    # On resume by another metric, which those before do not have; or by one where there was none.
+    for directory in (directory, tmp_path / "newest"):
+        others = [{"grad_norm": value} for value in (3.0, 4.0, 5.0)]
+        saved(directory, [6, 7, 8], keep=2, keep_best="grad_norm", metrics=others)
+        assert steps_in(directory) == ["6", "7", "8"]
 
 
 def test_checkpoints_are_kept_by_the_hour(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_full_disk_in_the_middle_of_a_save_leaves_the_checkpoints_before(
     small_disk: Path, go_on: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = small_disk / "checkpoints"
-    message = r"checkpoint of step 2 could not be written \(.*\)\. That of step 1 is whole"
+    message = r"checkpoint of step 2 could not be written \(.*\)\. That of step 1 is whole.*That of step 3, behind it"
 
     def train() -> None:
         with Checkpoints(directory, keep=3, go_on=go_on) as checkpoints:
@@ -267,13 +268,12 @@ def test_full_disk_in_the_middle_of_a_save_leaves_the_checkpoints_before(
     if go_on:
         train()
         assert "checkpoint of step 2 could not be written" in capsys.readouterr().out
-        assert steps_in(directory) == ["1", "3"]
-        checkpoint.restore(directory, 3, placed())
     else:
         with pytest.raises(InputError, match=message):
             train()
-        assert steps_in(directory) == ["1"]
-    checkpoint.restore(directory, 1, placed())
+    assert steps_in(directory) == ["1", "3"]
+    for step in (1, 3):
+        checkpoint.restore(directory, step, placed())
 
     # Threads of the failed save may write on after the error; the next start removes what they leave.
     kept = steps_in(directory)
@@ -309,6 +309,22 @@ def test_a_good_checkpoint_makes_up_for_a_lost_one(tmp_path: Path, monkeypatch: 
             patch.setattr(checkpoints._checkpointer, "save_async", full)
             assert not checkpoints.save(1, state(1), {})
         assert checkpoints.save(2, state(2), {})
+    assert steps_in(tmp_path / "checkpoints") == ["2"]
+
+
+def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was lost in the background, and is found out when the next one is due; there is room by then."""
+    with (
+        pytest.raises(InputError, match=r"step 1 could not be written.*That of step 2, behind it, was written"),
+        Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints,
+    ):
+        checkpoints.save(1, state(1), {})
+        wait = checkpoints._checkpointer.wait
+        monkeypatch.setattr(checkpoints._checkpointer, "wait", lambda: (wait(), shutil.rmtree(first), full()))
+        first = tmp_path / "checkpoints" / "1"
+        checkpoints.save(2, state(2), {})
     assert steps_in(tmp_path / "checkpoints") == ["2"]
 
 

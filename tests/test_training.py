@@ -484,6 +484,16 @@ def test_number_out_of_range_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("metric", ["accuracy", "skipped"])  # the second is one where steps are skipped
+def test_metric_that_there_is_not_is_refused_before_anything_is_written(
+    config: TrainConfig, tmp_path: Path, metric: str
+) -> None:
+    part = dataclasses.replace(config.checkpoint, keep_best=metric)
+    with pytest.raises(InputError, match=rf"keep_best={metric} is no metric.*nearest first.*loss"):
+        loop.train(dataclasses.replace(config, checkpoint=part), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 # The step's machinery, with a loss of two parameters
 
 

@@ -57,8 +57,13 @@ class Checkpoints:
         if keep_every_hours is not None:
             kept.append(policies.EveryNSeconds(int(keep_every_hours * 3600)))
         if keep_best is not None:
-            # In falling order, and the last one stays: the lowest. One of before the metric was set is the worst.
-            kept.append(policies.BestN(get_metric_fn=lambda m: (m or {}).get(keep_best, math.inf), reverse=True, n=1))
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics.get(keep_best, math.inf),  # one of another metric is the worst
+                reverse=True,  # in falling order, and the last one stays: the lowest
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            kept.append(best)
         self._directory, self._go_on, self._agree = directory, go_on, agree
         self._policy = policies.AnyPreservationPolicy(kept)
         self._checkpointer = self._open()
@@ -94,9 +99,19 @@ class Checkpoints:
         """Starts writing; returns when the arrays are copied. Waits for an earlier save first. Whether it has begun.
 
         metrics: what `keep_best` goes by. Raises InputError for a save that failed, or an earlier one, unless the run
-        goes on.
+        goes on; what has been learnt since the earlier one is saved before, if it can be.
         """
-        self.finish()
+        try:
+            self.finish()
+        except InputError as lost:
+            self._begin(step, state, metadata, metrics)
+            self.finish(last=True)
+            raise InputError(f"{lost}. That of step {step}, behind it, was written") from lost
+        return self._begin(step, state, metadata, metrics)
+
+    def _begin(
+        self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None
+    ) -> bool:
         self._writing = step
         described = {
             **metadata,

@@ -23,7 +23,7 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import OnFailedSave, TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.training import checkpoint, compilation, profiling, reporting, run_directory, start
 from sdxl_jax.training import clock as clocks
@@ -243,12 +243,8 @@ class _Mean:
         self._name, self._values = name, list[jax.Array]()
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
-        if self._name is None:
-            return
-        if self._name not in metrics:
-            known = ", ".join(nearest_first(self._name, metrics))
-            raise InputError(f"checkpoint.keep_best={self._name} is no metric. Known, nearest first: {known}")
-        self._values.append(metrics[self._name])
+        if self._name is not None:
+            self._values.append(metrics[self._name])
 
     def take(self) -> dict[str, float] | None:
         if self._name is None:
