@@ -96,7 +96,7 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
             now = time.monotonic() - began
             if "first step" not in row and steps_made.exists() and steps_made.stat().st_size:
                 row["first step"] = now
-            if "all compiled" not in row and made and made[0].finished == made[0].total:
+            if "all compiled" not in row and made and len(set(made[0].progress())) == 1:
                 row["all compiled"] = now
             time.sleep(0.02)
 

@@ -1,5 +1,7 @@
 """The promises of models.attention: every kernel computes what XLA computes, and is chosen where it can run."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +60,7 @@ def test_cudnn_without_a_gpu_is_refused() -> None:
     if jax.default_backend() == "gpu":
         pytest.skip("this is a GPU")
     query, key, value = inputs(128)
-    with pytest.raises(InputError, match=r"compute\.attention=cudnn needs a GPU, and this is a cpu\. Set it to auto"):
+    with pytest.raises(InputError, match=r"attention=cudnn needs an NVIDIA GPU.*here is: cpu\. Set it to auto"):
         attention.dot_product_attention(query, key, value, Attention.CUDNN)
 
 
@@ -79,6 +81,7 @@ def test_attention_to_text_is_xlas_whatever_is_asked_for() -> None:
         ("tpu", 4096, 77, 64, jnp.bfloat16, Attention.XLA),
         ("tpu", 4096, 4096, 40, jnp.bfloat16, Attention.XLA),  # SD 1.x's finest level
         ("gpu", 4096, 4096, 64, jnp.bfloat16, Attention.CUDNN),
+        ("other gpu", 4096, 4096, 64, jnp.bfloat16, Attention.XLA),
         ("gpu", 4096, 4096, 64, jnp.float32, Attention.XLA),
         ("gpu", 4096, 77, 64, jnp.bfloat16, Attention.XLA),
         ("gpu", 4096, 4096, 160, jnp.bfloat16, Attention.XLA),
@@ -91,6 +94,17 @@ def test_kernel_by_platform_and_shape(
     query = jax.ShapeDtypeStruct((1, tokens, 10, dim), dtype)
     key = jax.ShapeDtypeStruct((1, keys, 10, dim), dtype)
     assert attention.choose(platform, query, key) is expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("7.5", "other gpu"), ("8.0", "gpu"), ("12.0", "gpu"), ("gfx942", "other gpu")]
+)
+def test_gpus_without_cudnns_attention_are_not_asked_for_it(
+    monkeypatch: pytest.MonkeyPatch, capability: str, expected: str
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability=capability)])
+    assert attention._platform() == expected
 
 
 def test_activations_lie_along_the_axes_that_divide_them() -> None:

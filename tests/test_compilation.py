@@ -71,8 +71,9 @@ def eventually(condition: Any) -> None:
 def test_programs_are_compiled_in_the_order_of_need(compiler: Compiler) -> None:
     compiler.may.release(5)
     with CompiledSteps(compiler, ARGUMENTS, MESH) as steps:
-        assert [steps.of(bucket)() for bucket in reversed(BUCKETS)] == BUCKETS[::-1]
-        assert (steps.finished, steps.total) == (5, 5)
+        assert steps.of(BUCKETS[4])() == BUCKETS[4]
+        eventually(lambda: steps.progress() == (5, 5))
+        assert [steps.of(bucket)() for bucket in BUCKETS] == BUCKETS
     # The first is begun at once; the last may have been asked for, and then goes first, before the second is begun.
     assert [bucket for bucket in compiler.begun if bucket != BUCKETS[4]] == BUCKETS[:4]
 
@@ -84,7 +85,7 @@ def test_what_is_needed_now_goes_before_what_is_needed_later(compiler: Compiler)
         assert steps.of(BUCKETS[3], lambda: calls.append(compiler.may.release()))() == BUCKETS[3]
         assert calls, "the waiting was told"
         compiler.may.release(5)
-        eventually(lambda: steps.finished == 5)
+        eventually(lambda: steps.progress() == (5, 5))
     assert compiler.begun == [BUCKETS[number] for number in (0, 3, 1, 2, 4)]
 
 
@@ -106,10 +107,10 @@ def test_on_demand_compiles_nothing_in_vain(compiler: Compiler) -> None:
 def test_before_training_waits_for_all(compiler: Compiler) -> None:
     with CompiledSteps(compiler, ARGUMENTS, MESH, CompileAhead.BEFORE) as steps:
         compiler.may.release(4)
-        eventually(lambda: steps.finished == 4)
+        eventually(lambda: steps.progress() == (4, 5))
         assert not steps.ready(BUCKETS[0])
         assert steps.of(BUCKETS[0], compiler.may.release)() == BUCKETS[0]
-        assert steps.finished == 5
+        assert steps.progress() == (5, 5)
 
 
 def test_nothing_is_begun_after_the_end(compiler: Compiler) -> None:
@@ -120,15 +121,32 @@ def test_nothing_is_begun_after_the_end(compiler: Compiler) -> None:
     assert compiler.begun == BUCKETS[:1]
 
 
-@pytest.mark.parametrize("asked", [BUCKETS[1], BUCKETS[0]], ids=["its own", "another"])
-def test_failure_is_raised_where_a_program_is_asked_for(asked: Bucket) -> None:
+@pytest.mark.parametrize("ahead", [CompileAhead.BACKGROUND, CompileAhead.BEFORE])
+def test_failure_is_raised_where_a_program_is_asked_for_that_is_not_there(ahead: CompileAhead) -> None:
     compiler = Compiler(may=5, fails=BUCKETS[1])
-    with CompiledSteps(compiler, ARGUMENTS, MESH) as steps:
+    with CompiledSteps(compiler, ARGUMENTS, MESH, ahead) as steps:
         eventually(lambda: len(compiler.begun) == 5)
+        if ahead is CompileAhead.BACKGROUND:
+            assert steps.of(BUCKETS[0])
         with pytest.raises(MemoryError, match="too large") as raised:
-            steps.of(asked)
+            steps.of(BUCKETS[1 if ahead is CompileAhead.BACKGROUND else 0])
     assert raised.traceback[-1].name == "compile"
     assert raised.value.__notes__ == ["(while the step of the bucket 16×8 was compiled)"]
+
+
+def test_what_is_done_behind_a_program_holds_up_nobody(compiler: Compiler) -> None:
+    may, done = threading.Event(), list[Bucket]()
+
+    def then(bucket: Bucket) -> None:
+        may.wait(10)
+        done.append(bucket)
+
+    compiler.may.release(5)
+    with CompiledSteps(compiler, ARGUMENTS, MESH, then=then) as steps:
+        assert steps.of(BUCKETS[0])
+        assert not done
+        may.set()
+        eventually(lambda: done == BUCKETS)
 
 
 class Told(Exception):

@@ -1,6 +1,7 @@
 """The promises of what a run tells about itself: lines, bar, Weights & Biases, and where the time went."""
 
 import json
+import resource
 import sys
 import types
 from collections.abc import Iterator
@@ -59,9 +60,9 @@ def make_steps(writer: MetricsWriter, clock: Clock, time: Time, steps: range, co
         if step in compiling:
             writer.settle()
             with clock.during(Part.COMPILE):
-                writer.compiling(step, 40)
+                writer.compiling()
                 time.sleep(7)
-            writer.compiled(BUCKET)
+            writer.compiled()
         with clock.during(Part.DATA):
             time.sleep(0.5)
         with clock.during(Part.STEP):
@@ -78,6 +79,7 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_step_seconds_are_without_compiling_and_saving(tmp_path: Path, clock: Clock, time: Time) -> None:
     speed = Speed(lambda _: 3e12, peak=10e12)
+    speed.count(BUCKET)
     with MetricsWriter(tmp_path, 0, 4, False, clock, speed) as writer:
         make_steps(writer, clock, time, range(1, 5), compiling=(1, 3))
     for line in lines(tmp_path):
@@ -122,11 +124,39 @@ def test_skipped_step_is_a_line_of_strict_json_and_counted_in_the_bar(
 def test_bar_tells_loss_speed_share_of_peak_data_and_compiling(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with MetricsWriter(tmp_path, 0, 4, True, clock, Speed(lambda _: 3e12, 10e12)) as writer:
-        make_steps(writer, clock, time, range(1, 5), compiling=(3,))
+    speed, there = Speed(lambda _: 3e12, 10e12), 3
+    with MetricsWriter(tmp_path, 0, 4, True, clock, speed, programs=lambda: (there, 40)) as writer:
+        make_steps(writer, clock, time, range(1, 4), compiling=(3,))
+        beside = writer._bar.postfix
+        speed.count(BUCKET)
+        there = 40
+        make_steps(writer, clock, time, range(4, 5))
     shown = capsys.readouterr().err
-    assert "compiling 3/40" in shown
-    assert "loss 0.2500, 4.0 images/s, 15% of peak, 2 s waiting for data" in shown
+    assert "compiling 3/40" in shown  # while it waits
+    assert beside == "loss 0.3333, 4.0 images/s, 2 s waiting for data, compiled 3/40"
+    assert "loss 0.2500, 4.0 images/s, 15% of peak, 2 s waiting for data]" in shown
+    assert [line.get("peak_share") for line in lines(tmp_path)] == [None, None, None, pytest.approx(0.15)]
+
+
+def test_full_disk_costs_no_line_and_does_not_end_the_run(
+    tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit on the size of files is as good as a full disk: a part of a line is written, then comes the error."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, 0, 6, False, clock) as writer, TimeLog(tmp_path, clock) as times:
+        make_steps(writer, clock, time, range(1, 3))
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 20, before[1]))
+        try:
+            make_steps(writer, clock, time, range(3, 6))
+            times.note(5, again=False)
+            assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        make_steps(writer, clock, time, range(6, 7))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    said = capsys.readouterr().out
+    assert said.count("metrics.jsonl takes no more lines (File too large); they are kept until it does") == 1
+    assert said.count("TensorBoard gets no more numbers until the next start: File too large") == 1
 
 
 def test_time_left_does_not_follow_from_compiling(tmp_path: Path, clock: Clock, time: Time) -> None:
@@ -319,4 +349,6 @@ def test_chips_are_known_by_jax_names() -> None:
     assert hardware.chip_of("cpu") is None
     assert Speed.of(lambda _: 1e15, jax.devices()) is None
     speed = Speed.of(lambda _: 1e15, [types.SimpleNamespace(device_kind="TPU v6e")] * 4)
-    assert speed is not None and speed.peak == 4 * 918e12
+    assert speed is not None
+    speed.count(BUCKET)
+    assert speed.share(BUCKET, 2.0) == 1e15 / 2 / (4 * 918e12)

@@ -156,10 +156,10 @@ def test_checkpoints_are_kept_by_number_and_by_metric(tmp_path: Path) -> None:
     assert steps_in(directory) == ["2", "4", "5"]
     assert steps_in(saved(tmp_path / "newest", [1, 2, 3], keep=2)) == ["2", "3"]
     # On resume by another metric, which those before do not have; or by one where there was none.
-    for directory in (directory, tmp_path / "newest"):
+    for place in (directory, tmp_path / "newest"):
         others = [{"grad_norm": value} for value in (3.0, 4.0, 5.0)]
-        saved(directory, [6, 7, 8], keep=2, keep_best="grad_norm", metrics=others)
-        assert steps_in(directory) == ["6", "7", "8"]
+        saved(place, [6, 7, 8], keep=2, keep_best="grad_norm", metrics=others)
+        assert steps_in(place) == ["6", "7", "8"]
 
 
 def test_checkpoints_are_kept_by_the_hour(tmp_path: Path) -> None:

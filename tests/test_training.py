@@ -4,6 +4,7 @@ Whole runs are of a tiny model; one is never interrupted, the others are, and mu
 the step's machinery alone (micro-batches, clipping, average) is tested with a loss of two parameters.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -221,6 +222,26 @@ def test_loss_that_is_not_finite_names_what_the_step_was_given(
     assert told["rows"][0]["captions"] == [f"picture number {told['rows'][0]['image']}"]
     assert told["rows"][0]["source"].endswith(f"{told['rows'][0]['image']:03d}.png")
     assert told["key"] == jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4)).tolist()
+
+
+def test_data_that_end_a_run_do_not_cost_what_it_has_learnt(
+    config: TrainConfig, whole: Run, resumed: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(resumed.folder, folder := resumed.folder.with_name("no_data"))
+    iterate = BucketedDataset.iterate
+
+    def one_batch(self: BucketedDataset, first: int) -> Iterator[Any]:
+        with contextlib.closing(iterate(self, first)) as batches:
+            yield next(batches)
+        raise InputError("too many pictures are damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BucketedDataset, "iterate", one_batch)
+        with pytest.raises(InputError, match="too many pictures"):
+            loop.train(config, folder, progress=False, from_step=4)
+    assert checkpoint.latest_step(folder / "checkpoints") == 5
+    loop.train(config, folder, progress=False)
+    assert without_times(Run(folder, []).lines()) == without_times(whole.lines())
 
 
 class OneStep(NamedTuple):

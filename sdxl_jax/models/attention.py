@@ -53,7 +53,9 @@ def dot_product_attention(
             return _splash(query, key, value)
         case Attention.CUDNN:
             if _platform() != "gpu":
-                raise InputError(f"compute.attention=cudnn needs a GPU, and this is a {_platform()}. Set it to auto")
+                raise InputError(
+                    f"compute.attention=cudnn needs an NVIDIA GPU from Ampere on; here is: {_platform()}. Set it to auto"
+                )
             out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         case _:
             out = jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="xla")
@@ -93,9 +95,17 @@ def choose(platform: str, query: Any, key: Any) -> Attention:
 
 
 def _platform() -> str:
-    """Of the devices that are compiled for: those of the mesh, which need not be here, else the default ones."""
+    """Of the devices that are compiled for: those of the mesh, which need not be here, else the default ones. A GPU
+    without cuDNN's attention is an "other gpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    platform = jax.default_backend() if device is None else device.platform
+    return "other gpu" if platform == "gpu" and not _from_ampere_on(jax.devices()[0]) else platform
+
+
+def _from_ampere_on(device: Any) -> bool:
+    """By the compute capability of NVIDIA's GPUs, e.g. "8.0". Where others have one, it is a name."""
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return major.isdecimal() and int(major) >= 8
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

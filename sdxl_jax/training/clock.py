@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -98,8 +100,11 @@ class TimeLog:
         seconds = {part.value: value for part, value in self._clock.seconds().items()}
         self._written = sum(seconds.values())
         line = {"start": self._start, "step": self._step, "steps_again": self._again, "seconds": seconds}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # the next line says all of it again
+            tqdm.write(f"  {self._path} takes no line: {error.strerror}")
 
 
 class Start(NamedTuple):

@@ -147,11 +147,14 @@ class CompiledSteps:
         ahead: CompileAhead = CompileAhead.BACKGROUND,
         threads: int = 1,
         made_ahead: Programs | None = None,
+        then: Callable[[Bucket], None] | None = None,
     ):
         """step: what `jax.jit` returned. arguments: for each bucket the abstract arguments, in the order of need.
         threads: programs compiled at once; each takes cores and, for large models, many GiB of this host's memory.
-        made_ahead: where programs compiled on another machine may lie."""
+        made_ahead: where programs compiled on another machine may lie. then: what a thread does behind each program,
+        which may be in use by then."""
         self._step, self._arguments, self._mesh, self._made_ahead = step, arguments, mesh, made_ahead
+        self._then = then
         self._before = ahead is CompileAhead.BEFORE
         self._changed = threading.Condition()  # guards what follows
         self._to_do = [] if ahead is CompileAhead.ON_DEMAND else list(arguments)
@@ -169,26 +172,19 @@ class CompiledSteps:
             self._closed = True
             self._changed.notify_all()
 
-    @property
-    def total(self) -> int:
-        """Programs that the run needs."""
-        return len(self._arguments)
-
-    @property
-    def finished(self) -> int:
-        """Programs that are there."""
-        return len(self._programs)
+    def progress(self) -> tuple[int, int]:
+        """(programs that are there, programs that the run needs)."""
+        return len(self._programs), len(self._arguments)
 
     def ready(self, bucket: Bucket) -> bool:
         """Whether `of` would return at once."""
-        there = self.finished == self.total if self._before else bucket in self._programs
-        return there and self._error is None
+        return len(self._programs) == len(self._arguments) if self._before else bucket in self._programs
 
     def of(self, bucket: Bucket, waiting: Callable[[], None] = lambda: None) -> Callable[..., Any]:
         """The program of one bucket, waited for if need be; all of them, where they are compiled before training.
 
         waiting: called several times a second meanwhile; what it raises ends the waiting. Raises, with its traceback,
-        what compiling any of the programs has raised.
+        what compiling any of the programs has raised, unless this one is there.
         """
         with self._changed:
             if bucket not in self._begun:  # it is needed now: before all others
@@ -211,18 +207,20 @@ class CompiledSteps:
                     return
                 bucket = self._to_do.pop(0)
                 self._begun.add(bucket)
-            program = error = None
             try:
                 with _in_flight.counted(), jax.set_mesh(self._mesh):  # a mesh is a thread's own
                     program = self._program(bucket)
+                    with self._changed:
+                        self._programs[bucket] = program
+                        self._changed.notify_all()
+                    if self._then is not None:
+                        self._then(bucket)
             except BaseException as problem:  # raised again where a program is asked for
                 error = explained(f"the train step of {bucket.height}×{bucket.width}", problem)
                 error.add_note(f"(while the step of the bucket {bucket.height}×{bucket.width} was compiled)")
-            with self._changed:
-                if program is not None:
-                    self._programs[bucket] = program
-                self._error = self._error or error
-                self._changed.notify_all()
+                with self._changed:
+                    self._error = self._error or error
+                    self._changed.notify_all()
 
     def _program(self, bucket: Bucket) -> Callable[..., Any]:
         if jax.default_backend() == "cpu":

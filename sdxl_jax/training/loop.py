@@ -98,7 +98,9 @@ def train(
         function = start.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
         ahead, threads = config.training.compile_ahead, config.training.compile_threads
         made_ahead = start.programs(config, mesh)
-        steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads, made_ahead))
+        speed = Speed.of(lambda bucket: start.model_flops(config, optimiser, empty, given[bucket]), jax.devices())
+        count = None if speed is None else speed.count
+        steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads, made_ahead, count))
         initial = {}
         if last is None:
             initial = on_mesh(lambda: initial_weights(config, mesh, progress=progress))
@@ -122,7 +124,6 @@ def train(
             if last is None and random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
 
-        speed = Speed.of(lambda bucket: start.model_flops(config, optimiser, empty, given[bucket]), jax.devices())
         board = _wandb(config, run_dir) if hosts.is_first else None
         with (
             jax.set_mesh(mesh),
@@ -130,7 +131,9 @@ def train(
             clock.during(Part.SAVE),  # leaving Checkpoints finishes what is being written
             _checkpoints(config, run_dir, hosts) as checkpoints,
             clock.during(Part.OTHER),
-            MetricsWriter(run_dir, first, stop, progress, clock, speed, board, writes=hosts.is_first) as writer,
+            MetricsWriter(
+                run_dir, first, stop, progress, clock, speed, board, hosts.is_first, steps.progress
+            ) as writer,
             profiling.Profile(run_dir / "profile", profile) as profiler,
             _closing(dataset.iterate(first)) as batches,
             _naming_what_is_not_finite(config, run_dir, hosts, dataset),
@@ -156,10 +159,10 @@ def train(
                 """Waits for a bucket's program, where it is needed for the first time."""
                 with clock.during(Part.COMPILE):
                     writer.settle()
-                    hosts.wait(lambda: steps.of(bucket, lambda: writer.compiling(steps.finished, steps.total)))
+                    hosts.wait(lambda: steps.of(bucket, writer.compiling))
                     # No host begins the step while another may yet be stopped compiling it.
                     hosts.gather("compiled")
-                    writer.compiled(bucket)
+                    writer.compiled()
                 met.add(bucket)
 
             try:
@@ -167,10 +170,18 @@ def train(
                     look()  # the run was stopped between the checkpoint and its pictures
                 while step < stop:
                     bucket, again = dataset.bucket_of(step), step < writer.made_before
-                    if bucket not in met:
-                        meet(bucket)
+                    try:
+                        if bucket not in met:
+                            meet(bucket)
+                        with clock.during(Part.DATA):
+                            rows = hosts.wait(lambda: next(batches))
+                    except Exception:
+                        # No program, or no batch: what was learnt stays. Of several hosts, the others do not know.
+                        if hosts.count == 1 and step > saved:
+                            save()
+                        raise
                     with clock.during(Part.DATA):
-                        batch = sharding.put_batch(mesh, hosts.wait(lambda: next(batches)))
+                        batch = sharding.put_batch(mesh, rows)
                     hosts.point()
                     with clock.during(Part.AGAIN if again else Part.STEP), profiler.step(step + 1, writer.settle):
                         state, metrics = steps.of(bucket)(state, frozen, batch)
@@ -273,8 +284,8 @@ def _naming_what_is_not_finite(
         yield
     except NonFinite as error:
         path = run_dir / f"nonfinite_step_{error.step:08d}.json"
-        if hosts.is_first:
-            reporting.describe_nonfinite(config, path, error.step, dataset)
+        # Each host that comes here: the first may hear of it from another, and not come.
+        reporting.describe_nonfinite(config, path, error.step, dataset, hosts.index)
         raise InputError(f"{error}. Its pictures, captions and key are in {path}") from error
 
 

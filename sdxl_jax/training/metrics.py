@@ -1,17 +1,20 @@
 """Where a run's numbers go: RUN/metrics.jsonl with all digits, RUN/tensorboard, Weights & Biases if asked for, and the
 progress bar."""
 
-import functools
+import contextlib
 import json
 import math
 import os
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 
 from sdxl_jax import hardware
@@ -27,11 +30,21 @@ _PAUSES = (Part.COMPILE, Part.SAVE, Part.EVALUATION)
 
 
 class Speed:
-    """What a share of peak is computed from: model FLOPs of a step of each bucket, counted when first asked for."""
+    """What a share of peak is computed from: model FLOPs of a step of each bucket, once they are counted."""
 
     def __init__(self, flops: Callable[[Bucket], float], peak: float):
         """flops: over all devices. peak: FLOP/s of all devices together."""
-        self.flops, self.peak = functools.cache(flops), peak
+        self._flops, self._peak = flops, peak
+        self._counted = dict[Bucket, float]()
+
+    def count(self, bucket: Bucket) -> None:
+        """Takes as long as tracing the step: not for the thread that trains."""
+        self._counted[bucket] = self._flops(bucket)
+
+    def share(self, bucket: Bucket, seconds: float) -> float | None:
+        """Of peak, for a step that took so long; None before its operations are counted."""
+        flops = self._counted.get(bucket)
+        return None if flops is None else flops / seconds / self._peak
 
     @classmethod
     def of(cls, flops: Callable[[Bucket], float], devices: Sequence[Any]) -> "Speed | None":
@@ -71,16 +84,19 @@ class MetricsWriter:
         speed: Speed | None = None,
         board: "WandbBoard | None" = None,
         writes: bool = True,
+        programs: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ):
         """Removes the lines of steps after `start`, which are about to be made again. writes: one process of several
-        does; the others read the numbers all the same, and raise where it raises."""
+        does; the others read the numbers all the same, and raise where it raises. programs: how many are compiled, of
+        how many."""
         self._path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
         there = writes and self._path.exists()
         self._images_seen, self.made_before = _cut_after(self._path, start) if there else (0, start)
         """`made_before`: the last step that an earlier start had made."""
-        self._file = self._path.open("a", buffering=1)  # a line at a time: a kill loses the last one or two
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1) if writes else None
-        self._wandb, self._speed, self._clock = board, speed, clock or Clock()
+        self._file = self._path.open("ab", buffering=0)  # a line at a time: a kill loses the last one or two
+        self._lines, self._full = list[str](), False
+        self._board = TensorBoard(run_dir / "tensorboard", start + 1) if writes else None
+        self._wandb, self._speed, self._clock, self._programs = board, speed, clock or Clock(), programs
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, jax.Array], dict[str, float]] | None = None
         self._noted = self._read = self._clock.seconds()
@@ -95,6 +111,8 @@ class MetricsWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+        if self._lines:
+            tqdm.write(f"  the last {len(self._lines)} lines of {self._path} are lost")
         self._bar.close()
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None and not issubclass(kind, SystemExit))
@@ -118,19 +136,31 @@ class MetricsWriter:
     def flush(self) -> None:
         """Waits for the last step and brings all lines to the disk."""
         self.settle()
-        self._file.flush()
+        self._bring()
         if self._board is not None:
             os.fsync(self._file.fileno())
-            self._board.flush()
 
-    def compiling(self, finished: int, total: int) -> None:
+    def _bring(self) -> None:
+        """Lines to the disk. Where they cannot go, they stay here: a full disk is no reason to lose a run."""
+        rest = memoryview("".join(self._lines).encode())
+        there = self._file.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(there)
+            if not self._full:
+                tqdm.write(f"  {self._path} takes no more lines ({error.strerror}); they are kept until it does")
+            self._full = True
+        else:
+            self._lines, self._full = [], False
+
+    def compiling(self) -> None:
         """Says in the bar that the next step waits for its program."""
-        self._bar.set_postfix_str(f"compiling {finished}/{total}")
+        self._bar.set_postfix_str("compiling {}/{}".format(*self._programs()))
 
-    def compiled(self, bucket: Bucket) -> None:
-        """The waiting is over: the time left does not follow from it. Counts the operations of that bucket's step."""
-        if self._speed is not None:
-            self._speed.flops(bucket)
+    def compiled(self) -> None:
+        """The waiting is over: the time left does not follow from it."""
         if not self._bar.disable:
             waited = self._clock.seconds()[Part.COMPILE] - self._noted[Part.COMPILE]
             self._bar.start_t += waited
@@ -155,27 +185,60 @@ class MetricsWriter:
             "images_per_second": batch_size / seconds,
             **times,
         }
-        if self._speed is not None:
-            line["peak_share"] = self._speed.flops(bucket) / seconds / self._speed.peak
+        share = None if self._speed is None else self._speed.share(bucket, seconds)
+        if share is not None:
+            line["peak_share"] = share
         if not math.isfinite(values["loss"] + values["grad_norm"]) and not values.get("skipped"):
             raise NonFinite(step, values["loss"], values["grad_norm"])
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._lines.append(json.dumps(finite, allow_nan=False) + "\n")
+        self._bring()
         if self._board is not None:
-            for name in _SCALARS:
-                if name in line:
-                    self._board.add_scalar(name, line[name], step)
+            self._board.add({name: line[name] for name in _SCALARS if name in line}, step)
         if self._wandb is not None:
             self._wandb.log(line)
         shown = [f"loss {values['loss']:.4f}", f"{line['images_per_second']:.1f} images/s"]
-        if "peak_share" in line:
-            shown.append(f"{line['peak_share']:.0%} of peak")
+        if share is not None:
+            shown.append(f"{share:.0%} of peak")
         shown.append(f"{now[Part.DATA]:.0f} s waiting for data")
         self._skipped += int(values.get("skipped", 0))
         if self._skipped:
             shown.append(f"{self._skipped} skipped")
+        finished, total = self._programs()
+        if finished < total:
+            shown.append(f"compiled {finished}/{total}")
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
+
+
+class TensorBoard:
+    """Scalars in an event file. Written by this thread: tensorboardX's own ends at a full disk and tells nobody, and
+    who writes on waits for it for ever."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        """purge_step: from here on, what an earlier start has written does not count."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events, self._full = EventsWriter(str(folder / "events")), False
+        started = SessionLog(status=SessionLog.START)
+        self._write(Event(step=purge_step, wall_time=time.time(), session_log=started))
+
+    def add(self, scalars: Mapping[str, float], step: int) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._write(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # that an event could not be written was said
+            self._events.close()
+
+    def _write(self, event: Event) -> None:
+        if self._full:
+            return
+        try:
+            self._events.write_event(event)
+            self._events.flush()
+        except OSError as error:  # a part of it may stand there, behind which nothing could be read
+            tqdm.write(f"  TensorBoard gets no more numbers until the next start: {error.strerror}")
+            self._full = True
 
 
 class WandbBoard:

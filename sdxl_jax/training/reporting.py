@@ -100,10 +100,11 @@ def look(config: TrainConfig, hosts: Hosts, run_dir: Path, step: int, model: Mod
         save_png(contact_sheet(pictures, captions, columns=len(validation.prompts)), grid_path(run_dir, step), text)
 
 
-def describe_nonfinite(config: TrainConfig, path: Path, step: int, dataset: BucketedDataset) -> None:
+def describe_nonfinite(config: TrainConfig, path: Path, step: int, dataset: BucketedDataset, host: int) -> None:
     """Writes what a step was given whose loss is no number: pictures, captions, and the key of its random numbers."""
-    order = dataset.order
-    images = [int(order.numbers[order.position(step - 1, row)]) for row in range(dataset.batch_size_of(step - 1))]
+    loader, bad = dataset.loader, list[str]()
+    read = loader.draw if loader.cache is None else loader.read  # once more: damaged pictures were replaced
+    images = [loader.good(step - 1, row, bad, read).image for row in range(dataset.batch_size_of(step - 1))]
     key = jax.random.fold_in(jax.random.key(config.training.seed), step - 1)
     content = {
         "step": step,
@@ -114,5 +115,8 @@ def describe_nonfinite(config: TrainConfig, path: Path, step: int, dataset: Buck
             {"image": image, "source": dataset.source.name(image), "captions": list(dataset.source.captions(image))}
             for image in images
         ],
+        "replaced": bad,
     }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    partial = path.with_name(f"{path.name}.{host}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    partial.replace(path)
