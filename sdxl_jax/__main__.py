@@ -171,19 +171,21 @@ def _compile(arguments: list[str]) -> None:
         )
     if options.json:
         print(json.dumps([each.as_json() for each in made], indent=1))
-        return
-    for each in made:
-        print(f"{each}\n{ahead.verdict(each, config)}\n")
-    if options.program == "train":
+    else:
+        for each in made:
+            print(f"{each}\n{ahead.verdict(each, config)}\n")
+    cache = config.training.compilation_cache
+    if options.program == "train" and not options.json and cache is None:
+        print("Not kept: training.compilation_cache names no folder.")
+    elif options.program == "train" and not options.json:
         from sdxl_jax.training import programs
 
-        cache = config.training.compilation_cache
         print(
-            "Not kept: training.compilation_cache names no folder."
-            if cache is None
-            else f"Kept in {programs.folder(cache)}: training with this configuration and training.compilation_cache "
-            "reads them."
+            f"{sum(each.kept for each in made)} of {len(made)} kept in {programs.folder(cache)}: training with this "
+            "configuration and training.compilation_cache reads them."
         )
+    if wrong := [each.program for each in made if not each.fits]:
+        raise InputError(f"{len(wrong)} of {len(made)} programs do not fit: {', '.join(wrong[:3])}")
 
 
 def _sample(arguments: list[str]) -> None:

@@ -6,7 +6,10 @@ What needs libtpu says so, and is skipped where it is missing.
 import dataclasses
 import importlib.util
 import json
+import re
+import types
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +18,9 @@ import tiny
 from command import call
 from jax.sharding import AbstractMesh, AxisType
 
-from sdxl_jax import flops, sharding
+from sdxl_jax import flops, hardware, sharding
 from sdxl_jax.ahead import compile as ahead
-from sdxl_jax.ahead import hlo, topologies
+from sdxl_jax.ahead import hlo, report, topologies
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention
 from sdxl_jax.models.layers import Attention, Compute, Remat
@@ -128,6 +131,131 @@ def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
         outcome = call("compile", str(config), *arguments)
         assert outcome.code == 2
         assert words in outcome.err
+
+
+GIB = 2**30
+MADE = report.Report(
+    topology="v5e:2x2",
+    chips=4,
+    program="train step 32×32",
+    images=8,
+    chip=hardware.V5E,
+    bytes_by_use={"parameters": 2 * GIB, "optimiser": 4 * GIB},
+    bytes_activations=3 * GIB,
+    model_flops=8e12,
+    kernel_flops=0.0,
+    compiler_seconds=0.5,
+    collectives=(hlo.Collective("all-gather", 3, GIB),),
+    compile_seconds=7.0,
+    peak_host_bytes=GIB,
+    kept=True,
+)
+REFUSED = report.TooLarge(
+    "v5e:2x2", 4, "train step 64×64", 8, hardware.V5E, {"parameters": 2 * GIB}, "it requires 30.38G of 15.75G HBM"
+)
+
+
+def test_the_table_says_what_a_program_takes_and_an_estimate_that_cannot_be_true_is_unknown() -> None:
+    shown = str(MADE)
+    for name, value in (
+        ("parameters", "2.00 GiB"),
+        ("activations", "3.00 GiB"),
+        ("total", "9.00 GiB of 16"),
+        ("operations", "8.0 TFLOP, 1.00 an image"),
+        ("time, estimated", "0.500 s"),
+        ("images/s a chip", "4.00"),
+        ("all-gather", "1.00 GiB a step, 3 times"),
+    ):
+        assert re.search(rf"^  {name}.* {value}", shown, re.MULTILINE)
+    unknown = dataclasses.replace(MADE, compiler_seconds=None)
+    assert str(unknown).count("unknown: the compiler's estimate cannot be true") == 3
+    assert unknown.as_json()["images_per_second_per_chip"] is None
+
+
+def test_a_program_that_does_not_fit_says_what_to_change_first(tmp_path: Path) -> None:
+    config = tiny.train_config(tmp_path)
+
+    def advice(
+        made: report.Report | report.TooLarge, remat: Remat = Remat.NONE, fsdp: int = 4, accumulate: int = 1
+    ) -> str:
+        changed = dataclasses.replace(
+            config,
+            compute=Compute(remat=remat),
+            mesh=MeshConfig(fsdp=fsdp),
+            optimiser=dataclasses.replace(config.optimiser, accumulate=accumulate),
+        )
+        return ahead.verdict(made, changed)
+
+    state = dataclasses.replace(MADE, bytes_by_use={"parameters": 20 * GIB})
+    assert advice(MADE) == "It fits: 9.0 of 16 GiB a chip."
+    assert "It does not fit: 23.0 of 16 GiB a chip. Parameters and" in advice(state, fsdp=1)
+    large = dataclasses.replace(MADE, bytes_activations=30 * GIB)
+    assert "set compute.remat to dots, or to block" in advice(large)
+    assert "set compute.remat to block." in advice(large, Remat.DOTS)
+    assert "raise optimiser.accumulate to 2." in advice(large, Remat.BLOCK)
+    assert "To need less memory" in advice(large, Remat.BLOCK, accumulate=2)
+    assert "It does not fit: it requires 30.38G of 15.75G HBM. Activations" in advice(REFUSED)
+    assert "raise mesh.fsdp, up to 4." in advice(
+        dataclasses.replace(REFUSED, bytes_by_use={"parameters": 12 * GIB}), fsdp=1
+    )
+
+
+def test_a_program_that_the_compiler_refuses_costs_no_report_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the temporaries (30.38G) exceed HBM (15.75G)"
+
+    class Lowered(NamedTuple):
+        error: str
+
+        def lower(self) -> "Lowered":
+            return self
+
+        def compile(self) -> str:
+            if self.error:
+                raise jax.errors.JaxRuntimeError(self.error)
+            return "compiled"
+
+        @property
+        def jaxpr(self) -> Any:
+            return jax.make_jaxpr(lambda x: x)(1.0)
+
+    def program(name: str, error: str) -> ahead.Program:
+        function = types.SimpleNamespace(trace=lambda *_: Lowered(error))
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        batch = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place)
+        return ahead.Program(name, function, {"batch": batch}, (), 8, 1.0)
+
+    monkeypatch.setattr(report, "make", lambda *_, **told: dataclasses.replace(MADE, program=told["program"]))
+    mesh = jax.make_mesh((1,) * 4, sharding.AXES)
+    made = ahead._compile([program("one", said), program("two", "")], mesh, "v5e:2x2", 2, progress=False)
+    assert made == [
+        report.TooLarge("v5e:2x2", 1, "one", 8, hardware.V5E, {"batch": 32}, said),
+        dataclasses.replace(MADE, program="two"),
+    ]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        ahead._compile([program("one", "INTERNAL: what is not known")], mesh, "v5e:2x2", 1, progress=False)
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_compile_prints_all_reports_and_ends_with_2_where_one_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json_too: bool
+) -> None:
+    config = tmp_path / "config.py"
+    config.write_text("from tiny import train_config\nfrom pathlib import Path\n\n\ndef get_config():\n"
+                      "    return train_config(Path('nowhere'))\n")  # fmt: skip
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(ahead, "compile_step", lambda *_, **options: asked.update(options) or [MADE, REFUSED])
+    given = ["--topology", "v5e:2x2", "--all-buckets", "--parallel", "2", "--slices", "2"]
+    outcome = call(
+        "compile", str(config), *given, *["--json"] * json_too, "--training.compilation-cache", str(tmp_path)
+    )
+    assert outcome.code == 2
+    assert "1 of 2 programs do not fit: train step 64×64" in outcome.err
+    assert asked == {"slices": 2, "buckets": [ahead.Bucket(*size) for size in tiny.BUCKETS], "parallel": 2}
+    if json_too:
+        assert [each["fits"] for each in json.loads(outcome.out)] == [True, False]
+    else:
+        assert "It fits: 9.0 of 16 GiB" in outcome.out and "It does not fit: it requires 30.38G" in outcome.out
+        assert f"1 of 2 kept in {tmp_path / 'ahead'}" in outcome.out
 
 
 @needs_libtpu

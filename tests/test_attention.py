@@ -60,7 +60,7 @@ def test_cudnn_without_a_gpu_is_refused() -> None:
     if jax.default_backend() == "gpu":
         pytest.skip("this is a GPU")
     query, key, value = inputs(128)
-    with pytest.raises(InputError, match=r"attention=cudnn needs an NVIDIA GPU.*here is: cpu\. Set it to auto"):
+    with pytest.raises(InputError, match=r"attention=cudnn needs an NVIDIA GPU.*Here is: cpu\. Set auto"):
         attention.dot_product_attention(query, key, value, Attention.CUDNN)
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sdxl_jax import drawing, flops, pipeline, sharding
 from sdxl_jax import model as models
 from sdxl_jax.ahead import report, topologies
-from sdxl_jax.ahead.report import Report
+from sdxl_jax.ahead.report import Report, TooLarge
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
@@ -32,7 +32,7 @@ from sdxl_jax.options import Options, Size
 from sdxl_jax.samplers import loop
 from sdxl_jax.training import optimiser as optimisers
 from sdxl_jax.training import start
-from sdxl_jax.training.compilation import REMEDIES, explained
+from sdxl_jax.training.compilation import REMEDIES, explained, out_of_memory
 from sdxl_jax.training.programs import Programs
 from sdxl_jax.training.step import make_step
 
@@ -60,7 +60,7 @@ def compile_step(
     buckets: Sequence[Bucket] | None = None,
     parallel: int = 1,
     progress: bool = True,
-) -> list[Report]:
+) -> list[Report | TooLarge]:
     """Compiles the train step for each of the buckets, by default the one with the most pixels.
 
     slices: of the topology; None: `mesh.slices`. parallel: programs compiled at once; each takes about 10 GiB of this
@@ -68,7 +68,7 @@ def compile_step(
     such a slice finds them.
 
     Raises InputError for an unknown topology, a mesh that its chips do not fill, a batch that does not divide, a bucket
-    that the configuration lacks, a program that does not fit.
+    that the configuration lacks, an option that the compiler does not know.
     """
     topologies.check(topology)
     config.check()
@@ -87,7 +87,7 @@ def compile_step(
 
 def compile_sampler(
     config: TrainConfig, topology: str, *, slices: int | None = None, progress: bool = True
-) -> list[Report]:
+) -> list[Report | TooLarge]:
     """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
     steps and guidance of `validation`. Raises InputError as `compile_step`."""
     config.check()
@@ -104,11 +104,21 @@ def _mesh(config: TrainConfig, topology: str, slices: int | None) -> Mesh:
     return mesh
 
 
-def _compile(programs: list[Program], mesh: Mesh, topology: str, parallel: int, progress: bool) -> list[Report]:
+def _compile(
+    programs: list[Program], mesh: Mesh, topology: str, parallel: int, progress: bool
+) -> list[Report | TooLarge]:
     slices = mesh.shape["slice"]
 
-    def one(program: Program) -> Report:
+    def one(program: Program) -> Report | TooLarge:
         began = time.monotonic()
+        told: Any = {
+            "topology": topology if slices == 1 else f"{slices} × {topology}",
+            "chips": mesh.size,
+            "chip": topologies.check(topology),
+            "program": program.name,
+            "images": program.images,
+            "bytes_by_use": {name: report.shard_bytes(tree) for name, tree in program.inputs.items()},
+        }
         try:
             with jax.set_mesh(mesh):
                 traced = program.function.trace(*program.arguments)
@@ -116,23 +126,25 @@ def _compile(programs: list[Program], mesh: Mesh, topology: str, parallel: int, 
                 lowered = traced.lower()
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
+            if (said := out_of_memory(error)) is not None:
+                return TooLarge(**told, said=said)
             raise explained(program.name, error) from error
         made = report.make(
             compiled,
-            topology=topology if slices == 1 else f"{slices} × {topology}",
-            chips=mesh.size,
-            chip=topologies.check(topology),
-            program=program.name,
-            images=program.images,
-            inputs=program.inputs,
+            **told,
             model_flops=program.model_flops,
             kernel_flops=kernels,
             compile_seconds=time.monotonic() - began,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        if program.kept is not None:  # behind the report, whose memory is the compiler's
-            program.kept.write(lowered, compiled)
-        return made
+        if program.kept is None:
+            return made
+        try:
+            program.kept.write(lowered, compiled)  # behind the report, whose memory is the compiler's
+        except OSError as error:
+            tqdm.write(f"{program.name} is not kept: {error}")
+            return made
+        return dataclasses.replace(made, kept=True)
 
     with ThreadPoolExecutor(parallel) as pool:
         return list(tqdm(pool.map(one, programs), "compiling", len(programs), disable=not progress))
@@ -231,18 +243,22 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
     return made
 
 
-def verdict(made: Report, config: TrainConfig) -> str:
+def verdict(made: Report | TooLarge, config: TrainConfig) -> str:
     """In one line whether it fits and, if not, what to change."""
+    if isinstance(made, TooLarge):
+        return f"It does not fit: {made.said}. {advice(made, config)}"
     total, memory = made.bytes_total / 2**30, made.chip.memory_bytes / 2**30
     if made.fits:
         return f"It fits: {total:.1f} of {memory:.0f} GiB a chip."
     return f"It does not fit: {total:.1f} of {memory:.0f} GiB a chip. {advice(made, config)}"
 
 
-def advice(made: Report, config: TrainConfig) -> str:
+def advice(made: Report | TooLarge, config: TrainConfig) -> str:
     """The first change that would help, by what takes the memory."""
     state = sum(made.bytes_by_use.values())
-    if state > made.bytes_activations and config.mesh.fsdp not in (-1, made.chips):
+    # Of what the compiler refused, the activations are not known: at least what the rest leaves of the chip.
+    activations = made.chip.memory_bytes - state if isinstance(made, TooLarge) else made.bytes_activations
+    if state > activations and config.mesh.fsdp not in (-1, made.chips):
         return f"Parameters and what follows them take most of it: raise mesh.fsdp, up to {made.chips}."
     if config.compute.remat is Remat.NONE:
         return "Activations take most of it: set compute.remat to dots, or to block for still less."

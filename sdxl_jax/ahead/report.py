@@ -8,7 +8,6 @@ measurement.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +47,8 @@ class Report:
     compile_seconds: float
     peak_host_bytes: int
     """Of this process, all that was compiled before included."""
+    kept: bool = False
+    """Whether training finds it in `training.compilation_cache`."""
 
     @property
     def bytes_total(self) -> int:
@@ -101,29 +102,69 @@ class Report:
         }
 
     def __str__(self) -> str:
-        def row(name: str, value: str) -> str:
-            return f"  {name:<24}{value}"
-
-        def gib(count: int) -> str:
-            return f"{count / _GIB:8.2f} GiB"
-
         def known(value: float | None, text: str) -> str:
             return "unknown: the compiler's estimate cannot be true" if value is None else text.format(value)
 
         each = self.model_flops / self.images / 1e12
         lines = [
-            f"{self.program}, {self.images} images, on {self.topology} ({self.chips} × {self.chip.name})",
-            *(row(name, gib(count)) for name, count in self.bytes_by_use.items()),
-            row("activations", gib(self.bytes_activations)),
-            row("total, of a chip's", f"{gib(self.bytes_total)} of {self.chip.memory_bytes / _GIB:.0f}"),
-            row("operations", f"{self.model_flops / 1e12:8.1f} TFLOP, {each:.2f} an image"),
-            row("time, estimated", known(self.seconds, "{:8.3f} s")),
-            row("images/s a chip", known(self.images_per_second_per_chip, "{:8.2f}")),
-            row("share of peak", known(self.share_of_peak, "{:8.1%}")),
-            *(row(c.kind, f"{c.bytes / _GIB:8.2f} GiB a step, {c.count} times") for c in self.collectives),
-            row("compiled in", f"{self.compile_seconds:8.0f} s, {self.peak_host_bytes / _GIB:.1f} GiB of this machine"),
+            *_heading(self),
+            _row("activations", _gib(self.bytes_activations)),
+            _row("total, of a chip's", f"{_gib(self.bytes_total)} of {self.chip.memory_bytes / _GIB:.0f}"),
+            _row("operations", f"{self.model_flops / 1e12:8.1f} TFLOP, {each:.2f} an image"),
+            _row("time, estimated", known(self.seconds, "{:8.3f} s")),
+            _row("images/s a chip", known(self.images_per_second_per_chip, "{:8.2f}")),
+            _row("share of peak", known(self.share_of_peak, "{:8.1%}")),
+            *(_row(c.kind, f"{c.bytes / _GIB:8.2f} GiB a step, {c.count} times") for c in self.collectives),
+            _row("compiled in", f"{self.compile_seconds:8.0f} s, {_gib(self.peak_host_bytes).strip()} of this machine"),
         ]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class TooLarge:
+    """A program that the compiler refused, for its memory. As `Report`, where they share a name."""
+
+    topology: str
+    chips: int
+    program: str
+    images: int
+    chip: Chip
+    bytes_by_use: dict[str, int]
+    said: str
+    """By the compiler: what it would need."""
+    fits = False
+    kept = False
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "topology": self.topology,
+            "chips": self.chips,
+            "chip": self.chip.name,
+            "program": self.program,
+            "images": self.images,
+            "bytes_per_chip": {**self.bytes_by_use, "memory": self.chip.memory_bytes},
+            "fits": False,
+            "compiler": self.said,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([*_heading(self), _row("of a chip's", _gib(self.chip.memory_bytes))])
+
+
+def _heading(made: Report | TooLarge) -> list[str]:
+    """The program, and what goes into it."""
+    return [
+        f"{made.program}, {made.images} images, on {made.topology} ({made.chips} × {made.chip.name})",
+        *(_row(name, _gib(count)) for name, count in made.bytes_by_use.items()),
+    ]
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<24}{value}"
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:8.2f} GiB"
 
 
 def shard_bytes(tree: Any) -> int:
@@ -139,19 +180,18 @@ def make(
     chip: Chip,
     program: str,
     images: int,
-    inputs: Mapping[str, Any],
+    bytes_by_use: dict[str, int],
     model_flops: float,
     kernel_flops: float,
     compile_seconds: float,
     peak_host_bytes: int,
 ) -> Report:
-    """Of a compiled program. inputs: its abstract arguments by what they are. model_flops: of the
-    mathematics. kernel_flops: of attention kernels as the program has them."""
+    """Of a compiled program. bytes_by_use: of its arguments, on one chip. model_flops: of the mathematics.
+    kernel_flops: of attention kernels as the program has them."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     found = list(hlo.instructions(compiled.as_text()))
-    by_use = {name: shard_bytes(tree) for name, tree in inputs.items()}
     # Layouts on the chip may pad what goes in; the compiler's own sum has the last word.
-    padding = memory.argument_size_in_bytes - sum(by_use.values())
+    padding = memory.argument_size_in_bytes - sum(bytes_by_use.values())
     made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     estimate = costs.get("optimal_seconds", 0.0)
     return Report(
@@ -160,7 +200,7 @@ def make(
         program=program,
         images=images,
         chip=chip,
-        bytes_by_use=by_use,
+        bytes_by_use=bytes_by_use,
         bytes_activations=padding + made,
         model_flops=model_flops,
         kernel_flops=kernel_flops,

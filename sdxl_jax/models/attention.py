@@ -54,7 +54,7 @@ def dot_product_attention(
         case Attention.CUDNN:
             if _platform() != "gpu":
                 raise InputError(
-                    f"compute.attention=cudnn needs an NVIDIA GPU from Ampere on; here is: {_platform()}. Set it to auto"
+                    f"compute.attention=cudnn needs an NVIDIA GPU from Ampere on. Here is: {_platform()}. Set auto"
                 )
             out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         case _:

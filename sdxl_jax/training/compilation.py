@@ -55,10 +55,17 @@ def explained(program: str, error: BaseException) -> BaseException:
     lines = str(error).splitlines() or [""]
     if "No such compile option" in lines[0] or "into flag" in lines[0]:
         return InputError(f"compute.compiler_options: {lines[0]}. They are XLA's flags, in their spelling: NAME=VALUE")
-    if "RESOURCE_EXHAUSTED" not in lines[0]:
+    if (line := out_of_memory(error)) is None:
         return error
-    line = next((line for line in lines if "hbm" in line.lower()), lines[0])
     return InputError(f"{program} does not fit: {line}. {REMEDIES}")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The line in which the compiler says that a program needs more memory than there is; None of other errors."""
+    lines = str(error).splitlines() or [""]
+    if "RESOURCE_EXHAUSTED" not in lines[0]:
+        return None
+    return next((line for line in lines if "hbm" in line.lower()), lines[0])
 
 
 def check_mappings(proc: Path = Path("/proc")) -> None:
