@@ -45,7 +45,7 @@ from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
-from sdxl_jax.training.checkpoint import latest_step
+from sdxl_jax.training import checkpoint
 
 METADATA = "sdxl_jax"
 """Where files and checkpoints that we write say what they hold."""
@@ -115,20 +115,23 @@ _EXPECTED = (
 def _open_run(run_dir: Path, step: int | None) -> Weights:
     """The averaged weights of a step, or the parameters where the run has no average. step: None for the newest."""
     saved = configuration.read_saved(run_dir / "config.json")
-    config = configuration.from_json(saved["config"], TrainConfig).model
-    newest = latest_step(run_dir / "checkpoints")
-    step = newest if step is None else step
+    run = configuration.from_json(saved["config"], TrainConfig)
+    config = run.model
+    newest = checkpoint.latest_step(run_dir / "checkpoints")
+    asked, step = step, newest if step is None else step
     if step is None or newest is None:
         raise InputError(f"{run_dir} has no checkpoint yet. Train on, or wait for the first")
     path = run_dir / "checkpoints" / str(step)
     if not path.is_dir():
         raise InputError(f"{run_dir} has no checkpoint of step {step}. Its newest is that of {newest}")
-    state = orbax.leaves(path, orbax.metadata(path)[0])
+    state = orbax.leaves(path, checkpoint.metadata(path)[0])
     sampled = "ema/" if any(name.startswith("ema/") for name in state) else "params/"
     leaves = {name.removeprefix(sampled): leaf for name, leaf in state.items() if name.startswith(sampled)}
     if leaves.keys() != _expected(config).keys():
         leaves |= orbax.leaves(run_dir / "frozen", orbax.metadata(run_dir / "frozen")[0])
-    return Weights(config, _complete(config, leaves, path), Origin("run"), licences=licences_in(run_dir))
+    steps = run.training.steps
+    notes = (f"{run_dir} is at step {step} of {steps}",) if asked is None and step < steps else ()
+    return Weights(config, _complete(config, leaves, path), Origin("run"), {}, licences_in(run_dir), notes)
 
 
 def _open_orbax(path: Path) -> Weights:

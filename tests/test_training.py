@@ -41,6 +41,7 @@ from sdxl_jax.loading import load_model
 from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
+from sdxl_jax.opening import open_model
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import (
     checkpoint,
@@ -482,6 +483,11 @@ def test_load_model_gives_the_averaged_weights_of_a_step(whole: Run, abstract: T
 def test_missing_step_names_the_newest(whole: Run) -> None:
     with pytest.raises(InputError, match=r"no checkpoint of step 2\. Its newest is that of 6"):
         load_model(whole.folder / "checkpoints" / "2")
+
+
+def test_run_that_is_not_at_its_end_says_so_unless_a_step_is_asked_for(crashed: Run, whole: Run) -> None:
+    assert open_model(crashed.folder).notes == (f"{crashed.folder} is at step 2 of 6",)
+    assert open_model(crashed.folder / "checkpoints" / "2").notes == open_model(whole.folder).notes == ()
 
 
 @pytest.mark.parametrize(

@@ -247,13 +247,20 @@ def restore_frozen(run_dir: Path, abstract: Params) -> Params:
     return _load(run_dir / "frozen", abstract) if abstract else {}
 
 
-def _load(path: Path, abstract: Any) -> Any:
+def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
+    """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read, or is not what was
+    written."""
     try:
         stored, described = orbax.metadata(path)
     except InputError as error:
         raise _Damaged(str(error)) from error
     if _CONFIG_CHECKSUM in described and described[_CONFIG_CHECKSUM] != _checksum_of(described.get(_CONFIG)):
         raise _damaged(path, "the configuration in its metadata is not the one that was written")
+    return stored, described
+
+
+def _load(path: Path, abstract: Any) -> Any:
+    stored, described = metadata(path)
     _compare(path, stored, abstract)
     try:
         tree = orbax.load(path, abstract)
