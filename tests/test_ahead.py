@@ -224,7 +224,7 @@ def test_a_program_that_the_compiler_refuses_costs_no_report_of_another(monkeypa
         batch = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place)
         return ahead.Program(name, function, {"batch": batch}, (), 8, 1.0)
 
-    monkeypatch.setattr(report, "make", lambda *_, **told: dataclasses.replace(MADE, program=told["program"]))
+    monkeypatch.setattr(report, "make", lambda _, asked, **__: dataclasses.replace(MADE, program=asked.program))
     mesh = jax.make_mesh((1,) * 4, sharding.AXES)
     made = ahead._compile([program("one", said), program("two", "")], mesh, "v5e:2x2", 2, progress=False)
     assert made == [

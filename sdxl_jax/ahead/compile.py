@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sdxl_jax import drawing, flops, pipeline, sharding
 from sdxl_jax import model as models
 from sdxl_jax.ahead import report, topologies
-from sdxl_jax.ahead.report import Report, TooLarge
+from sdxl_jax.ahead.report import Asked, Report, TooLarge
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
@@ -111,14 +111,14 @@ def _compile(
 
     def one(program: Program) -> Report | TooLarge:
         began = time.monotonic()
-        told: Any = {
-            "topology": topology if slices == 1 else f"{slices} × {topology}",
-            "chips": mesh.size,
-            "chip": topologies.check(topology),
-            "program": program.name,
-            "images": program.images,
-            "bytes_by_use": {name: report.shard_bytes(tree) for name, tree in program.inputs.items()},
-        }
+        asked = Asked(
+            topology=topology if slices == 1 else f"{slices} × {topology}",
+            chips=mesh.size,
+            program=program.name,
+            images=program.images,
+            chip=topologies.check(topology),
+            bytes_by_use={name: report.shard_bytes(tree) for name, tree in program.inputs.items()},
+        )
         try:
             with jax.set_mesh(mesh):
                 traced = program.function.trace(*program.arguments)
@@ -127,11 +127,11 @@ def _compile(
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if (said := out_of_memory(error)) is not None:
-                return TooLarge(**told, said=said)
+                return TooLarge(**vars(asked), said=said)
             raise explained(program.name, error) from error
         made = report.make(
             compiled,
-            **told,
+            asked,
             model_flops=program.model_flops,
             kernel_flops=kernels,
             compile_seconds=time.monotonic() - began,

@@ -22,18 +22,40 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Report:
-    """One program on one topology. Bytes and FLOPs as names say; seconds."""
+class Asked:
+    """What is known of a program on a topology before it is compiled."""
 
     topology: str
     chips: int
     program: str
-    """What was compiled, e.g. "train step 1024×1024"."""
+    """What is compiled, e.g. "train step 1024×1024"."""
     images: int
     """Of one execution, over all chips."""
     chip: Chip
     bytes_by_use: dict[str, int]
     """On one chip, what goes in: parameters, average, optimiser, frozen, batch."""
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "topology": self.topology,
+            "chips": self.chips,
+            "chip": self.chip.name,
+            "program": self.program,
+            "images": self.images,
+            "bytes_per_chip": {**self.bytes_by_use, "memory": self.chip.memory_bytes},
+        }
+
+    def lines(self) -> list[str]:
+        return [
+            f"{self.program}, {self.images} images, on {self.topology} ({self.chips} × {self.chip.name})",
+            *(_row(name, _gib(count)) for name, count in self.bytes_by_use.items()),
+        ]
+
+
+@dataclass(frozen=True)
+class Report(Asked):
+    """One program on one topology. Bytes and FLOPs as names say; seconds."""
+
     bytes_activations: int
     """On one chip, what is made on the way: activations, gradients, gathered parameters, and results that do not lie
     where inputs were."""
@@ -77,18 +99,11 @@ class Report:
         return self.model_flops / self.chips / self.seconds / self.chip.flops_per_second
 
     def as_json(self) -> dict[str, Any]:
+        asked = super().as_json()
+        made = {"activations": self.bytes_activations, "total": self.bytes_total}
         return {
-            "topology": self.topology,
-            "chips": self.chips,
-            "chip": self.chip.name,
-            "program": self.program,
-            "images": self.images,
-            "bytes_per_chip": {
-                **self.bytes_by_use,
-                "activations": self.bytes_activations,
-                "total": self.bytes_total,
-                "memory": self.chip.memory_bytes,
-            },
+            **asked,
+            "bytes_per_chip": {**asked["bytes_per_chip"], **made},
             "fits": self.fits,
             "model_flops": self.model_flops,
             "kernel_flops": self.kernel_flops,
@@ -107,7 +122,7 @@ class Report:
 
         each = self.model_flops / self.images / 1e12
         lines = [
-            *_heading(self),
+            *self.lines(),
             _row("activations", _gib(self.bytes_activations)),
             _row("total, of a chip's", f"{_gib(self.bytes_total)} of {self.chip.memory_bytes / _GIB:.0f}"),
             _row("operations", f"{self.model_flops / 1e12:8.1f} TFLOP, {each:.2f} an image"),
@@ -121,42 +136,19 @@ class Report:
 
 
 @dataclass(frozen=True)
-class TooLarge:
-    """A program that the compiler refused, for its memory. As `Report`, where they share a name."""
+class TooLarge(Asked):
+    """A program that the compiler refused, for its memory."""
 
-    topology: str
-    chips: int
-    program: str
-    images: int
-    chip: Chip
-    bytes_by_use: dict[str, int]
     said: str
     """By the compiler: what it would need."""
     fits = False
     kept = False
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "topology": self.topology,
-            "chips": self.chips,
-            "chip": self.chip.name,
-            "program": self.program,
-            "images": self.images,
-            "bytes_per_chip": {**self.bytes_by_use, "memory": self.chip.memory_bytes},
-            "fits": False,
-            "compiler": self.said,
-        }
+        return {**super().as_json(), "fits": self.fits, "compiler": self.said}
 
     def __str__(self) -> str:
-        return "\n".join([*_heading(self), _row("of a chip's", _gib(self.chip.memory_bytes))])
-
-
-def _heading(made: Report | TooLarge) -> list[str]:
-    """The program, and what goes into it."""
-    return [
-        f"{made.program}, {made.images} images, on {made.topology} ({made.chips} × {made.chip.name})",
-        *(_row(name, _gib(count)) for name, count in made.bytes_by_use.items()),
-    ]
+        return "\n".join([*self.lines(), _row("of a chip's", _gib(self.chip.memory_bytes))])
 
 
 def _row(name: str, value: str) -> str:
@@ -174,33 +166,23 @@ def shard_bytes(tree: Any) -> int:
 
 def make(
     compiled: Any,
+    asked: Asked,
     *,
-    topology: str,
-    chips: int,
-    chip: Chip,
-    program: str,
-    images: int,
-    bytes_by_use: dict[str, int],
     model_flops: float,
     kernel_flops: float,
     compile_seconds: float,
     peak_host_bytes: int,
 ) -> Report:
-    """Of a compiled program. bytes_by_use: of its arguments, on one chip. model_flops: of the mathematics.
-    kernel_flops: of attention kernels as the program has them."""
+    """Of a compiled program. model_flops: of the mathematics. kernel_flops: of attention kernels as the program has
+    them."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     found = list(hlo.instructions(compiled.as_text()))
     # Layouts on the chip may pad what goes in; the compiler's own sum has the last word.
-    padding = memory.argument_size_in_bytes - sum(bytes_by_use.values())
+    padding = memory.argument_size_in_bytes - sum(asked.bytes_by_use.values())
     made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     estimate = costs.get("optimal_seconds", 0.0)
     return Report(
-        topology=topology,
-        chips=chips,
-        program=program,
-        images=images,
-        chip=chip,
-        bytes_by_use=bytes_by_use,
+        **vars(asked),
         bytes_activations=padding + made,
         model_flops=model_flops,
         kernel_flops=kernel_flops,
