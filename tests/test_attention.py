@@ -21,7 +21,7 @@ def inputs(tokens: int, keys: int | None = None, dim: int = 64) -> list[jax.Arra
     return [jax.random.normal(jax.random.key(number), shape) for number, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("tokens", [200, 640])
+@pytest.mark.parametrize("tokens", [pytest.param(200, marks=pytest.mark.slow), 640])
 def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
     """200 is padded to 256, 640 to 1024: what is padded must be seen by nobody."""
 

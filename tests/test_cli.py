@@ -225,7 +225,13 @@ def delete_the_metadata(folder: Path) -> None:
         path.unlink()
 
 
-SPOIL = [delete_everything, delete_the_largest, halve_the_largest, truncate_the_largest, delete_the_metadata]
+SPOIL = [
+    delete_everything,
+    delete_the_largest,
+    pytest.param(halve_the_largest, marks=pytest.mark.slow),
+    pytest.param(truncate_the_largest, marks=pytest.mark.slow),
+    delete_the_metadata,
+]
 
 
 # Orbax leaves coroutines behind when a read fails half-way; newer Pythons report them when they are collected.

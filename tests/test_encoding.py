@@ -231,6 +231,7 @@ def test_batch_that_is_compiled_for_is_that_of_the_cache(config: TrainConfig, da
         assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), abstract)
 
 
+@pytest.mark.slow  # their batches are compared without it
 def test_losses_of_a_cache_are_those_of_the_pictures(
     trains: TrainConfig, cached_losses: list[float], pixel_run: Path
 ) -> None:
@@ -593,6 +594,7 @@ def test_killed_encoding_goes_on_with_the_missing_pieces(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_shares_together_write_what_one_writes(
     config: TrainConfig, encoders: Params, folder: Path, tmp_path: Path
 ) -> None:

@@ -392,6 +392,7 @@ def test_fresh_unet_predicts_zero() -> None:
     assert jnp.abs(params["conv_in"]["kernel"]).max() > 0
 
 
+@pytest.mark.slow
 def test_gradient_reaches_every_parameter_and_every_layer_of_a_stack() -> None:
     """Fresh parameters would not do: behind a zero convolution nothing learns in the first step."""
     _, gradient = unet_gradient(Remat.NONE)
