@@ -151,7 +151,7 @@ MADE = report.Report(
     kept=True,
 )
 REFUSED = report.TooLarge(
-    "v5e:2x2", 4, "train step 64×64", 8, hardware.V5E, {"parameters": 2 * GIB}, "it requires 30.38G of 15.75G HBM"
+    "v5e:2x2", 4, "train step 64×64", 8, hardware.V5E, {"parameters": 2 * GIB}, 8e12, "it requires 30.38G of 15.75G HBM"
 )
 
 
@@ -228,7 +228,7 @@ def test_a_program_that_the_compiler_refuses_costs_no_report_of_another(monkeypa
     mesh = jax.make_mesh((1,) * 4, sharding.AXES)
     made = ahead._compile([program("one", said), program("two", "")], mesh, "v5e:2x2", 2, progress=False)
     assert made == [
-        report.TooLarge("v5e:2x2", 1, "one", 8, hardware.V5E, {"batch": 32}, said),
+        report.TooLarge("v5e:2x2", 1, "one", 8, hardware.V5E, {"batch": 32}, 1.0, said),
         dataclasses.replace(MADE, program="two"),
     ]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
@@ -262,6 +262,7 @@ def test_compile_prints_all_reports_and_ends_with_2_where_one_does_not_fit(
 def test_compile_reports_memory_operations_and_what_is_sent(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny.train_config(tmp_path), mesh=MeshConfig(data=2, fsdp=2))
     (made,) = ahead.compile_step(config, "v5p:2x2x1", progress=False)
+    assert isinstance(made, report.Report)
     assert made.fits and made.chips == 4
     assert made.bytes_by_use["average"] == made.bytes_by_use["parameters"]
     assert made.model_flops > 0

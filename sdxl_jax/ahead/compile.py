@@ -118,6 +118,7 @@ def _compile(
             images=program.images,
             chip=topologies.check(topology),
             bytes_by_use={name: report.shard_bytes(tree) for name, tree in program.inputs.items()},
+            model_flops=program.model_flops,
         )
         try:
             with jax.set_mesh(mesh):
@@ -132,7 +133,6 @@ def _compile(
         made = report.make(
             compiled,
             asked,
-            model_flops=program.model_flops,
             kernel_flops=kernels,
             compile_seconds=time.monotonic() - began,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -34,6 +34,8 @@ class Asked:
     chip: Chip
     bytes_by_use: dict[str, int]
     """On one chip, what goes in: parameters, average, optimiser, frozen, batch."""
+    model_flops: float
+    """Of the mathematics, over all chips."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -43,6 +45,7 @@ class Asked:
             "program": self.program,
             "images": self.images,
             "bytes_per_chip": {**self.bytes_by_use, "memory": self.chip.memory_bytes},
+            "model_flops": self.model_flops,
         }
 
     def lines(self) -> list[str]:
@@ -50,6 +53,11 @@ class Asked:
             f"{self.program}, {self.images} images, on {self.topology} ({self.chips} × {self.chip.name})",
             *(_row(name, _gib(count)) for name, count in self.bytes_by_use.items()),
         ]
+
+    def operations(self) -> str:
+        """The line of the table."""
+        each = self.model_flops / self.images / 1e12
+        return _row("operations", f"{self.model_flops / 1e12:8.1f} TFLOP, {each:.2f} an image")
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,6 @@ class Report(Asked):
     bytes_activations: int
     """On one chip, what is made on the way: activations, gradients, gathered parameters, and results that do not lie
     where inputs were."""
-    model_flops: float
-    """Of the mathematics, over all chips."""
     kernel_flops: float
     """Of attention kernels, over all chips, rematerialisation and padded tokens included."""
     compiler_seconds: float | None
@@ -105,7 +111,6 @@ class Report(Asked):
             **asked,
             "bytes_per_chip": {**asked["bytes_per_chip"], **made},
             "fits": self.fits,
-            "model_flops": self.model_flops,
             "kernel_flops": self.kernel_flops,
             "compiler_seconds": self.compiler_seconds,
             "seconds": self.seconds,
@@ -120,12 +125,11 @@ class Report(Asked):
         def known(value: float | None, text: str) -> str:
             return "unknown: the compiler's estimate cannot be true" if value is None else text.format(value)
 
-        each = self.model_flops / self.images / 1e12
         lines = [
             *self.lines(),
             _row("activations", _gib(self.bytes_activations)),
             _row("total, of a chip's", f"{_gib(self.bytes_total)} of {self.chip.memory_bytes / _GIB:.0f}"),
-            _row("operations", f"{self.model_flops / 1e12:8.1f} TFLOP, {each:.2f} an image"),
+            self.operations(),
             _row("time, estimated", known(self.seconds, "{:8.3f} s")),
             _row("images/s a chip", known(self.images_per_second_per_chip, "{:8.2f}")),
             _row("share of peak", known(self.share_of_peak, "{:8.1%}")),
@@ -148,7 +152,7 @@ class TooLarge(Asked):
         return {**super().as_json(), "fits": self.fits, "compiler": self.said}
 
     def __str__(self) -> str:
-        return "\n".join([*self.lines(), _row("of a chip's", _gib(self.chip.memory_bytes))])
+        return "\n".join([*self.lines(), _row("of a chip's", _gib(self.chip.memory_bytes)), self.operations()])
 
 
 def _row(name: str, value: str) -> str:
@@ -168,13 +172,11 @@ def make(
     compiled: Any,
     asked: Asked,
     *,
-    model_flops: float,
     kernel_flops: float,
     compile_seconds: float,
     peak_host_bytes: int,
 ) -> Report:
-    """Of a compiled program. model_flops: of the mathematics. kernel_flops: of attention kernels as the program has
-    them."""
+    """Of a compiled program. kernel_flops: of attention kernels as the program has them."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     found = list(hlo.instructions(compiled.as_text()))
     # Layouts on the chip may pad what goes in; the compiler's own sum has the last word.
@@ -184,7 +186,6 @@ def make(
     return Report(
         **vars(asked),
         bytes_activations=padding + made,
-        model_flops=model_flops,
         kernel_flops=kernel_flops,
         compiler_seconds=estimate * hlo.loop_factor(found) if estimate > 0 else None,
         collectives=tuple(hlo.collectives(found)),

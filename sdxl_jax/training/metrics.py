@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore (generated)
 from tqdm import tqdm
 
 from sdxl_jax import hardware
@@ -100,7 +100,7 @@ class MetricsWriter:
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, jax.Array], dict[str, float]] | None = None
         self._noted = self._read = self._clock.seconds()
-        self._skipped = 0
+        self._skipped, self._said = 0, -math.inf
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -156,8 +156,10 @@ class MetricsWriter:
             self._lines, self._full = [], False
 
     def compiling(self) -> None:
-        """Says in the bar that the next step waits for its program."""
-        self._bar.set_postfix_str("compiling {}/{}".format(*self._programs()))
+        """Says in the bar that the next step waits for its program: once a second, however often it is called."""
+        if (now := time.monotonic()) >= self._said + 1:
+            self._said = now
+            self._bar.set_postfix_str("compiling {}/{}".format(*self._programs()))
 
     def compiled(self) -> None:
         """The waiting is over: the time left does not follow from it."""
