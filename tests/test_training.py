@@ -218,6 +218,7 @@ def test_loss_that_is_not_finite_names_what_the_step_was_given(
     monkeypatch.setattr(compilation.CompiledSteps, "of", spoilt)
     with pytest.raises(InputError, match=r"loss of step 5 is nan.*key are in .*nonfinite_step_00000005\.json"):
         loop.train(config, folder, progress=False, from_step=4)
+    assert checkpoint.latest_step(folder / "checkpoints") == 4, "nothing of it is saved"
     told = json.loads((folder / "nonfinite_step_00000005.json").read_text())
     assert [row["image"] for row in told["rows"]] == resumed.examples[-2].tolist()
     assert told["rows"][0]["captions"] == [f"picture number {told['rows'][0]['image']}"]

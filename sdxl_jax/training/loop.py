@@ -175,9 +175,9 @@ def train(
                             meet(bucket)
                         with clock.during(Part.DATA):
                             rows = hosts.wait(lambda: next(batches))
-                    except Exception:
+                    except Exception as error:
                         # No program, or no batch: what was learnt stays. Of several hosts, the others do not know.
-                        if hosts.count == 1 and step > saved:
+                        if hosts.count == 1 and step > saved and not isinstance(error, NonFinite):
                             save()
                         raise
                     with clock.during(Part.DATA):
