@@ -174,16 +174,16 @@ def _compile(arguments: list[str]) -> None:
     else:
         for each in made:
             print(f"{each}\n{ahead.verdict(each, config)}\n")
-    cache = config.training.compilation_cache
-    if options.program == "train" and not options.json:
-        from sdxl_jax.training import programs
+        if options.program == "train":
+            from sdxl_jax.training import programs
 
-        print(
-            "Not kept: training.compilation_cache names no folder."
-            if cache is None
-            else f"{sum(each.kept for each in made)} of {len(made)} kept in {programs.folder(cache)}: training with "
-            "this configuration and training.compilation_cache reads them."
-        )
+            cache = config.training.compilation_cache
+            print(
+                "Not kept: training.compilation_cache names no folder."
+                if cache is None
+                else f"{sum(each.kept for each in made)} of {len(made)} kept in {programs.folder(cache)}: training "
+                "with this configuration and training.compilation_cache reads them."
+            )
     if wrong := [each.program for each in made if not each.fits]:
         raise InputError(f"{len(wrong)} of {len(made)} programs do not fit: {', '.join(wrong[:3])}")
 

@@ -117,10 +117,16 @@ def test_unknown_topology_lists_the_known(name: str, words: str) -> None:
         topologies.check(name)
 
 
+def config_file(folder: Path) -> Path:
+    """The tiny run's, without data."""
+    path = folder / "config.py"
+    path.write_text("from tiny import train_config\nfrom pathlib import Path\n\n\ndef get_config():\n"
+                    "    return train_config(Path('nowhere'))\n")  # fmt: skip
+    return path
+
+
 def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
-    config = tmp_path / "config.py"
-    config.write_text("from tiny import train_config\nfrom pathlib import Path\n\n\ndef get_config():\n"
-                      "    return train_config(Path('nowhere'))\n")  # fmt: skip
+    config = config_file(tmp_path)
     for arguments, words in (
         ([], "Give --topology"),
         (["--topology", "v7:2x2"], "There is no topology 'v7:2x2'"),
@@ -239,9 +245,7 @@ def test_a_program_that_the_compiler_refuses_costs_no_report_of_another(monkeypa
 def test_compile_prints_all_reports_and_ends_with_2_where_one_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json_too: bool
 ) -> None:
-    config = tmp_path / "config.py"
-    config.write_text("from tiny import train_config\nfrom pathlib import Path\n\n\ndef get_config():\n"
-                      "    return train_config(Path('nowhere'))\n")  # fmt: skip
+    config = config_file(tmp_path)
     asked: dict[str, Any] = {}
     monkeypatch.setattr(ahead, "compile_step", lambda *_, **options: asked.update(options) or [MADE, REFUSED])
     given = ["--topology", "v5e:2x2", "--all-buckets", "--parallel", "2", "--slices", "2"]

@@ -246,11 +246,10 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
 def verdict(made: Report | TooLarge, config: TrainConfig) -> str:
     """In one line whether it fits and, if not, what to change."""
     if isinstance(made, TooLarge):
-        return f"It does not fit: {made.said}. {advice(made, config)}"
-    total, memory = made.bytes_total / 2**30, made.chip.memory_bytes / 2**30
-    if made.fits:
-        return f"It fits: {total:.1f} of {memory:.0f} GiB a chip."
-    return f"It does not fit: {total:.1f} of {memory:.0f} GiB a chip. {advice(made, config)}"
+        takes = made.said
+    else:
+        takes = f"{made.bytes_total / 2**30:.1f} of {made.chip.memory_bytes / 2**30:.0f} GiB a chip"
+    return f"It fits: {takes}." if made.fits else f"It does not fit: {takes}. {advice(made, config)}"
 
 
 def advice(made: Report | TooLarge, config: TrainConfig) -> str:
