@@ -35,10 +35,11 @@ def make(path: Path, dtype: str) -> None:
     """An SDXL base as its published file has it, with random weights; no more than one tensor is in memory."""
     import numpy as np
 
-    from sdxl_jax.interop import names, safetensors
-    from sdxl_jax.interop.names import Dialect, Naming
-    from sdxl_jax.interop.weights import DTYPES, part_configs
     from sdxl_jax.model import SDXL_BASE
+    from sdxl_jax.weights import names
+    from sdxl_jax.weights.formats import safetensors
+    from sdxl_jax.weights.lazy import DTYPES, part_configs
+    from sdxl_jax.weights.names import Dialect, Naming
 
     namings = {
         "unet": Naming(Dialect.ORIGINAL, "model.diffusion_model."),
@@ -59,7 +60,7 @@ def difference(first: Path, second: Path) -> str | None:
     """The first tensor that is not the same, bit for bit, in two files; None if there is none."""
     import numpy as np
 
-    from sdxl_jax.interop import safetensors
+    from sdxl_jax.weights.formats import safetensors
 
     (ours, _), (theirs, _) = safetensors.open_file(first), safetensors.open_file(second)
     if unshared := sorted(ours.keys() ^ theirs.keys()):

@@ -415,7 +415,7 @@ def run_long(folder: Path, batches: int, workers: int) -> list[dict[str, float]]
 
 
 def memory(work: Path, batches: int, photos: Path | None) -> dict[str, Any]:
-    from sdxl_jax.data.build import build
+    from sdxl_jax.data.build.build import build
 
     make_pictures(work / "pictures", ((256, 256), (224, 288), (288, 224)), 768, photos)
     build(str(work / "pictures"), work / "shards", workers=0, progress=False)
@@ -453,7 +453,7 @@ def plot_memory(results: dict[str, Any], path: Path) -> None:
 
 def write_index(folder: Path, shards: Path, images: int) -> None:
     """An index of so many images, whose sizes and bytes are those of a small shard set's records, drawn at random."""
-    from sdxl_jax.data.shard_writing import Columns, IndexWriter
+    from sdxl_jax.data.build.shard_writing import Columns, IndexWriter
     from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
 
     small, rng = open_shards(shards), np.random.default_rng(0)
@@ -517,7 +517,7 @@ def resume(folder: Path, whole_batch: bool, workers: int, start: float) -> dict[
 
 
 def scale(work: Path, images: int, photos: Path | None) -> dict[str, Any]:
-    from sdxl_jax.data.build import build
+    from sdxl_jax.data.build.build import build
 
     aspects = np.exp(np.random.default_rng(0).normal(0, 0.3, 32).clip(-0.6, 0.6))
     sizes = tuple((round(1024 * math.sqrt(aspect)), round(1024 / math.sqrt(aspect))) for aspect in aspects)

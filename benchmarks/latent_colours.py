@@ -1,4 +1,4 @@
-"""Fits the linear map of `sdxl_jax.previews`: from SDXL's latents, as TAESDXL's encoder gives them, to colours.
+"""Fits the linear map of `sdxl_jax.sampling.previews`: from SDXL latents, as TAESDXL encodes them, to colours.
 
     python benchmarks/latent_colours.py taesdxl_encoder.safetensors PHOTOGRAPHS
 

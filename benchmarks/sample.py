@@ -143,8 +143,8 @@ def write_weights(folder: Path, options: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from sdxl_jax.interop import diffusers as folders
-    from sdxl_jax.interop import diffusers_fields
+    from sdxl_jax.weights.formats import diffusers as folders
+    from sdxl_jax.weights.formats import diffusers_fields
 
     config = model_config(options.size)
     folders.write_folder(config, folder)
@@ -166,15 +166,15 @@ def ours(folder: Path, options: argparse.Namespace) -> Side:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs its share of the GPU
     import jax
 
-    from sdxl_jax import hardware
-    from sdxl_jax.loading import load_model
+    from sdxl_jax import flops
     from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.pipeline import text_to_image
+    from sdxl_jax.sampling.generate import text_to_image
+    from sdxl_jax.weights.load import load_model
 
     model = load_model(folder, progress=False)
     compute = Compute(dtype=Dtype(options.dtype))
     device = jax.devices()[0]
-    chip = hardware.chip_of(device.device_kind)
+    chip = flops.chip_of(device.device_kind)
 
     def draw() -> np.ndarray:
         return text_to_image(

@@ -66,7 +66,8 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
 
     from sdxl_jax.config import CompileAhead, TrainingConfig
     from sdxl_jax.data.settings import DataConfig
-    from sdxl_jax.training import clock, loop
+    from sdxl_jax.training import loop
+    from sdxl_jax.training.observe import clock
 
     folder, run_dir, count = work / "pictures", work / f"run-{start}", options.buckets[0]
     jax.config.update("jax_disable_most_optimizations", options.quick)

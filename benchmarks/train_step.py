@@ -23,21 +23,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdxl_jax import hardware, sharding
+from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig, TrainingConfig
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.interop import diffusers_fields, names
-from sdxl_jax.interop.names import Dialect, Naming
 from sdxl_jax.model import SDXL_BASE, ModelConfig
 from sdxl_jax.models.layers import Compute, Dtype, Remat
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.training import optimiser as optimisers
-from sdxl_jax.training import start
-from sdxl_jax.training.ema import EmaConfig, EmaKind
-from sdxl_jax.training.optimiser import OptimiserConfig
+from sdxl_jax.optim import optimiser as optimisers
+from sdxl_jax.optim.ema import EmaConfig, EmaKind
+from sdxl_jax.optim.optimiser import OptimiserConfig
+from sdxl_jax.training import setup
 from sdxl_jax.training.step import make_step
+from sdxl_jax.weights import names
+from sdxl_jax.weights.formats import diffusers_fields
+from sdxl_jax.weights.names import Dialect, Naming
 
 SMALL = UNetConfig(
     block_channels=(128, 256, 512), transformer_depth=(0, 1, 4), middle_depth=4, heads=(2, 4, 8), context_dim=2048
@@ -92,12 +93,12 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     optimiser = optimisers.make(config.optimiser, 1000)
     empty = Tokenizer.of(model.text)([""])
-    abstract, abstract_frozen = start.abstract_state(config, mesh, optimiser)
+    abstract, abstract_frozen = setup.abstract_state(config, mesh, optimiser)
     with jax.set_mesh(mesh):
         given = sharding.put_batch(mesh, batch(options))
-        step = start.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
+        step = setup.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
         frozen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_frozen)  # not read
-        state = jax.jit(lambda params: start.create(params, optimiser, config.ema), donate_argnums=0)({"unet": params})
+        state = jax.jit(lambda params: setup.create(params, optimiser, config.ema), donate_argnums=0)({"unet": params})
         program = step.lower(abstract, frozen, given).compile()
 
     def run() -> float:
@@ -105,7 +106,7 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
         state, metrics = program(state, frozen, given)
         return float(metrics["loss"])
 
-    return run, start.model_flops(config, optimiser, empty, (abstract, frozen, given))
+    return run, setup.model_flops(config, optimiser, empty, (abstract, frozen, given))
 
 
 def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], float], Any]:
@@ -175,7 +176,7 @@ def main() -> None:
             step()
             seconds[name].append(time.monotonic() - began)
     device = jax.devices()[0]
-    chip = hardware.chip_of(device.device_kind)
+    chip = flops.chip_of(device.device_kind)
     print(f"\n{device.device_kind}, {options.size}, batch {options.batch}, {options.side}², {options.dtype}")
     print(f"| | seconds a step | images/s | TFLOP/s{' | share of peak ' if chip else ''} |")
     print(f"|---|---|---|---{'|---' if chip else ''}|")

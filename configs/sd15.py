@@ -18,9 +18,9 @@ from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, Valid
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.model import SD1
 from sdxl_jax.models.layers import Attention, Compute, Dtype, Remat
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training.ema import EmaConfig
-from sdxl_jax.training.optimiser import OptimiserConfig
 
 PROMPTS = ("a red bicycle against a white wall", "a portrait of an old fisherman", "a small house in the mountains")
 

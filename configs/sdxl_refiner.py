@@ -18,9 +18,9 @@ from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.model import SDXL_REFINER
 from sdxl_jax.models.layers import Attention, Compute, Dtype, Remat
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training.ema import EmaConfig
-from sdxl_jax.training.optimiser import OptimiserConfig
 
 
 def get_config() -> TrainConfig:

@@ -7,11 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sdxl_jax.converting import convert
-    from sdxl_jax.loading import load_model
-    from sdxl_jax.options import Options
-    from sdxl_jax.pipeline import encode_prompt, generate, image_to_image, inpaint, refine, text_to_image
+    from sdxl_jax.sampling.generate import encode_prompt, generate, image_to_image, inpaint, refine, text_to_image
+    from sdxl_jax.sampling.options import Options
     from sdxl_jax.training.loop import train
+    from sdxl_jax.weights.convert import convert
+    from sdxl_jax.weights.load import load_model
 
 __all__ = [
     "Options",
@@ -27,15 +27,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Options": "sdxl_jax.options",
-    "convert": "sdxl_jax.converting",
-    "encode_prompt": "sdxl_jax.pipeline",
-    "generate": "sdxl_jax.pipeline",
-    "image_to_image": "sdxl_jax.pipeline",
-    "inpaint": "sdxl_jax.pipeline",
-    "load_model": "sdxl_jax.loading",
-    "refine": "sdxl_jax.pipeline",
-    "text_to_image": "sdxl_jax.pipeline",
+    "Options": "sdxl_jax.sampling.options",
+    "convert": "sdxl_jax.weights.convert",
+    "encode_prompt": "sdxl_jax.sampling.generate",
+    "generate": "sdxl_jax.sampling.generate",
+    "image_to_image": "sdxl_jax.sampling.generate",
+    "inpaint": "sdxl_jax.sampling.generate",
+    "load_model": "sdxl_jax.weights.load",
+    "refine": "sdxl_jax.sampling.generate",
+    "text_to_image": "sdxl_jax.sampling.generate",
     "train": "sdxl_jax.training.loop",
 }
 

@@ -155,7 +155,7 @@ def _compile(arguments: list[str]) -> None:
         )
     if options.parallel < 1:
         raise InputError(f"--parallel {options.parallel}: expected 1 or more")
-    from sdxl_jax.ahead import compile as ahead
+    from sdxl_jax.aot import compile as ahead
     from sdxl_jax.data.buckets import Bucket
 
     buckets = None
@@ -222,11 +222,11 @@ def _convert(arguments: list[str]) -> None:
     options = _parse(Convert, arguments, "convert")
     import numpy as np
 
-    from sdxl_jax.converting import Layout, convert
-    from sdxl_jax.interop import lora
-    from sdxl_jax.interop.weights import DTYPES, cast
-    from sdxl_jax.loading import say
-    from sdxl_jax.opening import open_model
+    from sdxl_jax.weights import lora
+    from sdxl_jax.weights.convert import Layout, convert
+    from sdxl_jax.weights.lazy import DTYPES, cast
+    from sdxl_jax.weights.load import say
+    from sdxl_jax.weights.open import open_model
 
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
     weights = open_model(options.source, options.opening(mixed=options.dtype is not None), options.parts_from)
@@ -278,7 +278,7 @@ class Build:
 
 def _build(arguments: list[str]) -> None:
     options = _parse(Build, arguments, "data build")
-    from sdxl_jax.data.build import build
+    from sdxl_jax.data.build.build import build
 
     built = build(options.source, options.destination, workers=options.workers, drop_duplicates=options.drop_duplicates)
     done = "was finished already" if built.was_finished else "finished"

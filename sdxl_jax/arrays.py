@@ -1,7 +1,7 @@
 """The arrays of the domain: their names, axes, types and ranges, written once.
 
 Axis words are whole words and always the same: batch height width channels tokens features heads. Layout is
-batch height width channels (NHWC) everywhere; torch's layout lives in `interop/` alone.
+batch height width channels (NHWC) everywhere; torch's layout lives in `weights/` alone.
 
 A size or a position is an integer pair in the order (height, width) or (top, left), in pixels. It stays an integer
 until the Fourier embedding, because bfloat16 holds integers exactly only up to 256.

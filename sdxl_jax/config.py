@@ -24,9 +24,9 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.optim.ema import EmaConfig, EmaKind
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training.ema import EmaConfig, EmaKind
-from sdxl_jax.training.optimiser import Decay, OptimiserConfig, OptimiserKind
 
 
 class OnNonfinite(enum.Enum):

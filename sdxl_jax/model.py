@@ -190,7 +190,7 @@ class Adapter(NamedTuple):
     name: str
     scale: float
     lora: Any
-    """An `interop.lora.Lora`: what was added, so that it can be listed and taken away again."""
+    """An `weights.lora.Lora`: what was added, so that it can be listed and taken away again."""
 
 
 class Model(NamedTuple):
@@ -199,7 +199,7 @@ class Model(NamedTuple):
     config: ModelConfig
     params: Params
     adapters: tuple[Adapter, ...] = ()
-    """What `interop.lora.add` has merged into the parameters, in that order."""
+    """What `weights.lora.add` has merged into the parameters, in that order."""
 
 
 def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:

@@ -19,13 +19,14 @@ from safetensors.numpy import save_file
 from sdxl_jax.arrays import Params, unflatten
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.diffusion.parameterisation import Prediction
-from sdxl_jax.interop import diffusers, names
-from sdxl_jax.interop.names import Dialect, Naming, PartConfig
-from sdxl_jax.interop.weights import part_configs
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, VaeConfig
+from sdxl_jax.weights import names
+from sdxl_jax.weights.formats import diffusers
+from sdxl_jax.weights.lazy import part_configs
+from sdxl_jax.weights.names import Dialect, Naming, PartConfig
 
 Arrays = dict[str, np.ndarray]
 DTYPES = {"float32": np.dtype("float32"), "float16": np.dtype("float16"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

@@ -39,9 +39,10 @@ def main() -> None:
 
     del sys.modules["torch"]
     from sdxl_jax.config import TrainConfig, from_json
-    from sdxl_jax.training import checkpoint, compilation, loop, reporting
+    from sdxl_jax.training import checkpoint, compilation, loop
+    from sdxl_jax.training.observe import validation
 
-    reporting.look = within("evaluation", reporting.look, "step")
+    validation.look = within("evaluation", validation.look, "step")
     wait = compilation.CompiledSteps.of
     waiting = within("compiling", wait, "step")
 

@@ -32,13 +32,13 @@ import tiny
 from sdxl_jax import config as configuration
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import TrainConfig
-from sdxl_jax.interop import orbax
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.training.checkpoint import latest_step
-from sdxl_jax.training.metrics import TIMES
+from sdxl_jax.training.observe.metrics import TIMES
+from sdxl_jax.weights.formats import orbax
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
 

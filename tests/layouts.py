@@ -32,8 +32,9 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import MeshConfig, path_name
-from sdxl_jax.training import optimiser, start
+from sdxl_jax.training import setup
 from sdxl_jax.training.checkpoint import Checkpoints, restore
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import make_step
@@ -159,7 +160,7 @@ def train(name: str, options: Options) -> Trained:
     dataset = BucketedDataset(config.data, tokenizer, host_index=index, host_count=count)
     update = optimiser.make(config.optimiser, config.training.steps)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = start.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = setup.abstract_state(config, mesh, update)
         host, frozen = initial(abstract, abstract_frozen)
         state = (
             placed(host, abstract)
@@ -167,7 +168,7 @@ def train(name: str, options: Options) -> Trained:
             else restore(Path(options.restore[0]), options.restore[1], abstract)
         )
         frozen = placed(frozen, abstract_frozen)
-        step = start.jitted(make_step(config, update, tokenizer([""])), config, mesh, abstract)
+        step = setup.jitted(make_step(config, update, tokenizer([""])), config, mesh, abstract)
         losses, first = [], 0 if options.restore is None else options.restore[1]
         with contextlib.closing(dataset.iterate(first)) as batches:
             for number in range(first, options.steps):

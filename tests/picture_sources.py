@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_jax.data.records import Record, read, units
+from sdxl_jax.data.build.records import Record, read, units
 from sdxl_jax.data.sources import Refused
 
 

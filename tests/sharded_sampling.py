@@ -1,5 +1,5 @@
 """Pictures on four simulated devices, in a process of its own: prints the largest difference from one device, as a
-share of the largest latent, for each mesh. Run by test_drawing.py."""
+share of the largest latent, for each mesh. Run by test_program.py."""
 
 import json
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 from tiny import MODEL, random_model
 
 from sdxl_jax import sharding
-from sdxl_jax.pipeline import Generated, generate
+from sdxl_jax.sampling.generate import Generated, generate
 from sdxl_jax.sharding import MeshConfig
 
 MESHES = {

@@ -19,8 +19,9 @@ from layouts import LAYOUTS, Options
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import flatten
+from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import optimiser, start
+from sdxl_jax.training import setup
 from sdxl_jax.training.checkpoint import Checkpoints, restore
 from sdxl_jax.training.encoding import fingerprint
 from sdxl_jax.training.state import TrainState, merge
@@ -40,12 +41,12 @@ def fresh(name: str) -> tuple[Any, Any]:
     config, mesh = layouts.train_config("unused", LAYOUTS[name]), mesh_of(name)
     update = optimiser.make(config.optimiser, config.training.steps)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = start.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = setup.abstract_state(config, mesh, update)
         state, frozen = layouts.initial(abstract, abstract_frozen)
         places = merge(abstract.params, abstract_frozen)
         given = flatten(layouts.placed(merge(state.params, frozen), places))
         given = {path: value for path, value in given.items() if not path.startswith("unet/mid_block/")}
-        return start.fresh_state(config, update, abstract, abstract_frozen, given), (abstract, abstract_frozen)
+        return setup.fresh_state(config, update, abstract, abstract_frozen, given), (abstract, abstract_frozen)
 
 
 def split_share(state: Any, parts: int) -> float:

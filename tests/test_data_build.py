@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_jax.data import build as build_module
-from sdxl_jax.data.build import Built, _build, _identity, build, find_repeats
-from sdxl_jax.data.records import Record, Unit, units
+from sdxl_jax.data.build import build as build_module
+from sdxl_jax.data.build.build import Built, _build, _identity, build, find_repeats
+from sdxl_jax.data.build.records import Record, Unit, units
 from sdxl_jax.data.shards import open_shards
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError

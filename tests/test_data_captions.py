@@ -5,8 +5,8 @@ import json
 import pytest
 from picture_sources import encoded, everything, write_folder, write_tar
 
+from sdxl_jax.data.build.records import Record
 from sdxl_jax.data.captions import NUMBERS_LIMIT, check_number_names
-from sdxl_jax.data.records import Record
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from picture_sources import captions, encoded, everything, split, write_parquet
 
-from sdxl_jax.data import parquet
-from sdxl_jax.data.records import Record, units
+from sdxl_jax.data.build import parquet
+from sdxl_jax.data.build.records import Record, units
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
 

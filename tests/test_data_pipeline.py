@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from sdxl_jax.data import inspection, pipeline
-from sdxl_jax.data.build import build
+from sdxl_jax.data.build.build import build
 from sdxl_jax.data.images import read_image
 from sdxl_jax.data.inspection import dump, inspect
 from sdxl_jax.data.mixture import Source

@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdxl_jax.__main__ import main
 from sdxl_jax.data import inspection, plots
-from sdxl_jax.data.build import build
+from sdxl_jax.data.build.build import build
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError

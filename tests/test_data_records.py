@@ -21,7 +21,7 @@ from picture_sources import (
 )
 
 from sdxl_jax.data import folders
-from sdxl_jax.data.records import Record, read, units
+from sdxl_jax.data.build.records import Record, read, units
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
 

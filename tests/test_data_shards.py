@@ -16,10 +16,10 @@ import pytest
 from picture_sources import encoded
 
 from sdxl_jax.data import shards as shards_module
+from sdxl_jax.data.build.shard_writing import Columns, IndexWriter, Part, PartWriter, select
 from sdxl_jax.data.captions import NUMBERS_LIMIT
 from sdxl_jax.data.images import decode
 from sdxl_jax.data.record_files import RecordFiles
-from sdxl_jax.data.shard_writing import Columns, IndexWriter, Part, PartWriter, select
 from sdxl_jax.data.shards import CAPTIONS, DESCRIPTION, FORMAT, open_shards, shard_path
 from sdxl_jax.data.sources import Pictures, Refused
 from sdxl_jax.errors import InputError

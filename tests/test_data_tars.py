@@ -6,8 +6,8 @@ import tarfile
 import pytest
 from picture_sources import captions, encoded, everything, split, write_parquet, write_tar
 
-from sdxl_jax.data import tars
-from sdxl_jax.data.records import Record, read, units
+from sdxl_jax.data.build import tars
+from sdxl_jax.data.build.records import Record, read, units
 from sdxl_jax.data.sources import Refused
 
 

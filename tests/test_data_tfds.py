@@ -10,8 +10,8 @@ import pytest
 from picture_sources import encoded, everything, split
 
 from sdxl_jax.data import captions
-from sdxl_jax.data import tfds as tfds_module
-from sdxl_jax.data.records import read, units
+from sdxl_jax.data.build import tfds as tfds_module
+from sdxl_jax.data.build.records import read, units
 from sdxl_jax.errors import InputError
 
 

@@ -18,11 +18,11 @@ from sdxl_jax.conditioning.text import ContextState
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop import diffusers, diffusers_fields
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, NoPrompt
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE
+from sdxl_jax.weights.formats import diffusers, diffusers_fields
 
 ZERO_SNR = ScheduleConfig(zero_terminal_snr=True)
 

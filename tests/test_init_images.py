@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.init_images: every format, upright; sizes as asked for; nothing repainted but the mask."""
+"""The promises of sdxl_jax.sampling.init_images: every format, upright; sizes as asked; only the mask repainted."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 from picture_sources import picture, png_claiming
 from PIL import Image, ImageOps, features
 
-from sdxl_jax import init_images
 from sdxl_jax.errors import InputError
+from sdxl_jax.sampling import init_images
 
 LOSSLESS = ["a.png", "a.bmp", "a.tiff", "a.ppm", "a.tga", "a.pcx"]
 LOSSY = ["a.jpg", "a.webp", "a.jp2", *(["a.avif"] if features.check("avif") else [])]

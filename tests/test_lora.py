@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.interop.lora: every spelling, every kind of layer, whole or not at all. No torch.
+"""The promises of sdxl_jax.weights.lora: every spelling, every kind of layer, whole or not at all. No torch.
 
 That the sums are those of diffusers is shown in `parity/test_lora_parity.py`.
 """
@@ -21,9 +21,9 @@ from tiny import MODEL
 from sdxl_jax import model as models
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop import lora, names
-from sdxl_jax.interop.names import Dialect, Entry, Naming
 from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.weights import lora, names
+from sdxl_jax.weights.names import Dialect, Entry, Naming
 
 Tensors = dict[str, np.ndarray]
 SD1 = dataclasses.replace(

@@ -15,13 +15,13 @@ import pytest
 import tiny
 
 from sdxl_jax import config as configuration
-from sdxl_jax import hardware
+from sdxl_jax import flops
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
-from sdxl_jax.training import clock as clocks
-from sdxl_jax.training import metrics, profiling
-from sdxl_jax.training.clock import Clock, Part, TimeLog
-from sdxl_jax.training.metrics import TIMES, MetricsWriter, Speed, WandbBoard
+from sdxl_jax.training.observe import clock as clocks
+from sdxl_jax.training.observe import metrics, profiling
+from sdxl_jax.training.observe.clock import Clock, Part, TimeLog
+from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter, Speed, WandbBoard
 
 BUCKET = Bucket(32, 32)
 
@@ -343,10 +343,10 @@ def test_compiling_and_logging_may_change_on_resume() -> None:
 
 
 def test_chips_are_known_by_jax_names() -> None:
-    v5p = hardware.chip_of("TPU v5")
-    assert v5p is not None and v5p is hardware.V5P and v5p.flops_per_second == 459e12
-    assert hardware.chip_of("TPU v5 lite") is hardware.V5E
-    assert hardware.chip_of("cpu") is None
+    v5p = flops.chip_of("TPU v5")
+    assert v5p is not None and v5p is flops.V5P and v5p.flops_per_second == 459e12
+    assert flops.chip_of("TPU v5 lite") is flops.V5E
+    assert flops.chip_of("cpu") is None
     assert Speed.of(lambda _: 1e15, jax.devices()) is None
     speed = Speed.of(lambda _: 1e15, [types.SimpleNamespace(device_kind="TPU v6e")] * 4)
     assert speed is not None

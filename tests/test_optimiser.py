@@ -17,11 +17,11 @@ import toy
 from sdxl_jax.arrays import Params, Stored
 from sdxl_jax.config import OnNonfinite, TrainConfig
 from sdxl_jax.errors import InputError
+from sdxl_jax.optim import optimiser
+from sdxl_jax.optim.ema import EmaConfig, EmaKind, power_of, round_at_random, start, update, weight_at
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import path_name
-from sdxl_jax.training import optimiser
 from sdxl_jax.training.checkpoint import Checkpoints, restore
-from sdxl_jax.training.ema import EmaConfig, EmaKind, power_of, round_at_random, start, update, weight_at
-from sdxl_jax.training.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.training.state import TrainState, create
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

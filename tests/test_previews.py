@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import real_data
 
-from sdxl_jax import previews
 from sdxl_jax.errors import InputError
-from sdxl_jax.loading import load_model
 from sdxl_jax.models import vae
+from sdxl_jax.sampling import previews
+from sdxl_jax.weights.load import load_model
 
 
 def test_colours_have_the_size_of_the_latent_and_stay_within_bytes() -> None:

@@ -21,18 +21,19 @@ from sdxl_jax import model, sharding
 from sdxl_jax.arrays import Params, flatten
 from sdxl_jax.conditioning.micro import Numbers
 from sdxl_jax.config import TrainConfig
-from sdxl_jax.converting import convert
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
-from sdxl_jax.loading import load_model
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Dtype, Remat
+from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import AXES, MeshConfig
-from sdxl_jax.training import loop, optimiser
+from sdxl_jax.smoke import SHRUNK, STEPS, tiny
+from sdxl_jax.training import loop
 from sdxl_jax.training.initial import initial_weights
 from sdxl_jax.training.state import create, partition
-from sdxl_jax.twin import SHRUNK, STEPS, tiny
+from sdxl_jax.weights.convert import convert
+from sdxl_jax.weights.load import load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -23,9 +23,9 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.optim.optimiser import Decay
 from sdxl_jax.training import checkpoint
 from sdxl_jax.training.checkpoint import Checkpoints
-from sdxl_jax.training.optimiser import Decay
 from sdxl_jax.training.run_directory import check_run, locked, write_config
 from sdxl_jax.training.state import TrainState
 

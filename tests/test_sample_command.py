@@ -17,10 +17,10 @@ from PIL import Image
 from tiny import MODEL, random_model
 
 from sdxl_jax.commands import parsing, sample
-from sdxl_jax.converting import Layout, convert
 from sdxl_jax.errors import InputError
-from sdxl_jax.options import Options, Position, Size
 from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.weights.convert import Layout, convert
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

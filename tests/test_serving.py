@@ -24,15 +24,14 @@ from command import call
 from PIL import Image
 from tiny import MODEL, random_model
 
-from sdxl_jax import converting
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.preview import Previews
 from sdxl_jax.commands.sample import Sample, load, opened, read_text
 from sdxl_jax.commands.serve import Serve, as_sample, command_line, describe, free_port
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
-from sdxl_jax.options import Options
 from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.serving import studio as studios
 from sdxl_jax.serving.studio import Drawing, Stopped, Studio, Wanted
 
@@ -45,7 +44,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("saved") / "model"
-    converting.convert(random_model(MODEL, 0), path, "orbax", progress=False)
+    convert(random_model(MODEL, 0), path, "orbax", progress=False)
     return path
 
 

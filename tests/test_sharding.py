@@ -21,10 +21,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sdxl_jax import model, sharding
 from sdxl_jax.errors import InputError
+from sdxl_jax.optim import optimiser
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import AXES, RULES, MeshConfig, path_name
-from sdxl_jax.training import optimiser
-from sdxl_jax.training.ema import EmaConfig
-from sdxl_jax.training.optimiser import OptimiserConfig, OptimiserKind
 from sdxl_jax.training.state import create, partition
 
 MODELS = {"SDXL base": model.SDXL_BASE, "SDXL refiner": model.SDXL_REFINER, "SD 1": model.SD1, "SD 2": model.SD2}

@@ -16,23 +16,23 @@ import pytest
 import real_data
 from foreign import BASE
 from test_models import random_params
-from test_opening import assert_holds, assert_part_holds, component, make_run
+from test_open import assert_holds, assert_part_holds, component, make_run
 from tiny import train_config
 
 from sdxl_jax import config as configuration
 from sdxl_jax.config import TrainConfig
-from sdxl_jax.converting import Layout, convert
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop.names import Dialect, Naming
-from sdxl_jax.interop.weights import lacking_half
-from sdxl_jax.loading import load_model
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import taesd, vae
 from sdxl_jax.models.layers import Compute, Dtype, count
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.opening import open_model
 from sdxl_jax.sharding import MeshConfig, make_mesh
 from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.weights.convert import Layout, convert
+from sdxl_jax.weights.lazy import lacking_half
+from sdxl_jax.weights.load import load_model
+from sdxl_jax.weights.names import Dialect, Naming
+from sdxl_jax.weights.open import open_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

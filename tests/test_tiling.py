@@ -13,12 +13,12 @@ from test_models import random_params, relative
 
 from sdxl_jax import arrays
 from sdxl_jax.errors import InputError
-from sdxl_jax.loading import load_model
 from sdxl_jax.models import attention, taesd, tiling, vae
 from sdxl_jax.models.layers import Attention, Compute, Dtype, Remat
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.quickstart import autoencoder
+from sdxl_jax.weights.load import load_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -37,28 +37,20 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion.loss import LossConfig, Weighting
 from sdxl_jax.errors import InputError
-from sdxl_jax.loading import load_model
 from sdxl_jax.model import NoPrompt
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
-from sdxl_jax.opening import open_model
+from sdxl_jax.optim import optimiser
+from sdxl_jax.optim.ema import EmaConfig, weight_at
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import (
-    checkpoint,
-    clock,
-    compilation,
-    loop,
-    optimiser,
-    profiling,
-    reporting,
-    run_directory,
-    start,
-)
+from sdxl_jax.training import checkpoint, compilation, loop, run_directory, setup
 from sdxl_jax.training import step as stepping
-from sdxl_jax.training.ema import EmaConfig, weight_at
-from sdxl_jax.training.metrics import TIMES, MetricsWriter
-from sdxl_jax.training.optimiser import Decay, OptimiserConfig
+from sdxl_jax.training.observe import clock, profiling, validation
+from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
+from sdxl_jax.weights.load import load_model
+from sdxl_jax.weights.open import open_model
 
 STEPS, EPOCH = 6, 4
 
@@ -142,7 +134,7 @@ def resumed(config: TrainConfig, crashed: Run) -> Run:
 @pytest.fixture(scope="module")
 def abstract(config: TrainConfig) -> TrainState:
     mesh = sharding.make_mesh(config.mesh)
-    return start.abstract_state(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
+    return setup.abstract_state(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
 
 
 def assert_identical(one: Any, other: Any) -> None:
@@ -185,7 +177,7 @@ def test_line_that_was_cut_off_is_written_anew(crashed: Run, resumed: Run, confi
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reporting.pipeline, "text_to_image", lambda *_, **__: np.zeros((2, 32, 32, 3), np.uint8))
+        patch.setattr(validation.generate, "text_to_image", lambda *_, **__: np.zeros((2, 32, 32, 3), np.uint8))
         loop.train(config, folder, progress=False, from_step=4)
     assert without_times([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]) == (
         without_times(whole.lines())
@@ -265,10 +257,10 @@ def fifth(config: TrainConfig, whole: Run) -> Iterator[OneStep]:
     update = optimiser.make(config.optimiser, STEPS)
     dataset = BucketedDataset(config.data, tokenizer)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = start.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = setup.abstract_state(config, mesh, update)
         batches = dataset.iterate(4)
         yield OneStep(
-            start.jitted(stepping.make_step(config, update, tokenizer([""])), config, mesh, abstract),
+            setup.jitted(stepping.make_step(config, update, tokenizer([""])), config, mesh, abstract),
             whole.state(4, abstract),
             checkpoint.restore_frozen(whole.folder, abstract_frozen),
             sharding.put_batch(mesh, next(batches)),

@@ -20,8 +20,8 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.layers import abstract
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
-from sdxl_jax.training.ema import EmaConfig
-from sdxl_jax.training.optimiser import OptimiserConfig
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import OptimiserConfig
 
 MODEL = ModelConfig(
     unet=UNetConfig(

@@ -13,7 +13,7 @@ import tiny
 
 from sdxl_jax.arrays import Batch, MicroConditioning, Params
 from sdxl_jax.config import TrainConfig
-from sdxl_jax.training import optimiser
+from sdxl_jax.optim import optimiser
 from sdxl_jax.training import step as stepping
 from sdxl_jax.training.state import TrainState, create
 

@@ -1,4 +1,4 @@
-"""The twin of configs/sdxl_base_1024_multi_aspect.py for any machine: the same run, tiny. See sdxl_jax/twin.py.
+"""The twin of configs/sdxl_base_1024_multi_aspect.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/sdxl_base_1024_multi_aspect.py --run-dir tiny/runs/sdxl_base_1024_multi_aspect
 """
@@ -6,7 +6,7 @@ command    sdxl-jax train configs/tiny/sdxl_base_1024_multi_aspect.py --run-dir 
 from pathlib import Path
 
 from sdxl_jax.config import TrainConfig, load
-from sdxl_jax.twin import tiny
+from sdxl_jax.smoke import tiny
 
 
 def get_config() -> TrainConfig:

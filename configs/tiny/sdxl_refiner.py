@@ -1,4 +1,4 @@
-"""The twin of configs/sdxl_refiner.py for any machine: the same run, tiny. See sdxl_jax/twin.py.
+"""The twin of configs/sdxl_refiner.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/sdxl_refiner.py --run-dir tiny/runs/sdxl_refiner
 """
@@ -6,7 +6,7 @@ command    sdxl-jax train configs/tiny/sdxl_refiner.py --run-dir tiny/runs/sdxl_
 from pathlib import Path
 
 from sdxl_jax.config import TrainConfig, load
-from sdxl_jax.twin import tiny
+from sdxl_jax.smoke import tiny
 
 
 def get_config() -> TrainConfig:

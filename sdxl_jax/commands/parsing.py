@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from sdxl_jax.errors import InputError, nearest_first
 
 if TYPE_CHECKING:
-    from sdxl_jax.opening import Opening
+    from sdxl_jax.weights.open import Opening
 
 _T = TypeVar("_T")
 _CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff)
@@ -28,7 +28,7 @@ def parse(kind: type[_T], arguments: list[str], command: str, **options: Any) ->
 def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if "Size" not in str(info.type) and "Position" not in str(info.type):
         return None  # quick, as most are
-    from sdxl_jax.options import Position, Size
+    from sdxl_jax.sampling.options import Position, Size
 
     for kind, separator, metavar in ((Size, "x", "HxW"), (Position, ",", "TOP,LEFT")):
         if info.type == kind | None:
@@ -61,7 +61,7 @@ def pair(option: str, value: str, separator: str, expected: str) -> tuple[int, i
 
 def words(value: Any) -> list[str]:
     """A field's value as the command line would say it."""
-    from sdxl_jax.options import Position, Size
+    from sdxl_jax.sampling.options import Position, Size
 
     if isinstance(value, enum.Enum):
         return [str(value.value)]
@@ -129,7 +129,7 @@ class Opened:
 
     def opening(self, mixed: bool = False) -> "Opening":
         from sdxl_jax.diffusion import parameterisation
-        from sdxl_jax.opening import Opening
+        from sdxl_jax.weights.open import Opening
 
         prediction = None if self.prediction is None else parameterisation.Prediction(self.prediction)
         return Opening(self.variant, prediction, self.allow_partial, mixed)

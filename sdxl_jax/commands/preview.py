@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from sdxl_jax import previews
 from sdxl_jax.errors import InputError
-from sdxl_jax.pictures import contact_sheet, save_png
+from sdxl_jax.sampling import previews
+from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 
 if TYPE_CHECKING:
     from sdxl_jax.model import Model, ModelConfig
-    from sdxl_jax.pipeline import Seen
+    from sdxl_jax.sampling.generate import Seen
 
 
 class Previews:
@@ -31,11 +31,11 @@ class Previews:
         """The pictures as the network now sees them finished."""
         if self._tiny is None:
             return previews.latent_to_rgb(np.asarray(seen.x0, np.float32))
-        from sdxl_jax import drawing
         from sdxl_jax.models.layers import Compute
+        from sdxl_jax.sampling import program
 
         config, params = self._tiny.config, self._tiny.params["vae"]
-        return np.asarray(drawing.STAGED.decode(params, seen.x0, config=config, compute=Compute(), tile=None))
+        return np.asarray(program.STAGED.decode(params, seen.x0, config=config, compute=Compute(), tile=None))
 
     def write(self, path: Path, seen: "Seen") -> None:
         images = self.look(seen)
@@ -53,7 +53,7 @@ def _is_sdxl(config: "ModelConfig") -> bool:
 
 
 def _load(path: Path, config: "ModelConfig") -> "Model":
-    from sdxl_jax.loading import load_model
+    from sdxl_jax.weights.load import load_model
 
     model = load_model(path, progress=False)
     if "vae" not in model.params or model.config.vae.latent_channels != config.vae.latent_channels:

@@ -21,15 +21,15 @@ import tyro
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import Opened
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.options import Options
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sdxl_jax.interop.weights import Weights
     from sdxl_jax.model import Model, ModelConfig
-    from sdxl_jax.pipeline import Generated
+    from sdxl_jax.sampling.generate import Generated
+    from sdxl_jax.weights.lazy import Weights
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Task(NamedTuple):
 
 
 def run(arguments: list[str]) -> None:
-    from sdxl_jax.pipeline import prepare
+    from sdxl_jax.sampling.generate import prepare
 
     sample = _parsed(arguments)
     tasks = _tasks(sample)
@@ -355,7 +355,7 @@ def _read_noise(sample: Sample) -> "np.ndarray | None":
 
 def _read_init(sample: Sample) -> "tuple[np.ndarray | None, np.ndarray | None]":
     """(init image, mask)."""
-    from sdxl_jax import init_images
+    from sdxl_jax.sampling import init_images
 
     background = init_images.parse_background(sample.background)
     if sample.init_image is None:
@@ -370,9 +370,9 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
     """Model, with its LoRAs, and refiner: found and understood, not read yet."""
     import jax.numpy as jnp
 
-    from sdxl_jax.interop import lora
-    from sdxl_jax.interop.weights import cast
-    from sdxl_jax.opening import open_model
+    from sdxl_jax.weights import lora
+    from sdxl_jax.weights.lazy import cast
+    from sdxl_jax.weights.open import open_model
 
     halved = sample.dtype == "bfloat16"
     opening = sample.opening(mixed=halved)
@@ -390,13 +390,13 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
 def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Model, Model | None]":
     """What is `opened`, read. The refiner shares the model's text encoder if it can."""
     from sdxl_jax import sharding
-    from sdxl_jax.interop import inversion
-    from sdxl_jax.loading import load_weights
+    from sdxl_jax.weights import textual_inversion
+    from sdxl_jax.weights.load import load_weights
 
     mesh = sharding.make_mesh(sample.mesh)
     model = load_weights(weights[0], mesh)
     for embedding in sample.embedding:
-        model = inversion.add(model, *_file_and_token(embedding))
+        model = textual_inversion.add(model, *_file_and_token(embedding))
     return model, None if weights[1] is None else _sharing(model, load_weights(weights[1], mesh))
 
 
@@ -456,7 +456,7 @@ def _draw(
     """Neighbours with the same options are drawn together."""
     from sdxl_jax.commands.preview import Previews
     from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.pipeline import generate
+    from sdxl_jax.sampling.generate import generate
 
     made = []
     total = max(task.index + task.options.num_images for task in tasks)
@@ -491,7 +491,7 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made:
     import numpy as np
     from PIL import Image
 
-    from sdxl_jax.pictures import contact_sheet, save_png
+    from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 
     images = [image for each in made for image in each.images]
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
@@ -511,7 +511,7 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made:
 
 def _write_sweep(sample: Sample, tasks: list[Task], images: "list[np.ndarray]") -> None:
     """A row for each picture (and each value of a second sweep), a column for each value of the first."""
-    from sdxl_jax.pictures import labelled_grid, save_png
+    from sdxl_jax.sampling.contact_sheet import labelled_grid, save_png
 
     labels = [task.label for task in tasks for _ in range(task.options.num_images)]
     firsts = list(dict.fromkeys(label[0] for label in labels))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdxl_jax.model import ModelConfig
-    from sdxl_jax.pipeline import Seen
+    from sdxl_jax.sampling.generate import Seen
     from sdxl_jax.serving.studio import Described, Wanted
 
 

@@ -38,8 +38,8 @@ import numpy as np
 from jaxtyping import BFloat16, Int32
 from ml_dtypes import bfloat16
 
+from sdxl_jax.data.build.shard_writing import sync
 from sdxl_jax.data.record_files import RecordFiles, RecordWriter
-from sdxl_jax.data.shard_writing import sync
 from sdxl_jax.errors import InputError
 
 FORMAT = 1

@@ -23,6 +23,7 @@ import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -35,13 +36,14 @@ from sdxl_jax.arrays import Batch
 from sdxl_jax.data import grouping as groupings
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.cache import Cache
+from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.loader import Drawn, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
-from sdxl_jax.data.opening import open_pictures
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.data.sources import Refused, stop_if_refused, summary
+from sdxl_jax.data.shards import is_shard_set, open_shards
+from sdxl_jax.data.sources import Pictures, Refused, stop_if_refused, summary
 from sdxl_jax.errors import InputError
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
@@ -339,3 +341,13 @@ class BucketedDataset:
         # Grain's workers must end before the interpreter does, or they fail noisily and leak shared memory.
         weakref.finalize(generator, source.clear)
         return generator
+
+
+def open_pictures(folder: str | Path, *, verify: bool = False) -> Pictures:
+    """A folder of images, or a shard set. What is refused is left out and listed.
+
+    verify: decode every image of a folder now; those of a shard set were, when it was built.
+
+    Raises InputError as `open_folder` and `open_shards`.
+    """
+    return open_shards(folder) if is_shard_set(folder) else open_folder(folder, on_refused="skip", verify=verify)

@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Key, UInt8
 from tqdm import trange
 
 from sdxl_jax.arrays import Params, normalise, unflatten
-from sdxl_jax.converting import convert
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import cover_crop
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
-from sdxl_jax.opening import open_model
+from sdxl_jax.weights.convert import convert
+from sdxl_jax.weights.open import open_model
 
 WEIGHTS = Path(__file__).with_name("autoencoder.safetensors")
 """Our own trained weights, float16, shipped with the package. `sdxl-jax quickstart --train-autoencoder` makes them."""

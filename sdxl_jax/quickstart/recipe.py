@@ -16,9 +16,9 @@ from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.quickstart import autoencoder
-from sdxl_jax.training.ema import EmaConfig
-from sdxl_jax.training.optimiser import Decay, OptimiserConfig
 
 BUCKETS = ((96, 160), (128, 128), (160, 96))
 _TEXT = (

@@ -18,9 +18,9 @@ from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import cover_crop
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model
-from sdxl_jax.pictures import contact_sheet, save_png
-from sdxl_jax.pipeline import text_to_image
 from sdxl_jax.quickstart import autoencoder, recipe
+from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
+from sdxl_jax.sampling.generate import text_to_image
 from sdxl_jax.training.loop import check_run, train
 
 PICTURES = Path(__file__).with_name("pictures.zip")

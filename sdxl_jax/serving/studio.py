@@ -21,15 +21,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from sdxl_jax import init_images
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.options import Options
-from sdxl_jax.pictures import save_png
-from sdxl_jax.pipeline import HANDOFF, IMAGE_STRENGTH, Seen, generate
 from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.sampling import init_images
+from sdxl_jax.sampling.contact_sheet import save_png
+from sdxl_jax.sampling.generate import HANDOFF, IMAGE_STRENGTH, Seen, generate
+from sdxl_jax.sampling.options import Options
 
 
 class Wanted(NamedTuple):

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop import orbax
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
+from sdxl_jax.weights.formats import orbax
 
 _FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
 """Odd numbers without a simple relation, one an axis, so that no two places of an array count alike."""

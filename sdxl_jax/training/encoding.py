@@ -36,11 +36,11 @@ from sdxl_jax.data.cache import Crop, PieceWriter, Plan, Text, begin, open_cache
 from sdxl_jax.data.crops import Crops
 from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop.weights import part_configs
 from sdxl_jax.models import vae
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.initial import initial_weights
 from sdxl_jax.training.state import partition
+from sdxl_jax.weights.lazy import part_configs
 
 _CODE = (
     *("arrays.py", "conditioning/clip_merges.txt.gz", "conditioning/text.py", "data/crops.py", "data/images.py"),

@@ -12,9 +12,9 @@ from sdxl_jax import config as configuration
 from sdxl_jax.arrays import flatten
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.errors import InputError
-from sdxl_jax.interop.weights import Weights, cast, lacking_half, part_configs
-from sdxl_jax.loading import load_weights
-from sdxl_jax.opening import open_model
+from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
+from sdxl_jax.weights.load import load_weights
+from sdxl_jax.weights.open import open_model
 
 
 def check_initial(config: TrainConfig) -> None:

@@ -25,17 +25,18 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
-from sdxl_jax.training import checkpoint, compilation, profiling, reporting, run_directory, start
-from sdxl_jax.training import clock as clocks
-from sdxl_jax.training import metrics as logging
-from sdxl_jax.training import optimiser as optimisers
+from sdxl_jax.optim import optimiser as optimisers
+from sdxl_jax.training import checkpoint, compilation, run_directory, setup
 from sdxl_jax.training.checkpoint import Checkpoints, restore, restore_frozen, save_frozen
-from sdxl_jax.training.clock import Clock, Part, TimeLog
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.encoding import check_frozen, from_cache
-from sdxl_jax.training.hosts import Hosts, Interrupted
 from sdxl_jax.training.initial import check_initial, initial_weights
-from sdxl_jax.training.metrics import MetricsWriter, NonFinite, Speed, WandbBoard
+from sdxl_jax.training.observe import clock as clocks
+from sdxl_jax.training.observe import metrics as logging
+from sdxl_jax.training.observe import profiling, validation
+from sdxl_jax.training.observe.clock import Clock, Part, TimeLog
+from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, Speed, WandbBoard
+from sdxl_jax.training.processes import Hosts, Interrupted
 from sdxl_jax.training.run_directory import check_run
 from sdxl_jax.training.state import merge
 from sdxl_jax.training.step import make_step
@@ -85,7 +86,7 @@ def train(
         dataset = hosts.wait(lambda: BucketedDataset(config.data, tokenizer, host_index=part, host_count=parts))
         changed = check_run(config, run_dir, dataset, allow_changes)
         optimiser, empty = optimisers.make(config.optimiser, config.training.steps), tokenizer([""])
-        abstract, abstract_frozen = start.abstract_state(config, mesh, optimiser)
+        abstract, abstract_frozen = setup.abstract_state(config, mesh, optimiser)
 
         if hosts.is_first:
             leaving.enter_context(run_directory.locked(run_dir))
@@ -94,17 +95,17 @@ def train(
         profile = profiling.check(profile, last or 0, config.training.steps)
         hosts.gather("the directory is locked")
         hosts.compare(_facts(config, run_dir, dataset, last))
-        given = start.arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
-        function = start.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
+        given = setup.arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
+        function = setup.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
         ahead, threads = config.training.compile_ahead, config.training.compile_threads
-        made_ahead = start.programs(config, mesh)
-        speed = Speed.of(lambda bucket: start.model_flops(config, optimiser, empty, given[bucket]), jax.devices())
+        made_ahead = setup.programs(config, mesh)
+        speed = Speed.of(lambda bucket: setup.model_flops(config, optimiser, empty, given[bucket]), jax.devices())
         count = None if speed is None else speed.count
         steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads, made_ahead, count))
         initial = {}
         if last is None:
             initial = on_mesh(lambda: initial_weights(config, mesh, progress=progress))
-            state, frozen = on_mesh(lambda: start.fresh_state(config, optimiser, abstract, abstract_frozen, initial))
+            state, frozen = on_mesh(lambda: setup.fresh_state(config, optimiser, abstract, abstract_frozen, initial))
         else:
             state = on_mesh(lambda: restore(run_dir / "checkpoints", last, abstract))
             frozen = on_mesh(lambda: restore_frozen(run_dir, abstract_frozen))
@@ -119,7 +120,7 @@ def train(
         if last is None:
             on_mesh(lambda: save_frozen(run_dir, frozen))
         if progress:
-            reporting.announce(dataset, tokenizer, run_dir, first, changed)
+            validation.announce(dataset, tokenizer, run_dir, first, changed)
             random = sorted(set(frozen) - {path.split("/")[0] for path in initial})
             if last is None and random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
@@ -153,7 +154,7 @@ def train(
                 with clock.during(Part.EVALUATION):
                     writer.flush()
                     model = Model(config.model, merge(state.sampled, frozen))
-                    reporting.look(config, hosts, run_dir, step, model, mesh)
+                    validation.look(config, hosts, run_dir, step, model, mesh)
 
             def meet(bucket: Bucket) -> None:
                 """Waits for a bucket's program, where it is needed for the first time."""
@@ -285,7 +286,7 @@ def _naming_what_is_not_finite(
     except NonFinite as error:
         path = run_dir / f"nonfinite_step_{error.step:08d}.json"
         # Each host that comes here: the first may hear of it from another, and not come.
-        reporting.describe_nonfinite(config, path, error.step, dataset, hosts.index)
+        validation.describe_nonfinite(config, path, error.step, dataset, hosts.index)
         raise InputError(f"{error}. Its pictures, captions and key are in {path}") from error
 
 
@@ -300,7 +301,7 @@ def _look_due(config: TrainConfig, step: int) -> bool:
 
 def _is_there(run_dir: Path, step: int, hosts: Hosts) -> bool:
     """Whether a step's pictures are, for the first host: what the others see may be older."""
-    return hosts.gather(str(reporting.grid_path(run_dir, step).exists()))[0] == "True"
+    return hosts.gather(str(validation.grid_path(run_dir, step).exists()))[0] == "True"
 
 
 def _wandb(config: TrainConfig, run_dir: Path) -> WandbBoard | None:

@@ -10,8 +10,8 @@ from jaxtyping import Int
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.training import ema
-from sdxl_jax.training.ema import EmaConfig
+from sdxl_jax.optim import ema
+from sdxl_jax.optim.ema import EmaConfig
 
 
 class TrainState(NamedTuple):

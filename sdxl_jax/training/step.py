@@ -26,9 +26,9 @@ from sdxl_jax.diffusion import loss, schedule
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.training import ema
-from sdxl_jax.training import optimiser as optimisers
-from sdxl_jax.training.ema import EmaKind
+from sdxl_jax.optim import ema
+from sdxl_jax.optim import optimiser as optimisers
+from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.training.state import TrainState, merge
 
 NoTokens = Int32[np.ndarray, "1 77"]

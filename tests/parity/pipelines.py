@@ -17,8 +17,8 @@ import numpy as np
 from agreement import Note
 from reference import diffusers, randomise, transformers
 
-from sdxl_jax.interop import diffusers as folders
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.weights.formats import diffusers as folders
 
 TOLERANCE, LEVELS, SHARE = 1e-4, 1, 0.01
 """Of the largest latent; of 255; of the bytes of a picture that may differ at all."""

@@ -1,7 +1,7 @@
 """The reference networks of diffusers and transformers: tiny, every parameter random; and the same weights here.
 
 A network of ours is described by our configuration alone; the functions below translate it for the reference. Weights
-go through `interop.names`, so its tables are tested as well.
+go through `weights.names`, so its tables are tested as well.
 
 Sizes are tiny but leave nothing out: several levels, stacks deeper than one, several heads, 32 groups of more than one
 channel (with one channel a group, a norm would cancel the time embedding).
@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from sdxl_jax.arrays import Params
-from sdxl_jax.interop import names
-from sdxl_jax.interop.names import Dialect, Naming
 from sdxl_jax.models import clip, layers, taesd, unet, vae
+from sdxl_jax.weights import names
+from sdxl_jax.weights.names import Dialect, Naming
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -1,4 +1,4 @@
-"""What `interop/diffusers.py` writes, in the hands of diffusers and transformers: the same modules, the same tokens.
+"""What `weights.formats.diffusers` writes, in the hands of diffusers and transformers: the same modules and tokens.
 
 Modules are built without memory for their weights, so full size costs nothing.
 """
@@ -16,10 +16,10 @@ from tiny import MODEL
 from sdxl_jax.conditioning.text import ContextState, Tokenizer, Tower
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
-from sdxl_jax.interop import diffusers as folders
-from sdxl_jax.interop import diffusers_fields
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models import clip, layers, unet, vae
+from sdxl_jax.weights.formats import diffusers as folders
+from sdxl_jax.weights.formats import diffusers_fields
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -31,10 +31,10 @@ from sdxl_jax import load_model
 from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning import micro
 from sdxl_jax.conditioning.text import END_OF_TEXT
-from sdxl_jax.interop import diffusers as folders
-from sdxl_jax.interop.names import PartConfig
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, Model, ModelConfig
 from sdxl_jax.models import clip, layers, unet, vae
+from sdxl_jax.weights.formats import diffusers as folders
+from sdxl_jax.weights.names import PartConfig
 
 pytestmark = pytest.mark.slow
 

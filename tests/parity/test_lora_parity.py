@@ -25,11 +25,11 @@ from safetensors.numpy import load_file, save_file
 
 from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import Tower
-from sdxl_jax.interop import lora, names
-from sdxl_jax.interop.names import Dialect, Naming
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.weights import lora, names
+from sdxl_jax.weights.names import Dialect, Naming
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

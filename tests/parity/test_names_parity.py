@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 
-from sdxl_jax.interop import names
+from sdxl_jax.weights import names
 
 MODELS = {
     **{f"UNet {name}": (reference.unet_pair, config) for name, config in reference.UNETS.items()},

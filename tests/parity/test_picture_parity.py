@@ -35,9 +35,9 @@ from pipelines import (
 from reference import diffusers, from_torch, to_torch, torch
 
 from sdxl_jax.__main__ import main
-from sdxl_jax.loading import load_model
 from sdxl_jax.model import SD1, SD2, SDXL_BASE
-from sdxl_jax.pipeline import generate
+from sdxl_jax.sampling.generate import generate
+from sdxl_jax.weights.load import load_model
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
 pytestmark = [

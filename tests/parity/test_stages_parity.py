@@ -7,7 +7,7 @@
     text      perturbed attention, rescaling       StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
 
 Models, prompts, tolerances are those of `pipelines.py`. Pictures are drawn step by step, as the command does with its
-bar: so one compiled step serves many cases here. `test_drawing.py` shows that the other programs draw the same.
+bar: so one compiled step serves many cases here. `test_program.py` shows that the other programs draw the same.
 
 For the comparison diffusers takes the mean of the autoencoder's posterior where it would draw from it, as ours does,
 and our noise where it would draw its own. In places it does otherwise than ours on purpose, and is led around them:
@@ -49,11 +49,11 @@ from pipelines import (
 )
 from reference import diffusers, from_torch, randomise, to_torch
 
-from sdxl_jax.loading import load_model
 from sdxl_jax.model import SDXL_BASE, Model
-from sdxl_jax.options import Position
-from sdxl_jax.options import Size as Pixels
-from sdxl_jax.pipeline import generate
+from sdxl_jax.sampling.generate import generate
+from sdxl_jax.sampling.options import Position
+from sdxl_jax.sampling.options import Size as Pixels
+from sdxl_jax.weights.load import load_model
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
 pytestmark = [

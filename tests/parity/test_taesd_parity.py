@@ -12,7 +12,7 @@ from reference import torch
 
 from sdxl_jax.arrays import unflatten
 from sdxl_jax.models import taesd, vae
-from sdxl_jax.opening import open_model
+from sdxl_jax.weights.open import open_model
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdxl_jax import flops
 from sdxl_jax import model as models
 from sdxl_jax.arrays import Params
-from sdxl_jax.interop import names
 from sdxl_jax.models import unet
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.models.unet import Part
+from sdxl_jax.weights import names
 
 PAGMixin = pytest.importorskip("diffusers.pipelines.pag.pag_utils").PAGMixin
 

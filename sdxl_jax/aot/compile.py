@@ -1,0 +1,270 @@
+"""The real programs, compiled for TPU slices that are not here: does it fit, how fast will it go, what does it send?
+
+The train step is the one that training compiles, to the letter. Nothing is read but the configuration: no data, no
+weights.
+"""
+
+import dataclasses
+import functools
+import resource
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from sdxl_jax import flops, sharding
+from sdxl_jax import model as models
+from sdxl_jax.aot import report, topologies
+from sdxl_jax.aot.report import Asked, Report, TooLarge
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.buckets import Bucket, check_buckets
+from sdxl_jax.data.pipeline import batch_sizes
+from sdxl_jax.errors import InputError
+from sdxl_jax.models.layers import Attention, Compute, Remat
+from sdxl_jax.optim import optimiser as optimisers
+from sdxl_jax.samplers import loop
+from sdxl_jax.sampling import generate, program
+from sdxl_jax.sampling.options import Options, Size
+from sdxl_jax.training import setup
+from sdxl_jax.training.compilation import REMEDIES, explained, out_of_memory
+from sdxl_jax.training.programs import Programs
+from sdxl_jax.training.step import make_step
+
+
+class Program(NamedTuple):
+    """Something to compile."""
+
+    name: str
+    function: Any
+    """From `jax.jit`."""
+    inputs: dict[str, Any]
+    """Abstract arguments by what they are, for the report."""
+    arguments: tuple[Any, ...]
+    images: int
+    model_flops: float
+    kept: Programs | None = None
+    """Where training will look for it."""
+
+
+def compile_step(
+    config: TrainConfig,
+    topology: str,
+    *,
+    slices: int | None = None,
+    buckets: Sequence[Bucket] | None = None,
+    parallel: int = 1,
+    progress: bool = True,
+) -> list[Report | TooLarge]:
+    """Compiles the train step for each of the buckets, by default the one with the most pixels.
+
+    slices: of the topology; None: `mesh.slices`. parallel: programs compiled at once; each takes about 10 GiB of this
+    machine for the 2.6B model. The programs are kept in `training.compilation_cache`, if it is set, where training on
+    such a slice finds them.
+
+    Raises InputError for an unknown topology, a mesh that its chips do not fill, a batch that does not divide, a bucket
+    that the configuration lacks, an option that the compiler does not know.
+    """
+    topologies.check(topology)
+    config.check()
+    buckets_of_data = check_buckets(config.data.buckets)
+    sizes = dict(zip(buckets_of_data, batch_sizes(config.data, buckets_of_data), strict=True))
+    wanted = [max(sizes, key=lambda bucket: bucket.height * bucket.width)] if buckets is None else list(buckets)
+    if missing := [bucket for bucket in wanted if bucket not in sizes]:
+        known = ", ".join(f"{bucket.height}x{bucket.width}" for bucket in sizes)
+        raise InputError(f"--bucket {missing[0].height}x{missing[0].width} is none of data.buckets: {known}")
+    mesh = _mesh(config, topology, slices)
+    for bucket in wanted:
+        sharding.check_batch(mesh, sizes[bucket], config.optimiser.accumulate)
+    programs = [_step_program(config, mesh, bucket, sizes[bucket]) for bucket in wanted]
+    return _compile(programs, mesh, topology, parallel, progress)
+
+
+def compile_sampler(
+    config: TrainConfig, topology: str, *, slices: int | None = None, progress: bool = True
+) -> list[Report | TooLarge]:
+    """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
+    steps and guidance of `validation`. Raises InputError as `compile_step`."""
+    config.check()
+    mesh = _mesh(config, topology, slices)
+    sizes = config.validation.sizes or (config.model.default_size,)
+    programs = [program for size in sizes for program in _sampler_programs(config, mesh, Bucket(*size))]
+    return _compile(programs, mesh, topology, 1, progress)
+
+
+def _mesh(config: TrainConfig, topology: str, slices: int | None) -> Mesh:
+    slices = config.mesh.slices if slices is None else slices
+    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, slices=slices), topologies.devices(topology, slices))
+    sharding.check_heads(mesh, config.model.unet.attention_heads)
+    return mesh
+
+
+def _compile(
+    programs: list[Program], mesh: Mesh, topology: str, parallel: int, progress: bool
+) -> list[Report | TooLarge]:
+    slices = mesh.shape["slice"]
+
+    def one(program: Program) -> Report | TooLarge:
+        began = time.monotonic()
+        asked = Asked(
+            topology=topology if slices == 1 else f"{slices} × {topology}",
+            chips=mesh.size,
+            program=program.name,
+            images=program.images,
+            chip=topologies.check(topology),
+            bytes_by_use={name: report.shard_bytes(tree) for name, tree in program.inputs.items()},
+            model_flops=program.model_flops,
+        )
+        try:
+            with jax.set_mesh(mesh):
+                traced = program.function.trace(*program.arguments)
+                kernels = flops.of_jaxpr(traced.jaxpr.jaxpr).kernels
+                lowered = traced.lower()
+                compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if (said := out_of_memory(error)) is not None:
+                return TooLarge(**vars(asked), said=said)
+            raise explained(program.name, error) from error
+        made = report.make(
+            compiled,
+            asked,
+            kernel_flops=kernels,
+            compile_seconds=time.monotonic() - began,
+            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        if program.kept is None:
+            return made
+        try:
+            program.kept.write(lowered, compiled)  # behind the report, whose memory is the compiler's
+        except OSError as error:
+            tqdm.write(f"{program.name} is not kept: {error}")
+            return made
+        return dataclasses.replace(made, kept=True)
+
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(tqdm(pool.map(one, programs), "compiling", len(programs), disable=not progress))
+
+
+def _step_program(config: TrainConfig, mesh: Mesh, bucket: Bucket, batch_size: int) -> Program:
+    """The train step of one bucket."""
+    optimiser = optimisers.make(config.optimiser, config.training.steps)
+    state, frozen = setup.abstract_state(config, mesh, optimiser)
+    batch = setup.abstract_batch(config, mesh, bucket, batch_size)
+    empty = Tokenizer.of(config.model.text)([""])
+    inputs = {
+        "parameters": state.params,
+        "average": state.ema,
+        "optimiser": state.optimiser,
+        "frozen": frozen,
+        "batch": batch,
+    }
+    return Program(
+        name=f"train step {bucket.height}×{bucket.width}",
+        function=setup.jitted(make_step(config, optimiser, empty), config, mesh, state),
+        inputs=inputs,
+        arguments=(state, frozen, batch),
+        images=batch_size,
+        model_flops=setup.model_flops(config, optimiser, empty, (state, frozen, batch)),
+        kept=setup.programs(config, mesh),
+    )
+
+
+def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Program]:
+    """The three of `drawing.staged`: text to states, noise to latents, latents to pictures."""
+    model, images, factor = config.model, sharding.batch_parts(mesh), config.model.vae.downsampling
+    params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
+    place = sharding.batch_sharding(mesh)
+
+    def rows(tree: Any) -> Any:
+        """Split over the batch."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+    def whole(tree: Any) -> Any:
+        everywhere = sharding.replicated(mesh)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=everywhere), tree
+        )
+
+    options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
+    (leg,), (stretch,) = generate.way(model, None, options)
+    guided = leg.terms.guided
+    tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
+    towers = {tower.name: params[tower.name] for tower in model.text}
+
+    def states(compute: Compute) -> Any:
+        return functools.partial(program.text_states, towers=model.text, guided=guided, compute=compute)
+
+    def told(towers: Any, tokens: Any, micro: Any) -> program.Told:
+        return program.told(states(plain)(towers, tokens, tokens), jnp.ones(images), micro, config=model)
+
+    def sample(compute: Compute) -> Any:
+        static: Any = {"config": model, "terms": leg.terms, "stochastic": leg.stochastic, "compute": compute}
+        return functools.partial(program.denoise, kept=None, shown=None, **static)
+
+    def decode(compute: Compute) -> Any:
+        return functools.partial(program.decode, config=model, compute=compute, tile=None)
+
+    plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
+    micro = jax.eval_shape(lambda: generate.micro_rows(options, images, Size(size.height, size.width)))
+    latent = jax.ShapeDtypeStruct(
+        (images, size.height // factor, size.width // factor, model.vae.latent_channels), jnp.float32, sharding=place
+    )
+    batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
+    state = jax.eval_shape(lambda latent: loop.start(latent, stretch.plan), latent)
+    state = state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
+    keys = rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images)))
+    strengths = whole(program.Strengths(*(np.float32(1),) * 3))
+    conditions = rows(jax.eval_shape(told, towers, tokens, micro))
+    made = []
+    for name, function, given in (
+        ("text encoders", states, (towers, rows(tokens), rows(tokens))),
+        (
+            f"sampler {size.height}×{size.width}, {options.steps} steps",
+            sample,
+            (params["unet"], conditions, state, keys, whole(stretch), strengths),
+        ),
+        ("decoder", decode, (params["vae"], latent)),
+    ):
+        made.append(
+            Program(
+                name=name,
+                function=jax.jit(function(config.compute)),
+                inputs={"parameters": given[0], "batch": given[1:]},
+                arguments=given,
+                images=images,
+                model_flops=flops.count(function(plain), *given).total,
+            )
+        )
+    return made
+
+
+def verdict(made: Report | TooLarge, config: TrainConfig) -> str:
+    """In one line whether it fits and, if not, what to change."""
+    if isinstance(made, TooLarge):
+        takes = made.said
+    else:
+        takes = f"{made.bytes_total / 2**30:.1f} of {made.chip.memory_bytes / 2**30:.0f} GiB a chip"
+    return f"It fits: {takes}." if made.fits else f"It does not fit: {takes}. {advice(made, config)}"
+
+
+def advice(made: Report | TooLarge, config: TrainConfig) -> str:
+    """The first change that would help, by what takes the memory."""
+    state = sum(made.bytes_by_use.values())
+    # Of what the compiler refused, the activations are not known: at least what the rest leaves of the chip.
+    activations = made.chip.memory_bytes - state if isinstance(made, TooLarge) else made.bytes_activations
+    if state > activations and config.mesh.fsdp not in (-1, made.chips):
+        return f"Parameters and what follows them take most of it: raise mesh.fsdp, up to {made.chips}."
+    if config.compute.remat is Remat.NONE:
+        return "Activations take most of it: set compute.remat to dots, or to block for still less."
+    if config.compute.remat is Remat.DOTS:
+        return "Activations take most of it: set compute.remat to block."
+    per_chip = made.images // made.chips
+    if per_chip > config.optimiser.accumulate:
+        return f"Activations take most of it: raise optimiser.accumulate to {2 * config.optimiser.accumulate}."
+    return REMEDIES + "."

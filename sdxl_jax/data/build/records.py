@@ -1,0 +1,152 @@
+"""Captioned pictures of any source, one after the other, with their bytes as they are: what a build packs into shards.
+
+`units` finds out what a source is and cuts it into pieces; `read` reads one piece, in a process of its own if need be,
+holding a few pictures at a time; of Parquet a page, which may be up to 1024 rows or a row group, as the writer chose.
+The order is the same every time.
+
+| source | a piece | pictures and captions |
+|---|---|---|
+| folder of pictures | 1000 files | `metadata.jsonl` or `.csv` where there is one, else `.txt`, `.json` beside |
+| `.tar` (also `.tar.gz`, `.tgz`), or a folder of them | a tar | WebDataset: members of the same stem, close together |
+| `.parquet`, or a folder of them | row groups | Hugging Face's `image` column, or img2dataset's `jpg` |
+| a shard set, built before | 10,000 pictures | as they are in it |
+| `tfds:NAME[:SPLIT]` | a shard | tensorflow-datasets prepared as ArrayRecord; read without TensorFlow |
+
+Each has a module of its own, `folders`, `tars`, `parquet` and `tfds`; `captions` says what captions and numbers are.
+Whatever cannot be used becomes a `Refused` with its reason. Files that are neither pictures nor captions are passed by.
+
+Not here: addresses to download, resizing, looking for duplicates; fields that are neither captions nor numbers.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdxl_jax.data import folders
+from sdxl_jax.data.build import parquet, tars, tfds
+from sdxl_jax.data.images import usable_size
+from sdxl_jax.data.shards import is_shard_set, open_shards
+from sdxl_jax.data.sources import Piece, Refusals, Refused, Sample, Unusable, printable
+from sdxl_jax.errors import InputError
+
+_SHARD_SET_IMAGES = 10_000  # a piece of a shard set
+
+
+class Record(NamedTuple):
+    """One picture that can be used."""
+
+    name: str
+    """Where it is in the source, unique: `00000.tar/000000123.jpg`, `train.parquet:17` (the row, from 0)."""
+    image: bytes
+    """As in the source: JPEG, PNG, WebP or BMP, whatever its name says."""
+    size: tuple[int, int]
+    """(height, width) in pixels, upright, that is after EXIF orientation."""
+    captions: tuple[str, ...]
+    """One or several, stripped, none empty."""
+    numbers: dict[str, float]
+    """The source's numeric fields, e.g. an aesthetic score; finite."""
+
+
+class Unit(NamedTuple):
+    """A piece of a source that is read alone. It can be pickled."""
+
+    number: int
+    name: str
+    """Unique in the source."""
+    what: Any
+    """A `Piece`: what `read` reads."""
+
+
+class ShardSetPiece(NamedTuple):
+    """Some images of a shard set that was built before."""
+
+    path: str
+    first: int
+    last: int
+    """The one behind the last."""
+
+    def samples(self) -> Iterator[Sample | Refused]:
+        shards = open_shards(self.path)
+        for image in range(self.first, self.last):
+            numbers = {name: float(column[image]) for name, column in shards.numbers.items()}
+            numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
+            yield Sample(shards.name(image), shards.read(image), shards.captions(image), numbers)
+
+
+def _shard_set_pieces(path: Path) -> Iterator[tuple[str, Piece]]:
+    count = len(open_shards(path))
+    for first in range(0, count, _SHARD_SET_IMAGES):
+        last = min(count, first + _SHARD_SET_IMAGES)
+        yield f"images {first} to {last - 1}", ShardSetPiece(str(path), first, last)
+
+
+def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
+    expected = "Expected a folder of pictures, .tar or .parquet files, one such file, a shard set, or tfds:NAME"
+    if is_shard_set(path):
+        yield from _shard_set_pieces(path)
+        return
+    if not path.exists():
+        raise InputError(f"{path} does not exist. {expected}. Check the path, seen from {Path.cwd()}.")
+    if path.is_dir():
+        names, refused = folders.list_files(path)
+        root = path
+    else:
+        names, refused = [path.name], []
+        root = path.parent
+    archives = [name for name in names if name.lower().endswith(tars.TAR_SUFFIXES)]
+    tables = [name for name in names if name.lower().endswith(".parquet")]
+    images = folders.images_among(names) if path.is_dir() else []
+    if tables and (archives or images) and not any(parquet.holds_images(root / name) for name in tables):
+        tables = []  # img2dataset's notes on what it wrote
+    kinds = {"pictures": images, "tars": archives, "Parquet files": tables}
+    present = [f"{len(found)} {kind} ({found[0]}, …)" for kind, found in kinds.items() if found]
+    if not present:
+        raise InputError(f"{path} holds none of these among its {len(names)} files. {expected}.")
+    if len(present) > 1:
+        raise InputError(f"{path} holds {' and '.join(present)}. {expected}, of one kind: give them one at a time.")
+    if refused:
+        yield "folders that cannot be listed", Refusals(tuple(refused))
+    if archives:
+        for name in archives:
+            yield name, tars.TarPiece(str(root / name), name)
+    elif tables:
+        yield from parquet.pieces([(root / name, name) for name in tables])
+    else:
+        yield from folders.pieces(root, names)
+
+
+def units(source: str | Path) -> list[Unit]:
+    """The pieces of a source, always in the same order; their contents are not read yet.
+
+    Of a folder the names are listed, with its metadata file; of Parquet files the footers are read.
+
+    Raises InputError: no such source; not one of the known kinds, or several kinds in one folder; no column of images
+    or of captions, a package that is missing, a TFDS data set that is not prepared.
+    """
+    found = list(tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(Path(source)))
+    if not found:
+        raise InputError(f"{source} holds no records at all. Give another source.")
+    return [Unit(number, printable(name), what) for number, (name, what) in enumerate(found)]
+
+
+def read(unit: Unit, *, verify: bool = True) -> Iterator[Record | Refused]:
+    """The pictures of one piece in their order, and what cannot be used, where it stood.
+
+    With `verify` every image is decoded, some 15 ms of one core a megapixel of JPEG: damage behind the header shows in
+    no other way. Without, headers alone are read.
+
+    Raises InputError where the source disappears, or its storage fails, while it is read.
+    """
+    piece: Piece = unit.what
+    for sample in piece.samples():
+        if isinstance(sample, Refused):
+            yield Refused(*map(printable, sample))
+            continue
+        name = printable(sample.name)
+        try:
+            size = usable_size(sample.image, verify=verify)
+        except Unusable as problem:
+            yield Refused(name, str(problem))
+        else:
+            yield Record(name, sample.image, size, sample.captions, sample.numbers)

@@ -1,0 +1,1 @@
+"""How parameters follow the gradient: optimisers and the moving average."""

@@ -1,0 +1,580 @@
+"""From prompts to pictures: the functions that users call.
+
+    text_to_image     prompts → pictures
+    image_to_image    a picture is noised to some strength, and the rest of the way is gone anew
+    inpaint           the same where a mask is white; elsewhere the picture stays
+    refine            image to image with a refiner
+
+All are `generate` with other arguments, which also gives latents, takes a refiner, and can be watched. What happens on
+the devices is `drawing`; what can be asked for is `options.Options`.
+
+Programs are keyed on configurations and shapes: a second call with the same shapes compiles nothing, whatever the
+prompts, seeds, sizes that the model is told, and strengths.
+"""
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Bool, Float, UInt8
+from tqdm import tqdm
+
+from sdxl_jax import sharding
+from sdxl_jax.arrays import MicroConditioning
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
+from sdxl_jax.conditioning.text import TextCondition, Tokenizer
+from sdxl_jax.diffusion import schedule
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.models.layers import Compute
+from sdxl_jax.samplers.steps import Levels, Plan, initial_scale, make_levels
+from sdxl_jax.sampling import init_images, program
+from sdxl_jax.sampling.options import Options, Position, Size, check_size
+from sdxl_jax.sampling.program import Begin, Inputs, Leg, Painted, Recipe, Strengths, Stretch, Terms
+
+IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
+"""Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""
+
+Images = UInt8[np.ndarray, "images height width 3"]
+
+
+class Generated(NamedTuple):
+    images: Images
+    latents: Float[np.ndarray, "images latent_height latent_width channels"]
+    """Scaled, as the UNet sees them."""
+
+
+class Seen(NamedTuple):
+    """What a watcher is told behind each step."""
+
+    step: int
+    """Steps that are done, of this batch."""
+    steps: int
+    """Steps of this batch."""
+    images: int
+    """Pictures of this batch."""
+    first: int
+    """Number of its first picture."""
+    x0: jax.Array
+    """The latents as the network sees them finished, scaled."""
+
+
+Watch = Callable[[Seen], None]
+
+
+def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
+    """Text states of prompts: context [prompts, 77, features]; pooled [prompts, projection] where the model has it."""
+    _check_parts(model, *(tower.name for tower in model.config.text))
+    tokens = Tokenizer.of(model.config.text)(list(prompts))
+    return text.encode(model.config.text, model.params, tokens, compute)
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    negative_prompts: Sequence[str | None] | None = None,
+    refiner: Model | None = None,
+    init_image: UInt8[np.ndarray, "rows columns 3"] | None = None,
+    mask: Bool[np.ndarray, "mask_rows mask_columns"] | None = None,
+    init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None = None,
+    compute: Compute = Compute(),
+    one_program: bool = False,
+    progress: bool = False,
+    watch: Watch | None = None,
+    **options: Any,
+) -> Generated:
+    """Pictures and their latents, in order of prompts, then images.
+
+    Args:
+        negative_prompts: one a prompt; None, or a None in it: no negative prompt, which is not the same as "".
+        refiner: takes over for the last steps (`handoff`), or goes over the finished latent (`refine_strength`). It may
+            do without its own text encoder, if the model has the same.
+        init_image: 0..255; what the pictures start from. It is brought to height × width by covering it and cropping
+            at the centre.
+        mask: with an init image, of its size: True is repainted. Outside of it the picture keeps its own pixels.
+        init_noise: standard normal, in place of the seeded noise.
+        one_program: compile text encoders, loop and decoder as one program instead of one each.
+        progress: show a bar, step by step unless `one_program`.
+        watch: called behind each step.
+        options: the fields of `options.Options`, or `options=Options(…)`.
+
+    Raises InputError for what cannot be made, before anything is compiled, and where memory does not suffice.
+    """
+    given = options.pop("options", None)
+    job = _Job(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given or Options(**options))
+    return job.run(compute, one_program, progress, watch)
+
+
+def text_to_image(model: Model, prompts: Sequence[str], **options: Any) -> Images:
+    """Pictures of prompts, uint8 0..255. The options are those of `generate`, which also gives the latents."""
+    return generate(model, prompts, **options).images
+
+
+def image_to_image(
+    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any
+) -> Images:
+    """Pictures that start from a picture, SDEdit: Meng et al. 2021, arXiv:2108.01073. `strength` (0.3) of the way from
+    noise is gone anew. The options are those of `generate`."""
+    return generate(model, prompts, init_image=image, **options).images
+
+
+def inpaint(
+    model: Model,
+    prompts: Sequence[str],
+    image: UInt8[np.ndarray, "rows columns 3"],
+    mask: Bool[np.ndarray, "mask_rows mask_columns"],
+    **options: Any,
+) -> Images:
+    """A picture repainted where the mask is True: by a UNet of 9 channels, which is shown the
+    rest, or by any other, with the rest put back behind every step. The options are those of `generate`."""
+    return generate(model, prompts, init_image=image, mask=mask, **options).images
+
+
+def refine(model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any) -> Images:
+    """Image to image with a refiner as the model: Podell et al. (arXiv:2307.01952), section 2.5."""
+    return image_to_image(model, prompts, image, **options)
+
+
+def way(
+    config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
+) -> tuple[tuple[Leg, ...], tuple[Stretch, ...]]:
+    """The legs of a way, and their rows. Raises InputError where a part has none.
+
+    image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
+    noise, as in diffusers; without one it begins with the image far below the noise.
+    """
+    sampler, legs, stretches = options.method, [], []
+    levels = _levels(config, options)
+    skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
+    start = Begin.RENOISE if image and (skipped or not mask) else Begin.NOISE
+
+    def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
+        """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
+        plan = sampler.plan(levels.since(first), options.eta)
+        stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in stretches)
+        for low, high, terms in _cuts(options, config, first, stop):
+            rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
+            legs.append(Leg(number, terms, stochastic, begin))
+            stretches.append(Stretch(_rows(rows), np.int32(done)))
+            done, begin = done + len(rows.timestep), Begin.CONTINUE
+
+    steps, refine = options.steps, refiner is not None and options.refine_strength is not None
+    if refiner is None or refine:
+        stretch_out(0, levels, skipped, steps, start)
+    else:
+        handoff = HANDOFF if options.handoff is None else options.handoff
+        cutoff = round((1 - handoff) * config.schedule.timesteps)
+        split = int((levels.timestep >= cutoff).sum())
+        if not skipped < split < steps:
+            who = "the refiner" if split >= steps else "the model before it"
+            raise InputError(
+                f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
+                f"{HANDOFF:g}, or more steps"
+            )
+        stretch_out(0, levels, skipped, split, start)
+        stretch_out(1, _levels(refiner, options), split, steps, Begin.HAND_OVER)
+    if refine:
+        assert refiner is not None
+        again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
+        stretch_out(1, _levels(refiner, options), steps - again, steps, Begin.RENOISE)
+    return tuple(legs), tuple(stretches)
+
+
+def _strength(options: Options, mask: bool) -> float:
+    if options.strength is not None:
+        return options.strength
+    return 1.0 if mask else IMAGE_STRENGTH
+
+
+def _levels(config: ModelConfig, options: Options) -> Levels:
+    return make_levels(
+        options.method, schedule.make(config.schedule), options.steps, options.timestep_spacing, options.sigmas
+    )
+
+
+def _steps_of(strength: float, steps: int, name: str) -> int:
+    """The last steps of a way, which begin at a strength."""
+    if not (count := min(int(steps * strength), steps)):
+        raise InputError(f"{name}={strength:g} of {steps} steps is none. Give at least {1 / steps:.3g}, or more steps")
+    return count
+
+
+def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
+    """(first, stop, terms) of each part of some steps in which the same is asked."""
+    guided = options.resolved(config).guidance != 1
+    asked = Terms(
+        guided,
+        options.pag_parts if options.pag else (),
+        bool(options.guidance_rescale) and (guided or bool(options.pag)),
+        options.sequential,
+    )
+    low, high = (round(share * options.steps) for share in options.guidance_interval)
+    marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
+    for start, end in itertools.pairwise(marks):
+        inside = low <= start and end <= high
+        yield start, end, asked if inside else Terms()
+
+
+def _row(evaluations: int, steps: int, plan: Plan) -> int:
+    """The row behind so many steps: the last step of a sampler with several evaluations has one."""
+    return min(evaluations * steps, len(plan.timestep))
+
+
+def _rows(plan: Plan) -> Plan:
+    return Plan._make(column.astype(np.float32) for column in plan)
+
+
+class Prepared(NamedTuple):
+    """What can be said of pictures without a model's weights."""
+
+    size: Size
+    image: UInt8[np.ndarray, "height width 3"] | None
+    """Init image at the pictures' size."""
+    mask: Bool[np.ndarray, "height width"] | None
+    legs: tuple[Leg, ...]
+    stretches: tuple[Stretch, ...]
+
+
+def prepare(
+    config: ModelConfig,
+    refiner: ModelConfig | None,
+    options: Options,
+    init_image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> Prepared:
+    """Checks what is asked for, and works out what follows from it; raises InputError. Quick: it needs no weights."""
+    options.check(config)
+    _check_refiner(config, refiner, options)
+    size = _size(config, options, init_image)
+    if init_image is None and options.strength is not None:
+        raise InputError(f"strength={options.strength} has no effect without an init image. Give one, or leave it out")
+    original, fitted = _painted(config, init_image, mask, size)
+    return Prepared(size, original, fitted, *way(config, refiner, options, original is not None, fitted is not None))
+
+
+class _Job:
+    """One call: checked, and as rows of which batches are taken."""
+
+    def __init__(
+        self,
+        model: Model,
+        refiner: Model | None,
+        prompts: Sequence[str],
+        negatives: Sequence[str | None] | None,
+        init_image: np.ndarray | None,
+        mask: np.ndarray | None,
+        init_noise: np.ndarray | None,
+        options: Options,
+    ):
+        config = model.config
+        if isinstance(prompts, str):
+            raise InputError(f"prompts is one text, {prompts[:40]!r}. Give a list of texts")
+        if not prompts:
+            raise InputError("There is nothing to make: give at least one prompt")
+        negatives = [None] * len(prompts) if negatives is None else negatives
+        if len(negatives) != len(prompts):
+            raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
+        _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
+        self.shares_text = False if refiner is None else _shares_text(model, refiner)
+        prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask)
+        self.size, self.original, self.mask, self.legs, self.stretches = prepared
+        self.model, self.refiner, self.options = model, refiner, options
+        prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
+        self.count = len(prompts)
+        self.rows = self._make_rows(
+            prompts, [prompt for prompt in negatives for _ in range(options.num_images)], init_noise
+        )
+
+    @property
+    def steps(self) -> int:
+        """Rows of all legs: what a batch goes through."""
+        return sum(len(each.plan.timestep) for each in self.stretches)
+
+    def _make_rows(
+        self, prompts: list[str], negatives: list[str | None], init_noise: np.ndarray | None
+    ) -> dict[str, Any]:
+        """What each picture is made from, one row a picture."""
+        config, options, count = self.model.config, self.options, self.count
+        factor = config.vae.downsampling
+        latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
+        numbers = options.first_index + np.arange(count)
+        if init_noise is not None and init_noise.shape != (count, *latent):
+            raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent)}")
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(options.seed)))(numbers)
+
+        def normal(purpose: int) -> jax.Array:
+            return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), latent))(keys)
+
+        renoised = any(leg.begin is Begin.RENOISE and leg.model for leg in self.legs)
+        tokenizer = Tokenizer.of(config.text)
+        read = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
+        tokens, negative = read(prompts), read([each or "" for each in negatives])
+        chunks = max(tokens.chunks, negative.chunks)
+        if tokens.chunks != negative.chunks:
+            tokens, negative = read(prompts, chunks=chunks), read([each or "" for each in negatives], chunks=chunks)
+        return {
+            "tokens": tokens,
+            "negative_tokens": negative,
+            "has_negative": np.array([each is not None for each in negatives], np.float32),
+            "micro": micro_rows(options, count, self.size),
+            "noise": normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32),
+            "refiner_noise": normal(2) if renoised else None,
+            "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
+            "painted": self._painted_rows(),
+        }
+
+    def _painted_rows(self) -> Painted | None:
+        if self.original is None:
+            return None
+        config, count = self.model.config, self.count
+
+        def repeat(one: np.ndarray) -> np.ndarray:
+            return np.broadcast_to(one, (count, *one.shape))
+
+        if self.mask is None:
+            return Painted(repeat(self.original), None, None)
+        cells = init_images.latent_mask(self.mask, config.vae.downsampling)
+        hidden = repeat(self.mask[..., None]) if config.sees_mask else None
+        return Painted(repeat(self.original), repeat(cells), hidden)
+
+    def run(self, compute: Compute, one_program: bool, progress: bool, watch: Watch | None) -> Generated:
+        options, models = self.options, [self.model, *([] if self.refiner is None else [self.refiner])]
+        recipe = Recipe(
+            tuple(each.config for each in models),
+            self.shares_text,
+            self.legs,
+            compute,
+            options.decode_tile,
+        )
+        strengths = (options.resolved(self.model.config).guidance or 0.0, options.pag, options.guidance_rescale)
+        fixed: dict[str, Any] = {
+            "params": tuple(each.params for each in models),
+            "stretches": self.stretches,
+            "strengths": Strengths(*map(np.float32, strengths)),
+            "scale": np.float32(
+                initial_scale(options.method, _levels(self.model.config, options), options.timestep_spacing)
+            ),
+        }
+        images, latents = [], []
+        mesh = _mesh_of(self.model)
+        parts = 1 if mesh is None else sharding.batch_parts(mesh)
+        batch_size = -(-min(options.batch_size, self.count) // parts) * parts
+        starts = range(0, self.count, batch_size)
+        total = self.count if one_program else len(starts) * self.steps
+        with _within(mesh), _memory(options), _Bar(total, not one_program, progress) as bar:
+            for start in starts:
+                # The last batch is filled up with its last row, so that it needs no compilation of its own.
+                index = np.minimum(np.arange(start, start + batch_size), self.count - 1)
+                batch = jax.tree.map(lambda row: row[index], self.rows)  # noqa: B023 (used within the iteration)
+                inputs = Inputs(**fixed, **_place(mesh, batch))
+                size = min(batch_size, self.count - start)
+                if one_program:
+                    drawn, latent = program.whole(inputs, recipe)
+                else:
+                    seen = self._watcher(bar, watch, start, size)
+                    drawn, latent = program.staged(inputs, recipe, seen if progress or watch else None)
+                latents.append(_on_host(latent)[:size])
+                images.append(self._finished(_on_host(drawn)[:size]))
+                bar.batch(size)
+        return Generated(np.concatenate(images), np.concatenate(latents))
+
+    def _watcher(self, bar: "_Bar", watch: Watch | None, first: int, size: int) -> Callable[[int, program.State], None]:
+        def seen(row: int, state: program.State) -> None:
+            bar.row(state)
+            if watch is not None:
+                watch(Seen(row + 1, self.steps, size, self.options.first_index + first, state.x0[:size]))
+
+        return seen
+
+    def _finished(self, images: np.ndarray) -> np.ndarray:
+        if self.mask is None or self.original is None:
+            return images
+        return np.stack([init_images.composite(self.original, image, self.mask) for image in images])
+
+
+def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroConditioning, MicroConditioning]:
+    """What the model is told of sizes and crops, for the prompts and for the negative prompts; one row a picture."""
+
+    def rows(original: Size | None, crop: Position | None, target: Size | None, score: float) -> MicroConditioning:
+        def repeat(pair: tuple[int, int]) -> np.ndarray:
+            return np.tile(np.array(pair, np.int32), (count, 1))
+
+        scores = np.full(count, score, np.float32)
+        return MicroConditioning(repeat(original or size), repeat(crop or (0, 0)), repeat(target or size), scores)
+
+    def either(value: Any, other: Any) -> Any:
+        return other if value is None else value
+
+    positive = rows(
+        options.original_size, options.crop, options.target_size, either(options.aesthetic_score, AESTHETIC_SCORE)
+    )
+    negative = rows(
+        either(options.negative_original_size, options.original_size),
+        either(options.negative_crop, options.crop),
+        either(options.negative_target_size, options.target_size),
+        either(options.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE),
+    )
+    return positive, negative
+
+
+def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
+    factor = config.vae.downsampling
+    own = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
+    height = own[0] if options.height is None else options.height
+    width = own[1] if options.width is None else options.width
+    check_size(height, width, factor)
+    return Size(height, width)
+
+
+def _painted(
+    config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Init image and mask at the size of the pictures."""
+    if config.sees_mask and (image is None or mask is None):
+        raise InputError(
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
+            "for inpainting. Give an init image and a mask, or use a model for text to image"
+        )
+    if config.unet.in_channels != config.vae.latent_channels and not config.sees_mask:
+        raise InputError(
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Give a "
+            f"UNet of {config.vae.latent_channels}, or of {2 * config.vae.latent_channels + 1} for inpainting"
+        )
+    if mask is not None and image is None:
+        raise InputError("A mask needs an init image of its size. Give both")
+    if image is None:
+        return None, None
+    if mask is not None and mask.shape != image.shape[:2]:
+        raise InputError(
+            f"The mask has {mask.shape[0]}×{mask.shape[1]} pixels (height × width), the init image "
+            f"{image.shape[0]}×{image.shape[1]}. Give one of the same size"
+        )
+    fitted = None if mask is None else init_images.fit_mask(mask, *size)
+    if fitted is not None and not fitted.any():
+        raise InputError("The mask is black, so nothing would be repainted. Make white what is to be repainted")
+    return init_images.fit(image, *size), fitted
+
+
+def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Options) -> None:
+    if refiner is None:
+        for name in ("handoff", "refine_strength"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
+        return
+    if config.is_refiner:
+        raise InputError(
+            f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
+            "alone. Give the base as the model, and this as the refiner"
+        )
+    if not refiner.is_refiner:
+        raise InputError(
+            f"The model that is given as the refiner attends to text states of width {refiner.unet.context_dim} "
+            "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
+        )
+    if refiner.vae.latent_channels != config.vae.latent_channels:
+        raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
+
+
+def _shares_text(model: Model, refiner: Model) -> bool:
+    """Whether the refiner does without its own text encoder, which must then be the model's last."""
+    _check_parts(refiner, "unet")
+    towers = refiner.config.text
+    if all(tower.name in refiner.params for tower in towers):
+        return False
+    if len(towers) != 1 or towers[0].clip != model.config.text[-1].clip:
+        _check_parts(refiner, *(tower.name for tower in towers))
+    return True
+
+
+def _check_parts(model: Model, *needed: str) -> None:
+    if missing := [part for part in needed if part not in model.params]:
+        raise InputError(
+            f"The model has no {', '.join(missing)}, only {', '.join(model.params)}. Give a whole model, or the "
+            "missing parts with --parts-from"
+        )
+
+
+def _mesh_of(model: Model) -> Mesh | None:
+    """The mesh that the parameters lie on, if it is one of ours."""
+    place = jax.tree.leaves(model.params["unet"])[0].sharding
+    mesh = place.mesh if isinstance(place, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and set(mesh.axis_names) == set(sharding.AXES) else None
+
+
+def _within(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
+    """The mesh set, unless one is."""
+    if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
+
+
+def _place(mesh: Mesh | None, batch: Any) -> Any:
+    """A batch where the parameters are, split over the mesh: whatever is computed from it then lies alike, and no
+    program is compiled twice. Of several processes, each leaves its own to jax."""
+    if mesh is None or jax.process_count() > 1:
+        return batch
+    return jax.device_put(batch, sharding.batch_sharding(mesh) if mesh.size > 1 else sharding.replicated(mesh))
+
+
+@contextlib.contextmanager
+def _memory(options: Options) -> Iterator[None]:
+    """Out of memory, told with what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        knobs = [
+            f"batch_size below {options.batch_size}" if options.batch_size > 1 else "",
+            "dtype bfloat16",
+            "" if options.sequential else "sequential, for guidance in two calls",
+            "decode_tile 512, for the autoencoder" if options.decode_tile is None else "",
+            "mesh.fsdp, to share the weights over devices",
+        ]
+        raise InputError(
+            f"Memory does not suffice ({str(error).splitlines()[0][:200]}). What helps, in this order: "
+            f"{'; '.join(filter(None, knobs))}"
+        ) from error
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole of an array; of one that is spread over several processes, in each of them."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+class _Bar:
+    """Progress, in steps of batches; or in pictures, of a program that cannot be looked into."""
+
+    def __init__(self, total: int, stepwise: bool, show: bool):
+        self._stepwise, self._show = stepwise, show
+        self._bar = tqdm(total=total, desc="sampling", unit="step" if stepwise else "image", disable=not show)
+        self._made, self._began = 0, time.monotonic()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def row(self, state: program.State) -> None:
+        if self._show:
+            jax.block_until_ready(state.x0)  # or the bar would run ahead of the devices
+            self._bar.update()
+
+    def batch(self, images: int) -> None:
+        self._made += images
+        if not self._stepwise:
+            self._bar.update(images)
+        self._bar.set_postfix_str(f"{self._made / (time.monotonic() - self._began):.3g} images/s")

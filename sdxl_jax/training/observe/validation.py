@@ -1,0 +1,122 @@
+"""What a run tells besides numbers: what it is about to train on, validation pictures, and what went wrong."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from sdxl_jax import config as configuration
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.model import Model
+from sdxl_jax.optim.ema import EmaKind
+from sdxl_jax.sampling import generate
+from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
+from sdxl_jax.training.processes import Hosts
+
+_CAPTIONS_LOOKED_AT = 10_000
+"""Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
+_GRID_SEED = 0
+
+
+def announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, first: int, changed: list[str]) -> None:
+    tqdm.write(f"{run_dir}: {'starting' if not first else f'going on after step {first}'}")
+    for line in changed:
+        same = configuration.is_within(line, configuration.SAME_WITHIN_ROUNDING)
+        tqdm.write(f"  changed: {line}{', the same within rounding' if same else ''}")
+    for bucket in dataset.report():
+        if bucket.images:
+            notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
+            notes += ", which hold the same images several times" if bucket.repeated else ""
+            batches = f"{bucket.batches:.4g} batches of {bucket.batch_size} an epoch"
+            tqdm.write(f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {batches}{notes}")
+        if bucket.merged_into is not None:
+            height, width = bucket.merged_into
+            tqdm.write(f"  bucket {bucket.height}×{bucket.width}: too few images, merged into {height}×{width}")
+    if dataset.config.cache is not None:
+        tqdm.write(f"  latents and text states are read from {dataset.config.cache}")
+    if len(shares := dataset.shares()) > 1:
+        for share in shares:
+            tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of an epoch")
+    if small := dataset.too_small_count():
+        tqdm.write(f"  {small} images below data.min_size={dataset.config.min_size} left out")
+    if count := dataset.refused_count():
+        tqdm.write(f"  {count} files refused, the first: {next(dataset.refused()).file}")
+    images = len(dataset.source)
+    looked_at = range(0, images, max(1, images // _CAPTIONS_LOOKED_AT))
+    captions = [caption for image in looked_at for caption in dataset.source.captions(image)]
+    if cut := sum(count > 0 for count in tokenizer.truncated(captions)):
+        of = f" of {len(captions)} looked at" if len(looked_at) < images else ""
+        tqdm.write(f"  {cut} captions{of} are longer than 75 tokens and lose their end")
+
+
+def grid_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "samples" / f"step_{step:08d}.png"
+
+
+def look(config: TrainConfig, hosts: Hosts, run_dir: Path, step: int, model: Model, mesh: Mesh) -> None:
+    """Writes the validation grid: the averaged weights' pictures, from the same noise each time.
+
+    All hosts draw; a stop is heard between two sizes, and on one host at any time.
+    """
+    validation = config.validation
+    pictures, captions = [], []
+
+    def draw(height: int, width: int) -> list[Any]:
+        with jax.set_mesh(mesh):
+            return list(
+                generate.text_to_image(
+                    model,
+                    validation.prompts,
+                    height=height,
+                    width=width,
+                    steps=validation.steps,
+                    guidance=validation.guidance,
+                    seed=_GRID_SEED,
+                    compute=config.compute,
+                )
+            )
+
+    for height, width in validation.sizes:
+        hosts.point()
+        draw_size = functools.partial(draw, height, width)
+        # Other hosts would wait inside for what one abandons, and the checkpoint behind it.
+        pictures += hosts.wait(draw_size) if hosts.count == 1 else draw_size()
+        captions += list(validation.prompts)
+    if hosts.is_first:
+        origin = {
+            "step": step,
+            "weights": "parameters" if config.ema.kind is EmaKind.NONE else "ema",
+            "seed": _GRID_SEED,
+            "steps": validation.steps,
+            "guidance": validation.guidance,
+        }
+        text = {name: str(value) for name, value in origin.items()}
+        save_png(contact_sheet(pictures, captions, columns=len(validation.prompts)), grid_path(run_dir, step), text)
+
+
+def describe_nonfinite(config: TrainConfig, path: Path, step: int, dataset: BucketedDataset, host: int) -> None:
+    """Writes what a step was given whose loss is no number: pictures, captions, and the key of its random numbers."""
+    loader, bad = dataset.loader, list[str]()
+    read = loader.draw if loader.cache is None else loader.read  # once more: damaged pictures were replaced
+    images = [loader.good(step - 1, row, bad, read).image for row in range(dataset.batch_size_of(step - 1))]
+    key = jax.random.fold_in(jax.random.key(config.training.seed), step - 1)
+    content = {
+        "step": step,
+        "bucket": list(dataset.bucket_of(step - 1)),
+        "training_seed": config.training.seed,
+        "key": jax.random.key_data(key).tolist(),
+        "rows": [
+            {"image": image, "source": dataset.source.name(image), "captions": list(dataset.source.captions(image))}
+            for image in images
+        ],
+        "replaced": bad,
+    }
+    partial = path.with_name(f"{path.name}.{host}.partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False))
+    partial.replace(path)

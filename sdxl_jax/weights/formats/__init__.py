@@ -1,0 +1,1 @@
+"""Files that hold weights, one module a layout: which bytes are which tensor."""

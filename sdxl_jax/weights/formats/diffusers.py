@@ -1,0 +1,233 @@
+"""Directories of diffusers, both ways: model_index.json, and each part's configuration. Weights are not read or written
+here.
+
+    a directory  ── read_model_config ──▶  ModelConfig  ── write_folder ──▶  a directory
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.micro import MicroConfig, Numbers
+from sdxl_jax.conditioning.text import ContextState, Tower
+from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.model import ModelConfig, NoPrompt
+from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import AnyVaeConfig
+from sdxl_jax.weights.formats import json_files, tokenizers
+from sdxl_jax.weights.formats.diffusers_fields import (
+    VERSION,
+    clip_config,
+    clip_fields,
+    component_kind,
+    is_distilled,
+    schedule_config,
+    scheduler_fields,
+    unet_config,
+    unet_fields,
+    unet_surroundings,
+    vae_config,
+    vae_fields,
+)
+from sdxl_jax.weights.formats.json_files import Fields
+
+_PIPELINES = {
+    "StableDiffusionPipeline": False,
+    "StableDiffusionImg2ImgPipeline": False,
+    "StableDiffusionInpaintPipeline": False,
+    "StableDiffusionXLPipeline": True,
+    "StableDiffusionXLImg2ImgPipeline": True,
+    "StableDiffusionXLInpaintPipeline": True,
+}
+"""Whether a class in model_index.json is of SDXL's family."""
+_TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+
+
+def _read_index(directory: Path) -> dict[str, Any]:
+    index = json_files.read(directory / "model_index.json")
+    name = str(index.get("_class_name"))
+    if name not in _PIPELINES:
+        raise InputError(
+            f"{directory / 'model_index.json'} has _class_name={name}, which is not implemented. Implemented are, "
+            f"nearest first: {', '.join(nearest_first(name, _PIPELINES))}"
+        )
+    return index
+
+
+def _components(index: Fields) -> list[str]:
+    """Names of the parts that a model_index.json lists and that are not null."""
+    return [name for name, value in index.items() if isinstance(value, list) and None not in value]
+
+
+def unused_components(directory: Path) -> tuple[str, ...]:
+    """Parts of a diffusers directory that no model here has a use for, such as safety_checker and image_encoder."""
+    index = _read_index(directory)
+    towers = ("text_encoder", "text_encoder_2") if _PIPELINES[index["_class_name"]] else ("text_encoder",)
+    used = {"unet", "vae", "scheduler", *towers, *(_TOKENIZER[tower] for tower in towers)}
+    return tuple(sorted(set(_components(index)) - used))
+
+
+def _read_component(directory: Path, name: str, kind: str) -> tuple[dict[str, Any], str]:
+    """A part's fields and the path of its config.json."""
+    path = directory / name / "config.json"
+    fields = json_files.read(path)
+    if component_kind(fields) != kind:
+        given = fields.get("_class_name") or fields.get("architectures") or fields.get("model_type")
+        classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL or AutoencoderTiny"}.get(kind, "CLIPTextModel")
+        raise InputError(f"{path} describes {json.dumps(given)}, expected {classes}. Other classes are not implemented")
+    return fields, str(path)
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """The configuration of a diffusers directory: of SDXL, its refiner, SD 1.x or 2.x, inpainting variants included."""
+    index = _read_index(directory)
+    is_xl = _PIPELINES[index["_class_name"]]
+    towers = []
+    for name in ("text_encoder", "text_encoder_2") if is_xl else ("text_encoder",):
+        if not is_xl or name in _components(index):
+            clip = clip_config(*_read_component(directory, name, "text_encoder"))
+            pad, added = tokenizers.read(directory / _TOKENIZER[name], clip.vocabulary)
+            towers.append(Tower(name, clip, pad, ContextState.PENULTIMATE if is_xl else ContextState.LAST, added))
+
+    fields, where = _read_component(directory, "unet", "unet")
+    unet = unet_config(fields, where)
+    # Without a size, diffusers' own: 128 latent positions for SDXL, 64 before.
+    dim, (height, width) = unet_surroundings(fields, where, 128 if is_xl else 64)
+    vae = vae_config(*_read_component(directory, "vae", "vae"))
+    micro = None
+    if is_xl:
+        pooled = (towers[-1].clip.projection_dim or 0) if towers else 0
+        has_score = index.get("requires_aesthetics_score") or unet.vector_dim == pooled + 5 * dim
+        micro = MicroConfig(Numbers.SIZE_CROP_AESTHETIC if has_score else Numbers.SIZE_CROP_TARGET, dim)
+    scheduler = directory / "scheduler" / "scheduler_config.json"
+    scheduling = json_files.read(scheduler)
+    schedule, prediction = schedule_config(scheduling, str(scheduler))
+    zeros = is_xl and index.get("force_zeros_for_empty_prompt", True)
+    config = ModelConfig(
+        unet=unet,
+        vae=vae,
+        text=tuple(towers),
+        micro=micro,
+        schedule=schedule,
+        prediction=prediction,
+        distilled=is_distilled(scheduling),
+        no_prompt=NoPrompt.ZEROS if zeros else NoPrompt.EMPTY,
+        default_size=(height * vae.downsampling, width * vae.downsampling),
+    )
+    try:
+        config.check()
+    except InputError as error:
+        raise InputError(f"The parts of {directory} do not fit together: {error}") from error
+    return config
+
+
+def as_diffusers_has_it(config: ModelConfig) -> ModelConfig:
+    """The same model, told as diffusers' pipelines tell it.
+
+    `StableDiffusionPipeline` reads a tower's last states alone. A tower that is read at its normed penultimate states
+    (SD 2.x) is there one that lacks the last layer, and the projection behind it.
+    """
+
+    def shortened(tower: Tower) -> Tower:
+        if tower.context is not ContextState.PENULTIMATE_NORMED:
+            return tower
+        clip = replace(tower.clip, layers=tower.clip.layers - 1, projection_dim=None)
+        return replace(tower, clip=clip, context=ContextState.LAST)
+
+    return config if config.micro is not None else replace(config, text=tuple(map(shortened, config.text)))
+
+
+def _pipeline(config: ModelConfig) -> str:
+    """The class that can run this model. Raises InputError if diffusers has none."""
+
+    def refused(what: str, expected: str) -> InputError:
+        return InputError(f"{what}, which diffusers' pipelines cannot express. They need {expected}")
+
+    is_xl = config.micro is not None
+    names = tuple(tower.name for tower in config.text)
+    known = [("text_encoder", "text_encoder_2"), ("text_encoder_2",)] if is_xl else [("text_encoder",)]
+    if names not in known:
+        raise refused(f"model.text has the names {names}", " or ".join(map(str, known)))
+    state = ContextState.PENULTIMATE if is_xl else ContextState.LAST
+    for tower in config.text:
+        if tower.context is not state:
+            raise refused(f"model.text: {tower.name} has context={tower.context.value}", state.value)
+        # The pooled vector is taken from the first tower that has a projection.
+        if tower.clip.projection_dim is not None and not (is_xl and tower is config.text[-1]):
+            raise refused(f"model.text: {tower.name} has projection_dim={tower.clip.projection_dim}", "None")
+        if tower.clip.vocabulary != len(text.clip_vocabulary()[0]) + len(tower.added_tokens):
+            raise refused(
+                f"model.text: {tower.name} has vocabulary={tower.clip.vocabulary} and {len(tower.added_tokens)} added "
+                "tokens",
+                f"a vocabulary of {len(text.clip_vocabulary()[0])} and the added tokens",
+            )
+    if not is_xl and config.no_prompt is NoPrompt.ZEROS:
+        raise refused("model.no_prompt=zeros in a model with model.micro=None", "no_prompt=empty")
+    if any(side % config.vae.downsampling for side in config.default_size):
+        raise refused(f"model.default_size={config.default_size}", f"multiples of {config.vae.downsampling}")
+    latent = config.vae.latent_channels
+    tasks = {latent: "", 2 * latent + 1: "Inpaint"}
+    if config.unet.in_channels not in tasks:
+        raise refused(f"model.unet.in_channels={config.unet.in_channels}", " or ".join(map(str, tasks)))
+    task = tasks[config.unet.in_channels]
+    if config.is_refiner:
+        task = task or "Img2Img"  # the base's class has no aesthetic score
+    return f"StableDiffusion{'XL' if is_xl else ''}{task}Pipeline"
+
+
+def write_folder(config: ModelConfig, directory: Path) -> None:
+    """model_index.json, the scheduler, the tokenizers and the config.json of every part: all but the weights.
+
+    The weights that belong in it are those of `as_diffusers_has_it(config)`.
+    """
+    config = as_diffusers_has_it(config)
+    config.check()
+    pipeline = _pipeline(config)
+    scheduler = scheduler_fields(config.schedule, config.prediction, config.distilled)
+    index: dict[str, Any] = {
+        "_class_name": pipeline,
+        **VERSION,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", vae_fields(config.vae)["_class_name"]],
+    }
+    if config.micro is None:
+        index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+        index["requires_safety_checker"] = False
+    else:
+        index |= {name: [None, None] for name in ("text_encoder", "tokenizer")}
+        index["force_zeros_for_empty_prompt"] = config.no_prompt is NoPrompt.ZEROS
+        index["add_watermarker"] = None
+        if pipeline != "StableDiffusionXLPipeline":
+            index["requires_aesthetics_score"] = config.is_refiner
+    height, width = (side // config.vae.downsampling for side in config.default_size)
+    files: dict[str, Fields | str] = {
+        "scheduler/scheduler_config.json": scheduler,
+        "unet/config.json": unet_fields(config.unet, config.micro, (height, width)),
+        "vae/config.json": vae_fields(config.vae, max(config.default_size)),
+    }
+    for tower in config.text:
+        fields = clip_fields(tower.clip)
+        index[tower.name] = ["transformers", *fields["architectures"]]
+        index[_TOKENIZER[tower.name]] = ["transformers", "CLIPTokenizer"]
+        files[f"{tower.name}/config.json"] = fields
+        files |= {f"{_TOKENIZER[tower.name]}/{name}": file for name, file in tokenizers.files(tower).items()}
+    for name, file in {"model_index.json": index, **files}.items():
+        json_files.write(directory / name, file)
+
+
+def write_component(
+    config: UNetConfig | AnyVaeConfig | ClipTextConfig, directory: Path, micro: MicroConfig | None = MicroConfig()
+) -> None:
+    """directory/config.json of one part alone. micro: as for `unet_fields`."""
+    match config:
+        case UNetConfig():
+            fields = unet_fields(config, micro)
+        case ClipTextConfig():
+            fields = clip_fields(config)
+        case _:
+            fields = vae_fields(config)
+    json_files.write(directory / "config.json", fields)

@@ -1,0 +1,485 @@
+"""Fields of a part's config.json as diffusers and transformers have them, both ways.
+
+    unet_config, vae_config, clip_config, schedule_config      fields to our dataclasses
+    unet_fields, vae_fields, clip_fields, scheduler_fields     and back
+
+What a field means, and what holds where a file leaves it out, follows the constructors of diffusers'
+`UNet2DConditionModel`, `AutoencoderKL`, `AutoencoderTiny` and schedulers, and of transformers' `CLIPTextConfig`. A
+field that asks for something that is not implemented is refused by its name: a model built without it would run and be
+wrong. Fields that only steer numerics, tiling or the choice of a sampler are skipped, as is every name that begins with
+"_".
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.micro import MicroConfig
+from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
+from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.taesd import TinyVaeConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.weights.formats.json_files import Fields
+
+# What the fields of a part may say
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The fields of one kind of part, by what becomes of them."""
+
+    read: Fields
+    """Fields that our configuration has a place for, with their values where a file leaves them out."""
+    only: Mapping[str, tuple[Any, ...]]
+    """Fields that must have one of these values. The first holds where a file leaves the field out."""
+    skipped: str
+    """Names of fields that change nothing here."""
+
+
+def _each(names: str, *accepted: Any) -> dict[str, tuple[Any, ...]]:
+    return {name: accepted for name in names.split()}
+
+
+_UNET = _Known(
+    read={
+        "sample_size": None,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "cross_attention_dim": 1280,
+        "transformer_layers_per_block": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "use_linear_projection": False,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
+    },
+    only={
+        **_each("act_fn", "silu"),
+        **_each("addition_embed_type", None, "text_time"),
+        **_each("attention_type resnet_time_scale_shift", "default"),
+        **_each("conv_in_kernel conv_out_kernel", 3),
+        **_each("downsample_padding mid_block_scale_factor resnet_out_scale_factor", 1),
+        **_each("dropout freq_shift", 0),
+        **_each("flip_sin_to_cos", True),
+        **_each("mid_block_type", "UNetMidBlock2DCrossAttn"),
+        **_each("norm_eps", 1e-5),
+        **_each("time_embedding_type", "positional"),
+        **_each("center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention", False, None),
+        **_each("resnet_skip_time_act", False, None),
+        **_each("mid_block_only_cross_attention", None, False),
+        **_each("class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type num_class_embeds", None),
+        **_each("reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn", None),
+        **_each("time_embedding_dim timestep_post_act", None),
+    },
+    # The second line is what diffusers' moving average leaves behind in the networks that it saves.
+    skipped="upcast_attention addition_embed_type_num_heads torch_dtype "
+    "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup",
+)
+_VAE = _Known(
+    read={
+        "block_out_channels": [64],
+        "down_block_types": ["DownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"],
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+    },
+    only={
+        **_each("act_fn", "silu"),
+        **_each("in_channels out_channels", 3),
+        **_each("shift_factor latents_mean latents_std", None),
+        **_each("use_quant_conv use_post_quant_conv mid_block_add_attention", True),
+    },
+    skipped="force_upcast sample_size torch_dtype",
+)
+_TINY_VAE = _Known(
+    read={
+        "encoder_block_out_channels": [64, 64, 64, 64],
+        "decoder_block_out_channels": [64, 64, 64, 64],
+        "num_encoder_blocks": [1, 3, 3, 3],
+        "num_decoder_blocks": [3, 3, 3, 1],
+        "latent_channels": 4,
+    },
+    only={
+        **_each("act_fn", "relu"),
+        **_each("upsample_fn", "nearest"),
+        **_each("in_channels out_channels", 3),
+        **_each("upsampling_scaling_factor", 2),
+        **_each("scaling_factor", 1),
+        **_each("shift_factor", 0, None),
+    },
+    # The first two are for keeping latents as bytes; the third repeats the decoder's.
+    skipped="latent_magnitude latent_shift block_out_channels force_upcast torch_dtype",
+)
+_CLIP = _Known(
+    read={
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "eos_token_id": 49407,
+    },
+    only={
+        "hidden_act": ("quick_gelu", "gelu"),
+        "layer_norm_eps": (1e-5,),
+        "max_position_embeddings": (77,),
+    },
+    # From the second line on: what older transformers wrote for every model, mostly about generating text.
+    skipped="architectures model_type projection_dim dropout attention_dropout initializer_factor initializer_range "
+    "bos_token_id pad_token_id torch_dtype dtype transformers_version tokenizer_class return_dict tie_word_embeddings "
+    "id2label label2id length_penalty max_length num_beam_groups num_beams num_return_sequences repetition_penalty "
+    "temperature top_k top_p typical_p",
+)
+_SCHEDULER = _Known(
+    read={"num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "rescale_betas_zero_snr": False},
+    only={
+        "beta_schedule": ("linear", "scaled_linear"),
+        "prediction_type": ("epsilon", "v_prediction", "sample"),
+        "timestep_type": ("discrete",),
+        "trained_betas": (None,),
+        "use_flow_sigmas": (False, None),
+    },
+    skipped="",
+)
+
+
+def _refused(where: str, name: str, value: Any, accepted: str) -> InputError:
+    return InputError(
+        f"{where} has {name}={json.dumps(value)}, which is not implemented here; implemented is {accepted}. Use a "
+        "model that was trained so, or correct the file if it is wrong"
+    )
+
+
+def _checked(known: _Known, fields: Fields, where: str) -> dict[str, Any]:
+    """Every field of `known.read` and `known.only`, given or not. Raises InputError for what is not implemented."""
+    names = {*known.read, *known.only, *known.skipped.split()}
+    for name, value in fields.items():
+        if name.startswith("_"):
+            continue
+        if name in known.only and value not in known.only[name]:
+            raise _refused(where, name, value, " or ".join(map(json.dumps, known.only[name])))
+        if name not in names and value not in (None, False, [], {}):
+            near = ", ".join(nearest_first(name, names)[:3])
+            raise InputError(
+                f"{where} has {name}={json.dumps(value)}, an unknown field. Nearest known names: {near}. Correct its "
+                "name, or remove it if the model works without"
+            )
+    defaults = {**known.read, **{name: accepted[0] for name, accepted in known.only.items()}}
+    return {name: fields.get(name, default) for name, default in defaults.items()}
+
+
+def _numbers(fields: Fields, name: str, where: str, levels: int | None = None) -> tuple[int, ...]:
+    """A field with one whole number a level; a single number stands for all levels, where their count is given."""
+    value = fields[name]
+    listed = [value] * levels if levels and not isinstance(value, list) else value
+    if not (isinstance(listed, list) and listed and all(type(entry) is int and entry > 0 for entry in listed)):
+        raise _refused(where, name, value, "a whole number above 0" + ("" if levels == 1 else ", or a list of them"))
+    if levels is not None and len(listed) != levels:
+        raise InputError(f"{where} has {name}={value}, where {levels} numbers are expected. Give as many")
+    return tuple(listed)
+
+
+def _number(fields: Fields, name: str, where: str, levels: int = 1) -> int:
+    """A field with one whole number, the same for all levels if it is a list."""
+    value, *rest = _numbers(fields, name, where, levels)
+    if any(other != value for other in rest):
+        raise _refused(where, name, fields[name], "one number for all levels")
+    return value
+
+
+# Each part: from the fields
+
+
+_CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
+
+
+def component_kind(fields: Fields) -> str | None:
+    """What a config.json describes: "unet", "vae", "text_encoder", or None for anything else."""
+    if (name := fields.get("_class_name")) is not None:
+        return _CLASSES.get(name) if isinstance(name, str) else None
+    # The model type comes second: safety checkers have "clip" there too.
+    if architectures := fields.get("architectures"):
+        towers = {"CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"}
+        return "text_encoder" if isinstance(architectures, list) and architectures[0] in towers else None
+    return "text_encoder" if fields.get("model_type") in ("clip_text_model", "clip") else None
+
+
+def unet_config(fields: Fields, where: str) -> UNetConfig:
+    """unet/config.json. where: its path, for messages."""
+    given = _checked(_UNET, fields, where)
+    channels = _numbers(given, "block_out_channels", where)
+    levels = len(channels)
+    down, up = given["down_block_types"], given["up_block_types"]
+    blocks = ("DownBlock2D", "CrossAttnDownBlock2D")
+    if not isinstance(down, list) or len(down) != levels or any(kind not in blocks for kind in down):
+        raise _refused(where, "down_block_types", down, "DownBlock2D or CrossAttnDownBlock2D, one a level")
+    mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
+    if up != mirrored:
+        raise _refused(where, "up_block_types", up, f"the mirror of down_block_types, here {mirrored}")
+    depths = _numbers(given, "transformer_layers_per_block", where, levels)
+    # diffusers' own misnomer: attention_head_dim is the number of heads, not their width.
+    heads = "attention_head_dim" if given["num_attention_heads"] is None else "num_attention_heads"
+    told = given["addition_embed_type"] is not None
+    return UNetConfig(
+        block_channels=channels,
+        resnets_per_block=_number(given, "layers_per_block", where, levels),
+        transformer_depth=tuple(depth if "Attn" in kind else 0 for depth, kind in zip(depths, down, strict=True)),
+        middle_depth=depths[-1],
+        heads=_numbers(given, heads, where, levels),
+        context_dim=_number(given, "cross_attention_dim", where, levels),
+        vector_dim=_number(given, "projection_class_embeddings_input_dim", where) if told else None,
+        conv_projection=not given["use_linear_projection"],
+        in_channels=_number(given, "in_channels", where),
+        out_channels=_number(given, "out_channels", where),
+        groups=_number(given, "norm_num_groups", where),
+    )
+
+
+def unet_surroundings(fields: Fields, where: str, default: int) -> tuple[int, tuple[int, int]]:
+    """What a UNet's file says beyond its weights: width of one number's embedding, latent (height, width) of pictures.
+
+    default: height and width where the file leaves them out.
+    """
+    given = _checked(_UNET, fields, where)
+    height, width = _numbers({"sample_size": given["sample_size"] or default}, "sample_size", where, 2)
+    return (_number(given, "addition_time_embed_dim", where) if given["addition_time_embed_dim"] else 0), (
+        height,
+        width,
+    )
+
+
+def vae_config(fields: Fields, where: str) -> AnyVaeConfig:
+    """vae/config.json, of either kind. where: its path, for messages."""
+    if fields.get("_class_name") == "AutoencoderTiny":
+        return _tiny_vae_config(fields, where)
+    given = _checked(_VAE, fields, where)
+    channels = _numbers(given, "block_out_channels", where)
+    for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        if given[name] != [kind] * len(channels):
+            raise _refused(where, name, given[name], f"{kind}, once a level")
+    scale = given["scaling_factor"]
+    if type(scale) not in (int, float) or not scale > 0:
+        raise _refused(where, "scaling_factor", scale, "a number above 0")
+    return VaeConfig(
+        block_channels=channels,
+        resnets_per_block=_number(given, "layers_per_block", where),
+        latent_channels=_number(given, "latent_channels", where),
+        scale=float(scale),
+        groups=_number(given, "norm_num_groups", where),
+    )
+
+
+def _tiny_vae_config(fields: Fields, where: str) -> TinyVaeConfig:
+    given = _checked(_TINY_VAE, fields, where)
+    encoder, decoder = (_numbers(given, f"num_{half}_blocks", where) for half in ("encoder", "decoder"))
+    if len(encoder) != len(decoder):
+        raise _refused(where, "num_encoder_blocks", list(encoder), f"as many levels as the decoder's {len(decoder)}")
+    # diffusers' layers between the levels keep the number of channels, which must then be one.
+    channels = _number(given, "decoder_block_out_channels", where, len(decoder))
+    if _number(given, "encoder_block_out_channels", where, len(encoder)) != channels:
+        raise _refused(where, "encoder_block_out_channels", given["encoder_block_out_channels"], "the decoder's")
+    return TinyVaeConfig(channels, encoder, decoder, _number(given, "latent_channels", where))
+
+
+def clip_config(fields: Fields, where: str) -> ClipTextConfig:
+    """text_encoder/config.json, or a whole CLIP's, of which the text half counts. where: its path, for messages.
+
+    Every file has a projection_dim, but a projection only goes with the architectures that are named for it.
+    """
+    architectures = fields.get("architectures") or []
+    nested = fields.get("text_config")
+    described = fields if nested is None else {**nested, **(fields.get("text_config_dict") or {})}
+    given = _checked(_CLIP, described, where if nested is None else f"{where}, text_config,")
+    projected = nested is not None or {"CLIPTextModelWithProjection", "CLIPModel"} & set(architectures)
+    end = _number(given, "eos_token_id", where)
+    return ClipTextConfig(
+        width=_number(given, "hidden_size", where),
+        layers=_number(given, "num_hidden_layers", where),
+        heads=_number(given, "num_attention_heads", where),
+        mlp_width=_number(given, "intermediate_size", where),
+        activation=Activation(given["hidden_act"]),
+        projection_dim=_number({"projection_dim": 512, **fields}, "projection_dim", where) if projected else None,
+        vocabulary=_number(given, "vocab_size", where),
+        # 2 is a mistake in the official files: their models pool at end-of-text, then the largest number.
+        end_token=text.END_OF_TEXT if end == 2 else end,
+    )
+
+
+def schedule_config(fields: Fields, where: str) -> tuple[ScheduleConfig, Prediction]:
+    """scheduler/scheduler_config.json: what the weights were trained with. The choice of a sampler is skipped."""
+    kind = str(fields.get("_class_name"))
+    if kind.startswith(("EDM", "FlowMatch")):
+        raise _refused(where, "_class_name", kind, "any scheduler with betas, such as EulerDiscreteScheduler")
+    # The classes whose own defaults are other than 0.0001, 0.02, linear.
+    if kind.startswith(("Heun", "KDPM2", "DPMSolverSDE", "LCM", "TCD")):
+        fields = {"beta_start": 0.00085, "beta_end": 0.012, **fields}
+    if kind.startswith(("LCM", "TCD")):
+        fields = {"beta_schedule": "scaled_linear", **fields}
+    ours = {name: fields[name] for name in (*_SCHEDULER.read, *_SCHEDULER.only) if name in fields}
+    given = _checked(_SCHEDULER, ours, where)
+    for name in ("beta_start", "beta_end"):
+        if type(given[name]) not in (int, float) or not 0 < given[name] < 1:
+            raise _refused(where, name, given[name], "a number between 0 and 1")
+    schedule = ScheduleConfig(
+        timesteps=_number(given, "num_train_timesteps", where),
+        beta_start=float(given["beta_start"]),
+        beta_end=float(given["beta_end"]),
+        betas=BetaSchedule(given["beta_schedule"]),
+        zero_terminal_snr=bool(given["rescale_betas_zero_snr"]),
+    )
+    return schedule, Prediction(given["prediction_type"])
+
+
+# Each part: back to the fields
+
+VERSION = {"_diffusers_version": "0.19.0"}
+"""The version whose files these are like; diffusers treats those of older ones differently."""
+
+
+def _written(known: _Known) -> dict[str, Any]:
+    """The fields in which every network of ours is alike."""
+    return {
+        name: accepted[0] for name, accepted in known.only.items() if len(accepted) == 1 and accepted[0] is not None
+    }
+
+
+def unet_fields(
+    config: UNetConfig, micro: MicroConfig | None = MicroConfig(), sample_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """unet/config.json. micro: what makes up the vector, if there is one. sample_size: of the latent, height, width."""
+    if config.transformer_depth[-1] not in (0, config.middle_depth):
+        raise InputError(
+            f"model.unet.transformer_depth ends with {config.transformer_depth[-1]} and model.unet.middle_depth is "
+            f"{config.middle_depth}, which diffusers cannot tell apart. Only a model where they are equal, or where "
+            "the last level has 0, can be written for diffusers"
+        )
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depth]
+    told = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": None if micro is None else micro.embedding_dim,
+        "projection_class_embeddings_input_dim": config.vector_dim,
+    }
+    # One number for a square, as in the official files. (With two, diffusers' SDXL pipelines must be told a size.)
+    size = sample_size and (sample_size[0] if sample_size[0] == sample_size[1] else list(sample_size))
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **VERSION,
+        **_written(_UNET),
+        "sample_size": size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "down_block_types": down,
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)],
+        "block_out_channels": list(config.block_channels),
+        "layers_per_block": config.resnets_per_block,
+        "norm_num_groups": config.groups,
+        "cross_attention_dim": config.context_dim,
+        # A level without attention has 1, which nothing reads; the last number is also the middle's.
+        "transformer_layers_per_block": [*(depth or 1 for depth in config.transformer_depth[:-1]), config.middle_depth],
+        "attention_head_dim": list(config.heads),
+        "use_linear_projection": not config.conv_projection,
+        **({} if config.vector_dim is None else told),
+    }
+
+
+def vae_fields(config: AnyVaeConfig, sample_size: int = 1024) -> dict[str, Any]:
+    """vae/config.json. sample_size: pixels along a side of the tiles that diffusers can decode in."""
+    if isinstance(config, TinyVaeConfig):
+        return {
+            "_class_name": "AutoencoderTiny",
+            **VERSION,
+            **_written(_TINY_VAE),
+            "encoder_block_out_channels": [config.channels] * len(config.encoder_blocks),
+            "decoder_block_out_channels": [config.channels] * len(config.decoder_blocks),
+            "num_encoder_blocks": list(config.encoder_blocks),
+            "num_decoder_blocks": list(config.decoder_blocks),
+            "latent_channels": config.latent_channels,
+        }
+    levels = len(config.block_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        **VERSION,
+        **_written(_VAE),
+        "block_out_channels": list(config.block_channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": config.resnets_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.scale,
+        "sample_size": sample_size,
+        "force_upcast": True,  # SDXL's first autoencoder overflows in float16
+    }
+
+
+def clip_fields(config: ClipTextConfig) -> dict[str, Any]:
+    """text_encoder/config.json."""
+    return {
+        "architectures": ["CLIPTextModel" if config.projection_dim is None else "CLIPTextModelWithProjection"],
+        "model_type": "clip_text_model",
+        "vocab_size": config.vocabulary,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "projection_dim": config.projection_dim or config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.tokens,
+        "hidden_act": config.activation.value,
+        "layer_norm_eps": 1e-5,
+        "attention_dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": text.END_OF_TEXT - 1,
+        "eos_token_id": config.end_token,
+    }
+
+
+def is_distilled(fields: Fields) -> bool:
+    """Whether scheduler/scheduler_config.json is that of a consistency model, whose guidance is in its weights."""
+    return str(fields.get("_class_name")).startswith(("LCM", "TCD"))
+
+
+def scheduler_fields(schedule: ScheduleConfig, prediction: Prediction, distilled: bool = False) -> dict[str, Any]:
+    """scheduler/scheduler_config.json: the sampler of the official SDXL files, LCM for a distilled model, or DDIM for
+    zero terminal SNR."""
+    fields = {
+        "_class_name": "EulerDiscreteScheduler",
+        **VERSION,
+        "beta_end": schedule.beta_end,
+        "beta_schedule": schedule.betas.value,
+        "beta_start": schedule.beta_start,
+        "clip_sample": False,
+        "interpolation_type": "linear",
+        "num_train_timesteps": schedule.timesteps,
+        "prediction_type": prediction.value,
+        "sample_max_value": 1.0,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "trained_betas": None,
+        "use_karras_sigmas": False,
+    }
+    if distilled:
+        unread = ("interpolation_type", "sample_max_value", "skip_prk_steps", "use_karras_sigmas")
+        lcm = {"_class_name": "LCMScheduler", "rescale_betas_zero_snr": schedule.zero_terminal_snr}
+        return {**{name: value for name, value in fields.items() if name not in unread}, **lcm}
+    if not schedule.zero_terminal_snr:
+        return fields
+    # Euler's sigma is infinite where nothing of the image is left, and diffusers puts 4096 in its place. DDIM works
+    # with α and σ, which are 0 and 1 there. "trailing", so that the first step is that timestep: Lin et al.,
+    # arXiv:2305.08891, section 3.3.
+    unread = ("interpolation_type", "skip_prk_steps", "use_karras_sigmas")
+    ddim = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {**{name: value for name, value in fields.items() if name not in unread}, **ddim}

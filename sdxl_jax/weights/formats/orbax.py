@@ -1,0 +1,150 @@
+"""Orbax checkpoints larger than memory: read and written in groups of parameters.
+
+A converted model is one checkpoint of the parameter tree, {"unet": …, "vae": …, "text_encoder": …}: Orbax's own
+`load(path)` gives the nested dict. Its custom metadata says under "sdxl_jax" what the model is. Tensors of other
+layouts that have no place in the tree are beside it, under "carried".
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from sdxl_jax.arrays import unflatten
+from sdxl_jax.errors import InputError
+from sdxl_jax.weights.lazy import Carried, Index, Leaf
+
+_GROUP_BYTES = 2**29
+"""Parameters are read and written together up to this size: one by one, opening the checkpoint would take longest."""
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a directory is an Orbax checkpoint."""
+    return (path / "_CHECKPOINT_METADATA").is_file()
+
+
+def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
+    """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read."""
+    try:
+        found = ocp.metadata(str(path.absolute()))
+    except Exception as error:  # Orbax raises many types for a damaged directory
+        raise _unreadable(path, error) from error
+    if found.metadata is None:  # which is all that Orbax says of some damages
+        raise _unreadable(path, ValueError("its arrays cannot be listed"))
+    custom = found.custom_metadata
+    return found.metadata, custom if isinstance(custom, dict) else {}
+
+
+def load(path: Path, abstract: Any) -> Any:
+    """A checkpoint's tree, placed as `abstract` says; `ocp.PLACEHOLDER` in it: not read. Raises InputError."""
+    try:
+        return ocp.load(str(path.absolute()), abstract)
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return InputError(
+        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files"
+    )
+
+
+@dataclass(frozen=True)
+class _Abstract:
+    """What Orbax is asked for where a numpy array is wanted."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class _Reader:
+    """Reads a checkpoint's arrays in groups, as they stand in the tree, and keeps the last group."""
+
+    def __init__(self, path: Path, tree: Mapping[str, Any]):
+        self._path = path
+        self._abstract = {name: _Abstract(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _arrays(tree)}
+        self._tree = tree
+        self._group_of: dict[str, int] = {}
+        group, size = 0, 0
+        for name, leaf in self._abstract.items():
+            size += int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+            if size > _GROUP_BYTES:
+                group, size = group + 1, 0
+            self._group_of[name] = group
+        self._group = functools.lru_cache(maxsize=1)(self._load)
+
+    def _load(self, group: int) -> dict[str, np.ndarray]:
+        def wanted(tree: Any, prefix: str) -> Any:
+            if isinstance(tree, Mapping):
+                return {key: wanted(value, f"{prefix}{key}/") for key, value in tree.items()}
+            if isinstance(tree, list | tuple):
+                return [wanted(value, f"{prefix}{number}/") for number, value in enumerate(tree)]
+            name = prefix.removesuffix("/")
+            return self._abstract[name] if self._group_of.get(name) == group else ocp.PLACEHOLDER
+
+        loaded = _arrays(load(self._path, wanted(self._tree, "")))
+        return {name: value for name, value in loaded if self._group_of[name] == group}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._group(self._group_of[name])[name]
+
+
+def _arrays(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """(keys joined by slashes, array) of everything in a tree that has a shape."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _arrays(value, f"{prefix}{key}/")
+    elif isinstance(tree, list | tuple):
+        for number, value in enumerate(tree):
+            yield from _arrays(value, f"{prefix}{number}/")
+    elif hasattr(tree, "shape"):
+        yield prefix.removesuffix("/"), tree
+
+
+@dataclass(frozen=True)
+class FromCheckpoint:
+    """One array of a checkpoint, not read yet."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    name: str
+    reader: _Reader
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        value = self.reader.read(self.name)
+        return value if index is None else value[index]
+
+
+def leaves(path: Path, tree: Any) -> dict[str, FromCheckpoint]:
+    """The arrays of a checkpoint, by the keys that lead to them, joined by slashes. tree: as from `metadata`."""
+    reader = _Reader(path, tree)
+    return {name: FromCheckpoint(tuple(leaf.shape), np.dtype(leaf.dtype), name, reader) for name, leaf in _arrays(tree)}
+
+
+def write(
+    path: Path, arrays: Mapping[str, Leaf | Carried], custom_metadata: dict[str, Any], wrote: Callable[[int], object]
+) -> None:
+    """Writes a checkpoint, of which no more than a group is in memory at any time.
+
+    arrays: by path, keys joined by slashes. wrote: is told the bytes of every array.
+    """
+    group: dict[str, np.ndarray] = {}
+
+    def save() -> None:
+        ocp.partial.save(str(path.absolute()), unflatten(group), custom_metadata=custom_metadata)
+        for value in group.values():
+            wrote(value.nbytes)
+        group.clear()
+
+    for name, leaf in arrays.items():
+        group[name] = leaf.read()
+        if sum(value.nbytes for value in group.values()) > _GROUP_BYTES:
+            save()
+    if group:
+        save()
+    ocp.partial.finalize(str(path.absolute()))

@@ -1,0 +1,184 @@
+"""Textual inversion: words that a text encoder never saw, each a few vectors in front of it, learnt from pictures.
+
+Gal et al. 2022, arXiv:2208.01618. Nothing but the token embedding changes: it gets a row a vector behind CLIP's own
+49408, and the tower's `added_tokens` name the rows. A concept `<tok>` of three vectors is the words `<tok>`, `<tok>_1`
+and `<tok>_2`, as diffusers has it; prompts call it `<tok>`. Files are safetensors, in one of three forms:
+
+    {"<tok>": [vectors, width]}                                 diffusers: one text encoder
+    {"emb_params": [vectors, width]}                            AUTOMATIC1111's: the same, called as the file is
+    {"clip_l": [vectors, 768], "clip_g": [vectors, 1280]}       SDXL's two, called as the file is
+
+A single vector may be [width]. Pickled files, which both tools wrote before, are refused: loading a pickle may run any
+program that is in it.
+
+The pooled vector of a prompt with such words is read at the end of the text. transformers reads it at the word itself
+if its configuration says `eos_token_id: 2`, as those of SDXL do, and warns in a comment that this
+does not go together with added words; so there diffusers' pooled vector, which SDXL uses, is another.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from sdxl_jax.arrays import Params, type_of_array
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.text import Tower
+from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.model import Model
+from sdxl_jax.weights.formats.safetensors import PICKLES, open_file
+
+TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+"""Which text encoder a key of SDXL's files is for."""
+_NAMELESS = ("emb_params", *TOWERS)
+_FORMS = 'Expected {"<token>": vectors}, {"emb_params": vectors} or {"clip_l": vectors, "clip_g": vectors}'
+
+Vectors = Float[np.ndarray, "_vectors _width"]
+Embedding = Float[type_of_array, "_vocabulary _width"]
+
+
+def read(path: Path) -> dict[str, Vectors]:
+    """The vectors of a file by its own keys, float32.
+
+    Raises InputError for a file that is missing, damaged, pickled, or holds something else.
+    """
+    if path.suffix.lower() in PICKLES:
+        raise InputError(
+            f"{path} is a pickle, which can run any program when it is loaded. Convert it to .safetensors with the "
+            "tool that made it"
+        )
+    tensors, _ = open_file(path)
+    keys = list(tensors)
+    if len(keys) != 1 and set(keys) != set(TOWERS):
+        listed = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
+        raise InputError(f"{path} holds {len(keys)} arrays ({listed}), no textual inversion. {_FORMS}")
+    vectors = {key: tensor.read() for key, tensor in tensors.items()}
+    for key, rows in vectors.items():
+        if rows.ndim not in (1, 2) or not rows.size or not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise InputError(f"{path} has {key} of shape {rows.shape}, {rows.dtype}. Expected numbers [vectors, width]")
+        if not np.isfinite(rows.astype(np.float32)).all():
+            raise InputError(f"{path} has {key} with numbers that are not finite. Fetch it anew, or use another")
+    return {key: np.atleast_2d(rows.astype(np.float32)) for key, rows in vectors.items()}
+
+
+def add(model: Model, path: str | Path, token: str | None = None) -> Model:
+    """The model with one more concept; the given one stays as it is.
+
+    token: what prompts call it; default: the name in the file, or of the file.
+
+    Raises InputError for a file that `read` refuses, vectors that are not for all of this model's text encoders and
+    them alone, a token that is there already or cannot be one.
+    """
+    path = Path(path)
+    vectors = read(path)
+    if token is None:
+        key = next(iter(vectors))
+        token = path.stem if key in _NAMELESS else key
+    given = _by_tower(model.config.text, vectors, path)
+
+    towers, params = [], dict(model.params)
+    for tower in model.config.text:
+        rows = given[tower.name]
+        grown = (*tower.added_tokens, token, *(f"{token}_{number}" for number in range(1, len(rows))))
+        _check_names(tower, token, grown, path)
+        used = text.FIRST_ADDED + len(tower.added_tokens)  # rows behind have no word that would call them
+        old = _embedding(params, tower)
+        if isinstance(old, jax.Array):
+            new = jnp.concatenate([old[:used], jnp.asarray(rows, old.dtype)])
+        else:
+            new = np.concatenate([old[:used], rows.astype(old.dtype)])
+        towers.append(_with_tokens(tower, grown, len(new)))
+        params[tower.name] = _with_embedding(params[tower.name], new)
+    return model._replace(config=dataclasses.replace(model.config, text=tuple(towers)), params=params)
+
+
+def remove(model: Model, token: str) -> Model:
+    """The model without a concept, with all of its vectors; those added later move up.
+
+    Raises InputError for a concept that the model does not have.
+    """
+    known = names(model)
+    if token not in known:
+        listed = f"Known, nearest first: {', '.join(nearest_first(token, known))}" if known else "It has none"
+        raise InputError(f"The model has no textual inversion {token!r}. {listed}")
+    towers, params = [], dict(model.params)
+    for tower in model.config.text:
+        added = tower.added_tokens
+        gone = text.concept_words(token, added) if token in added else ()
+        old = _embedding(params, tower)
+        rows = np.array([text.FIRST_ADDED + added.index(word) for word in gone], int)
+        new = (jnp if isinstance(old, jax.Array) else np).delete(old, rows, axis=0)
+        towers.append(_with_tokens(tower, tuple(word for word in added if word not in gone), len(new)))
+        params[tower.name] = _with_embedding(params[tower.name], new)
+    return model._replace(config=dataclasses.replace(model.config, text=tuple(towers)), params=params)
+
+
+def names(model: Model) -> dict[str, int]:
+    """The model's concepts by what prompts call them, and how many vectors each has; the most of any text encoder."""
+    counts: dict[str, int] = {}
+    for tower in model.config.text:
+        for token, count in text.concepts(tower.added_tokens).items():
+            counts[token] = max(count, counts.get(token, 0))
+    return counts
+
+
+def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: Path) -> dict[str, Vectors]:
+    """The vectors by text encoder. Raises InputError if one does not fit, or is missing."""
+    widths = {tower.name: tower.clip.width for tower in towers}
+    if set(vectors) <= set(TOWERS):
+        given = {TOWERS[key]: rows for key, rows in vectors.items()}
+        if len(given) > 1 and list(widths) == ["text_encoder_2"]:  # the refiner reads half of base's
+            del given["text_encoder"]
+    else:
+        (rows,) = vectors.values()
+        given = {next((name for name, width in widths.items() if width == rows.shape[1]), "none"): rows}
+    if any(widths.get(name) != rows.shape[1] for name, rows in given.items()):
+        held = ", ".join(f"{key} {rows.shape[1]}" for key, rows in vectors.items())
+        expected = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise InputError(
+            f"{path} was made for another family of models: its vectors are as wide as {held}, the embeddings of this "
+            f"model's text encoders as {expected}. Use one that was made for this family"
+        )
+    if missing := [name for name in widths if name not in given]:
+        raise InputError(
+            f"{path} has vectors for {' and '.join(given)}, but none for this model's {' and '.join(missing)}. Use one "
+            "that was made for this model; if it is in two files, join them in one with the keys clip_l and clip_g"
+        )
+    return given
+
+
+def _check_names(tower: Tower, token: str, grown: tuple[str, ...], path: Path) -> None:
+    """Raises InputError if the tokens from len(tower.added_tokens) on cannot be told from others."""
+    remedy = 'Give another name with token="…", or --embedding FILE:NAME on the command line'
+    before, added = tower.added_tokens, grown[len(tower.added_tokens) :]
+    if unusable := [word for word in added if not text.can_be_added(word)]:
+        raise InputError(
+            f"{path} cannot be called {unusable[0]!r}: that is in CLIP's own vocabulary, is empty, or begins or ends "
+            f"in a space. {remedy}"
+        )
+    repeated = {word.lower() for word in before} & {word.lower() for word in added}  # in a prompt, case is lost
+    # Or one concept would become vectors of another, as <tok>_1 would of <tok>.
+    if repeated or text.concepts(grown) != {**text.concepts(before), token: len(added)}:
+        raise InputError(
+            f"{path}: the model already has a token {token!r}, or one that would be mixed up with it; it has "
+            f"{', '.join(text.concepts(before))}. {remedy}"
+        )
+
+
+def _embedding(params: Params, tower: Tower) -> Embedding:
+    return params[tower.name]["token_embedding"]["embedding"]
+
+
+def _with_tokens(tower: Tower, added: tuple[str, ...], rows: int) -> Tower:
+    return dataclasses.replace(tower, added_tokens=added, clip=dataclasses.replace(tower.clip, vocabulary=rows))
+
+
+def _with_embedding(params: Params, new: Embedding) -> Params:
+    """A tower's parameters with another token embedding, placed as the old one is."""
+    old = params["token_embedding"]["embedding"]
+    placed = jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
+    return {**params, "token_embedding": {**params["token_embedding"], "embedding": placed}}

@@ -1,0 +1,443 @@
+"""From prompts to pictures, on a tiny model with random weights; and what becomes of the pictures.
+
+Compiling is most of the time: the tests share sizes and settings, so that few programs are made.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import MODEL, random_model
+
+from sdxl_jax import model as models
+from sdxl_jax.errors import InputError
+from sdxl_jax.evaluation.prompt_accuracy import hits
+from sdxl_jax.model import Model, NoPrompt
+from sdxl_jax.samplers.steps import Spacing
+from sdxl_jax.sampling import program
+from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
+from sdxl_jax.sampling.generate import Generated, encode_prompt, generate, micro_rows, text_to_image
+from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.sampling.program import Inputs, Recipe
+
+PROMPTS = ["a red cube", "two green birds"]
+SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size": 2}
+LATENT = (2, 3, 4)
+SAMPLE: Any = program.STAGED.denoise
+DECODE: Any = program.STAGED.decode
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model(MODEL, 0)
+
+
+@pytest.fixture(scope="module")
+def pictures(model: Model) -> Generated:
+    """What the other tests compare with: two prompts, one picture each, seed 0."""
+    return generate(model, PROMPTS, seed=0, **SETTINGS)
+
+
+def unlike(one: Generated, other: Generated) -> float:
+    """Largest difference of the latents, as a share of their largest value."""
+    return float(np.abs(one.latents - other.latents).max() / np.abs(other.latents).max())
+
+
+# The same picture, compiled for another batch size: float32 sums in another order, through two steps of the network.
+SAME = 1e-4
+# What counts as an effect: ten times that.
+EFFECT = 1e-3
+
+
+def assert_same_pictures(ours: np.ndarray, expected: np.ndarray) -> None:
+    """Within one level of 0..255: where a value lies between two, the last digit of a float32 decides."""
+    assert ours.dtype == expected.dtype == np.uint8
+    assert np.abs(ours.astype(int) - expected).max() <= 1
+
+
+# Pictures
+
+
+def test_pictures_are_bytes_of_the_size_that_was_asked_for(model: Model, pictures: Generated) -> None:
+    images = text_to_image(model, PROMPTS, **SETTINGS)
+    assert images.dtype == np.uint8
+    assert images.shape == (2, 16, 24, 3)
+    assert pictures.latents.shape == (2, *LATENT)
+    assert pictures.latents.dtype == np.float32
+    np.testing.assert_array_equal(images, pictures.images)
+    assert 20 < images.mean() < 235, "neither black nor white, where nothing could be compared"
+    assert (images[0] != images[1]).mean() > 0.5
+
+
+def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[Any] = []
+
+    def spy(inputs: Inputs, recipe: Recipe, watch: Any) -> tuple[jax.Array, jax.Array]:
+        positive, negative = inputs.micro
+        told = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
+        sizes.append((inputs.noise.shape[1:3], *told))
+        return jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise
+
+    monkeypatch.setattr(program, "staged", spy)
+    config = dataclasses.replace(MODEL, default_size=(16, 40))
+    generate(Model(config, model.params), PROMPTS[:1])
+    generate(Model(config, model.params), PROMPTS[:1], height=24)
+    generate(Model(config, model.params), PROMPTS[:1], width=8)
+    assert sizes == [((h // 8, w // 8), [h, w], [h, w]) for h, w in ((16, 40), (24, 40), (16, 8))]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_seed_0_is_a_seed(model: Model, pictures: Generated) -> None:
+    # Elsewhere `if seed:` takes seed 0 for no seed, and every picture of it is another.
+    np.testing.assert_array_equal(generate(model, PROMPTS, seed=0, **SETTINGS).images, pictures.images)
+    other = [generate(model, PROMPTS, seed=seed, **SETTINGS) for seed in (1, 2)]
+    assert unlike(other[0], pictures) > 0.1
+    assert unlike(other[0], other[1]) > 0.1
+
+
+def test_a_picture_does_not_depend_on_how_many_are_made_or_how_many_at_a_time(model: Model) -> None:
+    four = generate(model, PROMPTS[:1], num_images=4, **SETTINGS)
+    assert len({image.tobytes() for image in four.images}) == 4
+    # Three in batches of two: the same program, the last batch filled up. Bit for bit.
+    three = generate(model, PROMPTS[:1], num_images=3, **SETTINGS)
+    np.testing.assert_array_equal(three.images, four.images[:3])
+    np.testing.assert_array_equal(three.latents, four.latents[:3])
+    # One at a time is another program.
+    single = generate(model, PROMPTS[:1], num_images=2, **{**SETTINGS, "batch_size": 1})
+    np.testing.assert_allclose(single.latents, four.latents[:2], atol=SAME * np.abs(four.latents).max())
+    assert_same_pictures(single.images, four.images[:2])
+
+
+def test_pictures_come_in_the_order_of_prompts_then_images(model: Model) -> None:
+    both = generate(model, PROMPTS, num_images=2, **SETTINGS)
+    first = generate(model, PROMPTS[:1], num_images=2, **SETTINGS)
+    np.testing.assert_array_equal(both.images[:2], first.images)
+    # Pictures of the second prompt are numbers 2 and 3, whose noise is their own.
+    again = generate(model, [PROMPTS[1]] * 4, **SETTINGS)
+    np.testing.assert_array_equal(both.images[2:], again.images[2:])
+
+
+def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, pictures: Generated) -> None:
+    before = SAMPLE._cache_size(), DECODE._cache_size()
+    assert min(before) > 0
+    changed = generate(
+        model,
+        ["a much longer prompt with many more words than the others", ""],
+        negative_prompts=["blurry", None],
+        guidance=7.5,
+        seed=3,
+        original_size=Size(40, 50),
+        crop=Position(1, 2),
+        target_size=Size(16, 24),
+        **SETTINGS,
+    )
+    assert unlike(changed, pictures) > EFFECT
+    assert (SAMPLE._cache_size(), DECODE._cache_size()) == before
+
+
+# Guidance and negative prompts
+
+
+def traced(inputs: Inputs, recipe: Recipe, watch: Any = None) -> tuple[jax.Array, jax.Array]:
+    """Zeros in place of pictures and latents: the program is traced, not compiled."""
+    images, latents = jax.eval_shape(functools.partial(program.draw, recipe=recipe), inputs)
+    return jnp.zeros(images.shape, images.dtype), jnp.zeros(latents.shape)
+
+
+def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[int] = []
+    evaluate = program.unet.apply
+
+    def spy(config: Any, params: Any, latent: jax.Array, *rest: Any) -> jax.Array:
+        batches.append(len(latent))
+        return evaluate(config, params, latent, *rest)
+
+    monkeypatch.setattr(program.unet, "apply", spy)
+    monkeypatch.setattr(program, "staged", traced)
+    for guidance, expected in ((1.0, 2), (5.0, 4), (0.0, 4)):
+        batches.clear()
+        generate(model, PROMPTS, guidance=guidance, **SETTINGS)
+        assert set(batches) == {expected}, guidance
+
+
+def test_guidance_1_is_the_limit_of_guidance(model: Model, pictures: Generated) -> None:
+    # If prompt and negative prompt were mixed up, guidance near 1 would be near the negative.
+    alone = generate(model, PROMPTS, guidance=1.0, **SETTINGS)
+    nearly = generate(model, PROMPTS, guidance=1.00001, **SETTINGS)
+    assert unlike(nearly, alone) < SAME
+    assert unlike(pictures, alone) > EFFECT, "guidance 5 is not 1"
+
+
+def test_guidance_0_draws_the_negative_prompt(model: Model) -> None:
+    drawn = generate(model, PROMPTS, negative_prompts=PROMPTS[::-1], guidance=0.0, **SETTINGS)
+    asked = generate(model, PROMPTS[::-1], guidance=1.0, **SETTINGS)
+    assert unlike(drawn, asked) < SAME
+    assert unlike(generate(model, PROMPTS, guidance=1.0, **SETTINGS), asked) > EFFECT
+
+
+def test_no_negative_prompt_is_zeros_in_sdxl_and_not_the_empty_one(model: Model, pictures: Generated) -> None:
+    empty = generate(model, PROMPTS, negative_prompts=["", ""], **SETTINGS)
+    assert unlike(empty, pictures) > EFFECT
+    # Each picture for itself.
+    mixed = generate(model, PROMPTS, negative_prompts=[None, ""], **SETTINGS)
+    np.testing.assert_array_equal(mixed.images[0], pictures.images[0])
+    np.testing.assert_array_equal(mixed.images[1], empty.images[1])
+
+
+def test_no_negative_prompt_is_the_empty_one_in_models_that_were_trained_so(model: Model) -> None:
+    other = Model(dataclasses.replace(MODEL, no_prompt=NoPrompt.EMPTY), model.params)
+    absent = generate(other, PROMPTS, **SETTINGS)
+    np.testing.assert_array_equal(absent.images, generate(other, PROMPTS, negative_prompts=["", ""], **SETTINGS).images)
+    assert unlike(absent, generate(other, PROMPTS, negative_prompts=["blurry", "grey"], **SETTINGS)) > EFFECT
+    # What "" means does not depend on what stands for nothing.
+    sdxl = generate(model, PROMPTS, negative_prompts=["", ""], **SETTINGS)
+    assert unlike(absent, sdxl) < SAME
+
+
+def test_each_prompt_has_its_own_negative_prompt_also_for_several_images(model: Model) -> None:
+    several = generate(model, PROMPTS, negative_prompts=["blurry", "grey"], num_images=2, **SETTINGS)
+    spelt_out = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    negatives = ["blurry", "blurry", "grey", "grey"]
+    expected = generate(model, spelt_out, negative_prompts=negatives, **SETTINGS)
+    np.testing.assert_array_equal(several.images, expected.images)
+
+
+# Sizes and crops
+
+
+SIZES: dict[str, Any] = {"original_size": Size(60, 24), "crop": Position(0, 9), "target_size": Size(16, 40)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_each_size_changes_the_picture_for_the_prompt_and_for_the_negative(
+    name: str, model: Model, pictures: Generated
+) -> None:
+    # Elsewhere the negative crop is ignored.
+    own: Any = Position(0, 0) if name == "crop" else Size(16, 24)
+    both = generate(model, PROMPTS, **{name: SIZES[name]}, **SETTINGS)
+    prompt = generate(model, PROMPTS, **{name: SIZES[name], f"negative_{name}": own}, **SETTINGS)
+    negative = generate(model, PROMPTS, **{f"negative_{name}": SIZES[name]}, **SETTINGS)
+    versions = [pictures, both, prompt, negative]
+    for index, one in enumerate(versions):
+        for other in versions[:index]:
+            assert unlike(one, other) > EFFECT
+
+
+def test_negative_sizes_are_right_for_every_picture_of_a_batch(model: Model) -> None:
+    # Elsewhere they are right at batch 1 alone.
+    given: dict[str, Any] = {
+        **{"original_size": Size(50, 40), "crop": Position(3, 1)},
+        **{"negative_original_size": Size(20, 90), "negative_crop": Position(0, 7)},
+        **{"negative_target_size": Size(8, 8), "num_images": 2},
+    }
+    together = generate(model, PROMPTS[:1], **given, **SETTINGS)
+    one_by_one = generate(model, PROMPTS[:1], **given, **{**SETTINGS, "batch_size": 1})
+    assert unlike(together, one_by_one) < SAME
+    assert_same_pictures(together.images, one_by_one.images)
+
+
+def test_sizes_are_height_then_width_and_by_default_the_pictures_own() -> None:
+    for rows in micro_rows(Options(), 2, Size(24, 40)):
+        np.testing.assert_array_equal(rows.original_size, [[24, 40]] * 2)
+        np.testing.assert_array_equal(rows.crop_top_left, [[0, 0]] * 2)
+        np.testing.assert_array_equal(rows.target_size, [[24, 40]] * 2)
+        assert {np.asarray(array).dtype for array in rows[:3]} == {np.dtype(np.int32)}
+    given = Options(
+        original_size=Size(1, 2),
+        crop=Position(3, 4),
+        target_size=Size(5, 6),
+        aesthetic_score=7.5,
+        negative_crop=Position(0, 0),
+    )
+    positive, negative = micro_rows(given, 1, Size(24, 40))
+    assert [np.asarray(array).ravel().tolist() for array in positive] == [[1, 2], [3, 4], [5, 6], [7.5]]
+    assert [np.asarray(array).ravel().tolist() for array in negative] == [[1, 2], [0, 0], [5, 6], [2.5]]
+
+
+def test_the_negative_has_its_own_aesthetic_score() -> None:
+    def told(**options: Any) -> list[list[float]]:
+        return [np.asarray(rows.aesthetic_score).tolist() for rows in micro_rows(Options(**options), 2, Size(8, 8))]
+
+    assert told() == [[6.0] * 2, [2.5] * 2]
+    assert told(aesthetic_score=9.0) == [[9.0] * 2, [2.5] * 2]
+    assert told(negative_aesthetic_score=1.0) == [[6.0] * 2, [1.0] * 2]
+
+
+# Noise
+
+
+def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
+    noise = np.random.default_rng(0).standard_normal((2, *LATENT), np.float32)
+    prompts = PROMPTS[:1] * 2
+    first = generate(model, prompts, init_noise=noise, **SETTINGS)
+    np.testing.assert_array_equal(first.images, generate(model, prompts, init_noise=noise, seed=5, **SETTINGS).images)
+    # Each picture has its own row of it.
+    swapped = generate(model, prompts, init_noise=noise[::-1].copy(), **SETTINGS)
+    np.testing.assert_array_equal(swapped.images, first.images[::-1])
+    assert (first.images[0] != first.images[1]).any()
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 12}, "height 12 × width 24: expected positive multiples of 8"),
+        ({"width": 20}, "height 16 × width 20: expected positive multiples of 8"),
+        ({"height": 0}, "height 0 × width 24: expected positive multiples of 8"),
+        ({"width": -8}, "height 16 × width -8: expected positive multiples of 8"),
+        ({"steps": 0}, "steps=0, expected 1 to 1000"),
+        ({"steps": 1001}, "steps=1001, expected 1 to 1000"),
+        ({"sampler": "eular"}, r"no sampler 'eular'. Known, nearest first: \['euler', "),
+        ({"sampler": "ddimm"}, r"no sampler 'ddimm'. Known, nearest first: \['ddim', "),
+        ({"num_images": 0}, "num_images=0, expected 1 or more"),
+        ({"batch_size": 0}, "batch_size=0, expected 1 or more"),
+        ({"prompts": []}, "nothing to make: give at least one prompt"),
+        ({"negative_prompts": ["blurry"]}, "1 negative prompts for 2 prompts. Give one each, or none"),
+        ({"negative_prompts": []}, "0 negative prompts for 2 prompts. Give one each, or none"),
+        (
+            {"init_noise": np.zeros((2, 3, 2, 4), np.float32)},
+            r"initial noise has shape \(2, 3, 2, 4\), expected \(2, 2, 3, 4\)",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused_before_anything_is_compiled(
+    changes: dict[str, Any], message: str, model: Model
+) -> None:
+    before = SAMPLE._cache_size()
+    with pytest.raises(InputError, match=message):
+        generate(model, **{"prompts": PROMPTS, **SETTINGS, **changes})
+    assert SAMPLE._cache_size() == before
+
+
+def test_a_model_with_parts_missing_is_refused_by_their_names(model: Model) -> None:
+    alone = model._replace(params={"vae": model.params["vae"]})
+    with pytest.raises(InputError, match=r"no unet, text_encoder, text_encoder_2, only vae\. .*--parts-from"):
+        generate(alone, PROMPTS, **SETTINGS)
+    with pytest.raises(InputError, match=r"no text_encoder, text_encoder_2, only vae"):
+        encode_prompt(alone, PROMPTS)
+
+
+def test_a_model_for_inpainting_is_refused(model: Model) -> None:
+    config = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, in_channels=9))
+    with pytest.raises(
+        InputError, match=r"takes 9 channels, the latent has 4: a model for inpainting. Give an init image and a mask"
+    ):
+        generate(model._replace(config=config), PROMPTS, **SETTINGS)
+
+
+def test_zero_terminal_snr_is_drawn_without_infinities(model: Model) -> None:
+    rescaled = dataclasses.replace(MODEL.schedule, zero_terminal_snr=True)
+    config = dataclasses.replace(MODEL, schedule=rescaled, prediction=models.Prediction.V)
+    made = generate(Model(config, model.params), PROMPTS, timestep_spacing=Spacing.TRAILING, **SETTINGS)
+    assert np.isfinite(made.latents).all()
+
+
+# Text states
+
+
+def test_encoded_prompts_are_one_row_each(model: Model) -> None:
+    condition = encode_prompt(model, PROMPTS)
+    assert condition.context.shape == (2, 77, MODEL.unet.context_dim)
+    assert condition.pooled is not None
+    assert condition.pooled.shape == (2, 8)
+    assert float(jnp.abs(condition.pooled[0] - condition.pooled[1]).max()) > 0.01
+
+
+# Files
+
+
+def random_pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 200, (*size, 3), np.uint8) for size in sizes]
+
+
+def test_contact_sheet_shows_every_picture_in_rows_with_something_under_each() -> None:
+    pictures = random_pictures((16, 24), (24, 16), (16, 24))
+    captions = ["a cat", "a dog", "a bird"]
+    sheet, blank = (np.asarray(contact_sheet(pictures, texts, columns=2)) for texts in (captions, [""] * 3))
+
+    def position(picture: np.ndarray, where: np.ndarray) -> tuple[int, int]:
+        height, width, _ = picture.shape
+        places = [
+            (top, left)
+            for top in range(where.shape[0] - height + 1)
+            for left in range(where.shape[1] - width + 1)
+            if np.array_equal(where[top : top + height, left : left + width], picture)
+        ]
+        assert len(places) == 1
+        return places[0]
+
+    (top_0, left_0), (top_1, left_1), (top_2, left_2) = (position(picture, sheet) for picture in pictures)
+    assert top_0 == top_1 < top_0 + 24 <= top_2
+    assert left_2 == left_0 < left_0 + 24 <= left_1
+    # Without captions, nothing but the pictures is drawn, and the sheet is lower.
+    for picture in pictures:
+        top, left = position(picture, blank)
+        blank = blank.copy()
+        blank[top : top + picture.shape[0], left : left + picture.shape[1]] = 255
+    assert (blank == 255).all()
+    assert sheet.shape[0] > blank.shape[0]
+    assert (sheet[top_0 + 24 : top_2] < 128).any(), "captions are written under the first row"
+
+
+def test_contact_sheet_enlarges_small_pictures() -> None:
+    pictures = random_pictures((16, 24))
+    sheet = contact_sheet(pictures, [""], columns=5, scale=3)
+    assert sheet.width >= 72
+    assert sheet.height >= 48
+    assert sheet.width < 2 * 72, "one picture takes no room for five"
+
+
+def test_png_has_its_pixels_and_its_text(tmp_path: Path) -> None:
+    (picture,) = random_pictures((16, 24))
+    text = {"prompt": "a café, 漢字 🐈", "seed": "0"}
+    path = tmp_path / "new" / "folder" / "000000.png"
+    save_png(Image.fromarray(picture), path, text)
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.text == text  # pyright: ignore[reportAttributeAccessIssue]
+        np.testing.assert_array_equal(np.asarray(image), picture)
+    assert [file.name for file in path.parent.iterdir()] == ["000000.png"]
+
+
+def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = (Image.fromarray(picture) for picture in random_pictures((16, 24), (16, 24)))
+    path, new = tmp_path / "a.png", tmp_path / "b.png"
+    save_png(before, path)
+    kept = path.read_bytes()
+
+    def full_disk(image: Image.Image, target: Any, **options: Any) -> None:
+        Path(target).write_bytes(kept[:50])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    for target in (path, new):
+        with pytest.raises(OSError, match="no space left"):
+            save_png(after, target)
+    assert path.read_bytes() == kept
+    assert not new.exists()
+
+
+# Prompt accuracy
+
+
+def test_prompt_accuracy_is_a_hit_where_the_nearest_picture_has_the_caption() -> None:
+    training = np.stack(random_pictures(*[(40, 48)] * 3))
+    captions = ["a", "b", "c"]
+    noisy = np.clip(training.astype(int) + np.random.default_rng(1).integers(-20, 21, training.shape), 0, 255)
+    samples = noisy.astype(np.uint8)
+    assert hits(samples, captions, training, captions) == [True, True, True]
+    assert hits(samples, ["a", "c", "b"], training, captions) == [True, False, False]
+    # Two pictures of one caption: either will do.
+    assert hits(samples, ["a", "a", "c"], training, ["a", "a", "c"]) == [True, True, True]

@@ -1,0 +1,268 @@
+"""What hosts promise each other: to stop at the same place, to name who differs, not to wait for ever.
+
+Several hosts are threads here, around a coordination service of a few lines; real processes are in test_killing.py.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from sdxl_jax.conditioning.text import Tokenizer
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
+from sdxl_jax.training import loop
+from sdxl_jax.training import processes as hosting
+from sdxl_jax.training.processes import HostFailed, Hosts, Interrupted
+
+
+class Service:
+    """What Hosts uses of jax's client of the coordination service."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+
+    def key_value_set(self, key: str, value: str, allow_overwrite: bool = False) -> None:
+        assert allow_overwrite or key not in self.values
+        self.values[key] = value
+
+    def key_value_dir_get(self, place: str) -> list[tuple[str, str]]:
+        return [(key, value) for key, value in list(self.values.items()) if key.startswith(place)]
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        deadline = time.monotonic() + milliseconds / 1000
+        while key not in self.values:
+            if time.monotonic() > deadline:
+                raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {key}")
+            time.sleep(0.01)
+        return self.values[key]
+
+    def wait_at_barrier(self, name: str, milliseconds: int) -> None:
+        del name, milliseconds
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> list[Hosts]:
+    """Hosts of one run, not entered: entering is done in their threads."""
+    service = Service()
+    made = []
+    monkeypatch.setattr(hosting.jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(hosting.atexit, "register", lambda *_: None)
+
+    def join(self: Hosts) -> None:
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    monkeypatch.setattr(Hosts, "_join", join)
+    for index in range(3):
+        host = Hosts(1.0)
+        host.index, host.count, host._client, host._prefix = index, 3, service, "test"
+        made.append(host)
+    return made
+
+
+def together(hosts: list[Hosts], program: Any) -> list[Any]:
+    """What program(host) returns, or raises, for each host in a thread of its own."""
+
+    def run(host: Hosts) -> Any:
+        try:
+            with host:
+                return program(host)
+        except BaseException as error:
+            return error
+
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(run, hosts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_signal_on_any_host_stops_all_after_the_same_step(three: list[Hosts], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pauses = rng.uniform(0, 0.02, (3, 1000))
+    told, at = int(rng.integers(3)), int(rng.integers(5, 30))
+    made = [0, 0, 0]
+
+    def program(host: Hosts) -> int:
+        try:
+            for step in range(1000):
+                time.sleep(pauses[host.index, step])
+                if host.index == told and step == at:
+                    host._signalled = "SIGTERM"
+                host.point()
+                made[host.index] += 1
+        except Interrupted as stopped:
+            assert f"SIGTERM on host {told}" == stopped.signal_name
+        return made[host.index]
+
+    assert len(set(together(three, program))) == 1
+    assert at <= made[0] < 1000
+
+
+def test_a_signal_is_heard_while_work_is_waited_for_unless_another_host_is_past_it(three: list[Hosts]) -> None:
+    """Two hosts are compiling what the third has compiled: they finish. Behind it, all leave their work where it is."""
+    past = threading.Event()
+
+    def program(host: Hosts) -> float:
+        if host.index == 0:
+            host.point()
+            past.set()
+            host._signalled = "SIGTERM"
+        else:
+            past.wait()
+            host.wait(lambda: time.sleep(1))
+            host.point()
+        began = time.monotonic()
+        with pytest.raises(Interrupted):
+            host.wait(lambda: time.sleep(5))
+        return time.monotonic() - began
+
+    assert max(together(three, program)) < 4
+
+
+def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[Hosts]) -> None:
+    """The last checkpoint: hosts agree on it, and one is slow; its helper is still busy with what it left."""
+
+    def program(host: Hosts) -> list[str]:
+        if host.index == 0:
+            host._signalled = "SIGTERM"
+        with pytest.raises(Interrupted):
+            host.wait(lambda: time.sleep(4))
+        time.sleep(host.index)
+        began = time.monotonic()
+        said = host.gather(f"saved by {host.index}")
+        assert time.monotonic() - began < 3
+        return said
+
+    assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
+
+
+def test_what_a_host_told_before_the_stop_is_not_taken_for_what_it_tells_after(three: list[Hosts]) -> None:
+    """One has compiled the next bucket's step and has said so, the others are stopped compiling; then all save."""
+
+    def program(host: Hosts) -> list[str]:
+        host.point()
+        with pytest.raises(Interrupted):
+            if host.index:
+                host.wait(lambda: time.sleep(4))
+            else:
+                host._signalled = "SIGTERM"
+                host.gather("compiled")
+        return host.gather(f"saved by {host.index}", stops=False)
+
+    assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
+
+
+def test_hosts_that_agree_on_a_checkpoint_are_not_stopped_within(three: list[Hosts]) -> None:
+    """Else one host would begin it again while another has it."""
+
+    def program(host: Hosts) -> int:
+        if host.index == 0:
+            host._signalled = "SIGTERM"
+        time.sleep(host.index)
+        written = len(host.gather("", stops=False))
+        with pytest.raises(Interrupted):
+            host.point()
+        return written
+
+    assert together(three, program) == [3] * 3
+
+
+def test_hosts_gather_in_order(three: list[Hosts]) -> None:
+    assert (
+        together(three, lambda host: (host.gather(f"a{host.index}"), host.gather("b")))
+        == [(["a0", "a1", "a2"], ["b", "b", "b"])] * 3
+    )
+
+
+def test_a_host_that_differs_is_named_on_all_hosts(three: list[Hosts], tmp_path: Path) -> None:
+    config = tiny.train_config(tiny.make_folder(tmp_path / "pictures"))
+    dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
+
+    def program(host: Hosts) -> None:
+        training = dataclasses.replace(config.training, seed=int(host.index == 2))
+        host.compare(loop._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
+
+    for outcome in together(three, program):
+        assert isinstance(outcome, InputError)
+        assert "host 2 has another configuration: training.seed 0 -> 1" in str(outcome)
+        assert "host 1" not in str(outcome)
+
+
+def test_a_failure_on_one_host_ends_the_others_with_its_message(three: list[Hosts]) -> None:
+    def program(host: Hosts) -> None:
+        if host.index == 1:
+            raise InputError("its disk is full")
+        host.wait(lambda: time.sleep(8))
+
+    outcomes = together(three, program)
+    for index in (0, 2):
+        assert isinstance(outcomes[index], HostFailed)
+        assert str(outcomes[index]) == "Host 1 stopped: InputError: its disk is full"
+
+
+def test_one_process_stops_at_its_next_point_and_gets_its_handlers_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Interrupted) as stopped, Hosts(1.0) as hosts:
+        assert (hosts.is_first, hosts.count, hosts.gather("alone")) == (True, 1, ["alone"])
+        hosts.point()
+        os.kill(os.getpid(), signal.SIGTERM)
+        hosts.point()
+    assert (stopped.value.code, stopped.value.signal_name) == (0, "SIGTERM")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_an_error_in_what_is_waited_for_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError), Hosts(1.0) as hosts:
+        hosts.wait(lambda: 1 / 0)
+
+
+ALONE = """
+import sys
+from sdxl_jax.errors import InputError
+from sdxl_jax.training.hosts import Hosts
+try:
+    with Hosts(1.0):
+        pass
+except InputError as error:
+    print(f"refused: {error}", file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            "refused: Not all processes of this run joined within hosts.join_timeout_seconds=1. This one has "
+            "JAX_COORDINATOR_ADDRESS=localhost:1, JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=1",
+        ),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"},
+            "refused: The processes cannot be joined: The process id of the current process must be defined",
+        ),
+        ({"JAX_NUM_PROCESSES": "two"}, "refused: The environment has JAX_NUM_PROCESSES='two'. Give a whole number"),
+    ],
+)
+def test_hosts_that_cannot_join_say_why(environment: dict[str, str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        env=os.environ | environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert message in done.stderr
+    assert done.returncode == 2

@@ -1,0 +1,529 @@
+"""Every way to draw: in parts or as one program, guidance of all kinds, refiners, pictures to start from, long prompts.
+
+Models are tiny, with random weights. What the pictures should be like is known from other pictures: of the same way
+asked for in other words, or of its limit. Agreement with diffusers is in `parity/`.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import compiling
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import MODEL, random_model
+
+from sdxl_jax import sharding
+from sdxl_jax.conditioning.micro import MicroConfig, Numbers
+from sdxl_jax.conditioning.prompts import LongPrompts
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import Model, ModelConfig, NoPrompt
+from sdxl_jax.models import vae
+from sdxl_jax.models.layers import Compute, Dtype
+from sdxl_jax.models.unet import Part
+from sdxl_jax.samplers.steps import SAMPLERS, Family, Sigmas, Spacing
+from sdxl_jax.sampling import program
+from sdxl_jax.sampling.generate import Generated, Seen, _Job, generate, image_to_image, inpaint, refine, way
+from sdxl_jax.sampling.options import Options, Position
+from sdxl_jax.sampling.program import Begin
+from sdxl_jax.sharding import MeshConfig
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+PROMPTS = ["a red cube", "two green birds"]
+SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 4, "batch_size": 2}
+SAME, EFFECT = 1e-4, 1e-3
+"""Of the largest latent. The same picture from another program: float32 sums in another order, through four steps of
+the network, guided; and what counts as an effect: ten times that."""
+
+REFINER: ModelConfig = dataclasses.replace(
+    MODEL,
+    text=MODEL.text[-1:],
+    micro=MicroConfig(Numbers.SIZE_CROP_AESTHETIC, MODEL.micro.embedding_dim if MODEL.micro else 8),
+    no_prompt=NoPrompt.EMPTY,
+)
+REFINER = dataclasses.replace(
+    REFINER,
+    unet=dataclasses.replace(
+        REFINER.unet,
+        context_dim=REFINER.text[0].clip.width,
+        vector_dim=(REFINER.text[0].clip.projection_dim or 0) + REFINER.micro.vector_dim,  # pyright: ignore
+    ),
+)
+PAINTER = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, in_channels=9))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model(MODEL, 0)
+
+
+@pytest.fixture(scope="module")
+def refiner() -> Model:
+    return random_model(REFINER, 1)
+
+
+@pytest.fixture(scope="module")
+def pictures(model: Model) -> Generated:
+    return generate(model, PROMPTS, **SETTINGS)
+
+
+def unlike(one: Generated, other: Generated) -> float:
+    return float(np.abs(one.latents - other.latents).max() / np.abs(other.latents).max())
+
+
+def photograph(height: int = 16, width: int = 24) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 12, columns * 9, (rows + columns) * 5], axis=-1).astype(np.uint8)
+
+
+LEFT = np.zeros((16, 24), bool)
+LEFT[:, :8] = True
+"""A mask of whole latent pixels."""
+
+
+# Programs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": "dpmpp_2m_sde"},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in ({}, {"sampler": "unipc"}, {"sampler": "heun"}, {"guidance_interval": (0.25, 0.75)})
+        ),
+    ],
+    ids=str,
+)
+def test_one_program_three_programs_and_single_steps_draw_the_same(options: dict[str, Any], model: Model) -> None:
+    three = generate(model, PROMPTS, **options, **SETTINGS)
+    one = generate(model, PROMPTS, one_program=True, **options, **SETTINGS)
+    steps = generate(model, PROMPTS, watch=lambda seen: None, **options, **SETTINGS)
+    for other in (one, steps):
+        assert unlike(other, three) < SAME
+        assert np.abs(other.images.astype(int) - three.images).max() <= 1
+
+
+def compiled() -> int:
+    functions: list[Any] = [*program.STAGED, program.whole]
+    return sum(function._cache_size() for function in functions)
+
+
+@pytest.mark.parametrize("one_program", [False, True])
+def test_whatever_keeps_its_shape_compiles_nothing(one_program: bool, model: Model) -> None:
+    draw = lambda *prompts, **options: generate(model, list(prompts), one_program=one_program, **options)  # noqa: E731
+    draw(*PROMPTS, guidance=3.0, guidance_rescale=0.5, pag=1.0, **SETTINGS)
+    before = compiled()
+    draw("another", "prompt", guidance=9.0, guidance_rescale=0.1, pag=2.0, seed=7, first_index=5, **SETTINGS)
+    draw("one prompt", num_images=2, guidance=2.0, guidance_rescale=0.3, pag=0.5, crop=Position(3, 4), **SETTINGS)
+    # Noise levels are numbers too.
+    draw(*PROMPTS, guidance=3.0, guidance_rescale=0.5, pag=1.0, sigmas=Sigmas.KARRAS, **SETTINGS)
+    draw(*PROMPTS, guidance=3.0, guidance_rescale=0.5, pag=1.0, timestep_spacing=Spacing.TRAILING, **SETTINGS)
+    assert compiled() == before
+
+
+def test_watched_another_number_of_steps_and_another_sampler_compile_nothing(model: Model) -> None:
+    watch: Callable[[Seen], None] = lambda seen: None  # noqa: E731
+    generate(model, PROMPTS, watch=watch, **SETTINGS)
+    before = compiled()
+    generate(model, PROMPTS, watch=watch, **{**SETTINGS, "steps": 7})
+    generate(model, PROMPTS, watch=watch, sampler="ddim", **SETTINGS)
+    assert compiled() == before
+
+
+def test_weights_on_a_mesh_of_one_compile_a_step_once(model: Model, pictures: Generated) -> None:
+    """As `load_model` places them: the state that a step leaves must lie as the one that it was given."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    placed = model._replace(params=sharding.put(mesh, model.params))
+    denoise: Any = program.STAGED.denoise
+    before = denoise._cache_size()
+    made = generate(placed, PROMPTS, watch=lambda seen: None, **SETTINGS)
+    assert denoise._cache_size() == before + 1
+    assert unlike(made, pictures) < SAME
+
+
+def test_a_watcher_sees_every_step_and_ends_at_the_latent(model: Model) -> None:
+    seen: list[Seen] = []
+    made = generate(model, [*PROMPTS, "three"], watch=seen.append, **SETTINGS)
+    assert [(each.step, each.steps) for each in seen] == [(step, 4) for step in (1, 2, 3, 4)] * 2
+    assert [(each.first, each.images) for each in seen] == [(0, 2)] * 4 + [(2, 1)] * 4
+    np.testing.assert_allclose(seen[3].x0, made.latents[:2], atol=1e-6)
+    np.testing.assert_allclose(seen[7].x0, made.latents[2:], atol=1e-6)
+
+
+def test_a_watcher_that_raises_ends_the_drawing(model: Model) -> None:
+    def stop(seen: Seen) -> None:
+        if seen.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, watch=stop, **SETTINGS)
+
+
+@pytest.mark.slow
+def test_bfloat16_stays_near(model: Model, pictures: Generated) -> None:
+    halved = model._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    made = generate(halved, PROMPTS, compute=Compute(dtype=Dtype.BFLOAT16), **SETTINGS)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(halved.params)) * 2 == sum(
+        leaf.nbytes for leaf in jax.tree.leaves(model.params)
+    )
+    # bfloat16 keeps 8 bits: 0.4 % of each number, through 30 layers, four steps and guidance of 5.
+    assert EFFECT < unlike(made, pictures) < 0.15
+
+
+QUICK = ("unipc",)
+"""One that remembers."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
+)
+def test_every_sampler_draws_the_same_in_any_batch(name: str, model: Model) -> None:
+    together = generate(model, PROMPTS, sampler=name, **SETTINGS)
+    assert np.isfinite(together.latents).all()
+    alone = generate(model, PROMPTS[1:], sampler=name, first_index=1, **{**SETTINGS, "batch_size": 1})
+    assert np.abs(alone.latents[0] - together.latents[1]).max() < SAME * np.abs(together.latents).max()
+
+
+@pytest.mark.slow
+def test_samplers_differ_from_each_other_but_euler_is_ddim(model: Model) -> None:
+    """Where both visit the same timesteps: x₀ + sigma ε along the same ε."""
+    made = {name: generate(model, PROMPTS[:1], sampler=name, **SETTINGS) for name in SAMPLERS}
+    for one, other in itertools.combinations(made, 2):
+        if {one, other} == {"ddim", "euler"}:
+            assert unlike(made[one], made[other]) < SAME
+        else:
+            assert unlike(made[one], made[other]) > EFFECT, (one, other)
+
+
+# Guidance
+
+
+@pytest.mark.slow
+def test_sequential_guidance_is_batched_guidance(model: Model, pictures: Generated) -> None:
+    assert unlike(generate(model, PROMPTS, sequential=True, **SETTINGS), pictures) < SAME
+    both = [generate(model, PROMPTS, sequential=each, pag=2.0, **SETTINGS) for each in (False, True)]
+    assert unlike(*both) < SAME
+
+
+def evaluations(monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -> list[int]:
+    """Rows that the network is asked for in each step of one picture."""
+    rows: list[int] = []
+
+    def spy(*given: Any, state: Any, terms: program.Terms, **static: Any) -> Any:
+        rows.append(1 + terms.guided + bool(terms.perturbed))
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "STAGED", program.STAGED._replace(denoise=spy))
+        generate(model, PROMPTS[:1], watch=lambda seen: None, **{**SETTINGS, "batch_size": 1}, **options)
+    return rows
+
+
+def test_steps_outside_the_interval_ask_for_the_prompt_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert evaluations(monkeypatch, model) == [2, 2, 2, 2]
+    assert evaluations(monkeypatch, model, guidance=1.0) == [1, 1, 1, 1]
+    assert evaluations(monkeypatch, model, guidance_interval=(0.25, 0.75)) == [1, 2, 2, 1]
+    assert evaluations(monkeypatch, model, guidance_interval=(0.5, 1.0), pag=2.0) == [1, 1, 3, 3]
+    assert evaluations(monkeypatch, model, pag=2.0, guidance=1.0) == [2, 2, 2, 2]
+    assert evaluations(monkeypatch, model, guidance_interval=(0.0, 0.5), sampler="heun") == [2, 2, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.slow
+def test_guidance_over_no_step_is_none_and_over_all_is_all(model: Model, pictures: Generated) -> None:
+    without = generate(model, PROMPTS, guidance=1.0, **SETTINGS)
+    assert unlike(generate(model, PROMPTS, guidance_interval=(0.0, 0.01), **SETTINGS), without) < SAME
+    half = generate(model, PROMPTS, guidance_interval=(0.0, 0.5), **SETTINGS)
+    assert unlike(half, pictures) > EFFECT
+    assert unlike(half, without) > EFFECT
+
+
+@pytest.mark.slow
+def test_perturbed_attention_and_rescaling_change_the_picture_by_their_strength(
+    model: Model, pictures: Generated
+) -> None:
+    for name, nearly, much in (("pag", 1e-5, 2.0), ("guidance_rescale", 1e-5, 0.7)):
+        assert unlike(generate(model, PROMPTS, **{name: nearly}, **SETTINGS), pictures) < SAME
+        assert unlike(generate(model, PROMPTS, **{name: much}, **SETTINGS), pictures) > EFFECT
+    parts = [generate(model, PROMPTS, pag=2.0, pag_parts=each, **SETTINGS) for each in ((Part.MIDDLE,), (Part.UP,))]
+    assert unlike(*parts) > EFFECT
+
+
+def test_a_distilled_model_is_drawn_from_without_guidance(model: Model) -> None:
+    distilled = model._replace(config=dataclasses.replace(MODEL, distilled=True))
+    made = generate(distilled, PROMPTS, **SETTINGS)
+    assert unlike(made, generate(model, PROMPTS, guidance=1.0, **SETTINGS)) == 0
+    with pytest.raises(InputError, match=r"guidance=5, but this model is distilled.*set it to 1"):
+        generate(distilled, PROMPTS, guidance=5.0, **SETTINGS)
+
+
+# Base and refiner
+
+
+def test_the_refiner_takes_over_where_it_is_told_to(model: Model, refiner: Model) -> None:
+    options = Options(steps=20, handoff=0.8)
+    legs, stretches = way(MODEL, REFINER, options)
+    assert [(leg.model, leg.begin, len(each.plan.timestep)) for leg, each in zip(legs, stretches, strict=True)] == [
+        (0, Begin.NOISE, 16),
+        (1, Begin.HAND_OVER, 4),
+    ]
+    assert stretches[0].plan.timestep.min() >= 200 > stretches[1].plan.timestep.max()
+    np.testing.assert_array_equal(stretches[0].plan.next_sigma_t[-1], stretches[1].plan.sigma_t[0])
+    assert int(stretches[1].first) == 16
+
+
+@pytest.mark.slow
+def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model: Model, pictures: Generated) -> None:
+    """But for samplers that remember, Euler does not: the way in two legs is the way in one."""
+    twin = model._replace(config=dataclasses.replace(MODEL))
+    legs, stretches = way(MODEL, MODEL, Options(steps=4, handoff=0.5))
+    whole, _ = way(MODEL, None, Options(steps=4))
+    assert [leg.model for leg in legs] == [0, 1]
+    assert len(whole) == 1
+    recipe = program.Recipe((MODEL, MODEL), False, legs, Compute(), None)
+    job = _Job(model, None, PROMPTS, None, None, None, None, Options(**SETTINGS))
+    inputs = program.Inputs(
+        params=(model.params, twin.params),
+        stretches=stretches,
+        strengths=program.Strengths(*map(np.float32, (5, 0, 0))),
+        scale=np.float32(1),
+        **job.rows,
+    )
+    _, latents = program.staged(inputs, recipe)
+    assert np.abs(np.asarray(latents) - pictures.latents).max() < SAME * np.abs(pictures.latents).max()
+
+
+@pytest.mark.slow
+def test_a_refiner_changes_the_picture_in_both_ways_and_more_if_it_has_more_steps(
+    model: Model, refiner: Model, pictures: Generated
+) -> None:
+    made = [
+        generate(model, PROMPTS, refiner=refiner, **given, **SETTINGS)
+        for given in ({"handoff": 0.75}, {"handoff": 0.25}, {"refine_strength": 0.5}, {"refine_strength": 1.0})
+    ]
+    for index, one in enumerate(made):
+        assert unlike(one, pictures) > EFFECT
+        for other in made[:index]:
+            assert unlike(one, other) > EFFECT
+    scored = generate(model, PROMPTS, refiner=refiner, handoff=0.25, aesthetic_score=9.0, **SETTINGS)
+    assert unlike(scored, made[1]) > EFFECT
+    negative = generate(model, PROMPTS, refiner=refiner, handoff=0.25, negative_aesthetic_score=9.0, **SETTINGS)
+    assert unlike(negative, made[1]) > EFFECT
+
+
+def test_one_set_of_text_states_serves_both(model: Model, refiner: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = MODEL.text[-1].name
+    same = refiner._replace(params={**refiner.params, tower: model.params[tower]})
+    without = refiner._replace(params={name: part for name, part in same.params.items() if name != tower})
+    own = generate(model, PROMPTS, refiner=same, handoff=0.5, **SETTINGS)
+    encoded: list[Any] = []
+    real = program.STAGED.text_states
+
+    def spy(*given: Any, towers: Any, **static: Any) -> Any:
+        encoded.append([each.name for each in towers])
+        return real(*given, towers=towers, **static)
+
+    monkeypatch.setattr(program, "STAGED", program.STAGED._replace(text_states=spy))
+    shared = generate(model, PROMPTS, refiner=without, handoff=0.5, **SETTINGS)
+    assert encoded == [[each.name for each in MODEL.text]]
+    assert unlike(shared, own) < SAME
+
+
+@pytest.mark.slow
+def test_a_refiners_pictures_do_not_depend_on_the_batch(model: Model, refiner: Model) -> None:
+    for given in ({"handoff": 0.5}, {"refine_strength": 0.5}):
+        together = generate(model, PROMPTS, refiner=refiner, **given, **SETTINGS)
+        alone = generate(model, PROMPTS, refiner=refiner, **given, **{**SETTINGS, "batch_size": 1})
+        assert unlike(alone, together) < SAME
+
+
+# Pictures to start from
+
+
+@pytest.mark.slow
+def test_strength_says_how_much_is_left_of_the_picture(model: Model) -> None:
+    first = program.STAGED.encode(model.params["vae"], jnp.asarray(photograph()[None]), config=MODEL, compute=Compute())
+
+    def distance(strength: float) -> float:
+        made = generate(
+            model, PROMPTS[:1], init_image=photograph(), strength=strength, guidance=1.0, **{**SETTINGS, "steps": 8}
+        )
+        return float(np.abs(made.latents - np.asarray(first)).mean())
+
+    distances = [distance(strength) for strength in (0.125, 0.5, 1.0)]
+    assert distances == sorted(distances)
+    assert distances[0] < 0.5 * distances[2]
+
+
+def test_init_images_of_any_size_are_fitted_and_name_the_size(model: Model) -> None:
+    images = image_to_image(model, PROMPTS[:1], photograph(21, 35), steps=2, strength=0.5)
+    assert images.shape == (1, 16, 32, 3)
+    assert image_to_image(model, PROMPTS[:1], photograph(40, 40), **SETTINGS).shape == (1, 16, 24, 3)
+
+
+def test_refining_a_picture_is_image_to_image_with_the_refiner(refiner: Model) -> None:
+    made = refine(refiner, PROMPTS[:1], photograph(), **SETTINGS)
+    np.testing.assert_array_equal(made, image_to_image(refiner, PROMPTS[:1], photograph(), strength=0.3, **SETTINGS))
+
+
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_inpainting_keeps_every_pixel_outside_of_the_mask(strength: float | None, model: Model) -> None:
+    images = inpaint(model, PROMPTS, photograph(), LEFT, strength=strength, **SETTINGS)
+    for image in images:
+        np.testing.assert_array_equal(image[~LEFT], photograph()[~LEFT])
+        assert (image[LEFT] != photograph()[LEFT]).mean() > 0.5
+
+
+def test_inpainting_leaves_the_latent_as_it_was_outside_of_the_mask(model: Model) -> None:
+    made = generate(model, PROMPTS, init_image=photograph(), mask=LEFT, **SETTINGS)
+    first = program.STAGED.encode(model.params["vae"], jnp.asarray(photograph()[None]), config=MODEL, compute=Compute())
+    np.testing.assert_allclose(made.latents[:, :, 1:], np.repeat(first, 2, axis=0)[:, :, 1:], atol=1e-6)
+
+
+def test_a_mask_over_everything_is_text_to_image(model: Model, pictures: Generated) -> None:
+    made = generate(model, PROMPTS, init_image=photograph(), mask=np.ones((16, 24), bool), **SETTINGS)
+    assert unlike(made, pictures) < SAME
+
+
+def test_a_unet_of_nine_channels_is_shown_mask_and_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = random_model(PAINTER, 2)
+    seen: list[Any] = []
+    real = program.STAGED.denoise
+
+    def spy(*given: Any, shown: Any, kept: Any, **static: Any) -> Any:
+        seen.append((shown, kept))
+        return real(*given, shown=shown, kept=kept, **static)
+
+    made = generate(painter, PROMPTS, init_image=photograph(), mask=LEFT, **SETTINGS)
+    for image in made.images:
+        np.testing.assert_array_equal(image[~LEFT], photograph()[~LEFT])
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "STAGED", program.STAGED._replace(denoise=spy))
+        again = generate(painter, PROMPTS, init_image=photograph(), mask=LEFT, **SETTINGS)
+    (shown, kept), *_ = seen
+    assert kept is None
+    assert shown.shape == (2, 2, 3, 5)
+    np.testing.assert_array_equal(shown[..., 0], [[[1, 0, 0], [1, 0, 0]]] * 2)
+    # 0 in −1..1, as diffusers multiplies by the mask there; no byte is that.
+    rest = np.where(LEFT[..., None], 0.0, photograph() / 127.5 - 1).astype(np.float32)
+    encoded = jax.jit(functools.partial(vae.encode, PAINTER.vae))(painter.params["vae"], jnp.asarray(rest[None])).mean
+    np.testing.assert_allclose(shown[0, ..., 1:], PAINTER.vae.scale * encoded[0], atol=1e-5)
+    assert unlike(again, made) < SAME
+    # What is left of the picture has a say.
+    other = generate(painter, PROMPTS, init_image=photograph()[::-1].copy(), mask=LEFT, **SETTINGS)
+    assert unlike(other, made) > EFFECT
+
+
+# Prompts
+
+
+def test_long_prompts_are_read_whole_in_chunks_and_short_ones_as_before(model: Model, pictures: Generated) -> None:
+    chunks = {"long_prompts": LongPrompts.CHUNKS, **SETTINGS}
+    assert unlike(generate(model, PROMPTS, **chunks), pictures) == 0
+    words = " ".join(["a small house by the sea"] * 20)
+    ends = [generate(model, [words + end] * 2, **chunks) for end in (" red", " blue")]
+    assert unlike(*ends) > EFFECT
+    cut = [generate(model, [words + end] * 2, **SETTINGS) for end in (" red", " blue")]
+    assert unlike(*cut) == 0
+
+
+def test_weights_are_text_unless_they_are_asked_for(model: Model, pictures: Generated) -> None:
+    weighted = generate(model, ["a (red:1.5) cube", PROMPTS[1]], prompt_weights=True, **SETTINGS)
+    assert unlike(weighted, pictures) > EFFECT
+    # The second has none, but the batch has.
+    assert np.abs(weighted.latents[1] - pictures.latents[1]).max() < SAME * np.abs(pictures.latents).max()
+    one = generate(model, ["a (red:1) cube", PROMPTS[1]], prompt_weights=True, **SETTINGS)
+    assert unlike(one, pictures) < SAME
+    assert unlike(generate(model, ["a (red:1) cube", PROMPTS[1]], **SETTINGS), pictures) > EFFECT
+
+
+# The autoencoder
+
+
+@pytest.mark.slow
+def test_a_picture_decoded_in_tiles_is_the_picture(model: Model) -> None:
+    settings: dict[str, Any] = {"height": 160, "width": 200, "steps": 1, "guidance": 1.0}
+    whole = generate(model, PROMPTS[:1], **settings)
+    tiles = generate(model, PROMPTS[:1], decode_tile=128, **settings)
+    np.testing.assert_array_equal(whole.latents, tiles.latents)
+    assert np.abs(whole.images.astype(int) - tiles.images).max() <= 1
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eta": 0.5}, "eta=0.5 has no effect on sampler euler. Use sampler ddim"),
+        ({"eta": 1.5, "sampler": "ddim"}, "eta=1.5, expected 0 to 1"),
+        ({"guidance_rescale": -0.1}, "guidance_rescale=-0.1, expected 0 to 1"),
+        ({"guidance_interval": (0.5, 0.5)}, "guidance_interval=0.5 0.5, expected two numbers"),
+        ({"strength": 0.5}, "strength=0.5 has no effect without an init image"),
+        ({"strength": 1.5, "init_image": photograph()}, "strength=1.5, expected 0 to 1"),
+        ({"strength": -1.0, "init_image": photograph()}, "strength=-1.0, expected 0 to 1"),
+        ({"strength": 0.1, "init_image": photograph()}, "strength=0.1 of 4 steps is none. Give at least 0.25"),
+        ({"handoff": 0.8}, "handoff=0.8 has no effect without a refiner"),
+        ({"refine_strength": 0.3}, "refine_strength=0.3 has no effect without a refiner"),
+        ({"mask": LEFT}, "A mask needs an init image"),
+        ({"mask": LEFT[:8], "init_image": photograph()}, "mask has 8×24 pixels .* init image 16×24"),
+        ({"mask": ~LEFT & LEFT, "init_image": photograph()}, "The mask is black"),
+        ({"decode_tile": 100}, "decode_tile=100, expected a multiple of 8 from 128 on"),
+        ({"height": 160000, "width": 160000}, "more than 268,435,456 pixels. Is a digit too many"),
+        ({"sampler": "lcm", "timestep_spacing": Spacing.TRAILING}, "no effect on sampler lcm"),
+        ({"sampler": "lcm", "steps": 60}, "steps=60, but sampler lcm has 50 at most"),
+        ({"sampler": "ddim", "sigmas": Sigmas.KARRAS}, "sampler ddim visits whole timesteps, no karras sigmas"),
+        ({"first_index": -1}, "first_index=-1, expected 0 or more"),
+        ({"pag": 1.0, "pag_parts": ()}, "pag=1, but pag_parts names nothing"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_drawn_is_refused(changes: dict[str, Any], message: str, model: Model) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(model, PROMPTS, **{**SETTINGS, **changes})
+
+
+def test_refiners_and_bases_are_not_taken_for_each_other(model: Model, refiner: Model) -> None:
+    with pytest.raises(InputError, match=r"is told no aesthetic score, so it is none. Give a refiner"):
+        generate(model, PROMPTS, refiner=model, **SETTINGS)
+    with pytest.raises(InputError, match=r"The model is a refiner itself.*Give the base as the model"):
+        generate(refiner, PROMPTS, refiner=refiner, **SETTINGS)
+    both: dict[str, Any] = {"handoff": 0.8, "refine_strength": 0.3}
+    with pytest.raises(InputError, match="two ways to use a refiner"):
+        generate(model, PROMPTS, refiner=refiner, **both, **SETTINGS)
+    for handoff, who in ((1.0, "the refiner"), (0.0, "the model before it")):
+        with pytest.raises(InputError, match=f"leaves {who} none of the 4 steps"):
+            generate(model, PROMPTS, refiner=refiner, handoff=handoff, **SETTINGS)
+
+
+def test_too_little_memory_is_told_with_what_to_change(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+
+    monkeypatch.setattr(program, "staged", full)
+    with pytest.raises(InputError, match=r"Memory does not suffice.*batch_size below 2; dtype bfloat16; sequential"):
+        generate(model, PROMPTS, **SETTINGS)
+
+
+def test_families_that_have_no_effect_of_a_spacing_are_few() -> None:
+    assert [name for name, each in SAMPLERS.items() if each.family is Family.CONSISTENCY] == ["lcm"]
+
+
+@pytest.mark.slow
+def test_a_picture_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("sharded_sampling.py")
+    environment = compiling.environment(tmp_path / "compiled", devices=4)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    differences = json.loads(done.stdout.splitlines()[-1])
+    assert len(differences) == 4
+    assert max(differences.values()) < SAME, differences
