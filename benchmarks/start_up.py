@@ -66,7 +66,7 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
 
     from sdxl_jax.config import CompileAhead, TrainingConfig
     from sdxl_jax.data.settings import DataConfig
-    from sdxl_jax.training import loop
+    from sdxl_jax.training import loop, setup
     from sdxl_jax.training.observe import clock
 
     folder, run_dir, count = work / "pictures", work / f"run-{start}", options.buckets[0]
@@ -83,10 +83,10 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
         ),
         checkpoint=dataclasses.replace(base.checkpoint, every_steps=10**6),
     )
-    made: list[loop.CompiledSteps] = []
+    made: list[setup.CompiledSteps] = []
     row: dict[str, float] = {}
 
-    def kept(*arguments: Any, make: Any = loop.CompiledSteps) -> Any:
+    def kept(*arguments: Any, make: Any = setup.CompiledSteps) -> Any:
         made.append(make(*arguments))
         return made[-1]
 
@@ -101,7 +101,7 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
                 row["all compiled"] = now
             time.sleep(0.02)
 
-    loop.CompiledSteps = kept  # pyright: ignore[reportAttributeAccessIssue]
+    setup.CompiledSteps = kept  # pyright: ignore[reportAttributeAccessIssue]
     watcher = threading.Thread(target=watch)
     watcher.start()
     loop.train(config, run_dir, progress=False, began=began)

@@ -25,17 +25,16 @@ import numpy as np
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
-from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig, TrainingConfig
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.model import SDXL_BASE, ModelConfig
 from sdxl_jax.models.layers import Compute, Dtype, Remat
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.optim import optimiser as optimisers
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.training import setup
-from sdxl_jax.training.step import make_step
+from sdxl_jax.training.objectives.denoising import Denoising
+from sdxl_jax.training.state import create
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats import diffusers_fields
 from sdxl_jax.weights.names import Dialect, Naming
@@ -91,14 +90,15 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
         training=TrainingConfig(caption_dropout=0.0),
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    optimiser = optimisers.make(config.optimiser, 1000)
-    empty = Tokenizer.of(model.text)([""])
-    abstract, abstract_frozen = setup.abstract_state(config, mesh, optimiser)
+    objective = Denoising(config)
+    abstract, abstract_frozen = objective.abstract_state(mesh)
     with jax.set_mesh(mesh):
         given = sharding.put_batch(mesh, batch(options))
-        step = setup.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
+        step = setup.jitted(objective, mesh, abstract)
         frozen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_frozen)  # not read
-        state = jax.jit(lambda params: setup.create(params, optimiser, config.ema), donate_argnums=0)({"unet": params})
+        state = jax.jit(lambda params: create(params, objective.optimiser, config.ema), donate_argnums=0)(
+            {"unet": params}
+        )
         program = step.lower(abstract, frozen, given).compile()
 
     def run() -> float:
@@ -106,7 +106,7 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
         state, metrics = program(state, frozen, given)
         return float(metrics["loss"])
 
-    return run, setup.model_flops(config, optimiser, empty, (abstract, frozen, given))
+    return run, objective.model_flops((abstract, frozen, given))
 
 
 def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], float], Any]:

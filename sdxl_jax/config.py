@@ -1,29 +1,29 @@
 """The configuration of a training run: the dataclasses that stand beside the code, gathered into one tree.
 
-A configuration file is Python with a function `get_config()` that returns a `TrainConfig`. Every field can be
-overridden on the command line (`--data.batch-size 64`). The resolved configuration is saved with the run as JSON and
-compared when the run is resumed.
+    RunConfig          what every run has, whatever is learnt: data, mesh, optimiser, average, checkpoints
+    └ TrainConfig      a latent diffusion model learns to denoise
+    └ …                other objectives have theirs beside them: sdxl_jax/training/objectives/
+
+A configuration file is Python with a function `get_config()` that returns one of them: its type says what is learnt.
+Every field can be overridden on the command line (`--data.batch-size 64`). The resolved configuration is saved with the
+run as JSON and compared when the run is resumed.
 """
 
 import dataclasses
 import enum
-import json
 import math
 import runpy
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import cattrs
+from typing import Any, TypeVar
 
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import InputError, check_ranges, nearest_first
+from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import MeshConfig
@@ -50,8 +50,8 @@ class CompileAhead(enum.Enum):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """What the loop does."""
+class LoopConfig:
+    """What the loop does, whatever is learnt."""
 
     steps: int = 600_000
     """Updates. Higher: longer."""
@@ -61,8 +61,6 @@ class TrainingConfig:
     """Patterns of the paths of parameters that train; the rest stays as it is."""
     on_nonfinite: OnNonfinite = OnNonfinite.STOP
     """What happens at a loss or gradient that is no finite number."""
-    caption_dropout: float = 0.1
-    """Share of examples whose text is replaced by no text, 0 to 1. Higher: better guidance, weaker prompts."""
     init_from: tuple[str, ...] = ()
     """Models, or networks alone, in any layout, whose weights a new run starts from; the last one wins. A part that is
     in none of them starts from random weights."""
@@ -77,6 +75,14 @@ class TrainingConfig:
     """Folder that compiled programs are kept in and read from; several runs may share it. Those of
     `sdxl-jax compile` are read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every
     start compiles anew."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig(LoopConfig):
+    """What the loop does, of a model that learns to denoise."""
+
+    caption_dropout: float = 0.1
+    """Share of examples whose text is replaced by no text, 0 to 1. Higher: better guidance, weaker prompts."""
 
 
 class OnFailedSave(enum.Enum):
@@ -137,70 +143,63 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that a run depends on."""
+class RunConfig:
+    """Everything that a run depends on, whatever is learnt. The type of what stands in a configuration file, one of
+    those that extend this one, chooses that (sdxl_jax/training/objectives/)."""
 
     data: DataConfig
     """What is trained on, and in which shapes and order."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """What the weights depend on."""
     compute: Compute = field(default_factory=Compute)
     """How the networks are computed."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How devices share the work."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """How the error is weighed."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     """How the parameters follow the gradient."""
     ema: EmaConfig = field(default_factory=EmaConfig)
     """Their moving average, which is sampled from."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: LoopConfig = field(default_factory=LoopConfig)
     """What the loop does."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When and how many."""
     hosts: HostsConfig = field(default_factory=HostsConfig)
     """The processes that train together."""
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """The pictures in RUN/samples."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Where else the numbers go."""
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """The terms of the loss that a step reports besides the loss itself."""
+        return ()
+
+    @property
     def metrics(self) -> tuple[str, ...]:
-        """What a step tells (training/step.py)."""
+        """What a step reports (training/step.py)."""
         skips = self.training.on_nonfinite is OnNonfinite.SKIP
-        return ("loss", "learning_rate", "grad_norm", "replaced", *(("skipped",) if skips else ()))
+        return ("loss", *self.losses, "learning_rate", "grad_norm", "replaced", *(("skipped",) if skips else ()))
 
     def check(self) -> None:
-        """Raises InputError for numbers out of range and parts of the model that do not fit together."""
-        self.model.check()
-        ranges: list[tuple[str, float | None, float, float]] = [
-            ("training.steps", self.training.steps, 0, math.inf),
-            ("training.compile_threads", self.training.compile_threads, 1, math.inf),
-            ("training.caption_dropout", self.training.caption_dropout, 0, 1),
-            ("optimiser.warmup_steps", self.optimiser.warmup_steps, 0, math.inf),
-            ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
-            ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
-            ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
-            ("checkpoint.keep_every_hours", self.checkpoint.keep_every_hours, 1 / 3600, math.inf),
-            ("hosts.join_timeout_seconds", self.hosts.join_timeout_seconds, 1, math.inf),
-            ("validation.every_steps", self.validation.every_steps, 1, math.inf),
-            ("validation.steps", self.validation.steps, 1, self.model.schedule.timesteps),
-        ]
-        for name, value, low, high in ranges:
-            if value is not None and not low <= value <= high:
-                expected = f"{low} or more" if high == math.inf else f"{low} to {high}"
-                raise InputError(f"{name}={value} is out of range. Give {expected}")
+        """Raises InputError for numbers out of range, and for what does not fit together."""
+        check_ranges(
+            [
+                ("training.steps", self.training.steps, 0, math.inf),
+                ("training.compile_threads", self.training.compile_threads, 1, math.inf),
+                ("optimiser.warmup_steps", self.optimiser.warmup_steps, 0, math.inf),
+                ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
+                ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
+                ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
+                ("checkpoint.keep_every_hours", self.checkpoint.keep_every_hours, 1 / 3600, math.inf),
+                ("hosts.join_timeout_seconds", self.hosts.join_timeout_seconds, 1, math.inf),
+            ]
+        )
         best = self.checkpoint.keep_best
         if best is not None and best not in (metrics := self.metrics):
             known = ", ".join(nearest_first(best, metrics))
             raise InputError(f"checkpoint.keep_best={best} is no metric. Known, nearest first: {known}")
         if self.training.init_parts is not None and not self.training.init_from:
             raise InputError(
-                f"training.init_parts={self.training.init_parts} has no effect without training.init_from. Name the "
-                "models to take them of, or leave it out (None)"
+                f"training.init_parts={','.join(self.training.init_parts)} has no effect without training.init_from. "
+                "Name the models to take them of, or leave it out (None)"
             )
-        self.loss.check(self.model.schedule.timesteps)
         self.optimiser.check()
         self.ema.check()
         averages = self.optimiser.kind is OptimiserKind.SCHEDULE_FREE
@@ -209,11 +208,44 @@ class TrainConfig:
                 f"optimiser.kind={self.optimiser.kind.value} {'makes' if averages else 'does not make'} an average of "
                 f"its own, and ema.kind={self.ema.kind.value}. Set ema.kind={'optimiser' if averages else 'warmup'}"
             )
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """Everything that the training of a latent diffusion model depends on (training/objectives/denoising.py)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """What the weights depend on."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the error is weighed."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """What the loop does."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """The pictures in RUN/samples."""
+
+    def check(self) -> None:
+        """Raises InputError for numbers out of range and parts of the model that do not fit together."""
+        self.model.check()
+        super().check()
+        check_ranges(
+            [
+                ("training.caption_dropout", self.training.caption_dropout, 0, 1),
+                ("validation.every_steps", self.validation.every_steps, 1, math.inf),
+                ("validation.steps", self.validation.steps, 1, self.model.schedule.timesteps),
+            ]
+        )
+        self.loss.check(self.model.schedule.timesteps)
         if self.model.unet.in_channels != self.model.vae.latent_channels:
             raise InputError(
                 f"model.unet.in_channels={self.model.unet.in_channels}: training feeds the latent's "
                 f"{self.model.vae.latent_channels} channels and nothing else. Set it to that"
             )
+        self._check_data()
+        check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
+        if self.validation.prompts and not self.validation.sizes:
+            raise InputError("validation.prompts are given but no validation.sizes. Give at least one (height, width)")
+
+    def _check_data(self) -> None:
         told = self.model.is_refiner
         if told and self.data.aesthetic is None:
             raise InputError(
@@ -231,13 +263,16 @@ class TrainConfig:
                 f"data.cache={self.data.cache} holds a fixed number of crops an image. Set data.crops_per_image to it, "
                 "e.g. 4 (1 shows each picture in one crop for ever)"
             )
-        if self.validation.prompts and not self.validation.sizes:
-            raise InputError("validation.prompts are given but no validation.sizes. Give at least one (height, width)")
-        factor = self.model.vae.downsampling
-        for height, width in self.validation.sizes:
-            if height < 1 or width < 1 or height % factor or width % factor:
-                raise InputError(f"validation.sizes has ({height}, {width}). Give positive multiples of {factor}")
 
+
+def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> None:
+    """Raises InputError for a (height, width) that the autoencoder, which reduces both by `factor`, cannot take."""
+    for height, width in sizes:
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise InputError(f"{name} has ({height}, {width}). Give positive multiples of {factor}")
+
+
+_Config = TypeVar("_Config", bound=RunConfig)
 
 MAY_CHANGE = (
     "checkpoint",
@@ -265,50 +300,12 @@ moved, their contents are compared, with the weights of several sources; the fro
 SAME_WITHIN_ROUNDING = ("compute.attention", "compute.compiler_options", "compute.remat", "compute.unroll", "mesh")
 """Those that may change too, and change the order of additions: a resumed run says so."""
 
-_converter = cattrs.Converter(forbid_extra_keys=True)
 
+def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
+    """Runs a configuration file and returns what its `get_config()` gives, which must be of a kind.
 
-def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
-    """The kind is not written beside the fields, which tell it."""
-    kind = TinyVaeConfig if isinstance(value, dict) and "decoder_blocks" in value else VaeConfig
-    return _converter.structure(value, kind)
-
-
-_converter.register_structure_hook(AnyVaeConfig, _either_vae)
-
-
-def to_json(config: Any) -> Any:
-    """A dataclass tree as JSON values: enums by value, tuples as lists."""
-    return json.loads(json.dumps(_converter.unstructure(config)))
-
-
-def from_json(value: Any, kind: type) -> Any:
-    """The reverse of `to_json`. Raises InputError for unknown, missing or mistyped fields."""
-    try:
-        return _converter.structure(value, kind)
-    except (cattrs.BaseValidationError, ValueError, TypeError, AttributeError) as error:
-        problems = "; ".join(cattrs.transform_error(error))
-        raise InputError(f"This is no {kind.__name__} that this version can read: {problems}") from error
-
-
-def read_saved(path: Path) -> dict[str, Any]:
-    """What a run keeps in its config.json; "config" is in it. Raises InputError if it cannot be read."""
-    try:
-        saved = json.loads(path.read_text())
-        if not isinstance(saved["config"], dict):
-            raise TypeError(f"it has config={saved['config']!r}")
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(
-            f"{path} is no configuration of a run ({error}). Restore it, or choose another run "
-            "(with train: another --run-dir)"
-        ) from error
-    return saved
-
-
-def load(path: Path) -> TrainConfig:
-    """Runs a configuration file and returns what its `get_config()` gives.
-
-    Raises InputError for a missing file, a file without `get_config`, unknown fields, and whatever the file raises.
+    Raises InputError for a missing file, a file without `get_config`, another kind of configuration, unknown fields,
+    and whatever the file raises.
     """
     if not path.is_file():
         raise InputError(f"There is no configuration file {path}. Give a Python file with get_config(), see configs/")
@@ -324,9 +321,13 @@ def load(path: Path) -> TrainConfig:
             f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Mend it; --debug shows "
             "where"
         ) from error
-    if not isinstance(config, TrainConfig):
-        raise InputError(f"get_config() of {path} returned {type(config).__name__}, expected a TrainConfig")
-    return from_json(to_json(config), TrainConfig)  # a list where a tuple belongs becomes one; a wrong type is named
+    if not isinstance(config, kind) or type(config) is RunConfig:
+        expected = "TrainConfig, or the configuration of another objective (sdxl_jax/training/objectives/)"
+        raise InputError(
+            f"get_config() of {path} returned {type(config).__name__}, expected a "
+            f"{expected if kind is RunConfig else kind.__name__}"
+        )
+    return from_json(to_json(config), type(config))  # a list where a tuple belongs becomes one; a wrong type is named
 
 
 def _nearest_field(message: str) -> str:
@@ -334,7 +335,8 @@ def _nearest_field(message: str) -> str:
     if "unexpected keyword argument" not in message:
         return ""
     class_name, unknown = message.split(".", 1)[0], message.split("'")[1]
-    for kind in _dataclasses(TrainConfig):
+    kinds = [kind for top in RunConfig.__subclasses__() for kind in _dataclasses(top)]
+    for kind in kinds:
         if kind.__name__ == class_name:
             names = nearest_first(unknown, (field.name for field in dataclasses.fields(kind)))
             return f". Its fields, nearest first: {', '.join(names)}"

@@ -5,6 +5,7 @@ was expected and what to do. Our own mistakes are `assert`s and ordinary excepti
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -15,3 +16,12 @@ class InputError(ValueError):
 def nearest_first(given: str, known: Iterable[str]) -> list[str]:
     """The known names, those most like `given` first. For messages about an unknown name."""
     return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, given, name).ratio())
+
+
+def check_ranges(ranges: Iterable[tuple[str, int | float | None, int | float, int | float]]) -> None:
+    """Raises InputError for the first (name, value, lowest, highest) whose value is outside, or NaN. None is not looked
+    at."""
+    for name, value, low, high in ranges:
+        if value is not None and not low <= value <= high:
+            expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise InputError(f"{name}={value} is out of range. Give {expected}")

@@ -23,7 +23,7 @@ import tiny
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params
-from sdxl_jax.conditioning.text import END_OF_TEXT, Tokenizer, Tower
+from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
@@ -32,12 +32,11 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
-from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import MeshConfig, path_name
 from sdxl_jax.training import setup
 from sdxl_jax.training.checkpoint import Checkpoints, restore
+from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.state import TrainState
-from sdxl_jax.training.step import make_step
 
 
 class Layout(NamedTuple):
@@ -155,12 +154,11 @@ def train(name: str, options: Options) -> Trained:
     config = train_config(options.folder, layout, options.buckets)
     mesh = sharding.make_mesh(layout.mesh, jax.devices()[:1] if name == "single" else None)
     sharding.check_batch(mesh, config.data.batch_size, layout.accumulate)
-    tokenizer = Tokenizer.of(MODEL.text)
+    objective = Denoising(config)
     index, count = sharding.host_part(mesh)
-    dataset = BucketedDataset(config.data, tokenizer, host_index=index, host_count=count)
-    update = optimiser.make(config.optimiser, config.training.steps)
+    dataset = BucketedDataset(config.data, objective.tokenizer, host_index=index, host_count=count)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = setup.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = objective.abstract_state(mesh)
         host, frozen = initial(abstract, abstract_frozen)
         state = (
             placed(host, abstract)
@@ -168,7 +166,7 @@ def train(name: str, options: Options) -> Trained:
             else restore(Path(options.restore[0]), options.restore[1], abstract)
         )
         frozen = placed(frozen, abstract_frozen)
-        step = setup.jitted(make_step(config, update, tokenizer([""])), config, mesh, abstract)
+        step = setup.jitted(objective, mesh, abstract)
         losses, first = [], 0 if options.restore is None else options.restore[1]
         with contextlib.closing(dataset.iterate(first)) as batches:
             for number in range(first, options.steps):

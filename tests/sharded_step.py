@@ -19,11 +19,10 @@ from layouts import LAYOUTS, Options
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import flatten
-from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import setup
 from sdxl_jax.training.checkpoint import Checkpoints, restore
 from sdxl_jax.training.encoding import fingerprint
+from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.state import TrainState, merge
 
 STEPS = {"data 2 × fsdp 2 × tensor 2": 2}
@@ -39,14 +38,14 @@ def fresh(name: str) -> tuple[Any, Any]:
     """(state and frozen parameters, their places) of a new run. To compile the random numbers of all of them would take
     as long as all the rest: those of the middle block are drawn, the others given, as from a file of weights."""
     config, mesh = layouts.train_config("unused", LAYOUTS[name]), mesh_of(name)
-    update = optimiser.make(config.optimiser, config.training.steps)
+    objective = Denoising(config)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = setup.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = objective.abstract_state(mesh)
         state, frozen = layouts.initial(abstract, abstract_frozen)
         places = merge(abstract.params, abstract_frozen)
         given = flatten(layouts.placed(merge(state.params, frozen), places))
         given = {path: value for path, value in given.items() if not path.startswith("unet/mid_block/")}
-        return setup.fresh_state(config, update, abstract, abstract_frozen, given), (abstract, abstract_frozen)
+        return objective.fresh_state(abstract, abstract_frozen, given), (abstract, abstract_frozen)
 
 
 def split_share(state: Any, parts: int) -> float:

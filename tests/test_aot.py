@@ -25,6 +25,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.objectives import objective_of
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
@@ -308,5 +309,5 @@ def test_bucket_and_batch_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"compute\.compiler_options: .*xla_tpu_misspelt"):
         ahead.compile_step(wrong, "v5e:2x2", progress=False)
     two = dataclasses.replace(config, mesh=MeshConfig(data=4, slices=2))
-    assert ahead._mesh(two, "v5e:2x2", None).shape["slice"] == 2
-    assert ahead._mesh(two, "v5e:2x2", 1).shape["slice"] == 1
+    assert ahead._mesh(objective_of(two), "v5e:2x2", None).shape["slice"] == 2
+    assert ahead._mesh(objective_of(two), "v5e:2x2", 1).shape["slice"] == 1

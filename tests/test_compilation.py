@@ -28,6 +28,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import compilation
 from sdxl_jax.training.compilation import CompiledSteps
+from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.programs import Programs, folder
 
 BUCKETS = [Bucket(8 * number, 8) for number in range(1, 6)]
@@ -260,7 +261,7 @@ def test_batch_that_is_compiled_for_is_that_of_the_data(dataset: BucketedDataset
     for step in range(4):
         batch = sharding.put_batch(MESH, next(batches))
         bucket = dataset.bucket_of(step)
-        abstract = compilation.abstract_batch(MESH, tiny.MODEL, bucket, 4, cached=False, scored=False)
+        abstract = Denoising(tiny.train_config(Path("unused"))).abstract_batch(MESH, bucket, 4)
         assert jax.tree.structure(abstract) == jax.tree.structure(batch)
         for a, b in zip(jax.tree.leaves(abstract), jax.tree.leaves(batch), strict=True):
             assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)

@@ -40,8 +40,7 @@ from sdxl_jax.models import vae
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import encoding, loop
-from sdxl_jax.training import step as stepping
-from sdxl_jax.training.compilation import abstract_batch
+from sdxl_jax.training.objectives import denoising
 
 IMAGES, CROPS, PIECE, BATCH, STEPS = 12, 3, 5, 4, 6
 DAMAGED = (7, 8)
@@ -226,7 +225,7 @@ def test_batch_that_is_compiled_for_is_that_of_the_cache(config: TrainConfig, da
     mesh = sharding.make_mesh(config.mesh)
     for step, batch in enumerate(take(dataset, 2)):
         bucket = dataset.bucket_of(step)
-        abstract = abstract_batch(mesh, config.model, bucket, BATCH, cached=True, scored=False)
+        abstract = denoising.Denoising(config).abstract_batch(mesh, bucket, BATCH)
         found = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), sharding.put_batch(mesh, batch))
         assert found == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), abstract)
 
@@ -270,12 +269,12 @@ def seen_by_the_network(
     @jax.jit
     def traced(keys: jax.Array, batch: Batch) -> Any:
         empty = Tokenizer.of(config.model.text)([""])
-        stepping.batch_loss({"unet": {"unused": keys}}, encoders, batch, keys, config, empty)
+        denoising.batch_loss({"unet": {"unused": keys}}, encoders, batch, keys, config, empty)
         return seen.pop()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stepping.loss, "diffusion_loss", error)
-        patch.setattr(stepping.unet, "apply", show_context)
+        patch.setattr(denoising.loss, "diffusion_loss", error)
+        patch.setattr(denoising.unet, "apply", show_context)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(batch.example))
         return jax.device_get(traced(keys, batch))
 
@@ -557,7 +556,7 @@ def test_interrupted_encoding_goes_on_with_the_missing_pieces(
 
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from sdxl_jax import config as configuration
 from sdxl_jax.training import encoding
 
@@ -569,7 +568,7 @@ def replace_or_die(source, target):
     replace(source, target)
 
 os.replace = replace_or_die
-config = configuration.from_json(configuration.json.loads(sys.argv[1]), configuration.TrainConfig)
+config = configuration.from_json(json.loads(sys.argv[1]), configuration.TrainConfig)
 encoding.encode(config, batch_size=int(sys.argv[2]), piece_images=int(sys.argv[3]), progress=False)
 """
 

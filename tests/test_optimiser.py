@@ -23,6 +23,7 @@ from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.checkpoint import Checkpoints, restore
 from sdxl_jax.training.state import TrainState, create
+from sdxl_jax.training.step import Metrics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -201,14 +202,14 @@ def test_muon_orthogonalises_every_matrix_by_itself() -> None:
         np.testing.assert_allclose(np.abs(rest), 1.0, rtol=1e-3)
 
 
-def test_schedule_free_samples_from_the_average_of_its_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedule_free_samples_from_the_average_of_its_paper() -> None:
     """x of arXiv:2405.15682, eq. 3 to 5: at a constant rate, the mean of all z. The gradient is taken near it."""
     config = dataclasses.replace(
         toy.config(kind=OptimiserKind.SCHEDULE_FREE, learning_rate=0.1, warmup_steps=0, clip_norm=None),
         ema=EmaConfig(EmaKind.OPTIMISER),
     )
     config.check()
-    states = toy.steps(config, monkeypatch, count=5)
+    states = toy.steps(config, count=5)
 
     def z_of(state: TrainState) -> np.ndarray:
         flat = jax.tree_util.tree_flatten_with_path(state.optimiser)[0]
@@ -288,11 +289,11 @@ def test_optimiser_and_average_must_fit() -> None:
 # Steps that are not finite
 
 
-def stumbling(trained: Params, frozen: Params, batch: Any, keys: Any, config: Any, empty: Any) -> jax.Array:
+def stumbling(trained: Params, frozen: Params, batch: Any, keys: Any) -> tuple[jax.Array, Metrics]:
     """Not a number in steps 2 and 3, as told by their keys."""
     steps = [jax.random.split(jax.random.fold_in(jax.random.key(0), step), 8)[0] for step in (2, 3)]
     bad = jnp.array([jax.random.key_data(keys[0]) == jax.random.key_data(key) for key in steps]).all(axis=1).any()
-    return toy.loss(trained, frozen, batch, keys, config, empty) * jnp.where(bad, jnp.nan, 1.0)
+    return toy.loss(trained, frozen, batch, keys)[0] * jnp.where(bad, jnp.nan, 1.0), {}
 
 
 def skipping(**options: Any) -> TrainConfig:
@@ -304,8 +305,8 @@ def skipping(**options: Any) -> TrainConfig:
     )
 
 
-def test_skipped_step_changes_nothing_but_the_number_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    states, metrics = toy.stepped(skipping(), monkeypatch, count=6, loss=stumbling)
+def test_skipped_step_changes_nothing_but_the_number_of_the_step() -> None:
+    states, metrics = toy.stepped(skipping(), count=6, loss=stumbling)
     assert [int(numbers["skipped"]) for numbers in metrics] == [0, 0, 1, 1, 0, 0]
     assert [int(state.step) for state in states] == list(range(7))
     assert identical(states[2]._replace(step=None), states[4]._replace(step=None))  # pyright: ignore
@@ -315,7 +316,7 @@ def test_skipped_step_changes_nothing_but_the_number_of_the_step(monkeypatch: py
     # Up to there, it is the run that does not skip.
     config = skipping()
     stopping = dataclasses.replace(config, training=dataclasses.replace(config.training, on_nonfinite=OnNonfinite.STOP))
-    stopped, numbers = toy.stepped(stopping, monkeypatch, count=3, loss=stumbling)
+    stopped, numbers = toy.stepped(stopping, count=3, loss=stumbling)
     assert identical(stopped[:3], states[:3])
     assert set(numbers[0]) == set(stopping.metrics)
     assert set(metrics[0]) == set(config.metrics) == {*stopping.metrics, "skipped"}
@@ -325,11 +326,11 @@ def test_skipped_step_changes_nothing_but_the_number_of_the_step(monkeypatch: py
     np.testing.assert_allclose(rates, [0.25e-3, 0.5e-3, 0.75e-3, 0.75e-3, 0.75e-3, 1e-3], rtol=1e-5)
 
 
-def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    def steep(trained: Params, *_: Any) -> jax.Array:
-        return jnp.sqrt(jnp.sum(jnp.abs(trained["unet"]["kernel"] * 0))) + jnp.sum(trained["unet"]["bias"])
+def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is() -> None:
+    def steep(trained: Params, *_: Any) -> tuple[jax.Array, Metrics]:
+        return jnp.sqrt(jnp.sum(jnp.abs(trained["unet"]["kernel"] * 0))) + jnp.sum(trained["unet"]["bias"]), {}
 
-    states, metrics = toy.stepped(skipping(), monkeypatch, loss=steep)
+    states, metrics = toy.stepped(skipping(), loss=steep)
     assert math.isfinite(metrics[0]["loss"])
     assert not math.isfinite(metrics[0]["grad_norm"])
     assert int(metrics[0]["skipped"]) == 1
@@ -407,11 +408,10 @@ def test_bfloat16_average_follows_changes_far_below_its_digits() -> None:
     assert float(average["kernel"].astype(jnp.float32).mean()) == pytest.approx(2 - 0.999**1000, abs=0.01)
 
 
-def test_bfloat16_average_leaves_the_parameters_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_average_leaves_the_parameters_as_they_are() -> None:
     """Its rounding draws from a key of its own."""
     exact, rounded = (
-        toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(dtype=stored)), monkeypatch, count=3)[-1]
-        for stored in Stored
+        toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(dtype=stored)), count=3)[-1] for stored in Stored
     )
     assert identical(exact.params, rounded.params)
     assert identical(exact.optimiser, rounded.optimiser)
@@ -420,8 +420,8 @@ def test_bfloat16_average_leaves_the_parameters_as_they_are(monkeypatch: pytest.
         np.testing.assert_allclose(other.astype(jnp.float32), one, rtol=3 * 2**-7)  # three roundings
 
 
-def test_without_an_average_the_parameters_are_sampled_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(EmaKind.NONE)), monkeypatch)[-1]
+def test_without_an_average_the_parameters_are_sampled_from() -> None:
+    state = toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(EmaKind.NONE)))[-1]
     assert state.ema is None
     assert state.sampled is state.params
 

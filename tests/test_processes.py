@@ -22,8 +22,8 @@ import tiny
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
-from sdxl_jax.training import loop
 from sdxl_jax.training import processes as hosting
+from sdxl_jax.training import setup
 from sdxl_jax.training.processes import HostFailed, Hosts, Interrupted
 
 
@@ -190,7 +190,7 @@ def test_a_host_that_differs_is_named_on_all_hosts(three: list[Hosts], tmp_path:
 
     def program(host: Hosts) -> None:
         training = dataclasses.replace(config.training, seed=int(host.index == 2))
-        host.compare(loop._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
+        host.compare(setup._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
 
     for outcome in together(three, program):
         assert isinstance(outcome, InputError)

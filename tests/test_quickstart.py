@@ -64,7 +64,7 @@ def test_autoencoder_training_writes_weights_that_load(pictures: Path, tmp_path:
         name = json.loads(line)["file_name"]
         (few / name).write_bytes((pictures / name).read_bytes())
     (few / "metadata.jsonl").write_text("\n".join(lines))
-    config = autoencoder.train(few, recipe.BUCKETS, tmp_path / "weights.safetensors", steps=2)
+    config = autoencoder.train(few, tmp_path / "run", tmp_path / "weights.safetensors", steps=2)
     loaded, params = autoencoder.load(tmp_path / "weights.safetensors")
     assert loaded == config
     assert np.isfinite(params["decoder"]["conv_out"]["kernel"]).all()

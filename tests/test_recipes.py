@@ -30,7 +30,7 @@ from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import AXES, MeshConfig
 from sdxl_jax.smoke import SHRUNK, STEPS, tiny
 from sdxl_jax.training import loop
-from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.state import create, partition
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.load import load_model
@@ -54,7 +54,7 @@ SDXL_BASE_PARAMETERS = 2_567_463_684
 
 @functools.cache
 def recipe(name: str) -> TrainConfig:
-    return configuration.load(CONFIGS / f"{name}.py")
+    return configuration.load(CONFIGS / f"{name}.py", TrainConfig)
 
 
 def test_every_recipe_is_tested_and_has_its_twin() -> None:
@@ -219,7 +219,7 @@ def test_stage_starts_from_what_it_names_bit_for_bit(chain: Chain, name: str) ->
         trained(chain, STAGES[STAGES.index(name) - 1])
     (source,) = config.training.init_from
     theirs = flatten(load_model(source).params)
-    ours = initial_weights(config, sharding.make_mesh(MeshConfig()), progress=False)
+    ours = objective_of(config).initial_weights(sharding.make_mesh(MeshConfig()), progress=False)
     assert {path.split("/")[0] for path in ours} == set(config.training.init_parts or config_parts(config))
     for path, value in ours.items():
         np.testing.assert_array_equal(value, theirs[path], err_msg=path)

@@ -26,6 +26,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.optim.optimiser import Decay
 from sdxl_jax.training import checkpoint
 from sdxl_jax.training.checkpoint import Checkpoints
+from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.run_directory import check_run, locked, write_config
 from sdxl_jax.training.state import TrainState
 
@@ -99,7 +100,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Buck
     config = tiny.train_config(tiny.make_folder(folder / "pictures"))
     dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
     (folder / "run").mkdir()
-    write_config(config, folder / "run", dataset, 0, [])
+    write_config(objective_of(config), folder / "run", dataset, 0, [])
     return config, dataset, folder / "run"
 
 
@@ -121,7 +122,7 @@ def test_changes_of_what_is_learnt_are_refused_unless_they_are_named(
         check_run(new, run, allow_changes=["data.batch_size"])
     changed = check_run(new, run, dataset, ["data.batch_size", "ema"])
     assert changed == ["data.batch_size: 8 -> 4", "ema.decay: 0.9 -> 0.5"]
-    write_config(new, run, dataset, 7, changed)
+    write_config(objective_of(new), run, dataset, 7, changed)
     assert json.loads((run / "config.json").read_text())["history"] == [{"after_step": 7, "changed": changed}]
     assert check_run(new, run, dataset) == []  # the same command again
 

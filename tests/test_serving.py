@@ -34,6 +34,7 @@ from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.serving import studio as studios
 from sdxl_jax.serving.studio import Drawing, Stopped, Studio, Wanted
+from sdxl_jax.weights.convert import convert
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

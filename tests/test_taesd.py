@@ -6,6 +6,7 @@ variable SDXL_JAX_TEST_DATA, a folder with taesdxl/ and coco363/.
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import foreign
@@ -27,7 +28,7 @@ from sdxl_jax.models import taesd, vae
 from sdxl_jax.models.layers import Compute, Dtype, count
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.sharding import MeshConfig, make_mesh
-from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.weights.convert import Layout, convert
 from sdxl_jax.weights.lazy import lacking_half
 from sdxl_jax.weights.load import load_model
@@ -110,8 +111,8 @@ def test_diffusers_directory_and_its_file_are_found_out(tmp_path: Path, beside: 
 )
 def test_field_that_is_not_implemented_is_refused(tmp_path: Path, field: str, value: object, expected: str) -> None:
     folder = component(tmp_path / "tiny", TINY)
-    fields = configuration.json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(configuration.json.dumps(fields | {field: value}))
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {field: value}))
     with pytest.raises(InputError, match=expected):
         open_model(folder)
 
@@ -237,8 +238,8 @@ def test_training_from_one_half_alone_is_refused(tmp_path: Path) -> None:
 
     mesh = make_mesh(MeshConfig())
     with pytest.raises(InputError, match=r"without its encoder, which would have random weights\. Add the encoder's"):
-        initial_weights(starting_from(decoder), mesh, progress=False)
-    both = initial_weights(starting_from(decoder, encoder), mesh, progress=False)
+        objective_of(starting_from(decoder)).initial_weights(mesh, progress=False)
+    both = objective_of(starting_from(decoder, encoder)).initial_weights(mesh, progress=False)
     assert {path.split("/")[1] for path in both} == {"encoder", "decoder"}
 
 

@@ -46,7 +46,9 @@ from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import checkpoint, compilation, loop, run_directory, setup
 from sdxl_jax.training import step as stepping
-from sdxl_jax.training.observe import clock, profiling, validation
+from sdxl_jax.training.objectives import denoising, objective_of
+from sdxl_jax.training.objectives.denoising import Denoising
+from sdxl_jax.training.observe import clock, profiling
 from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.weights.load import load_model
@@ -134,7 +136,7 @@ def resumed(config: TrainConfig, crashed: Run) -> Run:
 @pytest.fixture(scope="module")
 def abstract(config: TrainConfig) -> TrainState:
     mesh = sharding.make_mesh(config.mesh)
-    return setup.abstract_state(config, mesh, optimiser.make(config.optimiser, STEPS))[0]
+    return objective_of(config).abstract_state(mesh)[0]
 
 
 def assert_identical(one: Any, other: Any) -> None:
@@ -177,7 +179,7 @@ def test_line_that_was_cut_off_is_written_anew(crashed: Run, resumed: Run, confi
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "lo')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation.generate, "text_to_image", lambda *_, **__: np.zeros((2, 32, 32, 3), np.uint8))
+        patch.setattr(denoising.generate, "text_to_image", lambda *_, **__: np.zeros((2, 32, 32, 3), np.uint8))
         loop.train(config, folder, progress=False, from_step=4)
     assert without_times([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]) == (
         without_times(whole.lines())
@@ -253,14 +255,14 @@ class OneStep(NamedTuple):
 @pytest.fixture(scope="module")
 def fifth(config: TrainConfig, whole: Run) -> Iterator[OneStep]:
     mesh = sharding.make_mesh(config.mesh)
-    tokenizer = Tokenizer.of(config.model.text)
-    update = optimiser.make(config.optimiser, STEPS)
-    dataset = BucketedDataset(config.data, tokenizer)
+    objective = objective_of(config)
+    assert objective.tokenizer is not None
+    dataset = BucketedDataset(config.data, objective.tokenizer)
     with jax.set_mesh(mesh):
-        abstract, abstract_frozen = setup.abstract_state(config, mesh, update)
+        abstract, abstract_frozen = objective.abstract_state(mesh)
         batches = dataset.iterate(4)
         yield OneStep(
-            setup.jitted(stepping.make_step(config, update, tokenizer([""])), config, mesh, abstract),
+            setup.jitted(objective, mesh, abstract),
             whole.state(4, abstract),
             checkpoint.restore_frozen(whole.folder, abstract_frozen),
             sharding.put_batch(mesh, next(batches)),
@@ -517,9 +519,9 @@ def test_metric_that_there_is_not_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_accumulated_gradient_is_that_of_the_full_batch(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    full = toy.steps(toy.config(), monkeypatch)[-1]
-    accumulated = toy.steps(toy.config(accumulate=count), monkeypatch)[-1]
+def test_accumulated_gradient_is_that_of_the_full_batch(count: int) -> None:
+    full = toy.steps(toy.config())[-1]
+    accumulated = toy.steps(toy.config(accumulate=count))[-1]
     # Another order of adding eight float32 numbers: a few roundings of 6e-8.
     for one, other in zip(jax.tree.leaves(full.optimiser), jax.tree.leaves(accumulated.optimiser), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
@@ -535,10 +537,10 @@ def moment(state: TrainState, name: str) -> Params:
     return getattr(adam, name)
 
 
-def test_clipping_is_by_the_global_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clipping_is_by_the_global_norm() -> None:
     """Per parameter, where the setting promises the global norm: seen in sd-scripts."""
-    raw = moment(toy.steps(toy.config(clip_norm=None), monkeypatch)[-1], "mu")
-    clipped = moment(toy.steps(toy.config(clip_norm=0.5), monkeypatch)[-1], "mu")
+    raw = moment(toy.steps(toy.config(clip_norm=None))[-1], "mu")
+    clipped = moment(toy.steps(toy.config(clip_norm=0.5))[-1], "mu")
     norms = [float(jnp.linalg.norm(leaf)) / 0.1 for leaf in jax.tree.leaves(raw)]  # mu is 1 − β₁ of the first gradient
     assert min(norms) > 0.5  # so that clipping each by itself would leave two gradients of the same norm
     scale = 0.5 / math.hypot(*norms)
@@ -546,25 +548,26 @@ def test_clipping_is_by_the_global_norm(monkeypatch: pytest.MonkeyPatch) -> None
         np.testing.assert_allclose(np.asarray(one) * scale, other, rtol=1e-5)  # float32, a few operations
 
 
-def test_gradient_below_the_limit_is_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = toy.steps(toy.config(clip_norm=None), monkeypatch)[-1]
-    limited = toy.steps(toy.config(clip_norm=1e6), monkeypatch)[-1]
+def test_gradient_below_the_limit_is_not_clipped() -> None:
+    raw = toy.steps(toy.config(clip_norm=None))[-1]
+    limited = toy.steps(toy.config(clip_norm=1e6))[-1]
     assert_identical(raw.params, limited.params)
 
 
-def test_logged_gradient_norm_is_that_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stepping, "batch_loss", lambda trained, *_: 3 * trained["a"].sum() + 4 * trained["b"].sum())
+def test_logged_gradient_norm_is_that_before_clipping() -> None:
     update = optimiser.make(OptimiserConfig(clip_norm=0.1), STEPS)
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    step = stepping.make_step(toy.config(), update, {})
+    step = stepping.make_step(
+        toy.config(), update, lambda trained, *_: (3 * trained["a"].sum() + 4 * trained["b"].sum(), {})
+    )
     zeros = np.zeros((2, 2), np.int32)
     micro = MicroConditioning(zeros, zeros, zeros)
     batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
     assert float(step(create(params, update, EmaConfig()), {}, batch)[1]["grad_norm"]) == pytest.approx(5)
 
 
-def test_average_follows_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(decay=0.25)), monkeypatch, count=5)
+def test_average_follows_its_formula() -> None:
+    states = toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(decay=0.25)), count=5)
     assert_identical(states[0].ema, states[0].params)
     for number, (before, after) in enumerate(itertools.pairwise(states)):
         decay = min(0.25, (1 + number) / (10 + number))
@@ -591,9 +594,9 @@ def test_rates_rise_evenly_then_stay_or_fall_to_zero() -> None:
     assert rates(dataclasses.replace(config, warmup_steps=0))[0] == 1
 
 
-def test_first_update_is_as_long_as_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_update_is_as_long_as_its_rate() -> None:
     """Adam's first step is the rate times the gradient's sign: the logged rate is the one in use."""
-    before, after = toy.steps(toy.config(weight_decay=0.0, learning_rate=0.1, warmup_steps=4), monkeypatch)
+    before, after = toy.steps(toy.config(weight_decay=0.0, learning_rate=0.1, warmup_steps=4))
     moved = jax.tree.map(lambda old, new: np.abs(new - old), before.params, after.params)
     for leaf in jax.tree.leaves(moved):
         np.testing.assert_allclose(leaf, 0.1 / 4, rtol=1e-4)  # differences of float32 numbers near 3
@@ -644,7 +647,7 @@ def loss_of(given: Given, dropout: float) -> Any:
     config = dataclasses.replace(
         tiny.train_config(Path("unused")), training=configuration.TrainingConfig(caption_dropout=dropout)
     )
-    return jax.jit(lambda batch, keys: stepping.batch_loss(given.params, {}, batch, keys, config, given.empty))
+    return jax.jit(lambda batch, keys: denoising.batch_loss(given.params, {}, batch, keys, config, given.empty))
 
 
 @pytest.fixture(scope="module")
@@ -705,7 +708,7 @@ def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: An
     )
     trained, frozen = partition(given.params, ("^unet/conv_out/",))  # little to differentiate: compiles sooner
     update = optimiser.make(config.optimiser, STEPS)
-    step = jax.jit(stepping.make_step(config, update, given.empty))
+    step = jax.jit(stepping.make_step(config, update, Denoising(config).loss))
     before = create(trained, update, config.ema)
     after, metrics = step(before, frozen, given.batch)
     _, told_otherwise = step(before, frozen, other_sizes(given.batch))
@@ -727,14 +730,14 @@ def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: An
 def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings that training ignores were seen in MaxDiffusion."""
     made: list[Any] = []
-    monkeypatch.setattr(stepping.loss, "diffusion_loss", lambda *given: (made.append(given[3:]), jnp.zeros(()))[1])
+    monkeypatch.setattr(denoising.loss, "diffusion_loss", lambda *given: (made.append(given[3:]), jnp.zeros(()))[1])
     latent = jnp.zeros((2, 4, 4, 4))
     prompt = TextCondition(jnp.zeros((2, 77, 16)), None)
-    monkeypatch.setattr(stepping.vae, "encode", lambda *_: Posterior(latent, latent))
-    monkeypatch.setattr(stepping.text, "encode", lambda *_: prompt)
-    monkeypatch.setattr(stepping.text, "drop", lambda *_: None)
-    monkeypatch.setattr(stepping.model, "without_prompt", lambda *_: None)
-    monkeypatch.setattr(stepping.model, "condition", lambda *_: None)
+    monkeypatch.setattr(denoising.vae, "encode", lambda *_: Posterior(latent, latent))
+    monkeypatch.setattr(denoising.text, "encode", lambda *_: prompt)
+    monkeypatch.setattr(denoising.text, "drop", lambda *_: None)
+    monkeypatch.setattr(denoising.models, "without_prompt", lambda *_: None)
+    monkeypatch.setattr(denoising.models, "condition", lambda *_: None)
     zeros = np.zeros((2, 2), np.int32)
     micro = MicroConditioning(zeros, zeros, zeros)
     batch = Batch(np.zeros((2, 8, 8, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
@@ -746,7 +749,7 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
     )
     config = dataclasses.replace(base, model=model, loss=LossConfig(Weighting.MIN_SNR, 5.0))
     monkeypatch.setattr(stepping, "merge", lambda *_: {"unet": {}, "vae": {}})
-    stepping.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
+    denoising.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
     ((schedule, prediction, options),) = made
     assert schedule.alpha_bar[-1] == 0
     assert prediction is models.Prediction.V

@@ -1,14 +1,12 @@
 """The step's machinery with a loss of two parameters, for tests of what surrounds the networks."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tiny
 
 from sdxl_jax.arrays import Batch, MicroConditioning, Params
@@ -21,11 +19,11 @@ STEPS = 6
 PARAMS = {"unet": {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array(3.0)}}
 
 
-def loss(trained: Params, frozen: Params, batch: Any, keys: Any, config: Any, empty: Mapping[str, Any]) -> jax.Array:
+def loss(trained: Params, frozen: Params, batch: Any, keys: Any) -> tuple[jax.Array, stepping.Metrics]:
     """Each example has its own noise, as in the real one."""
     noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
     x = jnp.asarray(batch.example, jnp.float32)[:, None] + noise
-    return jnp.mean((x * trained["unet"]["kernel"] + trained["unet"]["bias"] - 1) ** 2)
+    return jnp.mean((x * trained["unet"]["kernel"] + trained["unet"]["bias"] - 1) ** 2), {}
 
 
 def batch() -> Batch:
@@ -42,12 +40,11 @@ def config(**options: Any) -> TrainConfig:
 
 
 def stepped(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1, loss: Any = loss
+    config: TrainConfig, count: int = 1, loss: stepping.Loss = loss
 ) -> tuple[list[TrainState], list[stepping.Metrics]]:
     """The states before and after each step, and the metrics of each."""
-    monkeypatch.setattr(stepping, "batch_loss", loss)
     update = optimiser.make(config.optimiser, STEPS)
-    step = jax.jit(stepping.make_step(config, update, {}))
+    step = jax.jit(stepping.make_step(config, update, loss))
     states, metrics = [create(PARAMS, update, config.ema)], []
     for _ in range(count):
         state, numbers = step(states[-1], {}, batch())
@@ -56,6 +53,6 @@ def stepped(
     return states, metrics
 
 
-def steps(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> list[TrainState]:
+def steps(config: TrainConfig, count: int = 1) -> list[TrainState]:
     """The states before and after each step."""
-    return stepped(config, monkeypatch, count)[0]
+    return stepped(config, count)[0]

@@ -10,4 +10,4 @@ from sdxl_jax.smoke import tiny
 
 
 def get_config() -> TrainConfig:
-    return tiny(load(Path(__file__).parents[1] / "sdxl_refiner.py"))
+    return tiny(load(Path(__file__).parents[1] / "sdxl_refiner.py", TrainConfig))

@@ -23,19 +23,20 @@ from sdxl_jax import model as models
 from sdxl_jax.aot import report, topologies
 from sdxl_jax.aot.report import Asked, Report, TooLarge
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.optim import optimiser as optimisers
 from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, program
 from sdxl_jax.sampling.options import Options, Size
+from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import setup
 from sdxl_jax.training.compilation import REMEDIES, explained, out_of_memory
+from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.programs import Programs
-from sdxl_jax.training.step import make_step
 
 
 class Program(NamedTuple):
@@ -54,7 +55,7 @@ class Program(NamedTuple):
 
 
 def compile_step(
-    config: TrainConfig,
+    config: RunConfig,
     topology: str,
     *,
     slices: int | None = None,
@@ -72,17 +73,18 @@ def compile_step(
     that the configuration lacks, an option that the compiler does not know.
     """
     topologies.check(topology)
-    config.check()
+    objective = objective_of(config)
+    objective.check()
     buckets_of_data = check_buckets(config.data.buckets)
     sizes = dict(zip(buckets_of_data, batch_sizes(config.data, buckets_of_data), strict=True))
     wanted = [max(sizes, key=lambda bucket: bucket.height * bucket.width)] if buckets is None else list(buckets)
     if missing := [bucket for bucket in wanted if bucket not in sizes]:
         known = ", ".join(f"{bucket.height}x{bucket.width}" for bucket in sizes)
         raise InputError(f"--bucket {missing[0].height}x{missing[0].width} is none of data.buckets: {known}")
-    mesh = _mesh(config, topology, slices)
+    mesh = _mesh(objective, topology, slices)
     for bucket in wanted:
         sharding.check_batch(mesh, sizes[bucket], config.optimiser.accumulate)
-    programs = [_step_program(config, mesh, bucket, sizes[bucket]) for bucket in wanted]
+    programs = [_step_program(objective, mesh, bucket, sizes[bucket]) for bucket in wanted]
     return _compile(programs, mesh, topology, parallel, progress)
 
 
@@ -90,18 +92,24 @@ def compile_sampler(
     config: TrainConfig, topology: str, *, slices: int | None = None, progress: bool = True
 ) -> list[Report | TooLarge]:
     """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
-    steps and guidance of `validation`. Raises InputError as `compile_step`."""
-    config.check()
-    mesh = _mesh(config, topology, slices)
+    steps and guidance of `validation`. Raises InputError as `compile_step`, and where nothing is sampled from."""
+    objective = objective_of(config)
+    if "sample" not in objective.programs:
+        raise InputError(
+            f"--program sample: a run of {objective.name} has no sampler. Leave it out, for the train step"
+        )
+    objective.check()
+    mesh = _mesh(objective, topology, slices)
     sizes = config.validation.sizes or (config.model.default_size,)
     programs = [program for size in sizes for program in _sampler_programs(config, mesh, Bucket(*size))]
     return _compile(programs, mesh, topology, 1, progress)
 
 
-def _mesh(config: TrainConfig, topology: str, slices: int | None) -> Mesh:
-    slices = config.mesh.slices if slices is None else slices
-    mesh = sharding.make_mesh(dataclasses.replace(config.mesh, slices=slices), topologies.devices(topology, slices))
-    sharding.check_heads(mesh, config.model.unet.attention_heads)
+def _mesh(objective: Objective[Any], topology: str, slices: int | None) -> Mesh:
+    config: MeshConfig = objective.config.mesh
+    count = config.slices if slices is None else slices
+    mesh = sharding.make_mesh(dataclasses.replace(config, slices=count), topologies.devices(topology, count))
+    objective.check_heads(mesh)
     return mesh
 
 
@@ -151,12 +159,10 @@ def _compile(
         return list(tqdm(pool.map(one, programs), "compiling", len(programs), disable=not progress))
 
 
-def _step_program(config: TrainConfig, mesh: Mesh, bucket: Bucket, batch_size: int) -> Program:
+def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_size: int) -> Program:
     """The train step of one bucket."""
-    optimiser = optimisers.make(config.optimiser, config.training.steps)
-    state, frozen = setup.abstract_state(config, mesh, optimiser)
-    batch = setup.abstract_batch(config, mesh, bucket, batch_size)
-    empty = Tokenizer.of(config.model.text)([""])
+    state, frozen = objective.abstract_state(mesh)
+    batch = objective.abstract_batch(mesh, bucket, batch_size)
     inputs = {
         "parameters": state.params,
         "average": state.ema,
@@ -166,12 +172,12 @@ def _step_program(config: TrainConfig, mesh: Mesh, bucket: Bucket, batch_size: i
     }
     return Program(
         name=f"train step {bucket.height}×{bucket.width}",
-        function=setup.jitted(make_step(config, optimiser, empty), config, mesh, state),
+        function=setup.jitted(objective, mesh, state),
         inputs=inputs,
         arguments=(state, frozen, batch),
         images=batch_size,
-        model_flops=setup.model_flops(config, optimiser, empty, (state, frozen, batch)),
-        kept=setup.programs(config, mesh),
+        model_flops=objective.model_flops((state, frozen, batch)),
+        kept=setup.programs(objective.config, mesh),
     )
 
 
@@ -244,7 +250,7 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
     return made
 
 
-def verdict(made: Report | TooLarge, config: TrainConfig) -> str:
+def verdict(made: Report | TooLarge, config: RunConfig) -> str:
     """In one line whether it fits and, if not, what to change."""
     if isinstance(made, TooLarge):
         takes = made.said
@@ -253,7 +259,7 @@ def verdict(made: Report | TooLarge, config: TrainConfig) -> str:
     return f"It fits: {takes}." if made.fits else f"It does not fit: {takes}. {advice(made, config)}"
 
 
-def advice(made: Report | TooLarge, config: TrainConfig) -> str:
+def advice(made: Report | TooLarge, config: RunConfig) -> str:
     """The first change that would help, by what takes the memory."""
     state = sum(made.bytes_by_use.values())
     # Of what the compiler refused, the activations are not known: at least what the rest leaves of the chip.

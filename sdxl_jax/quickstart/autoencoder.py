@@ -1,100 +1,87 @@
 """The quickstart's small autoencoder: the real architecture with few channels, trained on the embedded pictures.
 
-Loss per image: L1 of the pixels, L1 of the horizontal and vertical differences (edges; a stand-in for a perceptual
-loss, which needs a pretrained network), and a KL term that keeps the latents smooth enough to be generated. Trained on
-random crops, which a convolutional network does not mind, in about an hour of one core. Adversarial and perceptual
-losses, as behind SDXL's own autoencoder, are not here.
+Its configuration, its shipped weights, and what is done after its training: the scale of its latents is measured. What
+is learnt, and how, is training/objectives/autoencoding.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import cast
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, Key, UInt8
-from tqdm import trange
 
 from sdxl_jax.arrays import Params, normalise, unflatten
+from sdxl_jax.config import CheckpointConfig
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.transforms import cover_crop
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.optim.ema import EmaConfig, EmaKind
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
+from sdxl_jax.training.loop import train as run
+from sdxl_jax.training.objectives.autoencoding import (
+    AutoencoderConfig,
+    AutoencodingLoopConfig,
+    AutoencodingLossConfig,
+    AutoencodingValidationConfig,
+)
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.open import open_model
 
 WEIGHTS = Path(__file__).with_name("autoencoder.safetensors")
-"""Our own trained weights, float16, shipped with the package. `sdxl-jax quickstart --train-autoencoder` makes them."""
+"""Our own trained weights, float16, shipped with the package. `quickstart --train-autoencoder` makes others."""
 
+BUCKETS = ((96, 160), (128, 128), (160, 96))
 CONFIG = VaeConfig(block_channels=(16, 32, 64, 64), resnets_per_block=1, groups=8, scale=1.0)
-STEPS, BATCH, CROP_PX = 4000, 16, 64
-PEAK_LEARNING_RATE = 2e-3
-EDGE_WEIGHT, KL_WEIGHT = 1.0, 1e-3
+STEPS = 4000
 
 
-def _loss(params: Params, pixels: UInt8[Array, "batch height width 3"], key: Key[Array, ""]) -> Float[Array, ""]:
-    image = normalise(pixels)
-    posterior = vae.encode(CONFIG, params, image)
-    difference = vae.decode(CONFIG, params, posterior.sample(jax.random.split(key, BATCH))) - image
-    edges = sum(jnp.abs(jnp.diff(difference, axis=axis)).mean() for axis in (1, 2))
-    variance = jnp.exp(posterior.log_variance)
-    kl = 0.5 * (posterior.mean**2 + variance - 1 - posterior.log_variance).mean()
-    return jnp.abs(difference).mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
-
-
-def _crops(images: list[UInt8[np.ndarray, "height width 3"]], step: int) -> UInt8[np.ndarray, "batch crop crop 3"]:
-    rng = np.random.default_rng([0, step])
-    rows = []
-    for index in rng.integers(0, len(images), BATCH):
-        height, width, _ = images[index].shape
-        top, left = rng.integers(0, [height - CROP_PX + 1, width - CROP_PX + 1])
-        crop = images[index][top : top + CROP_PX, left : left + CROP_PX]
-        rows.append(crop[:, :: rng.choice([1, -1])])
-    return np.stack(rows)
-
-
-def train(folder: Path, buckets: tuple[tuple[int, int], ...], out: Path, steps: int = STEPS) -> VaeConfig:
-    """Trains on the pictures of a folder, each at its bucket's size, and writes `out`; returns its configuration."""
-    source = open_folder(folder)
-    sizes = [Bucket(*bucket) for bucket in buckets]
-    rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
-    images = [
-        cover_crop(source.pixels(image), sizes[number], rng=rng, crop="centre").image
-        for image, number in enumerate(assign(source.sizes, tuple(sizes)).bucket)
-    ]
-
-    optimiser = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_onecycle_schedule(steps, PEAK_LEARNING_RATE, 0.05))
+def get_config(pictures: str = "runs/quickstart/pictures", seed: int = 0, steps: int = STEPS) -> AutoencoderConfig:
+    """pictures: the folder that `quickstart` unpacks."""
+    return AutoencoderConfig(
+        data=DataConfig(folder=pictures, buckets=BUCKETS, batch_size=4, flip_probability=0.5, seed=seed),
+        vae=CONFIG,
+        loss=AutoencodingLossConfig(edge_weight=1.0, kl_weight=1e-3),
+        optimiser=OptimiserConfig(
+            learning_rate=2e-3, warmup_steps=steps // 20, decay=Decay.COSINE, weight_decay=0.0, clip_norm=1.0
+        ),
+        ema=EmaConfig(kind=EmaKind.WARMUP, decay=0.998),
+        training=AutoencodingLoopConfig(steps=steps, seed=seed),
+        checkpoint=CheckpointConfig(every_steps=500, keep=1),
+        validation=AutoencodingValidationConfig(every_steps=1000, images=8),
     )
-    params = vae.init(jax.random.key(0), CONFIG)
 
-    @jax.jit
-    def update(params: Params, average: Params, state: optax.OptState, pixels: Array, key: Array):
-        loss, gradient = jax.value_and_grad(_loss)(params, pixels, key)
-        updates, state = optimiser.update(gradient, state)
-        params = cast(Params, optax.apply_updates(params, updates))
-        average = cast(Params, optax.incremental_update(params, average, 0.002))
-        return params, average, state, loss
 
-    state, average = optimiser.init(params), params
-    progress = trange(steps, desc="autoencoder", unit="step")
-    for step in progress:
-        key = jax.random.fold_in(jax.random.key(1), step)
-        params, average, state, loss = update(params, average, state, _crops(images, step), key)
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{loss:.4f}")
-
-    # Measured once over all pictures: latents × scale have unit variance, which the noise schedule counts on.
-    latents = [vae.encode(CONFIG, average, normalise(image[None])).mean.ravel() for image in images]
-    config = dataclasses.replace(CONFIG, scale=round(1 / float(np.concatenate(latents).std()), 5))
-    half = jax.tree.map(lambda array: np.asarray(array, np.float16), average)
+def train(pictures: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = STEPS) -> VaeConfig:
+    """Trains on a folder of pictures, going on where an earlier call was cut off, and writes `out`, float16; returns
+    its configuration, with the scale that was measured."""
+    model = run(get_config(str(pictures), seed, steps), run_dir)
+    assert isinstance(model.config.vae, VaeConfig)
+    config = dataclasses.replace(model.config.vae, scale=_scale(pictures, model))
+    half = {"vae": {name: _half(tree) for name, tree in model.params["vae"].items()}}
     out.unlink(missing_ok=True)
-    convert(Model(ModelConfig(vae=config), {"vae": half}), out, "single-file", progress=False)
+    convert(Model(ModelConfig(vae=config), half), out, "single-file", progress=False)
     return config
+
+
+def _half(tree: Params) -> Params:
+    return {
+        name: _half(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float16) for name, leaf in tree.items()
+    }
+
+
+def _scale(pictures: Path, model: Model) -> float:
+    """What latents are multiplied by so that, over all pictures, they have unit variance: the noise schedule counts on
+    that."""
+    source, buckets = open_folder(pictures), tuple(Bucket(*bucket) for bucket in BUCKETS)
+    rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
+    config, params, latents = model.config.vae, model.params["vae"], []
+    for image, number in enumerate(assign(source.sizes, buckets).bucket):
+        pixels = cover_crop(source.pixels(image), buckets[number], rng=rng, crop="centre").image
+        latents.append(np.asarray(vae.encode(config, params, normalise(pixels[None])).mean).ravel())
+    return round(1 / float(np.concatenate(latents).std()), 5)
 
 
 def load(path: Path = WEIGHTS) -> tuple[VaeConfig, Params]:

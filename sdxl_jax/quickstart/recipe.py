@@ -20,7 +20,7 @@ from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.quickstart import autoencoder
 
-BUCKETS = ((96, 160), (128, 128), (160, 96))
+BUCKETS = autoencoder.BUCKETS
 _TEXT = (
     Tower("text_encoder", ClipTextConfig(64, 2, 2, 256), END_OF_TEXT),
     Tower("text_encoder_2", ClipTextConfig(64, 2, 2, 256, Activation.GELU, 64), 0),

@@ -47,7 +47,7 @@ def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) ->
         _say(f"2/5  Taking the autoencoder in {weights.name}")
     else:
         _say("2/5  Training the autoencoder anew, about an hour")
-        autoencoder.train(folder, recipe.BUCKETS, weights)
+        autoencoder.train(folder, run_dir / "autoencoder", weights, seed)
 
     _say("3/5  Training a small SDXL: compiling for three aspect ratios takes a minute or two before it moves")
     config = recipe.get_config(str(folder), weights, seed)

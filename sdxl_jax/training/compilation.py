@@ -20,18 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sdxl_jax import sharding
-from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import ModelConfig
 from sdxl_jax.training.programs import Programs
 
 _LOOKED_AHEAD = 100_000
@@ -90,40 +86,6 @@ def use_cache(folder: str | Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # or the folder of before is kept
-
-
-def abstract_batch(
-    mesh: Mesh | AbstractMesh, model: ModelConfig, bucket: Bucket, batch_size: int, *, cached: bool, scored: bool
-) -> Batch:
-    """Shapes, dtypes and places of a batch of one bucket, over all hosts: what a step is compiled for.
-
-    cached: the batch is read from a cache (`Batch.encoded`). scored: it has aesthetic scores.
-    """
-    place = sharding.batch_sharding(mesh)
-
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=place)
-
-    encoded = None
-    if cached:
-        latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
-        projection = model.text[-1].clip.projection_dim
-        encoded = Encoded(
-            mean=array(jnp.bfloat16, *latent),
-            log_variance=array(jnp.bfloat16, *latent),
-            context=array(jnp.bfloat16, 77, model.unet.context_dim),
-            pooled=None if projection is None else array(jnp.bfloat16, projection),
-        )
-    return Batch(
-        image=None if cached else array(jnp.uint8, *bucket, 3),
-        tokens={tower.name: array(jnp.int32, 77) for tower in model.text},
-        micro=MicroConditioning(
-            *(array(jnp.int32, 2) for _ in range(3)), aesthetic_score=array(jnp.float32) if scored else None
-        ),
-        example=array(jnp.int32),
-        replaced=array(jnp.bool_),
-        encoded=encoded,
-    )
 
 
 def order_of_need(dataset: BucketedDataset, first: int, stop: int) -> dict[Bucket, int]:

@@ -26,16 +26,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sdxl_jax import arrays, model, sharding
-from sdxl_jax import config as configuration
 from sdxl_jax.arrays import ImageBytes, Params, TokenIds, flatten, unflatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data import crops as cropping
 from sdxl_jax.data.cache import Crop, PieceWriter, Plan, Text, begin, open_cache
 from sdxl_jax.data.crops import Crops
 from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.models import vae
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.initial import initial_weights
@@ -85,7 +85,7 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
     data = config.data
     used = {part: params[part]["encoder"] if part == "vae" else params[part] for part in encoder_parts(config)}
     weights = {
-        part: {"config": configuration.to_json(part_configs(config.model)[part]), "values": fingerprint(values)}
+        part: {"config": to_json(part_configs(config.model)[part]), "values": fingerprint(values)}
         for part, values in used.items()
     }
     return {
@@ -93,8 +93,8 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
         "buckets": dataset.assignment,
         "crops": {"each": data.crops_per_image, "mode": data.crop, "flips": data.flip_probability, "seed": data.seed},
         "weights": weights,
-        "text": {tower.name: configuration.to_json(tower) for tower in config.model.text},
-        "precision": configuration.to_json(config.compute)["dtype"],
+        "text": {tower.name: to_json(tower) for tower in config.model.text},
+        "precision": to_json(config.compute)["dtype"],
         "code": _code(),
     }
 
@@ -219,7 +219,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    config: TrainConfig,
+    config: RunConfig,
     *,
     batch_size: int = 8,
     share: tuple[int, int] | None = None,
@@ -240,6 +240,11 @@ def encode(
     Raises InputError: no `data.cache`; a folder that holds another cache or other files; more images that cannot be
     read than `data.max_bad_share` allows; and as training does.
     """
+    if not isinstance(config, TrainConfig):
+        raise InputError(
+            f"data encode is for runs that learn to denoise, whose encoders are frozen; this is an "
+            f"{type(config).__name__}. Give a file whose get_config() returns a TrainConfig"
+        )
     config.check()
     if config.data.cache is None or config.data.crops_per_image is None:
         raise InputError("data.cache is not given. Give the folder to write to: --data.cache DIR")
@@ -325,7 +330,7 @@ def _encode_piece(
 def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
     """The encoders as a run of this configuration starts with them."""
     parts = encoder_parts(config)
-    initial = initial_weights(config, mesh, parts=parts, progress=progress)
+    initial = initial_weights(config.training, config.model, mesh, parts=parts, progress=progress)
 
     def make(key: jax.Array) -> Params:
         fresh = flatten(model.init(key, config.model))

@@ -10,46 +10,48 @@ from tqdm import tqdm
 
 from sdxl_jax import config as configuration
 from sdxl_jax.arrays import flatten
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import LoopConfig
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
+from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
 from sdxl_jax.weights.load import load_weights
 from sdxl_jax.weights.open import open_model
 
 
-def check_initial(config: TrainConfig) -> None:
+def check_initial(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> None:
     """Raises InputError where `initial_weights` would; only headers are read."""
-    _opened(config)
+    _opened(training, model, parts)
 
 
 def initial_weights(
-    config: TrainConfig, mesh: Mesh, *, parts: Collection[str] | None = None, progress: bool = True
+    training: LoopConfig, model: ModelConfig, mesh: Mesh, *, parts: Collection[str], progress: bool = True
 ) -> dict[str, jax.Array]:
     """The parameters that `training.init_from` gives, by path, float32 and where they belong.
 
-    parts: those that are wanted, None for all. Raises InputError for a path without a model, and for a part that the
+    model: what is wanted, of which `parts` count. Raises InputError for a path without a model, and for a part that the
     model lacks, or has otherwise.
     """
     initial: dict[str, jax.Array] = {}
-    for path, weights in zip(config.training.init_from, _opened(config, parts), strict=True):
-        if "unet" in weights.parts and weights.config.prediction is not config.model.prediction:
-            had, has = weights.config.prediction.value, config.model.prediction.value
+    for path, weights in zip(training.init_from, _opened(training, model, parts), strict=True):
+        if "unet" in weights.parts and weights.config.prediction is not model.prediction:
+            had, has = weights.config.prediction.value, model.prediction.value
             tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
         initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
     return initial
 
 
-def _opened(config: TrainConfig, parts: Collection[str] | None = None) -> list[Weights]:
+def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> list[Weights]:
     """What is at each path of `training.init_from`, not read yet: of `parts` what is to be taken, and fits."""
     opened: list[Weights] = []
-    wanted, taken = part_configs(config.model), config.training.init_parts
+    wanted, taken = part_configs(model), training.init_parts
     if unknown := [part for part in taken or () if part not in wanted]:
         raise InputError(
             f"training.init_parts has {', '.join(unknown)}, which this model does not have. Its parts are "
             f"{', '.join(wanted)}"
         )
     missing = set(taken or ())
-    for path in config.training.init_from:
+    for path in training.init_from:
         try:
             weights = open_model(path)
         except InputError as error:
@@ -65,9 +67,9 @@ def _opened(config: TrainConfig, parts: Collection[str] | None = None) -> list[W
                 f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have. Choose with "
                 f"training.init_parts what is to be taken of {', '.join(wanted)}"
             )
-        weights = _only(weights, parts or wanted)
+        weights = _only(weights, parts)
         for part in weights.parts:
-            have, want = (configuration.to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
+            have, want = (to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
             if not weights.tells_scale:
                 have["scale"] = want["scale"]
             if part == "vae" and (half := lacking_half(weights)) is not None:
@@ -75,20 +77,20 @@ def _opened(config: TrainConfig, parts: Collection[str] | None = None) -> list[W
             if differences := configuration.differences(have, want):
                 raise InputError(
                     f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
-                    f"file -> in the model). Set {_field_of(part, config)} to the file's configuration, or leave the "
+                    f"file -> in the model). Set {_field_of(part, model)} to the file's configuration, or leave the "
                     f"{part} out of training.init_parts"
                 )
         opened.append(weights)
     lacking = [lacking_half(weights) for weights in opened if "vae" in weights.parts]
     if lacking and None not in lacking and len(set(lacking)) == 1:
         raise InputError(
-            f"training.init_from={config.training.init_from} holds a tiny autoencoder without its {lacking[0]}, which "
+            f"training.init_from={training.init_from} holds a tiny autoencoder without its {lacking[0]}, which "
             f"would have random weights. Add the {lacking[0]}'s file (taesdxl_{lacking[0]}.safetensors)"
         )
     if missing:
         raise InputError(
             f"training.init_parts wants {', '.join(sorted(missing))}, which none of training.init_from="
-            f"{config.training.init_from} holds. Add a model with it, or leave it out"
+            f"{training.init_from} holds. Add a model with it, or leave it out"
         )
     return opened
 
@@ -98,7 +100,7 @@ def _only(weights: Weights, parts: Collection[str]) -> Weights:
     return dataclasses.replace(weights, leaves=leaves)
 
 
-def _field_of(part: str, config: TrainConfig) -> str:
+def _field_of(part: str, model: ModelConfig) -> str:
     """Where a part's configuration stands."""
-    names = [tower.name for tower in config.model.text]
+    names = [tower.name for tower in model.text]
     return f"model.text[{names.index(part)}].clip" if part in names else f"model.{part}"

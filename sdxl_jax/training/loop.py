@@ -1,51 +1,44 @@
-"""The training program: configuration, mesh, data, model, state, restore; then batch, step, log, save, look.
+"""The training program: prepare, then for each step: batch, step, log, save, evaluate. It knows no objective.
 
 Nothing but logging waits for the device, and logging lags one step behind, so that the device always has work. A run is
 repeated exactly by its configuration; interrupted, it goes on from its last checkpoint as if nothing had happened.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sdxl_jax import config as configuration
 from sdxl_jax import sharding
-from sdxl_jax.arrays import flatten
-from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import OnFailedSave, TrainConfig
+from sdxl_jax.arrays import Batch
+from sdxl_jax.config import OnFailedSave, RunConfig
 from sdxl_jax.data.buckets import Bucket
-from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
-from sdxl_jax.optim import optimiser as optimisers
-from sdxl_jax.training import checkpoint, compilation, run_directory, setup
-from sdxl_jax.training.checkpoint import Checkpoints, restore, restore_frozen, save_frozen
-from sdxl_jax.training.compilation import CompiledSteps
-from sdxl_jax.training.encoding import check_frozen, from_cache
-from sdxl_jax.training.initial import check_initial, initial_weights
+from sdxl_jax.training import run_directory
+from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.observe import clock as clocks
-from sdxl_jax.training.observe import metrics as logging
 from sdxl_jax.training.observe import profiling, validation
 from sdxl_jax.training.observe.clock import Clock, Part, TimeLog
-from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, Speed, WandbBoard
+from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, WandbBoard
 from sdxl_jax.training.processes import Hosts, Interrupted
 from sdxl_jax.training.run_directory import check_run
-from sdxl_jax.training.state import merge
-from sdxl_jax.training.step import make_step
+from sdxl_jax.training.setup import Asked, Run, prepare
+from sdxl_jax.training.state import TrainState
 
-_T = TypeVar("_T")
+__all__ = ["check_run", "train"]
 
 
 def train(
-    config: TrainConfig,
+    config: RunConfig,
     run_dir: str | Path = "runs/train",
     progress: bool = True,
     *,
@@ -55,7 +48,7 @@ def train(
     began: float | None = None,
 ) -> Model:
     """Trains until `config.training.steps`, from the last checkpoint in `run_dir` if there is one; returns the model,
-    with its averaged weights.
+    with its averaged weights. The configuration's type says what is learnt (sdxl_jax/training/objectives/).
 
     from_step: the checkpoint to go on from instead of the last; those after it are moved to RUN/set_aside.
     allow_changes: fields of the configuration, or groups of them, that may differ from the run's although they alter
@@ -64,187 +57,209 @@ def train(
     `time.monotonic()`, for the table of where the time went; None: now.
 
     Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
-    configuration, or in use, a checkpoint that cannot be read, hosts that differ. SIGTERM or SIGINT end it with
-    SystemExit(0), once what was done is saved.
+    configuration, or in use, a checkpoint that cannot be read, processes that differ. SIGTERM or SIGINT end it with
+    `Interrupted`, a SystemExit, once what was done is saved.
     """
-    run_dir, clock = Path(run_dir), Clock(began)
-    with Hosts(config.hosts.join_timeout_seconds) as hosts, contextlib.ExitStack() as leaving:
-        progress = progress and hosts.is_first
-        config.check()
-        logging.check(config.logging.wandb_project)
-        if config.training.compilation_cache is not None:
-            compilation.use_cache(config.training.compilation_cache)
-        check_run(config, run_dir, allow_changes=allow_changes)
-        check_frozen(config)
-        if checkpoint.latest_step(run_dir / "checkpoints") is None:
-            check_initial(config)
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
-        sharding.check_heads(mesh, config.model.unet.attention_heads)
-        tokenizer = Tokenizer.of(config.model.text)
-        part, parts = sharding.host_part(mesh)
-        dataset = hosts.wait(lambda: BucketedDataset(config.data, tokenizer, host_index=part, host_count=parts))
-        changed = check_run(config, run_dir, dataset, allow_changes)
-        optimiser, empty = optimisers.make(config.optimiser, config.training.steps), tokenizer([""])
-        abstract, abstract_frozen = setup.abstract_state(config, mesh, optimiser)
-
-        if hosts.is_first:
-            leaving.enter_context(run_directory.locked(run_dir))
-        on_mesh = functools.partial(_on_mesh, hosts, mesh)
-        last = checkpoint.step_to_start_from(run_dir / "checkpoints", from_step)
-        profile = profiling.check(profile, last or 0, config.training.steps)
-        hosts.gather("the directory is locked")
-        hosts.compare(_facts(config, run_dir, dataset, last))
-        given = setup.arguments(config, mesh, dataset, last or 0, abstract, abstract_frozen)
-        function = setup.jitted(make_step(config, optimiser, empty), config, mesh, abstract)
-        ahead, threads = config.training.compile_ahead, config.training.compile_threads
-        made_ahead = setup.programs(config, mesh)
-        speed = Speed.of(lambda bucket: setup.model_flops(config, optimiser, empty, given[bucket]), jax.devices())
-        count = None if speed is None else speed.count
-        steps = leaving.enter_context(CompiledSteps(function, given, mesh, ahead, threads, made_ahead, count))
-        initial = {}
-        if last is None:
-            initial = on_mesh(lambda: initial_weights(config, mesh, progress=progress))
-            state, frozen = on_mesh(lambda: setup.fresh_state(config, optimiser, abstract, abstract_frozen, initial))
-        else:
-            state = on_mesh(lambda: restore(run_dir / "checkpoints", last, abstract))
-            frozen = on_mesh(lambda: restore_frozen(run_dir, abstract_frozen))
-        first, stop = int(state.step), config.training.steps
-        dataset = from_cache(config, dataset, frozen)
-
-        if hosts.is_first:
-            if from_step is not None:
-                _set_aside(run_dir, from_step)
-            run_directory.write_config(config, run_dir, dataset, first, changed)
-        hosts.gather("the directory is ready")
-        if last is None:
-            on_mesh(lambda: save_frozen(run_dir, frozen))
-        if progress:
-            validation.announce(dataset, tokenizer, run_dir, first, changed)
-            random = sorted(set(frozen) - {path.split("/")[0] for path in initial})
-            if last is None and random:
-                tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
-
-        board = _wandb(config, run_dir) if hosts.is_first else None
-        with (
-            jax.set_mesh(mesh),
-            TimeLog(run_dir, clock, writes=hosts.is_first) as times,
-            clock.during(Part.SAVE),  # leaving Checkpoints finishes what is being written
-            _checkpoints(config, run_dir, hosts) as checkpoints,
-            clock.during(Part.OTHER),
-            MetricsWriter(
-                run_dir, first, stop, progress, clock, speed, board, hosts.is_first, steps.progress
-            ) as writer,
-            profiling.Profile(run_dir / "profile", profile) as profiler,
-            _closing(dataset.iterate(first)) as batches,
-            _naming_what_is_not_finite(config, run_dir, hosts, dataset),
-        ):
-            step = saved = first
-            met = set[Bucket]()
-            since = _Mean(config.checkpoint.keep_best)
-
-            def save() -> bool:
-                """Whether it has begun: after a failure, the run may go on."""
-                with clock.during(Part.SAVE):
-                    writer.flush()
-                    metadata = {"config": configuration.to_json(config), "versions": run_directory.versions()}
-                    return checkpoints.save(step, state, metadata, since.take())
-
-            def look() -> None:
-                with clock.during(Part.EVALUATION):
-                    writer.flush()
-                    model = Model(config.model, merge(state.sampled, frozen))
-                    validation.look(config, hosts, run_dir, step, model, mesh)
-
-            def meet(bucket: Bucket) -> None:
-                """Waits for a bucket's program, where it is needed for the first time."""
-                with clock.during(Part.COMPILE):
-                    writer.settle()
-                    hosts.wait(lambda: steps.of(bucket, writer.compiling))
-                    # No host begins the step while another may yet be stopped compiling it.
-                    hosts.gather("compiled")
-                    writer.compiled()
-                met.add(bucket)
-
-            try:
-                if first and _look_due(config, first) and not _is_there(run_dir, first, hosts):
-                    look()  # the run was stopped between the checkpoint and its pictures
-                while step < stop:
-                    bucket, again = dataset.bucket_of(step), step < writer.made_before
-                    try:
-                        if bucket not in met:
-                            meet(bucket)
-                        with clock.during(Part.DATA):
-                            rows = hosts.wait(lambda: next(batches))
-                    except Exception as error:
-                        # No program, or no batch: what was learnt stays. Of several hosts, the others do not know.
-                        if hosts.count == 1 and step > saved and not isinstance(error, NonFinite):
-                            save()
-                        raise
-                    with clock.during(Part.DATA):
-                        batch = sharding.put_batch(mesh, rows)
-                    hosts.point()
-                    with clock.during(Part.AGAIN if again else Part.STEP), profiler.step(step + 1, writer.settle):
-                        state, metrics = steps.of(bucket)(state, frozen, batch)
-                        step += 1
-                        since.add(metrics)
-                        writer.log(step, bucket, dataset.batch_size_of(step - 1), metrics)
-                    times.note(step, again)
-                    if _due(step, config.checkpoint.every_steps, stop) and save():
-                        saved = step
-                    if _look_due(config, step):
-                        look()
-            except Interrupted as stopped:
-                if step > saved:
-                    save()
-                checkpoints.finish(last=True)
-                if hosts.is_first:
-                    done = "saved; run the same command to go on" if step else "before anything was to be saved"
-                    tqdm.write(f"stopped by {stopped.signal_name} after step {step}, {done}")
-                raise
-        if progress:
-            tqdm.write(f"where the time went\n{clocks.table(clocks.read(run_dir))}")
-    return Model(config.model, merge(state.sampled, frozen))
+    asked, clock = Asked(from_step, allow_changes, profile, progress), Clock(began)
+    with Hosts(config.hosts.join_timeout_seconds) as hosts, prepare(config, Path(run_dir), hosts, asked) as run:
+        with _tools(run, clock) as tools:
+            state = _loop(run, tools)
+        if run.progress:
+            tqdm.write(f"where the time went\n{clocks.table(clocks.read(run.run_dir))}")
+    return run.objective.model(state, run.frozen)
 
 
-def _on_mesh(hosts: Hosts, mesh: Mesh, work: Callable[[], _T]) -> _T:
-    """The work's result, for which a signal need not wait. The mesh is one of a thread's own settings."""
-
-    def run() -> _T:
-        with jax.set_mesh(mesh):
-            return jax.block_until_ready(work())
-
-    hosts.point()
-    return hosts.wait(run)
-
-
-def _facts(config: TrainConfig, run_dir: Path, dataset: BucketedDataset, last: int | None) -> dict[str, Any]:
-    """What all hosts must have in common."""
-    values = configuration.to_json(config)
-    return {
-        "configuration": {path.replace("/", "."): value for path, value in flatten(values).items()},
-        "versions of the libraries": run_directory.versions(),
-        "data": dataset.fingerprint,
-        "order of the data": dataset.assignment,
-        "run directory in sight": (run_dir / "lock").read_text() if (run_dir / "lock").exists() else None,
-        "checkpoint to start from": last,
-    }
+def _loop(run: Run, tools: "Tools") -> TrainState:
+    """Batch, step, log, save, evaluate, until all steps are made. Returns the last state."""
+    state, step = run.state, run.first
+    try:
+        tools.evaluation.catch_up(step, state)
+        while step < run.stop:
+            with tools.saving.before_failing(step, state):
+                rows = tools.batches.next(step)
+            program, batch = tools.batches.placed(step, rows)
+            with tools.step(step):
+                state, metrics = program(state, run.frozen, batch)
+                step += 1
+                tools.log(step, metrics)
+            tools.note(step)
+            tools.saving.if_due(step, state)
+            tools.evaluation.if_due(step, state)
+    except Interrupted as stopped:
+        tools.saving.before_leaving(step, state, stopped)
+        raise
+    return state
 
 
-def _set_aside(run_dir: Path, step: int) -> None:
-    for place in checkpoint.set_aside_after(run_dir, step):
-        tqdm.write(f"  a checkpoint after step {step} is now in {place}")
+@dataclasses.dataclass
+class Tools:
+    """What the loop works with: each owns its part of the time."""
+
+    run: Run
+    clock: Clock
+    times: TimeLog
+    writer: MetricsWriter
+    profiler: profiling.Profile
+    batches: "Batches"
+    saving: "Saving"
+    evaluation: "Evaluation"
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around the step after `step`."""
+        part = Part.AGAIN if step < self.writer.made_before else Part.STEP
+        with self.clock.during(part), self.profiler.step(step + 1, self.writer.settle):
+            yield
+
+    def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that has been started."""
+        self.saving.add(metrics)
+        dataset = self.run.dataset
+        self.writer.log(step, dataset.bucket_of(step - 1), dataset.batch_size_of(step - 1), metrics)
+
+    def note(self, step: int) -> None:
+        """A step was made."""
+        self.times.note(step, step <= self.writer.made_before)
 
 
-def _checkpoints(config: TrainConfig, run_dir: Path, hosts: Hosts) -> Checkpoints:
-    options = config.checkpoint
+@contextlib.contextmanager
+def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
+    """Everything that is to be closed in the end, in the order that its closing needs."""
+    hosts, run_dir, progress = run.hosts, run.run_dir, run.steps.progress
+    board = _wandb(run.config, run_dir) if hosts.is_first else None
+    with (
+        jax.set_mesh(run.mesh),
+        TimeLog(run_dir, clock, writes=hosts.is_first) as times,
+        clock.during(Part.SAVE),  # leaving Checkpoints finishes what is being written
+        _checkpoints(run) as checkpoints,
+        clock.during(Part.OTHER),
+        MetricsWriter(
+            run_dir, run.first, run.stop, run.progress, clock, run.speed, board, hosts.is_first, progress
+        ) as writer,
+        profiling.Profile(run_dir / "profile", run.profile) as profiler,
+        _closing(run.dataset.iterate(run.first)) as rows,
+        _naming_what_is_not_finite(run),
+    ):
+        batches, evaluation = Batches(run, clock, writer, rows), Evaluation(run, clock, writer)
+        saving = Saving(run, clock, writer, checkpoints)
+        yield Tools(run, clock, times, writer, profiler, batches, saving, evaluation)
+
+
+class Batches:
+    """The batches in order, each with the program of its bucket."""
+
+    def __init__(self, run: Run, clock: Clock, writer: MetricsWriter, rows: Iterator[Batch]):
+        self._run, self._clock, self._writer, self._rows = run, clock, writer, rows
+        self._met = set[Bucket]()
+
+    def next(self, step: int) -> Batch:
+        """This process's rows of the step after `step`, whose program is there."""
+        bucket = self._run.dataset.bucket_of(step)
+        if bucket not in self._met:
+            self._meet(bucket)
+        with self._clock.during(Part.DATA):
+            return self._run.hosts.wait(lambda: next(self._rows))
+
+    def placed(self, step: int, rows: Batch) -> tuple[Callable[..., Any], Batch]:
+        """(program, batch on the devices). All processes pass here together, or stop here together."""
+        run = self._run
+        with self._clock.during(Part.DATA):
+            batch = sharding.put_batch(run.mesh, rows)
+        run.hosts.point()
+        return run.steps.of(run.dataset.bucket_of(step)), batch
+
+    def _meet(self, bucket: Bucket) -> None:
+        """Waits for a bucket's program, where it is needed for the first time."""
+        hosts, writer = self._run.hosts, self._writer
+        with self._clock.during(Part.COMPILE):
+            writer.settle()
+            hosts.wait(lambda: self._run.steps.of(bucket, writer.compiling))
+            # No process begins the step while another may yet be stopped compiling it.
+            hosts.gather("compiled")
+            writer.compiled()
+        self._met.add(bucket)
+
+
+class Saving:
+    """When checkpoints are written."""
+
+    def __init__(self, run: Run, clock: Clock, writer: MetricsWriter, checkpoints: Checkpoints):
+        self._run, self._clock, self._writer, self._checkpoints = run, clock, writer, checkpoints
+        self._saved = run.first
+        self._since = _Mean(run.config.checkpoint.keep_best)
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step, one of which may decide which checkpoint is the best."""
+        self._since.add(metrics)
+
+    def if_due(self, step: int, state: TrainState) -> None:
+        if _due(step, self._run.config.checkpoint.every_steps, self._run.stop):
+            self._save(step, state)
+
+    @contextlib.contextmanager
+    def before_failing(self, step: int, state: TrainState) -> Iterator[None]:
+        """Saves where what is done inside fails: no program, or no batch. What was learnt stays."""
+        try:
+            yield
+        except Exception as error:
+            # Of several processes, the others do not know.
+            if self._run.hosts.count == 1 and step > self._saved and not isinstance(error, NonFinite):
+                self._save(step, state)
+            raise
+
+    def before_leaving(self, step: int, state: TrainState, stopped: Interrupted) -> None:
+        """Saves what a stopped run has learnt, and says so."""
+        if step > self._saved:
+            self._save(step, state)
+        self._checkpoints.finish(last=True)
+        if self._run.hosts.is_first:
+            done = "saved; run the same command to go on" if step else "before anything was to be saved"
+            tqdm.write(f"stopped by {stopped.signal_name} after step {step}, {done}")
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Begins to write; after a failure, the run may go on."""
+        with self._clock.during(Part.SAVE):
+            self._writer.flush()
+            if self._checkpoints.save(step, state, run_directory.described(self._run.objective), self._since.take()):
+                self._saved = step
+
+
+class Evaluation:
+    """When validation images are made."""
+
+    def __init__(self, run: Run, clock: Clock, writer: MetricsWriter):
+        self._run, self._clock, self._writer = run, clock, writer
+
+    def if_due(self, step: int, state: TrainState) -> None:
+        if _due(step, self._run.objective.validates_every, self._run.stop):
+            self._look(step, state)
+
+    def catch_up(self, step: int, state: TrainState) -> None:
+        """The images that are missing where a run was stopped between a checkpoint and its images."""
+        run = self._run
+        if step and _due(step, run.objective.validates_every, run.stop):
+            # What the first process sees counts: what the others see may be older.
+            there = int(validation.grid_path(run.run_dir, step).exists())
+            if not int(run.hosts.gather(str(there))[0]):
+                self._look(step, state)
+
+    def _look(self, step: int, state: TrainState) -> None:
+        run = self._run
+        with self._clock.during(Part.EVALUATION):
+            self._writer.flush()
+            model = run.objective.model(state, run.frozen)
+            validation.look(run.objective, run.dataset, run.hosts, run.run_dir, step, model, run.mesh)
+
+
+def _checkpoints(run: Run) -> Checkpoints:
+    options = run.config.checkpoint
     return Checkpoints(
-        run_dir / "checkpoints",
+        run.run_dir / "checkpoints",
         options.keep,
         keep_every_hours=options.keep_every_hours,
         keep_best=options.keep_best,
         go_on=options.on_failed_save is OnFailedSave.GO_ON,
-        agree=functools.partial(hosts.gather, stops=False),  # a checkpoint is written by all hosts, or by none
+        agree=functools.partial(run.hosts.gather, stops=False),  # a checkpoint is written by all processes, or by none
     )
 
 
@@ -278,15 +293,13 @@ def _closing(batches: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _naming_what_is_not_finite(
-    config: TrainConfig, run_dir: Path, hosts: Hosts, dataset: BucketedDataset
-) -> Iterator[None]:
+def _naming_what_is_not_finite(run: Run) -> Iterator[None]:
     try:
         yield
     except NonFinite as error:
-        path = run_dir / f"nonfinite_step_{error.step:08d}.json"
-        # Each host that comes here: the first may hear of it from another, and not come.
-        validation.describe_nonfinite(config, path, error.step, dataset, hosts.index)
+        path = run.run_dir / f"nonfinite_step_{error.step:08d}.json"
+        # Each process that comes here: the first may hear of it from another, and not come.
+        validation.describe_nonfinite(run.config, path, error.step, run.dataset, run.hosts.index)
         raise InputError(f"{error}. Its pictures, captions and key are in {path}") from error
 
 
@@ -295,15 +308,6 @@ def _due(step: int, every: int | None, stop: int) -> bool:
     return every is not None and (step % every == 0 or step == stop)
 
 
-def _look_due(config: TrainConfig, step: int) -> bool:
-    return bool(config.validation.prompts) and _due(step, config.validation.every_steps, config.training.steps)
-
-
-def _is_there(run_dir: Path, step: int, hosts: Hosts) -> bool:
-    """Whether a step's pictures are, for the first host: what the others see may be older."""
-    return hosts.gather(str(validation.grid_path(run_dir, step).exists()))[0] == "True"
-
-
-def _wandb(config: TrainConfig, run_dir: Path) -> WandbBoard | None:
+def _wandb(config: RunConfig, run_dir: Path) -> WandbBoard | None:
     project = config.logging.wandb_project
-    return None if project is None else WandbBoard(project, run_dir, configuration.to_json(config))
+    return None if project is None else WandbBoard(project, run_dir, to_json(config))

@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_jax import config as configuration
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import from_json, read_saved, to_json
+from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives.base import Objective
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _FINGERPRINT = "data_fingerprint"
+_FIRST_OBJECTIVE = "denoising"
+"""What runs learn that do not say it."""
 
 
 def check_run(
-    config: TrainConfig, run_dir: Path, dataset: BucketedDataset | None = None, allow_changes: Collection[str] = ()
+    config: RunConfig, run_dir: Path, dataset: BucketedDataset | None = None, allow_changes: Collection[str] = ()
 ) -> list[str]:
     """Raises InputError if the directory holds another run, or something else; with `dataset`, also if that is no
     longer the data that the run was started with.
@@ -38,9 +43,14 @@ def check_run(
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
             raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
         return []
-    saved = configuration.read_saved(path)
-    new = configuration.to_json(config)
-    blocking = configuration.blocking_differences(saved["config"], new)
+    saved, new = read_saved(path), to_json(config)
+    learnt, learns = saved.get("objective", _FIRST_OBJECTIVE), objective_of(config).name
+    if learnt != learns:
+        raise InputError(
+            f"{run_dir} belongs to a run of {learnt}, this configuration is one of {learns}. Choose another --run-dir"
+        )
+    old = _completed(saved["config"], type(config))
+    blocking = configuration.blocking_differences(old, new)
     if changed := [line for line in blocking if not configuration.is_within(line, allow_changes)]:
         shown = "\n  ".join(changed[:8])
         names = ",".join(line.split(":", 1)[0] for line in changed[:8])
@@ -49,12 +59,12 @@ def check_run(
             f"{shown}\nUse the run's own configuration to go on with it, or another --run-dir. To go on with these "
             f"changes, which alter what is learnt: --allow-changes {names}"
         )
-    if (saved["config"]["data"].get("cache") is None) != (config.data.cache is None):
+    if (old["data"].get("cache") is None) != (config.data.cache is None):
         raise InputError(
             f"{run_dir} was started {'without' if config.data.cache else 'with'} a cache (data.cache), whose rounding "
             "to bfloat16 is part of what is learnt. Go on in the same way, or choose another --run-dir"
         )
-    changed = configuration.differences(saved["config"], new)
+    changed = configuration.differences(old, new)
     if dataset is not None and saved.get(_FINGERPRINT) != dataset.fingerprint:
         if not configuration.is_within(_FINGERPRINT, allow_changes):
             raise InputError(
@@ -64,6 +74,14 @@ def check_run(
             )
         changed.append(f"{_FINGERPRINT}: {saved.get(_FINGERPRINT)} -> {dataset.fingerprint}")
     return changed
+
+
+def _completed(saved: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
+    """A saved configuration with the defaults of fields that are newer than it; as it is, where it cannot be read."""
+    try:
+        return to_json(from_json(saved, kind))
+    except InputError:
+        return saved
 
 
 @contextlib.contextmanager
@@ -122,16 +140,28 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
-def write_config(config: TrainConfig, run_dir: Path, dataset: BucketedDataset, step: int, changed: list[str]) -> None:
+def described(objective: Objective[Any]) -> dict[str, Any]:
+    """What a checkpoint says of itself: with what it was made, and which model is in it."""
+    return {
+        "config": to_json(objective.config),
+        "objective": objective.name,
+        "model": to_json(objective.model_config),
+        "parts": list(objective.parts),
+        "versions": versions(),
+    }
+
+
+def write_config(
+    objective: Objective[Any], run_dir: Path, dataset: BucketedDataset, step: int, changed: list[str]
+) -> None:
     """config.json. changed: differences from what it says so far, which become part of its history."""
     path = run_dir / "config.json"
-    history: list[Any] = configuration.read_saved(path).get("history", []) if path.exists() else []
+    history: list[Any] = read_saved(path).get("history", []) if path.exists() else []
     if changed:
         history.append({"after_step": step, "changed": changed})
     content = {
-        "config": configuration.to_json(config),
+        **described(objective),
         _FINGERPRINT: dataset.fingerprint,
-        "versions": versions(),
         "commit": commit(),
         "history": history,
     }

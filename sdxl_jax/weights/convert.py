@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from sdxl_jax import config as configuration
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
@@ -135,7 +135,7 @@ def _copy_licences(weights: Weights, made: Path) -> None:
 
 def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
     metadata = describe(weights) | {
-        "origin": configuration.to_json(weights.origin),
+        "origin": to_json(weights.origin),
         "carried": [list(key) for key, tensor in weights.carried.items() if 0 not in tensor.shape],
         # Marks such as v_pred, which Orbax does not save.
         "empty": [[*key, t.dtype.name, list(t.shape)] for key, t in weights.carried.items() if 0 in t.shape],

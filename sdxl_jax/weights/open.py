@@ -19,13 +19,13 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sdxl_jax import config as configuration
 from sdxl_jax import model as models
 from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import ContextState, Tower
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import differences
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.jsontree import from_json, read_saved, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
@@ -115,9 +115,10 @@ _EXPECTED = (
 
 def _open_run(run_dir: Path, step: int | None) -> Weights:
     """The averaged weights of a step, or the parameters where the run has no average. step: None for the newest."""
-    saved = configuration.read_saved(run_dir / "config.json")
-    run = configuration.from_json(saved["config"], TrainConfig)
-    config = run.model
+    saved = read_saved(run_dir / "config.json")
+    # Runs of before `model` stood beside it have it in their configuration, and all of its parts.
+    config = from_json(saved.get("model", saved["config"].get("model")), ModelConfig)
+    parts = saved.get("parts", list(part_configs(config)))
     newest = checkpoint.latest_step(run_dir / "checkpoints")
     asked, step = step, newest if step is None else step
     if step is None or newest is None:
@@ -128,11 +129,11 @@ def _open_run(run_dir: Path, step: int | None) -> Weights:
     state = orbax.leaves(path, checkpoint.metadata(path)[0])
     sampled = "ema/" if any(name.startswith("ema/") for name in state) else "params/"
     leaves = {name.removeprefix(sampled): leaf for name, leaf in state.items() if name.startswith(sampled)}
-    if leaves.keys() != _expected(config).keys():
+    if leaves.keys() != _expected(config, parts).keys():
         leaves |= orbax.leaves(run_dir / "frozen", orbax.metadata(run_dir / "frozen")[0])
-    steps = run.training.steps
+    steps = saved["config"].get("training", {}).get("steps", 0)
     notes = (f"{run_dir} is at step {step} of {steps}",) if asked is None and step < steps else ()
-    return Weights(config, _complete(config, leaves, path), Origin("run"), {}, licences_in(run_dir), notes)
+    return Weights(config, _complete(config, leaves, path, parts), Origin("run"), {}, licences_in(run_dir), notes)
 
 
 def _open_orbax(path: Path) -> Weights:
@@ -143,7 +144,7 @@ def _open_orbax(path: Path) -> Weights:
             f"{path} is an Orbax checkpoint, but not one of a model: it does not say which. Give one of `sdxl-jax "
             "convert --to orbax`, or the run directory that it belongs to"
         )
-    config = configuration.from_json(described["model"], ModelConfig)
+    config = from_json(described["model"], ModelConfig)
     found = orbax.leaves(path, tree)
     keys = [(part, name) for part, name in described.get("carried", [])]
     carried: dict[tuple[str, str], Carried] = {key: found.pop(f"carried/{n}") for n, key in enumerate(keys)}
@@ -152,7 +153,7 @@ def _open_orbax(path: Path) -> Weights:
     parts = [part for part in part_configs(config) if part in tree]
     if isinstance(config.vae, TinyVaeConfig) and len(halves := list(tree.get("vae", ()))) == 1:
         parts[parts.index("vae")] = f"vae/{halves[0]}"
-    origin = configuration.from_json(described["origin"], Origin)
+    origin = from_json(described["origin"], Origin)
     return Weights(config, _complete(config, found, path, parts), origin, carried, licences_in(path))
 
 
@@ -162,7 +163,7 @@ def _complete(
     """The parameters in our order. Raises InputError unless they are just those of the configuration."""
     expected = _expected(config, parts)
     have, want = ({path: tuple(leaf.shape) for path, leaf in tree.items()} for tree in (leaves, expected))
-    if different := configuration.differences(have, want):
+    if different := differences(have, want):
         raise InputError(
             f"The checkpoint {where} does not fit this configuration: {len(different)} arrays differ, the first is "
             f"{different[0]} (stored -> expected). Restore the files of the run, or convert the model anew"
@@ -314,7 +315,7 @@ def _described(
     """Configuration and parts of a file that we wrote, which says what it is."""
     try:
         described = json.loads(description)
-        config, parts = configuration.from_json(described["model"], ModelConfig), list(described["parts"])
+        config, parts = from_json(described["model"], ModelConfig), list(described["parts"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} says in its metadata what it is, but not readably ({error}). Convert it anew"
@@ -332,7 +333,7 @@ def _described(
 
 def describe(weights: Weights) -> dict:
     """What a file that we write says of itself; `_described` reads it."""
-    return {"format": 1, "model": configuration.to_json(weights.config), "parts": list(weights.parts)}
+    return {"format": 1, "model": to_json(weights.config), "parts": list(weights.parts)}
 
 
 def _marked(weights: Weights, metadata: Mapping[str, str]) -> Weights:

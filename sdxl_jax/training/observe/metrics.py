@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
+from sdxl_jax.flops import chip_of
 from sdxl_jax.training.observe.clock import Clock, Part
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "peak_share")
@@ -48,7 +49,7 @@ class Speed:
     @classmethod
     def of(cls, flops: Callable[[Bucket], float], devices: Sequence[Any]) -> "Speed | None":
         """devices: jax's, all of one kind. None where they have no known peak, as CPUs."""
-        chip = flops.chip_of(devices[0].device_kind)
+        chip = chip_of(devices[0].device_kind)
         return None if chip is None else cls(flops, chip.flops_per_second * len(devices))
 
 

@@ -1,6 +1,5 @@
 """What a run tells besides numbers: what it is about to train on, validation pictures, and what went wrong."""
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,20 @@ from tqdm import tqdm
 
 from sdxl_jax import config as configuration
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.model import Model
-from sdxl_jax.optim.ema import EmaKind
-from sdxl_jax.sampling import generate
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
+from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.processes import Hosts
 
 _CAPTIONS_LOOKED_AT = 10_000
 """Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
-_GRID_SEED = 0
 
 
-def announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, first: int, changed: list[str]) -> None:
+def announce(
+    dataset: BucketedDataset, tokenizer: Tokenizer | None, run_dir: Path, first: int, changed: list[str]
+) -> None:
     tqdm.write(f"{run_dir}: {'starting' if not first else f'going on after step {first}'}")
     for line in changed:
         same = configuration.is_within(line, configuration.SAME_WITHIN_ROUNDING)
@@ -47,6 +46,11 @@ def announce(dataset: BucketedDataset, tokenizer: Tokenizer, run_dir: Path, firs
         tqdm.write(f"  {small} images below data.min_size={dataset.config.min_size} left out")
     if count := dataset.refused_count():
         tqdm.write(f"  {count} files refused, the first: {next(dataset.refused()).file}")
+    if tokenizer is not None:
+        _announce_captions(dataset, tokenizer)
+
+
+def _announce_captions(dataset: BucketedDataset, tokenizer: Tokenizer) -> None:
     images = len(dataset.source)
     looked_at = range(0, images, max(1, images // _CAPTIONS_LOOKED_AT))
     captions = [caption for image in looked_at for caption in dataset.source.captions(image)]
@@ -59,48 +63,23 @@ def grid_path(run_dir: Path, step: int) -> Path:
     return run_dir / "samples" / f"step_{step:08d}.png"
 
 
-def look(config: TrainConfig, hosts: Hosts, run_dir: Path, step: int, model: Model, mesh: Mesh) -> None:
-    """Writes the validation grid: the averaged weights' pictures, from the same noise each time.
-
-    All hosts draw; a stop is heard between two sizes, and on one host at any time.
-    """
-    validation = config.validation
-    pictures, captions = [], []
-
-    def draw(height: int, width: int) -> list[Any]:
-        with jax.set_mesh(mesh):
-            return list(
-                generate.text_to_image(
-                    model,
-                    validation.prompts,
-                    height=height,
-                    width=width,
-                    steps=validation.steps,
-                    guidance=validation.guidance,
-                    seed=_GRID_SEED,
-                    compute=config.compute,
-                )
-            )
-
-    for height, width in validation.sizes:
-        hosts.point()
-        draw_size = functools.partial(draw, height, width)
-        # Other hosts would wait inside for what one abandons, and the checkpoint behind it.
-        pictures += hosts.wait(draw_size) if hosts.count == 1 else draw_size()
-        captions += list(validation.prompts)
+def look(
+    objective: Objective[Any],
+    dataset: BucketedDataset,
+    hosts: Hosts,
+    run_dir: Path,
+    step: int,
+    model: Model,
+    mesh: Mesh,
+) -> None:
+    """Writes the validation grid of a step: what the averaged weights make, the same way each time."""
+    grid = objective.validation(model, dataset, mesh, hosts)
     if hosts.is_first:
-        origin = {
-            "step": step,
-            "weights": "parameters" if config.ema.kind is EmaKind.NONE else "ema",
-            "seed": _GRID_SEED,
-            "steps": validation.steps,
-            "guidance": validation.guidance,
-        }
-        text = {name: str(value) for name, value in origin.items()}
-        save_png(contact_sheet(pictures, captions, columns=len(validation.prompts)), grid_path(run_dir, step), text)
+        text = {name: str(value) for name, value in ({"step": step} | dict(grid.text)).items()}
+        save_png(contact_sheet(grid.images, grid.captions, columns=grid.columns), grid_path(run_dir, step), text)
 
 
-def describe_nonfinite(config: TrainConfig, path: Path, step: int, dataset: BucketedDataset, host: int) -> None:
+def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: BucketedDataset, host: int) -> None:
     """Writes what a step was given whose loss is no number: pictures, captions, and the key of its random numbers."""
     loader, bad = dataset.loader, list[str]()
     read = loader.draw if loader.cache is None else loader.read  # once more: damaged pictures were replaced

@@ -1,0 +1,56 @@
+"""Configuration values as JSON and back: what config.json of a run and the metadata of a checkpoint hold.
+
+Dataclasses become objects, enums their values, tuples lists. An unknown or mistyped field is an error; a field that was
+added later has its default, which is what the code of before did.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cattrs
+
+from sdxl_jax.errors import InputError
+from sdxl_jax.models.taesd import TinyVaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+
+_T = TypeVar("_T")
+
+_converter = cattrs.Converter(forbid_extra_keys=True)
+
+
+def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
+    """The kind is not written beside the fields, which tell it."""
+    kind = TinyVaeConfig if isinstance(value, dict) and "decoder_blocks" in value else VaeConfig
+    return _converter.structure(value, kind)
+
+
+_converter.register_structure_hook(AnyVaeConfig, _either_vae)
+
+
+def to_json(config: Any) -> Any:
+    """A dataclass tree as JSON values: enums by value, tuples as lists."""
+    return json.loads(json.dumps(_converter.unstructure(config)))
+
+
+def from_json(value: Any, kind: type[_T]) -> _T:
+    """The reverse of `to_json`. Raises InputError for unknown, missing or mistyped fields."""
+    try:
+        return _converter.structure(value, kind)
+    except (cattrs.BaseValidationError, ValueError, TypeError, AttributeError) as error:
+        problems = "; ".join(cattrs.transform_error(error))
+        raise InputError(f"This is not a {kind.__name__} that this version can read: {problems}") from error
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What a run keeps in its config.json; "config" is in it. Raises InputError if it cannot be read."""
+    try:
+        saved = json.loads(path.read_text())
+        if not isinstance(saved["config"], dict):
+            raise TypeError(f"it has config={saved['config']!r}")
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise InputError(
+            f"{path} is not the configuration of a run ({error}). Restore it, or choose another run "
+            "(with train: another --run-dir)"
+        ) from error
+    return saved
