@@ -16,10 +16,11 @@ import sdxl_jax
 
 ROOT = Path(sdxl_jax.__file__).parent
 
-BASE = {"arrays", "errors"}
+BASE = {"arrays", "errors", "files"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
+    "files": {"files", "errors"},
     "flops": set(),
     "sharding": BASE,
     "models": {"models", "sharding"} | BASE,
@@ -231,6 +232,13 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     loaded = set(done.stdout.split())
     assert "sdxl_jax" in loaded
     assert not loaded & {"transformers", "orbax", "jax", "flax", "grain", "numpy"}
+
+
+def test_files_imports_nothing_heavy() -> None:
+    names = ", ".join(f"sdxl_jax.{module}" for module in MODULES if within(module, ["files"]))
+    program = f"import sys, {names}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert not set(done.stdout.split()) & {"jax", "numpy", "etils", "orbax", "grain"}
 
 
 def test_the_public_names_resolve_and_say_what_they_are() -> None:

@@ -38,9 +38,9 @@ import numpy as np
 from jaxtyping import BFloat16, Int32
 from ml_dtypes import bfloat16
 
-from sdxl_jax.data.build.shard_writing import sync
 from sdxl_jax.data.record_files import RecordFiles, RecordWriter
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.atomic import PARTIAL, partial_path, sync, write_text
 
 FORMAT = 1
 """Version of the layout, in cache.json."""
@@ -58,7 +58,6 @@ _LATENTS = np.dtype(
         ("captions", "<i4"),
     ]
 )
-_PARTIAL = ".partial"
 _SHOWN_CHARACTERS = 60  # of a value in a message
 
 
@@ -138,7 +137,7 @@ class Plan:
     def clean(self) -> None:
         """Removes what interrupted writers left."""
         for kind in (LATENTS, TEXT):
-            for file in (self.folder / kind).glob(f"*{_PARTIAL}"):
+            for file in (self.folder / kind).glob(f"*{PARTIAL}"):
                 file.unlink(missing_ok=True)
 
     def done(self) -> int:
@@ -151,7 +150,7 @@ class _RecordWriter:
 
     def __init__(self, path: Path):
         # A name of its own: another process that writes the same piece, by mistake, spoils nothing.
-        self._path, self._partial = path, path.with_name(f"{path.name}.{uuid.uuid4().hex}{_PARTIAL}")
+        self._path, self._partial = path, partial_path(path, uuid.uuid4().hex)
         self._writer = RecordWriter(self._partial)
         self.records = 0
 
@@ -370,17 +369,14 @@ def begin(
     text = json.dumps({"format": FORMAT, **content, "towers": list(towers)}, indent=2)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = [name for name in os.listdir(folder) if not name.endswith(_PARTIAL)]
+        others = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
     except OSError as problem:
         raise InputError(f"The folder {folder} cannot be made ({problem.strerror}). Give another one.") from problem
     if not (folder / DESCRIPTION).exists():  # looked at after the names: another process that begins writes it first
         if others:
             raise InputError(f"{folder} holds other files and is no cache. Give a new or an empty folder.")
-        partial = folder / f"{DESCRIPTION}.{uuid.uuid4().hex}{_PARTIAL}"  # a name that no other process has
-        partial.write_text(text + "\n", encoding="utf-8")
-        sync(partial)
-        os.replace(partial, folder / DESCRIPTION)
-        sync(folder)
+        # The tag: any number of processes may begin at the same time.
+        write_text(folder / DESCRIPTION, text + "\n", tag=uuid.uuid4().hex, durable=True)
     said = _read_description(folder)
     if lines := _differences(said, json.loads(text)):
         raise InputError(

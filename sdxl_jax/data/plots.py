@@ -22,6 +22,7 @@ from PIL import Image
 from sdxl_jax.data.loader import Drawn
 from sdxl_jax.data.pipeline import BucketedDataset, BucketReport
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,13 +110,11 @@ def plot(dataset: BucketedDataset, path: Path) -> None:
         top -= height
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with warnings.catch_warnings():
+    with atomic.replacing(path) as partial, warnings.catch_warnings():
         # A caption in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)
         page.savefig(partial, format=path.suffix.lower()[1:], dpi=_DPI)
-    partial.replace(path)
 
 
 def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[BucketReport, list[Drawn]]]:

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from sdxl_jax.files import atomic
+
 _MARGIN, _LINE, _FONT = 6, 13, 11
 
 
@@ -86,6 +88,5 @@ def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None)
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    image.save(partial, format="PNG", pnginfo=info)
-    partial.replace(path)
+    with atomic.replacing(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info)

@@ -19,6 +19,8 @@ from etils import epath
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
+from sdxl_jax.files import atomic
+
 
 def folder(cache: str) -> epath.Path:
     """Where they lie in `training.compilation_cache`: a path, or a bucket's URL (gs://…)."""
@@ -40,10 +42,7 @@ class Programs(NamedTuple):
         """Keeps a program."""
         data, _, _ = serialize_executable.serialize(compiled)
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(lowered)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(zlib.compress(data, 1))  # to a quarter: of the full model, a gigabyte
-        partial.replace(path)
+        atomic.write_bytes(self._path(lowered), zlib.compress(data, 1))  # to a quarter: of the full model, a gigabyte
 
     def read(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
         """The program of what was lowered, None if it is not there. Raises what jax raises for a damaged one."""

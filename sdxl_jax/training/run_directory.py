@@ -22,6 +22,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import from_json, read_saved, to_json
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
+from sdxl_jax.files import atomic
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _FINGERPRINT = "data_fingerprint"
@@ -165,9 +166,7 @@ def write_config(
         "commit": commit(),
         "history": history,
     }
-    partial = path.with_name("config.json.partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
+    atomic.write_text(path, json.dumps(content, indent=1))
 
 
 def commit() -> str | None:

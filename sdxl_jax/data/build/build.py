@@ -41,10 +41,11 @@ from tqdm import tqdm
 from sdxl_jax.data.captions import check_number_names
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.build.records import Record, Unit, read, units
-from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, sync, write_json
+from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, write_json
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.atomic import PARTIAL, partial_path, sync
 
 _AGAIN = "Nothing that was finished is lost: then run the same command again, it goes on from there."
 _PARTS = "parts"
@@ -128,7 +129,7 @@ def _guarded(read: Read, unit: Unit) -> Iterator[Record | Refused]:
 def _write_part(read: Read, unit: Unit, parts: Path, origin: Path | None, count: Callable[[int], Any]) -> None:
     """Writes one piece, whole or not at all; `count` hears how many images came since it was last called."""
     final = parts / f"{unit.number:05d}"
-    partial = final.with_suffix(".partial")
+    partial = partial_path(final)
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
@@ -276,7 +277,7 @@ def _clean(destination: Path) -> None:
     if (destination / _PARTS).exists():
         shutil.rmtree(destination / _PARTS)
     (destination / UNFINISHED).unlink(missing_ok=True)
-    (destination / UNFINISHED).with_suffix(".json.partial").unlink(missing_ok=True)
+    partial_path(destination / UNFINISHED).unlink(missing_ok=True)
 
 
 def _check_same(destination: Path, begun: dict[str, Any], asked: dict[str, Any], state: str) -> None:
@@ -305,7 +306,7 @@ def _begin(destination: Path, asked: dict[str, Any]) -> None:
     try:
         begun = json.loads((destination / UNFINISHED).read_bytes())
     except FileNotFoundError:
-        if any(not file.name.endswith(".partial") for file in destination.iterdir()):
+        if any(not file.name.endswith(PARTIAL) for file in destination.iterdir()):
             raise _refuse_folder(destination) from None
         write_json(destination / UNFINISHED, asked)
     except ValueError as problem:

@@ -8,7 +8,6 @@ Not here: the layout of what comes out and reading it (shards); in which order a
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,26 +20,14 @@ from sdxl_jax.data.captions import check_number_names
 from sdxl_jax.data.record_files import RecordWriter
 from sdxl_jax.data.shards import CAPTIONS, COLUMN_TYPES, FORMAT, HASH_BYTES, INDEX, NAMES, REFUSED
 from sdxl_jax.data.sources import Refused
+from sdxl_jax.files.atomic import sync, write_text
 
 _RECORDS, _COLUMNS = "records.array_record", "columns.npz"
 
 
-def sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk: what counts as finished survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes the file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    write_text(path, json.dumps(content, indent=2) + "\n", durable=True)
 
 
 class Columns(NamedTuple):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 from sdxl_jax.flops import chip_of
+from sdxl_jax.files import atomic
 from sdxl_jax.training.observe.clock import Clock, Part
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "peak_share")
@@ -305,7 +306,5 @@ def _cut_after(path: Path, step: int) -> tuple[int, int]:
         if line["step"] <= step:
             kept.append(text + "\n")
             images_seen = line["images_seen"]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    atomic.write_text(path, "".join(kept))
     return images_seen, last

@@ -12,6 +12,7 @@ from sdxl_jax import config as configuration
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.files import atomic
 from sdxl_jax.model import Model
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.training.objectives.base import Objective
@@ -96,6 +97,4 @@ def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: Bucket
         ],
         "replaced": bad,
     }
-    partial = path.with_name(f"{path.name}.{host}.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    partial.replace(path)
+    atomic.write_text(path, json.dumps(content, indent=1, ensure_ascii=False), tag=str(host))

@@ -1,0 +1,80 @@
+"""What `sdxl_jax.files` promises: whole files or the old ones, one process at a time, one list of differences."""
+
+import os
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from sdxl_jax.files import atomic
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", [Path, epath.Path])
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_file_is_written_whole_and_alone(tmp_path: Path, kind: type, durable: bool) -> None:
+    path = kind(tmp_path / "a.json")
+    atomic.write_text(path, "før", durable=durable)
+    assert (tmp_path / "a.json").read_bytes() == "før".encode()
+    atomic.write_bytes(path, b"after", tag="7", durable=durable)
+    assert (tmp_path / "a.json").read_bytes() == b"after"
+    assert names(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("kind", [Path, epath.Path])
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_in_the_middle_leaves_the_old_file_whole_and_nothing_else(
+    tmp_path: Path, kind: type, error: BaseException
+) -> None:
+    path = kind(tmp_path / "a.json")
+    path.write_text("before")
+    with pytest.raises(type(error)), atomic.replacing(path, durable=True) as partial:
+        partial.write_text("af")
+        raise error
+    assert path.read_text() == "before"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_rename_that_fails_leaves_nothing_beside(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        atomic.write_text(tmp_path / "a", "text")
+    assert names(tmp_path) == ["a"]
+
+
+def test_processes_with_a_tag_each_may_write_at_the_same_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with atomic.replacing(path, tag="0") as first, atomic.replacing(path, tag="1") as second:
+        assert names(tmp_path) == []
+        first.write_text("of the first")
+        second.write_text("of the second")
+        assert all(name.endswith(atomic.PARTIAL) for name in names(tmp_path))
+    assert path.read_text() == "of the first"  # which was left last
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    atomic.partial_path(path).write_text("longer than what comes")
+    atomic.write_text(path, "short")
+    assert path.read_text() == "short"
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_durable_waits_for_the_file_before_the_rename_and_for_the_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited, fsync = list[list[str]](), os.fsync
+
+    def spy(descriptor: int) -> None:
+        waited.append(names(tmp_path))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    atomic.write_text(tmp_path / "a", "text")
+    assert waited == []
+    atomic.write_text(tmp_path / "b", "text", durable=True)
+    assert waited == [["a", "b.partial"], ["a", "b"]]
