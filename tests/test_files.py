@@ -1,12 +1,14 @@
 """What `sdxl_jax.files` promises: whole files or the old ones, one process at a time, one list of differences."""
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 from etils import epath
 
-from sdxl_jax.files import atomic
+from sdxl_jax.files import atomic, locks
 
 
 def names(folder: Path) -> list[str]:
@@ -78,3 +80,48 @@ def test_durable_waits_for_the_file_before_the_rename_and_for_the_folder_after(
     assert waited == []
     atomic.write_text(tmp_path / "b", "text", durable=True)
     assert waited == [["a", "b.partial"], ["a", "b"]]
+
+
+def test_a_locked_file_says_who_has_it_and_is_gone_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locks.locked_file(path):
+        with pytest.raises(locks.Busy, match=f"^process {os.getpid()} on .+ since 20"), locks.locked_file(path):
+            pass
+        assert path.exists()
+    assert names(tmp_path) == []
+    with locks.locked_file(path):
+        pass
+
+
+def test_a_file_that_is_removed_between_opening_and_locking_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        path.unlink()  # as its holder does at its end
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(locks.Busy), locks.locked_file(path):
+        pass
+
+
+def test_a_locked_folder_is_left_as_it_was_and_is_had_by_one_at_a_time(tmp_path: Path) -> None:
+    with locks.locked_folder(tmp_path):
+        assert names(tmp_path) == []
+        with pytest.raises(locks.Busy), locks.locked_folder(tmp_path):
+            pass
+    with locks.locked_folder(tmp_path):
+        pass
+
+
+def test_a_folder_on_a_file_system_without_locks_is_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locks.locked_folder(tmp_path):
+        pass

@@ -4,12 +4,9 @@ Everything here is done before any work, so that a refusal costs nothing and cha
 """
 
 import contextlib
-import datetime
-import fcntl
 import json
 import os
 import platform
-import socket
 from collections.abc import Collection, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +20,7 @@ from sdxl_jax.jsontree import from_json, read_saved, to_json
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.files import atomic
+from sdxl_jax.files import atomic, locks
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _FINGERPRINT = "data_fingerprint"
@@ -90,41 +88,29 @@ def locked(run_dir: Path) -> Iterator[None]:
     """The directory, made if need be, for this process alone; the system lets go of it however the process ends.
 
     Raises InputError where another process has it, or where it cannot be written. Leaves nothing where nothing was.
-
-    On network file systems it depends on the server whether other machines see the lock: NFS 4 does that, object
-    stores mounted as a folder mostly do not.
+    What the lock is worth on network file systems: files.locks.
     """
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
-    path = run_dir / "lock"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "checkpoints").mkdir(exist_ok=True)
-        _try_writing(run_dir / "checkpoints")
-        file = path.open("a+")
-    except OSError as error:
-        raise InputError(
-            f"Nothing can be written in {run_dir} ({error}). Choose another --run-dir, or see to its permissions and "
-            "its room"
-        ) from error
-    with file:
+    with contextlib.ExitStack() as lock:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # which raises where there is none
-                raise OSError("the file was removed by the process that had it")
-        except OSError as error:
-            file.seek(0)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "checkpoints").mkdir(exist_ok=True)
+            _try_writing(run_dir / "checkpoints")
+            lock.enter_context(locks.locked_file(run_dir / "lock"))
+        except locks.Busy as error:
             raise InputError(
-                f"{run_dir} is in use by another process ({file.read().strip() or 'which has just begun'}). Wait for "
-                "it to end, stop it, or choose another --run-dir"
+                f"{run_dir} is in use by another process ({str(error) or 'which has just begun'}). Wait for it to end, "
+                "stop it, or choose another --run-dir"
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.datetime.now():%Y-%m-%d %H:%M}\n")
-        file.flush()
+        except OSError as error:
+            raise InputError(
+                f"Nothing can be written in {run_dir} ({error}). Choose another --run-dir, or see to its permissions "
+                "and its room"
+            ) from error
         try:
             yield
         finally:
-            # Whoever opened this file and gets its lock behind us sees that it is no longer there, and gives up.
-            path.unlink(missing_ok=True)
+            lock.close()
             with contextlib.suppress(OSError):  # not empty: there is a run
                 (run_dir / "checkpoints").rmdir()
                 for folder in made:

@@ -16,7 +16,6 @@ Not here: the files of a shard set (shards, shard_writing), what a source holds 
 (records).
 """
 
-import fcntl
 import hashlib
 import io
 import itertools
@@ -30,7 +29,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +45,7 @@ from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHE
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync
+from sdxl_jax.files.locks import Busy, locked_folder
 
 _AGAIN = "Nothing that was finished is lost: then run the same command again, it goes on from there."
 _PARTS = "parts"
@@ -257,19 +257,14 @@ def _identity(all_units: list[Unit]) -> str:
 @contextmanager
 def _only_builder(destination: Path) -> Iterator[None]:
     """Holds a lock on the folder, which ends with the process. InputError where another build has it."""
-    descriptor = os.open(destination, os.O_RDONLY)
-    try:
+    with ExitStack() as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.enter_context(locked_folder(destination))
+        except Busy:
             raise InputError(
-                f"Another process is building in {destination}. Wait until it is done, or give another folder."
+                f"Another process is building in {destination}. Wait until it is done, or give another folder"
             ) from None
-        except OSError:
-            pass  # some network file systems have no locks
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _clean(destination: Path) -> None:
