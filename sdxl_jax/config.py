@@ -22,6 +22,8 @@ from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, check_ranges, nearest_first
 from sdxl_jax.jsontree import from_json, to_json
+from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.trees import differences
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
@@ -352,14 +354,6 @@ def _dataclasses(kind: type) -> list[type]:
             if dataclasses.is_dataclass(value):
                 found += _dataclasses(type(value))
     return [*found, DataConfig]
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    """`name: old -> new` for every value that differs between two `to_json` trees."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        return [line for name in names for line in differences(old.get(name), new.get(name), f"{prefix}{name}.")]
-    return [] if old == new else [f"{prefix.rstrip('.')}: {old} -> {new}"]
 
 
 def is_within(line: str, names: Collection[str]) -> bool:

@@ -625,7 +625,7 @@ def test_encode_writes_its_share_and_then_the_rest(place: Path) -> None:
     before = listing(place / "cache")
     assert call(*encode).code == 0
     assert listing(place / "cache") == before
-    assert_refused(place, [*encode, "--data.seed", 5], r"crops\.seed: 0 in the cache, 5 given", "another folder")
+    assert_refused(place, [*encode, "--data.seed", 5], r"crops\.seed: 0 -> 5", "another folder")
 
 
 @pytest.mark.slow
@@ -640,7 +640,7 @@ def test_train_reads_the_cache_of_encode(place: Path) -> None:
     lines = [json.loads(line) for line in (place / "new" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     other = train(place, *fields, "--data.seed", 5, "--run-dir", place / "other")
-    assert_refused(place, other, r"crops\.seed: 0 in the cache, 5 given", "into a new folder")
+    assert_refused(place, other, r"crops\.seed: 0 -> 5", "into a new folder")
 
 
 def test_encode_without_a_place_or_in_one_of_something_else_is_refused(place: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from sdxl_jax.files import atomic, locks
+from sdxl_jax.files.trees import differences
 
 
 def names(folder: Path) -> list[str]:
@@ -125,3 +126,28 @@ def test_a_folder_on_a_file_system_without_locks_is_used_without(
     monkeypatch.setattr(fcntl, "flock", flock)
     with locks.locked_folder(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        ({"a": 1, "b": {"c": [1, 2]}}, {"b": {"c": [1, 2]}, "a": 1.0}, []),
+        ({"a": 1, "b": {"c": [1, 2]}}, {"a": 2, "b": {"c": [2, 1]}}, ["a: 1 -> 2", "b.c: [1, 2] -> [2, 1]"]),
+        ({"gone": "x"}, {"new": True}, ["gone: x -> None", "new: None -> True"]),
+        ({"a": None}, {"b": None}, []),
+        ({"a": {"b": 1}}, {"a": {}}, ["a.b: 1 -> None"]),
+        ({"a": {"b": 1}}, {"a": 3}, ["a: {'b': 1} -> 3"]),
+        ({"a": float("nan"), "b": [float("nan")]}, {"a": float("nan"), "b": [float("nan")]}, []),
+    ],
+)
+def test_every_value_that_differs_is_named(old: object, new: object, lines: list[str]) -> None:
+    assert differences(old, new) == lines
+    assert differences(old, new, longest=20) == lines
+
+
+def test_of_long_values_that_part_is_shown_in_which_they_differ() -> None:
+    old, new = "a" * 500 + "b" * 500, "a" * 500 + "c" * 500
+    assert differences({"x": old}, {"x": new}) == [f"x: {old} -> {new}"]
+    (line,) = differences({"x": old}, {"x": new}, longest=9)
+    assert line == "x: …aaabbbbbb… -> …aaacccccc…"
+    assert differences({"x": "a" * 12}, {"x": "a" * 15}, longest=10) == ["x: …aaa -> …aaaaaa"]

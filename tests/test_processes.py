@@ -194,7 +194,7 @@ def test_a_host_that_differs_is_named_on_all_hosts(three: list[Hosts], tmp_path:
 
     for outcome in together(three, program):
         assert isinstance(outcome, InputError)
-        assert "host 2 has another configuration: training.seed 0 -> 1" in str(outcome)
+        assert "host 2: configuration.training.seed: 0 -> 1" in str(outcome)
         assert "host 1" not in str(outcome)
 
 

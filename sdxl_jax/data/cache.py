@@ -24,7 +24,6 @@ Not here: encoding, and which crop and caption training takes of an image.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -41,6 +40,7 @@ from ml_dtypes import bfloat16
 from sdxl_jax.data.record_files import RecordFiles, RecordWriter
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync, write_text
+from sdxl_jax.files.trees import differences
 
 FORMAT = 1
 """Version of the layout, in cache.json."""
@@ -299,32 +299,6 @@ class PieceWriter:
         self._latents.publish()
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _differences(there: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
-    """A line for each JSON value that differs; dicts are compared key by key."""
-    lines = []
-    for key in there | given:
-        if isinstance(there.get(key), dict) and isinstance(given.get(key), dict):
-            lines += _differences(there[key], given[key], f"{prefix}{key}.")
-            continue
-        texts = [_json(said[key]) if key in said else "nothing" for said in (there, given)]
-        if texts[0] != texts[1]:
-            start = 0
-            if max(map(len, texts)) > _SHOWN_CHARACTERS:  # what is equal at their beginning says least
-                equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
-                start = max(0, len(list(equal)) - _SHOWN_CHARACTERS // 3)
-            lines.append("  {}{}: {} in the cache, {} given".format(prefix, key, *(_shorten(t, start) for t in texts)))
-    return lines
-
-
-def _shorten(text: str, start: int) -> str:
-    shown = text[start : start + _SHOWN_CHARACTERS]
-    return "…" * (start > 0) + shown + "…" * (start + len(shown) < len(text))
-
-
 def _read_description(folder: Path) -> dict[str, Any]:
     """cache.json. FileNotFoundError where there is none, InputError where it cannot be used."""
     file = folder / DESCRIPTION
@@ -378,10 +352,10 @@ def begin(
         # The tag: any number of processes may begin at the same time.
         write_text(folder / DESCRIPTION, text + "\n", tag=uuid.uuid4().hex, durable=True)
     said = _read_description(folder)
-    if lines := _differences(said, json.loads(text)):
+    if lines := differences(said, json.loads(text), longest=_SHOWN_CHARACTERS):
         raise InputError(
-            "\n".join([f"{folder} holds a cache of something else, finished or not:", *lines])
-            + "\nGive the same, or another folder, or remove this one to encode anew."
+            "\n  ".join([f"{folder} holds a cache of something else, finished or not (in it -> given):", *lines])
+            + "\nGive the same, or another folder, or remove this one to encode anew"
         )
     for kind in (LATENTS, TEXT):
         (folder / kind).mkdir(exist_ok=True)
@@ -499,10 +473,10 @@ def open_cache(folder: str | Path, made_from: dict[str, Any], *, ignore: Collect
         {key: value for key, value in made.items() if key not in ignore}
         for made in (plan.made_from, json.loads(json.dumps(made_from)))
     )
-    if lines := _differences(there, given):
+    if lines := differences(there, given, longest=_SHOWN_CHARACTERS):
         raise InputError(
-            "\n".join([f"The cache {folder} was made from something else:", *lines])
-            + "\nRun `sdxl-jax data encode` into a new folder, or train with what the cache was made from."
+            "\n  ".join([f"The cache {folder} was made from something else (in it -> given):", *lines])
+            + "\nRun `sdxl-jax data encode` into a new folder, or train with what the cache was made from"
         )
     try:
         missing = len(plan.missing())

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.trees import differences
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.weights.formats import orbax
@@ -313,24 +314,15 @@ def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
     return jnp.sum(bits * weight, dtype=jnp.uint32)
 
 
-class _Leaf(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def _leaves(tree: Any) -> dict[str, _Leaf]:
+def _shapes(tree: Any) -> dict[str, str]:
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {path_name(path): _Leaf(tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flat if hasattr(leaf, "shape")}
+    return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in flat if hasattr(leaf, "shape")}
 
 
 def _compare(path: Path, stored: Any, expected: Any) -> None:
     """Orbax casts dtypes without a word and reports other differences at length; this names the first."""
-    have, want = _leaves(stored), _leaves(expected)
-    wrong = [name for name in want if name not in have or have[name] != want[name]] + [n for n in have if n not in want]
-    if wrong:
-        name = wrong[0]
+    if lines := differences(_shapes(stored), _shapes(expected)):
         raise InputError(
-            f"The checkpoint {path} does not fit this configuration: {len(wrong)} arrays differ, the first is {name}: "
-            f"stored {have.get(name)}, expected {want.get(name)}. Use the configuration of the run, or another run "
-            "directory"
+            f"The checkpoint {path} does not fit this configuration: {len(lines)} arrays differ (stored -> expected), "
+            f"the first is {lines[0]}. Use the configuration of the run, or another run directory"
         )

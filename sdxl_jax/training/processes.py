@@ -36,6 +36,7 @@ import jax
 from jax._src import distributed  # the coordination service's client has no public name
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.trees import differences
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.2
@@ -251,14 +252,13 @@ class Hosts:
         everybody = [json.loads(text) for text in self.gather(json.dumps(dict(facts)))]
         first = everybody[0]
         different = [
-            f"host {host} has another {name}{_difference(first[name], theirs.get(name))}"
+            f"host {host}: {line}"
             for host, theirs in enumerate(everybody)
-            for name in first
-            if theirs.get(name) != first[name]
+            for line in differences(first, theirs, longest=100)
         ]
         if different:
             raise InputError(
-                f"The {self.count} hosts of this run are not alike, compared with host 0:\n  "
+                f"The {self.count} hosts of this run are not alike (host 0 -> another):\n  "
                 + "\n  ".join(different[:8])
                 + "\nStart all of them with the same command, the same versions, and the same files in sight"
             )
@@ -324,15 +324,6 @@ def _exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _difference(first: Any, other: Any) -> str:
-    """What to show of two values that differ: short ones, or which of their fields."""
-    if isinstance(first, dict) and isinstance(other, dict):
-        names = [name for name in first if first[name] != other.get(name)]
-        shown = ", ".join(f"{name} {first[name]} -> {other.get(name)}" for name in names[:3])
-        return f": {shown}"[:300]
-    return f": {first} -> {other}"[:300]
 
 
 _ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
