@@ -31,9 +31,9 @@ from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.unet import Part
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Sigmas, Spacing
 from sdxl_jax.sampling import program
-from sdxl_jax.sampling.generate import Generated, Seen, _Job, generate, image_to_image, inpaint, refine, way
+from sdxl_jax.sampling.generate import Generated, Seen, _Job, generate, image_to_image, inpaint, refine
 from sdxl_jax.sampling.options import Options, Position
-from sdxl_jax.sampling.program import Begin
+from sdxl_jax.sampling.plan import Begin, Terms, way
 from sdxl_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -219,7 +219,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -
     """Rows that the network is asked for in each step of one picture."""
     rows: list[int] = []
 
-    def spy(*given: Any, state: Any, terms: program.Terms, **static: Any) -> Any:
+    def spy(*given: Any, state: Any, terms: Terms, **static: Any) -> Any:
         rows.append(1 + terms.guided + bool(terms.perturbed))
         return state
 

@@ -29,7 +29,7 @@ from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers import loop
-from sdxl_jax.sampling import generate, program
+from sdxl_jax.sampling import generate, plan, program
 from sdxl_jax.sampling.options import Options, Size
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import setup
@@ -198,7 +198,7 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
         )
 
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
-    (leg,), (stretch,) = generate.way(model, None, options)
+    (leg,), (stretch,) = plan.way(model, None, options)
     guided = leg.terms.guided
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     towers = {tower.name: params[tower.name] for tower in model.text}

@@ -115,7 +115,7 @@ class Task(NamedTuple):
 
 
 def run(arguments: list[str]) -> None:
-    from sdxl_jax.sampling.generate import prepare
+    from sdxl_jax.sampling.plan import prepare
 
     sample = _parsed(arguments)
     tasks = _tasks(sample)

@@ -6,7 +6,7 @@
     refine            image to image with a refiner
 
 All are `generate` with other arguments, which also gives latents, takes a refiner, and can be watched. What happens on
-the devices is `drawing`; what can be asked for is `options.Options`.
+the devices is `program`; what can be asked for is `options.Options`, and which steps follow from it is `plan`.
 
 Programs are keyed on configurations and shapes: a second call with the same shapes compiles nothing, whatever the
 prompts, seeds, sizes that the model is told, and strengths.
@@ -14,7 +14,6 @@ prompts, seeds, sizes that the model is told, and strengths.
 
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -32,17 +31,14 @@ from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
-from sdxl_jax.diffusion import schedule
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.samplers.steps import Levels, Plan, initial_scale, make_levels
+from sdxl_jax.samplers.steps import initial_scale
 from sdxl_jax.sampling import init_images, program
-from sdxl_jax.sampling.options import Options, Position, Size, check_size
-from sdxl_jax.sampling.program import Begin, Inputs, Leg, Painted, Recipe, Strengths, Stretch, Terms
-
-IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
-"""Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""
+from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.sampling.plan import Begin, levels_of, prepare
+from sdxl_jax.sampling.program import Inputs, Painted, Recipe, Strengths
 
 Images = UInt8[np.ndarray, "images height width 3"]
 
@@ -145,123 +141,6 @@ def refine(model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows 
     return image_to_image(model, prompts, image, **options)
 
 
-def way(
-    config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
-) -> tuple[tuple[Leg, ...], tuple[Stretch, ...]]:
-    """The legs of a way, and their rows. Raises InputError where a part has none.
-
-    image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
-    noise, as in diffusers; without one it begins with the image far below the noise.
-    """
-    sampler, legs, stretches = options.method, [], []
-    levels = _levels(config, options)
-    skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
-    start = Begin.RENOISE if image and (skipped or not mask) else Begin.NOISE
-
-    def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
-        """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
-        plan = sampler.plan(levels.since(first), options.eta)
-        stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in stretches)
-        for low, high, terms in _cuts(options, config, first, stop):
-            rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
-            legs.append(Leg(number, terms, stochastic, begin))
-            stretches.append(Stretch(_rows(rows), np.int32(done)))
-            done, begin = done + len(rows.timestep), Begin.CONTINUE
-
-    steps, refine = options.steps, refiner is not None and options.refine_strength is not None
-    if refiner is None or refine:
-        stretch_out(0, levels, skipped, steps, start)
-    else:
-        handoff = HANDOFF if options.handoff is None else options.handoff
-        cutoff = round((1 - handoff) * config.schedule.timesteps)
-        split = int((levels.timestep >= cutoff).sum())
-        if not skipped < split < steps:
-            who = "the refiner" if split >= steps else "the model before it"
-            raise InputError(
-                f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
-                f"{HANDOFF:g}, or more steps"
-            )
-        stretch_out(0, levels, skipped, split, start)
-        stretch_out(1, _levels(refiner, options), split, steps, Begin.HAND_OVER)
-    if refine:
-        assert refiner is not None
-        again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
-        stretch_out(1, _levels(refiner, options), steps - again, steps, Begin.RENOISE)
-    return tuple(legs), tuple(stretches)
-
-
-def _strength(options: Options, mask: bool) -> float:
-    if options.strength is not None:
-        return options.strength
-    return 1.0 if mask else IMAGE_STRENGTH
-
-
-def _levels(config: ModelConfig, options: Options) -> Levels:
-    return make_levels(
-        options.method, schedule.make(config.schedule), options.steps, options.timestep_spacing, options.sigmas
-    )
-
-
-def _steps_of(strength: float, steps: int, name: str) -> int:
-    """The last steps of a way, which begin at a strength."""
-    if not (count := min(int(steps * strength), steps)):
-        raise InputError(f"{name}={strength:g} of {steps} steps is none. Give at least {1 / steps:.3g}, or more steps")
-    return count
-
-
-def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
-    """(first, stop, terms) of each part of some steps in which the same is asked."""
-    guided = options.resolved(config).guidance != 1
-    asked = Terms(
-        guided,
-        options.pag_parts if options.pag else (),
-        bool(options.guidance_rescale) and (guided or bool(options.pag)),
-        options.sequential,
-    )
-    low, high = (round(share * options.steps) for share in options.guidance_interval)
-    marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
-    for start, end in itertools.pairwise(marks):
-        inside = low <= start and end <= high
-        yield start, end, asked if inside else Terms()
-
-
-def _row(evaluations: int, steps: int, plan: Plan) -> int:
-    """The row behind so many steps: the last step of a sampler with several evaluations has one."""
-    return min(evaluations * steps, len(plan.timestep))
-
-
-def _rows(plan: Plan) -> Plan:
-    return Plan._make(column.astype(np.float32) for column in plan)
-
-
-class Prepared(NamedTuple):
-    """What can be said of pictures without a model's weights."""
-
-    size: Size
-    image: UInt8[np.ndarray, "height width 3"] | None
-    """Init image at the pictures' size."""
-    mask: Bool[np.ndarray, "height width"] | None
-    legs: tuple[Leg, ...]
-    stretches: tuple[Stretch, ...]
-
-
-def prepare(
-    config: ModelConfig,
-    refiner: ModelConfig | None,
-    options: Options,
-    init_image: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
-) -> Prepared:
-    """Checks what is asked for, and works out what follows from it; raises InputError. Quick: it needs no weights."""
-    options.check(config)
-    _check_refiner(config, refiner, options)
-    size = _size(config, options, init_image)
-    if init_image is None and options.strength is not None:
-        raise InputError(f"strength={options.strength} has no effect without an init image. Give one, or leave it out")
-    original, fitted = _painted(config, init_image, mask, size)
-    return Prepared(size, original, fitted, *way(config, refiner, options, original is not None, fitted is not None))
-
-
 class _Job:
     """One call: checked, and as rows of which batches are taken."""
 
@@ -362,7 +241,7 @@ class _Job:
             "stretches": self.stretches,
             "strengths": Strengths(*map(np.float32, strengths)),
             "scale": np.float32(
-                initial_scale(options.method, _levels(self.model.config, options), options.timestep_spacing)
+                initial_scale(options.method, levels_of(self.model.config, options), options.timestep_spacing)
             ),
         }
         images, latents = [], []
@@ -425,64 +304,6 @@ def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroCondition
         either(options.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE),
     )
     return positive, negative
-
-
-def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
-    factor = config.vae.downsampling
-    own = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
-    height = own[0] if options.height is None else options.height
-    width = own[1] if options.width is None else options.width
-    check_size(height, width, factor)
-    return Size(height, width)
-
-
-def _painted(
-    config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Init image and mask at the size of the pictures."""
-    if config.sees_mask and (image is None or mask is None):
-        raise InputError(
-            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
-            "for inpainting. Give an init image and a mask, or use a model for text to image"
-        )
-    if config.unet.in_channels != config.vae.latent_channels and not config.sees_mask:
-        raise InputError(
-            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Give a "
-            f"UNet of {config.vae.latent_channels}, or of {2 * config.vae.latent_channels + 1} for inpainting"
-        )
-    if mask is not None and image is None:
-        raise InputError("A mask needs an init image of its size. Give both")
-    if image is None:
-        return None, None
-    if mask is not None and mask.shape != image.shape[:2]:
-        raise InputError(
-            f"The mask has {mask.shape[0]}×{mask.shape[1]} pixels (height × width), the init image "
-            f"{image.shape[0]}×{image.shape[1]}. Give one of the same size"
-        )
-    fitted = None if mask is None else init_images.fit_mask(mask, *size)
-    if fitted is not None and not fitted.any():
-        raise InputError("The mask is black, so nothing would be repainted. Make white what is to be repainted")
-    return init_images.fit(image, *size), fitted
-
-
-def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Options) -> None:
-    if refiner is None:
-        for name in ("handoff", "refine_strength"):
-            if (value := getattr(options, name)) is not None:
-                raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
-        return
-    if config.is_refiner:
-        raise InputError(
-            f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
-            "alone. Give the base as the model, and this as the refiner"
-        )
-    if not refiner.is_refiner:
-        raise InputError(
-            f"The model that is given as the refiner attends to text states of width {refiner.unet.context_dim} "
-            "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
-        )
-    if refiner.vae.latent_channels != config.vae.latent_channels:
-        raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
 
 
 def _shares_text(model: Model, refiner: Model) -> bool:

@@ -4,16 +4,14 @@
     sizes ──────────────────┴─ told ── denoise, leg by leg ── decode ── picture
     picture ── encode ─────────────────────┘
 
-A way from noise to a picture is cut into *legs*: stretches along which the same network is asked the same things. Most
-ways have one. Guidance over a part of the steps makes up to three, a refiner one more; whoever watches cuts every leg
-into single steps, so that one compiled step serves any number of them.
+A way from noise to a picture is cut into *legs* (`plan`): stretches along which the same network is asked the same
+things. Whoever watches cuts every leg into single steps, so that one compiled step serves any number of them.
 
 What is static is a `Recipe`, what is traced are `Inputs`. `draw` follows the recipe with the functions that it is
 given: plain ones within one `jax.jit` (`whole`), or each of them compiled on its own (`staged`). Not here: options,
 files, whatever the user sees; that is `pipeline`.
 """
 
-import enum
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,27 +28,14 @@ from sdxl_jax.conditioning.text import TextCondition, Tower
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.models.unet import Part
 from sdxl_jax.samplers import guidance, loop
 from sdxl_jax.samplers.guidance import Condition, Outputs
 from sdxl_jax.samplers.loop import Kept, State
 from sdxl_jax.samplers.steps import Plan
+from sdxl_jax.sampling.plan import Begin, Leg, Stretch, Terms
 from sdxl_jax.sharding import constrain
 
 Array = jax.Array
-
-
-class Terms(NamedTuple):
-    """What the network is asked at each step. Static."""
-
-    guided: bool = False
-    """The negative prompt too."""
-    perturbed: tuple[Part, ...] = ()
-    """The prompt without self-attention in these parts too."""
-    rescaled: bool = False
-    """The guided output is rescaled."""
-    sequential: bool = False
-    """One after the other, not as one batch."""
 
 
 class Strengths(NamedTuple):
@@ -66,37 +51,6 @@ class Told(NamedTuple):
 
     positive: Condition
     negative: Condition | None
-
-
-class Begin(enum.Enum):
-    """How a leg takes over."""
-
-    NOISE = "noise"
-    """Nothing but noise."""
-    CONTINUE = "continue"
-    """The state as it is, with what the sampler remembers."""
-    HAND_OVER = "hand_over"
-    """The latent at its noise level; nothing is remembered."""
-    RENOISE = "renoise"
-    """The latent as a finished one, with fresh noise up to the leg's first level."""
-
-
-class Leg(NamedTuple):
-    """Static."""
-
-    model: int
-    """Number of the model that is asked: 0, or 1 for the refiner."""
-    terms: Terms
-    stochastic: bool
-    begin: Begin
-
-
-class Stretch(NamedTuple):
-    """A leg's numbers. Traced."""
-
-    plan: Plan
-    first: Any
-    """Number of its first row, for the keys."""
 
 
 class Recipe(NamedTuple):

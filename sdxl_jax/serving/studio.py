@@ -28,8 +28,9 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.sampling import init_images
 from sdxl_jax.sampling.contact_sheet import save_png
-from sdxl_jax.sampling.generate import HANDOFF, IMAGE_STRENGTH, Seen, generate
+from sdxl_jax.sampling.generate import Seen, generate
 from sdxl_jax.sampling.options import Options
+from sdxl_jax.sampling.plan import HANDOFF, IMAGE_STRENGTH
 
 
 class Wanted(NamedTuple):

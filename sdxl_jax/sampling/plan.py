@@ -1,0 +1,247 @@
+"""From options to segments: which steps are run by which network and with what guidance, before any weights are read.
+
+A denoising schedule is cut into *legs*, which are static, and their *stretches*, which are numbers: steps along which
+the same network is asked the same things. Most have one. Guidance over a part of the steps makes up to three, a refiner
+one more. `prepare` also checks what is asked for: sizes, init image and mask, a refiner that fits.
+
+What happens on the devices is `program`.
+"""
+
+import enum
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from sdxl_jax.diffusion import schedule
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.unet import Part
+from sdxl_jax.samplers.steps import Levels, Plan, make_levels
+from sdxl_jax.sampling import init_images
+from sdxl_jax.sampling.options import Options, Size, check_size
+
+IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
+"""Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""
+
+
+class Terms(NamedTuple):
+    """What the network is asked at each step. Static."""
+
+    guided: bool = False
+    """The negative prompt too."""
+    perturbed: tuple[Part, ...] = ()
+    """The prompt without self-attention in these parts too."""
+    rescaled: bool = False
+    """The guided output is rescaled."""
+    sequential: bool = False
+    """One after the other, not as one batch."""
+
+
+class Begin(enum.Enum):
+    """How a leg takes over."""
+
+    NOISE = "noise"
+    """Nothing but noise."""
+    CONTINUE = "continue"
+    """The state as it is, with what the sampler remembers."""
+    HAND_OVER = "hand_over"
+    """The latent at its noise level; nothing is remembered."""
+    RENOISE = "renoise"
+    """The latent as a finished one, with fresh noise up to the leg's first level."""
+
+
+class Leg(NamedTuple):
+    """Static."""
+
+    model: int
+    """Number of the model that is asked: 0, or 1 for the refiner."""
+    terms: Terms
+    stochastic: bool
+    begin: Begin
+
+
+class Stretch(NamedTuple):
+    """A leg's numbers. Traced."""
+
+    plan: Plan
+    first: Any
+    """Number of its first row, for the keys."""
+
+
+def way(
+    config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
+) -> tuple[tuple[Leg, ...], tuple[Stretch, ...]]:
+    """The legs of a way, and their rows. Raises InputError where a part has none.
+
+    image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
+    noise, as in diffusers; without one it begins with the image far below the noise.
+    """
+    sampler, legs, stretches = options.method, [], []
+    levels = levels_of(config, options)
+    skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
+    start = Begin.RENOISE if image and (skipped or not mask) else Begin.NOISE
+
+    def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
+        """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
+        plan = sampler.plan(levels.since(first), options.eta)
+        stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in stretches)
+        for low, high, terms in _cuts(options, config, first, stop):
+            rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
+            legs.append(Leg(number, terms, stochastic, begin))
+            stretches.append(Stretch(_rows(rows), np.int32(done)))
+            done, begin = done + len(rows.timestep), Begin.CONTINUE
+
+    steps, refine = options.steps, refiner is not None and options.refine_strength is not None
+    if refiner is None or refine:
+        stretch_out(0, levels, skipped, steps, start)
+    else:
+        handoff = HANDOFF if options.handoff is None else options.handoff
+        cutoff = round((1 - handoff) * config.schedule.timesteps)
+        split = int((levels.timestep >= cutoff).sum())
+        if not skipped < split < steps:
+            who = "the refiner" if split >= steps else "the model before it"
+            raise InputError(
+                f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
+                f"{HANDOFF:g}, or more steps"
+            )
+        stretch_out(0, levels, skipped, split, start)
+        stretch_out(1, levels_of(refiner, options), split, steps, Begin.HAND_OVER)
+    if refine:
+        assert refiner is not None
+        again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
+        stretch_out(1, levels_of(refiner, options), steps - again, steps, Begin.RENOISE)
+    return tuple(legs), tuple(stretches)
+
+
+def _strength(options: Options, mask: bool) -> float:
+    if options.strength is not None:
+        return options.strength
+    return 1.0 if mask else IMAGE_STRENGTH
+
+
+def levels_of(config: ModelConfig, options: Options) -> Levels:
+    """The noise levels that a model's steps visit."""
+    return make_levels(
+        options.method, schedule.make(config.schedule), options.steps, options.timestep_spacing, options.sigmas
+    )
+
+
+def _steps_of(strength: float, steps: int, name: str) -> int:
+    """The last steps of a way, which begin at a strength."""
+    if not (count := min(int(steps * strength), steps)):
+        raise InputError(f"{name}={strength:g} of {steps} steps is none. Give at least {1 / steps:.3g}, or more steps")
+    return count
+
+
+def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
+    """(first, stop, terms) of each part of some steps in which the same is asked."""
+    guided = options.resolved(config).guidance != 1
+    asked = Terms(
+        guided,
+        options.pag_parts if options.pag else (),
+        bool(options.guidance_rescale) and (guided or bool(options.pag)),
+        options.sequential,
+    )
+    low, high = (round(share * options.steps) for share in options.guidance_interval)
+    marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
+    for start, end in itertools.pairwise(marks):
+        inside = low <= start and end <= high
+        yield start, end, asked if inside else Terms()
+
+
+def _row(evaluations: int, steps: int, plan: Plan) -> int:
+    """The row behind so many steps: the last step of a sampler with several evaluations has one."""
+    return min(evaluations * steps, len(plan.timestep))
+
+
+def _rows(plan: Plan) -> Plan:
+    return Plan._make(column.astype(np.float32) for column in plan)
+
+
+class Prepared(NamedTuple):
+    """What can be said of pictures without a model's weights."""
+
+    size: Size
+    image: UInt8[np.ndarray, "height width 3"] | None
+    """Init image at the pictures' size."""
+    mask: Bool[np.ndarray, "height width"] | None
+    legs: tuple[Leg, ...]
+    stretches: tuple[Stretch, ...]
+
+
+def prepare(
+    config: ModelConfig,
+    refiner: ModelConfig | None,
+    options: Options,
+    init_image: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> Prepared:
+    """Checks what is asked for, and works out what follows from it; raises InputError. Quick: it needs no weights."""
+    options.check(config)
+    _check_refiner(config, refiner, options)
+    size = _size(config, options, init_image)
+    if init_image is None and options.strength is not None:
+        raise InputError(f"strength={options.strength} has no effect without an init image. Give one, or leave it out")
+    original, fitted = _painted(config, init_image, mask, size)
+    return Prepared(size, original, fitted, *way(config, refiner, options, original is not None, fitted is not None))
+
+
+def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
+    factor = config.vae.downsampling
+    own = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
+    height = own[0] if options.height is None else options.height
+    width = own[1] if options.width is None else options.width
+    check_size(height, width, factor)
+    return Size(height, width)
+
+
+def _painted(
+    config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Init image and mask at the size of the pictures."""
+    if config.sees_mask and (image is None or mask is None):
+        raise InputError(
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
+            "for inpainting. Give an init image and a mask, or use a model for text to image"
+        )
+    if config.unet.in_channels != config.vae.latent_channels and not config.sees_mask:
+        raise InputError(
+            f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}. Give a "
+            f"UNet of {config.vae.latent_channels}, or of {2 * config.vae.latent_channels + 1} for inpainting"
+        )
+    if mask is not None and image is None:
+        raise InputError("A mask needs an init image of its size. Give both")
+    if image is None:
+        return None, None
+    if mask is not None and mask.shape != image.shape[:2]:
+        raise InputError(
+            f"The mask has {mask.shape[0]}×{mask.shape[1]} pixels (height × width), the init image "
+            f"{image.shape[0]}×{image.shape[1]}. Give one of the same size"
+        )
+    fitted = None if mask is None else init_images.fit_mask(mask, *size)
+    if fitted is not None and not fitted.any():
+        raise InputError("The mask is black, so nothing would be repainted. Make white what is to be repainted")
+    return init_images.fit(image, *size), fitted
+
+
+def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Options) -> None:
+    if refiner is None:
+        for name in ("handoff", "refine_strength"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
+        return
+    if config.is_refiner:
+        raise InputError(
+            f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "
+            "alone. Give the base as the model, and this as the refiner"
+        )
+    if not refiner.is_refiner:
+        raise InputError(
+            f"The model that is given as the refiner attends to text states of width {refiner.unet.context_dim} "
+            "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
+        )
+    if refiner.vae.latent_channels != config.vae.latent_channels:
+        raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
