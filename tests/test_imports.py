@@ -7,7 +7,7 @@ import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"model", "conditioning", "diffusion", "models", "data", "jsontree", "optim", "sharding"} | BASE,
     "smoke": {"config", "model", "models", "conditioning", "sharding"},
     "weights": {
-        *("weights", "config", "jsontree", "training.checkpoint"),
+        *("weights", "jsontree"),
         *("model", "models", "conditioning", "diffusion", "sharding"),
         *BASE,
     },
@@ -151,6 +151,55 @@ def violations(module: str, source: str) -> list[str]:
     return found
 
 
+def box_of(name: str) -> str:
+    """The box of a module: its folder, or itself at the root. `data.build` is one beside `data`."""
+    return "data.build" if within(name, ["data.build"]) else name.split(".")[0]
+
+
+def arrows(sources: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(box, box that it imports), of modules by name; not those of the boxes that may import anything."""
+    found = set()
+    for module, source in sources.items():
+        for _, name in imported(module, ast.parse(source)):
+            package, _, ours = name.partition(".")
+            if package == "sdxl_jax" and ours:
+                found.add((box_of(module), box_of(ours)))
+    return {(one, other) for one, other in found if one != other and one}
+
+
+def cycle(edges: set[tuple[str, str]]) -> list[str]:
+    """The boxes that lie on cycles of imports, or lead from one to another."""
+    left = {box for edge in edges for box in edge}
+    while True:
+        inner = {
+            box
+            for box in left
+            if any(one == box and other in left for one, other in edges)
+            and any(other == box and one in left for one, other in edges)
+        }
+        if inner == left:
+            return sorted(left)
+        left = inner
+
+
+def test_boxes_import_each_other_in_one_direction() -> None:
+    edges = arrows({module: path.read_text() for module, path in MODULES.items()})
+    assert len(edges) > 50, "the walk found the imports"
+    assert not (round_trip := cycle(edges)), f"boxes that import each other in a circle: {', '.join(round_trip)}"
+
+
+def test_a_planted_cycle_of_boxes_is_found() -> None:
+    sources = {
+        "weights.open": "from sdxl_jax.config import differences",
+        "config": "def late():\n    from sdxl_jax.training import state",
+        "training.state": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from sdxl_jax.weights import open",
+        "training.loop": "from sdxl_jax.training import state",
+        "arrays": "import numpy",
+    }
+    assert cycle(arrows(sources)) == ["config", "training", "weights"]
+    assert cycle(arrows({**sources, "config": ""})) == []
+
+
 def test_every_import_of_ours_points_the_allowed_way() -> None:
     assert len(MODULES) > 30, "the walk found the package"
     found = [line for module, path in MODULES.items() for line in violations(module, path.read_text())]
@@ -239,6 +288,17 @@ def test_files_imports_nothing_heavy() -> None:
     program = f"import sys, {names}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert not set(done.stdout.split()) & {"jax", "numpy", "etils", "orbax", "grain"}
+
+
+def test_importing_all_of_weights_imports_no_optimiser_no_checkpointer_and_no_image_library() -> None:
+    modules = [name for name in MODULES if within(name, ["weights"])]
+    assert "weights.formats.orbax" in modules and "weights.convert" in modules
+    program = f"import sys, importlib\nfor name in {modules}: importlib.import_module('sdxl_jax.' + name)\n"
+    program += "print(*sorted({'.'.join(name.split('.')[:2]) for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    loaded = set(done.stdout.split())
+    assert "sdxl_jax.weights" in loaded
+    assert not loaded & {"optax", "orbax", "orbax.checkpoint", "cv2", "sdxl_jax.training", "sdxl_jax.config"}
 
 
 def test_the_public_names_resolve_and_say_what_they_are() -> None:

@@ -5,8 +5,6 @@ holds the configuration with a checksum, the versions, and a checksum of every a
 Saving goes on in the background; `Checkpoints.finish` waits for it.
 """
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +23,12 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
-from sdxl_jax.weights.formats import orbax
+from sdxl_jax.weights.formats import orbax, run
+from sdxl_jax.weights.formats.run import Damaged, latest_step
 
 _FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
 """Odd numbers without a simple relation, one an axis, so that no two places of an array count alike."""
-_CONFIG, _CONFIG_CHECKSUM, _CHECKSUMS = "config", "config_sha256", "array_checksums"
+_CHECKSUMS = "array_checksums"
 
 
 class Checkpoints:
@@ -116,7 +115,7 @@ class Checkpoints:
         self._writing = step
         described = {
             **metadata,
-            _CONFIG_CHECKSUM: _checksum_of(metadata.get(_CONFIG)),
+            run.CONFIG_CHECKSUM: run.checksum_of(metadata.get(run.CONFIG)),
             _CHECKSUMS: _checksums(state),
         }
         failed = ""
@@ -181,18 +180,9 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def latest_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint, None if there is none. What a cut-off save leaves has another name."""
-    return max(_steps(directory), default=None)
-
-
-def _steps(directory: Path) -> list[int]:
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
-
-
 def step_to_start_from(directory: Path, from_step: int | None) -> int | None:
     """The newest checkpoint's step, or the one that is asked for. Raises InputError where that is not there."""
-    steps = _steps(directory)
+    steps = run.steps(directory)
     if from_step is not None and from_step not in steps:
         raise InputError(
             f"There is no checkpoint of step {from_step} in {directory}. Those that there are: "
@@ -205,7 +195,7 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
     """Moves the checkpoints after a step to RUN/set_aside/, out of the run; where they are now."""
     moved = []
     # The newest first: cut off in between, the next start does not take one of those that were to go.
-    for newer in reversed(_steps(run_dir / "checkpoints")):
+    for newer in reversed(run.steps(run_dir / "checkpoints")):
         if newer > step:
             place = run_dir / "set_aside" / str(newer)
             number = 1
@@ -226,14 +216,10 @@ def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
     """
     try:
         return _load(directory / str(step), abstract)
-    except _Damaged as error:
-        before = [other for other in _steps(directory) if other < step]
+    except Damaged as error:
+        before = [other for other in run.steps(directory) if other < step]
         offer = f"go on from the one before it: --from-step {before[-1]}" if before else "start anew in another folder"
         raise InputError(f"{error}, or {offer}") from error
-
-
-class _Damaged(InputError):
-    """Not a checkpoint of another kind, but a broken one."""
 
 
 def save_frozen(run_dir: Path, params: Params) -> None:
@@ -248,25 +234,13 @@ def restore_frozen(run_dir: Path, abstract: Params) -> Params:
     return _load(run_dir / "frozen", abstract) if abstract else {}
 
 
-def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
-    """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read, or is not what was
-    written."""
-    try:
-        stored, described = orbax.metadata(path)
-    except InputError as error:
-        raise _Damaged(str(error)) from error
-    if _CONFIG_CHECKSUM in described and described[_CONFIG_CHECKSUM] != _checksum_of(described.get(_CONFIG)):
-        raise _damaged(path, "the configuration in its metadata is not the one that was written")
-    return stored, described
-
-
 def _load(path: Path, abstract: Any) -> Any:
-    stored, described = metadata(path)
+    stored, described = run.metadata(path)
     _compare(path, stored, abstract)
     try:
         tree = orbax.load(path, abstract)
     except InputError as error:
-        raise _Damaged(str(error)) from error
+        raise Damaged(str(error)) from error
     if _CHECKSUMS in described:
         names = [path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
         expected, found = (
@@ -275,19 +249,8 @@ def _load(path: Path, abstract: Any) -> Any:
         )
         wrong = [name for name, one, other in zip(names, expected, found, strict=True) if one != other]
         if wrong:
-            raise _damaged(path, f"{len(wrong)} arrays are not what was written, the first is {wrong[0]}")
+            raise run.damaged(path, f"{len(wrong)} arrays are not what was written, the first is {wrong[0]}")
     return tree
-
-
-def _damaged(path: Path, reason: str) -> _Damaged:
-    return _Damaged(
-        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files"
-    )
-
-
-def _checksum_of(value: Any) -> str:
-    """Of JSON values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _checksums(tree: Any) -> str:

@@ -22,18 +22,17 @@ import numpy as np
 from sdxl_jax import model as models
 from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import ContextState, Tower
-from sdxl_jax.config import differences
+from sdxl_jax.files.trees import differences
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.jsontree import from_json, read_saved, to_json
+from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
-from sdxl_jax.training import checkpoint
 from sdxl_jax.weights import detect, names
-from sdxl_jax.weights.formats import diffusers, diffusers_fields, json_files, orbax, safetensors
+from sdxl_jax.weights.formats import diffusers, diffusers_fields, json_files, orbax, run, safetensors
 from sdxl_jax.weights.formats.safetensors import Tensor
 from sdxl_jax.weights.lazy import (
     Carried,
@@ -115,25 +114,23 @@ _EXPECTED = (
 
 def _open_run(run_dir: Path, step: int | None) -> Weights:
     """The averaged weights of a step, or the parameters where the run has no average. step: None for the newest."""
-    saved = read_saved(run_dir / "config.json")
-    # Runs of before `model` stood beside it have it in their configuration, and all of its parts.
-    config = from_json(saved.get("model", saved["config"].get("model")), ModelConfig)
-    parts = saved.get("parts", list(part_configs(config)))
-    newest = checkpoint.latest_step(run_dir / "checkpoints")
+    trained = run.trained(run_dir)
+    config = trained.config
+    newest = run.latest_step(run_dir / "checkpoints")
     asked, step = step, newest if step is None else step
     if step is None or newest is None:
         raise InputError(f"{run_dir} has no checkpoint yet. Train on, or wait for the first")
     path = run_dir / "checkpoints" / str(step)
     if not path.is_dir():
         raise InputError(f"{run_dir} has no checkpoint of step {step}. Its newest is that of {newest}")
-    state = orbax.leaves(path, checkpoint.metadata(path)[0])
+    state = orbax.leaves(path, run.metadata(path)[0])
     sampled = "ema/" if any(name.startswith("ema/") for name in state) else "params/"
     leaves = {name.removeprefix(sampled): leaf for name, leaf in state.items() if name.startswith(sampled)}
-    if leaves.keys() != _expected(config, parts).keys():
+    if leaves.keys() != _expected(config, trained.parts).keys():
         leaves |= orbax.leaves(run_dir / "frozen", orbax.metadata(run_dir / "frozen")[0])
-    steps = saved["config"].get("training", {}).get("steps", 0)
+    steps = trained.steps
     notes = (f"{run_dir} is at step {step} of {steps}",) if asked is None and step < steps else ()
-    return Weights(config, _complete(config, leaves, path, parts), Origin("run"), {}, licences_in(run_dir), notes)
+    return Weights(config, _complete(config, leaves, path, trained.parts), Origin("run"), {}, licences_in(run_dir), notes)
 
 
 def _open_orbax(path: Path) -> Weights:

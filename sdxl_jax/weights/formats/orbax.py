@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from sdxl_jax.arrays import unflatten
 from sdxl_jax.errors import InputError
@@ -29,6 +28,8 @@ def is_checkpoint(path: Path) -> bool:
 
 def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
     """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read."""
+    from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+
     try:
         found = ocp.metadata(str(path.absolute()))
     except Exception as error:  # Orbax raises many types for a damaged directory
@@ -41,6 +42,8 @@ def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def load(path: Path, abstract: Any) -> Any:
     """A checkpoint's tree, placed as `abstract` says; `ocp.PLACEHOLDER` in it: not read. Raises InputError."""
+    from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+
     try:
         return ocp.load(str(path.absolute()), abstract)
     except Exception as error:  # as above
@@ -79,6 +82,8 @@ class _Reader:
         self._group = functools.lru_cache(maxsize=1)(self._load)
 
     def _load(self, group: int) -> dict[str, np.ndarray]:
+        from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+
         def wanted(tree: Any, prefix: str) -> Any:
             if isinstance(tree, Mapping):
                 return {key: wanted(value, f"{prefix}{key}/") for key, value in tree.items()}
@@ -133,6 +138,8 @@ def write(
 
     arrays: by path, keys joined by slashes. wrote: is told the bytes of every array.
     """
+    from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+
     group: dict[str, np.ndarray] = {}
 
     def save() -> None:

@@ -1,0 +1,77 @@
+"""A run's folder, as far as its weights are opened: which checkpoints there are, and what their metadata says.
+
+    RUN/config.json            the configuration
+    RUN/checkpoints/<step>/    parameters, moving average and optimiser
+    RUN/frozen/                parameters that are not trained
+
+Written by `training.checkpoint`; nothing of training is needed to read it.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import from_json, read_saved
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.weights.formats import orbax
+
+CONFIG, CONFIG_CHECKSUM = "config", "config_sha256"
+"""Where a checkpoint's metadata has the configuration, and its checksum."""
+
+
+class Damaged(InputError):
+    """Not a checkpoint of another kind, but a broken one."""
+
+
+def damaged(path: Path, reason: str) -> Damaged:
+    return Damaged(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files")
+
+
+class Trained(NamedTuple):
+    """What a run says of the model that it trains."""
+
+    config: ModelConfig
+    parts: list[str] | None
+    """Those that it has of it; None: all."""
+    steps: int
+    """At which it is finished."""
+
+
+def trained(run_dir: Path) -> Trained:
+    """What RUN/config.json says. Raises InputError where it cannot be read."""
+    saved = read_saved(run_dir / "config.json")
+    # Runs of before objectives have the model in their configuration alone.
+    model = saved.get("model", saved["config"].get("model"))
+    if not isinstance(model, dict):
+        raise InputError(f"{run_dir / 'config.json'} does not say which model was trained. Restore it")
+    steps = saved["config"].get("training", {}).get("steps", 0)
+    return Trained(from_json(model, ModelConfig), saved.get("parts"), steps)
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in RUN/checkpoints, ascending. What a cut-off save leaves has another name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+
+
+def latest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint, None if there is none."""
+    return max(steps(directory), default=None)
+
+
+def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
+    """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read, or is not what was
+    written."""
+    try:
+        stored, described = orbax.metadata(path)
+    except InputError as error:
+        raise Damaged(str(error)) from error
+    if CONFIG_CHECKSUM in described and described[CONFIG_CHECKSUM] != checksum_of(described.get(CONFIG)):
+        raise damaged(path, "the configuration in its metadata is not the one that was written")
+    return stored, described
+
+
+def checksum_of(value: Any) -> str:
+    """Of JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
