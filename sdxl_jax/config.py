@@ -21,9 +21,8 @@ from typing import Any, TypeVar
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, check_ranges, nearest_first
-from sdxl_jax.jsontree import from_json, to_json
-from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files.trees import differences
+from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaConfig, EmaKind

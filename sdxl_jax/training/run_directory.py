@@ -16,11 +16,10 @@ from sdxl_jax import config as configuration
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import atomic, locks
 from sdxl_jax.jsontree import from_json, read_saved, to_json
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
-from sdxl_jax.files import atomic
-from sdxl_jax.files import atomic, locks
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _FINGERPRINT = "data_fingerprint"

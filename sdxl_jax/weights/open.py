@@ -22,9 +22,9 @@ import numpy as np
 from sdxl_jax import model as models
 from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import ContextState, Tower
-from sdxl_jax.files.trees import differences
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
@@ -130,7 +130,9 @@ def _open_run(run_dir: Path, step: int | None) -> Weights:
         leaves |= orbax.leaves(run_dir / "frozen", orbax.metadata(run_dir / "frozen")[0])
     steps = trained.steps
     notes = (f"{run_dir} is at step {step} of {steps}",) if asked is None and step < steps else ()
-    return Weights(config, _complete(config, leaves, path, trained.parts), Origin("run"), {}, licences_in(run_dir), notes)
+    return Weights(
+        config, _complete(config, leaves, path, trained.parts), Origin("run"), {}, licences_in(run_dir), notes
+    )
 
 
 def _open_orbax(path: Path) -> Weights:

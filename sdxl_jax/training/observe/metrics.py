@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
-from sdxl_jax.flops import chip_of
 from sdxl_jax.files import atomic
+from sdxl_jax.flops import chip_of
 from sdxl_jax.training.observe.clock import Clock, Part
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "peak_share")
