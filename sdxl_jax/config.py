@@ -67,6 +67,9 @@ class LoopConfig:
     in none of them starts from random weights."""
     init_parts: tuple[str, ...] | None = None
     """Parts of the model that are taken of `init_from`, e.g. ("vae", "text_encoder"); None: all that are there."""
+    init_changes: tuple[str, ...] = ()
+    """What the UNet of `init_from` may have been trained with otherwise than it is trained on here, of prediction,
+    schedule, no_prompt and distilled, e.g. ("prediction",) to make a v-prediction model of an ε-prediction one."""
     compile_ahead: CompileAhead = CompileAhead.BACKGROUND
     """When the steps of the buckets are compiled: beside training, before it, or each when it is needed."""
     compile_threads: int = 1
@@ -201,6 +204,11 @@ class RunConfig:
                 f"training.init_parts={','.join(self.training.init_parts)} has no effect without training.init_from. "
                 "Name the models to take them of, or leave it out (None)"
             )
+        if unknown := [name for name in self.training.init_changes if name not in MEANING]:
+            raise InputError(
+                f"training.init_changes has {unknown[0]}. Known, nearest first: "
+                f"{', '.join(nearest_first(unknown[0], MEANING))}"
+            )
         self.optimiser.check()
         self.ema.check()
         averages = self.optimiser.kind is OptimiserKind.SCHEDULE_FREE
@@ -273,6 +281,9 @@ def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> N
             raise InputError(f"{name} has ({height}, {width}). Give positive multiples of {factor}")
 
 
+MEANING = ("prediction", "schedule", "no_prompt", "distilled")
+"""Fields of a model's configuration that say what its UNet's weights mean: another value makes others of them."""
+
 _Config = TypeVar("_Config", bound=RunConfig)
 
 MAY_CHANGE = (
@@ -291,6 +302,7 @@ MAY_CHANGE = (
     "training.compilation_cache",
     "training.compile_ahead",
     "training.compile_threads",
+    "training.init_changes",
     "training.init_from",
     "training.init_parts",
     "validation",

@@ -1,6 +1,7 @@
 """The weights that a run starts from: those of `training.init_from`, checked against the configuration."""
 
 import dataclasses
+import re
 from collections.abc import Collection
 
 import jax
@@ -8,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sdxl_jax import config as configuration
 from sdxl_jax.arrays import flatten
-from sdxl_jax.config import LoopConfig
+from sdxl_jax.config import MEANING, LoopConfig, is_within
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
@@ -34,9 +35,8 @@ def initial_weights(
     """
     initial: dict[str, jax.Array] = {}
     for path, weights in zip(training.init_from, _opened(training, model, parts), strict=True):
-        if "unet" in weights.parts and weights.config.prediction is not model.prediction:
-            had, has = weights.config.prediction.value, model.prediction.value
-            tqdm.write(f"  note: {path} was trained to predict {had}, this run trains {has}")
+        for line in _other_meaning(weights, model):
+            tqdm.write(f"  note: the UNet of {path} was trained with another {line} (there -> in this run)")
         initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
     return initial
 
@@ -74,12 +74,13 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
                 have["scale"] = want["scale"]
             if part == "vae" and (half := lacking_half(weights)) is not None:
                 have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # which the other half's file does not tell
-            if differences := configuration.differences(have, want):
+            if different := differences(have, want):
                 raise InputError(
-                    f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(differences)} (in the "
+                    f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(different)} (in the "
                     f"file -> in the model). Set {_field_of(part, model)} to the file's configuration, or leave the "
                     f"{part} out of training.init_parts"
                 )
+        _check_meaning(path, weights, training, model)
         opened.append(weights)
     lacking = [lacking_half(weights) for weights in opened if "vae" in weights.parts]
     if lacking and None not in lacking and len(set(lacking)) == 1:
@@ -93,6 +94,27 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
             f"{training.init_from} holds. Add a model with it, or leave it out"
         )
     return opened
+
+
+def _other_meaning(weights: Weights, model: ModelConfig) -> list[str]:
+    """`field: there -> here` of all that the UNet's weights were trained with otherwise, as far as the file tells."""
+    if "unet" not in weights.parts or not weights.tells_noise:
+        return []
+    there, here = ({name: to_json(config)[name] for name in MEANING} for config in (weights.config, model))
+    return differences(there, here)
+
+
+def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: ModelConfig) -> None:
+    """Raises InputError where the weights mean something else than this run would take them for, unless that is
+    named."""
+    changed = [line for line in _other_meaning(weights, model) if not is_within(line, training.init_changes)]
+    if changed:
+        names = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)
+        raise InputError(
+            f"The UNet of {path} (training.init_from) was trained with another {'; '.join(changed)} (there -> in this "
+            f"run). Set {' and '.join(f'model.{name}' for name in names)} to what is there. To make another model of "
+            f"it on purpose: --training.init-changes {' '.join(names)}"
+        )
 
 
 def _only(weights: Weights, parts: Collection[str]) -> Weights:
