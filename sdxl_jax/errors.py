@@ -18,10 +18,28 @@ def nearest_first(given: str, known: Iterable[str]) -> list[str]:
     return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, given, name).ratio())
 
 
-def check_ranges(ranges: Iterable[tuple[str, int | float | None, int | float, int | float]]) -> None:
-    """Raises InputError for the first (name, value, lowest, highest) whose value is outside, or NaN. None is not looked
-    at."""
+def check_ranges(
+    ranges: Iterable[tuple[str, int | float | None, int | float, int | float]],
+    *,
+    above_low: bool = False,
+    below_high: bool = False,
+) -> None:
+    """Raises InputError for the first (name, value, low, high) whose value is not within low to high; None is.
+
+    above_low, below_high: the end itself is outside too. NaN is never within.
+    """
     for name, value, low, high in ranges:
-        if value is not None and not low <= value <= high:
-            expected = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+        if value is None:
+            continue
+        above = value > low if above_low else value >= low
+        below = value < high if below_high else value <= high
+        if not (above and below):
+            first, last = (f"{end:g}" if isinstance(end, float) else str(end) for end in (low, high))
+            least = f"more than {first}" if above_low else first
+            if high == math.inf:
+                expected = least if above_low else f"{least} or more"
+            elif above_low:
+                expected = f"{least}, {'less than' if below_high else 'up to'} {last}"
+            else:
+                expected = f"{least} to {'below ' if below_high else ''}{last}"
             raise InputError(f"{name}={value} is out of range. Give {expected}")

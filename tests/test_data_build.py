@@ -413,7 +413,7 @@ def test_a_source_without_a_usable_image_is_refused_and_read_anew(tmp_path):
 # A real source
 
 
-IDENTITY = "import sys; from sdxl_jax.data import build; print(build._identity(build.units(sys.argv[1])))"
+IDENTITY = "import sys; from sdxl_jax.data.build import build; print(build._identity(build.units(sys.argv[1])))"
 
 
 def test_a_folder_of_pictures_is_built_in_processes(tmp_path):

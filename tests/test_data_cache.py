@@ -357,7 +357,7 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["images", "crops", "piece_images"])
 def test_a_number_below_one_is_refused(tmp_path, name):
     given = {"images": 1, "crops": 1, "piece_images": 1} | {name: 0}
-    with pytest.raises(InputError, match=f"{name}=0 is too few. Give 1 or more"):
+    with pytest.raises(InputError, match=f"{name}=0 is out of range. Give 1 or more"):
         begin(tmp_path / "cache", made_from={}, towers=(), **given)
     assert not (tmp_path / "cache").exists()
 

@@ -256,7 +256,7 @@ def test_inpainting_and_outpainting_keep_what_is_there(model: Path, tmp_path: Pa
         (["--init-image", "photo.png", "--mask", "small.png"], "24×32"),
         (["--init-image", "photo.png", "--mask", "photo.png", "--outpaint", 8, 0, 0, 0], "--mask and --outpaint"),
         (["--init-image", "photo.png", "--background", "pink"], "pink"),
-        (["--init-image", "photo.png", "--strength", 2], "strength=2.0, expected 0 to 1"),
+        (["--init-image", "photo.png", "--strength", 2], "strength=2.0 is out of range. Give 0 to 1"),
         (["--handoff", 0.8], "handoff=0.8 has no effect without a refiner"),
         (["--preview-autoencoder", "x"], "no effect without --preview"),
         (["--one-program", "--preview", "x.png"], "--preview cannot look into --one-program"),

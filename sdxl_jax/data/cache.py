@@ -38,7 +38,7 @@ from jaxtyping import BFloat16, Int32
 from ml_dtypes import bfloat16
 
 from sdxl_jax.data.record_files import RecordFiles, RecordWriter
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync, write_text
 from sdxl_jax.files.trees import differences
 
@@ -336,9 +336,8 @@ def begin(
     at the same time. Raises InputError: the folder cannot be made, holds other files, or a cache of something else.
     """
     folder = Path(folder)
-    for name, number in (("images", images), ("crops", crops), ("piece_images", piece_images)):
-        if number < 1:
-            raise InputError(f"{name}={number} is too few. Give 1 or more.")
+    counts = {"images": images, "crops": crops, "piece_images": piece_images}
+    check_ranges((name, count, 1, math.inf) for name, count in counts.items())
     content = {"made_from": made_from, "images": images, "crops": crops, "piece_images": piece_images}
     text = json.dumps({"format": FORMAT, **content, "towers": list(towers)}, indent=2)
     try:

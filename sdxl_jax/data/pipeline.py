@@ -44,7 +44,7 @@ from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.shards import is_shard_set, open_shards
 from sdxl_jax.data.sources import Pictures, Refused, stop_if_refused, summary
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
 """Captions to token numbers, one entry a tokenizer."""
@@ -76,23 +76,20 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
             f"data.batch_size={config.batch_size} cannot be split over {host_count} hosts. Use a multiple of "
             f"{host_count}, e.g. {max(1, math.ceil(config.batch_size / host_count)) * host_count}."
         )
-    if not 0 <= host_index < host_count:
-        raise InputError(f"host_index={host_index} of {host_count} hosts. Expected 0 to {host_count - 1}.")
-    ranges: list[tuple[str, float, float]] = [
-        ("flip_probability", 0, 1),
-        ("max_aspect_distance", 0, math.inf),
-        ("min_size", 1, math.inf),
-        ("batch_pixels", 1, math.inf),
-        ("crops_per_image", 1, math.inf),
-        ("max_bad_share", 0, 1),
-        ("seed", 0, 2**32 - 1),
-        ("workers", 0, math.inf),
-        ("read_ahead", 1, math.inf),
-    ]
-    for name, low, high in ranges:
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"data.{name}={value} is out of range. Expected {low} to {high}.")
+    check_ranges(
+        [
+            ("host_index", host_index, 0, host_count - 1),
+            ("data.flip_probability", config.flip_probability, 0, 1),
+            ("data.max_aspect_distance", config.max_aspect_distance, 0, math.inf),
+            ("data.min_size", config.min_size, 1, math.inf),
+            ("data.batch_pixels", config.batch_pixels, 1, math.inf),
+            ("data.crops_per_image", config.crops_per_image, 1, math.inf),
+            ("data.max_bad_share", config.max_bad_share, 0, 1),
+            ("data.seed", config.seed, 0, 2**32 - 1),
+            ("data.workers", config.workers, 0, math.inf),
+            ("data.read_ahead", config.read_ahead, 1, math.inf),
+        ]
+    )
     if config.crop == "centre" and config.flip_probability in (0, 1) and (config.crops_per_image or 1) > 1:
         raise InputError(
             f"data.crops_per_image={config.crops_per_image} would be as many times the same crop: data.crop=centre and "

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Key
 
 from sdxl_jax.diffusion.parameterisation import Prediction, target
 from sdxl_jax.diffusion.schedule import Schedule
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 
 Array = jax.Array
 
@@ -64,15 +64,15 @@ class LossConfig:
                 f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting.value}. "
                 "Set loss.weighting=min_snr, or leave it out"
             )
-        if self.min_snr_gamma is not None and not 0 < self.min_snr_gamma < np.inf:
-            raise InputError(f"loss.min_snr_gamma={self.min_snr_gamma} is out of range. Give more than 0, e.g. 5")
-        for name, value in (
-            ("offset_noise", self.offset_noise),
-            ("input_perturbation", self.input_perturbation),
-            ("timestep_bias", self.timestep_bias),
-        ):
-            if value is not None and not 0 <= value < np.inf:
-                raise InputError(f"loss.{name}={value} is out of range. Give 0 or more")
+        check_ranges([("loss.min_snr_gamma", self.min_snr_gamma, 0, np.inf)], above_low=True, below_high=True)
+        check_ranges(
+            [
+                ("loss.offset_noise", self.offset_noise, 0, np.inf),
+                ("loss.input_perturbation", self.input_perturbation, 0, np.inf),
+                ("loss.timestep_bias", self.timestep_bias, 0, np.inf),
+            ],
+            below_high=True,
+        )
         for name, span in (("timesteps", self.timesteps), ("biased_timesteps", self.biased_timesteps)):
             if span is not None and not 0 <= span[0] < span[1] <= timesteps:
                 raise InputError(

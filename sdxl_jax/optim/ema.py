@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from sdxl_jax.arrays import Params, Stored
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 
 
 class EmaKind(enum.Enum):
@@ -71,10 +71,8 @@ class EmaConfig:
                     f"ema.{name}={value} has no effect with ema.kind={self.kind.value}. Leave it out (None), or set "
                     f"ema.kind={kinds[0].value}"
                 )
-        if self.decay is not None and not 0 <= self.decay < 1:
-            raise InputError(f"ema.decay={self.decay} is out of range. Give 0 to below 1, e.g. 0.9999")
-        if self.relative_std is not None and not 0 < self.relative_std <= _WIDEST:
-            raise InputError(f"ema.relative_std={self.relative_std} is out of range. Give 0.001 to 0.288, e.g. 0.1")
+        check_ranges([("ema.decay", self.decay, 0, 1)], below_high=True)
+        check_ranges([("ema.relative_std", self.relative_std, 0, _WIDEST)], above_low=True)
         if self.kind is EmaKind.NONE and self.dtype is not Stored.FLOAT32:
             raise InputError(f"ema.dtype={self.dtype.value} has no effect with ema.kind=none. Set it to float32")
 

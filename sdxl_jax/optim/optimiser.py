@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Int
 
 from sdxl_jax.arrays import Params, Stored
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 
 
 class OptimiserKind(enum.Enum):
@@ -98,14 +98,10 @@ class OptimiserConfig:
                     f"optimiser.{name}={given} has no effect: {kind} has no such number. Leave it out (None), or "
                     f"choose one of {', '.join(k.value for k in OptimiserKind if USUAL[k]._asdict()[name] is not None)}"
                 )
-        for name, given, _ in below_1:
-            if given is not None and not 0 <= given < 1:
-                raise InputError(f"optimiser.{name}={given} is out of range. Give 0 to below 1, or None")
-        for name, given in [(name, given) for name, given, _ in positive] + [("learning_rate", self.learning_rate)]:
-            if given is not None and not 0 <= given < math.inf:
-                raise InputError(f"optimiser.{name}={given} is out of range. Give 0 or more")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"optimiser.clip_norm={self.clip_norm} is out of range. Give more than 0, or None")
+        check_ranges([(f"optimiser.{name}", given, 0, 1) for name, given, _ in below_1], below_high=True)
+        ranges = [(f"optimiser.{name}", given, 0, math.inf) for name, given, _ in positive]
+        check_ranges([*ranges, ("optimiser.learning_rate", self.learning_rate, 0, math.inf)], below_high=True)
+        check_ranges([("optimiser.clip_norm", self.clip_norm, 0, math.inf)], above_low=True)
         if self.first_moment is not Stored.FLOAT32 and not (usual.first_moment and self.numbers()[0]):
             raise InputError(
                 f"optimiser.first_moment={self.first_moment.value} has no effect: {kind} keeps no moving average of "

@@ -3,11 +3,12 @@ computed. The command line has the same fields; `pipeline` acts on them.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sdxl_jax.conditioning.prompts import LongPrompts
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import Part
 from sdxl_jax.samplers.steps import Family, Sampler, Sigmas, Spacing, find
@@ -116,19 +117,20 @@ class Options:
         """Raises InputError for values out of range, and for those that would have no effect on this model."""
         length, factor = config.schedule.timesteps, config.vae.downsampling
         sampler = self.method
-        if not 1 <= self.steps <= length:
-            raise InputError(f"steps={self.steps}, expected 1 to {length}")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed={self.seed}, expected 0 to {2**32 - 1}")
-        for name, value in (("num_images", self.num_images), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise InputError(f"{name}={value}, expected 1 or more")
-        if self.first_index < 0:
-            raise InputError(f"first_index={self.first_index}, expected 0 or more")
-        for name in ("eta", "guidance_rescale", "strength", "handoff", "refine_strength"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"{name}={value}, expected 0 to 1")
+        check_ranges(
+            [
+                ("steps", self.steps, 1, length),
+                ("seed", self.seed, 0, 2**32 - 1),
+                ("num_images", self.num_images, 1, math.inf),
+                ("batch_size", self.batch_size, 1, math.inf),
+                ("first_index", self.first_index, 0, math.inf),
+                ("eta", self.eta, 0, 1),
+                ("guidance_rescale", self.guidance_rescale, 0, 1),
+                ("strength", self.strength, 0, 1),
+                ("handoff", self.handoff, 0, 1),
+                ("refine_strength", self.refine_strength, 0, 1),
+            ]
+        )
         start, stop = self.guidance_interval
         if not 0 <= start < stop <= 1:
             raise InputError(f"guidance_interval={start:g} {stop:g}, expected two numbers of 0 to 1, the lower first")

@@ -20,6 +20,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -43,7 +44,7 @@ from sdxl_jax.data.captions import check_number_names
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
 from sdxl_jax.data.sources import Refused
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync
 from sdxl_jax.files.locks import Busy, locked_folder
 
@@ -346,8 +347,7 @@ def _build(
     destination, hide = Path(destination), None if progress else True
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers < 0:
-        raise InputError(f"workers={workers} is out of range. Expected 1 or more, or 0: all in this process.")
+    check_ranges([("workers", workers, 0, math.inf)])
     asked: dict[str, Any] = {
         "format": FORMAT,
         "source": source.rstrip("/") or source,

@@ -1,0 +1,36 @@
+"""What messages about bad input promise."""
+
+import math
+
+import pytest
+
+from sdxl_jax.errors import InputError, check_ranges
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "ends", "expected"),
+    [
+        (0, 1, math.inf, {}, "1 or more"),
+        (math.nan, 0, math.inf, {}, "0 or more"),
+        (-1, 0, 2**32 - 1, {}, "0 to 4294967295"),
+        (1.5, 0, 1, {}, "0 to 1"),
+        (math.nan, 0, 1, {}, "0 to 1"),
+        (0.0, 1 / 3600, math.inf, {}, "0.000277778 or more"),
+        (1.0, 0, 1, {"below_high": True}, "0 to below 1"),
+        (math.inf, 0, math.inf, {"below_high": True}, "0 or more"),
+        (0.0, 0, math.inf, {"above_low": True}, "more than 0"),
+        (0.0, 0, 0.25, {"above_low": True}, "more than 0, up to 0.25"),
+        (0.25, 0, 0.25, {"above_low": True, "below_high": True}, "more than 0, less than 0.25"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_what_to_give(
+    value: float, low: float, high: float, ends: dict[str, bool], expected: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        check_ranges([("first", low if not ends else None, low, high), ("a.name", value, low, high)], **ends)
+    assert str(raised.value) == f"a.name={value} is out of range. Give {expected}"
+
+
+def test_the_ends_of_a_range_and_what_is_not_given_are_within() -> None:
+    check_ranges([("low", 0, 0, 1), ("high", 1, 0, 1), ("far", math.inf, 0, math.inf), ("none", None, 0, 1)])
+    check_ranges([("value", 0.5, 0, 1)], above_low=True, below_high=True)
