@@ -1,10 +1,15 @@
-"""How command lines become dataclasses: tyro, with sizes as HxW and positions as TOP,LEFT."""
+"""How command lines become dataclasses: tyro, with sizes as HxW and positions as TOP,LEFT.
+
+A command of a configuration file has options of its own, which stand beside the configuration (`Beside`): the flags of
+both are parsed together, and the configuration keeps the type that its file gave it.
+"""
 
 import dataclasses
 import enum
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
     from sdxl_jax.weights.open import Opening
 
 _T = TypeVar("_T")
+_Options = TypeVar("_Options")
+_Config = TypeVar("_Config")
 _CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff)
 _REGISTRY = ConstructorRegistry()
 
@@ -22,6 +29,32 @@ _REGISTRY = ConstructorRegistry()
 def parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
     """Ends the process with 2 and a message for arguments that are none of the command's."""
     return tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, registry=_REGISTRY, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Beside(Generic[_Options, _Config]):
+    """A command's own options, and a configuration whose every field is a flag too; neither shows in their names."""
+
+    options: Annotated[_Options, tyro.conf.arg(name="")]
+    config: Annotated[_Config, tyro.conf.arg(name="")]
+
+
+def beside(options: _Options, config: _Config, arguments: list[str], command: str) -> tuple[_Options, _Config]:
+    """Both with what the arguments change. What is given here is the default, and the type to parse."""
+    kinds: Any = Beside[type(options), type(config)]
+    parsed = parse(kinds, arguments, command, default=Beside(options, config), description=type(options).__doc__)
+    return parsed.options, parsed.config
+
+
+def config_path(arguments: list[str], command: str, usage: str) -> Path:
+    """The configuration file, which comes first. Ends the process with the usage where that is asked for; raises
+    InputError where there is none."""
+    if not arguments or arguments[0].startswith("-"):
+        if arguments[:1] in (["-h"], ["--help"]):
+            print(usage)
+            sys.exit(0)
+        raise InputError(f"The first argument of {command} is a configuration file.\n{usage}")
+    return Path(arguments[0])
 
 
 @_REGISTRY.primitive_rule

@@ -1,0 +1,62 @@
+"""`sdxl-jax convert`: a model, with what is merged into it, in another layout."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from sdxl_jax.commands import parsing
+from sdxl_jax.commands.parsing import Opened
+
+if TYPE_CHECKING:
+    from sdxl_jax.weights.lazy import Weights
+
+
+@dataclass(frozen=True)
+class Convert(Opened):
+    """Write a model in another layout: for diffusers, for ComfyUI and the like, for Orbax."""
+
+    source: tyro.conf.Positional[Path]
+    """A run directory, an Orbax checkpoint, a diffusers directory, a .safetensors file, or one network alone."""
+    destination: tyro.conf.Positional[Path]
+    """A new directory; for a single file, a new .safetensors file."""
+    to: Literal["orbax", "diffusers", "single-file"]
+    """The layout: an Orbax checkpoint, a diffusers directory, or Stability's original layout in one file."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the weights. Default: as they are."""
+
+
+def run(arguments: list[str]) -> None:
+    options = parsing.parse(Convert, arguments, "convert")
+    from sdxl_jax.weights.convert import Layout, convert
+
+    written = convert(_opened(options), options.destination, Layout(options.to))
+    if written.left_out:
+        print(
+            f"note: {len(written.left_out)} tensors of the source have no place in this layout and were left out: "
+            f"{', '.join(written.left_out[:8])}{' …' if len(written.left_out) > 8 else ''}",
+            file=sys.stderr,
+        )
+    print(
+        f"{', '.join(written.parts)}: {written.tensors} tensors, {written.size / 1e9:.2f} GB, in {options.destination}"
+    )
+
+
+def _opened(options: Convert) -> "Weights":
+    """Not read yet, with the LoRAs that are merged and the dtype that is asked for."""
+    import numpy as np
+
+    from sdxl_jax.weights import lora
+    from sdxl_jax.weights.lazy import DTYPES, cast
+    from sdxl_jax.weights.load import say
+    from sdxl_jax.weights.open import open_model
+
+    loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
+    weights = open_model(options.source, options.opening(mixed=options.dtype is not None), options.parts_from)
+    say(weights.notes)
+    for read, scale in loras:
+        weights = lora.merge(weights, read, scale)
+        print(f"merging {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
+    return weights if options.dtype is None else cast(weights, np.dtype(DTYPES[options.dtype]))

@@ -1,0 +1,154 @@
+"""`sdxl-jax data`: build shards, look at what training will see, encode it once for all epochs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sdxl_jax.commands import parsing
+from sdxl_jax.errors import InputError, nearest_first
+
+USAGE = """usage: sdxl-jax data build SRC DST     pack captioned pictures into shards
+       sdxl-jax data inspect SRC-or-CONFIG     show what training will really see
+       sdxl-jax data encode CONFIG.py     latents and text states, computed once for all epochs
+
+`sdxl-jax data build --help` and so on tell the options."""
+
+
+def run(arguments: list[str]) -> None:
+    commands = {"build": _build, "inspect": _inspect, "encode": _encode}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if arguments:
+            print(USAGE)
+            return
+        raise InputError(f"sdxl-jax data knows {', '.join(commands)}; given: nothing.\n{USAGE}")
+    if arguments[0] not in commands:
+        near = ", ".join(nearest_first(arguments[0], commands))
+        raise InputError(f"There is no command data {arguments[0]!r}. Known, nearest first: {near}")
+    commands[arguments[0]](arguments[1:])
+
+
+# build
+
+
+@dataclass(frozen=True)
+class Build:
+    """Pack captioned pictures into shards for training: in parallel, and resumable; what is refused is listed."""
+
+    source: tyro.conf.Positional[str]
+    """A folder of pictures, tars (WebDataset), Parquet files, or tfds:NAME."""
+    destination: tyro.conf.Positional[Path]
+    """A new folder; or one in which the same build was interrupted, which then goes on."""
+    workers: int | None = None
+    """Processes that read. Default: one a core."""
+    drop_duplicates: bool = False
+    """Leave out pictures whose files are, byte for byte, those of an earlier one. Otherwise they are only counted."""
+
+
+def _build(arguments: list[str]) -> None:
+    options = parsing.parse(Build, arguments, "data build")
+    from sdxl_jax.data.build.build import build
+
+    built = build(options.source, options.destination, workers=options.workers, drop_duplicates=options.drop_duplicates)
+    done = "was finished already" if built.was_finished else "finished"
+    print(
+        f"{options.destination} {done}: {built.images} pictures, {built.captions} captions, {built.refused} refused "
+        f"(refused.jsonl), {built.duplicates} exact duplicates {'left out' if options.drop_duplicates else 'counted'}"
+    )
+
+
+# inspect
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what training will really see: images, buckets, refusals."""
+
+    source: tyro.conf.Positional[Path]
+    """A folder of captioned images, a shard set, or a configuration file."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
+    """Write the first N training examples to DIR: the picture as the model sees it, and what it is told."""
+    plot: Path | None = None
+    """Draw sizes, buckets and some batches into FILE.png, or .pdf or .svg (needs matplotlib)."""
+
+
+def _inspect(arguments: list[str]) -> None:
+    options = parsing.parse(Inspect, arguments, "data inspect")
+    from sdxl_jax import config as configuration
+    from sdxl_jax.data import inspection, plots
+    from sdxl_jax.data.settings import DataConfig
+
+    is_config = options.source.suffix == ".py"
+    config = configuration.load(options.source).data if is_config else DataConfig(folder=str(options.source))
+    if options.plot is not None:
+        plots.check(options.plot)
+    dataset = inspection.open_dataset(config)
+    if options.plot is not None:
+        plots.plot(dataset, options.plot)
+    seen = inspection.inspect(dataset)
+    if options.dump is not None:
+        inspection.dump(dataset, *options.dump)
+    print(json.dumps(seen, indent=1) if options.json else _table(seen))
+
+
+def _table(seen: dict[str, Any]) -> str:
+    lines = [f"{seen['images_found']} images found, {seen['images_usable']} usable, {len(seen['refused'])} refused"]
+    lines += [f"  refused {entry['file']}: {entry['reason']}" for entry in seen["refused"]]
+    if seen["too_small"]:
+        lines.append(f"{seen['too_small']} images below data.min_size left out")
+    if len(seen["sources"]) > 1:
+        lines += [
+            f"{each['folder']}: weight {each['weight']:g}, {each['images']} images, {each['share']:.1%} of an epoch"
+            for each in seen["sources"]
+        ]
+    if seen["numbers"]:
+        lines.append(f"numbers of every source: {', '.join(seen['numbers'])}")
+    lines.append(f"{seen['epoch_steps']:.6g} steps an epoch")
+    lines.append("  height  width  images  batches  of images  left out  repeated")
+    for b in seen["buckets"]:
+        if b["images"]:
+            counts = f"{b['images']:6}  {b['batches']:7.4g}  {b['batch_size']:9}  {b['remainder']:8}  {b['repeated']:8}"
+            lines.append(f"  {b['height']:6}  {b['width']:5}  {counts}")
+        elif b["merged_into"]:
+            lines.append(f"  {b['height']:6}  {b['width']:5}  merged into {b['merged_into'][0]}×{b['merged_into'][1]}")
+    return "\n".join(lines)
+
+
+# encode
+
+
+ENCODE_USAGE = """usage: sdxl-jax data encode CONFIG.py [--data.cache DIR] [--share I N] [--section.field VALUE ...]
+
+Encode every crop and caption of a training configuration once, into its data.cache, which training then reads instead
+of the pictures. Run again, it goes on with what is missing. data.crops_per_image says how many crops a picture has.
+`sdxl-jax data encode CONFIG.py --help` lists every field with its default in that file.
+"""
+
+
+@dataclass(frozen=True)
+class Encode:
+    """Encode every crop and caption of a training configuration once, into its data.cache."""
+
+    batch_size: int = 8
+    """Pictures, or captions, encoded at once. Higher: faster until memory ends."""
+    share: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="I N")] = None
+    """Take the I-th of every N pieces, I from 0, for N processes that share the work. Default: by jax's
+    processes."""
+
+
+def _encode(arguments: list[str]) -> None:
+    path = parsing.config_path(arguments, "data encode", ENCODE_USAGE)
+    from sdxl_jax import config as configuration
+
+    options, config = parsing.beside(Encode(), configuration.load(path), arguments[1:], f"data encode {path}")
+    from sdxl_jax.training.encoding import encode
+
+    plan, refused = encode(config, batch_size=options.batch_size, share=options.share)
+    missing = len(plan.missing())
+    state = f"{missing} of {plan.pieces} pieces are missing, of other shares" if missing else "complete"
+    bad = f"; {refused} could not be encoded, training replaces them" if refused else ""
+    print(f"{plan.folder}: {plan.images} pictures, {plan.crops} crops of each; {state}{bad}")
