@@ -89,7 +89,7 @@ def compile_step(
 
 
 def compile_sampler(
-    config: TrainConfig, topology: str, *, slices: int | None = None, progress: bool = True
+    config: RunConfig, topology: str, *, slices: int | None = None, progress: bool = True
 ) -> list[Report | TooLarge]:
     """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
     steps and guidance of `validation`. Raises InputError as `compile_step`, and where nothing is sampled from."""
@@ -99,6 +99,7 @@ def compile_sampler(
             f"--program sample: a run of {objective.name} has no sampler. Leave it out, for the train step"
         )
     objective.check()
+    assert isinstance(config, TrainConfig), "what is sampled from has a model"
     mesh = _mesh(objective, topology, slices)
     sizes = config.validation.sizes or (config.model.default_size,)
     programs = [program for size in sizes for program in _sampler_programs(config, mesh, Bucket(*size))]

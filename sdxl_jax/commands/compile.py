@@ -11,7 +11,7 @@ from sdxl_jax.errors import InputError
 
 if TYPE_CHECKING:
     from sdxl_jax.aot.report import Report, TooLarge
-    from sdxl_jax.config import TrainConfig
+    from sdxl_jax.config import RunConfig
     from sdxl_jax.data.buckets import Bucket
 
 USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--section.field VALUE ...]
@@ -79,7 +79,7 @@ def _checked(options: Compile) -> str:
     return options.topology
 
 
-def _buckets(options: Compile, config: "TrainConfig") -> "list[Bucket] | None":
+def _buckets(options: Compile, config: "RunConfig") -> "list[Bucket] | None":
     """Those of the train step; None: the one with the most pixels."""
     from sdxl_jax.data.buckets import Bucket
 
@@ -90,7 +90,7 @@ def _buckets(options: Compile, config: "TrainConfig") -> "list[Bucket] | None":
     return [Bucket(*parsing.pair("--bucket", options.bucket, "x", "HxW in pixels, e.g. 1024x1024"))]
 
 
-def _show(options: Compile, config: "TrainConfig", made: "Sequence[Report | TooLarge]") -> None:
+def _show(options: Compile, config: "RunConfig", made: "Sequence[Report | TooLarge]") -> None:
     from sdxl_jax.aot import compile as ahead
     from sdxl_jax.training import programs
 

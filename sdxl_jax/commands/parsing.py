@@ -26,7 +26,7 @@ _CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.
 _REGISTRY = ConstructorRegistry()
 
 
-def parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
+def parse(kind: type[_T] | Any, arguments: list[str], command: str, **options: Any) -> _T | Any:
     """Ends the process with 2 and a message for arguments that are none of the command's."""
     return tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, registry=_REGISTRY, **options)
 
