@@ -43,3 +43,13 @@ def check_ranges(
             else:
                 expected = f"{least} to {'below ' if below_high else ''}{last}"
             raise InputError(f"{name}={value} is out of range. Give {expected}")
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The line in which jax says that the devices' memory does not suffice, that about HBM if any; None of other
+    errors."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():
+        return None
+    lines = text.splitlines()
+    return next((line for line in lines if "hbm" in line.lower()), lines[0])

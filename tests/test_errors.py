@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.errors import InputError, check_ranges, out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,21 @@ def test_a_number_out_of_range_is_refused_with_what_to_give(
 def test_the_ends_of_a_range_and_what_is_not_given_are_within() -> None:
     check_ranges([("low", 0, 0, 1), ("high", 1, 0, 1), ("far", math.inf, 0, math.inf), ("none", None, 0, 1)])
     check_ranges([("value", 0.5, 0, 1)], above_low=True, below_high=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory allocating 12 bytes.\nmore",
+            "RESOURCE_EXHAUSTED: Out of memory allocating 12",
+        ),
+        ("RESOURCE_EXHAUSTED: compile error.\nRan out: 20G of 16G hbm", "Ran out: 20G of 16G hbm"),
+        ("INTERNAL: CUDA_ERROR: out of memory", "INTERNAL: CUDA_ERROR: out of memory"),
+        ("INVALID_ARGUMENT: shapes differ", None),
+        ("", None),
+    ],
+)
+def test_too_little_memory_is_told_from_other_errors(text: str, line: str | None) -> None:
+    said = out_of_memory(RuntimeError(text))
+    assert said is None if line is None else said is not None and said.startswith(line)

@@ -26,14 +26,14 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, plan, program
 from sdxl_jax.sampling.options import Options, Size
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import setup
-from sdxl_jax.training.compilation import REMEDIES, explained, out_of_memory
+from sdxl_jax.training.compilation import REMEDIES, explained
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.programs import Programs

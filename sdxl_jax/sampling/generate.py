@@ -31,7 +31,7 @@ from sdxl_jax.arrays import MicroConditioning
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import initial_scale
@@ -353,7 +353,7 @@ def _memory(options: Options) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+        if (said := out_of_memory(error)) is None:
             raise
         knobs = [
             f"batch_size below {options.batch_size}" if options.batch_size > 1 else "",
@@ -363,8 +363,7 @@ def _memory(options: Options) -> Iterator[None]:
             "mesh.fsdp, to share the weights over devices",
         ]
         raise InputError(
-            f"Memory does not suffice ({str(error).splitlines()[0][:200]}). What helps, in this order: "
-            f"{'; '.join(filter(None, knobs))}"
+            f"Memory does not suffice ({said[:200]}). What helps, in this order: {'; '.join(filter(None, knobs))}"
         ) from error
 
 

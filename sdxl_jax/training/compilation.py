@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.training.programs import Programs
 
 _LOOKED_AHEAD = 100_000
@@ -54,14 +54,6 @@ def explained(program: str, error: BaseException) -> BaseException:
     if (line := out_of_memory(error)) is None:
         return error
     return InputError(f"{program} does not fit: {line}. {REMEDIES}")
-
-
-def out_of_memory(error: BaseException) -> str | None:
-    """The line in which the compiler says that a program needs more memory than there is; None of other errors."""
-    lines = str(error).splitlines() or [""]
-    if "RESOURCE_EXHAUSTED" not in lines[0]:
-        return None
-    return next((line for line in lines if "hbm" in line.lower()), lines[0])
 
 
 def check_mappings(proc: Path = Path("/proc")) -> None:
