@@ -4,7 +4,7 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/finetune_1024.py --run-dir runs/finetune_1024 --data.folder PICTURES
-last run   never at full size; the tests run its twin, configs/tiny/finetune_1024.py
+last run   never at full size; the tests run its smoke configuration, configs/tiny/finetune_1024.py
 
 Starts from the published file, or from any model (`--training.init-from PATH`), such as
 runs/sdxl_base_1024_multi_aspect. All numbers are ours: a tenth of the recipe's rate, so that what it knows is kept,

@@ -4,7 +4,7 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_refiner.py --run-dir runs/sdxl_refiner
-last run   never at full size; the tests run its twin, configs/tiny/sdxl_refiner.py
+last run   never at full size; the tests run its smoke configuration, configs/tiny/sdxl_refiner.py
 
 Works on the latents of the base: it takes autoencoder and text encoder of runs/sdxl_base_1024_multi_aspect. Its UNet
 has other shapes (384 channels, one text encoder), so nothing of the base's fits and it starts from random weights, as

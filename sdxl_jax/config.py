@@ -116,7 +116,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class HostsConfig:
-    """The processes that train together, one a machine; the environment says which they are (training/hosts.py)."""
+    """The processes that train together, one a machine; the environment says which they are (training/processes.py)."""
 
     join_timeout_seconds: float = 300.0
     """Until a process that has not joined is given up. Higher: slower machines may come later."""

@@ -1,4 +1,4 @@
-"""The tiny twin of a configuration: the same run in seconds on a CPU, to see that all of it fits together.
+"""The smoke configuration of another: the same run, tiny, in seconds on a CPU, to see that all of it fits together.
 
 Only what `SHRUNK` lists is changed: sizes of the networks and of pictures, how many of everything, the mesh, and where
 files are. What is learnt and how stays: prediction, loss, conditioning, precision, rematerialisation, optimiser,
@@ -34,14 +34,14 @@ SHRUNK = (
     *("checkpoint.every_steps", "checkpoint.keep"),
     *("validation.every_steps", "validation.prompts", "validation.sizes", "validation.steps"),
 )
-"""Fields that a twin may have otherwise; all others are the same. Of `model.text` the towers' widths, layers, heads and
-projections."""
+"""Fields that a smoke configuration may have otherwise; all others are the same. Of `model.text` the towers' widths,
+layers, heads and projections."""
 
 
 def tiny(config: TrainConfig, root: str = "tiny") -> TrainConfig:
-    """The twin of a configuration.
+    """The smoke configuration of another.
 
-    root: folder that takes the place of the current one in all its paths, so that the twins of stages find each other's
+    root: folder that takes the place of the current one in all its paths, so that those of stages find each other's
     runs, and no run at full size: runs/sdxl_base_256 becomes tiny/runs/sdxl_base_256.
 
     Of many buckets there are left the widest, the squarest and the tallest.

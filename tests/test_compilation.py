@@ -177,7 +177,7 @@ import jax, jax.numpy as jnp
 from sdxl_jax import __main__ as command, sharding
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.training import compilation
-from sdxl_jax.training.hosts import Interrupted
+from sdxl_jax.training.processes import Interrupted
 
 def step(x):
     for _ in range(5000):

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.parquet: rows keep their numbers, and what cannot be read is named."""
+"""The promises of sdxl_jax.data.build.parquet: rows keep their numbers, and what cannot be read is named."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.records: each source gives the same records, and names what it cannot give."""
+"""The promises of sdxl_jax.data.build.records: each source gives the same records, and names what it cannot give."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.tars: a stream, a few pictures at a time, and damage is named."""
+"""The promises of sdxl_jax.data.build.tars: a stream, a few pictures at a time, and damage is named."""
 
 import io
 import tarfile

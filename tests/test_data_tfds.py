@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.tfds: read without TensorFlow, problems with their remedy."""
+"""The promises of sdxl_jax.data.build.tfds: read without TensorFlow, problems with their remedy."""
 
 import pickle
 import sys

@@ -12,6 +12,8 @@ ROOT = PACKAGE.parent
 PAGE = (ROOT / "docs" / "sdxl.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
+CODE = ("sdxl_jax", "tests", "benchmarks", "configs")
+
 COMING = {
     *("files/", "adapters/", "training/objectives/", "jsontree.py"),
     *("sampling/plan.py", "weights/formats/run.py"),
@@ -78,6 +80,24 @@ def test_every_module_that_the_table_names_exists() -> None:
 def test_relative_links_lead_to_files_that_are_there(path: Path) -> None:
     targets = links(path.read_text())
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_paths_of_ours_that_documents_and_docstrings_name_are_there() -> None:
+    """`training/step.py`, docs/guides/data.md and so on; what begins with no folder of ours is somebody else's."""
+    ours = {path.name for folder in (ROOT, PACKAGE) for path in folder.iterdir() if path.is_dir()}
+    lost = []
+    code = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py")) if path != Path(__file__)]
+    for path in [*DOCUMENTS, *code]:
+        for name in re.findall(r"(?<![\w/.{}-])(?:[\w-]+/)+[\w-]+\.(?:py|md)\b", path.read_text()):
+            if name.split("/")[0] in ours and not any((folder / name).exists() for folder in (ROOT, PACKAGE)):
+                lost.append(f"{path.relative_to(ROOT)}: {name}")
+    assert lost == []
+
+
+def test_the_page_on_flax_counts_the_files_that_import_it() -> None:
+    numbers = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    count = sum(bool(re.search(r"^(import|from) flax", path.read_text(), re.M)) for path in PACKAGE.rglob("*.py"))
+    assert f"{numbers[count]} files would change" in (ROOT / "docs" / "decisions" / "linen.md").read_text()
 
 
 def test_links_are_found() -> None:

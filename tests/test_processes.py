@@ -229,7 +229,7 @@ def test_an_error_in_what_is_waited_for_is_raised() -> None:
 ALONE = """
 import sys
 from sdxl_jax.errors import InputError
-from sdxl_jax.training.hosts import Hosts
+from sdxl_jax.training.processes import Hosts
 try:
     with Hosts(1.0):
         pass

@@ -1,6 +1,6 @@
 """The promises of configs/: every recipe loads, fits its mesh, and runs; each stage goes on from the one before.
 
-What runs are the tiny twins, which differ from the recipes in sizes alone. The recipes are traced, never made.
+What runs are the smoke configurations, which differ in sizes alone. The recipes are traced, never made.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def test_twin_differs_in_sizes_alone(name: str) -> None:
         assert dataclasses.replace(small, clip=dataclasses.replace(small.clip, **same)) == large
 
 
-# The twins run
+# The smoke configurations run
 
 
 class Chain(NamedTuple):
@@ -167,7 +167,7 @@ def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Params:
 
 @pytest.fixture(scope="module")
 def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Data and weights where the twins look for them."""
+    """Data and weights where the smoke configurations look for them."""
     root = tmp_path_factory.mktemp("recipes")
     make_pictures(root / "data" / "shards")
     (root / "weights").mkdir()
@@ -180,7 +180,7 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def trained(chain: Chain, name: str) -> Path:
-    """The run of a twin, which is trained when first asked for, and those before it."""
+    """The run of a smoke configuration, which is trained when first asked for, and those before it."""
     run_dir = chain.root / "runs" / name
     if not run_dir.exists():
         if name in STAGES[1:]:

@@ -1,4 +1,4 @@
-"""The twin of configs/finetune_1024.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
+"""The smoke configuration of configs/finetune_1024.py: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/finetune_1024.py --run-dir tiny/runs/finetune_1024
 """

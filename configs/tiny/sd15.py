@@ -1,4 +1,4 @@
-"""The twin of configs/sd15.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
+"""The smoke configuration of configs/sd15.py: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/sd15.py --run-dir tiny/runs/sd15
 """

@@ -1,4 +1,4 @@
-"""The twin of configs/sd21_v.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
+"""The smoke configuration of configs/sd21_v.py: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/sd21_v.py --run-dir tiny/runs/sd21_v
 """

@@ -1,4 +1,4 @@
-"""The twin of configs/sdxl_base_1024_multi_aspect.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
+"""The smoke configuration of configs/sdxl_base_1024_multi_aspect.py: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/sdxl_base_1024_multi_aspect.py --run-dir tiny/runs/sdxl_base_1024_multi_aspect
 """

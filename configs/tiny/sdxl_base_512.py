@@ -1,4 +1,4 @@
-"""The twin of configs/sdxl_base_512.py for any machine: the same run, tiny. See sdxl_jax/smoke.py.
+"""The smoke configuration of configs/sdxl_base_512.py: the same run, tiny. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/tiny/sdxl_base_512.py --run-dir tiny/runs/sdxl_base_512
 """

@@ -4,7 +4,7 @@ A `.txt` holds one caption, or one on each line that is not empty. A field named
 first of them that is there) holds a text or a list of texts. Captions are stripped, empty ones left out; they may be
 of any length. Numeric fields are kept as they are, whatever they mean; those that are not finite are left out.
 
-Not here: where the fields stand in each source (folders, tars, parquet, tfds).
+Not here: where the fields stand in each source (folders; tars, parquet and tfds of build/).
 """
 
 import json

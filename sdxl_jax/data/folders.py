@@ -11,7 +11,7 @@ What they may hold is in `captions`. Listing reads names and the metadata file. 
 are then read by the same rules, for training all at once in eight threads (`open_folder`), for a build a thousand at a
 time (`pieces`). Folders are read recursively, without hidden files; links to folders are followed.
 
-Not here: decoding (images), folders of tars or of Parquet files (records).
+Not here: decoding (images), folders of tars or of Parquet files (build/records).
 """
 
 import csv

@@ -13,7 +13,7 @@ Columns: `size` (height, width; upright, pixels), `shard` and `record` (where th
 `open_shards` maps the columns into memory and reads nothing but their ends. Each shard is an ArrayRecord file of
 groups of one record, so that any image costs one read, and it is checked when it is first read from.
 
-Not here: writing one (shard_writing), reading sources (records), the parallel build (build).
+Not here: writing one (build/shard_writing), reading sources (build/records), the parallel build (build/build).
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ Two sides: `Pictures` is what training reads, a folder or a shard set, opened wh
 `Refused` with its reason, so that nothing is left out in silence.
 
 Not here: any source. A plain folder is in `folders`, a shard set in `shards`; what else a build reads is listed in
-`records`. `opening` chooses between the two for training.
+`build/records`. `pipeline` chooses between the two for training.
 """
 
 import itertools

@@ -1,1 +1,1 @@
-"""Scores of models and pictures. Uses the pipeline, never the training."""
+"""Scores of models and pictures. Uses sampling, never training."""

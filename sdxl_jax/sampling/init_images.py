@@ -1,4 +1,4 @@
-"""Pictures that sampling starts from, and the masks of inpainting: from files to what the pipeline takes, and back.
+"""Pictures that sampling starts from, and the masks of inpainting: from files to what sampling takes, and back.
 
     image file ── read ── [outpaint] ── fit ─────────────── encoded, noised ── … ── decoded ── composite ── picture
     mask file ─── read_mask ────────── fit_mask ── latent_mask ─────────────────────────────────┘

@@ -1,5 +1,5 @@
 """What can be said of the pictures that are to be made: sizes, sampler, guidance, what the model is told, and how it is
-computed. The command line has the same fields; `pipeline` acts on them.
+computed. The command line has the same fields; `generate` acts on them.
 """
 
 import dataclasses

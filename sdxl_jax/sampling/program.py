@@ -9,7 +9,7 @@ things. Whoever watches cuts every leg into single steps, so that one compiled s
 
 What is static is a `Recipe`, what is traced are `Inputs`. `draw` follows the recipe with the functions that it is
 given: plain ones within one `jax.jit` (`whole`), or each of them compiled on its own (`staged`). Not here: options,
-files, whatever the user sees; that is `pipeline`.
+files, whatever the user sees; that is `generate`.
 """
 
 import functools

@@ -60,7 +60,7 @@ def convert(
 ) -> Written:
     """Writes a model in a layout.
 
-    source: what a MODEL argument takes; or a model in memory; or what `opening.open_model` found, perhaps changed.
+    source: what a MODEL argument takes; or a model in memory; or what `open.open_model` found, perhaps changed.
     destination: a new directory; for a single file, a new .safetensors file. to: "orbax", "diffusers", "single-file".
 
     Raises InputError before anything is written if there is something at the destination, if the disk has too little

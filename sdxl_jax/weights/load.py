@@ -1,4 +1,4 @@
-"""`load_model`: a path to a model, its parameters on devices. What a path may hold is listed in `opening.py`."""
+"""`load_model`: a path to a model, its parameters on devices. What a path may hold is listed in `open`."""
 
 import functools
 import sys
@@ -37,7 +37,7 @@ def load_model(
     host reads the part that its devices hold.
 
     Args:
-        path: what it may hold is listed in `opening.py`. One network alone gives a model with that part.
+        path: what it may hold is listed in `open`. One network alone gives a model with that part.
         dtype: of the parameters; None keeps theirs. It is not that of the computation, which `Compute` sets.
         parts_from: models, or networks alone, whose parts take the place of this model's; the last one wins.
         variant: of a diffusers directory, e.g. "fp16"; None: the files without a variant.

@@ -7,7 +7,7 @@
     one network alone                                 UNet, VAE or text encoder: a directory or a file
     half a network                                    encoder or decoder of a tiny VAE: a file
 
-`loading.py` reads the parameters to devices, `converting.py` writes them in another layout.
+`load` reads the parameters to devices, `convert` writes them in another layout.
 """
 
 import dataclasses
