@@ -27,6 +27,7 @@ from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError, out_of_memory
+from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, plan, program
@@ -183,32 +184,15 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
 
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Program]:
-    """The three of `drawing.staged`: text to states, noise to latents, latents to pictures."""
-    model, images, factor = config.model, sharding.batch_parts(mesh), config.model.vae.downsampling
+    """The three of `program.staged`: text to states, noise to latents, latents to pictures."""
+    model, images = config.model, sharding.batch_parts(mesh)
     params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
-    place = sharding.batch_sharding(mesh)
-
-    def rows(tree: Any) -> Any:
-        """Split over the batch."""
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
-
-    def whole(tree: Any) -> Any:
-        everywhere = sharding.replicated(mesh)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=everywhere), tree
-        )
-
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
     (leg,), (stretch,) = plan.way(model, None, options)
-    guided = leg.terms.guided
-    tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     towers = {tower.name: params[tower.name] for tower in model.text}
 
     def states(compute: Compute) -> Any:
-        return functools.partial(program.text_states, towers=model.text, guided=guided, compute=compute)
-
-    def told(towers: Any, tokens: Any, micro: Any) -> program.Told:
-        return program.told(states(plain)(towers, tokens, tokens), jnp.ones(images), micro, config=model)
+        return functools.partial(program.text_states, towers=model.text, guided=leg.terms.guided, compute=compute)
 
     def sample(compute: Compute) -> Any:
         static: Any = {"config": model, "terms": leg.terms, "stochastic": leg.stochastic, "compute": compute}
@@ -218,37 +202,65 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
         return functools.partial(program.decode, config=model, compute=compute, tile=None)
 
     plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
+    tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
+    rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
     micro = jax.eval_shape(lambda: generate.micro_rows(options, images, Size(size.height, size.width)))
-    latent = jax.ShapeDtypeStruct(
-        (images, size.height // factor, size.width // factor, model.vae.latent_channels), jnp.float32, sharding=place
+    told = functools.partial(_told, states(plain), config=model)
+    sampled = (
+        params["unet"],
+        _rows(mesh, jax.eval_shape(told, towers, tokens, micro)),
+        _abstract_start(mesh, stretch, latent),
+        _rows(mesh, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))),
+        _whole(mesh, stretch),
+        _whole(mesh, program.Strengths(*(np.float32(1),) * 3)),
     )
+    return [
+        Program(
+            name=name,
+            function=jax.jit(function(config.compute)),
+            inputs={"parameters": given[0], "batch": given[1:]},
+            arguments=given,
+            images=images,
+            model_flops=flops.count(function(plain), *given).total,
+        )
+        for name, function, given in (
+            ("text encoders", states, (towers, rows, rows)),
+            (f"sampler {size.height}×{size.width}, {options.steps} steps", sample, sampled),
+            ("decoder", decode, (params["vae"], latent)),
+        )
+    ]
+
+
+def _told(states: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig) -> program.Told:
+    return program.told(states(towers, tokens, tokens), jnp.ones(len(jax.tree.leaves(micro)[0])), micro, config=config)
+
+
+def _rows(mesh: Mesh, tree: Any) -> Any:
+    """Abstract arrays, split over the batch."""
+    place = sharding.batch_sharding(mesh)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)
+
+
+def _whole(mesh: Mesh, tree: Any) -> Any:
+    """Abstract arrays, a copy on every device."""
+    everywhere = sharding.replicated(mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=everywhere), tree
+    )
+
+
+def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Bucket, images: int) -> Any:
+    vae = config.model.vae
+    sides = (side // vae.downsampling for side in size)
+    place = sharding.batch_sharding(mesh)
+    return jax.ShapeDtypeStruct((images, *sides, vae.latent_channels), jnp.float32, sharding=place)
+
+
+def _abstract_start(mesh: Mesh, stretch: Any, latent: Any) -> Any:
+    """The state before the first step."""
     batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     state = jax.eval_shape(lambda latent: loop.start(latent, stretch.plan), latent)
-    state = state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
-    keys = rows(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images)))
-    strengths = whole(program.Strengths(*(np.float32(1),) * 3))
-    conditions = rows(jax.eval_shape(told, towers, tokens, micro))
-    made = []
-    for name, function, given in (
-        ("text encoders", states, (towers, rows(tokens), rows(tokens))),
-        (
-            f"sampler {size.height}×{size.width}, {options.steps} steps",
-            sample,
-            (params["unet"], conditions, state, keys, whole(stretch), strengths),
-        ),
-        ("decoder", decode, (params["vae"], latent)),
-    ):
-        made.append(
-            Program(
-                name=name,
-                function=jax.jit(function(config.compute)),
-                inputs={"parameters": given[0], "batch": given[1:]},
-                arguments=given,
-                images=images,
-                model_flops=flops.count(function(plain), *given).total,
-            )
-        )
-    return made
+    return state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
 
 
 def verdict(made: Report | TooLarge, config: RunConfig) -> str:

@@ -240,21 +240,8 @@ def encode(
     Raises InputError: no `data.cache`; a folder that holds another cache or other files; more images that cannot be
     read than `data.max_bad_share` allows; and as training does.
     """
-    if not isinstance(config, TrainConfig):
-        raise InputError(
-            f"data encode is for runs that learn to denoise, whose encoders are frozen; this is an "
-            f"{type(config).__name__}. Give a file whose get_config() returns a TrainConfig"
-        )
-    config.check()
-    if config.data.cache is None or config.data.crops_per_image is None:
-        raise InputError("data.cache is not given. Give the folder to write to: --data.cache DIR")
-    check_frozen(config)
-    index, count = share or (jax.process_index(), jax.process_count())
-    if batch_size < 1 or not 0 <= index < count:
-        raise InputError(
-            f"batch_size={batch_size}, share {index} of {count}. Expected a batch of 1 or more, and a share from 0 to "
-            "the last below their number"
-        )
+    config, index, count = _checked(config, batch_size, share)
+    assert config.data.cache is not None and config.data.crops_per_image is not None
     devices = jax.local_devices()
     batch_size = math.ceil(batch_size / len(devices)) * len(devices)
     mesh = sharding.make_mesh(MeshConfig(), devices)
@@ -280,6 +267,26 @@ def encode(
     if not plan.missing():
         plan.clean()
     return Encoded(plan, tally.refused)
+
+
+def _checked(config: RunConfig, batch_size: int, share: tuple[int, int] | None) -> tuple[TrainConfig, int, int]:
+    """(configuration, this process's share, of how many). Raises InputError as `encode`."""
+    if not isinstance(config, TrainConfig):
+        raise InputError(
+            f"data encode is for runs that learn to denoise, whose encoders are frozen; this is an "
+            f"{type(config).__name__}. Give a file whose get_config() returns a TrainConfig"
+        )
+    config.check()
+    if config.data.cache is None or config.data.crops_per_image is None:
+        raise InputError("data.cache is not given. Give the folder to write to: --data.cache DIR")
+    check_frozen(config)
+    index, count = share or (jax.process_index(), jax.process_count())
+    if batch_size < 1 or not 0 <= index < count:
+        raise InputError(
+            f"batch_size={batch_size}, share {index} of {count}. Expected a batch of 1 or more, and a share from 0 to "
+            "the last below their number"
+        )
+    return config, index, count
 
 
 @dataclasses.dataclass
