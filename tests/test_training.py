@@ -748,7 +748,7 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
         prediction=models.Prediction.V,
     )
     config = dataclasses.replace(base, model=model, loss=LossConfig(Weighting.MIN_SNR, 5.0))
-    monkeypatch.setattr(stepping, "merge", lambda *_: {"unet": {}, "vae": {}})
+    monkeypatch.setattr(denoising, "merge", lambda *_: {"unet": {}, "vae": {}})
     denoising.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
     ((schedule, prediction, options),) = made
     assert schedule.alpha_bar[-1] == 0
