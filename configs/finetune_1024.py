@@ -13,7 +13,7 @@ and an average over fewer steps, because the run is short. Offset noise is stage
 
 from sdxl_jax.config import CheckpointConfig, CompileAhead, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
-from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.settings import DataConfig, SmallBuckets
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.model import SDXL_BASE
 from sdxl_jax.models.layers import Attention, Compute, Dtype, Remat
@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             folder="data/shards",
             buckets=SDXL_BUCKETS,
-            small_buckets="merge",  # of a few thousand pictures most buckets have few
+            small_buckets=SmallBuckets.MERGE,  # of a few thousand pictures most buckets have few
             batch_size=64,
         ),
         model=SDXL_BASE,

@@ -4,6 +4,7 @@ Dataclasses become objects, enums their values, tuples lists. An unknown or mist
 added later has its default, which is what the code of before did.
 """
 
+import enum
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 _T = TypeVar("_T")
 
 _converter = cattrs.Converter(forbid_extra_keys=True)
+# A configuration file may give an enum by its value, as the command line does.
+_converter.register_unstructure_hook(enum.Enum, lambda given: given.value if isinstance(given, enum.Enum) else given)
 
 
 def _either_vae(value: Any, _: Any) -> AnyVaeConfig:

@@ -18,8 +18,11 @@ import tiny
 
 from sdxl_jax import config as configuration
 from sdxl_jax import model
+from sdxl_jax.commands import parsing
 from sdxl_jax.config import MAY_CHANGE, SAME_WITHIN_ROUNDING, TrainConfig, TrainingConfig, ValidationConfig
-from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.settings import DataConfig, SmallBuckets
+from sdxl_jax.data.sources import OnRefused
+from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.sharding import MeshConfig
@@ -107,6 +110,24 @@ def written(folder: Path, body: str) -> Path:
 def test_configuration_file_is_read(tmp_path: Path) -> None:
     path = written(tmp_path, "def get_config():\n    return TrainConfig(DataConfig('pictures'))")
     assert configuration.load(path) == TrainConfig(DataConfig("pictures"))
+
+
+def test_configuration_file_may_give_enums_by_value() -> None:
+    data = DataConfig("pictures")
+    object.__setattr__(data, "crop", "centre")  # these tests check types, which a user's Python does not
+    read = configuration.from_json(configuration.to_json(data), DataConfig)
+    assert read.crop is CropMode.CENTRE
+    object.__setattr__(data, "crop", "center")
+    with pytest.raises(InputError, match="crop"):
+        configuration.from_json(configuration.to_json(data), DataConfig)
+
+
+def test_choices_of_the_data_are_their_values_in_json_and_on_the_command_line() -> None:
+    value = configuration.to_json(DataConfig("pictures"))
+    assert (value["crop"], value["small_buckets"], value["on_refused"]) == ("random", "pad", "error")
+    given = ["--folder", "pictures", "--crop", "centre", "--small-buckets", "merge", "--on-refused", "skip"]
+    data = parsing.parse(DataConfig, given, "data inspect")
+    assert (data.crop, data.small_buckets, data.on_refused) == (CropMode.CENTRE, SmallBuckets.MERGE, OnRefused.SKIP)
 
 
 def test_missing_configuration_file_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdxl_jax.data import folders
 from sdxl_jax.data.folders import open_folder
-from sdxl_jax.data.sources import Pictures
+from sdxl_jax.data.sources import OnRefused, Pictures
 from sdxl_jax.errors import InputError
 
 
@@ -22,7 +22,7 @@ def metadata(folder, *lines):
 def refused(folder, **options):
     """{file: reason} of what a folder with one good image, good.png, has besides."""
     save(folder, "good.png")
-    source = open_folder(folder, on_refused="skip", **options)
+    source = open_folder(folder, on_refused=OnRefused.SKIP, **options)
     assert "good.png" in names_of(source)
     return dict(source.refused())
 
@@ -134,17 +134,17 @@ def test_refusals_are_one_error_by_default_with_the_count_and_the_remedy(tmp_pat
 def test_a_folder_without_anything_to_use_is_refused_whatever_the_policy(tmp_path, make, expected):
     make(tmp_path / "data")
     with pytest.raises(InputError, match=expected):
-        open_folder(tmp_path / "data", on_refused="skip")
+        open_folder(tmp_path / "data", on_refused=OnRefused.SKIP)
 
 
 def test_metadata_of_both_kinds_or_without_the_columns_is_an_error(tmp_path):
     save(tmp_path, "a.png")
     (tmp_path / "metadata.csv").write_text("image,words\n")
     with pytest.raises(InputError, match=r"has the columns image, words\. Expected file_name and one of"):
-        open_folder(tmp_path, on_refused="skip")
+        open_folder(tmp_path, on_refused=OnRefused.SKIP)
     metadata(tmp_path, {"file_name": "a.png", "text": "a"})
     with pytest.raises(InputError, match=r"holds both metadata\.jsonl and metadata\.csv"):
-        open_folder(tmp_path, on_refused="skip")
+        open_folder(tmp_path, on_refused=OnRefused.SKIP)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
@@ -158,7 +158,7 @@ def test_every_odd_picture_is_taken_upright_or_refused_with_its_reason(tmp_path)
     pictures = every_picture()
     write_folder(tmp_path, {name: data for name, (data, _) in pictures.items()})
     write_folder(tmp_path, {f"{name.partition('.')[0]}.txt": b"a caption" for name in pictures})
-    source = open_folder(tmp_path, on_refused="skip", verify=True)
+    source = open_folder(tmp_path, on_refused=OnRefused.SKIP, verify=True)
     sizes = {name: tuple(size) for name, size in zip(names_of(source), source.sizes.tolist(), strict=True)}
     reasons = dict(source.refused())
     for name, (_, outcome) in pictures.items():
@@ -176,7 +176,7 @@ def test_a_picture_that_disappears_is_named(tmp_path, monkeypatch):
     gone.unlink()
     monkeypatch.setattr(folders, "list_files", lambda folder: listed)
     with pytest.raises(InputError, match=r"b\.png cannot be read any more .*Bring it back"):
-        open_folder(tmp_path, on_refused="skip")
+        open_folder(tmp_path, on_refused=OnRefused.SKIP)
 
 
 def test_numbers_are_columns_with_nan_where_an_image_has_none(tmp_path):
@@ -223,7 +223,7 @@ def test_the_fingerprint_names_all_that_is_told_of_the_images_and_the_lengths_of
 def assert_same_for_training_and_build(folder):
     """Names, captions, sizes, numbers and refusals of both; with the pixels of all looked at, and headers alone."""
     for verify in (False, True):
-        source = open_folder(folder, on_refused="skip", verify=verify)
+        source = open_folder(folder, on_refused=OnRefused.SKIP, verify=verify)
         good, bad = split(folder, verify=verify)
         assert names_of(source) == list(good)
         assert captions_of(source) == [record.captions for record in good.values()]
@@ -266,7 +266,7 @@ def test_training_and_build_read_the_same_of_files_beside(tmp_path):
     (tmp_path / "link.jpg").symlink_to(tmp_path / "gone")
     os.mkfifo(tmp_path / "pipe.jpg")
     assert_same_for_training_and_build(tmp_path)
-    source = open_folder(tmp_path, on_refused="skip")
+    source = open_folder(tmp_path, on_refused=OnRefused.SKIP)
     told = dict(zip(names_of(source), captions_of(source), strict=True))
     assert told["long.jpg"] == ("x" * 10_000,) and told["lines.jpg"] == ("one", "two") and told["both.jpg"] == ("text",)
 

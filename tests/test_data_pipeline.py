@@ -19,7 +19,9 @@ from sdxl_jax.data.images import read_image
 from sdxl_jax.data.inspection import dump, inspect
 from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.settings import DataConfig, SmallBuckets
+from sdxl_jax.data.sources import OnRefused
+from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
 
 BUCKETS = ((16, 16), (16, 32), (32, 16), (8, 40))
@@ -164,7 +166,7 @@ def test_report_counts_what_an_epoch_takes_and_leaves(config):
 def test_images_that_fit_no_bucket_are_refused_by_name(config):
     with pytest.raises(InputError, match=r"2 entries of .*\n  20\.png: 70×33 .* fits no bucket"):
         open_dataset(config, buckets=((16, 16), (16, 32)))
-    dataset = open_dataset(config, buckets=((16, 16), (16, 32)), on_refused="skip")
+    dataset = open_dataset(config, buckets=((16, 16), (16, 32)), on_refused=OnRefused.SKIP)
     assert [refused.file for refused in dataset.refused()] == ["20.png", "21.png"]
     assert dataset.refused_count() == 2
     assert sum(bucket.images for bucket in dataset.report()) == 20
@@ -173,7 +175,7 @@ def test_images_that_fit_no_bucket_are_refused_by_name(config):
 
 def test_buckets_that_no_image_fits_are_refused(config):
     with pytest.raises(InputError, match=r"(?s)None of the 22 images .* fits a bucket.*Add buckets"):
-        open_dataset(config, buckets=((8, 80),), on_refused="skip")
+        open_dataset(config, buckets=((8, 80),), on_refused=OnRefused.SKIP)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +189,7 @@ def test_buckets_that_no_image_fits_are_refused(config):
         ({"workers": -1}, "workers=-1"),
         ({"read_ahead": 0}, "read_ahead=0"),
         ({"batch_pixels": 0}, "batch_pixels=0"),
-        ({"crop": "centre", "flip_probability": 0.0, "crops_per_image": 2}, "as many times the same crop"),
+        ({"crop": CropMode.CENTRE, "flip_probability": 0.0, "crops_per_image": 2}, "as many times the same crop"),
         ({"cache_of_other_code": True}, "no effect without data.cache"),
         ({"min_size": 0}, "min_size=0 is out of range. Give 1 or more"),
         ({"crops_per_image": 0}, "crops_per_image=0"),
@@ -246,7 +248,7 @@ def test_more_bad_images_than_allowed_stop_the_run_and_say_so(config, spoilt, mo
     spoil(*range(9))
     with pytest.raises(InputError, match=r"(?s)\d+ of the \d+ examples .* data\.max_bad_share=0\.1.*\.png cannot be"):
         take(dataset, 100)
-    strict = open_dataset(config, folder=str(folder), max_bad_share=0.0, verify_images=False, on_refused="skip")
+    strict = open_dataset(config, folder=str(folder), max_bad_share=0.0, verify_images=False, on_refused=OnRefused.SKIP)
     (folder / "20.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"2 of the \d+ examples"):
         take(strict, 100)
@@ -289,7 +291,7 @@ def test_small_images_are_enlarged_and_told_so_by_their_size(config):
 
 def test_a_pixel_budget_gives_each_bucket_as_many_images_as_fit(config):
     buckets = ((16, 16), (16, 32), (32, 32))
-    dataset = open_dataset(config, buckets=buckets, batch_size=2, batch_pixels=6 * 512, on_refused="skip")
+    dataset = open_dataset(config, buckets=buckets, batch_size=2, batch_pixels=6 * 512, on_refused=OnRefused.SKIP)
     assert [bucket.batch_size for bucket in dataset.report()] == [12, 6, 2]
     for step, batch in enumerate(take(dataset, 6)):
         assert len(batch.image) == dataset.batch_size_of(step)
@@ -301,7 +303,7 @@ def test_a_pixel_budget_gives_each_bucket_as_many_images_as_fit(config):
             buckets=buckets,
             batch_size=2,
             batch_pixels=6 * 512,
-            on_refused="skip",
+            on_refused=OnRefused.SKIP,
             host_index=index,
             host_count=2,
         )
@@ -315,11 +317,11 @@ def test_a_pixel_budget_gives_each_bucket_as_many_images_as_fit(config):
 
 
 def test_a_small_bucket_can_be_merged_and_says_so(config):
-    report = {bucket[:2]: bucket for bucket in open_dataset(config, small_buckets="merge").report()}
+    report = {bucket[:2]: bucket for bucket in open_dataset(config, small_buckets=SmallBuckets.MERGE).report()}
     assert report[32, 16].merged_into == (16, 16) and report[32, 16].images == 0
     assert report[16, 16].images == 13 and report[16, 16].repeated == 0
     seen = set()
-    for batch in take(open_dataset(config, small_buckets="merge"), 50):
+    for batch in take(open_dataset(config, small_buckets=SmallBuckets.MERGE), 50):
         seen.update(batch.example.tolist())
         assert batch.image.shape[1:3] == tuple(batch.micro.target_size[0])
     assert seen == set(range(22))
@@ -357,7 +359,7 @@ def test_scores_reach_the_batch_and_images_without_one_are_refused(config, tmp_p
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"image {number}", **score}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     given = {"folder": str(tmp_path), "buckets": ((16, 16),), "batch_size": 2}
-    dataset = open_dataset(config, **given, aesthetic="score", on_refused="skip")
+    dataset = open_dataset(config, **given, aesthetic="score", on_refused=OnRefused.SKIP)
     assert [refused.reason for refused in dataset.refused()] == ["has no score, which data.aesthetic asks for"] * 2
     for batch in take(dataset, 4):
         np.testing.assert_array_equal(batch.micro.aesthetic_score, 4.5 + batch.example)
@@ -479,7 +481,7 @@ def test_a_shard_sets_fingerprint_is_that_of_its_content_and_buckets(config, sha
     assert dataset.fingerprint == open_dataset(config, folder=str(shard_set)).fingerprint
     others = {"folder": config.folder}, {"buckets": ((16, 16), (16, 32))}, {"max_aspect_distance": 0.1}
     for change in others:
-        given = {"folder": str(shard_set), "on_refused": "skip", **change}
+        given = {"folder": str(shard_set), "on_refused": OnRefused.SKIP, **change}
         assert open_dataset(config, **given).fingerprint != dataset.fingerprint
 
 

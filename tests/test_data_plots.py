@@ -12,6 +12,7 @@ from sdxl_jax.data import inspection, plots
 from sdxl_jax.data.build.build import build
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.errors import InputError
 
 CAPTIONS = ("a costs $1 and b costs $2", "кот, 猫, 🐈", "$", "<&> \x07", "word " * 100)
@@ -73,7 +74,7 @@ def test_a_shard_set_is_drawn_like_its_folder(folder: Path, tmp_path: Path) -> N
 
 
 def test_the_sheet_shows_the_first_examples_of_the_fullest_buckets(config: DataConfig) -> None:
-    settings = DataConfig(folder=config.folder, buckets=config.buckets, batch_size=3, on_refused="skip")
+    settings = DataConfig(folder=config.folder, buckets=config.buckets, batch_size=3, on_refused=OnRefused.SKIP)
     dataset = BucketedDataset(settings, lambda captions: {})
     sheet = plots._sheet(dataset, [bucket for bucket in dataset.report() if bucket.images])
     assert [(bucket.height, bucket.width, len(examples)) for bucket, examples in sheet] == [(16, 16, 3), (32, 16, 3)]

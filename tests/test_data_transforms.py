@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket
-from sdxl_jax.data.transforms import cover_crop, cover_size
+from sdxl_jax.data.transforms import CropMode, cover_crop, cover_size
 
 CASES = [
     pytest.param((60, 200), Bucket(48, 96), id="left over on the right"),
@@ -35,7 +35,7 @@ def assert_record_is_true(example, height, width, bucket):
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
-@pytest.mark.parametrize("crop", ["random", "centre"])
+@pytest.mark.parametrize("crop", CropMode)
 @pytest.mark.parametrize(("size", "bucket"), CASES)
 def test_recorded_crop_and_flip_are_those_of_the_pixels(size: tuple[int, int], bucket, crop, flip):
     rng = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def test_random_crops_reach_both_ends_equally_often_and_centre_is_the_middle():
     image, bucket, rng = coordinates(16, 19), Bucket(16, 16), np.random.default_rng(0)
     lefts = [cover_crop(image, bucket, rng=rng).crop_top_left[1] for _ in range(400)]
     assert np.bincount(lefts, minlength=4).min() > 70  # 100 expected at each of 0, 1, 2, 3
-    assert cover_crop(image, bucket, rng=rng, crop="centre").crop_top_left.tolist() == [0, 1]
+    assert cover_crop(image, bucket, rng=rng, crop=CropMode.CENTRE).crop_top_left.tolist() == [0, 1]
 
 
 def test_flips_come_with_their_probability():

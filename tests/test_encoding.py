@@ -34,6 +34,7 @@ from sdxl_jax.conditioning.text import END_OF_TEXT, ContextState, Tokenizer, Tow
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.cache import Cache, Plan, Unencoded, open_cache
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig, NoPrompt
 from sdxl_jax.models import vae
@@ -362,7 +363,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "images left out": ({"min_size": 27}, "buckets: "),
     "number of crops": ({"crops_per_image": CROPS - 1}, r"crops\.each: 3 -> 2"),
     "flips": ({"flip_probability": 0.25}, r"crops\.flips: 0\.5 -> 0\.25"),
-    "place of the crop": ({"crop": "centre"}, r"crops\.mode: random -> centre"),
+    "place of the crop": ({"crop": CropMode.CENTRE}, r"crops\.mode: random -> centre"),
     "seed": ({"seed": 4}, r"crops\.seed: 3 -> 4"),
 }
 

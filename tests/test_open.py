@@ -39,7 +39,17 @@ from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.weights import detect, lazy, names
 from sdxl_jax.weights.convert import Layout, convert
 from sdxl_jax.weights.formats import diffusers, safetensors
-from sdxl_jax.weights.lazy import Cast, FirstLayers, FromTensors, Initial, InMemory, Origin, Weights, part_configs
+from sdxl_jax.weights.lazy import (
+    Cast,
+    FirstLayers,
+    Found,
+    FromTensors,
+    Initial,
+    InMemory,
+    Origin,
+    Weights,
+    part_configs,
+)
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.names import Dialect, Naming, PartConfig
 from sdxl_jax.weights.open import Opening, open_model
@@ -515,7 +525,7 @@ def unread(config: ModelConfig, *parts: str) -> Weights:
         for part in parts
         for path, leaf in names.abstract(part_configs(config)[part]).items()
     }
-    return Weights(config, leaves, Origin("part"))
+    return Weights(config, leaves, Origin(Found.PART))
 
 
 def test_text_encoder_of_sd2_brings_along_which_layer_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,7 +352,7 @@ def _columns(numbers: list[Mapping[str, float]]) -> dict[str, Float32[np.ndarray
         return {name: np.array([each.get(name, np.nan) for each in numbers], np.float32) for name in sorted(names)}
 
 
-def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: bool = False) -> FolderSource:
+def open_folder(folder: str | Path, *, on_refused: OnRefused = OnRefused.ERROR, verify: bool = False) -> FolderSource:
     """Lists a folder of captioned images, recursively, hidden files left out; captions stay in memory.
 
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels show now instead of
@@ -363,7 +363,7 @@ def open_folder(folder: str | Path, *, on_refused: OnRefused = "error", verify: 
     caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file.
 
     Raises InputError: no such folder; no image in it; none usable; metadata as in `list_pictures`; numbers of too many
-    names; an image that disappears meanwhile; any refusal where on_refused is "error".
+    names; an image that disappears meanwhile; any refusal where on_refused is ERROR.
     """
     folder = Path(folder)
     expected = f"Expected a folder of images ({', '.join(IMAGE_SUFFIXES)}) with captions"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.errors import InputError
 
 
@@ -26,7 +27,7 @@ def _no_tokens(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
 
 def open_dataset(config: DataConfig) -> BucketedDataset:
     """What training would read, with refused files left out, and without tokens."""
-    return BucketedDataset(dataclasses.replace(config, on_refused="skip"), _no_tokens)
+    return BucketedDataset(dataclasses.replace(config, on_refused=OnRefused.SKIP), _no_tokens)
 
 
 def inspect(dataset: BucketedDataset) -> dict[str, Any]:

@@ -41,9 +41,10 @@ from sdxl_jax.data.loader import Drawn, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
-from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.settings import DataConfig, SmallBuckets
 from sdxl_jax.data.shards import is_shard_set, open_shards
-from sdxl_jax.data.sources import Pictures, Refused, stop_if_refused, summary
+from sdxl_jax.data.sources import OnRefused, Pictures, Refused, stop_if_refused, summary
+from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError, check_ranges
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
@@ -90,7 +91,7 @@ def _check(config: DataConfig, host_index: int, host_count: int) -> None:
             ("data.read_ahead", config.read_ahead, 1, math.inf),
         ]
     )
-    if config.crop == "centre" and config.flip_probability in (0, 1) and (config.crops_per_image or 1) > 1:
+    if config.crop is CropMode.CENTRE and config.flip_probability in (0, 1) and (config.crops_per_image or 1) > 1:
         raise InputError(
             f"data.crops_per_image={config.crops_per_image} would be as many times the same crop: data.crop=centre and "
             f"data.flip_probability={config.flip_probability:g} leave nothing to chance. Set it to 1, or data.crop to "
@@ -203,7 +204,7 @@ class BucketedDataset:
             n = batch size / host_count.
 
     Raises InputError: a setting out of range, a batch that does not split over the hosts, a bad folder, files refused
-    while `config.on_refused` is "error", buckets that no image fits.
+    while `config.on_refused` is ERROR, buckets that no image fits.
     """
 
     def __init__(self, config: DataConfig, tokenize: Tokenize, *, host_index: int = 0, host_count: int = 1):
@@ -233,7 +234,7 @@ class BucketedDataset:
         stop_if_refused(self.where, self.refused(), self.refused_count(), config.on_refused)
         self._merged: dict[int, int] = {}
         weights = self.source.weights
-        if config.small_buckets == "merge":
+        if config.small_buckets is SmallBuckets.MERGE:
             self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, sizes, weights)
         self.order = Order(self._grouping.members, weights, sizes, config.seed)
         self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
@@ -347,4 +348,6 @@ def open_pictures(folder: str | Path, *, verify: bool = False) -> Pictures:
 
     Raises InputError as `open_folder` and `open_shards`.
     """
-    return open_shards(folder) if is_shard_set(folder) else open_folder(folder, on_refused="skip", verify=verify)
+    return (
+        open_shards(folder) if is_shard_set(folder) else open_folder(folder, on_refused=OnRefused.SKIP, verify=verify)
+    )

@@ -1,13 +1,22 @@
 """The settings of the data: what is trained on, and in which shapes and order."""
 
 import dataclasses
+import enum
 import math
-from typing import Literal
 
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.data.transforms import CropMode
+
+
+class SmallBuckets(enum.Enum):
+    """What becomes of a bucket with fewer images than a batch."""
+
+    PAD = "pad"
+    """It collects those of several epochs until they fill one, which holds each image several times."""
+    MERGE = "merge"
+    """They go to the bucket of the nearest aspect ratio, cropped harder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +32,7 @@ class DataConfig:
     max_aspect_distance: float = math.log(2)
     """Images whose |ln aspect| is farther than this from the nearest bucket are refused: at ln 2 the crop would take
     half of them. Higher: stranger shapes are trained on, cropped harder."""
-    small_buckets: Literal["pad", "merge"] = "pad"
+    small_buckets: SmallBuckets = SmallBuckets.PAD
     """What becomes of a bucket with fewer images than a batch: it collects those of several epochs until they fill one,
     which holds each image several times; or they go to the bucket of the nearest aspect ratio, cropped harder."""
     min_size: int = 1
@@ -33,7 +42,7 @@ class DataConfig:
     """Images a step, over all hosts. Higher: fewer, steadier, costlier steps, more left over in each bucket."""
     batch_pixels: int | None = None
     """Pixels a step: a bucket's batches have as many images as fit, in multiples of batch_size. None: batch_size."""
-    crop: CropMode = "random"
+    crop: CropMode = CropMode.RANDOM
     """Where the crop lies along the axis that the resize leaves too long."""
     crops_per_image: int | None = None
     """How many crops (with their flips) there are of an image, one of which is drawn each time, as from a cache. None:
@@ -47,7 +56,7 @@ class DataConfig:
     """Folder of `sdxl-jax data encode`: latents and text states are read from it, and no image is decoded."""
     cache_of_other_code: bool = False
     """Read a cache that another version of this code has written: after an update that changes nothing of it."""
-    on_refused: OnRefused = "error"
+    on_refused: OnRefused = OnRefused.ERROR
     """Files that cannot be used: stop and name them, or skip them (counted and listed)."""
     verify_images: bool = True
     """Decode every image before the work starts, so that damaged ones are refused and not met during training. Costs a

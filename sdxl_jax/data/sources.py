@@ -8,18 +8,27 @@ Not here: any source. A plain folder is in `folders`, a shard set in `shards`; w
 `build/records`. `pipeline` chooses between the two for training.
 """
 
+import enum
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from sdxl_jax.errors import InputError
 
-OnRefused = Literal["error", "skip"]
-"""What to do about files that cannot be used: stop with one message, or go on without them."""
+
+class OnRefused(enum.Enum):
+    """What to do about files that cannot be used."""
+
+    ERROR = "error"
+    """Stop with one message."""
+    SKIP = "skip"
+    """Go on without them."""
+
+
 BYTES_LIMIT = 512 << 20
 """Bytes of one file, tar member or Parquet value; larger ones are refused before they are read."""
 
@@ -105,7 +114,7 @@ def summary(refused: Iterable[Refused], count: int) -> str:
 
 def stop_if_refused(folder: str | Path, refused: Iterable[Refused], count: int, on_refused: OnRefused) -> None:
     """Raises one InputError for all `count` refusals, of which it looks at some, unless they are to be skipped."""
-    if count and on_refused == "error":
+    if count and on_refused is OnRefused.ERROR:
         raise InputError(
             f"{count} entries of {folder} cannot be used:\n{summary(refused, count)}\nFix or remove them, or set "
             "data.on_refused=skip to train without them (`sdxl-jax data inspect` counts and lists them)."

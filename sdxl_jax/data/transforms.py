@@ -16,7 +16,8 @@ into one, so that nothing aliases. Against Pillow's Lanczos, on photographs: 41 
 Not here: reading files (sources), normalisation to −1..1 (on the device).
 """
 
-from typing import Literal, NamedTuple
+import enum
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -26,8 +27,14 @@ from sdxl_jax.data.buckets import Bucket
 
 cv2.setNumThreads(1)  # pictures are resized in many threads at a time already
 
-CropMode = Literal["random", "centre"]
-"""Where the crop lies on the axis that has something left over: anywhere, each place as likely, or in the middle."""
+
+class CropMode(enum.Enum):
+    """Where the crop lies on the axis that has something left over."""
+
+    RANDOM = "random"
+    """Anywhere, each place as likely."""
+    CENTRE = "centre"
+    """In the middle."""
 
 
 class Example(NamedTuple):
@@ -62,7 +69,7 @@ def cover_crop(
     *,
     rng: np.random.Generator,
     original_size: tuple[int, int] | None = None,
-    crop: CropMode = "random",
+    crop: CropMode = CropMode.RANDOM,
     flip_probability: float = 0.0,
 ) -> Example:
     """Resizes the image (0..255) to cover the bucket, crops it to the bucket, perhaps flips it; algorithm 1.
@@ -75,7 +82,7 @@ def cover_crop(
     spare = np.array(resized) - np.array(bucket)
     anywhere = rng.integers(0, spare, endpoint=True)
     flipped = bool(rng.random() < flip_probability)
-    top, left = anywhere if crop == "random" else spare // 2
+    top, left = anywhere if crop is CropMode.RANDOM else spare // 2
 
     pixels = _resize(image, resized)[top : top + bucket.height, left : left + bucket.width]
     if flipped:

@@ -14,7 +14,7 @@ from sdxl_jax.config import CheckpointConfig
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.data.transforms import cover_crop
+from sdxl_jax.data.transforms import CropMode, cover_crop
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
@@ -79,7 +79,7 @@ def _scale(pictures: Path, model: Model) -> float:
     rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
     config, params, latents = model.config.vae, model.params["vae"], []
     for image, number in enumerate(assign(source.sizes, buckets).bucket):
-        pixels = cover_crop(source.pixels(image), buckets[number], rng=rng, crop="centre").image
+        pixels = cover_crop(source.pixels(image), buckets[number], rng=rng, crop=CropMode.CENTRE).image
         latents.append(np.asarray(vae.encode(config, params, normalise(pixels[None])).mean).ravel())
     return round(1 / float(np.concatenate(latents).std()), 5)
 

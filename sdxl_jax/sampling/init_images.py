@@ -108,7 +108,7 @@ def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> 
             f"{covering.height}×{covering.width}. Crop it nearer to the shape that is asked for"
         )
     unused = np.random.default_rng(0)  # the middle is not drawn
-    return transforms.cover_crop(image, target, rng=unused, crop="centre").image
+    return transforms.cover_crop(image, target, rng=unused, crop=transforms.CropMode.CENTRE).image
 
 
 def fit_mask(mask: Bool[np.ndarray, "rows columns"], height: int, width: int) -> Bool[np.ndarray, "{height} {width}"]:

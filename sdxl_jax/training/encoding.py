@@ -91,7 +91,12 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
     return {
         "images": [source.fingerprint for source in dataset.source.sources],
         "buckets": dataset.assignment,
-        "crops": {"each": data.crops_per_image, "mode": data.crop, "flips": data.flip_probability, "seed": data.seed},
+        "crops": {
+            "each": data.crops_per_image,
+            "mode": data.crop.value,
+            "flips": data.flip_probability,
+            "seed": data.seed,
+        },
         "weights": weights,
         "text": {tower.name: to_json(tower) for tower in config.model.text},
         "precision": to_json(config.compute)["dtype"],

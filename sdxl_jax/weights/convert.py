@@ -31,7 +31,17 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats import diffusers, orbax, safetensors
-from sdxl_jax.weights.lazy import Carried, FirstLayers, InMemory, Leaf, Weights, in_memory, lacking_half, part_configs
+from sdxl_jax.weights.lazy import (
+    Carried,
+    FirstLayers,
+    Found,
+    InMemory,
+    Leaf,
+    Weights,
+    in_memory,
+    lacking_half,
+    part_configs,
+)
 from sdxl_jax.weights.load import bar
 from sdxl_jax.weights.names import Dialect, Naming
 from sdxl_jax.weights.open import METADATA, describe, open_model
@@ -169,13 +179,14 @@ def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
     else:
         diffusers.write_folder(weights.config, destination)
     count, left_out = 0, set(weights.carried)
+    alike = (Found.COMPONENT, Found.PART) if alone else (Found.DIFFUSERS,)
     for part in weights.parts:
         naming = theirs = weights.origin.namings.get(part)
         if naming is None or not _is_diffusers(naming):
             dialect = Dialect.DIFFUSERS if part in ("unet", "vae") else Dialect.TRANSFORMERS
             naming = Naming(dialect)
         place = "" if alone else part
-        same = naming == theirs and weights.origin.layout in (("component", "part") if alone else ("diffusers",))
+        same = naming == theirs and weights.origin.layout in alike
         carried = {key: tensor for key, tensor in weights.carried.items() if same and key[0] == place}
         left_out -= carried.keys()
         configs_of = [part_configs(either.config)[part] for either in (whole, weights)]
@@ -227,8 +238,8 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
             case ClipTextConfig():
                 namings = {part: Naming(Dialect.OPENCLIP)}
     # A network alone that others have joined is a whole model, whose file has other names.
-    alone = weights.origin.layout == "part" and set(weights.parts) == set(weights.origin.namings)
-    same = weights.origin.layout == "single-file" or alone
+    alone = weights.origin.layout is Found.PART and set(weights.parts) == set(weights.origin.namings)
+    same = weights.origin.layout is Found.SINGLE_FILE or alone
     if same:
         namings |= weights.origin.namings
     if "vae" in weights.parts and isinstance(weights.config.vae, TinyVaeConfig):

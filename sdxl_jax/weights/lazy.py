@@ -4,6 +4,7 @@ All layouts meet here. A reader makes `Weights` of what it finds; `load_model` p
 write them, one parameter at a time, so that neither needs room for the whole model.
 """
 
+import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,12 +186,25 @@ class Carried(Protocol):
     def read(self) -> np.ndarray: ...
 
 
+class Found(enum.Enum):
+    """As what weights lay where they were found."""
+
+    RUN = "run"
+    MEMORY = "memory"
+    DIFFUSERS = "diffusers"
+    """A directory of a whole model."""
+    SINGLE_FILE = "single-file"
+    COMPONENT = "component"
+    """A directory of one network."""
+    PART = "part"
+    """A file of one network."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where weights come from, as far as a way back must know it."""
 
-    layout: str
-    """run, memory, diffusers, single-file; of one network alone component (a directory) or part (a file)."""
+    layout: Found
     namings: Mapping[str, Naming] = field(default_factory=dict)
     """Of each part; empty for our own layouts."""
 
@@ -229,7 +243,7 @@ def in_memory(model: Model) -> Weights:
     # jax gives dictionaries back in the order of the alphabet; that of the parts is told in files.
     ordered = {part: model.params[part] for part in part_configs(model.config) if part in model.params}
     leaves = {path: InMemory(value) for path, value in flatten(ordered).items()}
-    return Weights(model.config, leaves, Origin("memory"))
+    return Weights(model.config, leaves, Origin(Found.MEMORY))
 
 
 def part_configs(config: ModelConfig) -> dict[str, PartConfig]:

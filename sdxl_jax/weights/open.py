@@ -36,6 +36,7 @@ from sdxl_jax.weights.formats import diffusers, diffusers_fields, json_files, or
 from sdxl_jax.weights.formats.safetensors import Tensor
 from sdxl_jax.weights.lazy import (
     Carried,
+    Found,
     Initial,
     InMemory,
     Leaf,
@@ -131,7 +132,7 @@ def _open_run(run_dir: Path, step: int | None) -> Weights:
     steps = trained.steps
     notes = (f"{run_dir} is at step {step} of {steps}",) if asked is None and step < steps else ()
     return Weights(
-        config, _complete(config, leaves, path, trained.parts), Origin("run"), {}, licences_in(run_dir), notes
+        config, _complete(config, leaves, path, trained.parts), Origin(Found.RUN), {}, licences_in(run_dir), notes
     )
 
 
@@ -204,7 +205,7 @@ def _open_diffusers(path: Path, opening: Opening) -> Weights:
         carried |= {(part, name): tensor for name, tensor in found.carried.items()}
     if unused := diffusers.unused_components(path):
         notes.append(f"not read, because nothing here uses it: {', '.join(unused)}")
-    return Weights(config, leaves, Origin("diffusers", namings), carried, licences_in(path), tuple(notes))
+    return Weights(config, leaves, Origin(Found.DIFFUSERS, namings), carried, licences_in(path), tuple(notes))
 
 
 def _open_component(path: Path, kind: str, opening: Opening) -> Weights:
@@ -217,7 +218,7 @@ def _open_component(path: Path, kind: str, opening: Opening) -> Weights:
         config = dataclasses.replace(config, micro=dataclasses.replace(config.micro, embedding_dim=dim))
     found = _match(part, part_config, None, tensors, path, opening)
     carried = {("", name): tensor for name, tensor in found.carried.items()}
-    origin = Origin("component", {part: found.naming})
+    origin = Origin(Found.COMPONENT, {part: found.naming})
     return Weights(
         config, found.leaves, origin, carried, licences_in(path), tuple(found.notes), tells_noise=kind != "unet"
     )
@@ -293,7 +294,7 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         notes.append(f"{message}; left out")
     if ema := [name for name in carried if name.startswith("model_ema.")]:
         notes.append(f"{len(ema)} tensors of a moving average (model_ema) are not used")
-    layout = "single-file" if "unet" in parts and len(parts) > 1 else "part"
+    layout = Found.SINGLE_FILE if "unet" in parts and len(parts) > 1 else Found.PART
     origin = Origin(layout, {part: place.naming for part, place in parts.items()})
     named: dict[tuple[str, str], Carried] = {("", name): tensor for name, tensor in carried.items()}
     ordered = {path: leaves[path] for part in part_configs(config) for path in leaves if path.startswith(f"{part}/")}
@@ -350,7 +351,7 @@ def _marked(weights: Weights, metadata: Mapping[str, str]) -> Weights:
     norm = weights.leaves.get("unet/up_blocks_3/attentions_2/transformer_blocks/norm1/bias")
     if said or norm is None or not is_sd2 or network.in_channels != 4:
         # By convention ε in a whole model; a UNet alone may be any.
-        return dataclasses.replace(weights, tells_noise=bool(said) or weights.origin.layout == "single-file")
+        return dataclasses.replace(weights, tells_noise=bool(said) or weights.origin.layout is Found.SINGLE_FILE)
     spread = float(np.std(norm.read().astype(np.float32)))
     prediction = Prediction.V if spread > 0.09 else Prediction.EPSILON
     size = (768, 768) if prediction is Prediction.V else (512, 512)
