@@ -155,6 +155,29 @@ def test_lines_of_json_have_options_of_their_own(model: Path, drawn: Path, tmp_p
         assert same(file, drawn / file.name)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("inside", ["\u2028", "\x0c", "\x85", "\x1c"])
+def test_files_of_prompts_are_read_as_windows_writes_them(inside: str, encoding: str, tmp_path: Path) -> None:
+    path, odd = tmp_path / "prompts", f"a red{inside}fox"
+    given = sample.Sample(model=tmp_path, out=tmp_path, prompts_file=path)
+    path.write_bytes(f"{odd}\r\n\r\na blue house\r\n".encode(encoding))
+    assert [task.prompt for task in sample._tasks(given)] == [odd, "a blue house"]
+    lines = json.dumps({"prompt": "a red fox", "steps": 3}) + "\r\n"
+    if inside != "\x0c" and inside != "\x1c":  # which JSON must escape
+        lines += json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n"
+    path.write_bytes(lines.encode(encoding))
+    tasks = sample._tasks(given)
+    assert [task.prompt for task in tasks] == ["a red fox", odd][: len(tasks)] and tasks[0].options.steps == 3
+
+
+@pytest.mark.parametrize("data", [b"caf\xe9", "a fox".encode("utf-16-le")])
+def test_a_file_of_prompts_that_is_no_text_is_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(data)
+    given = sample.Sample(model=tmp_path, out=tmp_path, prompts_file=tmp_path / "prompts.txt")
+    with pytest.raises(InputError, match=r"prompts\.txt is not UTF-8 text .*Save it as UTF-8"):
+        sample._tasks(given)
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

@@ -21,6 +21,7 @@ import tyro
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import Opened
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files import text as texts
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
 
@@ -187,10 +188,7 @@ def _tasks(sample: Sample) -> list[Task]:
 
 
 def _read_prompts(path: Path, sample: Sample) -> Iterator[Given]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}). Give a text file") from error
+    lines = texts.lines(texts.read_text(path))
     as_json = any(line.lstrip().startswith("{") for line in lines)
     for number, line in enumerate(lines, 1):
         if not line.strip():

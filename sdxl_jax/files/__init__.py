@@ -1,1 +1,1 @@
-"""Files, whatever is in them: atomic writes, locks, what differs between two trees. Nothing of the domain."""
+"""Paths, atomic writes, tree differences, text files, locks: nothing of the domain."""

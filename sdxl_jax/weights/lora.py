@@ -31,6 +31,7 @@ from jaxtyping import Float
 
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files import text as texts
 from sdxl_jax.model import Adapter, Model, ModelConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
@@ -117,7 +118,7 @@ def read(path: str | Path) -> Lora:
     settings = _parsed(metadata.get("lora_adapter_metadata", "{}"), file)
     config = path / "adapter_config.json"
     if config.is_file():
-        settings |= {_PEFT + key: value for key, value in _parsed(config.read_text(), config).items()}
+        settings |= {_PEFT + key: value for key, value in _parsed(texts.read_text(config), config).items()}
     for key, value in settings.items():
         if key.endswith("init_lora_weights") and str(value).startswith(_BASE_CHANGING):
             raise InputError(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import text
 
 Fields = Mapping[str, Any]
 """A parsed config.json."""
@@ -17,8 +18,9 @@ def read(path: Path, optional: bool = False) -> dict[str, Any]:
         if optional:
             return {}
         raise InputError(f"{path} is missing. Download the model's directory whole, with its .json and .txt files")
+    written = text.read_text(path, remedy="Download it again")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(written)
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}). Download it again") from error
     if not isinstance(fields, dict):

@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import text as texts
 
 _DTYPES: dict[str, np.dtype] = {
     **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},
@@ -109,7 +110,7 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises InputError for an index that is broken, shards that are missing, tensors that are not where it says.
     """
     try:
-        places = json.loads(path.read_text())["weight_map"]
+        places = json.loads(texts.decode(path.read_bytes()))["weight_map"]
         shards = sorted(set(places.values()))
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import text as texts
 from sdxl_jax.weights.formats import json_files
 from sdxl_jax.weights.formats.json_files import Fields
 
@@ -43,7 +44,7 @@ def _parsed_tokenizer(directory: Path, vocabulary_size: int) -> tuple[int, tuple
         vocabulary = json_files.read(directory / "vocab.json")
         if not (path := directory / "merges.txt").is_file():
             raise InputError(f"{path} is missing. Download the model's directory whole, with its .json and .txt files")
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = texts.lines(texts.read_text(path, remedy="Download it again"))
         merges = [line for line in lines if line and not line.startswith("#version")]
     words, lines = text.clip_vocabulary()
     if (vocabulary, merges) != (words, lines):
