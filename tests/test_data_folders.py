@@ -77,7 +77,7 @@ def test_problems_of_text_files_are_refused_with_reasons(tmp_path):
     assert reasons["empty.png"] == "empty caption"
     assert reasons["latin.png"] == "caption is not UTF-8 text"
     assert "without an image" in reasons["alone.txt"]
-    assert reasons["text.png"] == "cannot be read: neither JPEG, PNG, WebP nor BMP"
+    assert reasons["text.png"].startswith("cannot be read: in no image format that is read (JPEG, PNG, ")
 
 
 def test_problems_of_metadata_are_refused_with_line_numbers(tmp_path):
@@ -345,7 +345,7 @@ def test_metadata_jsonl_gives_captions_numbers_and_refusals(tmp_path):
     assert good["a.jpg"].numbers == {"score": 5.0}
     assert bad == {
         "metadata.jsonl line 5": "a.jpg has a caption from an earlier line, which stands",
-        "metadata.jsonl line 6": "no image ../a.jpg in the folder (.bmp, .jpeg, .jpg, .png, .webp)",
+        "metadata.jsonl line 6": "no image ../a.jpg in the folder (.jpg, .png, .webp, .avif, .gif, .tiff, .bmp, …)",
         "metadata.jsonl line 7": "the line is not a JSON object",
         "metadata.jsonl line 8": 'expected fields like {"file_name": ..., "text": ...}',
         "metadata.jsonl line 9": "the line is not UTF-8 text",

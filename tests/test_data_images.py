@@ -83,7 +83,7 @@ def test_a_truncated_image_raises_when_read(tmp_path, suffix):
     ("data", "reason"),
     [
         (b"", "cannot be read: zero bytes"),
-        (b"no image", "cannot be read: neither JPEG, PNG, WebP nor BMP"),
+        (b"no image", "cannot be read: in no image format that is read"),
         (png_claiming(30_000, 30_000), "cannot be read: 30000×30000 pixels, the limit is 200000000 in all"),
     ],
     ids=["empty", "text", "huge"],

@@ -75,7 +75,7 @@ def test_damaged_parquet_is_refused_and_the_rest_is_read(tmp_path):
     reasons = {refused.file: refused.reason for refused in found if isinstance(refused, Refused)}
     assert reasons["b.parquet"].startswith("rows 0 to 19 cannot be read (")
     assert reasons["a.parquet"].startswith("cannot be read as Parquet (")
-    assert reasons["b.parquet:20"] == "cannot be read: neither JPEG, PNG, WebP nor BMP"
+    assert reasons["b.parquet:20"].startswith("cannot be read: in no image format that is read (")
 
 
 def test_row_groups_are_units_and_rows_keep_their_numbers(tmp_path, monkeypatch):

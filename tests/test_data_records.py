@@ -76,7 +76,7 @@ def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_
     ("files", "expected"),
     [
         ({}, "holds none of these among its 0 files"),
-        ({"a.gif": b""}, "holds none of these among its 1 files"),
+        ({"a.cls": b""}, "holds none of these among its 1 files"),
         (
             {"a.jpg": b"", "metadata.csv": b"image,words\n"},
             "has the columns image, words. Expected file_name and one of",

@@ -66,7 +66,7 @@ def test_a_tar_damaged_in_the_middle_says_so_instead_of_ending(tmp_path):
 
 def test_a_tar_without_images_says_so(tmp_path):
     assert everything(write_tar(tmp_path / "a.tar", {"a.cls": b"1", "b.npy": b"2"})) == [
-        Refused("a.tar", "no image (.bmp, .jpeg, .jpg, .png, .webp) among its 2 members")
+        Refused("a.tar", "no image (.jpg, .png, .webp, .avif, .gif, .tiff, .bmp, …) among its 2 members")
     ]
 
 
@@ -85,10 +85,10 @@ def test_a_long_tar_is_read_a_few_pictures_at_a_time(tmp_path, monkeypatch):
             super().__init__()
             held += 1
 
-        def close(self, used):
+        def close(self, used, caption_lines):
             nonlocal held
             held -= 1
-            return super().close(used)
+            return super().close(used, caption_lines)
 
     monkeypatch.setattr(tars, "_Stem", Counted)
     most = 0

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -45,13 +45,22 @@ class Build:
     """Processes that read. Default: one a core."""
     drop_duplicates: bool = False
     """Leave out pictures whose files are, byte for byte, those of an earlier one. Otherwise they are only counted."""
+    caption_lines: Literal["lines", "whole"] = "lines"
+    """What the lines of a .txt are: captions, one each, or one caption together, e.g. in paragraphs."""
 
 
 def _build(arguments: list[str]) -> None:
     options = parsing.parse(Build, arguments, "data build")
     from sdxl_jax.data.build.build import build
+    from sdxl_jax.data.captions import CaptionLines
 
-    built = build(options.source, options.destination, workers=options.workers, drop_duplicates=options.drop_duplicates)
+    built = build(
+        options.source,
+        options.destination,
+        workers=options.workers,
+        drop_duplicates=options.drop_duplicates,
+        caption_lines=CaptionLines(options.caption_lines),
+    )
     done = "was finished already" if built.was_finished else "finished"
     print(
         f"{options.destination} {done}: {built.images} pictures, {built.captions} captions, {built.refused} refused "
@@ -98,6 +107,7 @@ def _inspect(arguments: list[str]) -> None:
 def _table(seen: dict[str, Any]) -> str:
     lines = [f"{seen['images_found']} images found, {seen['images_usable']} usable, {len(seen['refused'])} refused"]
     lines += [f"  refused {entry['file']}: {entry['reason']}" for entry in seen["refused"]]
+    lines += [f"note: {note}" for note in seen["notes"]]
     if seen["too_small"]:
         lines.append(f"{seen['too_small']} images below data.min_size left out")
     if len(seen["sources"]) > 1:

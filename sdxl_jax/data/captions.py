@@ -1,12 +1,14 @@
 """Captions and numbers out of fields, text and JSON; the same rules for every source.
 
-A `.txt` holds one caption, or one on each line that is not empty. A field named "text", "caption" or "captions" (the
-first of them that is there) holds a text or a list of texts. Captions are stripped, empty ones left out; they may be
-of any length. Numeric fields are kept as they are, whatever they mean; those that are not finite are left out.
+A `.txt` holds one caption on each line that is not empty, or one in all, as `CaptionLines` says. A field named "text",
+"caption" or "captions" (the first of them that is there) holds a text or a list of texts. Captions are stripped, empty
+ones left out; they may be of any length. Numeric fields are kept as they are, whatever they mean; those that are not
+finite are left out.
 
 Not here: where the fields stand in each source (folders; tars, parquet and tfds of build/).
 """
 
+import enum
 import json
 import math
 import numbers as abstract
@@ -15,11 +17,21 @@ from typing import Any
 
 from sdxl_jax.data.sources import Unusable, printable
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import text as texts
 
 CAPTION_FIELDS = ("text", "caption", "captions")
 NUMBERS_LIMIT = 256
 """Most names of numbers that one source can have: each is a column of its own."""
 NOT_TEXT = "caption is not UTF-8 text"
+
+
+class CaptionLines(enum.Enum):
+    """What the lines of a `.txt` beside an image are."""
+
+    LINES = "lines"
+    """Captions, one each; training is told one of them each time."""
+    WHOLE = "whole"
+    """One caption together, e.g. a description in several paragraphs; its line ends are kept."""
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
@@ -31,7 +43,7 @@ def captions_of(value: Any) -> tuple[str, ...]:
     for text in texts if isinstance(texts, list | tuple) else [texts]:
         try:
             if isinstance(text, bytes):
-                text = text.decode("utf-8-sig")
+                text = texts.decode(text)
             if not isinstance(text, str):
                 raise Unusable(f"caption is not text but {type(text).__name__}")
             text.encode()  # half a surrogate pair, as JSON may spell it, is no text either
@@ -77,8 +89,8 @@ def check_number_names(names: Mapping[str, Any] | set[str]) -> None:
 def json_fields(data: bytes, what: str) -> dict[str, Any]:
     """The fields of a JSON object, which a refusal calls `what`. Unusable where it is none."""
     try:
-        fields = json.loads(data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
+        fields = json.loads(texts.decode(data))
+    except UnicodeError:
         raise Unusable(f"{what} is not UTF-8 text") from None
     except (ValueError, RecursionError):
         fields = None
@@ -87,7 +99,9 @@ def json_fields(data: bytes, what: str) -> dict[str, Any]:
     return fields
 
 
-def described(text: bytes | None, fields: bytes | None) -> tuple[tuple[str, ...], dict[str, float]]:
+def described(
+    text: bytes | None, fields: bytes | None, caption_lines: CaptionLines = CaptionLines.LINES
+) -> tuple[tuple[str, ...], dict[str, float]]:
     """Captions and numbers of the contents of a picture's `.txt` and `.json`, None where there is no such file.
 
     The `.txt` stands before the `.json`, which may still give numbers. Unusable where there is no caption in them.
@@ -96,10 +110,10 @@ def described(text: bytes | None, fields: bytes | None) -> tuple[tuple[str, ...]
     name = caption_field(found)
     if text is not None:
         try:
-            lines = text.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n").split("\n")
-        except UnicodeDecodeError:
+            lines = texts.lines(texts.decode(text))
+        except UnicodeError:
             raise Unusable(NOT_TEXT) from None
-        captions = captions_of(lines)
+        captions = captions_of("\n".join(lines) if caption_lines is CaptionLines.WHOLE else lines)
     elif name is not None:
         captions = captions_of(found[name])
     elif fields is not None:

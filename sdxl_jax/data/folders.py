@@ -7,9 +7,11 @@ Captions and numbers stand
   CSV a file may have several lines, a caption each;
 - else in a `.txt` or `.json` beside each picture, with the same stem.
 
-What they may hold is in `captions`. Listing reads names and the metadata file. The pictures, and what lies beside them,
-are then read by the same rules, for training all at once in eight threads (`open_folder`), for a build a thousand at a
-time (`pieces`). Folders are read recursively, without hidden files; links to folders are followed.
+What they may hold is in `captions`. A metadata file further below is not read, and is named (`FolderSource.notes`).
+Whatever goes by the name of an image counts, in any format (formats). Listing reads names, the metadata file and the
+beginnings of files that might be anything. The pictures, and what lies beside them, are then read by the same rules,
+for training all at once in eight threads (`open_folder`), for a build a thousand at a time (`pieces`). Folders are read
+recursively, without hidden files; links to folders are followed.
 
 Not here: decoding (images), folders of tars or of Parquet files (build/records).
 """
@@ -31,8 +33,10 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from tqdm import tqdm
 
+from sdxl_jax.data import formats
 from sdxl_jax.data.captions import (
     CAPTION_FIELDS,
+    CaptionLines,
     caption_field,
     captions_of,
     check_number_names,
@@ -40,7 +44,7 @@ from sdxl_jax.data.captions import (
     json_fields,
     numbers_of,
 )
-from sdxl_jax.data.images import IMAGE_SUFFIXES, read_image, usable_size
+from sdxl_jax.data.images import read_image, usable_size
 from sdxl_jax.data.sources import (
     BYTES_LIMIT,
     OnRefused,
@@ -54,6 +58,7 @@ from sdxl_jax.data.sources import (
     summary,
 )
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import text as texts
 
 _FILES = 1000  # a piece of a folder: enough that starting one costs nothing, few enough to share out
 _THREADS = 8  # the wait is for the disk, and both decoders release the interpreter's lock
@@ -91,22 +96,23 @@ def list_files(folder: Path) -> tuple[list[str], list[Refused]]:
 
 
 def images_among(names: list[str]) -> list[str]:
-    """The names that are those of image files."""
-    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    """The names that are those of image files, in formats that are read and in others."""
+    return [name for name in names if formats.is_image_name(name)]
 
 
 def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line, its fields or the reason why there are none) of `metadata.jsonl` or `metadata.csv`."""
     if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        yield number, json_fields(line, "the line")
-                    except Unusable as problem:
-                        yield number, str(problem)
+        for number, line in enumerate(texts.utf8_lines(path), start=1):
+            if line.strip():
+                try:
+                    yield number, json_fields(line, "the line")
+                except Unusable as problem:
+                    yield number, str(problem)
         return
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with path.open("rb") as file:
+        encoding = texts.encoding_of(file.read(4))
+    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         if "file_name" not in header or caption_field(header) is None:
@@ -147,8 +153,7 @@ def _pictures_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, Pictu
         elif (column := caption_field(fields)) is None or not isinstance(fields.get("file_name"), str):
             refused.append(Refused(where, 'expected fields like {"file_name": ..., "text": ...}'))
         elif (name := posixpath.normpath(fields["file_name"])) not in images:
-            suffixes = ", ".join(IMAGE_SUFFIXES)
-            refused.append(Refused(where, f"no image {fields['file_name']} in the folder ({suffixes})"))
+            refused.append(Refused(where, f"no image {fields['file_name']} in the folder ({formats.EXAMPLES})"))
         elif name in pictures and not several:
             refused.append(Refused(where, f"{name} has a caption from an earlier line, which stands"))
         else:
@@ -169,7 +174,10 @@ def _pictures_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, Pictu
     return pictures, refused
 
 
-def _pictures_with_files_beside(names: list[str], images: list[str]) -> tuple[dict[str, Picture], list[Refused]]:
+def _pictures_with_files_beside(
+    names: list[str], images: list[str], others: list[str]
+) -> tuple[dict[str, Picture], list[Refused]]:
+    """others: images that are refused already, whose captions are not alone."""
     beside: dict[str, list[str | None]] = {}
     for name in names:
         stem, suffix = posixpath.splitext(name)
@@ -179,25 +187,61 @@ def _pictures_with_files_beside(names: list[str], images: list[str]) -> tuple[di
     for name in images:
         text, fields = beside.get(posixpath.splitext(name)[0], (None, None))
         pictures[name] = Picture(name, (text, fields))
-    stems = {posixpath.splitext(name)[0] for name in images}
+    stems = {posixpath.splitext(name)[0] for name in (*images, *others)}
     alone = [found[0] for stem, found in beside.items() if stem not in stems]  # a .json may be about anything
     return pictures, [Refused(name, "caption without an image of the same name") for name in alone if name]
 
 
-def list_pictures(folder: Path, names: list[str]) -> tuple[list[Picture], list[Refused]]:
-    """The pictures among the files of a folder, in their order, and what names and metadata refuse already.
+class Listing(NamedTuple):
+    """What names, metadata and the beginnings of odd files say of a folder."""
+
+    pictures: list[Picture]
+    """In the order of the names."""
+    refused: list[Refused]
+    found: int
+    """Images, usable or not."""
+
+
+def list_pictures(folder: Path, names: list[str]) -> Listing:
+    """The pictures among the files of a folder, and what is refused already.
 
     Raises InputError: both kinds of metadata; a metadata.csv without the columns.
     """
-    images = images_among(names)
+    odd = _refused_by_name_or_beginning(folder, names)
+    images = [name for name in images_among(names) if name not in odd]
     metadata = [name for name in _METADATA if name in names]
     if len(metadata) > 1:
         raise InputError(f"{folder} holds both {' and '.join(metadata)}. Expected one of them. Remove the other.")
     if metadata:
         pictures, refused = _pictures_of_metadata(folder / metadata[0], set(images))
     else:
-        pictures, refused = _pictures_with_files_beside(names, images)
-    return [pictures[name] for name in images if name in pictures], refused
+        pictures, refused = _pictures_with_files_beside(names, images, list(odd))
+    usable = [pictures[name] for name in images if name in pictures]
+    return Listing(usable, [*refused, *odd.values()], len(images) + len(odd))
+
+
+def _refused_by_name_or_beginning(folder: Path, names: list[str]) -> dict[str, Refused]:
+    """By name: images of formats that are known not to be read, and files that are images though not by their name."""
+    refused = {}
+    for name in names:
+        if formats.is_image_name(name):
+            reason = formats.refused_by_name(name)
+        elif formats.may_be_image(name):
+            try:
+                with _open(str(folder / name)) as file:
+                    reason = formats.refused_all_the_same(file.peek())
+            except (Unusable, InputError):  # what it is, nobody asked
+                continue
+        else:
+            continue
+        if reason:
+            refused[name] = Refused(name, reason)
+    return refused
+
+
+def metadata_below(names: list[str]) -> list[str]:
+    """Metadata files that are not read, since they are not in the folder itself."""
+    return [name for name in names if "/" in name and posixpath.basename(name) in _METADATA]
 
 
 # Reading one picture
@@ -234,12 +278,12 @@ def _file_bytes(path: str) -> bytes:
             raise gone(path, problem) from problem
 
 
-def _captions(folder: str, picture: Picture) -> tuple[tuple[str, ...], dict[str, float]]:
+def _captions(folder: str, picture: Picture, caption_lines: CaptionLines) -> tuple[tuple[str, ...], dict[str, float]]:
     """Captions and numbers. Unusable where there is no caption."""
     if picture.captions:
         return picture.captions, dict(picture.numbers)
     text, fields = (None if name is None else _file_bytes(f"{folder}/{name}") for name in picture.beside)
-    return described(text, fields)
+    return described(text, fields, caption_lines)
 
 
 # For a build
@@ -251,10 +295,15 @@ class FolderPiece(NamedTuple):
     folder: str
     pictures: tuple[Picture, ...]
 
-    def samples(self) -> Iterator[Sample | Refused]:
+    @property
+    def reads_text_files(self) -> bool:
+        """Whether `CaptionLines` concerns it."""
+        return any(picture.beside[0] is not None for picture in self.pictures)
+
+    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[Sample | Refused]:
         for picture in self.pictures:
             try:
-                captions, numbers = _captions(self.folder, picture)
+                captions, numbers = _captions(self.folder, picture, caption_lines)
                 yield Sample(picture.name, _file_bytes(f"{self.folder}/{picture.name}"), captions, numbers)
             except Unusable as problem:
                 yield Refused(picture.name, str(problem))
@@ -262,7 +311,7 @@ class FolderPiece(NamedTuple):
 
 def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
     """The pieces of a folder, each with its name. Raises InputError as `list_pictures`."""
-    pictures, refused = list_pictures(folder, names)
+    pictures, refused, _ = list_pictures(folder, names)
     if refused:
         yield "refused when listed", Refusals(tuple(refused))
     for start in range(0, len(pictures), _FILES):
@@ -286,6 +335,10 @@ class FolderSource:
     """(height, width) in pixels, upright."""
     numbers: Mapping[str, Float32[np.ndarray, " images"]]
     """By name, of metadata or .json; NaN where an image has none."""
+    reads_text_files: bool
+    """Whether captions stand in .txt files, which `CaptionLines` concerns."""
+    notes: tuple[str, ...]
+    """What of the folder somebody may not expect."""
     _captions: list[tuple[str, ...]] = dataclasses.field(repr=False)
     _lengths: list[int] = dataclasses.field(repr=False)
     """Bytes of the image files."""
@@ -327,6 +380,24 @@ class FolderSource:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def _notes(names: list[str], found: list["_Found"], caption_lines: CaptionLines) -> tuple[str, ...]:
+    notes = []
+    several = sum(picture.of_text_file and len(picture.captions) > 1 for picture in found)
+    if several:
+        assert caption_lines is CaptionLines.LINES
+        notes.append(
+            f"{several} of {len(found)} images have several captions, one for each line of their .txt, of which "
+            "training is told one each time (data.caption_lines=whole makes one caption of a .txt)"
+        )
+    if below := metadata_below(names):
+        more = f" and {len(below) - 3} more" if len(below) > 3 else ""
+        notes.append(
+            f"{', '.join(map(printable, below[:3]))}{more} not read: metadata counts in the folder itself. To use it, "
+            f"give the folder that it is in, or several in data.sources"
+        )
+    return tuple(notes)
+
+
 class _Found(NamedTuple):
     """One picture that can be used."""
 
@@ -336,6 +407,8 @@ class _Found(NamedTuple):
     size: tuple[int, int]
     captions: tuple[str, ...]
     numbers: Mapping[str, float]
+    of_text_file: bool
+    """The captions stand in a .txt."""
 
 
 def _in_threads(function: Callable[[Picture], Any], pictures: list[Picture], what: str) -> list[Any]:
@@ -352,7 +425,32 @@ def _columns(numbers: list[Mapping[str, float]]) -> dict[str, Float32[np.ndarray
         return {name: np.array([each.get(name, np.nan) for each in numbers], np.float32) for name in sorted(names)}
 
 
-def open_folder(folder: str | Path, *, on_refused: OnRefused = OnRefused.ERROR, verify: bool = False) -> FolderSource:
+_EXPECTED = f"Expected a folder of images ({formats.EXAMPLES}) with captions"
+
+
+def _listed(folder: Path) -> tuple[list[str], list[Refused], Listing]:
+    """Names, what could not be listed, and what is known already. InputError where there is no folder or no image."""
+    if not folder.exists():
+        raise InputError(f"data.folder={folder} does not exist. {_EXPECTED}. Check the path, seen from {Path.cwd()}.")
+    if not folder.is_dir():
+        raise InputError(f"data.folder={folder} is not a folder. {_EXPECTED}. Give the folder that holds the images.")
+    names, unlisted = list_files(folder)
+    listed = list_pictures(folder, names)
+    if not listed.found:
+        raise InputError(
+            f"data.folder={folder} holds no images among its {len(names)} files. {_EXPECTED}. "
+            "Convert other formats, or give another folder."
+        )
+    return names, unlisted, listed
+
+
+def open_folder(
+    folder: str | Path,
+    *,
+    on_refused: OnRefused = OnRefused.ERROR,
+    verify: bool = False,
+    caption_lines: CaptionLines = CaptionLines.LINES,
+) -> FolderSource:
     """Lists a folder of captioned images, recursively, hidden files left out; captions stay in memory.
 
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels show now instead of
@@ -360,52 +458,47 @@ def open_folder(folder: str | Path, *, on_refused: OnRefused = OnRefused.ERROR, 
     of JPEG, in eight threads.
 
     Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a
-    caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file.
+    caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file;
+    an image by its name in a format that is not read, and a file that begins as an image though not named as one.
 
     Raises InputError: no such folder; no image in it; none usable; metadata as in `list_pictures`; numbers of too many
     names; an image that disappears meanwhile; any refusal where on_refused is ERROR.
     """
     folder = Path(folder)
-    expected = f"Expected a folder of images ({', '.join(IMAGE_SUFFIXES)}) with captions"
-    if not folder.exists():
-        raise InputError(f"data.folder={folder} does not exist. {expected}. Check the path, seen from {Path.cwd()}.")
-    if not folder.is_dir():
-        raise InputError(f"data.folder={folder} is not a folder. {expected}. Give the folder that holds the images.")
-    names, unlisted = list_files(folder)
-    images = images_among(names)
-    if not images:
-        raise InputError(
-            f"data.folder={folder} holds no images among its {len(names)} files. {expected}. "
-            "Convert other formats, or give another folder."
-        )
+    names, unlisted, listed = _listed(folder)
 
     def look(picture: Picture) -> _Found | Refused:
         path = folder / picture.name
         try:
-            captions, numbers = _captions(str(folder), picture)
+            captions, numbers = _captions(str(folder), picture, caption_lines)
             with _open(str(path)) as file:
                 length = os.fstat(file.fileno()).st_size
-                return _Found(path, length, usable_size(file, verify=verify), captions, numbers)
+                size = usable_size(file, verify=verify)
+            return _Found(path, length, size, captions, numbers, picture.beside[0] is not None)
         except Unusable as problem:
             return Refused(printable(picture.name), printable(str(problem)))
 
-    pictures, unlisted_captions = list_pictures(folder, names)
-    looked_at = _in_threads(look, pictures, "Decoding every image" if verify else "Reading captions and image headers")
+    looked_at = _in_threads(
+        look, listed.pictures, "Decoding every image" if verify else "Reading captions and image headers"
+    )
     usable = [found for found in looked_at if isinstance(found, _Found)]
-    refused = [Refused(*map(printable, entry)) for entry in (*unlisted, *unlisted_captions)]
+    refused = [Refused(*map(printable, entry)) for entry in (*unlisted, *listed.refused)]
     refused += [found for found in looked_at if isinstance(found, Refused)]
     if not usable:
         raise InputError(
-            f"None of the {len(images)} images in data.folder={folder} can be used:\n{summary(refused, len(refused))}\n"
-            f'{expected}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} a line, or a .txt beside each image.'
+            f"None of the {listed.found} images in data.folder={folder} can be used:\n"
+            f"{summary(refused, len(refused))}\n"
+            f'{_EXPECTED}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} a line, or a .txt beside each image.'
         )
     stop_if_refused(folder, refused, len(refused), on_refused)
     return FolderSource(
         path=folder,
-        found=len(images),
+        found=listed.found,
         paths=[found.path for found in usable],
         sizes=np.array([found.size for found in usable], np.int32),
         numbers=_columns([found.numbers for found in usable]),
+        reads_text_files=any(found.of_text_file for found in usable),
+        notes=_notes(names, usable, caption_lines),
         _captions=[found.captions for found in usable],
         _lengths=[found.length for found in usable],
         _refused=refused,

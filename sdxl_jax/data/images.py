@@ -1,4 +1,4 @@
-"""An encoded image to pixels: JPEG, PNG, WebP, BMP, from a file or from bytes; others where they are asked for.
+"""An encoded image to pixels, from a file or from bytes: the formats of `formats`; others where they are asked for.
 
 Sizes are (height, width) of the upright image, that is after its EXIF orientation; pixels are RGB, 0..255, upright.
 
@@ -6,30 +6,36 @@ Where less is needed than the image has, `at_least` lets the JPEG decoder shrink
 transforms the low frequencies alone, so that the block comes out with 4, 3, 2 or 1 pixels a side. That costs less than
 decoding the whole, and a resize has 4 to 64 times less to read afterwards: both together are several times faster.
 
+What no pixel depends on, texts and colour profiles, is taken out of JPEG and PNG before a decoder sees it, so that
+nothing in it decides whether the image is read. Of an animation, and of several pages, the first one is read.
+
 Not here: resizing to a given size, captions, network addresses; colour profiles are not applied.
 """
 
+import contextlib
 import io
 import threading
 from pathlib import Path
 
 import numpy as np
-import simplejpeg
 from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from sdxl_jax.data import formats as known_formats
+from sdxl_jax.data import jpegs, pngs
 from sdxl_jax.data.sources import Unusable
 from sdxl_jax.errors import InputError
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
-"""Of training pictures, as Pillow names them."""
+_File = io.BytesIO | io.BufferedReader
+FORMATS = known_formats.readable()
+"""Of training images, as Pillow names them."""
 WHITE = (255, 255, 255)
 PIXEL_LIMIT = 200_000_000
 """Images with more pixels are refused by their header: a small file can unpack to any size. It stands in for Pillow's
 limit, which warns at 89 million pixels, in the middle of a run, and gives up at 179 million."""
 
 _pillow_limit = threading.Lock()
+_TGA_END = b"TRUEVISION-XFILE.\0"
 
 
 def every_format() -> tuple[str, ...]:
@@ -50,18 +56,53 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _identify(file: io.BytesIO | io.BufferedReader, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The image of an open binary file: its header read, no pixel decoded. Unusable above PIXEL_LIMIT."""
-    if not file.read(1):
+def _without_metadata(file: io.BytesIO | io.BufferedReader, beginning: bytes, whole: bool) -> _File:
+    for kind in (jpegs, pngs):
+        if beginning.startswith(kind.SIGNATURE):
+            return kind.without_metadata(file, whole=whole)
+    return file
+
+
+def _has_tga_end(file: _File) -> bool:
+    """TGA has no mark at its beginning; without that at its end, anything could be one."""
+    if file.seek(0, io.SEEK_END) < len(_TGA_END):
+        return False
+    file.seek(-len(_TGA_END), io.SEEK_END)
+    return file.read() == _TGA_END
+
+
+def _unknown(beginning: bytes, every: bool) -> str:
+    kind = known_formats.kind_of(beginning)
+    if every and (kind is None or kind not in known_formats.NEVER_READ):
+        return "in no image format that is known"
+    if kind is None or kind in known_formats.READ.split(", "):
+        of_kind = (
+            "" if kind is None else f", though it begins as {kind}: damaged, or of a kind that Pillow does not read"
+        )
+        return f"in no image format that is read{of_kind} ({known_formats.READ})"
+    return f"in the format {kind}, which is not read; convert it to JPEG or PNG"
+
+
+def _identify(
+    file: io.BytesIO | io.BufferedReader, formats: tuple[str, ...] | None = None, *, whole: bool
+) -> Image.Image:
+    """The image of an open binary file: its header read, no pixel decoded. Unusable above PIXEL_LIMIT.
+
+    whole: its pixels are wanted too.
+    """
+    beginning = file.read(512)
+    if not beginning:
         raise Unusable("zero bytes")
+    if not (every := formats is not None):
+        formats = ("TGA",) if known_formats.kind_of(beginning) is None and _has_tga_end(file) else FORMATS
     file.seek(0)
+    file = _without_metadata(file, beginning, whole)
     with _pillow_limit:  # Pillow's limit is a global of its module
         theirs, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            known = "neither JPEG, PNG, WebP nor BMP" if formats == FORMATS else "in no picture format that is known"
-            raise Unusable(known) from None
+            raise Unusable(_unknown(beginning, every)) from None
         finally:
             Image.MAX_IMAGE_PIXELS = theirs
     if image.width * image.height > PIXEL_LIMIT:
@@ -75,7 +116,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 def measure(image: bytes | io.BufferedReader) -> tuple[int, int]:
     """(height, width) of an encoded image, upright, from its header alone. Raises as `decode` does."""
-    return _upright_size(_identify(io.BytesIO(image) if isinstance(image, bytes) else image))
+    return _upright_size(_identify(io.BytesIO(image) if isinstance(image, bytes) else image, whole=False))
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.ndarray, "height width 3"]:
@@ -106,10 +147,11 @@ def decode(
     data: bytes,
     at_least: tuple[int, int] | None = None,
     *,
-    formats: tuple[str, ...] = FORMATS,
+    formats: tuple[str, ...] | None = None,
     background: tuple[int, int, int] = WHITE,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Pixels of an encoded image, as in `read_image`, in one of the formats, transparency over the background.
+    """Pixels of an encoded image, as in `read_image`, transparency over the background. formats: those that may be
+    read, as Pillow names them; None: those of training images.
 
     With `at_least`, an upright (height, width), a JPEG comes out at 1/2, 3/8, 1/4 or 1/8 of its size, sides rounded up:
     the smallest of these whose sides are both at least as long. Where none is, the image is whole; so is one in CMYK,
@@ -117,15 +159,16 @@ def decode(
 
     Raises whatever the decoders raise where it is truncated or damaged, many types; `why_unreadable` makes it a reason.
     """
-    image = _identify(io.BytesIO(data), formats)
+    image = _identify(io.BytesIO(data), formats, whole=True)
     orientation = _orientation(image)
+    pixels = None
     if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):  # simplejpeg does no CMYK to RGB
         height, width = at_least or (0, 0)  # 0: whole
         if orientation >= 5:  # the decoder counts as stored
             height, width = width, height
-        # Not strict, a truncated file comes out grey at the bottom.
-        pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, strict=True)
-    else:
+        with contextlib.suppress(jpegs.Unsupported):
+            pixels = jpegs.decode(data, height, width)
+    if pixels is None:
         pixels = _to_rgb(image, background)
     return _upright(pixels, orientation)
 
@@ -154,7 +197,7 @@ def read_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.
     """Pixels of one image: RGB, 0..255, upright (EXIF), transparency over white; `at_least` as in `decode`.
 
     Greyscale, palette, 16-bit (the high byte) and CMYK become RGB; of an animation, the first frame. JPEG is decoded
-    by simplejpeg (strict), the rest and CMYK by Pillow.
+    as in `jpegs`, the rest and CMYK by Pillow.
 
     Raises InputError with the file's name where it is missing, truncated, damaged, or above PIXEL_LIMIT.
     """

@@ -34,8 +34,9 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
     """Counts of what training would use, ready for JSON.
 
     `images_found` counts image files; `refused` also has captions and lines of metadata that have no image. `too_small`
-    counts what `data.min_size` leaves out. Each of `buckets` is a pipeline.BucketReport, each of `sources` a
-    mixture.Share. `numbers` are the names of what every source counts. `epoch_steps` sums the batches.
+    counts what `data.min_size` leaves out. `notes` are sentences on what somebody may not expect of the sources. Each
+    of `buckets` is a pipeline.BucketReport, each of `sources` a mixture.Share. `numbers` are the names of what every
+    source counts. `epoch_steps` sums the batches.
     """
     buckets = [bucket._asdict() for bucket in dataset.report()]
     refused = itertools.chain(dataset.source.refused(built=True), dataset.refused())
@@ -43,6 +44,7 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
         "images_found": dataset.source.found,
         "images_usable": sum(bucket["images"] for bucket in buckets),
         "refused": [entry._asdict() for entry in refused],
+        "notes": list(dataset.source.notes()),
         "too_small": dataset.too_small_count(),
         "sources": [share._asdict() for share in dataset.shares()],
         "numbers": sorted(set.intersection(*(set(source.numbers) for source in dataset.source.sources))),

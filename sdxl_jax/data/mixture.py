@@ -99,6 +99,12 @@ class Mixture:
                 folder = "" if len(self.sources) == 1 else f"{source.path}/"
                 yield from (Refused(folder + refused.file, refused.reason) for refused in source.refused())
 
+    def notes(self) -> Iterator[str]:
+        """What of the sources somebody may not expect."""
+        for source in self.sources:
+            folder = "" if len(self.sources) == 1 else f"{source.path}: "
+            yield from (folder + note for note in source.notes)
+
     @property
     def fingerprint(self) -> str:
         """Names the content of all sources and their weights."""

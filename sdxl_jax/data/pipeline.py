@@ -36,6 +36,7 @@ from sdxl_jax.arrays import Batch
 from sdxl_jax.data import grouping as groupings
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.cache import Cache
+from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.loader import Drawn, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
@@ -121,7 +122,7 @@ def batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
 
 def open_mixture(config: DataConfig) -> Mixture:
     """The sources of a configuration. Raises InputError for none, for both a folder and sources, and as
-    `open_pictures`; a bad weight."""
+    `open_pictures`; a bad weight; caption_lines where no caption stands in a .txt."""
     if (config.folder is None) == (not config.sources):
         given = "neither" if config.folder is None else "both"
         raise InputError(
@@ -136,7 +137,13 @@ def open_mixture(config: DataConfig) -> Mixture:
             )
     # What cannot be decoded is found when a cache is made, which says so itself.
     verify = config.verify_images and config.cache is None
-    opened = [open_pictures(source.folder, verify=verify) for source in sources]
+    opened = [open_pictures(each.folder, verify=verify, caption_lines=config.caption_lines) for each in sources]
+    if config.caption_lines is not CaptionLines.LINES and not any(each.reads_text_files for each in opened):
+        folders = ", ".join(each.folder for each in sources)
+        raise InputError(
+            f"data.caption_lines={config.caption_lines.value} has no effect on {folders}: no caption is read from a "
+            ".txt. Build shards with `sdxl-jax data build --caption-lines whole`, or leave it out"
+        )
     return Mixture(opened, [source.weight for source in sources])
 
 
@@ -341,13 +348,16 @@ class BucketedDataset:
         return generator
 
 
-def open_pictures(folder: str | Path, *, verify: bool = False) -> Pictures:
+def open_pictures(
+    folder: str | Path, *, verify: bool = False, caption_lines: CaptionLines = CaptionLines.LINES
+) -> Pictures:
     """A folder of images, or a shard set. What is refused is left out and listed.
 
     verify: decode every image of a folder now; those of a shard set were, when it was built.
+    caption_lines: what the lines of a `.txt` in a folder are; a shard set has its captions.
 
     Raises InputError as `open_folder` and `open_shards`.
     """
-    return (
-        open_shards(folder) if is_shard_set(folder) else open_folder(folder, on_refused=OnRefused.SKIP, verify=verify)
-    )
+    if is_shard_set(folder):
+        return open_shards(folder)
+    return open_folder(folder, on_refused=OnRefused.SKIP, verify=verify, caption_lines=caption_lines)

@@ -5,6 +5,7 @@ import enum
 import math
 
 from sdxl_jax.data.buckets import SDXL_BUCKETS
+from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.data.transforms import CropMode
@@ -27,6 +28,9 @@ class DataConfig:
     """Folder of images with captions, or a shard set of `sdxl-jax data build`."""
     sources: tuple[Source, ...] = ()
     """Several of them, with weights, in place of `folder`."""
+    caption_lines: CaptionLines = CaptionLines.LINES
+    """What the lines of a `.txt` beside an image are: captions, one each, or one caption together. Of shards it is said
+    when they are built."""
     buckets: tuple[tuple[int, int], ...] = SDXL_BUCKETS
     """Sizes (height, width) that batches come in. More: less is cropped away, more is compiled and left over."""
     max_aspect_distance: float = math.log(2)

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
+from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import decode, why_unreadable
 from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.sources import Refused
@@ -69,6 +70,8 @@ class ShardSet:
     """Names the content of the index, and with it that of every image: for caches and resuming."""
     source: str
     """What it was built from, as given."""
+    whole_captions: bool
+    """Built with `--caption-lines whole`: a `.txt` is one caption."""
     captions_count: int
     refused_count: int
     duplicates: int
@@ -94,6 +97,16 @@ class ShardSet:
     def built(self) -> bool:
         """True: the build said and listed what it refused."""
         return True
+
+    @property
+    def reads_text_files(self) -> bool:
+        """Whether `data.caption_lines=whole` is what was built."""
+        return self.whole_captions
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """None: a build says what it finds."""
+        return ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.path, self.fingerprint)
@@ -244,6 +257,7 @@ def open_shards(path: str | Path) -> ShardSet:
             path=path,
             fingerprint=said["fingerprint"],
             source=said["source"],
+            whole_captions=said.get("caption_lines") == CaptionLines.WHOLE.value,
             captions_count=captions,
             refused_count=said["refused"],
             duplicates=said["duplicates"],

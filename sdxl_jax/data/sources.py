@@ -84,6 +84,16 @@ class Pictures(Protocol):
         """Whether what is refused was said and listed when it was built, so that training need not stop for it."""
         ...
 
+    @property
+    def reads_text_files(self) -> bool:
+        """Whether `data.caption_lines` has, or had, an effect on its captions."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of it somebody may not expect, a sentence each; an inspection and the start of a run say it."""
+        ...
+
     def name(self, image: int) -> str:
         """Where one picture is in the source."""
         ...

@@ -16,6 +16,8 @@ Not here: the files of a shard set (shards, shard_writing), what a source holds 
 (records).
 """
 
+import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -42,6 +44,9 @@ from sdxl_jax.data.build.records import Record, Unit, read, units
 from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, write_json
 from sdxl_jax.data.captions import check_number_names
 from sdxl_jax.data.processes import end_with_parent
+from sdxl_jax.data.captions import CaptionLines, check_number_names
+from sdxl_jax.data.build.records import Record, Unit, check_caption_lines, read, units
+from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, sync, write_json
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError, check_ranges
@@ -278,6 +283,7 @@ def _clean(destination: Path) -> None:
 
 def _check_same(destination: Path, begun: dict[str, Any], asked: dict[str, Any], state: str) -> None:
     """InputError unless what was begun there is what is asked for."""
+    begun = {"caption_lines": CaptionLines.LINES.value} | begun  # which was all that there was
     differs = next((key for key in asked if begun.get(key) != asked[key]), None)
     if differs == "pieces":
         raise InputError(
@@ -343,6 +349,7 @@ def _build(
     workers: int | None,
     drop_duplicates: bool,
     progress: bool,
+    caption_lines: CaptionLines = CaptionLines.LINES,
 ) -> Built:
     destination, hide = Path(destination), None if progress else True
     if workers is None:
@@ -352,6 +359,7 @@ def _build(
         "format": FORMAT,
         "source": source.rstrip("/") or source,
         "drop_duplicates": drop_duplicates,
+        "caption_lines": caption_lines.value,
     }
     if finished := (destination / DESCRIPTION).exists():
         described = read_description(destination)
@@ -383,6 +391,7 @@ def build(
     workers: int | None = None,
     drop_duplicates: bool = False,
     progress: bool = True,
+    caption_lines: CaptionLines = CaptionLines.LINES,
 ) -> Built:
     """Builds the shard set `destination` from a source, or finishes it; `open_shards` opens what comes out.
 
@@ -392,11 +401,27 @@ def build(
         workers: processes that read the source, None for as many as there are cores; 0 reads in this process.
         drop_duplicates: leave out of the index what has the bytes of an earlier image; else they are only counted.
         progress: show images and images a second at a terminal.
+        caption_lines: what the lines of a `.txt` beside an image are.
 
     Where the shard set is complete already, nothing is done, the source is not looked at, and `was_finished` is True.
 
     Raises InputError: a source that cannot be used, disappears, or has no usable image; a destination that holds
     another build or other files, that another process builds in, or that cannot be written to (a full disk); a worker
-    that died.
+    that died; caption_lines where no caption stands in a `.txt`.
     """
-    return _build(source, destination, units, read, workers=workers, drop_duplicates=drop_duplicates, progress=progress)
+
+    def found(source: str) -> list[Unit]:
+        pieces = units(source)
+        check_caption_lines(source, pieces, caption_lines)
+        return pieces
+
+    return _build(
+        source,
+        destination,
+        found,
+        functools.partial(read, caption_lines=caption_lines),
+        workers=workers,
+        drop_duplicates=drop_duplicates,
+        progress=progress,
+        caption_lines=caption_lines,
+    )

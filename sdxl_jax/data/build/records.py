@@ -21,10 +21,11 @@ Not here: addresses to download, resizing, looking for duplicates; fields that a
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
-from sdxl_jax.data import folders
+from sdxl_jax.data import folders, formats
 from sdxl_jax.data.build import parquet, tars, tfds
+from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import usable_size
 from sdxl_jax.data.shards import is_shard_set, open_shards
 from sdxl_jax.data.sources import Piece, Refusals, Refused, Sample, Unusable, printable
@@ -39,7 +40,7 @@ class Record(NamedTuple):
     name: str
     """Where it is in the source, unique: `00000.tar/000000123.jpg`, `train.parquet:17` (the row, from 0)."""
     image: bytes
-    """As in the source: JPEG, PNG, WebP or BMP, whatever its name says."""
+    """As in the source, in one of the formats that are read (formats), whatever its name says."""
     size: tuple[int, int]
     """(height, width) in pixels, upright, that is after EXIF orientation."""
     captions: tuple[str, ...]
@@ -97,6 +98,10 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
     archives = [name for name in names if name.lower().endswith(tars.TAR_SUFFIXES)]
     tables = [name for name in names if name.lower().endswith(".parquet")]
     images = folders.images_among(names) if path.is_dir() else []
+    if archives or tables:  # a drawing beside tars is no source of its own, and is named
+        others = [name for name in images if not formats.is_read_name(name)]
+        images = [name for name in images if formats.is_read_name(name)]
+        refused += [Refused(name, "an image beside tars or tables, in a format that is not read") for name in others]
     if tables and (archives or images) and not any(parquet.holds_images(root / name) for name in tables):
         tables = []  # img2dataset's notes on what it wrote
     kinds = {"pictures": images, "tars": archives, "Parquet files": tables}
@@ -106,7 +111,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
     if len(present) > 1:
         raise InputError(f"{path} holds {' and '.join(present)}. {expected}, of one kind: give them one at a time.")
     if refused:
-        yield "folders that cannot be listed", Refusals(tuple(refused))
+        yield "refused when listed", Refusals(tuple(refused))
     if archives:
         for name in archives:
             yield name, tars.TarPiece(str(root / name), name)
@@ -130,16 +135,31 @@ def units(source: str | Path) -> list[Unit]:
     return [Unit(number, printable(name), what) for number, (name, what) in enumerate(found)]
 
 
-def read(unit: Unit, *, verify: bool = True) -> Iterator[Record | Refused]:
+def check_caption_lines(source: str | Path, found: list[Unit], caption_lines: CaptionLines) -> None:
+    """InputError where the setting would have no effect: no `.txt` is read."""
+    if caption_lines is not CaptionLines.LINES and not any(_reads_text_files(unit.what) for unit in found):
+        raise InputError(
+            f"--caption-lines {caption_lines.value} has no effect: no caption of {source} stands in a .txt. Leave it out"
+        )
+
+
+def _reads_text_files(piece: Any) -> TypeGuard[folders.FolderPiece | tars.TarPiece]:
+    return isinstance(piece, folders.FolderPiece | tars.TarPiece) and piece.reads_text_files
+
+
+def read(
+    unit: Unit, *, verify: bool = True, caption_lines: CaptionLines = CaptionLines.LINES
+) -> Iterator[Record | Refused]:
     """The pictures of one piece in their order, and what cannot be used, where it stood.
 
-    With `verify` every image is decoded, some 15 ms of one core a megapixel of JPEG: damage behind the header shows in
+    `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, some 15 ms of one core a megapixel of JPEG: damage behind the header shows in
     no other way. Without, headers alone are read.
 
     Raises InputError where the source disappears, or its storage fails, while it is read.
     """
     piece: Piece = unit.what
-    for sample in piece.samples():
+    samples = piece.samples(caption_lines) if _reads_text_files(piece) else piece.samples()
+    for sample in samples:
         if isinstance(sample, Refused):
             yield Refused(*map(printable, sample))
             continue

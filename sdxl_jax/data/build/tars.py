@@ -1,7 +1,8 @@
 """Tars of captioned pictures, as WebDataset has them: members of the same stem, close together, are one picture.
 
 A tar is read as a stream, front to back, a few pictures at a time; nothing is unpacked to disk. `.txt` and `.json`
-beside a picture hold what they hold in a folder (captions). Members that are neither are passed by.
+beside a picture hold what they hold in a folder (captions). What goes by the name of an image counts, in any format
+(formats), and so does what begins as one; other members are passed by.
 
 Format: WebDataset, github.com/webdataset/webdataset.
 
@@ -13,8 +14,8 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from sdxl_jax.data.captions import described
-from sdxl_jax.data.images import IMAGE_SUFFIXES
+from sdxl_jax.data import formats
+from sdxl_jax.data.captions import CaptionLines, described
 from sdxl_jax.data.sources import BYTES_LIMIT, Refused, Sample, Unusable, gone
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -46,12 +47,33 @@ class _Stem:
     def __init__(self) -> None:
         self.image: tuple[str, bytes] | None = None
         self.captions: dict[str, tuple[str, bytes]] = {}  # by suffix
-        self.refused = False  # one of them is, which says enough
+        self.refused = False  # an image of them is, which says enough of captions without one
 
-    def close(self, used: set[str]) -> Sample | Refused | None:
-        if self.refused or (self.image is None and not self.captions):  # empty where the tar is cut off
-            return None
+    def add(self, name: str, suffix: str, archive: Any, member: tarfile.TarInfo) -> Iterator[Refused]:
+        """Takes a member in, or refuses it."""
+        is_image = suffix not in _BESIDE
+        if not member.isfile():
+            reason = "a link or a device, not a file"
+        elif member.size > BYTES_LIMIT:
+            reason = f"{member.size} bytes, the limit is {BYTES_LIMIT}"
+        elif is_image and (by_name := formats.refused_by_name(name)):
+            reason = by_name
+        elif is_image and self.image is not None:
+            reason = f"a second image of the same stem; {posixpath.basename(self.image[0])} stands"
+        else:
+            data = archive.extractfile(member).read()
+            if is_image:
+                self.image = name, data
+            else:
+                self.captions.setdefault(suffix, (name, data))
+            return
+        self.refused = True
+        yield Refused(name, reason)
+
+    def close(self, used: set[str], caption_lines: CaptionLines) -> Sample | Refused | None:
         if self.image is None:
+            if self.refused or not self.captions:  # empty where the tar is cut off
+                return None
             name, _ = next(iter(self.captions.values()))
             return Refused(name, "caption without an image of the same name close to it in the tar")
         name, image = self.image
@@ -60,10 +82,40 @@ class _Stem:
         used.add(name)
         try:
             text, fields = (self.captions[suffix][1] if suffix in self.captions else None for suffix in _BESIDE)
-            return Sample(name, image, *described(text, fields))
+            return Sample(name, image, *described(text, fields, caption_lines))
         except Unusable as problem:
             far = ", close to it in the tar (`tar --sort=name` writes them so)"
             return Refused(name, f"{problem}{far if text is None and fields is None else ''}")
+
+
+class _Stems:
+    """The stems that may still get members, in the order of their first."""
+
+    def __init__(self, caption_lines: CaptionLines) -> None:
+        self.open: dict[str, _Stem] = {}
+        self._used: set[str] = set()
+        self._caption_lines = caption_lines
+
+    def close(self, count: int) -> Iterator[Sample | Refused]:
+        """Closes the oldest until so many are left."""
+        while len(self.open) > count:
+            if (closed := self.open.pop(next(iter(self.open))).close(self._used, self._caption_lines)) is not None:
+                yield closed
+
+    def add(self, path: str, name: str, archive: Any, member: tarfile.TarInfo) -> Iterator[Sample | Refused]:
+        """Takes a member in; first closes what may be closed."""
+        stem, suffix = posixpath.splitext(path)
+        yield from self.close(_OPEN_STEMS if stem in self.open else _OPEN_STEMS - 1)
+        if stem not in self.open:
+            self.open[stem] = _Stem()
+        yield from self.open[stem].add(name, suffix.lower(), archive, member)
+
+
+def _refused_all_the_same(path: str, archive: Any, member: tarfile.TarInfo) -> str | None:
+    """Why a member is refused that is named neither as an image nor as a caption; None where it is neither indeed."""
+    if not member.isfile() or not formats.may_be_image(path):
+        return None
+    return formats.refused_all_the_same(archive.extractfile(member).read(formats.PEEK))
 
 
 class TarPiece(NamedTuple):
@@ -73,17 +125,15 @@ class TarPiece(NamedTuple):
     name: str
     """In the source."""
 
-    def samples(self) -> Iterator[Sample | Refused]:
-        stems: dict[str, _Stem] = {}  # in the order of their first members
-        used: set[str] = set()
-        seen = pictures = 0
+    @property
+    def reads_text_files(self) -> bool:
+        """Whether `CaptionLines` may concern it."""
+        return True
+
+    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[Sample | Refused]:
+        stems = _Stems(caption_lines)
+        seen = images = 0
         last = "the beginning"
-
-        def close(count: int) -> Iterator[Sample | Refused]:
-            while len(stems) > count:
-                if (closed := stems.pop(next(iter(stems))).close(used)) is not None:
-                    yield closed
-
         try:
             with tarfile.open(self.path, "r|*", tarinfo=_Member) as opened:
                 archive: Any = opened
@@ -95,39 +145,22 @@ class TarPiece(NamedTuple):
                     if path.startswith("/") or ".." in member.name.split("/"):
                         reason = "its path leads out of the tar: absolute, or with .."
                         yield Refused(f"{self.name}/{member.name}", reason)
-                        continue
-                    stem, suffix = posixpath.splitext(path)
-                    suffix = suffix.lower()
-                    hidden = posixpath.basename(path).startswith(".")
-                    if member.isdir() or hidden or suffix not in (*IMAGE_SUFFIXES, *_BESIDE):
-                        continue
-                    yield from close(_OPEN_STEMS if stem in stems else _OPEN_STEMS - 1)
-                    if stem not in stems:
-                        stems[stem] = _Stem()
-                    group = stems[stem]
-                    pictures += suffix in IMAGE_SUFFIXES
-                    if not member.isfile():
-                        yield Refused(name, "a link or a device, not a file")
-                        group.refused = True
-                    elif member.size > BYTES_LIMIT:
-                        yield Refused(name, f"{member.size} bytes, the limit is {BYTES_LIMIT}")
-                        group.refused = True
-                    elif suffix in IMAGE_SUFFIXES and group.image is not None:
-                        first = posixpath.basename(group.image[0])
-                        yield Refused(name, f"a second image of the same stem; {first} stands")
-                    else:
-                        data = archive.extractfile(member).read()
-                        if suffix in IMAGE_SUFFIXES:
-                            group.image = name, data
-                        else:
-                            group.captions.setdefault(suffix, (name, data))
-                    last = path
+                    elif member.isdir() or posixpath.basename(path).startswith("."):
+                        pass
+                    elif formats.is_image_name(path) or path.lower().endswith(_BESIDE):
+                        yield from stems.add(path, name, archive, member)
+                        images += formats.is_image_name(path)
+                        last = path
+                    elif reason := _refused_all_the_same(path, archive, member):
+                        yield Refused(name, reason)
+                        images += 1
         except (tarfile.TarError, EOFError) as problem:
-            yield from (closed for closed in close(0) if isinstance(closed, Sample))  # others miss what the cut took
+            # Others miss what the cut took.
+            yield from (closed for closed in stems.close(0) if isinstance(closed, Sample))
             yield Refused(self.name, f"cut off or damaged after {last} ({problem}); what comes behind is lost")
         except OSError as problem:
             raise gone(self.path, problem) from problem
         else:
-            yield from close(0)
-            if not pictures:
-                yield Refused(self.name, f"no image ({', '.join(IMAGE_SUFFIXES)}) among its {seen} members")
+            yield from stems.close(0)
+            if not images:
+                yield Refused(self.name, f"no image ({formats.EXAMPLES}) among its {seen} members")
