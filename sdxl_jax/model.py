@@ -27,6 +27,7 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.guidance import Condition
 
 
@@ -61,6 +62,8 @@ class ModelConfig:
     """(height, width) of pictures unless the user asks for another."""
     distilled: bool = False
     """Whether guidance is in the weights, as after consistency distillation: sampling then has none of its own."""
+    sampling: SamplingDefaults | None = None
+    """How the model is sampled unless the user says otherwise; None: as SDXL's official files say."""
 
     @property
     def is_refiner(self) -> bool:

@@ -32,6 +32,8 @@ from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.weights.convert import Layout, Written, convert
 from sdxl_jax.weights.formats import diffusers, orbax, safetensors
 from sdxl_jax.weights.lazy import in_memory, part_configs
@@ -475,6 +477,22 @@ def test_dtype_changes_only_where_asked(tmp_path: Path, dtype: str) -> None:
     for name, array in foreign.read(source / WEIGHTS).items():
         assert made[name].dtype == foreign.DTYPES[dtype]
         assert made[name].tobytes() == array.astype(foreign.DTYPES[dtype]).tobytes()
+
+
+def test_what_a_directory_says_of_its_sampling_travels_through_every_layout(tmp_path: Path) -> None:
+    source = foreign.diffusers_folder(tmp_path / "source", BASE)
+    file = source / "scheduler" / "scheduler_config.json"
+    said = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing", "use_karras_sigmas": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    sampling = open_model(source).config.sampling
+    assert sampling == SamplingDefaults("euler_ancestral", Spacing.TRAILING, sigmas=Sigmas.KARRAS)
+    convert(source, tmp_path / "orbax", Layout.ORBAX, progress=False)
+    convert(tmp_path / "orbax", tmp_path / "file.safetensors", Layout.SINGLE_FILE, progress=False)
+    convert(tmp_path / "file.safetensors", tmp_path / "again", Layout.DIFFUSERS, progress=False)
+    for place in ("orbax", "file.safetensors", "again"):
+        assert open_model(tmp_path / place).config.sampling == sampling, place
+    written = json.loads((tmp_path / "again" / "scheduler" / "scheduler_config.json").read_text())
+    assert said.items() <= written.items()
 
 
 def test_mixed_stack_is_converted_with_a_dtype(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, NoPro
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE
-from sdxl_jax.weights.formats import diffusers, diffusers_fields
+from sdxl_jax.samplers.defaults import FinalSigma, SamplingDefaults
+from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.sampling.options import Options
+from sdxl_jax.weights.formats import diffusers, diffusers_fields, diffusers_sampling
 
 ZERO_SNR = ScheduleConfig(zero_terminal_snr=True)
 
@@ -210,6 +213,131 @@ def test_a_consistency_model_is_known_by_its_scheduler_there_and_back() -> None:
         fields = diffusers_fields.scheduler_fields(ScheduleConfig(), Prediction.EPSILON, distilled)
         assert diffusers_fields.is_distilled(fields) == distilled
         assert diffusers_fields.schedule_config(fields, "scheduler") == (ScheduleConfig(), Prediction.EPSILON)
+
+
+def said(
+    name: str, zero_terminal_snr: bool = False, distilled: bool = False, **fields: Any
+) -> tuple[SamplingDefaults, tuple[str, ...]]:
+    found, notes = diffusers_sampling.read({"_class_name": name, **fields}, "file", zero_terminal_snr, distilled)
+    return found or SamplingDefaults(), notes
+
+
+OFFICIAL = {"timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+TRAILING, EXPONENTIAL, END = Spacing.TRAILING, Sigmas.EXPONENTIAL, FinalSigma.SIGMA_MIN
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "expected"),
+    [
+        ("EulerDiscreteScheduler", {}, SamplingDefaults()),
+        ("EulerAncestralDiscreteScheduler", {}, SamplingDefaults("euler_ancestral")),
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, SamplingDefaults(spacing=TRAILING)),
+        ("EulerDiscreteScheduler", {"steps_offset": 0}, SamplingDefaults(steps_offset=0)),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}, SamplingDefaults(sigmas=Sigmas.KARRAS)),
+        ("HeunDiscreteScheduler", {"use_exponential_sigmas": True}, SamplingDefaults("heun", sigmas=EXPONENTIAL)),
+        ("EulerDiscreteScheduler", {"set_alpha_to_one": True}, SamplingDefaults(set_alpha_to_one=True)),
+        ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min"}, SamplingDefaults("unipc", final_sigma=END)),
+        ("DPMSolverMultistepScheduler", {}, SamplingDefaults("dpmpp_2m")),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, SamplingDefaults("dpmpp_2m_sde")),
+    ],
+)
+def test_what_a_scheduler_says_of_sampling_returns_from_its_file(
+    name: str, fields: dict[str, Any], expected: SamplingDefaults
+) -> None:
+    found, notes = said(name, **OFFICIAL | fields)
+    assert (found, notes) == (expected, ())
+    written = diffusers_fields.scheduler_fields(ScheduleConfig(), Prediction.EPSILON, sampling=found)
+    assert written["_class_name"] == name
+    assert said(written.pop("_class_name"), **written) == (expected, ())
+
+
+def test_a_scheduler_says_by_its_class_what_it_leaves_out() -> None:
+    linspace = SamplingDefaults(spacing=Spacing.LINSPACE, steps_offset=0, set_alpha_to_one=True)
+    assert said("EulerDiscreteScheduler")[0] == linspace
+    ddim, (note,) = said("DDIMScheduler")
+    assert ddim == SamplingDefaults("ddim", steps_offset=0, set_alpha_to_one=True)
+    assert note.startswith("file has clip_sample=true, by leaving it out, which is not followed: ")
+
+
+def test_zero_terminal_snr_is_trailing_unless_the_file_says_otherwise_and_then_that_is_said() -> None:
+    own = {"steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+    assert said("DDIMScheduler", True, **own) == (SamplingDefaults(), ())
+    assert said("DDIMScheduler", True, timestep_spacing="trailing", **own) == (SamplingDefaults(), ())
+    found, notes = said("DDIMScheduler", True, timestep_spacing="leading", **own)
+    assert found.spacing is Spacing.LEADING
+    assert "the last timestep, where the schedule has zero SNR, is not visited" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("PNDMScheduler", "_class_name", "PNDMScheduler"),
+        ("EulerDiscreteScheduler", "interpolation_type", "log_linear"),
+        ("EulerDiscreteScheduler", "sigma_max", 80.0),
+        ("EulerDiscreteScheduler", "use_beta_sigmas", True),
+        ("EulerDiscreteScheduler", "a_new_field", 3),
+        ("DDIMScheduler", "thresholding", True),
+        ("DDIMScheduler", "clip_sample", True),
+        ("DDPMScheduler", "variance_type", "fixed_large"),
+        ("DPMSolverMultistepScheduler", "solver_order", 3),
+        ("DPMSolverMultistepScheduler", "solver_type", "heun"),
+        ("DPMSolverMultistepScheduler", "algorithm_type", "dpmsolver"),
+        ("UniPCMultistepScheduler", "solver_type", "bh1"),
+        ("UniPCMultistepScheduler", "lower_order_final", False),
+        ("LCMScheduler", "original_inference_steps", 100),
+    ],
+)
+def test_what_is_not_followed_of_sampling_is_said_by_its_name(name: str, field: str, value: Any) -> None:
+    fields = {**OFFICIAL, field: value}
+    (note,) = diffusers_sampling.read({"_class_name": name, **fields}, "file", False, False)[1]
+    assert note.startswith(f"file has {field}={json.dumps(value)}, ")
+
+
+def test_fields_that_the_class_does_not_read_are_passed_over() -> None:
+    others = {"thresholding": True, "solver_order": 3, "interpolation_type": "log_linear", "lower_order_final": False}
+    assert said("EulerAncestralDiscreteScheduler", **OFFICIAL, **others)[1] == ()
+    assert said("DPMSolverMultistepScheduler", **OFFICIAL, lower_order_final=False)[1] == (), "it ends at zero"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("timestep_spacing", "last"), ("steps_offset", -1), ("set_alpha_to_one", 1), ("final_sigmas_type", "max")],
+)
+def test_what_no_scheduler_can_say_of_sampling_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(InputError, match=f"file has {field}=.*expected .*Correct the file"):
+        said("EulerDiscreteScheduler", **{field: value})
+
+
+def test_a_model_of_which_nothing_is_said_is_sampled_as_what_it_is() -> None:
+    def usual(**changes: Any) -> tuple[Any, ...]:
+        options = Options().resolved(replace(SDXL_BASE, **changes))
+        return options.sampler, options.timestep_spacing, options.sigmas, options.guidance
+
+    assert usual() == ("euler", Spacing.LEADING, Sigmas.SCHEDULE, 5)
+    assert usual(schedule=ZERO_SNR, prediction=Prediction.V) == ("ddim", Spacing.TRAILING, Sigmas.SCHEDULE, 5)
+    assert usual(distilled=True) == ("lcm", None, Sigmas.SCHEDULE, 1)
+    karras = SamplingDefaults(sigmas=Sigmas.KARRAS)
+    assert usual(sampling=karras)[2] is Sigmas.KARRAS
+    other = Options(sampler="ddim").resolved(replace(SDXL_BASE, sampling=karras))
+    assert other.sigmas is Sigmas.SCHEDULE, "ddim visits whole timesteps, and diffusers' does not look at that field"
+
+
+def test_a_directory_says_how_it_is_sampled(folder: Callable[[str], Path]) -> None:
+    directory = folder("SDXL base")
+    assert diffusers.read_model_config(directory).sampling is None
+    file = directory / "scheduler" / "scheduler_config.json"
+    turbo = {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | turbo))
+    config = diffusers.read_model_config(directory)
+    assert config.sampling == SamplingDefaults("euler_ancestral", Spacing.TRAILING)
+    assert diffusers.unfollowed(directory) == ()
+    options = Options().resolved(config)
+    assert (options.sampler, options.timestep_spacing) == ("euler_ancestral", Spacing.TRAILING)
+    given = Options(sampler="ddim", timestep_spacing=Spacing.LEADING).resolved(config)
+    assert (given.sampler, given.timestep_spacing) == ("ddim", Spacing.LEADING), "what the user says comes first"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "PNDMScheduler"}))
+    assert "which is not implemented: euler is used" in diffusers.unfollowed(directory)[0]
+    assert diffusers.read_model_config(directory).sampling == SamplingDefaults(spacing=Spacing.TRAILING)
 
 
 def test_tower_of_a_whole_clip_has_the_projection() -> None:

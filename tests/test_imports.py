@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": {"diffusion"} | BASE,
     "conditioning": {"conditioning", "models"} | BASE,
     "samplers": {"samplers", "diffusion"} | BASE,
-    "model": {"conditioning", "diffusion", "models", "samplers.guidance"} | BASE,
+    "model": {"conditioning", "diffusion", "models", "samplers.defaults", "samplers.guidance"} | BASE,
     "optim": {"optim"} | BASE,
     "data": {"data"} | BASE,
     "data.build": {"data"} | BASE,

@@ -72,12 +72,13 @@ def timesteps(count: int, schedule_length: int, spacing: Spacing, offset: int = 
             return np.linspace(0, schedule_length - 1, count)[::-1].copy()
 
 
-def _solver_timesteps(count: int, length: int, spacing: Spacing) -> Float[np.ndarray, " steps"]:
+def _solver_timesteps(count: int, length: int, spacing: Spacing, offset: int = 1) -> Float[np.ndarray, " steps"]:
     """Those of diffusers' DPM-Solver and UniPC: whole, and of count + 1 the last is left out, since they end at sigma 0
     behind it."""
     match spacing:
         case Spacing.LEADING:
-            return np.minimum(np.arange(1, count + 1) * (length // (count + 1)) + 1, length - 1)[::-1].astype(float)
+            steps = np.arange(1, count + 1) * (length // (count + 1)) + offset
+            return np.minimum(steps, length - 1)[::-1].astype(float)
         case Spacing.TRAILING:
             return timesteps(count, length, spacing)
         case Spacing.LINSPACE:
@@ -101,9 +102,9 @@ class Levels(NamedTuple):
     timestep: Float[np.ndarray, " steps"]
     """What the network is told."""
     alpha: Float[np.ndarray, " levels"]
-    """Share of the image in x_t; 1 at the end."""
+    """Share of the image in x_t; 1 at the end, or that of timestep 0."""
     sigma_t: Float[np.ndarray, " levels"]
-    """Share of the noise; 0 at the end."""
+    """Share of the noise; 0 at the end, or that of timestep 0."""
 
     @property
     def sigma(self) -> Float[np.ndarray, " levels"]:
@@ -206,9 +207,19 @@ _SMALLEST = 2.0**-24
 
 
 def make_levels(
-    sampler: Sampler, schedule: Schedule, steps: int, spacing: Spacing | None, sigmas: Sigmas = Sigmas.SCHEDULE
+    sampler: Sampler,
+    schedule: Schedule,
+    steps: int,
+    spacing: Spacing | None,
+    sigmas: Sigmas = Sigmas.SCHEDULE,
+    *,
+    offset: int = 1,
+    ends_at_first: bool = False,
 ) -> Levels:
-    """The levels of so many steps. spacing None: LEADING, or LCM's own.
+    """The levels of so many steps. spacing None: LEADING, or LCM's own. offset: of LEADING timesteps.
+
+    ends_at_first: whether the last step leads to the noise level of timestep 0, and not to the finished image: what
+    diffusers calls set_alpha_to_one=False and final_sigmas_type="sigma_min".
 
     Raises InputError for a choice that has no effect on the sampler.
     """
@@ -225,13 +236,15 @@ def make_levels(
     if sampler.family is Family.CONSISTENCY:
         visited = _lcm_timesteps(steps, length)
     elif sampler.family is Family.SOLVER:
-        visited = _solver_timesteps(steps, length, spacing)
+        visited = _solver_timesteps(steps, length, spacing, offset)
     else:
-        visited = timesteps(steps, length, spacing)
+        visited = timesteps(steps, length, spacing, offset)
+    first_alpha_bar = float(schedule.alpha_bar[0]) if ends_at_first else 1.0
+    end = np.sqrt(first_alpha_bar), np.sqrt(1 - first_alpha_bar)
     if sampler.family in (Family.CONSISTENCY, Family.DISCRETE):
         visited = visited.round()
         alpha_bar = schedule.alpha_bar[visited.astype(int)]
-        return Levels(visited, np.append(np.sqrt(alpha_bar), 1.0), np.append(np.sqrt(1 - alpha_bar), 0.0))
+        return Levels(visited, np.append(np.sqrt(alpha_bar), end[0]), np.append(np.sqrt(1 - alpha_bar), end[1]))
     alpha_bar = np.maximum(schedule.alpha_bar, _SMALLEST)
     known = np.sqrt((1 - alpha_bar) / alpha_bar)
     sigma = np.interp(visited, np.arange(length), known)
@@ -247,7 +260,9 @@ def make_levels(
             # diffusers rounds Karras's and cuts off the exponential ones'; the nearest is meant.
             visited = visited.round()
     shrink = 1 / np.sqrt(1 + sigma**2)
-    return Levels(visited, np.append(shrink, 1.0), np.append(sigma * shrink, 0.0))
+    if sampler.family is Family.SIGMA:
+        end = 1.0, end[1] / end[0]  # what is given out is their state, x₀ + sigma ε
+    return Levels(visited, np.append(shrink, end[0]), np.append(sigma * shrink, end[1]))
 
 
 def find(name: str) -> Sampler:

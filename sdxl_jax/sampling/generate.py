@@ -34,7 +34,7 @@ from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.samplers.steps import initial_scale
+from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, program
 from sdxl_jax.sampling.options import Options, Position, Size
 from sdxl_jax.sampling.plan import Begin, levels_of, prepare
@@ -235,14 +235,14 @@ class _Job:
             compute,
             options.decode_tile,
         )
-        strengths = (options.resolved(self.model.config).guidance or 0.0, options.pag, options.guidance_rescale)
+        settled = options.resolved(self.model.config)
+        levels = levels_of(self.model.config, settled, self.model.config.sampling)
+        strengths = (settled.guidance or 0.0, options.pag, options.guidance_rescale)
         fixed: dict[str, Any] = {
             "params": tuple(each.params for each in models),
             "stretches": self.stretches,
             "strengths": Strengths(*map(np.float32, strengths)),
-            "scale": np.float32(
-                initial_scale(options.method, levels_of(self.model.config, options), options.timestep_spacing)
-            ),
+            "scale": np.float32(initial_scale(find(settled.sampler or ""), levels, settled.timestep_spacing)),
         }
         images, latents = [], []
         mesh = _mesh_of(self.model)

@@ -11,6 +11,7 @@ from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import Part
+from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Family, Sampler, Sigmas, Spacing, find
 
 
@@ -38,13 +39,15 @@ class Options:
     """Pixels, a multiple of 8. Default: the init image's, or the model's own."""
     steps: int = 30
     """Steps of the sampler. Higher: slower, finer."""
-    sampler: str = "euler"
-    """How a step is made: ddpm, ddim, euler, euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc, lcm."""
+    sampler: str | None = None
+    """How a step is made: ddpm, ddim, euler, euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc, lcm. Default:
+    what the model's files say, otherwise euler; ddim at zero terminal SNR; lcm for a distilled model."""
     timestep_spacing: Spacing | None = None
-    """Which timesteps are visited: leading as diffusers (981 … 1), trailing as sgm (999 … 19), linspace. Default:
-    leading; sampler lcm has its own."""
-    sigmas: Sigmas = Sigmas.SCHEDULE
-    """How noise levels lie between the first and the last: as the timesteps' own, karras, or exponential."""
+    """Which timesteps are visited: leading as diffusers (981 … 1), trailing as sgm (999 … 19), linspace. Default: what
+    the model's files say, otherwise leading; trailing at zero terminal SNR; sampler lcm has its own."""
+    sigmas: Sigmas | None = None
+    """How noise levels lie between the first and the last: as the timesteps' own (schedule), karras, or exponential.
+    Default: what the model's files say, otherwise schedule."""
     eta: float = 0.0
     """Share of fresh noise in each step of sampler ddim, 0 to 1."""
     guidance: float | None = None
@@ -100,23 +103,26 @@ class Options:
     """Pixels a side of the tiles in which the autoencoder decodes. For large pictures: memory is that of a tile.
     Default: all at once."""
 
-    @property
-    def method(self) -> Sampler:
-        return find(self.sampler)
+    def method(self, config: ModelConfig) -> Sampler:
+        """The sampler, of a model."""
+        return find(self.resolved(config).sampler or "")
 
     def resolved(self, config: ModelConfig) -> "Options":
-        """With the defaults that depend on the model or the sampler."""
+        """With the defaults that depend on the model or the sampler. Raises InputError for an unknown sampler."""
+        said, ends_at_zero_snr = config.sampling or SamplingDefaults(), config.schedule.zero_terminal_snr
+        sampler = said.sampler_of(ends_at_zero_snr, config.distilled) if self.sampler is None else self.sampler
         spacing, guidance = self.timestep_spacing, self.guidance
-        if spacing is None and self.method.family is not Family.CONSISTENCY:
-            spacing = Spacing.LEADING
+        if spacing is None and find(sampler).family is not Family.CONSISTENCY:
+            spacing = said.spacing_of(ends_at_zero_snr)
         if guidance is None:
             guidance = 1.0 if config.distilled else 5.0
-        return dataclasses.replace(self, timestep_spacing=spacing, guidance=guidance)
+        sigmas = said.sigmas_of(sampler) if self.sigmas is None else self.sigmas
+        return dataclasses.replace(self, sampler=sampler, timestep_spacing=spacing, sigmas=sigmas, guidance=guidance)
 
     def check(self, config: ModelConfig) -> None:
         """Raises InputError for values out of range, and for those that would have no effect on this model."""
         length, factor = config.schedule.timesteps, config.vae.downsampling
-        sampler = self.method
+        sampler, name_of_sampler = self.method(config), self.resolved(config).sampler
         check_ranges(
             [
                 ("steps", self.steps, 1, length),
@@ -136,7 +142,7 @@ class Options:
             raise InputError(f"guidance_interval={start:g} {stop:g}, expected two numbers of 0 to 1, the lower first")
         if self.eta and not sampler.takes_eta:
             raise InputError(
-                f"eta={self.eta} has no effect on sampler {self.sampler}. Use sampler ddim, or leave it out"
+                f"eta={self.eta} has no effect on sampler {name_of_sampler}. Use sampler ddim, or leave it out"
             )
         if self.pag and not self.pag_parts:
             raise InputError(f"pag={self.pag:g}, but pag_parts names nothing. Name some of down, mid, up")

@@ -19,7 +19,8 @@ from sdxl_jax.diffusion import schedule
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import Part
-from sdxl_jax.samplers.steps import Levels, Plan, make_levels
+from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
 from sdxl_jax.sampling import init_images
 from sdxl_jax.sampling.options import Options, Size, check_size
 
@@ -79,8 +80,9 @@ def way(
     image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
     noise, as in diffusers; without one it begins with the image far below the noise.
     """
-    sampler, legs, stretches = options.method, [], []
-    levels = levels_of(config, options)
+    options = options.resolved(config)
+    sampler, legs, stretches = options.method(config), [], []
+    levels = levels_of(config, options, config.sampling)
     skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
     start = Begin.RENOISE if image and (skipped or not mask) else Begin.NOISE
 
@@ -108,11 +110,11 @@ def way(
                 f"{HANDOFF:g}, or more steps"
             )
         stretch_out(0, levels, skipped, split, start)
-        stretch_out(1, levels_of(refiner, options), split, steps, Begin.HAND_OVER)
+        stretch_out(1, levels_of(refiner, options, config.sampling), split, steps, Begin.HAND_OVER)
     if refine:
         assert refiner is not None
         again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
-        stretch_out(1, levels_of(refiner, options), steps - again, steps, Begin.RENOISE)
+        stretch_out(1, levels_of(refiner, options, config.sampling), steps - again, steps, Begin.RENOISE)
     return tuple(legs), tuple(stretches)
 
 
@@ -122,10 +124,18 @@ def _strength(options: Options, mask: bool) -> float:
     return 1.0 if mask else IMAGE_STRENGTH
 
 
-def levels_of(config: ModelConfig, options: Options) -> Levels:
-    """The noise levels that a model's steps visit."""
+def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults | None) -> Levels:
+    """The noise levels that a model's steps visit. options: `resolved`, as the whole way has them; defaults: of the
+    first model."""
+    defaults, sampler = defaults or SamplingDefaults(), options.sampler or ""
     return make_levels(
-        options.method, schedule.make(config.schedule), options.steps, options.timestep_spacing, options.sigmas
+        find(sampler),
+        schedule.make(config.schedule),
+        options.steps,
+        options.timestep_spacing,
+        options.sigmas or Sigmas.SCHEDULE,
+        offset=defaults.steps_offset,
+        ends_at_first=defaults.ends_at_first(sampler),
     )
 
 

@@ -215,6 +215,7 @@ def fields(config: ModelConfig, wanted: Wanted | None = None) -> dict[str, Any]:
     """What the page's fields hold for some picture, or at first. `wanted` reads them."""
     prompt, negative, options, init_image = wanted or Wanted("", None, Options())
     height, width = config.default_size
+    settled = options.resolved(config)
 
     def either(value: Any, other: Any) -> Any:
         return other if value is None else value
@@ -224,11 +225,11 @@ def fields(config: ModelConfig, wanted: Wanted | None = None) -> dict[str, Any]:
         "negative_prompt": negative or "",
         "height": either(options.height, height),
         "width": either(options.width, width),
-        "sampler": options.sampler,
+        "sampler": settled.sampler,
         "timestep_spacing": None if options.timestep_spacing is None else options.timestep_spacing.value,
-        "sigmas": options.sigmas.value,
+        "sigmas": (settled.sigmas or Sigmas.SCHEDULE).value,
         "steps": options.steps,
-        "guidance": options.resolved(config).guidance,
+        "guidance": settled.guidance,
         "guidance_rescale": options.guidance_rescale,
         "seed": options.seed,
         "first_index": options.first_index,
@@ -247,13 +248,15 @@ def wanted(config: ModelConfig, given: dict[str, Any], refiner: bool = False) ->
     image = given["init_image"]
     height, width = _whole("height", given["height"]), _whole("width", given["width"])
     own = image is None and (height, width) == tuple(config.default_size)
-    spacing = given["timestep_spacing"]
+    spacing, own_sampler = given["timestep_spacing"], Options().resolved(config).sampler
+    sampler = None if given["sampler"] == own_sampler else given["sampler"]
+    own_sigmas = Options(sampler=sampler).resolved(config).sigmas
     options = Options(
         height=None if own else height,
         width=None if own else width,
-        sampler=given["sampler"],
+        sampler=sampler,
         timestep_spacing=None if spacing is None else Spacing(spacing),
-        sigmas=Sigmas(given["sigmas"]),
+        sigmas=None if Sigmas(given["sigmas"]) is own_sigmas else Sigmas(given["sigmas"]),
         steps=_whole("steps", given["steps"]),
         guidance=_unless("guidance", given["guidance"], Options().resolved(config).guidance),
         guidance_rescale=_number("guidance_rescale", given["guidance_rescale"]),

@@ -203,6 +203,7 @@ def _open_diffusers(path: Path, opening: Opening) -> Weights:
         notes += found.notes
         namings[part] = found.naming
         carried |= {(part, name): tensor for name, tensor in found.carried.items()}
+    notes += diffusers.unfollowed(path)
     if unused := diffusers.unused_components(path):
         notes.append(f"not read, because nothing here uses it: {', '.join(unused)}")
     return Weights(config, leaves, Origin(Found.DIFFUSERS, namings), carried, licences_in(path), tuple(notes))
@@ -478,7 +479,9 @@ def _with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
     if "unet" in other.parts:
         config = dataclasses.replace(config, unet=other.config.unet)
         if other.tells_noise:
-            config = dataclasses.replace(config, prediction=other.config.prediction, schedule=other.config.schedule)
+            theirs = other.config
+            config = dataclasses.replace(config, prediction=theirs.prediction, schedule=theirs.schedule)
+            config = dataclasses.replace(config, distilled=theirs.distilled, sampling=theirs.sampling)
     kept: tuple[str, ...] = ()
     if "vae" in other.parts:
         half = lacking_half(other)

@@ -19,8 +19,12 @@ from agreement import Agree
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction, denoised
 from sdxl_jax.diffusion.schedule import ScheduleConfig
+from sdxl_jax.model import ModelConfig
 from sdxl_jax.samplers import loop
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Levels, Plan, Sigmas, Spacing, initial_scale, make_levels
+from sdxl_jax.sampling.generate import _levels
+from sdxl_jax.sampling.options import Options
+from sdxl_jax.weights.formats import diffusers_fields, diffusers_sampling
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -78,7 +82,7 @@ def levels_like(theirs: Any, levels: Levels, noise: schedule.Schedule, index: in
     """
     now = int(levels.timestep[index])
     then = now - 1000 // theirs.num_inference_steps
-    alpha_bar = np.array([noise.alpha_bar[now], noise.alpha_bar[then] if then >= 0 else 1.0])
+    alpha_bar = np.array([noise.alpha_bar[now], noise.alpha_bar[then] if then >= 0 else levels.alpha[-1] ** 2])
     return Levels(levels.timestep[index : index + 1], np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
 
@@ -101,10 +105,25 @@ def trajectories(
     **more: Any,
 ) -> Iterator[tuple[Any, Any]]:
     """(ours, theirs) after each step, both divided by the largest value of theirs."""
-    sampler, noise = SAMPLERS[name], schedule.make(config)
     theirs = scheduler(name, spacing, sigmas, prediction, **more)
     theirs.set_timesteps(count)
-    levels = make_levels(sampler, noise, count, spacing, sigmas)
+    levels = make_levels(SAMPLERS[name], schedule.make(config), count, spacing, sigmas)
+    yield from along(name, theirs, levels, prediction, count, spacing, sigmas, eta, config)
+
+
+def along(
+    name: str,
+    theirs: Any,
+    levels: Levels,
+    prediction: Prediction,
+    count: int,
+    spacing: Spacing | None,
+    sigmas: Sigmas,
+    eta: float = 0.0,
+    config: ScheduleConfig = ScheduleConfig(),
+) -> Iterator[tuple[Any, Any]]:
+    """The same with a scheduler and levels that are there already."""
+    sampler, noise = SAMPLERS[name], schedule.make(config)
     plan = sampler.plan(levels, eta)
     # float32 of a linspace or an interpolation; their whole ones are cut off, not rounded.
     atol = 1 if sigmas is Sigmas.EXPONENTIAL and sampler.family is Family.SOLVER else 2e-3
@@ -172,6 +191,50 @@ def test_zero_terminal_snr_matches_diffusers(name: str, agree: Agree) -> None:
     pairs = trajectories(name, Spacing.TRAILING, Sigmas.SCHEDULE, Prediction.V, 20, config=config, **more)
     ours, theirs = map(np.stack, zip(*pairs, strict=True))
     agree(f"{name}, zero terminal SNR", ours, theirs, 1e-5)
+
+
+ENDING = {"final_sigmas_type": "sigma_min", "lower_order_final": False}
+SAID: list[tuple[str, dict[str, Any]]] = [
+    ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {"timestep_spacing": "leading", "final_sigmas_type": "sigma_min"}),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing", "steps_offset": 1}),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    ("LMSDiscreteScheduler", {"timestep_spacing": "leading"}),
+    ("DDPMScheduler", {"clip_sample": False, "steps_offset": 1}),
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}),
+    ("DDIMScheduler", {"clip_sample": False, "timestep_spacing": "trailing"}),
+    ("DDIMScheduler", {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}),
+    ("DPMSolverMultistepScheduler", {"timestep_spacing": "leading", "steps_offset": 2}),
+    ("DPMSolverMultistepScheduler", ENDING | {"use_karras_sigmas": True}),
+    ("DPMSolverMultistepScheduler", ENDING | {"algorithm_type": "sde-dpmsolver++"}),
+    ("UniPCMultistepScheduler", {"final_sigmas_type": "sigma_min", "timestep_spacing": "trailing"}),
+    ("LCMScheduler", {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), SAID, ids=[f"{kind}-{'-'.join(map(str, f))}" for kind, f in SAID])
+def test_what_a_file_says_of_sampling_is_how_its_scheduler_samples(
+    kind: str, fields: dict[str, Any], agree: Agree
+) -> None:
+    prediction = Prediction.V if "rescale_betas_zero_snr" in fields else Prediction.EPSILON
+    built = getattr(diffusers, kind)(**SDXL, prediction_type=prediction.value, **fields)
+    saved = {**built.config, "_class_name": kind}
+    config, _ = diffusers_fields.schedule_config(saved, "file")
+    distilled = diffusers_fields.is_distilled(saved)
+    said, notes = diffusers_sampling.read(saved, "file", config.zero_terminal_snr, distilled)
+    assert notes == ()
+    whole = ModelConfig(schedule=config, sampling=said, distilled=distilled)
+    for count in (4, 20):
+        options = Options(steps=count).resolved(whole)
+        name, spacing = options.sampler or "", options.timestep_spacing
+        theirs = getattr(diffusers, kind).from_config(built.config)
+        theirs.set_timesteps(count)
+        levels = _levels(whole, options, whole.sampling)
+        sigmas = options.sigmas or Sigmas.SCHEDULE
+        pairs = along(name, theirs, levels, prediction, count, spacing, sigmas, config=config)
+        ours, expected = map(np.stack, zip(*pairs, strict=True))
+        agree(f"{kind} {fields}, {count:2d} steps", ours, expected, 2e-5)
 
 
 @pytest.mark.parametrize("name", ["euler", "heun", "lms", "euler_ancestral", "dpmpp_2m", "unipc"])

@@ -16,7 +16,6 @@ Not here: the files of a shard set (shards, shard_writing), what a source holds 
 (records).
 """
 
-import fcntl
 import functools
 import hashlib
 import io
@@ -40,13 +39,10 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
-from sdxl_jax.data.build.records import Record, Unit, read, units
-from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, write_json
-from sdxl_jax.data.captions import check_number_names
-from sdxl_jax.data.processes import end_with_parent
-from sdxl_jax.data.captions import CaptionLines, check_number_names
 from sdxl_jax.data.build.records import Record, Unit, check_caption_lines, read, units
 from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, sync, write_json
+from sdxl_jax.data.captions import CaptionLines, check_number_names
+from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError, check_ranges

@@ -17,7 +17,7 @@ from sdxl_jax.model import ModelConfig, NoPrompt
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig
-from sdxl_jax.weights.formats import json_files, tokenizers
+from sdxl_jax.weights.formats import diffusers_sampling, json_files, tokenizers
 from sdxl_jax.weights.formats.diffusers_fields import (
     VERSION,
     clip_config,
@@ -81,6 +81,21 @@ def _read_component(directory: Path, name: str, kind: str) -> tuple[dict[str, An
     return fields, str(path)
 
 
+def _scheduler(directory: Path, is_xl: bool) -> tuple[Fields, str]:
+    """The scheduler's fields, as the pipeline takes them, and the path of their file."""
+    path = directory / "scheduler" / "scheduler_config.json"
+    fields = json_files.read(path)
+    # diffusers' pipelines of SD 1.x and 2.x set these two, whatever the file says.
+    return (fields if is_xl else {**fields, "steps_offset": 1, "clip_sample": False}), str(path)
+
+
+def unfollowed(directory: Path) -> tuple[str, ...]:
+    """Notes on what a diffusers directory says of its sampling that is not followed."""
+    fields, where = _scheduler(directory, _PIPELINES[_read_index(directory)["_class_name"]])
+    zero_terminal_snr = schedule_config(fields, where)[0].zero_terminal_snr
+    return diffusers_sampling.read(fields, where, zero_terminal_snr, is_distilled(fields))[1]
+
+
 def read_model_config(directory: Path) -> ModelConfig:
     """The configuration of a diffusers directory: of SDXL, its refiner, SD 1.x or 2.x, inpainting variants included."""
     index = _read_index(directory)
@@ -102,9 +117,9 @@ def read_model_config(directory: Path) -> ModelConfig:
         pooled = (towers[-1].clip.projection_dim or 0) if towers else 0
         has_score = index.get("requires_aesthetics_score") or unet.vector_dim == pooled + 5 * dim
         micro = MicroConfig(Numbers.SIZE_CROP_AESTHETIC if has_score else Numbers.SIZE_CROP_TARGET, dim)
-    scheduler = directory / "scheduler" / "scheduler_config.json"
-    scheduling = json_files.read(scheduler)
-    schedule, prediction = schedule_config(scheduling, str(scheduler))
+    scheduling, scheduler = _scheduler(directory, is_xl)
+    schedule, prediction = schedule_config(scheduling, scheduler)
+    distilled = is_distilled(scheduling)
     zeros = is_xl and index.get("force_zeros_for_empty_prompt", True)
     config = ModelConfig(
         unet=unet,
@@ -113,7 +128,8 @@ def read_model_config(directory: Path) -> ModelConfig:
         micro=micro,
         schedule=schedule,
         prediction=prediction,
-        distilled=is_distilled(scheduling),
+        distilled=distilled,
+        sampling=diffusers_sampling.read(scheduling, scheduler, schedule.zero_terminal_snr, distilled)[0],
         no_prompt=NoPrompt.ZEROS if zeros else NoPrompt.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
     )
@@ -186,7 +202,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
     config = as_diffusers_has_it(config)
     config.check()
     pipeline = _pipeline(config)
-    scheduler = scheduler_fields(config.schedule, config.prediction, config.distilled)
+    scheduler = scheduler_fields(config.schedule, config.prediction, config.distilled, config.sampling)
     index: dict[str, Any] = {
         "_class_name": pipeline,
         **VERSION,

@@ -6,8 +6,8 @@
 What a field means, and what holds where a file leaves it out, follows the constructors of diffusers'
 `UNet2DConditionModel`, `AutoencoderKL`, `AutoencoderTiny` and schedulers, and of transformers' `CLIPTextConfig`. A
 field that asks for something that is not implemented is refused by its name: a model built without it would run and be
-wrong. Fields that only steer numerics, tiling or the choice of a sampler are skipped, as is every name that begins with
-"_".
+wrong. Fields that only steer numerics or tiling are skipped, as is every name that begins with "_"; those about how a
+model is sampled are read by `diffusers_sampling`.
 """
 
 import json
@@ -24,6 +24,8 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.weights.formats import diffusers_sampling
 from sdxl_jax.weights.formats.json_files import Fields
 
 # What the fields of a part may say
@@ -318,7 +320,7 @@ def clip_config(fields: Fields, where: str) -> ClipTextConfig:
 
 
 def schedule_config(fields: Fields, where: str) -> tuple[ScheduleConfig, Prediction]:
-    """scheduler/scheduler_config.json: what the weights were trained with. The choice of a sampler is skipped."""
+    """scheduler/scheduler_config.json: what the weights were trained with."""
     kind = str(fields.get("_class_name"))
     if kind.startswith(("EDM", "FlowMatch")):
         raise _refused(where, "_class_name", kind, "any scheduler with betas, such as EulerDiscreteScheduler")
@@ -450,36 +452,30 @@ def is_distilled(fields: Fields) -> bool:
     return str(fields.get("_class_name")).startswith(("LCM", "TCD"))
 
 
-def scheduler_fields(schedule: ScheduleConfig, prediction: Prediction, distilled: bool = False) -> dict[str, Any]:
-    """scheduler/scheduler_config.json: the sampler of the official SDXL files, LCM for a distilled model, or DDIM for
-    zero terminal SNR."""
+def scheduler_fields(
+    schedule: ScheduleConfig,
+    prediction: Prediction,
+    distilled: bool = False,
+    sampling: SamplingDefaults | None = None,
+) -> dict[str, Any]:
+    """scheduler/scheduler_config.json: what the weights were trained with, and how they are sampled. Of a model of
+    which nothing is said: the sampler of the official SDXL files, LCM for a distilled model, DDIM for zero terminal
+    SNR.
+
+    Euler's sigma is infinite where nothing of the image is left, and diffusers puts 4096 in its place. DDIM works with
+    α and σ, which are 0 and 1 there. Its spacing is "trailing", so that the first step is that timestep: Lin et al.,
+    arXiv:2305.08891, section 3.3.
+    """
     fields = {
-        "_class_name": "EulerDiscreteScheduler",
+        **diffusers_sampling.written(sampling, schedule.zero_terminal_snr, distilled),
         **VERSION,
         "beta_end": schedule.beta_end,
         "beta_schedule": schedule.betas.value,
         "beta_start": schedule.beta_start,
-        "clip_sample": False,
-        "interpolation_type": "linear",
         "num_train_timesteps": schedule.timesteps,
         "prediction_type": prediction.value,
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
         "trained_betas": None,
-        "use_karras_sigmas": False,
     }
-    if distilled:
-        unread = ("interpolation_type", "sample_max_value", "skip_prk_steps", "use_karras_sigmas")
-        lcm = {"_class_name": "LCMScheduler", "rescale_betas_zero_snr": schedule.zero_terminal_snr}
-        return {**{name: value for name, value in fields.items() if name not in unread}, **lcm}
-    if not schedule.zero_terminal_snr:
-        return fields
-    # Euler's sigma is infinite where nothing of the image is left, and diffusers puts 4096 in its place. DDIM works
-    # with α and σ, which are 0 and 1 there. "trailing", so that the first step is that timestep: Lin et al.,
-    # arXiv:2305.08891, section 3.3.
-    unread = ("interpolation_type", "skip_prk_steps", "use_karras_sigmas")
-    ddim = {"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return {**{name: value for name, value in fields.items() if name not in unread}, **ddim}
+    if schedule.zero_terminal_snr:
+        fields["rescale_betas_zero_snr"] = True
+    return dict(sorted(fields.items()))

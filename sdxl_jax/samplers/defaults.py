@@ -1,0 +1,65 @@
+"""How a model is sampled where the user says nothing: what its own files say of it.
+
+Other people's files say it in the fields of diffusers' schedulers, and the names here are those.
+"""
+
+import enum
+from dataclasses import dataclass
+
+from sdxl_jax.samplers.steps import Sigmas, Spacing
+
+
+class FinalSigma(enum.Enum):
+    """The noise level that the last step leads to."""
+
+    ZERO = "zero"
+    """None: the finished image."""
+    SIGMA_MIN = "sigma_min"
+    """That of timestep 0, the lowest that was trained."""
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """The defaults are those of SDXL's official scheduler_config.json."""
+
+    sampler: str | None = None
+    """By the command line's name. None: euler; ddim at zero terminal SNR, where Euler's sigma is infinite; lcm for a
+    distilled model."""
+    spacing: Spacing | None = None
+    """Which timesteps are visited. None: leading; trailing at zero terminal SNR, so that the last one is among them."""
+    steps_offset: int = 1
+    """What is added to leading timesteps."""
+    sigmas: Sigmas = Sigmas.SCHEDULE
+    """How noise levels lie between the first and the last, with samplers that can visit any."""
+    set_alpha_to_one: bool = False
+    """Whether ddim ends at the finished image; otherwise at the noise level of timestep 0."""
+    final_sigma: FinalSigma = FinalSigma.ZERO
+    """Where the samplers of `_ENDS_AT_ANY` end."""
+
+    def sampler_of(self, zero_terminal_snr: bool, distilled: bool) -> str:
+        """The sampler of a model with these properties."""
+        if self.sampler is not None:
+            return self.sampler
+        return "lcm" if distilled else "ddim" if zero_terminal_snr else "euler"
+
+    def spacing_of(self, zero_terminal_snr: bool) -> Spacing:
+        """The spacing of a model with this property."""
+        if self.spacing is not None:
+            return self.spacing
+        return Spacing.TRAILING if zero_terminal_snr else Spacing.LEADING
+
+    def sigmas_of(self, sampler: str) -> Sigmas:
+        """How a sampler's noise levels lie."""
+        return self.sigmas if sampler in _ANY_SIGMAS else Sigmas.SCHEDULE
+
+    def ends_at_first(self, sampler: str) -> bool:
+        """Whether a sampler ends at the noise level of timestep 0, and not at the finished image."""
+        if sampler == "ddim":
+            return not self.set_alpha_to_one
+        return sampler in _ENDS_AT_ANY and self.final_sigma is FinalSigma.SIGMA_MIN
+
+
+_ANY_SIGMAS = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+"""Those whose schedulers in diffusers have use_karras_sigmas and the like."""
+_ENDS_AT_ANY = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+"""Those whose schedulers in diffusers have final_sigmas_type."""

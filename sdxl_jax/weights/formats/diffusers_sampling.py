@@ -1,0 +1,268 @@
+"""How scheduler/scheduler_config.json has the model sampled, both ways.
+
+    read      fields to `SamplingDefaults`, and a note for each field that changes the result and is not followed
+    written   and back
+
+A field counts if the file's own class reads it; what holds where the file leaves it out is that class's default in
+diffusers. Fields of other classes lie about in many files, and diffusers does not look at them; three of them count
+all the same, because diffusers does look at them where another scheduler is made from the file: `set_alpha_to_one`,
+`use_karras_sigmas` and `final_sigmas_type`. What the weights were trained with (betas, prediction) is read by
+`diffusers_fields.schedule_config`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from sdxl_jax.errors import InputError
+from sdxl_jax.samplers.defaults import FinalSigma, SamplingDefaults
+from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.weights.formats.json_files import Fields
+
+
+class _Class(NamedTuple):
+    """One of diffusers' schedulers."""
+
+    sampler: str
+    """The one that is the same here."""
+    reads: Mapping[str, Any]
+    """What it has fields for, with its defaults."""
+
+
+_X0 = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+_CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0}
+_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_LEADING = {"timestep_spacing": "leading", "steps_offset": 0}
+_LINSPACE = {"timestep_spacing": "linspace", "steps_offset": 0}
+_FLOW = {"use_dynamic_shifting": False, "time_shift_type": "exponential", "flow_shift": 1.0}
+_SOLVER = {
+    **_LINSPACE,
+    **_SIGMAS,
+    **_X0,
+    **_FLOW,
+    **{"solver_order": 2, "lower_order_final": True, "final_sigmas_type": "zero"},
+}
+_CLASSES = {
+    "DDIMScheduler": _Class("ddim", {**_LEADING, **_X0, **_CLIPPED, "set_alpha_to_one": True}),
+    "DDPMScheduler": _Class("ddpm", {**_LEADING, **_X0, **_CLIPPED, "variance_type": "fixed_small"}),
+    "EulerDiscreteScheduler": _Class(
+        "euler",
+        {
+            **_LINSPACE,
+            **_SIGMAS,
+            **{"interpolation_type": "linear", "sigma_min": None, "sigma_max": None, "final_sigmas_type": "zero"},
+        },
+    ),
+    "EulerAncestralDiscreteScheduler": _Class("euler_ancestral", _LINSPACE),
+    "HeunDiscreteScheduler": _Class("heun", {**_LINSPACE, **_SIGMAS, **_CLIPPED, "clip_sample": False}),
+    "LMSDiscreteScheduler": _Class("lms", {**_LINSPACE, **_SIGMAS}),
+    "DPMSolverMultistepScheduler": _Class(
+        "dpmpp_2m",
+        {
+            **_SOLVER,
+            **{"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "euler_at_final": False},
+            **{"use_lu_lambdas": False, "lambda_min_clipped": float("-inf"), "variance_type": None},
+        },
+    ),
+    "UniPCMultistepScheduler": _Class(
+        "unipc",
+        {
+            **_SOLVER,
+            **{"predict_x0": True, "solver_type": "bh2", "disable_corrector": [], "solver_p": None},
+            **{"sigma_min": None, "sigma_max": None, "shift_terminal": None},
+        },
+    ),
+    "LCMScheduler": _Class(
+        "lcm",
+        {
+            **_LEADING,
+            **_X0,
+            **_CLIPPED,
+            **{
+                "clip_sample": False,
+                "set_alpha_to_one": True,
+                "original_inference_steps": 50,
+                "timestep_scaling": 10.0,
+            },
+        },
+    ),
+}
+"""Those that are implemented."""
+_SDE = {"sde-dpmsolver++": "dpmpp_2m_sde", "sde-dpmsolver": "dpmpp_2m_sde"}
+"""Sampler of an `algorithm_type`; any other is that of the class."""
+
+_FOLLOWED = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type")
+_FOLLOWED += ("use_karras_sigmas", "use_exponential_sigmas")
+_ALIKE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "algorithm_type": (("dpmsolver++", "sde-dpmsolver++"), "the ++ algorithm is used"),
+    "clip_sample": ((False,), "the predicted image is not clipped"),
+    "disable_corrector": (([],), "every step is corrected"),
+    "euler_at_final": ((False,), ""),
+    "interpolation_type": (("linear",), "noise levels are interpolated linearly"),
+    "lambda_min_clipped": ((float("-inf"), "-inf", "-Infinity", None), "the whole schedule is used"),
+    "lower_order_final": ((True,), "the last step is of first order"),
+    "original_inference_steps": ((50,), "50 are used"),
+    "predict_x0": ((True,), "the solver works with x₀"),
+    "shift_terminal": ((None,), "nothing is shifted"),
+    "sigma_max": ((None,), "the schedule's own is used"),
+    "sigma_min": ((None,), "the schedule's own is used"),
+    "solver_order": ((2,), "order 2 is used"),
+    "solver_p": ((None,), "unipc predicts by itself"),
+    "solver_type": (("midpoint", "heun", "logrho", "bh1", "bh2"), ""),
+    "thresholding": ((False,), "the predicted image is not thresholded"),
+    "timestep_scaling": ((10.0,), "10 is used"),
+    "use_beta_sigmas": ((False, None), "noise levels are those of the timesteps"),
+    "use_dynamic_shifting": ((False, None), "nothing is shifted"),
+    "use_lu_lambdas": ((False, None), "noise levels are those of the timesteps"),
+    # Another variance is another amount of noise; the logarithm of the same one is the same.
+    "variance_type": (("fixed_small", "fixed_small_log", None), "the variance is fixed_small"),
+}
+"""Fields that are not followed: the values with which diffusers does as we do, and what is done here with any other."""
+_SOLVER_TYPES = {"dpmpp_2m": ("heun", "midpoint is used"), "unipc": ("bh1", "bh2 is used")}
+"""The one solver_type of a class that is another than ours: diffusers reads the rest as its default."""
+_LAST_STEP = {
+    "euler_at_final": "the last step is of second order",
+    "lower_order_final": "of fewer than 15 steps, the last is of second order too",
+}
+"""Fields of DPM-Solver about a last step that does not lead to zero."""
+_UNREAD = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type", "flow_shift")
+"""Fields that matter only with another one, about which there is a note."""
+_TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_TRAINED += ("rescale_betas_zero_snr", "timestep_type", "use_flow_sigmas")
+_OTHERS = ("skip_prk_steps", "sigma_data", "rho", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+_OTHERS += ("shift", "noise_sampler_seed", "s_noise")
+_KNOWN = {*_FOLLOWED, *_ALIKE, *_UNREAD, *_TRAINED, *_OTHERS}
+
+
+def read(
+    fields: Fields, where: str, zero_terminal_snr: bool, distilled: bool
+) -> tuple[SamplingDefaults | None, tuple[str, ...]]:
+    """(what a scheduler's file says, notes on what is not followed). where: its path, for messages.
+
+    None: just what holds for a model of which nothing is said. Raises InputError for a value that no scheduler has.
+    """
+    name, notes = fields.get("_class_name"), []
+    kind = _CLASSES.get(name) if isinstance(name, str) else None
+    said: dict[str, Any] = {**(kind.reads if kind else {}), **fields}
+    own = SamplingDefaults()
+    sampler = None
+    if kind is not None:
+        sampler = _SDE.get(said.get("algorithm_type"), kind.sampler) if kind.sampler == "dpmpp_2m" else kind.sampler
+    spacing = _spacing(said, where)
+    if zero_terminal_snr and "timestep_spacing" not in fields:
+        spacing = None  # its last timestep is what it was trained for
+    usual = own.sampler_of(zero_terminal_snr, distilled), own.spacing_of(zero_terminal_snr)
+    found = SamplingDefaults(
+        sampler=None if sampler == usual[0] else sampler,
+        spacing=None if spacing is usual[1] else spacing,
+        steps_offset=_offset(said, where),
+        sigmas=_sigmas(said),
+        # Other classes do not have it, and a DDIM that is made from their file then has its own default.
+        set_alpha_to_one=_flag(said, "set_alpha_to_one", where, name not in (None, "PNDMScheduler")),
+        final_sigma=_final_sigma(said, where),
+    )
+    if name is not None and kind is None:
+        notes.append(f"{where} has _class_name={json.dumps(name)}, which is not implemented: {usual[0]} is used")
+    if found.spacing is Spacing.LEADING:
+        notes.append(
+            f"{where} has timestep_spacing=leading, which is followed: the last timestep, where the schedule has zero "
+            "SNR, is not visited. --timestep-spacing trailing visits it"
+        )
+    notes += _unfollowed(said, fields, where, kind, found)
+    return (None if found == own else found), tuple(notes)
+
+
+def _unfollowed(
+    said: Mapping[str, Any], fields: Fields, where: str, kind: _Class | None, found: SamplingDefaults
+) -> Iterator[str]:
+    """A note for each field that would change the result, and does not."""
+    for name in kind.reads if kind else ():
+        value = said[name]
+        if name not in _ALIKE:
+            continue
+        alike, instead = _ALIKE[name]
+        if name == "solver_type" and kind is not None:
+            other, instead = _SOLVER_TYPES[kind.sampler]
+            alike = tuple(each for each in alike if each != other)
+        if name in _LAST_STEP and kind is not None and kind.sampler == "dpmpp_2m":
+            if found.final_sigma is FinalSigma.ZERO:
+                continue  # diffusers' last step is of first order then, and ours
+            alike, instead = (False,), _LAST_STEP[name]
+        if value not in alike:
+            left_out = "" if name in fields else ", by leaving it out"
+            yield f"{where} has {name}={json.dumps(value)}{left_out}, which is not followed: {instead}"
+    for name, value in fields.items():
+        if name not in _KNOWN and not name.startswith("_") and value not in (None, False, [], {}):
+            yield f"{where} has {name}={json.dumps(value)}, an unknown field, which is not followed"
+
+
+def _wrong(where: str, name: str, value: Any, expected: str) -> InputError:
+    return InputError(f"{where} has {name}={json.dumps(value)}, expected {expected}. Correct the file")
+
+
+def _spacing(said: Mapping[str, Any], where: str) -> Spacing | None:
+    value = said.get("timestep_spacing")
+    known = [each.value for each in Spacing]
+    if value is not None and value not in known:
+        raise _wrong(where, "timestep_spacing", value, " or ".join(known))
+    return None if value is None else Spacing(value)
+
+
+def _offset(said: Mapping[str, Any], where: str) -> int:
+    value = said.get("steps_offset", SamplingDefaults().steps_offset)
+    if type(value) is not int or value < 0:
+        raise _wrong(where, "steps_offset", value, "a whole number from 0 on")
+    return value
+
+
+def _flag(said: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
+    value = said.get(name, default)
+    if type(value) is not bool:
+        raise _wrong(where, name, value, "true or false")
+    return value
+
+
+def _final_sigma(said: Mapping[str, Any], where: str) -> FinalSigma:
+    value = said.get("final_sigmas_type", "zero")
+    known = [each.value for each in FinalSigma]
+    if value not in known:
+        raise _wrong(where, "final_sigmas_type", value, " or ".join(known))
+    return FinalSigma(value)
+
+
+def _sigmas(said: Mapping[str, Any]) -> Sigmas:
+    chosen = (each for each in (Sigmas.KARRAS, Sigmas.EXPONENTIAL) if said.get(f"use_{each.value}_sigmas"))
+    return next(chosen, Sigmas.SCHEDULE)
+
+
+def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distilled: bool) -> dict[str, Any]:
+    """The fields about sampling of a model's scheduler_config.json, `_class_name` among them."""
+    sampling = sampling or SamplingDefaults()
+    # LCM's class is what tells that a model is distilled.
+    sampler = "lcm" if distilled else sampling.sampler_of(zero_terminal_snr, distilled)
+    name = "DPMSolverMultistepScheduler" if sampler == "dpmpp_2m_sde" else _name_of(sampler)
+    reads = _CLASSES[name].reads
+    fields: dict[str, Any] = {
+        "_class_name": name,
+        "clip_sample": False,
+        "set_alpha_to_one": sampling.set_alpha_to_one,
+        "steps_offset": sampling.steps_offset,
+        "timestep_spacing": sampling.spacing_of(zero_terminal_snr).value,
+    }
+    if sampler == "euler":  # as the official file has it
+        fields |= {"interpolation_type": "linear", "sample_max_value": 1.0, "skip_prk_steps": True}
+    elif sampler == "ddim":
+        fields["sample_max_value"] = 1.0
+    elif sampler == "dpmpp_2m_sde":
+        fields["algorithm_type"] = "sde-dpmsolver++"
+    if "use_karras_sigmas" in reads or sampling.sigmas is Sigmas.KARRAS:
+        fields["use_karras_sigmas"] = sampling.sigmas is Sigmas.KARRAS
+    if sampling.sigmas is Sigmas.EXPONENTIAL:
+        fields["use_exponential_sigmas"] = True
+    if sampling.final_sigma is not FinalSigma.ZERO:
+        fields["final_sigmas_type"] = sampling.final_sigma.value
+    return fields
+
+
+def _name_of(sampler: str) -> str:
+    return next(name for name, kind in _CLASSES.items() if kind.sampler == sampler)
