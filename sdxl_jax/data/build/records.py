@@ -139,7 +139,8 @@ def check_caption_lines(source: str | Path, found: list[Unit], caption_lines: Ca
     """InputError where the setting would have no effect: no `.txt` is read."""
     if caption_lines is not CaptionLines.LINES and not any(_reads_text_files(unit.what) for unit in found):
         raise InputError(
-            f"--caption-lines {caption_lines.value} has no effect: no caption of {source} stands in a .txt. Leave it out"
+            f"--caption-lines {caption_lines.value} has no effect: no caption of {source} stands in a .txt. Leave it "
+            "out"
         )
 
 
@@ -152,8 +153,8 @@ def read(
 ) -> Iterator[Record | Refused]:
     """The pictures of one piece in their order, and what cannot be used, where it stood.
 
-    `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, some 15 ms of one core a megapixel of JPEG: damage behind the header shows in
-    no other way. Without, headers alone are read.
+    `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, some 15 ms of one core a
+    megapixel of JPEG: damage after the header shows in no other way. Without, headers alone are read.
 
     Raises InputError where the source disappears, or its storage fails, while it is read.
     """
