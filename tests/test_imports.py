@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "smoke": {"config", "model", "models", "conditioning", "sharding"},
     "weights": {
         *("weights", "jsontree"),
-        *("model", "models", "conditioning", "diffusion", "sharding"),
+        *("model", "models", "conditioning", "diffusion", "samplers.defaults", "samplers.steps", "sharding"),
         *BASE,
     },
     "sampling": {
