@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import MODEL, random_model
 
 from sdxl_jax import model as models
+from sdxl_jax.arrays import Size
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, NoPrompt
@@ -23,7 +24,7 @@ from sdxl_jax.samplers.steps import Spacing
 from sdxl_jax.sampling import program
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Generated, encode_prompt, generate, micro_rows, text_to_image
-from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.sampling.program import Inputs, Recipe
 
 PROMPTS = ["a red cube", "two green birds"]

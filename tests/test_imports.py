@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sampling": {
         *("sampling", "model", "samplers", "conditioning", "models", "diffusion", "data.images", "data.transforms"),
-        *("data.buckets", "sharding"),
+        "sharding",
         *BASE,
     },
     "aot": {

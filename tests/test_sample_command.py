@@ -16,10 +16,11 @@ from command import Outcome, call
 from PIL import Image
 from tiny import MODEL, random_model
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.commands import parsing, sample
 from sdxl_jax.errors import InputError
 from sdxl_jax.samplers.steps import Sigmas, Spacing
-from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.weights.convert import Layout, convert
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

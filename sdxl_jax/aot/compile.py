@@ -22,6 +22,7 @@ from sdxl_jax import flops, sharding
 from sdxl_jax import model as models
 from sdxl_jax.aot import report, topologies
 from sdxl_jax.aot.report import Asked, Report, TooLarge
+from sdxl_jax.arrays import Size
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
@@ -31,7 +32,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, plan, program
-from sdxl_jax.sampling.options import Options, Size
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import setup
 from sdxl_jax.training.compilation import REMEDIES, explained
@@ -103,7 +104,7 @@ def compile_sampler(
     assert isinstance(config, TrainConfig), "what is sampled from has a model"
     mesh = _mesh(objective, topology, slices)
     sizes = config.validation.sizes or (config.model.default_size,)
-    programs = [program for size in sizes for program in _sampler_programs(config, mesh, Bucket(*size))]
+    programs = [program for size in sizes for program in _sampler_programs(config, mesh, Size(*size))]
     return _compile(programs, mesh, topology, 1, progress)
 
 
@@ -183,7 +184,7 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
     )
 
 
-def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Program]:
+def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Program]:
     """The three of `program.staged`: text to states, noise to latents, latents to pictures."""
     model, images = config.model, sharding.batch_parts(mesh)
     params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
@@ -204,7 +205,7 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Bucket) -> list[Pro
     plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
-    micro = jax.eval_shape(lambda: generate.micro_rows(options, images, Size(size.height, size.width)))
+    micro = jax.eval_shape(lambda: generate.micro_rows(options, images, size))
     told = functools.partial(_told, states(plain), config=model)
     sampled = (
         params["unet"],
@@ -249,7 +250,7 @@ def _whole(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Bucket, images: int) -> Any:
+def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Size, images: int) -> Any:
     vae = config.model.vae
     sides = (side // vae.downsampling for side in size)
     place = sharding.batch_sharding(mesh)

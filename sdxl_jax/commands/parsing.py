@@ -61,7 +61,8 @@ def config_path(arguments: list[str], command: str, usage: str) -> Path:
 def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if "Size" not in str(info.type) and "Position" not in str(info.type):
         return None  # quick, as most are
-    from sdxl_jax.sampling.options import Position, Size
+    from sdxl_jax.arrays import Size
+    from sdxl_jax.sampling.options import Position
 
     for kind, separator, metavar in ((Size, "x", "HxW"), (Position, ",", "TOP,LEFT")):
         if info.type == kind | None:
@@ -94,7 +95,8 @@ def pair(option: str, value: str, separator: str, expected: str) -> tuple[int, i
 
 def words(value: Any) -> list[str]:
     """A field's value as the command line would say it."""
-    from sdxl_jax.sampling.options import Position, Size
+    from sdxl_jax.arrays import Size
+    from sdxl_jax.sampling.options import Position
 
     if isinstance(value, enum.Enum):
         return [str(value.value)]

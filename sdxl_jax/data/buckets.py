@@ -13,17 +13,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int32
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.errors import InputError
 
 LATENT_FACTOR = 8
 """Pixels along one axis for one latent pixel: bucket sides are multiples of it."""
 
 
-class Bucket(NamedTuple):
-    """One size that batches come in."""
-
-    height: int
-    width: int
+Bucket = Size
+"""One size that batches come in."""
 
 
 _SDXL_WIDTHS = {

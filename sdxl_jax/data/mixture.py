@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.data.sources import Pictures, Refused
 
 
@@ -61,11 +62,10 @@ class Mixture:
         source = bisect.bisect_right(self.starts, image) - 1
         return self.sources[source], image - self.starts[source]
 
-    def size(self, image: int) -> tuple[int, int]:
-        """(height, width) in pixels, upright."""
+    def size(self, image: int) -> Size:
+        """In pixels, upright."""
         source, number = self._of(image)
-        height, width = source.sizes[number].tolist()
-        return height, width
+        return Size(*source.sizes[number].tolist())
 
     def number(self, image: int, name: str) -> float:
         """What the source counts by that name."""

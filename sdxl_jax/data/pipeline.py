@@ -71,6 +71,10 @@ class BucketReport(NamedTuple):
     merged_into: Bucket | None
     """The bucket that has its images, where it had too few."""
 
+    @property
+    def size(self) -> Bucket:
+        return Bucket(self.height, self.width)
+
 
 def _check(config: DataConfig, host_index: int, host_count: int) -> None:
     if config.batch_size < 1 or config.batch_size % host_count:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from PIL import Image
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.data.loader import Drawn
 from sdxl_jax.data.pipeline import BucketedDataset, BucketReport
 from sdxl_jax.errors import InputError
@@ -120,19 +121,18 @@ def plot(dataset: BucketedDataset, path: Path) -> None:
 def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[BucketReport, list[Drawn]]]:
     """The first training examples of the fullest buckets, fullest first; no more than their batches hold."""
     fullest = sorted(report, key=lambda bucket: -bucket.images)[:_SHEET_BUCKETS]
-    missing = {(bucket.height, bucket.width): _examples_of(bucket) for bucket in fullest}
-    drawn: dict[tuple[int, int], list[Drawn]] = {key: [] for key in missing}
+    missing = {bucket.size: _examples_of(bucket) for bucket in fullest}
+    drawn: dict[Size, list[Drawn]] = {key: [] for key in missing}
     # A bucket smaller than a batch has its first one when it has filled it.
     last = dataset.order.steps_before(max(math.ceil(1 / bucket.batches) for bucket in fullest))
     for step in range(last):
-        bucket = dataset.bucket_of(step)
-        key = bucket.height, bucket.width
+        key = dataset.bucket_of(step)
         if count := min(missing.get(key, 0), dataset.batch_size_of(step)):
             drawn[key] += itertools.islice(dataset.examples(step), count)
             missing[key] -= count
         if not any(missing.values()):
             break
-    return [(bucket, drawn[bucket.height, bucket.width]) for bucket in fullest]
+    return [(bucket, drawn[bucket.size]) for bucket in fullest]
 
 
 def _examples_of(bucket: BucketReport) -> int:

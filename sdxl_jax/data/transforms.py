@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket
 
 cv2.setNumThreads(1)  # pictures are resized in many threads at a time already
@@ -51,13 +52,13 @@ class Example(NamedTuple):
     flipped: bool
 
 
-def cover_size(height: int, width: int, bucket: Bucket) -> Bucket:
+def cover_size(height: int, width: int, bucket: Bucket) -> Size:
     """Size after the resize that covers the bucket: one side is the bucket's, the other rounded and never below it."""
     scale = max(bucket.height / height, bucket.width / width)
-    return Bucket(max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale)))
+    return Size(max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale)))
 
 
-def _resize(image: UInt8[np.ndarray, "rows columns 3"], size: Bucket) -> UInt8[np.ndarray, "height width 3"]:
+def _resize(image: UInt8[np.ndarray, "rows columns 3"], size: Size) -> UInt8[np.ndarray, "height width 3"]:
     shrinks_by = image.shape[0] / size.height
     filtering = cv2.INTER_CUBIC if shrinks_by <= 1.25 else cv2.INTER_AREA
     return cv2.resize(image, (size.width, size.height), interpolation=filtering)  # pyright: ignore[reportReturnType]

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdxl_jax import model as models
+from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import CropMode, cover_crop
@@ -76,7 +77,7 @@ def _say(line: str) -> None:
     tqdm.write(f"\n{line}")
 
 
-def _draw(model: Model, prompts: list[str], size: Bucket, seed: int, num_images: int = 1) -> np.ndarray:
+def _draw(model: Model, prompts: list[str], size: Size, seed: int, num_images: int = 1) -> np.ndarray:
     return text_to_image(
         model,
         prompts,

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float, UInt8
 from tqdm import tqdm
 
 from sdxl_jax import sharding
-from sdxl_jax.arrays import MicroConditioning
+from sdxl_jax.arrays import MicroConditioning, Size
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
@@ -36,7 +36,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, program
-from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.sampling.plan import Begin, levels_of, prepare
 from sdxl_jax.sampling.program import Inputs, Painted, Recipe, Strengths
 

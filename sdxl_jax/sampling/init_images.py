@@ -20,8 +20,8 @@ from einops import reduce
 from jaxtyping import Bool, Float32, UInt8
 from PIL import Image
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.data import images, transforms
-from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 
 Colour = tuple[int, int, int]
@@ -87,10 +87,10 @@ def _bright(picture: UInt8[np.ndarray, "height width 3"]) -> Bool[np.ndarray, "h
     return np.asarray(Image.fromarray(picture).convert("L")) >= HALF
 
 
-def snap(height: int, width: int, multiple: int) -> tuple[int, int]:
+def snap(height: int, width: int, multiple: int) -> Size:
     """The size rounded down to multiples, and never to nothing."""
     assert min(height, width, multiple) > 0
-    return max(1, height // multiple) * multiple, max(1, width // multiple) * multiple
+    return Size(max(1, height // multiple) * multiple, max(1, width // multiple) * multiple)
 
 
 def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
@@ -99,7 +99,7 @@ def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> 
     A picture of that size comes back as it is. Raises InputError for one so long and narrow that the resized one would
     be above `images.PIXEL_LIMIT`.
     """
-    target = Bucket(height, width)
+    target = Size(height, width)
     rows, columns, _ = image.shape
     covering = transforms.cover_size(rows, columns, target)
     if covering.height * covering.width > images.PIXEL_LIMIT:

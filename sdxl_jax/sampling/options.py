@@ -7,19 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import Part
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Family, Sampler, Sigmas, Spacing, find
-
-
-class Size(NamedTuple):
-    """Pixels."""
-
-    height: int
-    width: int
 
 
 class Position(NamedTuple):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from sdxl_jax.arrays import Size
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
@@ -22,7 +23,7 @@ from sdxl_jax.models.unet import Part
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
 from sdxl_jax.sampling import init_images
-from sdxl_jax.sampling.options import Options, Size, check_size
+from sdxl_jax.sampling.options import Options, check_size
 
 IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
 """Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""

@@ -83,9 +83,7 @@ def use_cache(folder: str | Path) -> None:
 def order_of_need(dataset: BucketedDataset, first: int, stop: int) -> dict[Bucket, int]:
     """The buckets of the steps `first` to `stop` − 1 (from 0), in the order of their first use, with the images of a
     batch over all hosts."""
-    all_buckets = {
-        Bucket(bucket.height, bucket.width): bucket.batch_size for bucket in dataset.report() if bucket.batches
-    }
+    all_buckets = {bucket.size: bucket.batch_size for bucket in dataset.report() if bucket.batches}
     found = dict[Bucket, int]()
     last = min(stop, first + _LOOKED_AHEAD)
     for step in range(first, last):
