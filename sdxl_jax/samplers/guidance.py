@@ -56,7 +56,8 @@ def combine(
 ) -> Float[Array, "batch height width channels"]:
     """The guided output, as diffusers has it in `pag_utils.py` and `rescale_noise_cfg`.
 
-    guidance: strength w, read where there are negatives; 1 is the positive alone. pag: strength s, read where there are
+    guidance: strength w, read where there are negatives; 1 is the positive alone, 0 the negative, which is not what 0
+    means to users (`sampling.options`). pag: strength s, read where there are
     perturbed ones; 0 is none, 3 diffusers' default. phi: 0..1, how much is rescaled; None: nothing is, and nothing is
     computed for it. diffusers leaves rescaling out where there are no negatives; this does what it is given.
     """
