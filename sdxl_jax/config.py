@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import InputError, check_ranges, nearest_first
@@ -135,7 +136,7 @@ class ValidationConfig:
     steps: int = 30
     """Euler steps a picture."""
     guidance: float = 5.0
-    """Strength of classifier-free guidance; 1 is none."""
+    """Strength of classifier-free guidance, 0 to 1000; none up to 1, as in `sample`."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ class TrainConfig(RunConfig):
                 ("training.caption_dropout", self.training.caption_dropout, 0, 1),
                 ("validation.every_steps", self.validation.every_steps, 1, math.inf),
                 ("validation.steps", self.validation.steps, 1, self.model.schedule.timesteps),
+                ("validation.guidance", self.validation.guidance, 0, 1000),
             ]
         )
         self.loss.check(self.model.schedule.timesteps)
@@ -251,6 +253,8 @@ class TrainConfig(RunConfig):
             )
         self._check_data()
         check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
+        for number, prompt in enumerate(self.validation.prompts, 1):
+            check_text(prompt, f"Prompt {number} of validation.prompts")
         if self.validation.prompts and not self.validation.sizes:
             raise InputError("validation.prompts are given but no validation.sizes. Give at least one (height, width)")
 

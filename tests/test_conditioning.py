@@ -1,6 +1,7 @@
 """What the UNet is told: token numbers, text states, and the numbers of sizes and crops."""
 
 import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -18,7 +19,7 @@ from sdxl_jax import model as models
 from sdxl_jax.arrays import MicroConditioning, Params
 from sdxl_jax.conditioning import micro, text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
-from sdxl_jax.conditioning.text import ContextState, TextCondition, Tokenizer, Tower
+from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, ContextState, TextCondition, Tokenizer, Tower, can_be_added
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models import clip
@@ -432,3 +433,17 @@ def test_parts_that_do_not_fit_are_named_with_the_remedy(config: ModelConfig, me
     MODEL.check()
     with pytest.raises(InputError, match=message):
         config.check()
+
+
+@pytest.mark.parametrize("given", ["caf\udce9", "\ud83d", "a \ude00"])
+def test_what_is_not_utf_8_is_refused_wherever_texts_become_tokens(given: str) -> None:
+    tokenizer = Tokenizer.of(SDXL_BASE_TEXT)
+    for encode in (
+        tokenizer,
+        tokenizer.prompts,
+        tokenizer.truncated,
+        functools.partial(tokenizer.prompts, weighted=True),
+    ):
+        with pytest.raises(InputError, match="A prompt is not UTF-8 text, at character"):
+            encode(["a cat", given])
+    assert not can_be_added(given)

@@ -5,6 +5,7 @@ Compiling is most of the time: the tests share sizes and settings, so that few p
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from sdxl_jax.arrays import Size
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, NoPrompt
-from sdxl_jax.samplers.steps import Spacing
+from sdxl_jax.samplers.steps import SAMPLERS, Levels, Moment, Spacing
 from sdxl_jax.sampling import program
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Generated, encode_prompt, generate, micro_rows, text_to_image
+from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.sampling.options import Options, Position
-from sdxl_jax.sampling.program import Inputs, Recipe
+from sdxl_jax.sampling.program import Drawn, Inputs, Recipe
 
 PROMPTS = ["a red cube", "two green birds"]
 SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size": 2}
@@ -82,11 +84,11 @@ def test_pictures_are_bytes_of_the_size_that_was_asked_for(model: Model, picture
 def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[Any] = []
 
-    def spy(inputs: Inputs, recipe: Recipe, watch: Any) -> tuple[jax.Array, jax.Array]:
+    def spy(inputs: Inputs, recipe: Recipe, watch: Any) -> Drawn:
         positive, negative = inputs.micro
         told = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
         sizes.append((inputs.noise.shape[1:3], *told))
-        return jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise
+        return drawn(inputs, jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise)
 
     monkeypatch.setattr(program, "staged", spy)
     config = dataclasses.replace(MODEL, default_size=(16, 40))
@@ -147,10 +149,16 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, picture
 # Guidance and negative prompts
 
 
-def traced(inputs: Inputs, recipe: Recipe, watch: Any = None) -> tuple[jax.Array, jax.Array]:
+def traced(inputs: Inputs, recipe: Recipe, watch: Any = None) -> Drawn:
     """Zeros in place of pictures and latents: the program is traced, not compiled."""
-    images, latents = jax.eval_shape(functools.partial(program.draw, recipe=recipe), inputs)
-    return jnp.zeros(images.shape, images.dtype), jnp.zeros(latents.shape)
+    made = jax.eval_shape(functools.partial(program.draw, recipe=recipe), inputs)
+    return drawn(inputs, jnp.zeros(made.images.shape, made.images.dtype), jnp.zeros(made.latents.shape))
+
+
+def drawn(inputs: Inputs, images: jax.Array, latents: jax.Array) -> Drawn:
+    """As of a program that met nothing but finite numbers."""
+    rows = sum(len(each.plan.timestep) for each in inputs.stretches)
+    return Drawn(images, latents, jnp.full(len(images), rows), jnp.ones(len(images), bool))
 
 
 def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +171,7 @@ def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest
 
     monkeypatch.setattr(program.unet, "apply", spy)
     monkeypatch.setattr(program, "staged", traced)
-    for guidance, expected in ((1.0, 2), (5.0, 4), (0.0, 4)):
+    for guidance, expected in ((1.0, 2), (5.0, 4), (0.0, 2), (0.5, 2), (1.001, 4)):
         batches.clear()
         generate(model, PROMPTS, guidance=guidance, **SETTINGS)
         assert set(batches) == {expected}, guidance
@@ -177,11 +185,24 @@ def test_guidance_1_is_the_limit_of_guidance(model: Model, pictures: Generated) 
     assert unlike(pictures, alone) > EFFECT, "guidance 5 is not 1"
 
 
-def test_guidance_0_draws_the_negative_prompt(model: Model) -> None:
-    drawn = generate(model, PROMPTS, negative_prompts=PROMPTS[::-1], guidance=0.0, **SETTINGS)
-    asked = generate(model, PROMPTS[::-1], guidance=1.0, **SETTINGS)
-    assert unlike(drawn, asked) < SAME
-    assert unlike(generate(model, PROMPTS, guidance=1.0, **SETTINGS), asked) > EFFECT
+@pytest.mark.parametrize("guidance", [0.0, -0.0, 0.5])
+def test_guidance_up_to_1_is_off_as_in_diffusers(guidance: float, model: Model) -> None:
+    # Elsewhere 0 is the negative prompt's picture, whatever the prompt; cards say guidance_scale=0.0 for off.
+    alone = generate(model, PROMPTS, guidance=1.0, **SETTINGS)
+    off = generate(model, PROMPTS, negative_prompts=PROMPTS[::-1], guidance=guidance, **SETTINGS)
+    np.testing.assert_array_equal(off.images, alone.images)
+    np.testing.assert_array_equal(off.latents, alone.latents)
+    assert (off.images[0] != off.images[1]).any()
+
+
+def test_what_has_no_effect_without_guidance_is_noted() -> None:
+    note = "guidance=0 is off: only above 1 is there guidance, and the negative prompt, negative-crop has no effect"
+    assert Options(guidance=0.0, negative_crop=Position(0, 8)).notes(MODEL, "blurry") == [note]
+    assert Options(guidance=0.5).notes(MODEL) == ["guidance=0.5 is off: only above 1 is there guidance"]
+    assert Options(guidance=1.0).notes(MODEL) == Options(guidance=0.0).notes(MODEL) == []
+    assert Options().notes(MODEL, "blurry") == Options(guidance=1.5).notes(MODEL, "blurry") == []
+    (distilled,) = Options().notes(dataclasses.replace(MODEL, distilled=True), "blurry")
+    assert distilled.startswith("guidance=1 is off")
 
 
 def test_no_negative_prompt_is_zeros_in_sdxl_and_not_the_empty_one(model: Model, pictures: Generated) -> None:
@@ -289,6 +310,20 @@ def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
 # What is refused
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.5])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("guidance", "guidance_rescale", "guidance_interval", "pag", "eta", "strength", "handoff", "refine_strength"),
+        *("aesthetic_score", "negative_aesthetic_score"),
+    ],
+)
+def test_every_number_out_of_its_range_is_refused_with_the_range(name: str, value: float) -> None:
+    given: Any = (value, 1.0) if name == "guidance_interval" else value
+    with pytest.raises(InputError, match=rf"^{name}=.*expected (0 to|two numbers of 0 to 1)"):
+        Options(**{name: given}).check(MODEL)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -300,11 +335,18 @@ def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
         ({"steps": 1001}, "steps=1001 is out of range. Give 1 to 1000"),
         ({"sampler": "eular"}, r"no sampler 'eular'. Known, nearest first: \['euler', "),
         ({"sampler": "ddimm"}, r"no sampler 'ddimm'. Known, nearest first: \['ddim', "),
+        ({"seed": -1}, "seed=-1 is out of range. Give 0 to 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296 is out of range. Give 0 to 4294967295"),
+        ({"guidance": 1e39}, r"guidance=1e\+39 is out of range. Give 0 to 1000"),
         ({"num_images": 0}, "num_images=0 is out of range. Give 1 or more"),
         ({"batch_size": 0}, "batch_size=0 is out of range. Give 1 or more"),
         ({"prompts": []}, "nothing to make: give at least one prompt"),
         ({"negative_prompts": ["blurry"]}, "1 negative prompts for 2 prompts. Give one each, or none"),
         ({"negative_prompts": []}, "0 negative prompts for 2 prompts. Give one each, or none"),
+        (
+            {"init_noise": np.full((2, *LATENT), np.inf, np.float32)},
+            "initial noise has non-finite numbers",
+        ),
         (
             {"init_noise": np.zeros((2, 3, 2, 4), np.float32)},
             r"initial noise has shape \(2, 3, 2, 4\), expected \(2, 2, 3, 4\)",
@@ -341,6 +383,77 @@ def test_zero_terminal_snr_is_drawn_without_infinities(model: Model) -> None:
     config = dataclasses.replace(MODEL, schedule=rescaled, prediction=models.Prediction.V)
     made = generate(Model(config, model.params), PROMPTS, timestep_spacing=Spacing.TRAILING, **SETTINGS)
     assert np.isfinite(made.latents).all()
+
+
+# What is not finite
+
+
+DAMAGED = {
+    "unet": ("unet", "conv_in", "kernel"),
+    "vae": ("vae", "decoder", "conv_out", "kernel"),
+    "text_encoder": ("text_encoder", "token_embedding", "embedding"),
+    "text_encoder_2": ("text_encoder_2", "token_embedding", "embedding"),
+}
+
+
+def damaged(tree: Any, path: tuple[str, ...], value: float) -> Any:
+    """With the last row of one weight replaced."""
+    if path:
+        return {**tree, path[0]: damaged(tree[path[0]], path[1:], value)}
+    return tree.at[-1].set(value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "where"),
+    [
+        ("unet", np.nan, "after step 1 of 2, from unet"),
+        ("unet", np.inf, "after step 1 of 2, from unet"),
+        ("vae", np.nan, "in the image, from the autoencoder's decoder; its latent is finite"),
+        ("vae", -np.inf, "in the image, from the autoencoder's decoder; its latent is finite"),
+        ("text_encoder", np.nan, "in the states of text_encoder"),
+        ("text_encoder_2", np.inf, "in the states of text_encoder_2"),
+    ],
+)
+def test_damaged_weights_make_no_image_and_are_named(part: str, value: float, where: str, model: Model) -> None:
+    # Elsewhere a black image, and success.
+    before = SAMPLE._cache_size()
+    broken = model._replace(params=damaged(model.params, DAMAGED[part], value))
+    with pytest.raises(NonFiniteError) as refused:
+        generate(broken, PROMPTS, **SETTINGS)
+    assert str(refused.value).startswith(
+        f"Image 0 and 1 more of its batch: non-finite (NaN or inf), first {where}. Non-finite weights: "
+        f"{'/'.join(DAMAGED[part])}. The file"
+    )
+    assert ("sdxl-vae-fp16-fix" in str(refused.value)) == (part == "vae")
+    assert SAMPLE._cache_size() <= before + 1, "the loop is not compiled again to find out"
+
+
+def test_an_image_that_is_not_finite_is_named_and_those_before_it_are_not_given(model: Model) -> None:
+    noise = np.random.default_rng(0).standard_normal((4, *LATENT), np.float32)
+    noise[3] = 3e38  # finite, and nothing that comes of it is
+    expected = r"^Image 10: non-finite .*after step 1 of 2, from unet. All weights of unet are finite, so"
+    with pytest.raises(NonFiniteError, match=expected):
+        generate(model, PROMPTS * 2, init_noise=noise, first_index=7, **SETTINGS)
+
+
+@pytest.mark.parametrize("given", [{}, {"watch": lambda seen: None}, {"one_program": True}], ids=str)
+def test_the_step_at_which_it_began_is_told(given: dict[str, Any], model: Model) -> None:
+    """Of a sampler whose third step of four goes beyond float32."""
+    assert steps_before_overflow(model, **given) == "after step 3 of 4, from unet"
+
+
+def steps_before_overflow(model: Model, **given: Any) -> str:
+    real = SAMPLERS["euler"]
+
+    def moments(levels: Levels, eta: float) -> Iterator[Moment]:
+        for number, moment in enumerate(real.moments(levels, eta)):
+            yield moment._replace(row={"x": {"x0": 3e38, "epsilon": 3e38}}) if number == 2 else moment
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SAMPLERS, "euler", dataclasses.replace(real, moments=moments))
+        with pytest.raises(NonFiniteError) as refused:
+            generate(model, PROMPTS, **{**SETTINGS, "steps": 4}, **given)
+    return str(refused.value).partition("first ")[2].partition(". ")[0]
 
 
 # Text states

@@ -221,7 +221,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -
 
     def spy(*given: Any, state: Any, terms: Terms, **static: Any) -> Any:
         rows.append(1 + terms.guided + bool(terms.perturbed))
-        return state
+        return state._replace(finite_rows=state.finite_rows + 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(program, "STAGED", program.STAGED._replace(denoise=spy))
@@ -262,6 +262,8 @@ def test_a_distilled_model_is_drawn_from_without_guidance(model: Model) -> None:
     distilled = model._replace(config=dataclasses.replace(MODEL, distilled=True))
     made = generate(distilled, PROMPTS, **SETTINGS)
     assert unlike(made, generate(model, PROMPTS, guidance=1.0, sampler="lcm", **SETTINGS)) == 0
+    off = generate(distilled, PROMPTS, guidance=0.0, **SETTINGS)
+    np.testing.assert_array_equal(off.images, made.images)
     with pytest.raises(InputError, match=r"guidance=5, but this model is distilled.*set it to 1"):
         generate(distilled, PROMPTS, guidance=5.0, **SETTINGS)
 
@@ -298,7 +300,7 @@ def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model
         scale=np.float32(1),
         **job.rows,
     )
-    _, latents = program.staged(inputs, recipe)
+    latents = program.staged(inputs, recipe).latents
     assert np.abs(np.asarray(latents) - pictures.latents).max() < SAME * np.abs(pictures.latents).max()
 
 
@@ -336,6 +338,19 @@ def test_one_set_of_text_states_serves_both(model: Model, refiner: Model, monkey
     shared = generate(model, PROMPTS, refiner=without, handoff=0.5, **SETTINGS)
     assert encoded == [[each.name for each in MODEL.text]]
     assert unlike(shared, own) < SAME
+
+
+def test_a_refiner_that_breaks_is_named(model: Model, refiner: Model) -> None:
+    """At the first of its steps, the third of four."""
+    unet = refiner.params["unet"]
+    kernel = unet["conv_in"]["kernel"].at[0].set(np.nan)
+    broken = refiner._replace(
+        params={**refiner.params, "unet": {**unet, "conv_in": {**unet["conv_in"], "kernel": kernel}}}
+    )
+    with pytest.raises(
+        InputError, match=r"after step 3 of 4, from the refiner's unet. Non-finite weights: unet/conv_in"
+    ):
+        generate(model, PROMPTS, refiner=broken, handoff=0.5, **SETTINGS)
 
 
 @pytest.mark.slow
@@ -466,6 +481,11 @@ def test_a_picture_decoded_in_tiles_is_the_picture(model: Model) -> None:
     [
         ({"eta": 0.5}, "eta=0.5 has no effect on sampler euler. Use sampler ddim"),
         ({"eta": 1.5, "sampler": "ddim"}, "eta=1.5 is out of range. Give 0 to 1"),
+        ({"guidance": -1.0}, "guidance=-1.0 is out of range. Give 0 to 1000"),
+        ({"guidance": float("nan")}, "guidance=nan is out of range. Give 0 to 1000"),
+        ({"prompts": ["a", "caf\udce9"]}, r"Prompt 2 is not UTF-8 text, at character 4, near 'caf.udce9'. Give it in"),
+        ({"prompts": ["\ud83d fox", "b"]}, "Prompt 1 is not UTF-8 text, at character 1"),
+        ({"negative_prompts": [None, "\udcff"]}, "Negative prompt 2 is not UTF-8 text"),
         ({"guidance_rescale": -0.1}, "guidance_rescale=-0.1 is out of range. Give 0 to 1"),
         ({"guidance_interval": (0.5, 0.5)}, "guidance_interval=0.5 0.5, expected two numbers"),
         ({"strength": 0.5}, "strength=0.5 has no effect without an init image"),
@@ -489,7 +509,31 @@ def test_a_picture_decoded_in_tiles_is_the_picture(model: Model) -> None:
 )
 def test_what_cannot_be_drawn_is_refused(changes: dict[str, Any], message: str, model: Model) -> None:
     with pytest.raises(InputError, match=message):
-        generate(model, PROMPTS, **{**SETTINGS, **changes})
+        generate(model, **{"prompts": PROMPTS, **SETTINGS, **changes})
+
+
+def test_steps_whose_weights_are_not_finite_are_refused_with_the_most_that_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = SAMPLERS["euler"]
+
+    def moments(levels: Any, eta: float) -> Any:
+        for moment in real.moments(levels, eta):
+            yield moment._replace(row={"x": {"x0": np.nan}}) if len(levels.timestep) > 12 else moment
+
+    monkeypatch.setitem(SAMPLERS, "euler", dataclasses.replace(real, moments=moments))
+    with pytest.raises(InputError, match=r"steps=20: sampler euler has non-finite weights.*The most that work are 12"):
+        way(MODEL, None, Options(steps=20))
+    # A schedule whose first timestep has no noise at all.
+    clean = dataclasses.replace(MODEL, schedule=dataclasses.replace(MODEL.schedule, beta_start=0.0))
+    with pytest.raises(InputError, match="Choose another sampler or timestep_spacing"):
+        way(clean, None, Options(sampler="euler_ancestral", timestep_spacing=Spacing.LINSPACE, steps=3))
+
+
+def test_noise_prediction_from_nothing_but_noise_is_refused() -> None:
+    config = dataclasses.replace(MODEL, schedule=dataclasses.replace(MODEL.schedule, zero_terminal_snr=True))
+    with pytest.raises(InputError, match=r"zero terminal SNR.*--prediction v_prediction"):
+        way(config, None, Options(sampler="ddim", timestep_spacing=Spacing.TRAILING))
 
 
 def test_refiners_and_bases_are_not_taken_for_each_other(model: Model, refiner: Model) -> None:

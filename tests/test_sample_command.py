@@ -129,6 +129,83 @@ def test_options_say_themselves_in_words_that_are_read_back() -> None:
     assert parsing.from_mapping(Options(), said, "here") == OPTIONS
 
 
+# Guidance that is off, and what is not finite
+
+
+def test_guidance_0_writes_the_bytes_of_guidance_1_and_says_what_has_no_effect(model: Path, tmp_path: Path) -> None:
+    for guidance in ("0", "1", "0.5"):
+        outcome = run(model, tmp_path / guidance, "--prompt", "a cat", "--guidance", guidance, "--save-latents")
+        assert outcome.code == 0, outcome
+        assert ("note: guidance=0.5 is off: only above 1 is there guidance" in outcome.err) == (guidance == "0.5")
+        for name in ("000000.png", "latents.npy"):
+            assert (tmp_path / guidance / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
+    outcome = run(model, tmp_path / "again", "--prompt", "a cat", "--guidance", 0, "--negative-prompt", "a dog")
+    assert "guidance=0 is off: only above 1 is there guidance, and the negative prompt has no effect" in outcome.err
+    assert same(tmp_path / "again" / "000000.png", tmp_path / "0" / "000000.png")
+
+
+def test_damaged_weights_end_with_2_and_write_nothing(tmp_path: Path) -> None:
+    whole = random_model(MODEL, 0)
+    decoder = whole.params["vae"]["decoder"]
+    kernel = decoder["conv_out"]["kernel"].at[0, 0, 0, 0].set(np.nan)
+    broken = {**whole.params["vae"], "decoder": {**decoder, "conv_out": {**decoder["conv_out"], "kernel": kernel}}}
+    convert(whole._replace(params={**whole.params, "vae": broken}), tmp_path / "model", Layout.ORBAX)
+    outcome = run(tmp_path / "model", tmp_path / "out", "--prompt", "a cat")
+    assert outcome.code == 2
+    assert "error: Image 0: non-finite (NaN or inf), first in the image, from the autoencoder's decoder" in outcome.err
+    assert "vae/decoder/conv_out/kernel" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+# Texts that are not UTF-8
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--prompt", "caf\udce9"],
+        ["--prompt", "a cat", "--negative-prompt", "caf\udce9"],
+        ["--prompt", "a cat", "--sweep", "negative-prompt=fog,caf\udce9"],
+        ["--prompts-file", "prompts.jsonl"],
+        ["--prompts-file", "negative.jsonl"],
+    ],
+    ids=ascii,
+)
+def test_a_prompt_that_is_not_utf_8_is_refused_before_the_model_is_read(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(r'{"prompt": "a \ud83d\ude00"}' + "\n" + r'{"prompt": "a \ud83d"}')
+    Path("negative.jsonl").write_text(r'{"prompt": "a cat", "negative_prompt": "\udce9"}')
+    outcome = run(tmp_path / "absent", tmp_path / "out", *given)
+    assert outcome.code == 2
+    assert "rompt 1 is not UTF-8 text" in outcome.err or "Prompt 2 is not UTF-8 text, at character 3" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    outcome.err.encode()
+
+
+def test_files_whose_names_are_not_utf_8_are_read_and_written(model: Path, tmp_path: Path) -> None:
+    photo, out = tmp_path / "caf\udce9.png", tmp_path / "\udcff"
+    Image.fromarray(np.full((24, 32, 3), 90, np.uint8)).save(photo)
+    outcome = run(model, out, "--prompt", "a cat", "--init-image", photo, "--strength", 0.5)
+    assert outcome.code == 0, outcome
+    outcome.out.encode()
+    assert text(out / "000000.png")["init_image"].endswith(r"caf\udce9.png")
+    outcome = call("sample", model, "--from-png", out / "000000.png", "--out", tmp_path / "again")
+    assert outcome.code == 0, outcome
+    assert same(tmp_path / "again" / "000000.png", out / "000000.png")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("NaN", "nan"), ("1e999", "inf"), ("-1", "-1.0"), ('"nan"', "nan")])
+def test_a_guidance_that_is_none_is_refused_in_a_line_of_json_too(
+    value: str, shown: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "a cat", "guidance": {value}}}')
+    outcome = run(model, tmp_path / "out", "--prompts-file", tmp_path / "prompts.jsonl")
+    assert outcome.code == 2
+    assert f"guidance={shown}, expected 0 to 1000; 0 and 1 are both off" in outcome.err
+
+
 # Files of prompts
 
 

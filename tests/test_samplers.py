@@ -151,6 +151,41 @@ def test_noise_only_ever_goes_down_and_ends_at_none(name: str, spacing: Spacing,
         assert (plan.next_alpha[-1], plan.next_sigma_t[-1]) == (1, 0)
 
 
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
+@pytest.mark.parametrize("spacing", Spacing)
+@pytest.mark.parametrize("of", [SDXL, ZERO_SNR], ids=["sdxl", "zero terminal SNR"])
+def test_as_many_steps_as_there_are_timesteps_have_finite_weights(name: str, spacing: Spacing, of: Schedule) -> None:
+    # Elsewhere two visits of one timestep divide 0 by 0.
+    for count in (999, 1000):
+        levels = levels_of(name, count, spacing, of=of)
+        with np.errstate(over="raise"):
+            columns = [column.astype(np.float32) for column in SAMPLERS[name].plan(levels)]
+        assert all(np.isfinite(column).all() for column in columns), count
+        assert np.abs(columns[-1]).max() < 1e5
+        assert levels.timestep[0] == 999
+        assert len(set(levels.timestep)) >= 999, "nearly every timestep is visited once"
+
+
+def test_leading_solvers_of_all_steps_visit_all_timesteps() -> None:
+    # Elsewhere 1000 steps are a thousand times timestep 1, which leaves noise.
+    for count in (999, 1000):
+        visited = levels_of("dpmpp_2m", count, Spacing.LEADING).timestep
+        np.testing.assert_array_equal(visited, np.arange(999, 999 - count, -1))
+    np.testing.assert_array_equal(levels_of("unipc", 998, Spacing.LEADING).timestep, np.arange(999, 1, -1))
+
+
+@pytest.mark.parametrize("name", ["lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
+@pytest.mark.parametrize("at", [0, 2, 4])
+def test_a_step_of_no_length_is_its_limit_which_changes_nothing(name: str, at: int) -> None:
+    levels = levels_of(name, 6, Spacing.LEADING)
+    twice = Levels(*(np.insert(column, at, column[at]) for column in levels))
+    plan, longer = SAMPLERS[name].plan(levels), SAMPLERS[name].plan(twice)
+    for column, other in zip(plan, longer, strict=True):
+        np.testing.assert_array_equal(np.delete(other, at, axis=0), column)
+    stays = np.eye(plan.memory, plan.weights.shape[2])
+    np.testing.assert_array_equal(longer.weights[at], stays)
+
+
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "unipc"])
 def test_karras_sigmas_are_even_in_the_seventh_root_and_exponential_ones_in_the_logarithm(name: str) -> None:
     plain, karras, exponential = (levels_of(name, 30, Spacing.TRAILING, each).sigma[:-1] for each in Sigmas)

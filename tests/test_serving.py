@@ -271,6 +271,25 @@ def test_tokens_that_are_not_read_are_told(studio: Studio) -> None:
     assert studio.notes(small("cat " * 80)) == ["5 tokens of the prompt are beyond the 75 that are read"]
 
 
+def test_what_has_no_effect_is_told(studio: Studio) -> None:
+    off = small("a cat", guidance=0.0)._replace(negative="a dog")
+    (note,) = studio.notes(off)
+    assert note.startswith("guidance=0 is off")
+    with pytest.raises(InputError, match="A prompt is not UTF-8 text"):
+        studio.notes(small("\ud83d"))
+    with pytest.raises(InputError, match="Prompt 1 is not UTF-8 text"):
+        studio.draw(small("\ud83d"), Drawing())
+
+
+def test_paths_that_are_not_utf_8_can_be_shown(tmp_path: Path) -> None:
+    said = command_line(as_sample(Serve(model=Path("it's caf\udce9")), small(height=None, width=None)))
+    assert said.startswith(r"sdxl-jax sample $'it\x27s caf\xe9' --prompt 'a red cube'")
+    done = subprocess.run(
+        ["bash", "-c", f"printf %s {said.split(' --prompt')[0][16:]}"], capture_output=True, check=True
+    )
+    assert done.stdout == b"it's caf\xe9"
+
+
 # The command
 
 

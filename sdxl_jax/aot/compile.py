@@ -261,7 +261,8 @@ def _abstract_start(mesh: Mesh, stretch: Any, latent: Any) -> Any:
     """The state before the first step."""
     batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
     state = jax.eval_shape(lambda latent: loop.start(latent, stretch.plan), latent)
-    return state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
+    state = state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
+    return state._replace(finite_rows=_rows(mesh, state.finite_rows))
 
 
 def verdict(made: Report | TooLarge, config: RunConfig) -> str:

@@ -7,6 +7,7 @@ both are parsed together, and the configuration keeps the type that its file gav
 import dataclasses
 import enum
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
@@ -111,6 +112,18 @@ def words(value: Any) -> list[str]:
 
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def shown(path: Path | str) -> str:
+    """A path for what takes UTF-8 alone, such as a pipe, a PNG or a page: bytes that are none as \\udce9."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
+
+
+def hidden(shown: str) -> Path:
+    """The path that was `shown`."""
+    path = Path(shown)
+    bytes_back = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
+    return path if path.exists() else Path(bytes_back)
 
 
 def fields(kind: type) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Previews:
         from sdxl_jax.sampling import program
 
         config, params = self._tiny.config, self._tiny.params["vae"]
-        return np.asarray(program.STAGED.decode(params, seen.x0, config=config, compute=Compute(), tile=None))
+        return np.asarray(program.STAGED.decode(params, seen.x0, config=config, compute=Compute(), tile=None)[0])
 
     def write(self, path: Path, seen: "Seen") -> None:
         images = self.look(seen)

@@ -20,6 +20,7 @@ import tyro
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import Opened
+from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import text as texts
 from sdxl_jax.sampling.options import Options
@@ -47,7 +48,7 @@ class Sample(Opened):
     """Prompts that are drawn after those of --prompt: one a line, or JSON lines, {"prompt": "a cat", "steps": 20, …}
     with any of the options below."""
     negative_prompt: str | None = None
-    """What guidance leads away from. Absent is not the same as empty."""
+    """What guidance leads away from; without guidance it has no effect. Absent is not the same as empty."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
@@ -126,6 +127,8 @@ def run(arguments: list[str]) -> None:
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
         prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
+    for note in dict.fromkeys(note for each in tasks for note in each.options.notes(weights[0].config, each.negative)):
+        print(f"note: {note}", file=sys.stderr)
     texts = list(texts_of(sample, tasks, weights[0].config))
     _check_out(sample, texts)
     models = load(sample, weights)
@@ -163,7 +166,7 @@ def _parsed(arguments: list[str]) -> Sample:
     for name in FILES:
         if name not in text or getattr(sample, name) is not None:
             continue
-        kept[name] = Path(text[name])
+        kept[name] = parsing.hidden(text[name])
         if (known := text.get(f"{name}_sha256")) and _digest(kept[name]) != known:
             raise InputError(
                 f"{where} was made with another {parsing.flag(name)} {kept[name]} than what is there now. Put that "
@@ -184,6 +187,9 @@ def _tasks(sample: Sample) -> list[Task]:
         index += each.options.num_images
     for spoken in sample.sweep:
         tasks = [_changed(task, name, value) for name, value in _swept(spoken) for task in tasks]
+    for number, task in enumerate(tasks, 1):
+        check_text(task.prompt, f"Prompt {number}")
+        check_text(task.negative or "", f"The negative prompt of prompt {number}")
     return tasks
 
 
@@ -250,10 +256,10 @@ def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> It
 
 def _shared_text(sample: Sample) -> dict[str, str]:
     """What the text of all pictures has in common; the files that took part are read for it."""
-    settings = {"model": str(sample.model), "dtype": sample.dtype}
+    settings = {"model": parsing.shown(sample.model), "dtype": sample.dtype}
     for name in FILES:
         if (path := getattr(sample, name)) is not None:
-            settings[name] = str(path)
+            settings[name] = parsing.shown(path)
             if path.is_file():
                 settings[f"{name}_sha256"] = _digest(path)
     for name in ("lora", "embedding", "parts_from"):
@@ -295,7 +301,7 @@ def _digest(path: Path) -> str:
     try:
         with path.open("rb") as file:  # of a refiner, gigabytes
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
         raise InputError(f"{path} cannot be read ({error})") from error
 
 
@@ -504,7 +510,7 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made:
         save_png(contact_sheet(images, captions, columns), sample.out / "contact_sheet.png")
     if sample.sweep:
         _write_sweep(sample, tasks, images)
-    print(f"{len(images)} pictures in {sample.out}")
+    print(f"{len(images)} pictures in {parsing.shown(sample.out)}")
 
 
 def _write_sweep(sample: Sample, tasks: list[Task], images: "list[np.ndarray]") -> None:

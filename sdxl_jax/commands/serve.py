@@ -7,6 +7,7 @@ The page is for whoever sits at this machine. It listens on the loopback interfa
 everybody who reaches that address can draw, and see what was drawn: there is no password, and no encryption.
 """
 
+import os
 import shlex
 import socket
 import tempfile
@@ -80,7 +81,7 @@ def run(arguments: list[str]) -> None:
         ours = studio.Studio(
             model, Path(folder), lambda each: describe(serve, each, model.config), refiner, compute, look
         )
-        page.serve(ours, str(serve.model), serve.host, port)
+        page.serve(ours, parsing.shown(serve.model), serve.host, port)
 
 
 def _folder(out: Path | None) -> AbstractContextManager[str]:
@@ -156,7 +157,17 @@ def command_line(sample: Sample) -> str:
             if each.name in ("model", "out", "options", *COMMAND) or value == default:
                 continue
             spoken += _spoken(each.name, value, repeated=default == ())
-    return shlex.join([*spoken, "--out", str(sample.out)])
+    return " ".join(map(_quoted, [*spoken, "--out", str(sample.out)]))
+
+
+def _quoted(word: str) -> str:
+    """For a shell. Bytes of a path that are not UTF-8, which a page cannot show, as $'\\xe9'."""
+    if word == parsing.shown(word):
+        return shlex.quote(word)
+    plain = (
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)
+    )
+    return f"$'{''.join(plain)}'"
 
 
 def _spoken(name: str, value: Any, repeated: bool) -> list[str]:

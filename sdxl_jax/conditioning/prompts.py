@@ -77,6 +77,21 @@ class Piece(NamedTuple):
     """−10 to 10, a float32."""
 
 
+def check_text(given: str, what: str) -> None:
+    """Raises InputError for what has no tokens: anything but a str, and half surrogate pairs, which stand for bytes of
+    a command line that are not UTF-8, and which JSON can hold."""
+    if not isinstance(given, str):
+        raise InputError(f"{what} is of type {type(given).__name__}. Give a text, as a str")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        near = given[max(0, error.start - 20) : error.start + 20]
+        raise InputError(
+            f"{what} is not UTF-8 text, at character {error.start + 1}, near {near!a}. Give it in UTF-8: of a "
+            "terminal or script in another encoding, such as Latin-1, by iconv -f latin1 -t utf-8"
+        ) from error
+
+
 _LEXEMES = re.compile(
     r"""
     \\ (?P<escaped> [\]\[():\\] )
@@ -114,7 +129,7 @@ def pieces(prompt: str) -> list[Piece]:
             prompt, at, f"{prompt[at]} is never closed", f"Close it, or write \\{prompt[at]} where it is text"
         )
     for weight, place in zip(weights, places, strict=True):
-        if abs(weight) > LARGEST_WEIGHT:
+        if not abs(weight) <= LARGEST_WEIGHT:  # 0 · ∞ is neither more nor less
             wanted = f"Give −{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, all brackets around it together"
             raise _refusal(
                 prompt, place, f"the weight is {weight:g}", wanted + r", or write \: for a colon that is text"

@@ -44,7 +44,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import CLIPTokenizer
 
 from sdxl_jax.arrays import Params, TokenIds
-from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, Piece, PromptTokens, chunk_ends, pieces
+from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, Piece, PromptTokens, check_text, chunk_ends, pieces
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import clip
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L, ClipTextConfig
@@ -125,8 +125,9 @@ def _plain_encoder(folder: str | None) -> CLIPTokenizer:
 
 
 def can_be_added(word: str) -> bool:
-    """Whether the word can be an added token: not empty, no space around it, not in CLIP's vocabulary already."""
-    return word == word.strip() != "" and _byte_pair_encoder(None).backend_tokenizer.token_to_id(word) is None
+    """Whether the word can be an added token: not empty, no space around it, UTF-8, not in CLIP's own vocabulary."""
+    usable = word == word.strip() != "" and not any("\ud800" <= character <= "\udfff" for character in word)
+    return usable and _byte_pair_encoder(None).backend_tokenizer.token_to_id(word) is None
 
 
 def concept_words(token: str, added: tuple[str, ...]) -> tuple[str, ...]:
@@ -256,6 +257,8 @@ class Tokenizer:
 
     def _encoded(self, prompts: list[str], **options: Any) -> dict[tuple[str, ...], list[list[int]]]:
         """By added tokens: most often the same for all towers, whose prompts are then encoded once."""
+        for prompt in prompts:
+            check_text(prompt, "A prompt")
         return {
             added: _encode(prompts, self.vocabulary, added, **options) for added in {each[2] for each in self.towers}
         }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Key
+from jaxtyping import Float, Int32, Key
 
 from sdxl_jax.arrays import type_of_array
 from sdxl_jax.diffusion.parameterisation import Denoised, Prediction, denoised
@@ -22,6 +22,8 @@ class State(NamedTuple):
     """The state x_t, then what the sampler remembers."""
     x0: Float[Array, "batch height width channels"]
     """The image as the network last saw it."""
+    finite_rows: Int32[Array, " batch"]
+    """Rows after which the state was finite, up to the first after which it was not (NaN or inf)."""
 
 
 class Kept(NamedTuple):
@@ -38,7 +40,8 @@ class Kept(NamedTuple):
 def start(x: Float[Array, "batch height width channels"], plan: Plan) -> State:
     """Before the first row. x: the state at the first row's level."""
     others = jnp.zeros((plan.memory - 1, *x.shape), jnp.float32)
-    return State(jnp.concatenate([x[None].astype(jnp.float32), others]), jnp.zeros_like(x, jnp.float32))
+    arrays = jnp.concatenate([x[None].astype(jnp.float32), others])
+    return State(arrays, jnp.zeros_like(x, jnp.float32), jnp.zeros(len(x), jnp.int32))
 
 
 def advance(
@@ -91,7 +94,9 @@ def sample(
         if kept is not None:
             there = row.next_alpha * kept.x0 + row.next_sigma_t * kept.noise
             arrays = arrays.at[0].set(kept.mask * arrays[0] + (1 - kept.mask) * there)
-        return State(arrays, result.x0), None
+        # Once is for all: what is not finite stays in every sum, also with a weight of 0.
+        finite = jnp.isfinite(arrays[0]).all(axis=(1, 2, 3))
+        return State(arrays, result.x0, state.finite_rows + finite), None
 
     numbers = first + jnp.arange(np.shape(plan.timestep)[0])
     state, _ = jax.lax.scan(body, state, (rows, numbers))

@@ -77,8 +77,9 @@ def _solver_timesteps(count: int, length: int, spacing: Spacing, offset: int = 1
     behind it."""
     match spacing:
         case Spacing.LEADING:
-            steps = np.arange(1, count + 1) * (length // (count + 1)) + offset
-            return np.minimum(steps, length - 1)[::-1].astype(float)
+            visited = np.arange(1, count + 1) * max(1, length // (count + 1)) + offset
+            # length − 1 and length steps, for which diffusers has none, begin at the last timestep.
+            return (visited - max(0, visited[-1] - (length - 1)))[::-1].astype(float)
         case Spacing.TRAILING:
             return timesteps(count, length, spacing)
         case Spacing.LINSPACE:
@@ -186,12 +187,15 @@ class Sampler:
     """Of the network a step; the last step has one."""
     takes_eta: bool = False
     """Whether η has an effect."""
+    multistep: bool = False
+    """Whether a step divides by the lengths of those before it."""
 
     def plan(self, levels: Levels, eta: float = 0.0) -> Plan:
-        """The rows of the whole way along `levels`."""
+        """The rows of the whole way along `levels`. They are not finite where the levels' own numbers are not."""
         memory = ("x", *self.remembers)
         terms = (*memory, "x0", "epsilon", "noise")
-        moments = list(self.moments(levels, eta))
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            moments = self._moments(levels, eta)
         weights = np.zeros((len(moments), len(memory), len(terms)))
         for row, moment in zip(weights, moments, strict=True):
             for name, total in moment.row.items():
@@ -201,7 +205,21 @@ class Sampler:
         alpha, sigma_t = levels.alpha, levels.sigma_t
         return Plan(levels.timestep[at], alpha[at], sigma_t[at], alpha[to], sigma_t[to], weights)
 
+    def _moments(self, levels: Levels, eta: float) -> list[Moment]:
+        """Those of `moments`. Of a multistep method, a step of no length (where as many steps are asked for as there
+        are timesteps, one may be visited twice) is its limit: the state and what is remembered stay as they are."""
+        if not self.multistep or (moves := levels.sigma[1:] < levels.sigma[:-1] * (1 - _SAME_LEVEL)).all():
+            return list(self.moments(levels, eta))
+        numbers = np.append(np.flatnonzero(moves), len(moves))
+        passed = self.moments(
+            Levels(levels.timestep[numbers[:-1]], levels.alpha[numbers], levels.sigma_t[numbers]), eta
+        )
+        stay = {name: {name: 1.0} for name in ("x", *self.remembers)}
+        return [next(passed)._replace(at=i, to=i + 1) if moves[i] else Moment(i, i + 1, stay) for i in _steps(levels)]
 
+
+_SAME_LEVEL = 1e-7
+"""Of a sigma: float32 knows no level between two that are nearer."""
 _SMALLEST = 2.0**-24
 """ᾱ that stands for 0 in samplers that divide by α, as in diffusers: sigma 4096 in the place of infinity."""
 
@@ -315,7 +333,7 @@ def _ddpm(levels: Levels, eta: float) -> Iterator[Moment]:
     """Eq. 6 and 7: a draw from q(x_next | x_t, x₀), whose variance is β̃ (diffusers: fixed_small)."""
     for i in _steps(levels):
         now, after = levels.alpha[i] ** 2, levels.alpha[i + 1] ** 2
-        kept = now / after  # of this step alone: 1 − β
+        kept = now / after if now != after else 1.0  # of this step alone: 1 − β. 0 / 0 is a step of no length, too
         row = {
             "x0": math.sqrt(after) * (1 - kept) / (1 - now),
             "x": math.sqrt(kept) * (1 - after) / (1 - now),
@@ -476,10 +494,10 @@ SAMPLERS = {
     "euler": Sampler(_euler, Family.SIGMA),
     "euler_ancestral": Sampler(_euler_ancestral, Family.SIGMA),
     "heun": Sampler(_heun, Family.SIGMA, ("first_x0", "first_epsilon"), evaluations=2),
-    "lms": Sampler(_lms, Family.SIGMA, ("epsilon_1", "epsilon_2", "epsilon_3")),
-    "dpmpp_2m": Sampler(_dpmpp_2m, Family.SOLVER, ("previous_x0",)),
-    "dpmpp_2m_sde": Sampler(_dpmpp_2m_sde, Family.SOLVER, ("previous_x0",)),
-    "unipc": Sampler(_unipc, Family.SOLVER, ("start", "x0_1", "x0_2")),
+    "lms": Sampler(_lms, Family.SIGMA, ("epsilon_1", "epsilon_2", "epsilon_3"), multistep=True),
+    "dpmpp_2m": Sampler(_dpmpp_2m, Family.SOLVER, ("previous_x0",), multistep=True),
+    "dpmpp_2m_sde": Sampler(_dpmpp_2m_sde, Family.SOLVER, ("previous_x0",), multistep=True),
+    "unipc": Sampler(_unipc, Family.SOLVER, ("start", "x0_1", "x0_2"), multistep=True),
     "lcm": Sampler(_lcm, Family.CONSISTENCY),
 }
 """By the names of the command line."""

@@ -30,13 +30,14 @@ from sdxl_jax import sharding
 from sdxl_jax.arrays import MicroConditioning, Size
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
+from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.conditioning.text import TextCondition, Tokenizer
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import find, initial_scale
-from sdxl_jax.sampling import init_images, program
-from sdxl_jax.sampling.options import Options, Position
+from sdxl_jax.sampling import init_images, nonfinite, program
+from sdxl_jax.sampling.options import Options, Position, Size
 from sdxl_jax.sampling.plan import Begin, levels_of, prepare
 from sdxl_jax.sampling.program import Inputs, Painted, Recipe, Strengths
 
@@ -104,7 +105,8 @@ def generate(
         watch: called behind each step.
         options: the fields of `options.Options`, or `options=Options(…)`.
 
-    Raises InputError for what cannot be made, before anything is compiled, and where memory does not suffice.
+    Raises InputError for what cannot be made, before anything is compiled, where memory does not suffice, and, as
+    `nonfinite.NonFiniteError`, where weights lead to an image that is not finite: then there are no images of the call.
     """
     given = options.pop("options", None)
     job = _Job(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given or Options(**options))
@@ -163,6 +165,9 @@ class _Job:
         negatives = [None] * len(prompts) if negatives is None else negatives
         if len(negatives) != len(prompts):
             raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
+        for number, (prompt, other) in enumerate(zip(prompts, negatives, strict=True), 1):
+            check_text(prompt, f"Prompt {number}")
+            check_text(other or "", f"Negative prompt {number}")
         _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
         self.shares_text = False if refiner is None else _shares_text(model, refiner)
         prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask)
@@ -189,6 +194,8 @@ class _Job:
         numbers = options.first_index + np.arange(count)
         if init_noise is not None and init_noise.shape != (count, *latent):
             raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent)}")
+        if init_noise is not None and not np.isfinite(init_noise).all():
+            raise InputError("The initial noise has non-finite numbers (NaN or inf). Give standard normal ones")
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(options.seed)))(numbers)
 
         def normal(purpose: int) -> jax.Array:
@@ -258,12 +265,14 @@ class _Job:
                 inputs = Inputs(**fixed, **_place(mesh, batch))
                 size = min(batch_size, self.count - start)
                 if one_program:
-                    drawn, latent = program.whole(inputs, recipe)
+                    drawn = program.whole(inputs, recipe)
                 else:
                     seen = self._watcher(bar, watch, start, size)
-                    drawn, latent = program.staged(inputs, recipe, seen if progress or watch else None)
-                latents.append(_on_host(latent)[:size])
-                images.append(self._finished(_on_host(drawn)[:size]))
+                    drawn = program.staged(inputs, recipe, seen if progress or watch else None)
+                drawn = program.Drawn(*(_on_host(each)[:size] for each in drawn))
+                nonfinite.check(drawn, inputs, recipe, options.first_index + start)
+                latents.append(drawn.latents)
+                images.append(self._finished(drawn.images))
                 bar.batch(size)
         return Generated(np.concatenate(images), np.concatenate(latents))
 

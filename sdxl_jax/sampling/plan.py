@@ -7,6 +7,7 @@ one more. `prepare` also checks what is asked for: sizes, init image and mask, a
 What happens on the devices is `program`.
 """
 
+import dataclasses
 import enum
 import itertools
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from jaxtyping import Bool, UInt8
 
 from sdxl_jax.arrays import Size
 from sdxl_jax.diffusion import schedule
+from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import Part
@@ -90,6 +92,7 @@ def way(
     def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
         """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
         plan = sampler.plan(levels.since(first), options.eta)
+        _check_finite(plan, refiner if number and refiner is not None else config, options)
         stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in stretches)
         for low, high, terms in _cuts(options, config, first, stop):
             rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
@@ -117,6 +120,30 @@ def way(
         again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
         stretch_out(1, levels_of(refiner, options, config.sampling), steps - again, steps, Begin.RENOISE)
     return tuple(legs), tuple(stretches)
+
+
+def _check_finite(plan: Plan, config: ModelConfig, options: Options) -> None:
+    """Raises InputError for steps from which nothing but NaN could come."""
+    if config.prediction is Prediction.EPSILON and not plan.alpha.all():
+        raise InputError(
+            "The noise schedule leaves nothing of the image at its last timestep (zero terminal SNR), where a model "
+            "that predicts noise has no answer. Give --prediction v_prediction if that is so, or another sampler"
+        )
+    if _is_finite(plan):
+        return
+    fewer = (dataclasses.replace(options, steps=steps) for steps in range(options.steps - 1, 0, -1))
+    works = (each.steps for each in fewer if _is_finite(each.method.plan(levels_of(config, each), each.eta)))
+    most = next(works, None)
+    remedy = "Choose another sampler or timestep_spacing" if most is None else f"The most that work are {most}"
+    raise InputError(
+        f"steps={options.steps}: sampler {options.sampler} has non-finite weights between levels so near to each "
+        f"other. {remedy}"
+    )
+
+
+def _is_finite(plan: Plan) -> bool:
+    with np.errstate(over="ignore"):
+        return all(np.isfinite(column).all() for column in _rows(plan))
 
 
 def _strength(options: Options, mask: bool) -> float:

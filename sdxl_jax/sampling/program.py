@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Key, UInt8
+from jaxtyping import Bool, Float, Int32, Key, UInt8
 
 from sdxl_jax import arrays, model
 from sdxl_jax.arrays import MicroConditioning, Params, type_of_array
@@ -200,7 +200,9 @@ def denoise(
 def _laid(state: State) -> State:
     """On a mesh, the batch over its axes, before and behind every leg: so that the next finds it as the last did."""
     return State(
-        constrain(state.arrays, None, "batch", None, None, None), constrain(state.x0, "batch", None, None, None)
+        constrain(state.arrays, None, "batch", None, None, None),
+        constrain(state.x0, "batch", None, None, None),
+        constrain(state.finite_rows, "batch"),
     )
 
 
@@ -215,11 +217,12 @@ def begin(leg: Leg, row: Plan, state: State | None, noise: Array | None, image: 
         return _laid(loop.start(noise, row))
     latent = image if state is None else state.arrays[0]
     assert latent is not None, "there is a latent to start from"
-    if leg.begin is Begin.HAND_OVER:
-        return _laid(loop.start(latent, row))
-    assert noise is not None, "there is noise to add"
-    alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (row.alpha, row.sigma_t))
-    return _laid(loop.start(alpha * latent + sigma_t * noise, row))
+    if leg.begin is Begin.RENOISE:
+        assert noise is not None, "there is noise to add"
+        alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (row.alpha, row.sigma_t))
+        latent = alpha * latent + sigma_t * noise
+    begun = loop.start(latent, row)
+    return _laid(begun if state is None else begun._replace(finite_rows=state.finite_rows))
 
 
 # Pictures
@@ -246,11 +249,25 @@ def encode(
 
 def decode(
     params: Params, latent: Array, *, config: ModelConfig, compute: Compute, tile: int | None
-) -> UInt8[Array, "batch height width 3"]:
-    """`params`: the autoencoder's. tile: pixels a side that are decoded at a time; None: all."""
+) -> tuple[UInt8[Array, "batch height width 3"], Bool[Array, " batch"]]:
+    """(images, whether each was finite, which bytes do not tell). `params`: the autoencoder's. tile: pixels a side that
+    are decoded at a time; None: all."""
     if tile is None:
-        return arrays.to_bytes(vae.decode(config.vae, params, latent, compute))
-    return arrays.to_bytes(vae.decode_tiled(config.vae, params, latent, compute, tile))
+        image = vae.decode(config.vae, params, latent, compute)
+    else:
+        image = vae.decode_tiled(config.vae, params, latent, compute, tile)
+    return arrays.to_bytes(image), jnp.isfinite(image).all(axis=(1, 2, 3))
+
+
+class Drawn(NamedTuple):
+    """One batch."""
+
+    images: UInt8[Array, "batch height width 3"]
+    latents: Float[Array, "batch latent_height latent_width channels"]
+    finite_rows: Int32[Array, " batch"]
+    """Rows of all legs after which the latent was finite, up to the first after which it was not."""
+    decoded: Bool[Array, " batch"]
+    """Whether the decoder's output was finite."""
 
 
 class Functions(NamedTuple):
@@ -301,8 +318,8 @@ def draw(
     recipe: Recipe,
     call: Functions = PLAIN,
     watch: Callable[[int, State], None] | None = None,
-) -> tuple[UInt8[Array, "batch height width 3"], Float[Array, "batch latent_height latent_width channels"]]:
-    """(pictures, latents) of one batch. watch(number of the row, state) is called behind every row of every leg; the
+) -> Drawn:
+    """One batch. watch(number of the row, state) is called behind every row of every leg; the
     legs are then gone through row by row."""
     base, compute = recipe.models[0], recipe.compute
     conditions = _text(recipe, inputs, call)
@@ -343,16 +360,17 @@ def draw(
             watch(int(stretch.first) + row, state)
     assert state is not None
     latent = state.arrays[0]
-    return call.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile), latent
+    images, decoded = call.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile)
+    return Drawn(images, latent, state.finite_rows, decoded)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def whole(inputs: Inputs, recipe: Recipe) -> tuple[Array, Array]:
+def whole(inputs: Inputs, recipe: Recipe) -> Drawn:
     """`draw` as one program."""
     return draw(inputs, recipe)
 
 
-def staged(inputs: Inputs, recipe: Recipe, watch: Callable[[int, State], None] | None = None) -> tuple[Array, Array]:
+def staged(inputs: Inputs, recipe: Recipe, watch: Callable[[int, State], None] | None = None) -> Drawn:
     """`draw` as programs of their own: text, picture to latent, each leg, latent to picture. Another prompt, another
     number of steps (if watched), another decoder compile only what they change."""
     return draw(inputs, recipe, STAGED, watch)

@@ -196,7 +196,7 @@ class Studio:
         beyond = {name: tokenizer.truncated([text], False)[0] for name, text in given.items()}
         return [
             f"{count} tokens of the {name} are beyond the 75 that are read" for name, count in beyond.items() if count
-        ]
+        ] + wanted.options.notes(self.model.config, wanted.negative)
 
 
 def each(wanted: Wanted) -> list[Wanted]:

@@ -157,8 +157,8 @@ def _check_names(tower: Tower, token: str, grown: tuple[str, ...], path: Path) -
     before, added = tower.added_tokens, grown[len(tower.added_tokens) :]
     if unusable := [word for word in added if not text.can_be_added(word)]:
         raise InputError(
-            f"{path} cannot be called {unusable[0]!r}: that is in CLIP's own vocabulary, is empty, or begins or ends "
-            f"in a space. {remedy}"
+            f"{path} cannot be called {unusable[0]!r}: that is in CLIP's own vocabulary, is empty, not UTF-8, or "
+            f"begins or ends in a space. {remedy}"
         )
     repeated = {word.lower() for word in before} & {word.lower() for word in added}  # in a prompt, case is lost
     # Or one concept would become vectors of another, as <tok>_1 would of <tok>.

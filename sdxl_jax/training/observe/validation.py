@@ -15,6 +15,7 @@ from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.files import atomic
 from sdxl_jax.model import Model
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
+from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.processes import Hosts
 
@@ -75,8 +76,14 @@ def look(
     model: Model,
     mesh: Mesh,
 ) -> None:
-    """Writes the validation grid of a step: what the averaged weights make, the same way each time."""
-    grid = objective.validation(model, dataset, mesh, hosts)
+    """Writes the validation grid of a step: what the averaged weights make, the same way each time; or says why there
+    is none, where images are not finite."""
+    try:
+        grid = objective.validation(model, dataset, mesh, hosts)
+    except NonFiniteError as error:  # on all processes alike; whether the run goes on is for its loss to say
+        if hosts.is_first:
+            tqdm.write(f"note: no {grid_path(run_dir, step).name}: {error}")
+        return
     if hosts.is_first:
         text = {name: str(value) for name, value in ({"step": step} | dict(grid.text)).items()}
         save_png(contact_sheet(grid.images, grid.captions, columns=grid.columns), grid_path(run_dir, step), text)
