@@ -203,7 +203,7 @@ def test_a_guidance_that_is_none_is_refused_in_a_line_of_json_too(
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "a cat", "guidance": {value}}}')
     outcome = run(model, tmp_path / "out", "--prompts-file", tmp_path / "prompts.jsonl")
     assert outcome.code == 2
-    assert f"guidance={shown}, expected 0 to 1000; 0 and 1 are both off" in outcome.err
+    assert f"guidance={shown} is out of range. Give 0 to 1000" in outcome.err
 
 
 # Files of prompts

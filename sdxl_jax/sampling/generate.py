@@ -37,7 +37,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
-from sdxl_jax.sampling.options import Options, Position, Size
+from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.sampling.plan import Begin, levels_of, prepare
 from sdxl_jax.sampling.program import Inputs, Painted, Recipe, Strengths
 

@@ -105,8 +105,8 @@ class Options:
         return find(self.resolved(config).sampler or "")
 
     def resolved(self, config: ModelConfig) -> "Options":
-        """With the defaults that depend on the model or the sampler, and guidance that is off as 1. Raises InputError for
-        an unknown sampler."""
+        """With the defaults that depend on the model or the sampler, and guidance that is off as 1. Raises InputError
+        for an unknown sampler."""
         said, ends_at_zero_snr = config.sampling or SamplingDefaults(), config.schedule.zero_terminal_snr
         sampler = said.sampler_of(ends_at_zero_snr, config.distilled) if self.sampler is None else self.sampler
         spacing, guidance = self.timestep_spacing, self.guidance

@@ -40,7 +40,7 @@ from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
 from sdxl_jax.data.build.records import Record, Unit, check_caption_lines, read, units
-from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, sync, write_json
+from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, write_json
 from sdxl_jax.data.captions import CaptionLines, check_number_names
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
