@@ -495,16 +495,19 @@ def test_what_a_directory_says_of_its_sampling_travels_through_every_layout(tmp_
     assert said.items() <= written.items()
 
 
-def test_mixed_stack_is_converted_with_a_dtype(tmp_path: Path) -> None:
+def test_mixed_stack_keeps_every_tensors_dtype_where_the_layout_can(tmp_path: Path) -> None:
     source = component(tmp_path / "source", UNET)
     name = "mid_block.attentions.0.transformer_blocks.1.norm1.weight"
     foreign.edit(source / WEIGHTS, lambda t: t.update({name: t[name].astype(np.float16)}))
-    command = source, tmp_path / "made", "--to", "diffusers"
+    assert call(source, tmp_path / "file.safetensors", "--to", "single-file").code == 0
+    assert call(tmp_path / "file.safetensors", tmp_path / "again", "--to", "diffusers").code == 0
+    assert foreign.contents(tmp_path / "again" / WEIGHTS) == foreign.contents(source / WEIGHTS)
+    command = source, tmp_path / "made", "--to", "orbax"
     assert_refused(
-        tmp_path, *command, expected=r"norm1\.weight is float16, but layers of one stack share a dtype.*--dtype"
+        tmp_path, *command, expected=r"norm1/scale are float16 and float32, and an Orbax.*one array\. .*--dtype"
     )
     assert call(*command, "--dtype", "bfloat16").code == 0
-    assert {str(array.dtype) for array in foreign.read(tmp_path / "made" / WEIGHTS).values()} == {"bfloat16"}
+    assert {leaf.dtype for leaf in open_model(tmp_path / "made").leaves.values()} == {np.dtype("bfloat16")}
 
 
 def test_value_beyond_float16_is_refused(tmp_path: Path) -> None:
@@ -521,7 +524,7 @@ def test_value_beyond_float16_is_refused(tmp_path: Path) -> None:
 def test_variant_is_chosen(tmp_path: Path) -> None:
     source = with_variants(tmp_path / "source", "fp16", "non_ema")
     command = source, tmp_path / "made", "--to", "diffusers"
-    assert_refused(tmp_path, *command, expected="several variants, fp16, non_ema. Choose one with --variant")
+    assert_refused(tmp_path, *command, expected="several variants, fp16, non_ema. Choose one: give --variant")
     assert call(*command, "--variant", "non_ema").code == 0
     assert_part_holds(open_model(tmp_path / "made"), "vae", VAE, seed=2)
 

@@ -299,7 +299,7 @@ def test_only_variant_there_is_is_taken(tmp_path: Path) -> None:
 
 def test_several_variants_without_a_default_are_a_question(tmp_path: Path) -> None:
     folder = with_variants(tmp_path, "fp16", "non_ema")
-    with pytest.raises(InputError, match=r"several variants, fp16, non_ema\. Choose one with --variant"):
+    with pytest.raises(InputError, match=r"several variants, fp16, non_ema\. Choose one: give --variant NAME \(in"):
         open_model(folder)
     with pytest.raises(InputError, match=r"no variant bf16\. It has: fp16, non_ema"):
         open_model(folder, Opening(variant="bf16"))
@@ -626,14 +626,16 @@ LAYER = "down_blocks.1.attentions.0.transformer_blocks.1.attn1.to_q.weight"
 
 
 @pytest.mark.parametrize(("first", "other"), [("float32", "float16"), ("float32", "bfloat16"), ("float16", "bfloat16")])
-def test_stack_of_several_dtypes_needs_to_be_told_one(tmp_path: Path, first: str, other: str) -> None:
+def test_stack_of_several_dtypes_is_float32_unless_told_otherwise(tmp_path: Path, first: str, other: str) -> None:
     folder = component(tmp_path / "unet", UNET, dtype=first)
     foreign.edit(folder / "diffusion_pytorch_model.safetensors", lambda t: t.update({LAYER: t[LAYER].astype(other)}))
-    with pytest.raises(InputError, match=rf"{re.escape(LAYER)} is {np.dtype(other)}.*--dtype float32, bfloat16 or"):
-        open_model(folder)
+    path = "unet/down_blocks_1/attentions_0/transformer_blocks/attn1/to_q/kernel"
+    kept = {name: str(leaf.dtype) for name, leaf in open_model(folder).leaves.items()}
+    assert kept.pop(path) == "float32"
+    assert set(kept.values()) == {first}, "the others keep theirs"
     model = load_model(folder, dtype="float32", progress=False)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(model.params)} == {"float32"}
-    found = flatten(model.params)["unet/down_blocks_1/attentions_0/transformer_blocks/attn1/to_q/kernel"]
+    found = flatten(model.params)[path]
     expected = foreign.tensors(UNET, Naming(Dialect.DIFFUSERS), first)
     np.testing.assert_array_equal(found[1].T, expected[LAYER].astype(other).astype(np.float32))
     np.testing.assert_array_equal(
@@ -669,9 +671,8 @@ def test_numbers_that_are_no_parameters_are_refused(tmp_path: Path, wrong: Any) 
         folder / "diffusion_pytorch_model.safetensors",
         lambda t: t.update({"quant_conv.weight": t["quant_conv.weight"].astype(wrong)}),
     )
-    for mixed in (False, True):
-        with pytest.raises(InputError, match=f"quant_conv.weight is {np.dtype(wrong)}; parameters of float32"):
-            open_model(folder, Opening(mixed=mixed))
+    with pytest.raises(InputError, match=f"quant_conv.weight is {np.dtype(wrong)}; parameters of float32"):
+        open_model(folder)
 
 
 def test_dtype_that_parameters_cannot_have_is_refused(home: Path) -> None:
@@ -861,6 +862,46 @@ def test_single_file_with_a_network_that_is_not_implemented_is_refused(tmp_path:
     assert any("control_model" in note and "left out" in note for note in opened.notes)
 
 
+@pytest.mark.parametrize(
+    ("marks", "kind"),
+    [
+        ({"edm_vpred.sigma_max": 120.0, "edm_vpred.sigma_min": 0.002}, "CosXL"),
+        ({"edm_mean": np.zeros(4), "edm_std": np.ones(4)}, "Playground"),
+    ],
+)
+def test_model_of_another_kind_of_noise_is_refused_and_no_way_around_is_offered(
+    tmp_path: Path, marks: dict[str, Any], kind: str
+) -> None:
+    path = foreign.single_file(tmp_path / "model.safetensors", BASE)
+    foreign.edit(path, lambda t: t.update({name: np.array(value, np.float32) for name, value in marks.items()}))
+    for opening in (Opening(), PARTIAL):
+        with pytest.raises(InputError, match=f"holds {next(iter(marks))}, .*{kind}") as error:
+            open_model(path, opening)
+        assert "--" not in str(error.value)
+
+
+def test_prediction_that_is_not_implemented_is_refused_unless_the_user_knows_better(tmp_path: Path) -> None:
+    path = foreign.single_file(tmp_path / "model.safetensors", BASE)
+    arrays = foreign.read(path)
+    foreign.save(path, arrays, {"modelspec.prediction_type": "rectified_flow"})
+    refusal(path, r"predicts rectified_flow \(modelspec.prediction_type\), which is not implemented")
+    assert open_model(path, Opening(prediction=Prediction.V)).config.prediction is Prediction.V
+
+
+def test_unmarked_file_whose_groups_nothing_tells_is_refused(tmp_path: Path) -> None:
+    config = dataclasses.replace(VAE, block_channels=(16, 32), groups=16)
+    naming = Naming(Dialect.ORIGINAL, "first_stage_model.", conv_attention=True)
+    path = foreign.save(tmp_path / "vae.safetensors", foreign.tensors(config, naming))
+    refusal(path, "The vae in .* has layers of 16 channels, which the 32 groups .*norm_num_groups")
+
+
+def test_advice_is_of_the_command_that_gives_it(tmp_path: Path, vae: Path) -> None:
+    foreign.edit(vae / WEIGHTS, lambda t: t.pop(LONE))
+    refusal(vae, r"give --allow-partial \(in Python: allow_partial=…\)")
+    training = Opening(has_options=False)
+    refusal(vae, f"`sdxl-jax convert {vae} NEW --to orbax --allow-partial`, and train from that", opening=training)
+
+
 def test_nothing_loads_in_part_unless_what_is_left_is_listed(vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def spoil(tensors: foreign.Arrays) -> None:
         tensors.pop(LONE)
@@ -919,7 +960,7 @@ def test_file_without_a_model_is_refused(tmp_path: Path) -> None:
     empty = foreign.save(tmp_path / "empty.safetensors", {})
     refusal(empty, "holds 0 tensors but no UNet, VAE or CLIP")
     lora = foreign.save(tmp_path / "lora.safetensors", {"lora_unet_x.lora_up.weight": np.zeros((4, 4), np.float32)})
-    refusal(lora, "holds 1 tensors, such as lora_unet_x.lora_up.weight, but no UNet.*--lora or --embedding")
+    refusal(lora, "holds 1 tensors, such as lora_unet_x.lora_up.weight, but no UNet.*takes them as --lora")
 
 
 @pytest.fixture

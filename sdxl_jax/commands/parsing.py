@@ -175,9 +175,9 @@ class Opened:
     allow_partial: bool = False
     """Take what fits of a model whose tensors do not all fit; the rest has its initial values, and is listed."""
 
-    def opening(self, mixed: bool = False) -> "Opening":
+    def opening(self) -> "Opening":
         from sdxl_jax.diffusion import parameterisation
         from sdxl_jax.weights.open import Opening
 
         prediction = None if self.prediction is None else parameterisation.Prediction(self.prediction)
-        return Opening(self.variant, prediction, self.allow_partial, mixed)
+        return Opening(self.variant, prediction, self.allow_partial)

@@ -379,7 +379,7 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
     from sdxl_jax.weights.open import open_model
 
     halved = sample.dtype == "bfloat16"
-    opening = sample.opening(mixed=halved)
+    opening = sample.opening()
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, sample.lora)]
     weights = open_model(sample.model, opening, sample.parts_from)
     for read, scale in loras:

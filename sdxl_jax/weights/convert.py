@@ -41,6 +41,7 @@ from sdxl_jax.weights.lazy import (
     in_memory,
     lacking_half,
     part_configs,
+    stored_dtypes,
 )
 from sdxl_jax.weights.load import bar
 from sdxl_jax.weights.names import Dialect, Naming
@@ -144,6 +145,7 @@ def _copy_licences(weights: Weights, made: Path) -> None:
 
 
 def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
+    _check_stacks(weights)
     metadata = describe(weights) | {
         "origin": to_json(weights.origin),
         "carried": [list(key) for key, tensor in weights.carried.items() if 0 not in tensor.shape],
@@ -154,6 +156,22 @@ def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
     carried = {f"carried/{number}": tensor for number, tensor in enumerate(filled)}
     orbax.write(destination, {**weights.leaves, **carried}, {METADATA: metadata}, shown.update)
     return Written(weights.parts, len(weights.leaves), weights.size, ())
+
+
+def _check_stacks(weights: Weights) -> None:
+    """Raises InputError for layers of several dtypes, which a checkpoint has in one array."""
+    for path, leaf in weights.leaves.items():
+        if len(dtypes := set(stored_dtypes(leaf))) > 1:
+            raise InputError(
+                f"Layers of {path} are {_listed(dtypes)}, and an Orbax checkpoint has them in one array. {_SAY_DTYPE}"
+            )
+
+
+def _listed(dtypes: set[np.dtype]) -> str:
+    return " and ".join(sorted(map(str, dtypes)))
+
+
+_SAY_DTYPE = "Say which all parameters shall have: --dtype (in Python: convert what load_model has loaded in a dtype)"
 
 
 # ---- diffusers -------------------------------------------------------------------------------------------------------
@@ -307,20 +325,19 @@ def _write_tensors(
     tensors = {name: (tensor.shape, tensor.dtype) for (_, name), tensor in weights.carried.items()}
     for part, table in tables.items():
         for entry in table.entries:
-            dtypes = [weights.leaves[f"{part}/{place.path}"].dtype for place in entry.places]
-            if len(set(dtypes)) > 1:
-                raise InputError(
-                    f"{entry.name} would hold {' and '.join(map(str, set(dtypes)))}. Say which all parameters shall "
-                    "have: --dtype"
-                )
-            tensors[entry.name] = entry.shape, dtypes[0]
+            stored = [(stored_dtypes(weights.leaves[f"{part}/{place.path}"]), place.layer) for place in entry.places]
+            dtypes = {each[0 if layer is None or len(each) == 1 else layer] for each, layer in stored}
+            if len(dtypes) > 1:
+                raise InputError(f"{entry.name} would hold {_listed(dtypes)}. {_SAY_DTYPE}")
+            tensors[entry.name] = entry.shape, dtypes.pop()
     with safetensors.Writer(path, tensors, metadata) as writer:
         for part, table in tables.items():
             for our_path, rows in table.by_path.items():
                 value = weights.leaves[f"{part}/{our_path}"].read()
                 for entry, number in rows:
                     layer = entry.places[number].layer
-                    writer.put(entry.name, entry.theirs(value if layer is None else value[layer]), number)
+                    one = (value if layer is None else value[layer]).astype(tensors[entry.name][1], copy=False)
+                    writer.put(entry.name, entry.theirs(one), number)
                 shown.update(value.nbytes)
         for (_, name), tensor in weights.carried.items():
             writer.put(name, tensor.read())

@@ -259,11 +259,9 @@ def lacking_half(weights: Weights) -> str | None:
     return next((half for half in ("encoder", "decoder") if half not in halves), None)
 
 
-def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Path, mixed: bool) -> dict[str, Leaf]:
-    """The parameters of one part that its tensors hold wholly.
-
-    mixed: whether layers of one stack may differ in dtype; they are then float32. Raises InputError if they may not.
-    """
+def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Leaf]:
+    """The parameters of one part that its tensors hold wholly. Layers of one stack that differ in dtype are float32,
+    which holds them exactly; `stored_dtypes` tells theirs."""
     leaves: dict[str, Leaf] = {}
     for path, rows in table.by_path.items():
         if any(entry.name not in tensors for entry, _ in rows):
@@ -275,15 +273,25 @@ def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Pat
                 "such a variant of the file"
             )
         widest = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else np.dtype(np.float32)
-        if len(set(dtypes.values())) > 1 and not mixed:
-            first = rows[0][0].name
-            other = next(name for name, dtype in dtypes.items() if dtype != dtypes[first])
-            raise InputError(
-                f"{where}: {first} is {dtypes[first]} and {other} is {dtypes[other]}, but layers of one stack share a "
-                "dtype here. Say which all parameters shall have: --dtype float32, bfloat16 or float16"
-            )
         leaves[f"{part}/{path}"] = FromTensors(table.abstract[path].shape, rows, tensors, widest)
     return leaves
+
+
+def stored_dtypes(leaf: Leaf) -> tuple[np.dtype, ...]:
+    """The dtypes that a parameter has where it is stored: one; or one a layer, of a stack of layers of other people's.
+
+    What `leaf.read()` gives, cast to them, has every bit of theirs.
+    """
+    match leaf:
+        case FromTensors():
+            return tuple(leaf.tensors[entry.name].dtype for entry, _ in leaf.rows)
+        case Changed() if leaf.dtype == leaf.leaf.dtype:
+            return stored_dtypes(leaf.leaf)
+        case FirstLayers():
+            stored = stored_dtypes(leaf.leaf)
+            return stored[: leaf.count] if len(stored) > 1 else stored
+        case _:
+            return (leaf.dtype,)
 
 
 def cast(weights: Weights, dtype: np.dtype) -> Weights:

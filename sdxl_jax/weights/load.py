@@ -38,7 +38,8 @@ def load_model(
 
     Args:
         path: what it may hold is listed in `open`. One network alone gives a model with that part.
-        dtype: of the parameters; None keeps theirs. It is not that of the computation, which `Compute` sets.
+        dtype: of the parameters; None keeps theirs; layers of one stack that differ in theirs become float32. It is not
+            that of the computation, which `Compute` sets.
         parts_from: models, or networks alone, whose parts take the place of this model's; the last one wins.
         variant: of a diffusers directory, e.g. "fp16"; None: the files without a variant.
         prediction: what the UNet outputs, where the files do not tell.
@@ -51,7 +52,7 @@ def load_model(
     asked = None if dtype is None else np.dtype(dtype)
     if asked is not None and asked.name not in DTYPES:
         raise InputError(f"dtype={asked.name} is not implemented for parameters. Choose one of {', '.join(DTYPES)}")
-    opening = Opening(variant, prediction, allow_partial, mixed=asked is not None)
+    opening = Opening(variant, prediction, allow_partial)
     weights = open_model(path, opening, parts_from)
     return load_weights(weights if asked is None else cast(weights, asked), mesh, progress)
 

@@ -62,8 +62,15 @@ class Opening:
     """What the UNet outputs, where the files do not tell; None: as they tell."""
     allow_partial: bool = False
     """Take what fits; what is missing has its initial value. Otherwise it is an error."""
-    mixed: bool = False
-    """Layers of one stack may differ in dtype, because all will be converted anyway."""
+    has_options: bool = True
+    """Whether the user can say these things where the model is opened. A training run cannot be told them, and its
+    messages name `sdxl-jax convert`, which can."""
+
+    def way_out(self, path: Path, option: str) -> str:
+        """How the user says one of these things of a path. option: as on the command line."""
+        if self.has_options:
+            return f"give {option} (in Python: {option.split()[0].removeprefix('--').replace('-', '_')}=…)"
+        return f"make a new model with `sdxl-jax convert {path} NEW --to orbax {option}`, and train from that"
 
 
 def open_model(path: str | Path, opening: Opening = Opening(), parts_from: Sequence[str | Path] = ()) -> Weights:
@@ -197,7 +204,7 @@ def _open_diffusers(path: Path, opening: Opening) -> Weights:
         if variant is not None and part in lacking:
             notes.append(f"{path / part} has no variant {variant}; its files without a variant are read")
             variant = None
-        tensors = _weight_files(path / part, variant)
+        tensors = _weight_files(path / part, dataclasses.replace(opening, variant=variant))
         found = _match(part, part_config, None, tensors, path / part, opening)
         leaves |= found.leaves
         notes += found.notes
@@ -212,7 +219,7 @@ def _open_diffusers(path: Path, opening: Opening) -> Weights:
 def _open_component(path: Path, kind: str, opening: Opening) -> Weights:
     """One network's directory, as diffusers and transformers write it."""
     part_config = _component_config(path / "config.json", kind)
-    tensors = _weight_files(path, opening.variant)
+    tensors = _weight_files(path, opening)
     part, config = _around(part_config)
     if kind == "unet" and config.micro is not None:
         dim, _ = diffusers_fields.unet_surroundings(json_files.read(path / "config.json"), str(path), 128)
@@ -260,10 +267,12 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         near = nearest_first("model.diffusion_model.time_embed.0.weight", tensors)[:1]
         raise InputError(
             f"{path} holds {len(tensors)} tensors{f', such as {near[0]},' if near else ''} but no UNet, VAE or CLIP "
-            "text encoder that is known. A LoRA or a textual inversion is given with --lora or --embedding"
+            "text encoder that is known. A LoRA or a textual inversion is no model by itself: with a model, "
+            "`sdxl-jax sample` takes them as --lora or --embedding"
         )
     notes: list[str] = []
     tells_scale = True
+    _check_noise(tensors, path)
     if METADATA in metadata:
         config, parts = _described(metadata[METADATA], namings, path)
     else:
@@ -278,6 +287,7 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         elif alone == "vae" and isinstance(config.vae, VaeConfig):
             tells_scale = False
             notes.append(f"{path} does not say the scale of its latents, as a directory with config.json does")
+        _check_groups(parts, path)
     leaves, carried = {}, {name: tensor for name, tensor in tensors.items() if detect.is_carried(name)}
     left = tensors.keys() - carried.keys()
     # Parts without a prefix take what nobody else owns.
@@ -291,7 +301,9 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         first = sorted(left)[0]
         message = f"{path} has {len(left)} tensors that no part of the model owns, the first is {first}"
         if not opening.allow_partial:
-            raise names.Mismatch(f"{message}. It may have additions that are not implemented. {_PARTIAL}")
+            raise names.Mismatch(
+                f"{message}. It may have additions that are not implemented. {_partial(path, opening)}"
+            )
         notes.append(f"{message}; left out")
     if ema := [name for name in carried if name.startswith("model_ema.")]:
         notes.append(f"{len(ema)} tensors of a moving average (model_ema) are not used")
@@ -307,7 +319,7 @@ def _open_file(path: Path, opening: Opening) -> Weights:
             config.check()
         except InputError as error:
             raise InputError(f"The parts of {path} do not fit together: {error}") from error
-    return _marked(weights, metadata)
+    return _marked(weights, metadata, path, opening)
 
 
 def _described(
@@ -337,11 +349,43 @@ def describe(weights: Weights) -> dict:
     return {"format": 1, "model": to_json(weights.config), "parts": list(weights.parts)}
 
 
-def _marked(weights: Weights, metadata: Mapping[str, str]) -> Weights:
+def _check_groups(parts: Mapping[str, detect.Found], path: Path) -> None:
+    """Raises InputError for networks whose norms cannot have the number of groups that all published ones have."""
+    for part, place in parts.items():
+        if isinstance(place.config, UNetConfig | VaeConfig):
+            groups = place.config.groups
+            if uneven := [channels for channels in place.config.block_channels if channels % groups]:
+                raise InputError(
+                    f"The {part} in {path} has layers of {', '.join(map(str, uneven))} channels, which the {groups} "
+                    "groups of the published models' norms do not divide. The file does not say how many groups it "
+                    "has. Give it as a diffusers directory, whose config.json says so (norm_num_groups), or as a file "
+                    "of `sdxl-jax convert`, with its metadata"
+                )
+
+
+def _check_noise(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises InputError for a model of continuous noise levels, by the marks that ComfyUI goes by."""
+    if marks := sorted(name for name in tensors if name.startswith("edm_")):
+        kind = "of the kind of CosXL (EDM noise levels, v-prediction)"
+        if {"edm_mean", "edm_std"} & set(marks):
+            kind = "of the kind of Playground v2.5 (EDM preconditioning, normalised latents)"
+        raise InputError(
+            f"{path} holds {', '.join(marks[:4])}: a model {kind}. Its noise is another than that of the models that "
+            "are implemented, which have 1000 discrete timesteps, and under theirs it would make wrong images. Use a "
+            "model of SDXL's own noise schedule, or the program that this one was made for"
+        )
+
+
+def _marked(weights: Weights, metadata: Mapping[str, str], path: Path, opening: Opening) -> Weights:
     """What other people's files say of their noise: by metadata (modelspec), by marks among the tensors; SD 2.x by
     neither, there ComfyUI's test decides, a norm that differs in spread between the published ε and v weights."""
     marks = {name for _, name in weights.carried}
     said = metadata.get("modelspec.prediction_type", "")
+    if said and opening.prediction is None and "unet" in weights.parts and not said.startswith(("eps", "v")):
+        raise InputError(
+            f"{path} says in its metadata that it predicts {said} (modelspec.prediction_type), which is not "
+            f"implemented; implemented are epsilon and v. If it is wrong, {opening.way_out(path, '--prediction NAME')}"
+        )
     network = weights.config.unet
     is_sd2 = network.vector_dim is None and not network.conv_projection
     if "v_pred" in marks or said.startswith("v"):
@@ -372,7 +416,9 @@ class _Matched:
     notes: list[str]
 
 
-_PARTIAL = "To load what fits, and leave the rest out, give --allow-partial"
+def _partial(path: Path, opening: Opening) -> str:
+    return f"To load what fits, and leave the rest out, {opening.way_out(path, '--allow-partial')}"
+
 
 _FIRST_CHOICE = {
     UNetConfig: Dialect.DIFFUSERS,
@@ -408,8 +454,8 @@ def _match(
         try:
             names.compare(table, shapes, str(where))
         except names.Mismatch as error:
-            raise names.Mismatch(f"{error}. {_PARTIAL}") from error
-    leaves = leaves_of(part, table, own, where, opening.mixed)
+            raise names.Mismatch(f"{error}. {_partial(where, opening)}") from error
+    leaves = leaves_of(part, table, own, where)
     if missing := [path for path in table.abstract if f"{part}/{path}" not in leaves]:
         leaves |= {f"{part}/{path}": _initial(part_config, path) for path in missing}
         notes.append(f"{where}: {len(missing)} parameters have their initial values: {', '.join(missing)}")
@@ -442,17 +488,19 @@ def _variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
-def _weight_files(folder: Path, variant: str | None) -> dict[str, Tensor]:
+def _weight_files(folder: Path, opening: Opening) -> dict[str, Tensor]:
     """The tensors of one network's directory: of one file, or of its shards.
 
     Raises InputError as `_variants`, and for a directory without the variant, or with several to choose from.
     """
-    choices = _variants(folder)
+    choices, variant = _variants(folder), opening.variant
     known = ", ".join(name or "(none)" for name in choices)
     if variant is None:
         variant = "" if "" in choices else next(iter(choices)) if len(choices) == 1 else None
         if variant is None:
-            raise InputError(f"{folder} has several variants, {known}. Choose one with --variant")
+            raise InputError(
+                f"{folder} has several variants, {known}. Choose one: {opening.way_out(folder, '--variant NAME')}"
+            )
     elif variant not in choices:
         raise InputError(f"{folder} has no variant {variant}. It has: {known}")
     files = choices[variant]
