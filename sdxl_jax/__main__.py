@@ -1,18 +1,17 @@
 """The command line: which command is meant, and the exit code that it ends with. What a command parses and does is in
 commands/.
 
-Exit code 0 when done; 2 when the input is at fault, with one message on stderr and no traceback unless --debug.
+Exit code 0 when done; 2 when the input is at fault, 1 when the machine is, with one message on stderr and no traceback
+unless --debug; 143 and 130 for `train`, `data encode` and `data build` that SIGTERM or Ctrl-C stopped with work left.
 """
 
-import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.commands import pipes, signals
+from sdxl_jax.errors import TOLD, InputError, exit_code, fault, nearest_first
 
 _BEGAN = time.monotonic()
 
@@ -27,12 +26,10 @@ def _quickstart(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    if threading.current_thread() is threading.main_thread():
-        # Until the loop takes it over: there is nothing to save yet.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    from sdxl_jax.commands import train
+    with signals.end_at_once():  # until the loop takes them over
+        from sdxl_jax.commands import train
 
-    train.run(arguments, _BEGAN)
+        train.run(arguments, _BEGAN)
 
 
 def _compile(arguments: list[str]) -> None:
@@ -99,31 +96,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError(f"There is no command {given[0]!r}. Known, nearest first: {near}")
         _COMMANDS[given[0]][0](given[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads our output has seen enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except InputError as error:
+    except TOLD as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if debug:
+        return error.code
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sdxl_jax"):  # our own mistake
             raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: the package {error.name} is not installed. Install it, e.g. with pip", file=sys.stderr)
+        return exit_code(error)
+    except Exception as error:
+        if not isinstance(error, OSError) and fault(error) is InputError:
+            raise  # our own mistake
+        if debug:  # of a full disk, libraries make many types
+            traceback.print_exc()
         print(f"error: {error}. Check that the place exists, may be written to, and has room", file=sys.stderr)
-        return 2
+        return exit_code(error)
     return 0
 
 
 def program() -> None:
     """`main` as a process of its own, which ends even while a step is being compiled beside training."""
+    pipes.may_close()
     try:
         code = main()
     except SystemExit as stopped:  # by SIGTERM or Ctrl-C, once all is saved; --help; what argparse refuses
-        code = stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+        code = exit_code(stopped)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1  # of a process that SIGINT ends
+        code = exit_code(error)
     if "sdxl_jax.training.compilation" in sys.modules:
         from sdxl_jax.training.compilation import leave
 

@@ -1,16 +1,91 @@
-"""The one exception for input that is at fault.
+"""Errors that are told in one message, without a traceback, and the exit code that each ends a command with.
 
-The command line prints its message, without a traceback, and exits with code 2. A message says what was given, what
-was expected and what to do. Our own mistakes are `assert`s and ordinary exceptions: they keep their traceback.
+    InputError    2    what the user gave cannot be used: trying again will not help
+    MachineError  1    the machine or the network failed: trying again may help
+    HostFailed    its  another process of the run failed, with its message and its code
+    Interrupted   143, 130    stopped by SIGTERM or Ctrl-C with work left
+
+A message says what was given, what was expected and what to do. Our own mistakes are `assert`s and ordinary exceptions:
+they keep their traceback, and end with 1.
 """
 
 import difflib
+import errno
 import math
+import os
+import signal
 from collections.abc import Iterable
 
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message names the remedy."""
+
+    code = 2
+
+
+class MachineError(RuntimeError):
+    """A fault of the machine or the network: no room, a disk that does not answer. Trying again may help; the message
+    names the remedy."""
+
+    code = 1
+
+
+class HostFailed(Exception):
+    """Another process stopped; the message is its own, and so is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT stopped what has work left: leaves the process with exit code 143 or 130, unless it is caught.
+
+    signal_name: SIGTERM or SIGINT, and after it where it was heard.
+    """
+
+    def __init__(self, signal_name: str):
+        super().__init__(128 + signal.Signals[signal_name.split()[0]])
+        self.signal_name = signal_name
+
+
+TOLD = (InputError, MachineError, HostFailed)
+"""What the command line prints as one message."""
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EFBIG}
+_FAULTS_OF_THE_MACHINE = {
+    *_STORAGE,
+    *(errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ENOLCK),
+    *(errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
+}
+_SAID = tuple(map(os.strerror, _STORAGE))
+"""How libraries say it that raise no OSError: Orbax, ArrayRecord."""
+
+
+def fault(error: BaseException) -> type[InputError] | type[MachineError]:
+    """Which of the two a failed reading or writing is told as: a full or failing disk is the machine's, a path that
+    does not exist or may not be written to, and a damaged file, are the user's."""
+    number = getattr(error, "errno", None)
+    if number is None:
+        return MachineError if any(text in str(error) for text in _SAID) else InputError
+    return MachineError if number in _FAULTS_OF_THE_MACHINE else InputError
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code that an exception ends the process with."""
+    match error:
+        case InputError() | MachineError() | HostFailed():
+            return error.code
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case OSError():
+            return fault(error).code
+        case ModuleNotFoundError():
+            return InputError.code
+    return 1
 
 
 def nearest_first(given: str, known: Iterable[str]) -> list[str]:

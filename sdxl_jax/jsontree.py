@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import cattrs
 
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, fault
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 
@@ -52,7 +52,7 @@ def read_saved(path: Path) -> dict[str, Any]:
         if not isinstance(saved["config"], dict):
             raise TypeError(f"it has config={saved['config']!r}")
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise InputError(
+        raise fault(error)(
             f"{path} is not the configuration of a run ({error}). Restore it, or choose another run "
             "(with train: another --run-dir)"
         ) from error

@@ -32,7 +32,7 @@ def within(phase: str, function: Any, after: str | None = None) -> Any:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))  # as the command does, before there is anything to save
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as the command does, before there is anything to save
     enter("start-up")
     sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
     import tensorboardX  # noqa: F401  # which imports torch where it is there: two seconds

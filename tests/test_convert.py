@@ -56,11 +56,11 @@ def listing(folder: Path) -> dict[str, int | None]:
     }
 
 
-def assert_refused(folder: Path, *arguments: object, expected: str) -> None:
-    """Exit code 2, one message with the expected words, no traceback, and nothing below `folder` changed."""
+def assert_refused(folder: Path, *arguments: object, expected: str, code: int = 2) -> None:
+    """That exit code, one message with the expected words, no traceback, and nothing below `folder` changed."""
     before = listing(folder)
     outcome = call(*arguments)
-    assert outcome.code == 2, outcome
+    assert outcome.code == code, outcome
     assert "Traceback" not in outcome.out + outcome.err
     assert outcome.err.count("error: ") == 1
     words = re.sub(r"\s+", " ", outcome.err)
@@ -606,7 +606,7 @@ def test_disk_that_fills_up_leaves_nothing_behind(
     destination = tmp_path / "new" / "folder" / "made.safetensors"
     interrupt(monkeypatch, to, OSError(errno.ENOSPC, "No space left on device"), destination)
     expected = "No space left on device.*has room"
-    assert_refused(tmp_path, source, destination, "--to", to.value, expected=expected)
+    assert_refused(tmp_path, source, destination, "--to", to.value, expected=expected, code=1)
 
 
 @pytest.mark.parametrize("to", Layout)
@@ -650,7 +650,7 @@ def test_disk_without_room_is_refused_before_anything_is_written(
     expected = r"has 0\.00 GB left, and the model needs 0\.00 GB. Make room, choose another disk, or a smaller --dtype"
     for to in Layout:
         made = tmp_path / "new" / "made.safetensors"
-        assert_refused(tmp_path, source, made, "--to", to.value, expected=expected)
+        assert_refused(tmp_path, source, made, "--to", to.value, expected=expected, code=1)
 
 
 def test_damage_that_shows_late_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:

@@ -22,7 +22,7 @@ from sdxl_jax.data.build.build import Built, _build, _identity, build, find_repe
 from sdxl_jax.data.build.records import Record, Unit, units
 from sdxl_jax.data.shards import open_shards
 from sdxl_jax.data.sources import Refused
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
 
 TESTS = str(Path(__file__).parent)
 COLUMNS = "caption_start first_caption hash name_start number_000 record shard shard_extent size"
@@ -140,7 +140,6 @@ def test_repeats_are_found_across_blocks_and_rounds(monkeypatch):
 KILLED_ANYWHERE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from pathlib import Path
 from test_data_build import Fake, files
 
 reference, folder = Path(sys.argv[2]), sys.argv[3]
@@ -323,7 +322,7 @@ def test_two_builds_at_once_in_one_folder_are_refused(tmp_path):
     folder.mkdir()
     other = os.open(folder, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(InputError, match="Another process is building"):
+    with pytest.raises(MachineError, match="Another process is building"):
         Fake().build(folder)
     os.close(other)
     Fake().build(folder)
@@ -376,7 +375,7 @@ def test_a_full_disk_is_reported_and_loses_nothing_finished(tmp_path, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     fake = Fake(4, 300)
     try:
-        with pytest.raises(InputError, match=r"Cannot write to .*File too large.*same command again"):
+        with pytest.raises(MachineError, match=r"Cannot write to .*File too large.*same command again"):
             fake.build(tmp_path / "shards")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -393,7 +392,7 @@ class Dying(Fake):
 
 
 def test_a_worker_that_dies_is_reported(tmp_path):
-    with pytest.raises(InputError, match=r"A worker process died.*fewer workers"):
+    with pytest.raises(MachineError, match=r"A worker process died.*fewer workers"):
         Dying().build(tmp_path / "shards", workers=2)
     Fake().build(tmp_path / "shards", workers=2)
     assert len(open_shards(tmp_path / "shards")) == 12

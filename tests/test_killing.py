@@ -74,7 +74,7 @@ def stopped(whole: Whole, folder: Path, processes: int, phase: str, victim: int,
         seconds = time.monotonic() - told
     finally:
         started.end()
-    assert codes == [0] * processes, (whole.scratch / f"log_{victim}").read_text()[-3000:]
+    assert codes == [128 + number] * processes, (whole.scratch / f"log_{victim}").read_text()[-3000:]
     assert not (folder / "lock").exists()
     killing.undisturbed(whole.config, folder, whole.scratch, processes)
     killing.assert_same_run(folder, whole.folder)
@@ -83,7 +83,7 @@ def stopped(whole: Whole, folder: Path, processes: int, phase: str, victim: int,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["start-up", "compiling", "step", "evaluation"])
-def test_sigterm_saves_and_ends_with_exit_code_0(whole: Whole, phase: str) -> None:
+def test_sigterm_saves_and_ends_with_exit_code_143(whole: Whole, phase: str) -> None:
     assert stopped(whole, whole.scratch / f"stopped_in_{phase}", 1, phase, 0) < 30
 
 
@@ -107,4 +107,4 @@ def test_survivor_of_a_killed_host_ends_by_itself(tmp_path: Path) -> None:
     finally:
         started.end()
     assert codes is not None
-    assert codes[0] != 0
+    assert codes[0] == 1

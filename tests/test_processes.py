@@ -4,6 +4,7 @@ Several hosts are threads here, around a coordination service of a few lines; re
 """
 
 import dataclasses
+import errno
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import tiny
 
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.training import processes as hosting
 from sdxl_jax.training import setup
 from sdxl_jax.training.processes import HostFailed, Hosts, Interrupted
@@ -69,6 +70,15 @@ def three(monkeypatch: pytest.MonkeyPatch) -> list[Hosts]:
         host.index, host.count, host._client, host._prefix = index, 3, service, "test"
         made.append(host)
     return made
+
+
+@pytest.fixture
+def codes(three: list[Hosts], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What the processes would exit with."""
+    del three  # which registers nothing
+    found = list[int]()
+    monkeypatch.setattr(hosting.atexit, "register", lambda _, code: found.append(code))
+    return found
 
 
 def together(hosts: list[Hosts], program: Any) -> list[Any]:
@@ -210,6 +220,72 @@ def test_a_failure_on_one_host_ends_the_others_with_its_message(three: list[Host
         assert str(outcomes[index]) == "Host 1 stopped: InputError: its disk is full"
 
 
+FAULTS = [
+    (InputError("no such bucket"), 2),
+    (MachineError("its disk is full"), 1),
+    (OSError(errno.EIO, "its disk fails"), 1),
+    (FileNotFoundError(errno.ENOENT, "no such file"), 2),
+    (ZeroDivisionError("our own mistake"), 1),
+]
+
+
+@pytest.mark.parametrize(("fault", "code"), FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
+def test_all_processes_end_with_the_code_of_the_one_whose_fault_it_was(
+    three: list[Hosts], codes: list[int], fault: Exception, code: int
+) -> None:
+    """Also one that learns of it by an error of its own: its collective fails when the other one has gone."""
+    gone = threading.Event()
+
+    def program(host: Hosts) -> None:
+        if host.index == 1:
+            raise fault
+        if host.index == 2:
+            gone.wait(8)
+            raise ConnectionError("the other side of a collective has gone")
+        try:
+            host.wait(lambda: time.sleep(8))
+        finally:
+            gone.set()
+
+    outcomes = together(three, program)
+    assert outcomes[1] is fault
+    for index in (0, 2):
+        assert isinstance(outcomes[index], HostFailed)
+        assert not isinstance(outcomes[index], InputError)
+        assert (outcomes[index].code, str(outcomes[index])) == (
+            code,
+            f"Host 1 stopped: {type(fault).__name__}: {fault}",
+        )
+    assert codes == [code] * 3
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_all_processes_end_with_the_code_of_the_signal_that_one_has_heard(
+    three: list[Hosts], codes: list[int], name: str, code: int
+) -> None:
+    def program(host: Hosts) -> None:
+        if host.index == 2:
+            host._signalled = name
+        host.wait(lambda: time.sleep(8))
+
+    outcomes = together(three, program)
+    assert [outcome.code for outcome in outcomes] == [code] * 3
+    assert codes == [code] * 3
+
+
+def test_a_process_that_does_not_react_is_ended_with_the_others_code(
+    three: list[Hosts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = list[int]()
+    monkeypatch.setattr(hosting, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(hosting.os, "_exit", ended.append)
+    three[0]._hear({"failed/1": "2 InputError: no such bucket"})
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ended == [2]
+
+
 def test_one_process_stops_at_its_next_point_and_gets_its_handlers_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as stopped, Hosts(1.0) as hosts:
@@ -217,7 +293,7 @@ def test_one_process_stops_at_its_next_point_and_gets_its_handlers_back() -> Non
         hosts.point()
         os.kill(os.getpid(), signal.SIGTERM)
         hosts.point()
-    assert (stopped.value.code, stopped.value.signal_name) == (0, "SIGTERM")
+    assert (stopped.value.code, stopped.value.signal_name) == (143, "SIGTERM")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -228,33 +304,33 @@ def test_an_error_in_what_is_waited_for_is_raised() -> None:
 
 ALONE = """
 import sys
-from sdxl_jax.errors import InputError
-from sdxl_jax.training.processes import Hosts
 try:
     with Hosts(1.0):
         pass
-except InputError as error:
+except TOLD as error:
     print(f"refused: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(error.code)
 """
 
 
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("environment", "code", "message"),
     [
         (
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            1,
             "refused: Not all processes of this run joined within hosts.join_timeout_seconds=1. This one has "
             "JAX_COORDINATOR_ADDRESS=localhost:1, JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=1",
         ),
         (
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"},
+            2,
             "refused: The processes cannot be joined: The process id of the current process must be defined",
         ),
-        ({"JAX_NUM_PROCESSES": "two"}, "refused: The environment has JAX_NUM_PROCESSES='two'. Give a whole number"),
+        ({"JAX_NUM_PROCESSES": "two"}, 2, "refused: The environment has JAX_NUM_PROCESSES='two'. Give a whole number"),
     ],
 )
-def test_hosts_that_cannot_join_say_why(environment: dict[str, str], message: str) -> None:
+def test_hosts_that_cannot_join_say_why(environment: dict[str, str], code: int, message: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ALONE],
         env=os.environ | environment,
@@ -265,4 +341,4 @@ def test_hosts_that_cannot_join_say_why(environment: dict[str, str], message: st
         check=False,
     )
     assert message in done.stderr
-    assert done.returncode == 2
+    assert done.returncode == code

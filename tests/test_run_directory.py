@@ -1,6 +1,7 @@
 """RUN is one run's, one process's, and can be written; what is in it is checked before it is believed."""
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -22,9 +23,9 @@ from sdxl_jax.arrays import Params
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.optim.optimiser import Decay
-from sdxl_jax.training import checkpoint
+from sdxl_jax.training import checkpoint, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.run_directory import check_run, locked, write_config
@@ -54,7 +55,7 @@ def steps_in(directory: Path) -> list[str]:
 def test_directory_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
     said = rf"in use by another process \(process {os.getpid()} on "
     with locked(tmp_path / "run"):
-        with pytest.raises(InputError, match=said), locked(tmp_path / "run"):
+        with pytest.raises(MachineError, match=said), locked(tmp_path / "run"):
             pass
         assert (tmp_path / "run" / "lock").exists()
     assert not (tmp_path / "run").exists()  # nothing came of it
@@ -71,7 +72,7 @@ def test_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(InputError, match=f"process {holder.pid} on"), locked(tmp_path / "run"):
+        with pytest.raises(MachineError, match=f"process {holder.pid} on"), locked(tmp_path / "run"):
             pass
     finally:
         holder.kill()
@@ -79,6 +80,19 @@ def test_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "lock").exists()
     with locked(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, MachineError), (errno.EACCES, InputError)])
+def test_directory_without_room_is_the_machines_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    def fails(folder: Path) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr(run_directory, "_try_writing", fails)
+    with pytest.raises(kind, match=os.strerror(number)), locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 def test_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -270,7 +284,7 @@ def test_full_disk_in_the_middle_of_a_save_leaves_the_checkpoints_before(
         train()
         assert "checkpoint of step 2 could not be written" in capsys.readouterr().out
     else:
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(MachineError, match=message):
             train()
     assert steps_in(directory) == ["1", "3"]
     for step in (1, 3):
@@ -291,13 +305,13 @@ def test_last_checkpoint_that_fails_is_an_error_even_if_the_run_may_go_on(
 ) -> None:
     said = r"step 2 could not be written \(.*No space left.*There is none before it"
     with (
-        pytest.raises(InputError, match=said),
+        pytest.raises(MachineError, match=said),
         Checkpoints(tmp_path / "checkpoints", keep=3, go_on=True) as checkpoints,
     ):
         monkeypatch.setattr(checkpoints._checkpointer, "wait", full)
         checkpoints._writing = 2
     with (
-        pytest.raises(InputError, match=said),
+        pytest.raises(MachineError, match=said),
         Checkpoints(tmp_path / "refused", keep=3, go_on=True) as checkpoints,
     ):
         monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
@@ -318,7 +332,7 @@ def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
 ) -> None:
     """It was lost in the background, and is found out when the next one is due; there is room by then."""
     with (
-        pytest.raises(InputError, match=r"step 1 could not be written.*That of step 2, behind it, was written"),
+        pytest.raises(MachineError, match=r"step 1 could not be written.*That of step 2, behind it, was written"),
         Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints,
     ):
         checkpoints.save(1, state(1), {})
@@ -332,7 +346,7 @@ def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
 def test_checkpoint_that_another_host_lost_is_lost_on_all(tmp_path: Path) -> None:
     theirs = ""
     with (
-        pytest.raises(InputError, match=r"step 2 could not be written on host 1 \(disk full\)"),
+        pytest.raises(MachineError, match=r"step 2 could not be written on host 1 \(disk full\)"),
         Checkpoints(tmp_path, keep=3, go_on=True, agree=lambda ours: [ours, theirs]) as checkpoints,
     ):
         checkpoints.save(2, state(2), {})

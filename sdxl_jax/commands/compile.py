@@ -49,6 +49,8 @@ def run(arguments: list[str]) -> None:
 
     options, config = parsing.beside(Compile(), configuration.load(path), arguments[1:], f"compile {path}")
     topology = _checked(options)
+    if options.program == "sample" and not isinstance(config, configuration.TrainConfig):
+        raise InputError(f"--program sample compiles the sampler of a TrainConfig; {path} has {type(config).__name__}")
     from sdxl_jax.aot import compile as ahead
 
     if options.program == "sample":

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sdxl_jax.commands import parsing
+from sdxl_jax.commands import parsing, signals
 from sdxl_jax.errors import InputError, nearest_first
 
 USAGE = """usage: sdxl-jax data build SRC DST     pack captioned pictures into shards
@@ -51,6 +51,11 @@ class Build:
 
 def _build(arguments: list[str]) -> None:
     options = parsing.parse(Build, arguments, "data build")
+    with signals.stop():
+        _built(options)
+
+
+def _built(options: Build) -> None:
     from sdxl_jax.data.build.build import build
     from sdxl_jax.data.captions import CaptionLines
 
@@ -152,9 +157,14 @@ class Encode:
 
 def _encode(arguments: list[str]) -> None:
     path = parsing.config_path(arguments, "data encode", ENCODE_USAGE)
+    with signals.stop():
+        _encoded(path, arguments[1:])
+
+
+def _encoded(path: Path, arguments: list[str]) -> None:
     from sdxl_jax import config as configuration
 
-    options, config = parsing.beside(Encode(), configuration.load(path), arguments[1:], f"data encode {path}")
+    options, config = parsing.beside(Encode(), configuration.load(path), arguments, f"data encode {path}")
     from sdxl_jax.training.encoding import encode
 
     plan, refused = encode(config, batch_size=options.batch_size, share=options.share)

@@ -16,6 +16,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.paths import local
 
 if TYPE_CHECKING:
     from sdxl_jax.weights.open import Opening
@@ -27,9 +28,26 @@ _CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.
 _REGISTRY = ConstructorRegistry()
 
 
-def parse(kind: type[_T] | Any, arguments: list[str], command: str, **options: Any) -> _T | Any:
-    """Ends the process with 2 and a message for arguments that are none of the command's."""
-    return tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, registry=_REGISTRY, **options)
+def parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
+    """Ends the process with 2 and a message for arguments that are none of the command's. Raises InputError for a path
+    that is none of this machine's."""
+    return _parsed(kind, arguments, command, options)
+
+
+def _parsed(kind: Any, arguments: list[str], command: str, options: dict[str, Any]) -> Any:
+    parsed = tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, registry=_REGISTRY, **options)
+    _check_paths(parsed)
+    return parsed
+
+
+def _check_paths(options: Any) -> None:
+    for entry in dataclasses.fields(options):
+        value = getattr(options, entry.name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, Path):
+                local(each, entry.name)
+            elif dataclasses.is_dataclass(each):
+                _check_paths(each)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +60,8 @@ class Beside(Generic[_Options, _Config]):
 
 def beside(options: _Options, config: _Config, arguments: list[str], command: str) -> tuple[_Options, _Config]:
     """Both with what the arguments change. What is given here is the default, and the type to parse."""
-    kinds: Any = Beside[type(options), type(config)]
-    parsed = parse(kinds, arguments, command, default=Beside(options, config), description=type(options).__doc__)
+    given = {"default": Beside(options, config), "description": type(options).__doc__}
+    parsed = _parsed(Beside[type(options), type(config)], arguments, command, given)
     return parsed.options, parsed.config
 
 

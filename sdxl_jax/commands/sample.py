@@ -21,7 +21,7 @@ import tyro
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import Opened
 from sdxl_jax.conditioning.prompts import check_text
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import InputError, fault, nearest_first
 from sdxl_jax.files import text as texts
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
@@ -280,7 +280,7 @@ def read_text(path: Path) -> dict[str, str]:
     try:
         text = _png_text(path)
     except OSError as error:
-        raise InputError(
+        raise fault(error)(
             f"--from-png {path} cannot be read ({error}). Give a PNG that sdxl-jax sample has made"
         ) from error
     if not {"prompt", "index", "sampler", "steps"} <= text.keys():
@@ -302,7 +302,7 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:  # of a refiner, gigabytes
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
-        raise InputError(f"{path} cannot be read ({error})") from error
+        raise fault(error)(f"{path} cannot be read ({error})") from error
 
 
 # What is checked and read before the model
@@ -345,7 +345,7 @@ def _read_noise(sample: Sample) -> "np.ndarray | None":
     try:
         noise = np.load(sample.init_noise)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(
+        raise fault(error)(
             f"--init-noise {sample.init_noise} is no readable NPY file ({error}). Give one that numpy.save wrote"
         ) from error
     if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):

@@ -37,12 +37,13 @@ def run(arguments: list[str], began: float) -> None:
     """began: when the program started, by `time.monotonic()`."""
     path = parsing.config_path(arguments, "train", USAGE)
     from sdxl_jax import config as configuration
+    from sdxl_jax.jsontree import to_json
 
     default = Train(run_dir=Path("runs") / path.stem)
     options, config = parsing.beside(default, configuration.load(path), arguments[1:], f"train {path}")
     from sdxl_jax.training import loop
 
-    print(json.dumps(configuration.to_json(config), indent=1))
+    print(json.dumps(to_json(config), indent=1))
     loop.train(
         config,
         options.run_dir,

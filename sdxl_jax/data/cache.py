@@ -38,8 +38,9 @@ from jaxtyping import BFloat16, Int32
 from ml_dtypes import bfloat16
 
 from sdxl_jax.data.record_files import RecordFiles, RecordWriter
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.errors import InputError, check_ranges, fault
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync, write_text
+from sdxl_jax.files.paths import local
 from sdxl_jax.files.trees import differences
 
 FORMAT = 1
@@ -309,7 +310,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as problem:
-        raise InputError(
+        raise fault(problem)(
             f"{file} cannot be read ({problem}). Copy it again from where the cache was made, or remove {folder} and "
             "run `sdxl-jax data encode` again."
         ) from problem
@@ -335,7 +336,7 @@ def begin(
     `made_from` is what decides the content, as JSON values by name. Any number of processes may begin the same cache
     at the same time. Raises InputError: the folder cannot be made, holds other files, or a cache of something else.
     """
-    folder = Path(folder)
+    folder = local(folder, "data.cache")
     counts = {"images": images, "crops": crops, "piece_images": piece_images}
     check_ranges((name, count, 1, math.inf) for name, count in counts.items())
     content = {"made_from": made_from, "images": images, "crops": crops, "piece_images": piece_images}
@@ -344,7 +345,7 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
         others = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
     except OSError as problem:
-        raise InputError(f"The folder {folder} cannot be made ({problem.strerror}). Give another one.") from problem
+        raise fault(problem)(f"The folder {folder} cannot be made ({problem.strerror}). Give another one.") from problem
     if not (folder / DESCRIPTION).exists():  # looked at after the names: another process that begins writes it first
         if others:
             raise InputError(f"{folder} holds other files and is no cache. Give a new or an empty folder.")

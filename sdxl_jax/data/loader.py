@@ -21,7 +21,7 @@ from sdxl_jax.data.mixture import Mixture
 from sdxl_jax.data.order import CHOICE_OF_CAPTION, CHOICE_OF_CROP, CROP, FIXED_CROP, Order
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.transforms import Example, cover_crop, cover_size
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
 
 _T = TypeVar("_T")
 _IN_A_ROW = 100
@@ -123,15 +123,16 @@ class Loader:
         """draw(step, row, position) of the first of the row's image, and those that follow it in the bucket's order,
         that is not bad; why the others are goes into `bad`."""
         bucket = self.order.bucket(step)
-        before = len(bad)
+        before, kind = len(bad), InputError
         for instead in range(min(self.order.buckets[bucket].places, _IN_A_ROW)):
             position = self.order.position(step, row, instead=instead)
             try:
                 return draw(step, row, position)
-            except InputError as problem:
+            except (InputError, MachineError) as problem:
+                kind = type(problem)
                 bad.append(str(problem))
         height, width = self.buckets[bucket]
-        raise InputError(
+        raise kind(
             f"{len(bad) - before} images of the bucket {height}×{width} in a row are bad. The last one: {bad[-1]}"
         )
 

@@ -47,6 +47,7 @@ from sdxl_jax.data.shards import is_shard_set, open_shards
 from sdxl_jax.data.sources import OnRefused, Pictures, Refused, stop_if_refused, summary
 from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.files.paths import local
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
 """Captions to token numbers, one entry a tokenizer."""
@@ -220,6 +221,8 @@ class BucketedDataset:
 
     def __init__(self, config: DataConfig, tokenize: Tokenize, *, host_index: int = 0, host_count: int = 1):
         _check(config, host_index, host_count)
+        if config.cache is not None:
+            local(config.cache, "data.cache")
         self.config = config
         self.tokenize = tokenize
         self.buckets = check_buckets(config.buckets)
@@ -362,6 +365,7 @@ def open_pictures(
 
     Raises InputError as `open_folder` and `open_shards`.
     """
+    folder = local(folder, "data.folder")
     if is_shard_set(folder):
         return open_shards(folder)
     return open_folder(folder, on_refused=OnRefused.SKIP, verify=verify, caption_lines=caption_lines)

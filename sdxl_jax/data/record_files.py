@@ -15,7 +15,7 @@ from typing import Any
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, fault
 
 _OPEN_FILES = 256  # of 0.04 MB and one file each; to open one again takes 0.4 ms
 _NO_COUNT = 1 << 62  # told as a file's records, it need not be opened to count them; what is beyond the last is refused
@@ -76,7 +76,7 @@ class RecordFiles:
         try:
             found = path.stat().st_size
         except OSError as problem:
-            raise InputError(f"{path} cannot be read ({problem.strerror}). {self._remedy}") from problem
+            raise fault(problem)(f"{path} cannot be read ({problem.strerror}). {self._remedy}") from problem
         if size not in (None, found):
             raise InputError(
                 f"{path} has {found} bytes where {size} are expected: it was cut off or replaced. {self._remedy}"

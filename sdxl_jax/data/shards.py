@@ -30,7 +30,7 @@ from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import decode, why_unreadable
 from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.sources import Refused
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, fault
 
 FORMAT = 1
 """Version of the layout, in shards.json."""
@@ -196,7 +196,9 @@ def read_description(path: Path) -> dict[str, Any]:
             ) from None
         raise InputError(f"{path} is no shard set: it has no {DESCRIPTION}. {expected}.") from None
     except (OSError, ValueError) as problem:
-        raise InputError(f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build anew.") from problem
+        raise fault(problem)(
+            f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build anew."
+        ) from problem
     version = description.get("format") if isinstance(description, dict) else None
     if version != FORMAT:
         raise InputError(
@@ -268,7 +270,7 @@ def open_shards(path: str | Path) -> ShardSet:
             _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set anew."),
         )
     except (OSError, ValueError, EOFError, KeyError, TypeError) as problem:
-        raise InputError(
+        raise fault(problem)(
             f"The index of the shard set {path} does not fit its {DESCRIPTION}: {file} cannot be used "
             f"({type(problem).__name__}: {problem}). Copy the whole folder again, or build the shard set anew."
         ) from problem

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError, fault
 
 
 class OnRefused(enum.Enum):
@@ -165,9 +165,9 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def gone(path: str, problem: OSError) -> InputError:
+def gone(path: str, problem: OSError) -> InputError | MachineError:
     """The error of a file that was there when the source was listed."""
-    return InputError(
+    return fault(problem)(
         f"{path} cannot be read any more ({problem.strerror or problem}); it was there when the source was listed. "
         "Bring it back, or leave it out of the source, and run the same command again."
     )

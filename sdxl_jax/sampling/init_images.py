@@ -22,7 +22,7 @@ from PIL import Image
 
 from sdxl_jax.arrays import Size
 from sdxl_jax.data import images, transforms
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, fault
 
 Colour = tuple[int, int, int]
 """Red, green, blue, 0..255."""
@@ -56,7 +56,7 @@ def read(path: Path, background: Colour = WHITE) -> UInt8[np.ndarray, "height wi
         raise InputError(f"There is no picture {path}. Give the path of a file that exists") from None
     except Exception as problem:  # decoders raise many types on damaged files; each means the same here
         reason = images.why_unreadable(problem)
-        raise InputError(f"The picture {path} {reason}. Save it anew, as PNG or JPEG, or give another") from problem
+        raise fault(problem)(f"The picture {path} {reason}. Save it anew, as PNG or JPEG, or give another") from problem
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from sdxl_jax.arrays import Params
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.state import TrainState
@@ -98,15 +98,15 @@ class Checkpoints:
     ) -> bool:
         """Starts writing; returns when the arrays are copied. Waits for an earlier save first. Whether it has begun.
 
-        metrics: what `keep_best` goes by. Raises InputError for a save that failed, or an earlier one, unless the run
+        metrics: what `keep_best` goes by. Raises MachineError for a save that failed, or an earlier one, unless the run
         goes on; what has been learnt since the earlier one is saved before, if it can be.
         """
         try:
             self.finish()
-        except InputError as lost:
+        except MachineError as lost:
             self._begin(step, state, metadata, metrics)
             self.finish(last=True)
-            raise InputError(f"{lost}. That of step {step}, behind it, was written") from lost
+            raise MachineError(f"{lost}. That of step {step}, behind it, was written") from lost
         return self._begin(step, state, metadata, metrics)
 
     def _begin(
@@ -130,13 +130,13 @@ class Checkpoints:
         return self._writing is not None
 
     def finish(self, last: bool = False) -> None:
-        """Waits until all is written. Raises InputError where that failed, unless the run goes on.
+        """Waits until all is written. Raises MachineError where that failed, unless the run goes on.
 
         last: no other comes after it, and it must have been written.
         """
         if self._writing is None:
             if last and self._lost:
-                raise InputError(self._lost)
+                raise MachineError(self._lost)
             return
         failed = ""
         try:
@@ -164,7 +164,7 @@ class Checkpoints:
             "checkpoint.on_failed_save=go_on trains on after such a failure"
         )
         if last or not self._go_on:
-            raise InputError(self._lost)
+            raise MachineError(self._lost)
         tqdm.write(f"  {message} {kept}; training goes on (checkpoint.on_failed_save)")
 
     def _reopen(self) -> None:

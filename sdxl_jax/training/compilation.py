@@ -28,6 +28,7 @@ from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, out_of_memory
+from sdxl_jax.files.paths import local
 from sdxl_jax.training.programs import Programs
 
 _LOOKED_AHEAD = 100_000
@@ -73,7 +74,8 @@ def check_mappings(proc: Path = Path("/proc")) -> None:
 
 def use_cache(folder: str | Path) -> None:
     """Keeps every program that this process compiles from now on in a folder, or reads it from there. It may be shared
-    by runs and hosts, and may be a bucket's URL (gs://…)."""
+    by runs and hosts. Raises InputError for a bucket's URL."""
+    local(folder, "training.compilation_cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -18,6 +18,7 @@ Not here: what is done when a run is stopped (loop).
 
 import atexit
 import concurrent.futures
+import contextlib
 import functools
 import json
 import math
@@ -35,7 +36,7 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # the coordination service's client has no public name
 
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import TOLD, HostFailed, InputError, Interrupted, MachineError, exit_code
 from sdxl_jax.files.trees import differences
 
 _T = TypeVar("_T")
@@ -46,18 +47,6 @@ _GRACE_SECONDS = 10
 _AFTER_THE_STOP = 10**9
 """From here on texts are numbered then: not all hosts have given the same number before."""
 _runs = 0
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT stopped the run: leaves the process with exit code 0, unless it is caught."""
-
-    def __init__(self, signal_name: str):
-        super().__init__(0)
-        self.signal_name = signal_name
-
-
-class HostFailed(InputError):
-    """Another host stopped; the message is its own."""
 
 
 class _Helper:
@@ -90,8 +79,9 @@ class Hosts:
     JAX_PROCESS_ID, or what jax detects (TPU pods, Slurm, Open MPI, Kubernetes). One process where it describes none.
 
     A context manager, to be entered before any device is touched; in the main thread, it takes SIGTERM and SIGINT.
-    Raises InputError for numbers that are missing, and when not all processes have joined in time. After an error with
-    several processes, or after work was left behind, the process is ended at its exit with the code of that error.
+    Raises InputError for numbers that are missing, MachineError when not all processes have joined in time, HostFailed
+    for what another process has raised. After an error with several processes, or after work was left behind, the
+    process is ended at its exit with the code of that error.
     """
 
     def __init__(self, join_timeout_seconds: float):
@@ -105,7 +95,8 @@ class Hosts:
         self._passed = 0
         self._stop_after: int | None = None
         self._stopping = False
-        self._failure: str | None = None
+        self._failure: tuple[str, int] | None = None
+        """What another process said of its failure, and its exit code."""
         self._gathered = 0
         self._over = threading.Event()
         self._helper = _Helper()
@@ -136,7 +127,7 @@ class Hosts:
                 self.wait(lambda: _initialise(self._join_timeout_seconds), self._join_timeout_seconds)
             except TimeoutError as error:
                 given = ", ".join(f"{name}={os.environ.get(name)}" for name in _ENVIRONMENT)
-                raise InputError(
+                raise MachineError(
                     "Not all processes of this run joined within hosts.join_timeout_seconds="
                     f"{self._join_timeout_seconds:g}. This one has {given} (None: as detected). Start the missing "
                     "ones, check that they reach the coordinator, or raise the time"
@@ -156,22 +147,33 @@ class Hosts:
         if kind is None:
             self._over.set()
             return
-        stopped = isinstance(error, Interrupted)
+        assert error is not None
+        following = self._following(error)
         if self.count > 1:
-            self._leave(None if stopped or isinstance(error, HostFailed) else error)
+            self._leave(None if isinstance(following or error, Interrupted | HostFailed) else error)
         self._over.set()
         if self._abandoned or self.count > 1:
             # A thread inside a compilation, or a host that does not answer any more, must not hold up the exit.
-            code = 0 if stopped else 2 if isinstance(error, InputError) else 1
-            atexit.register(_exit_now, code)
+            atexit.register(_exit_now, exit_code(following or error))
+        if following is not None:
+            raise following from error
+
+    def _following(self, error: BaseException) -> HostFailed | None:
+        """The failure of another process, where this one's error is likely what came of it: inside a collective."""
+        if self.count == 1 or not isinstance(error, Exception) or isinstance(error, TOLD):
+            return None
+        if self._failure is None:
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
+                self._hear(self._notices())
+        return None if self._failure is None else HostFailed(*self._failure)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if self._signalled is not None and number == signal.SIGINT:
             os._exit(130)
         if self._signalled is None:
             self._signalled = signal.Signals(number).name
-            # print() may be what was interrupted
-            os.write(2, f"\n{self._signalled}: stopping after this step\n".encode())
+            with contextlib.suppress(OSError):  # nobody reads it; print() may be what was interrupted
+                os.write(2, f"\n{self._signalled}: stopping after this step\n".encode())
 
     # Points and waiting
 
@@ -198,7 +200,7 @@ class Hosts:
 
     def _agreed(self) -> bool:
         if self._failure is not None:
-            raise HostFailed(self._failure)
+            raise HostFailed(*self._failure)
         return self._stop_after is not None
 
     def _raise_if_reached(self) -> None:
@@ -282,7 +284,8 @@ class Hosts:
         failed = [(name, text) for name, text in notices.items() if name.startswith("failed/")]
         if failed and self._failure is None and failed[0][0] != f"failed/{self.index}":
             name, text = failed[0]
-            self._failure = f"Host {name.removeprefix('failed/')} stopped: {text}"
+            code, _, said = text.partition(" ")
+            self._failure = f"Host {name.removeprefix('failed/')} stopped: {said}", int(code)
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
         if self._signalled is not None and "stop" not in notices:
             self._notify("stop", f"{self._signalled} on host {self.index}" if self.count > 1 else self._signalled)
@@ -296,14 +299,17 @@ class Hosts:
 
     def _end_if_stuck(self) -> None:
         if not self._over.wait(_GRACE_SECONDS):
-            os.write(2, f"error: {self._failure}\n".encode())
-            os._exit(2)
+            assert self._failure is not None
+            said, code = self._failure
+            with contextlib.suppress(OSError):
+                os.write(2, f"error: {said}\n".encode())
+            os._exit(code)
 
     def _leave(self, failure: BaseException | None) -> None:
         """Tells a failure. The first host goes last: it has the service, without which jax ends the others abruptly."""
         try:
             if failure is not None:
-                self._notify(f"failed/{self.index}", f"{type(failure).__name__}: {failure}"[:2000])
+                self._notify(f"failed/{self.index}", f"{exit_code(failure)} {type(failure).__name__}: {failure}"[:2000])
             if failure is None and self._failure is None:
                 self._client.wait_at_barrier(f"{self._prefix}/leave", 60_000)
                 jax.distributed.shutdown()
@@ -346,6 +352,8 @@ def _initialise(timeout_seconds: float) -> None:
             process_id=numbers["process_id"],
             initialization_timeout=math.ceil(timeout_seconds) + 60,
         )
+    except jax.errors.JaxRuntimeError as error:
+        raise MachineError(f"The processes cannot be joined: {error}. Start all of them anew") from error
     except (ValueError, TypeError, RuntimeError) as error:
         too_late = "must be called before" in str(error)
         if values == [None] * 3 and (too_late or "coordinator_address" in str(error)):

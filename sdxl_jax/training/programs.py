@@ -20,11 +20,12 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from sdxl_jax.files import atomic
+from sdxl_jax.files.paths import local
 
 
 def folder(cache: str) -> epath.Path:
-    """Where they lie in `training.compilation_cache`: a path, or a bucket's URL (gs://…)."""
-    return epath.Path(cache) / "ahead"
+    """Where they lie in `training.compilation_cache`. Raises InputError for a bucket's URL."""
+    return epath.Path(local(cache, "training.compilation_cache")) / "ahead"
 
 
 class Programs(NamedTuple):

@@ -15,8 +15,9 @@ from typing import Any
 from sdxl_jax import config as configuration
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.files import atomic, locks
+from sdxl_jax.files.paths import local
 from sdxl_jax.jsontree import from_json, read_saved, to_json
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
@@ -36,7 +37,7 @@ def check_run(
     allow_changes: fields, groups of them, or data_fingerprint, that may differ all the same. Returns the differences
     that there are, as `configuration.differences` words them.
     """
-    path = run_dir / "config.json"
+    path = local(run_dir, "the run directory") / "config.json"
     if not path.exists():
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
             raise InputError(f"{run_dir} is no run directory: it has no config.json. Choose another --run-dir")
@@ -86,7 +87,8 @@ def _completed(saved: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
 def locked(run_dir: Path) -> Iterator[None]:
     """The directory, made if need be, for this process alone; the system lets go of it however the process ends.
 
-    Raises InputError where another process has it, or where it cannot be written. Leaves nothing where nothing was.
+    Raises MachineError where another process has it, InputError where it may not be written. Leaves nothing where
+    nothing was.
     What the lock is worth on network file systems: files.locks.
     """
     made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
@@ -97,12 +99,12 @@ def locked(run_dir: Path) -> Iterator[None]:
             _try_writing(run_dir / "checkpoints")
             lock.enter_context(locks.locked_file(run_dir / "lock"))
         except locks.Busy as error:
-            raise InputError(
+            raise MachineError(
                 f"{run_dir} is in use by another process ({str(error) or 'which has just begun'}). Wait for it to end, "
                 "stop it, or choose another --run-dir"
             ) from error
         except OSError as error:
-            raise InputError(
+            raise fault(error)(
                 f"Nothing can be written in {run_dir} ({error}). Choose another --run-dir, or see to its permissions "
                 "and its room"
             ) from error

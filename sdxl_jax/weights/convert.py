@@ -24,7 +24,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sdxl_jax.diffusion.parameterisation import Prediction
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
+from sdxl_jax.files.paths import local
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
@@ -74,10 +75,10 @@ def convert(
     source: what a MODEL argument takes; or a model in memory; or what `open.open_model` found, perhaps changed.
     destination: a new directory; for a single file, a new .safetensors file. to: "orbax", "diffusers", "single-file".
 
-    Raises InputError before anything is written if there is something at the destination, if the disk has too little
-    room, or if the layout cannot hold the model; nothing is left behind by a conversion that fails.
+    Raises InputError before anything is written if there is something at the destination, or if the layout cannot hold
+    the model, and MachineError if the disk has too little room; nothing is left behind by a conversion that fails.
     """
-    to, destination = Layout(to), Path(destination)
+    to, destination = Layout(to), local(destination, "the destination")
     match source:
         case Weights():
             weights = source
@@ -98,14 +99,14 @@ def convert(
 
 
 def _check_room(weights: Weights, destination: Path) -> None:
-    """Raises InputError where the disk has less room than the weights need."""
+    """Raises MachineError where the disk has less room than the weights need."""
     place = next(folder for folder in destination.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise InputError(f"{destination} cannot be written: {place} is no directory that may be written to")
     free = shutil.disk_usage(place).free
     needed = weights.size + sum(math.prod(t.shape) * t.dtype.itemsize for t in weights.carried.values())
     if free < needed:
-        raise InputError(
+        raise MachineError(
             f"{place} has {free / 1e9:.2f} GB left, and the model needs {needed / 1e9:.2f} GB. Make room, choose "
             "another disk, or a smaller --dtype"
         )

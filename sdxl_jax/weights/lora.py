@@ -32,6 +32,7 @@ from jaxtyping import Float
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import text as texts
+from sdxl_jax.files.paths import local
 from sdxl_jax.model import Adapter, Model, ModelConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
@@ -109,7 +110,7 @@ def read(path: str | Path) -> Lora:
 
     Raises InputError for a file that is missing, damaged or a pickle, or that holds anything but plain LoRA.
     """
-    file = path = Path(path)
+    file = path = local(path, "the LoRA")
     if path.is_dir():
         file = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
         if file is None:

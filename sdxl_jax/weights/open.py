@@ -24,6 +24,7 @@ from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.paths import local
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
@@ -78,9 +79,9 @@ def open_model(path: str | Path, opening: Opening = Opening(), parts_from: Seque
 
     Raises InputError as `load_model`.
     """
-    weights = _open(Path(path), opening)
+    weights = _open(local(path, "the model"), opening)
     for other in parts_from:
-        weights = _with_parts(weights, _open(Path(other), opening), other)
+        weights = _with_parts(weights, _open(local(other, "the model of other parts"), opening), other)
     if opening.prediction is None:
         return weights
     # What the user says has the last word.

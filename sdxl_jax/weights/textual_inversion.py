@@ -29,6 +29,7 @@ from sdxl_jax.arrays import Params, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.paths import local
 from sdxl_jax.model import Model
 from sdxl_jax.weights.formats.safetensors import PICKLES, open_file
 
@@ -46,6 +47,7 @@ def read(path: Path) -> dict[str, Vectors]:
 
     Raises InputError for a file that is missing, damaged, pickled, or holds something else.
     """
+    local(path, "the embedding")
     if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path} is a pickle, which can run any program when it is loaded. Convert it to .safetensors with the "

@@ -45,9 +45,10 @@ from sdxl_jax.data.captions import CaptionLines, check_number_names
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
 from sdxl_jax.data.sources import Refused
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.errors import InputError, MachineError, check_ranges, fault
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync
 from sdxl_jax.files.locks import Busy, locked_folder
+from sdxl_jax.files.paths import local
 
 _AGAIN = "Nothing that was finished is lost: then run the same command again, it goes on from there."
 _PARTS = "parts"
@@ -123,7 +124,7 @@ def _guarded(read: Read, unit: Unit) -> Iterator[Record | Refused]:
     try:
         yield from read(unit)
     except OSError as problem:
-        raise InputError(
+        raise fault(problem)(
             f"The source cannot be read any more, at {unit.name}: {problem}. Restore it. {_AGAIN}"
         ) from problem
 
@@ -179,7 +180,7 @@ def _write_parts(read: Read, missing: list[Unit], parts: Path, origin: Path | No
                 for future in done:
                     future.result()
         except BrokenProcessPool as problem:
-            raise InputError(
+            raise MachineError(
                 "A worker process died. Often the memory ran out: use fewer workers (they are as many as cores, if not "
                 f'told otherwise). {_AGAIN} In a script, call build() below `if __name__ == "__main__":`, since the '
                 "workers import it."
@@ -258,12 +259,12 @@ def _identity(all_units: list[Unit]) -> str:
 
 @contextmanager
 def _only_builder(destination: Path) -> Iterator[None]:
-    """Holds a lock on the folder, which ends with the process. InputError where another build has it."""
+    """Holds a lock on the folder, which ends with the process. MachineError where another build has it."""
     with ExitStack() as lock:
         try:
             lock.enter_context(locked_folder(destination))
         except Busy:
-            raise InputError(
+            raise MachineError(
                 f"Another process is building in {destination}. Wait until it is done, or give another folder"
             ) from None
         yield
@@ -347,7 +348,7 @@ def _build(
     progress: bool,
     caption_lines: CaptionLines = CaptionLines.LINES,
 ) -> Built:
-    destination, hide = Path(destination), None if progress else True
+    destination, hide = local(destination, "the destination"), None if progress else True
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check_ranges([("workers", workers, 0, math.inf)])
@@ -374,7 +375,7 @@ def _build(
         except FileExistsError as problem:
             raise _refuse_folder(destination) from problem
         except OSError as problem:  # what the source raises is an InputError already
-            raise InputError(
+            raise fault(problem)(
                 f"Cannot write to {destination} ({problem}). Free some space, or mend it. {_AGAIN}"
             ) from problem
     return Built(*(described[name] for name in Built._fields[:-1]), was_finished=finished)
@@ -402,8 +403,8 @@ def build(
     Where the shard set is complete already, nothing is done, the source is not looked at, and `was_finished` is True.
 
     Raises InputError: a source that cannot be used, disappears, or has no usable image; a destination that holds
-    another build or other files, that another process builds in, or that cannot be written to (a full disk); a worker
-    that died; caption_lines where no caption stands in a `.txt`.
+    another build or other files, or that may not be written to; caption_lines where no caption stands in a `.txt`.
+    MachineError: another process builds there; a full disk, or one that fails; a worker that died.
     """
 
     def found(source: str) -> list[Unit]:

@@ -30,6 +30,7 @@ from sdxl_jax.data.images import usable_size
 from sdxl_jax.data.shards import is_shard_set, open_shards
 from sdxl_jax.data.sources import Piece, Refusals, Refused, Sample, Unusable, printable
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import local
 
 _SHARD_SET_IMAGES = 10_000  # a piece of a shard set
 
@@ -129,7 +130,9 @@ def units(source: str | Path) -> list[Unit]:
     Raises InputError: no such source; not one of the known kinds, or several kinds in one folder; no column of images
     or of captions, a package that is missing, a TFDS data set that is not prepared.
     """
-    found = list(tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(Path(source)))
+    found = list(
+        tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(local(source, "the source"))
+    )
     if not found:
         raise InputError(f"{source} holds no records at all. Give another source.")
     return [Unit(number, printable(name), what) for number, (name, what) in enumerate(found)]

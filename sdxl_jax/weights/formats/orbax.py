@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sdxl_jax.arrays import unflatten
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.weights.lazy import Carried, Index, Leaf
 
 _GROUP_BYTES = 2**29
@@ -50,11 +50,11 @@ def load(path: Path, abstract: Any) -> Any:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> InputError:
+def _unreadable(path: Path, error: Exception) -> InputError | MachineError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return InputError(
-        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files"
-    )
+    if (kind := fault(error)) is MachineError:
+        return kind(f"The checkpoint {path} cannot be read now ({reason}). Nothing was changed. Try again")
+    return kind(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.files import text as texts
 
 _DTYPES: dict[str, np.dtype] = {
@@ -48,8 +48,8 @@ class Tensor:
             raise unreadable(self.path, error) from error
 
 
-def unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(
+def unreadable(path: Path, error: Exception) -> InputError | MachineError:
+    return fault(error)(
         f"{path} is no readable safetensors file ({error}). It may be cut off or damaged: check the path and the size, "
         "or fetch it anew"
     )
@@ -114,7 +114,7 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         shards = sorted(set(places.values()))
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise InputError(f"{path} is no readable index of shards ({error!r}). Fetch it anew") from error
+        raise fault(error)(f"{path} is no readable index of shards ({error!r}). Fetch it anew") from error
     if missing:
         raise InputError(
             f"{path} lists {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "

@@ -1,0 +1,309 @@
+"""The exit codes that scripts rely on: 0 done, 2 the user's fault, 1 the machine's, 143 and 130 stopped with work left.
+
+Of several processes: test_processes.py. Of a training that is stopped in the middle: test_killing.py.
+"""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import compiling
+import pytest
+import tiny
+from command import call
+
+from sdxl_jax.commands import signals
+from sdxl_jax.commands import train as train_command
+from sdxl_jax.errors import HostFailed, InputError, Interrupted, MachineError, exit_code, fault
+from sdxl_jax.files.paths import local
+
+CONFIG = """
+import dataclasses
+
+import tiny
+
+
+def get_config():
+    config = tiny.train_config(Path({folder!r}), steps=2)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, buckets=((32, 32),)))
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """pictures, and config.py."""
+    tiny.make_folder(tmp_path / "pictures", images=8)
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path / "pictures")))
+    return tmp_path
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("x"), 2),
+        (MachineError("x"), 1),
+        (HostFailed("x", 2), 2),
+        (HostFailed("x", 1), 1),
+        (Interrupted("SIGTERM"), 143),
+        (Interrupted("SIGINT on host 1"), 130),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(), 0),
+        (SystemExit(2), 2),
+        (SystemExit("words"), 1),
+        (ModuleNotFoundError("No module named 'x'", name="x"), 2),
+        (FileNotFoundError(errno.ENOENT, "x"), 2),
+        (PermissionError(errno.EACCES, "x"), 2),
+        (NotADirectoryError(errno.ENOTDIR, "x"), 2),
+        (OSError("a damaged file"), 2),
+        *((OSError(number, "x"), 1) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ENFILE)),
+        (TimeoutError(errno.ETIMEDOUT, "x"), 1),
+        (ZeroDivisionError(), 1),
+    ],
+    ids=repr,
+)
+def test_every_error_has_the_exit_code_of_whose_fault_it_is(error: BaseException, code: int) -> None:
+    assert exit_code(error) == code
+
+
+def test_libraries_that_raise_no_oserror_for_a_full_disk_are_understood() -> None:
+    assert (
+        fault(ValueError("RESOURCE_EXHAUSTED: writing x [OS error 28: ENOSPC No space left on device]")) is MachineError
+    )
+    assert fault(RuntimeError("Input/output error; reading x")) is MachineError
+    assert fault(ValueError("it is damaged")) is InputError
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("what was given"), 2, "error: what was given\n"),
+        (MachineError("no room"), 1, "error: no room\n"),
+        (HostFailed("Host 1 stopped: full", 1), 1, "error: Host 1 stopped: full\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "has room"),
+        (ValueError("tensorstore: No space left on device"), 1, "has room"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "Check that the place exists"),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 2, "the package wandb is not installed"),
+    ],
+    ids=repr,
+)
+def test_command_that_fails_says_so_in_one_message(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train_command, "run", fails)
+    outcome = call("train", "config.py")
+    assert outcome.code == code
+    assert outcome.err.startswith("error: ")
+    assert said in outcome.err
+    assert "Traceback" not in outcome.err
+    debugged = call("train", "config.py", "--debug")
+    assert debugged.code == code
+    assert "Traceback" in debugged.err
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_command, "run", fails)
+    with pytest.raises(ZeroDivisionError):
+        call("train", "config.py")
+
+
+# Paths of other places
+
+
+SCHEMES = ["gs://bucket/x", "s3://bucket/x", "https://example.org/x"]
+URL = "gs://bucket/x"
+
+
+def commands(home: Path, url: str) -> dict[str, list[object]]:
+    """A command for each place where a path is given."""
+    train: list[object] = ["train", home / "config.py"]
+    sample: list[object] = ["--prompt", "x", "--out", home / "out"]
+    return {
+        "train RUN": [*train, "--run-dir", url],
+        "data.folder": [*train, "--run-dir", home / "run", "--data.folder", url],
+        "data.cache": [*train, "--run-dir", home / "run", "--data.cache", url, "--data.crops-per-image", 1],
+        "training.init_from": [*train, "--run-dir", home / "run", "--training.init-from", url],
+        "training.compilation_cache": [*train, "--run-dir", home / "run", "--training.compilation-cache", url],
+        "encode": ["data", "encode", home / "config.py", "--data.cache", url, "--data.crops-per-image", 1],
+        "build SRC": ["data", "build", url, home / "shards"],
+        "build DST": ["data", "build", home / "pictures", url],
+        "inspect": ["data", "inspect", url],
+        "inspect --dump": ["data", "inspect", home / "pictures", "--dump", 1, url],
+        "sample MODEL": ["sample", url, *sample],
+        "sample --out": ["sample", home / "run", "--prompt", "x", "--out", url],
+        "sample --refiner": ["sample", home / "run", *sample, "--refiner", url],
+        "sample --lora": ["sample", home / "run", *sample, "--lora", f"{url}:0.5"],
+        "convert SRC": ["convert", url, home / "made", "--to", "orbax"],
+        "convert DST": ["convert", home / "pictures", url, "--to", "orbax"],
+        "serve": ["serve", url],
+        "quickstart": ["quickstart", "--run-dir", url],
+    }
+
+
+@pytest.mark.parametrize("place", commands(Path(), ""))
+def test_path_of_a_bucket_is_refused_wherever_one_is_given(
+    home: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no folder is made that is called gs:."""
+    monkeypatch.chdir(home)
+    outcome = call(*commands(home, URL)[place])
+    assert outcome.code == 2, outcome
+    assert "gs://bucket/x" in outcome.err
+    assert "Copy it to a local folder first" in outcome.err
+    assert sorted(path.name for path in home.iterdir()) == ["config.py", "pictures"]
+
+
+@pytest.mark.parametrize("url", SCHEMES)
+def test_every_scheme_is_refused_in_text_and_in_a_path(url: str) -> None:
+    for given in (url, Path(url)):
+        with pytest.raises(InputError, match=f"the model is {url}. Expected a path .* Copy it to a local folder first"):
+            local(given, "the model")
+
+
+@pytest.mark.parametrize(
+    "path", ["x", "/x/y", "./a:b/c", "a:b", "C:/x", "x/gs://y", "style.safetensors:0.8", "12:30/x"]
+)
+def test_names_with_colons_are_names(path: str) -> None:
+    assert local(path, "x") == Path(path)
+
+
+def test_python_callers_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdxl_jax import convert, load_model, train
+    from sdxl_jax.data.build.build import build
+    from sdxl_jax.weights.open import open_model
+
+    monkeypatch.chdir(tmp_path)
+    config = tiny.train_config(tiny.make_folder(tmp_path / "pictures"))
+    calls: list[Callable[[], Any]] = [
+        lambda: train(config, URL),
+        lambda: load_model(URL),
+        lambda: open_model(URL),
+        lambda: convert("model", URL, "orbax"),
+        lambda: build(str(tmp_path / "pictures"), Path(URL)),
+    ]
+    for refused in calls:
+        with pytest.raises(InputError, match="gs://bucket/x"):
+            refused()
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+# Signals
+
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_work_without_a_loop_is_stopped_with_the_signals_code(
+    number: int, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of `data encode` and `data build`, which keep what was finished."""
+    before = [signal.getsignal(each) for each, _ in SIGNALS]
+    cleaned = False
+    with pytest.raises(Interrupted) as stopped, signals.stop():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            cleaned = True
+    assert cleaned
+    assert stopped.value.code == code
+    assert "what was finished is kept. Run the same command to go on" in capsys.readouterr().err
+    assert [signal.getsignal(each) for each, _ in SIGNALS] == before
+
+
+SLOW_BUILD = """
+import sys, time
+from sdxl_jax import __main__ as command
+from sdxl_jax.data.build import build as builds
+
+write = builds._write_part
+
+
+def slow(*arguments):
+    print("a piece", flush=True)
+    time.sleep(60)
+
+
+builds._write_part = slow
+sys.argv[1:] = ["data", "build", *sys.argv[1:], "--workers", "0"]
+command.program()
+"""
+
+EARLY = """
+import sys, time
+
+
+def slow(*_):
+    print("importing", flush=True)
+    time.sleep(60)
+
+
+train.run = slow
+sys.argv[1:] = ["train", "config.py"]
+command.program()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("program", ["build", "train"])
+def test_process_that_is_stopped_early_ends_with_the_signals_code(
+    home: Path, program: str, number: int, code: int
+) -> None:
+    source = {"build": SLOW_BUILD, "train": EARLY}[program]
+    process = subprocess.Popen(
+        [sys.executable, "-c", source, str(home / "pictures"), str(home / "shards")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    assert f"stopped by {signal.Signals(number).name}" in said
+
+
+# A pipe that closes
+
+
+def test_closed_pipe_does_not_end_training(home: Path) -> None:
+    """`sdxl-jax train … 2>&1 | head -1`: it goes on to its end, and says that all went well."""
+    environment = compiling.environment(home / "compiled")
+    command = [sys.executable, "-m", "sdxl_jax", "train", str(home / "config.py"), "--run-dir", str(home / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"{\n"
+    process.stdout.close()  # as `head` does
+    assert process.wait(300) == 0
+    assert len((home / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_closed_pipe_keeps_the_exit_code_of_other_commands(home: Path) -> None:
+    for given, code in (([str(home / "pictures")], 0), (["no-such-folder"], 2)):
+        reader, writer = os.pipe()
+        os.close(reader)
+        command = [sys.executable, "-m", "sdxl_jax", "data", "inspect", *given]
+        process = subprocess.Popen(command, stdout=writer, stderr=writer, cwd=Path(__file__).parents[1])
+        os.close(writer)
+        assert process.wait(120) == code
