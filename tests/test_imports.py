@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.initial": {"config", "jsontree", "model", "weights"} | BASE,
     "training.encoding": {
         *("config", "data", "jsontree", "model", "models", "conditioning", "weights.lazy", "sharding"),
-        *("training.initial", "training.state"),
+        *("training.checksums", "training.initial", "training.state"),
         *BASE,
     },
     "training.objectives": {
@@ -68,7 +68,11 @@ ALLOWED: dict[str, set[str]] = {
     "training.compilation": {"config", "data", "training.programs"} | BASE,
     "training.processes": BASE,
     "training.run_directory": {"config", "data", "jsontree", "training.objectives"} | BASE,
-    "training.checkpoint": {"sharding", "weights.formats.orbax", "weights.formats.run", "training.state"} | BASE,
+    "training.checksums": set(),
+    "training.checkpoint": {
+        *("sharding", "weights.formats.orbax", "weights.formats.run", "training.checksums", "training.state"),
+        *BASE,
+    },
     "training.observe": {"training.observe"} | BASE,
     "training.observe.metrics": {"data.buckets", "flops", "training.observe"} | BASE,
     "training.observe.validation": {

@@ -27,6 +27,7 @@ from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.optim.optimiser import Decay
 from sdxl_jax.training import checkpoint, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
+from sdxl_jax.training.checksums import checksum, checksums
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.run_directory import check_run, locked, write_config
 from sdxl_jax.training.state import TrainState
@@ -228,14 +229,21 @@ def test_checksum_sees_every_element_and_no_layout() -> None:
     rng = np.random.default_rng(0)
     for dtype in (np.float32, jnp.bfloat16, np.int32):
         values = (100 * rng.standard_normal((3, 5, 2))).astype(dtype)
-        seen = {int(checkpoint._checksum(jnp.asarray(values)))}
+        seen = {int(checksum(jnp.asarray(values)))}
         for place in np.ndindex(values.shape):
             other = values.copy()
             other[place] += 1
-            seen.add(int(checkpoint._checksum(jnp.asarray(other))))
+            seen.add(int(checksum(jnp.asarray(other))))
         swapped = values[[1, 0, 2]]
-        seen.add(int(checkpoint._checksum(jnp.asarray(swapped))))
+        seen.add(int(checksum(jnp.asarray(swapped))))
         assert len(seen) == values.size + 2
+
+
+def test_checksums_are_those_that_checkpoints_on_the_disk_carry() -> None:
+    values = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7
+    leaves = [jnp.asarray(values), jnp.asarray(values, jnp.bfloat16), jnp.asarray(values, jnp.int32), jnp.float32(3)]
+    assert checksums(leaves) == ["ba000000", "44feba00", "bf7919f0", "40400000"]
+    assert checksums(leaves[1:2], jnp.float32) == ["ba000000"]
 
 
 def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path: Path) -> None:

@@ -12,9 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import UInt32
 from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
@@ -22,12 +19,11 @@ from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.sharding import path_name
+from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.weights.formats import orbax, run
 from sdxl_jax.weights.formats.run import Damaged, latest_step
 
-_FACTORS = (0x9E3779B1, 0x85EBCA6B, 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D, 0xFD7046C5, 0xB55A4F09)
-"""Odd numbers without a simple relation, one an axis, so that no two places of an array count alike."""
 _CHECKSUMS = "array_checksums"
 
 
@@ -254,27 +250,8 @@ def _load(path: Path, abstract: Any) -> Any:
 
 
 def _checksums(tree: Any) -> str:
-    """Eight hexadecimal digits an array, in the tree's order. They do not depend on how arrays lie on devices."""
-    numbers = list[jax.Array]()
-    for leaf in jax.tree.leaves(tree):
-        numbers.append(_checksum(leaf))
-        if jax.default_backend() == "cpu":
-            # A CPU's devices meet in a few threads: of two programs under way, each can hold what the other waits for.
-            numbers[-1].block_until_ready()
-    return "".join(f"{int(number):08x}" for number in jax.device_get(numbers))
-
-
-@jax.jit
-def _checksum(array: jax.Array) -> UInt32[jax.Array, ""]:
-    """Sum of the bits of every element, each times an odd number of its own, modulo 2³². Whole numbers: exact in any
-    order, and any one element that changed shows."""
-    size = array.dtype.itemsize
-    bits = jax.lax.bitcast_convert_type(array, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]).astype(jnp.uint32)
-    weight = jnp.ones(array.shape, jnp.uint32)
-    for axis, factor in zip(range(array.ndim), _FACTORS, strict=False):
-        # By axis rather than by the flat index: a reshape would gather what is split over devices.
-        weight += 2 * jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * np.uint32(factor)
-    return jnp.sum(bits * weight, dtype=jnp.uint32)
+    """Eight hexadecimal digits an array, in the tree's order."""
+    return "".join(checksums(jax.tree.leaves(tree)))
 
 
 def _shapes(tree: Any) -> dict[str, str]:

@@ -38,6 +38,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.models import vae
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.initial import initial_weights
 from sdxl_jax.training.state import partition
 from sdxl_jax.weights.lazy import part_configs
@@ -55,23 +56,12 @@ def encoder_parts(config: TrainConfig) -> list[str]:
     return [part for part in part_configs(config.model) if part != "unet"]
 
 
-def _sums(values: jax.Array) -> jax.Array:
-    """Two sums over the bits of an array, modulo 2³²: exact, so the same however it is spread over devices."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32).reshape(-1), jnp.uint32)
-    place = jnp.arange(bits.size, dtype=jnp.uint32)
-    mixed = (bits ^ (place * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
-    mixed ^= mixed >> 15
-    return jnp.stack([jnp.sum(mixed, dtype=jnp.uint32), jnp.sum(mixed * (place | 1), dtype=jnp.uint32)])
-
-
 def fingerprint(params: Params) -> str:
-    """Names the values of parameters, wherever they lie."""
-    names = hashlib.blake2b(digest_size=16)
-    for path, leaf in sorted(flatten(params).items()):
-        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
-        sums = jax.jit(_sums, out_shardings=None if mesh is None else sharding.replicated(mesh))
-        names.update(f"{path} {leaf.shape} {np.asarray(sums(leaf)).tolist()}\n".encode())
-    return names.hexdigest()
+    """Names the values of parameters, wherever they lie and in whatever precision they are kept."""
+    leaves = dict(sorted(flatten(params).items()))
+    sums = checksums(leaves.values(), jnp.float32)
+    lines = [f"{path} {leaf.shape} {number}\n" for (path, leaf), number in zip(leaves.items(), sums, strict=True)]
+    return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
 
 
 @functools.cache
