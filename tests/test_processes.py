@@ -297,6 +297,14 @@ def test_one_process_stops_at_its_next_point_and_gets_its_handlers_back() -> Non
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_signal_after_the_last_step_stops_nothing() -> None:
+    """No work is left: the last checkpoint is written, and the process ends with 0."""
+    with Hosts(1.0) as hosts:
+        hosts.point()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert hosts.wait(lambda: "saved", stops=False) == "saved"
+
+
 def test_an_error_in_what_is_waited_for_is_raised() -> None:
     with pytest.raises(ZeroDivisionError), Hosts(1.0) as hosts:
         hosts.wait(lambda: 1 / 0)

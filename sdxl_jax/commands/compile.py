@@ -49,15 +49,18 @@ def run(arguments: list[str]) -> None:
 
     options, config = parsing.beside(Compile(), configuration.load(path), arguments[1:], f"compile {path}")
     topology = _checked(options)
-    if options.program == "sample" and not isinstance(config, configuration.TrainConfig):
-        raise InputError(f"--program sample compiles the sampler of a TrainConfig; {path} has {type(config).__name__}")
     from sdxl_jax.aot import compile as ahead
 
-    if options.program == "sample":
-        made = ahead.compile_sampler(config, topology, slices=options.slices)
-    else:
+    if options.program == "train":
         buckets = _buckets(options, config)
         made = ahead.compile_step(config, topology, slices=options.slices, buckets=buckets, parallel=options.parallel)
+    elif isinstance(config, configuration.TrainConfig):
+        made = ahead.compile_sampler(config, topology, slices=options.slices)
+    else:
+        raise InputError(
+            f"--program sample compiles the sampler of a TrainConfig, and {path} gives {type(config).__name__}. Leave "
+            "it out to compile the train step"
+        )
     if options.json:
         print(json.dumps([each.as_json() for each in made], indent=1))
     else:
