@@ -172,6 +172,11 @@ class RunConfig:
     """Where else the numbers go."""
 
     @property
+    def wants_captions(self) -> bool:
+        """Whether images without a caption are refused."""
+        return True
+
+    @property
     def losses(self) -> tuple[str, ...]:
         """The terms of the loss that a step reports besides the loss itself."""
         return ()

@@ -18,6 +18,7 @@ from PIL import Image
 from sdxl_jax import config as configuration
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, flatten, normalise
+from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import vae
@@ -245,6 +246,26 @@ def test_data_inspect_shows_what_it_will_see(file: Path) -> None:
     outcome = call("data", "inspect", file, "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["images_usable"] == 16
+
+
+def test_images_need_no_caption(config: AutoencoderConfig, tmp_path: Path) -> None:
+    """For training, and for what shows what training will see; for a model that learns from captions they do."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(folder / f"{number}.png")
+    bare = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=str(folder)))
+    assert objective_of(bare).tokenizer is None and not bare.wants_captions
+    dataset = BucketedDataset(bare.data, objective_of(bare).tokenizer)
+    assert len(dataset.source) == 4
+    rows = dataset.iterate()
+    assert next(rows).tokens == {}
+    rows.close()
+    path = tmp_path / "bare.py"
+    path.write_text(CONFIGURATION.format(folder=str(folder)))
+    assert json.loads(call("data", "inspect", path, "--json").out)["images_usable"] == 4
+    captioned = call("data", "inspect", folder)
+    assert captioned.code == 2 and "image without a caption" in captioned.err
 
 
 def test_commands_of_another_objective_say_so(file: Path) -> None:

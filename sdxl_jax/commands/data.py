@@ -97,10 +97,11 @@ def _inspect(arguments: list[str]) -> None:
     from sdxl_jax.data.settings import DataConfig
 
     is_config = options.source.suffix == ".py"
-    config = configuration.load(options.source).data if is_config else DataConfig(folder=str(options.source))
+    run = configuration.load(options.source) if is_config else None
+    config = DataConfig(folder=str(options.source)) if run is None else run.data
     if options.plot is not None:
         plots.check(options.plot)
-    dataset = inspection.open_dataset(config)
+    dataset = inspection.open_dataset(config, captioned=run is None or run.wants_captions)
     if options.plot is not None:
         plots.plot(dataset, options.plot)
     seen = inspection.inspect(dataset)

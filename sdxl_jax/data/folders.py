@@ -450,12 +450,15 @@ def open_folder(
     on_refused: OnRefused = OnRefused.ERROR,
     verify: bool = False,
     caption_lines: CaptionLines = CaptionLines.LINES,
+    captioned: bool = True,
 ) -> FolderSource:
     """Lists a folder of captioned images, recursively, hidden files left out; captions stay in memory.
 
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels show now instead of
     during training; that costs one full pass over the images: reading them all, and some 15 ms of one core a megapixel
     of JPEG, in eight threads.
+
+    captioned=False: nobody wants the captions; an image without one is used, with "".
 
     Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a
     caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file;
@@ -470,7 +473,7 @@ def open_folder(
     def look(picture: Picture) -> _Found | Refused:
         path = folder / picture.name
         try:
-            captions, numbers = _captions(str(folder), picture, caption_lines)
+            captions, numbers = _captions(str(folder), picture, caption_lines) if captioned else (("",), {})
             with _open(str(path)) as file:
                 length = os.fstat(file.fileno()).st_size
                 size = usable_size(file, verify=verify)

@@ -25,9 +25,10 @@ def _no_tokens(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
     return {}
 
 
-def open_dataset(config: DataConfig) -> BucketedDataset:
-    """What training would read, with refused files left out, and without tokens."""
-    return BucketedDataset(dataclasses.replace(config, on_refused=OnRefused.SKIP), _no_tokens)
+def open_dataset(config: DataConfig, captioned: bool = True) -> BucketedDataset:
+    """What training would read, with refused files left out, and without tokens. captioned: whether it wants
+    captions."""
+    return BucketedDataset(dataclasses.replace(config, on_refused=OnRefused.SKIP), _no_tokens if captioned else None)
 
 
 def inspect(dataset: BucketedDataset) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
     return sizes
 
 
-def open_mixture(config: DataConfig) -> Mixture:
+def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     """The sources of a configuration. Raises InputError for none, for both a folder and sources, and as
     `open_pictures`; a bad weight; caption_lines where no caption stands in a .txt."""
     if (config.folder is None) == (not config.sources):
@@ -142,7 +142,8 @@ def open_mixture(config: DataConfig) -> Mixture:
             )
     # What cannot be decoded is found when a cache is made, which says so itself.
     verify = config.verify_images and config.cache is None
-    opened = [open_pictures(each.folder, verify=verify, caption_lines=config.caption_lines) for each in sources]
+    lines = config.caption_lines
+    opened = [open_pictures(each.folder, verify=verify, caption_lines=lines, captioned=captioned) for each in sources]
     if config.caption_lines is not CaptionLines.LINES and not any(each.reads_text_files for each in opened):
         folders = ", ".join(each.folder for each in sources)
         raise InputError(
@@ -172,7 +173,7 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
                     "this run, bring the files back as they were, or raise data.max_bad_share. A new run can do "
                     "without them: remove them, or build a shard set, which decodes every picture once."
                 )
-            if loaded.captions:
+            if loaded.captions and dataset.tokenize is not None:
                 yield loaded.batch._replace(tokens=dict(dataset.tokenize(list(loaded.captions))))
             else:
                 yield loaded.batch
@@ -211,7 +212,8 @@ class BucketedDataset:
 
     Args:
         config: what to read; batch sizes count all hosts.
-        tokenize: captions to token numbers, in this process.
+        tokenize: captions to token numbers, in this process. None: nobody wants captions; batches have no tokens, and
+            images of a folder need no caption.
         host_index, host_count: this host takes rows host_index · n to (host_index + 1) · n of each global batch, with
             n = batch size / host_count.
 
@@ -219,7 +221,7 @@ class BucketedDataset:
     while `config.on_refused` is ERROR, buckets that no image fits.
     """
 
-    def __init__(self, config: DataConfig, tokenize: Tokenize, *, host_index: int = 0, host_count: int = 1):
+    def __init__(self, config: DataConfig, tokenize: Tokenize | None, *, host_index: int = 0, host_count: int = 1):
         _check(config, host_index, host_count)
         if config.cache is not None:
             local(config.cache, "data.cache")
@@ -228,7 +230,7 @@ class BucketedDataset:
         self.buckets = check_buckets(config.buckets)
         sizes = batch_sizes(config, self.buckets)
         # Refusals are settled below, so that one message names those of the sources and those of the buckets.
-        self.source = open_mixture(config)
+        self.source = open_mixture(config, captioned=tokenize is not None)
         self._grouping = groupings.group(
             self.source,
             self.buckets,
@@ -356,16 +358,23 @@ class BucketedDataset:
 
 
 def open_pictures(
-    folder: str | Path, *, verify: bool = False, caption_lines: CaptionLines = CaptionLines.LINES
+    folder: str | Path,
+    *,
+    verify: bool = False,
+    caption_lines: CaptionLines = CaptionLines.LINES,
+    captioned: bool = True,
 ) -> Pictures:
     """A folder of images, or a shard set. What is refused is left out and listed.
 
     verify: decode every image of a folder now; those of a shard set were, when it was built.
     caption_lines: what the lines of a `.txt` in a folder are; a shard set has its captions.
+    captioned: whether captions are wanted.
 
     Raises InputError as `open_folder` and `open_shards`.
     """
     folder = local(folder, "data.folder")
     if is_shard_set(folder):
         return open_shards(folder)
-    return open_folder(folder, on_refused=OnRefused.SKIP, verify=verify, caption_lines=caption_lines)
+    return open_folder(
+        folder, on_refused=OnRefused.SKIP, verify=verify, caption_lines=caption_lines, captioned=captioned
+    )

@@ -137,8 +137,9 @@ def _checked(config: RunConfig, run_dir: Path, asked: Asked) -> Objective[Any]:
 
 def _dataset(objective: Objective[Any], hosts: Hosts, mesh: Mesh) -> BucketedDataset:
     part, parts = sharding.host_part(mesh)
-    tokenize = objective.tokenizer or (lambda captions: {})
-    return hosts.wait(lambda: BucketedDataset(objective.config.data, tokenize, host_index=part, host_count=parts))
+    return hosts.wait(
+        lambda: BucketedDataset(objective.config.data, objective.tokenizer, host_index=part, host_count=parts)
+    )
 
 
 def _programs(

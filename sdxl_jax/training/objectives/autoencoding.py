@@ -7,7 +7,7 @@ pretrained network), and the Kullback-Leibler divergence of the posterior from a
 Welling, arXiv:1312.6114, appendix B), which keeps latents smooth enough to be generated. Adversarial and perceptual
 losses, as SDXL's own autoencoder was trained with, are not here.
 
-It wants no captions, no conditioning and no cache: of a batch only the image is read.
+It wants no captions, no conditioning and no cache: of a batch only the image is read, and images need no caption.
 """
 
 import functools
@@ -78,6 +78,10 @@ class AutoencoderConfig(RunConfig):
     """What the loop does."""
     validation: AutoencodingValidationConfig = field(default_factory=AutoencodingValidationConfig)
     """The images in RUN/samples."""
+
+    @property
+    def wants_captions(self) -> bool:
+        return False
 
     @property
     def losses(self) -> tuple[str, ...]:

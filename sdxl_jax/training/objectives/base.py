@@ -107,7 +107,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What captions become token numbers with; None: this objective wants no captions."""
+        """What captions become token numbers with; None: it wants no captions (`config.wants_captions`)."""
         return None
 
     def batches(self, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
