@@ -447,8 +447,8 @@ def test_large_checkpoint_is_written_and_read_in_groups(tmp_path: Path, monkeypa
     monkeypatch.setattr(orbax, "_GROUP_BYTES", 2**19)
     source = foreign.diffusers_folder(tmp_path / "source", STABLE_1)
     saves: list[int] = []
-    save = orbax.ocp.partial.save
-    monkeypatch.setattr(orbax.ocp.partial, "save", lambda *a, **k: (saves.append(1), save(*a, **k))[1])
+    save = ocp.partial.save
+    monkeypatch.setattr(ocp.partial, "save", lambda *a, **k: (saves.append(1), save(*a, **k))[1])
     write(source, tmp_path / "made", Layout.ORBAX)
     assert len(saves) >= 5
     opened = open_model(tmp_path / "made")
@@ -586,7 +586,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, to: Layout, error: BaseException, destination: Path) -> None:
     """Lets a conversion fail in its middle."""
-    owner, name, after = (orbax.ocp.partial, "save", 3) if to is Layout.ORBAX else (safetensors.Writer, "put", 100)
+    owner, name, after = (ocp.partial, "save", 3) if to is Layout.ORBAX else (safetensors.Writer, "put", 100)
     working, calls = getattr(owner, name), itertools.count()
 
     def failing(*arguments: Any, **options: Any) -> Any:

@@ -436,7 +436,9 @@ def test_an_image_that_is_not_finite_is_named_and_those_before_it_are_not_given(
         generate(model, PROMPTS * 2, init_noise=noise, first_index=7, **SETTINGS)
 
 
-@pytest.mark.parametrize("given", [{}, {"watch": lambda seen: None}, {"one_program": True}], ids=str)
+@pytest.mark.parametrize(
+    "given", [{}, {"watch": lambda seen: None}, {"one_program": True}], ids=["staged", "watched", "one program"]
+)
 def test_the_step_at_which_it_began_is_told(given: dict[str, Any], model: Model) -> None:
     """Of a sampler whose third step of four goes beyond float32."""
     assert steps_before_overflow(model, **given) == "after step 3 of 4, from unet"

@@ -54,7 +54,7 @@ def _opened(options: Convert) -> "Weights":
     from sdxl_jax.weights.open import open_model
 
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
-    weights = open_model(options.source, options.opening(mixed=options.dtype is not None), options.parts_from)
+    weights = open_model(options.source, options.opening(), options.parts_from)
     say(weights.notes)
     for read, scale in loras:
         weights = lora.merge(weights, read, scale)

@@ -38,9 +38,9 @@ def captions_of(value: Any) -> tuple[str, ...]:
     """Captions of a text or a list of texts, as str or UTF-8 bytes. Unusable where there is none."""
     if value is None:
         raise Unusable("no caption")
-    texts = [value] if isinstance(value, str | bytes) else value
+    values = [value] if isinstance(value, str | bytes) else value
     captions = []
-    for text in texts if isinstance(texts, list | tuple) else [texts]:
+    for text in values if isinstance(values, list | tuple) else [values]:
         try:
             if isinstance(text, bytes):
                 text = texts.decode(text)

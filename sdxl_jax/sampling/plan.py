@@ -132,7 +132,11 @@ def _check_finite(plan: Plan, config: ModelConfig, options: Options) -> None:
     if _is_finite(plan):
         return
     fewer = (dataclasses.replace(options, steps=steps) for steps in range(options.steps - 1, 0, -1))
-    works = (each.steps for each in fewer if _is_finite(each.method.plan(levels_of(config, each), each.eta)))
+    works = (
+        each.steps
+        for each in fewer
+        if _is_finite(each.method(config).plan(levels_of(config, each, config.sampling), each.eta))
+    )
     most = next(works, None)
     remedy = "Choose another sampler or timestep_spacing" if most is None else f"The most that work are {most}"
     raise InputError(

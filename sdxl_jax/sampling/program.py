@@ -262,11 +262,11 @@ def decode(
 class Drawn(NamedTuple):
     """One batch."""
 
-    images: UInt8[Array, "batch height width 3"]
-    latents: Float[Array, "batch latent_height latent_width channels"]
-    finite_rows: Int32[Array, " batch"]
+    images: UInt8[type_of_array, "batch height width 3"]
+    latents: Float[type_of_array, "batch latent_height latent_width channels"]
+    finite_rows: Int32[type_of_array, " batch"]
     """Rows of all legs after which the latent was finite, up to the first after which it was not."""
-    decoded: Bool[Array, " batch"]
+    decoded: Bool[type_of_array, " batch"]
     """Whether the decoder's output was finite."""
 
 

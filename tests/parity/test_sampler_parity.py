@@ -22,8 +22,8 @@ from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.samplers import loop
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Levels, Plan, Sigmas, Spacing, initial_scale, make_levels
-from sdxl_jax.sampling.generate import _levels
 from sdxl_jax.sampling.options import Options
+from sdxl_jax.sampling.plan import levels_of
 from sdxl_jax.weights.formats import diffusers_fields, diffusers_sampling
 
 torch = pytest.importorskip("torch")
@@ -230,7 +230,7 @@ def test_what_a_file_says_of_sampling_is_how_its_scheduler_samples(
         name, spacing = options.sampler or "", options.timestep_spacing
         theirs = getattr(diffusers, kind).from_config(built.config)
         theirs.set_timesteps(count)
-        levels = _levels(whole, options, whole.sampling)
+        levels = levels_of(whole, options, whole.sampling)
         sigmas = options.sigmas or Sigmas.SCHEDULE
         pairs = along(name, theirs, levels, prediction, count, spacing, sigmas, config=config)
         ours, expected = map(np.stack, zip(*pairs, strict=True))

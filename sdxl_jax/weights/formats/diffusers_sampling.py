@@ -147,7 +147,9 @@ def read(
     own = SamplingDefaults()
     sampler = None
     if kind is not None:
-        sampler = _SDE.get(said.get("algorithm_type"), kind.sampler) if kind.sampler == "dpmpp_2m" else kind.sampler
+        sampler = (
+            _SDE.get(str(said.get("algorithm_type")), kind.sampler) if kind.sampler == "dpmpp_2m" else kind.sampler
+        )
     spacing = _spacing(said, where)
     if zero_terminal_snr and "timestep_spacing" not in fields:
         spacing = None  # its last timestep is what it was trained for
