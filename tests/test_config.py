@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from sdxl_jax.config import MAY_CHANGE, SAME_WITHIN_ROUNDING, TrainConfig, Train
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
 from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.data.transforms import CropMode
+from sdxl_jax.data.captions import CaptionLines
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.sharding import MeshConfig
@@ -253,3 +256,14 @@ def test_names_of_what_may_change_are_no_prefixes() -> None:
 
 def test_defaults_are_sdxl_base() -> None:
     assert TrainConfig(DataConfig("pictures")).model == ModelConfig() == model.SDXL_BASE
+
+
+def test_a_run_of_before_captions_of_several_lines_were_asked_about_goes_on(tmp_path: Path) -> None:
+    config = configuration.to_json(TrainConfig(DataConfig(folder="images")))
+    assert config["data"].pop("caption_lines") == "lines"
+    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
+    saved = configuration.read_saved(tmp_path / "config.json")["config"]
+    now = configuration.to_json(TrainConfig(DataConfig(folder="images")))
+    assert configuration.blocking_differences(saved, now) == []
+    whole = configuration.to_json(TrainConfig(DataConfig(folder="images", caption_lines=CaptionLines.WHOLE)))
+    assert configuration.blocking_differences(saved, whole) == ["data.caption_lines: lines -> whole"]

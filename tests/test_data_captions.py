@@ -5,9 +5,15 @@ import json
 import pytest
 from picture_sources import encoded, everything, write_folder, write_tar
 
+from sdxl_jax.data.build.build import build
 from sdxl_jax.data.build.records import Record
-from sdxl_jax.data.captions import NUMBERS_LIMIT, check_number_names
-from sdxl_jax.data.sources import Refused
+from sdxl_jax.data.captions import NUMBERS_LIMIT, CaptionLines, captions_of, check_number_names
+from sdxl_jax.data.folders import open_folder
+from sdxl_jax.data.inspection import inspect, open_dataset
+from sdxl_jax.data.pipeline import open_mixture
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.shards import open_shards
+from sdxl_jax.data.sources import Refused, Unusable
 from sdxl_jax.errors import InputError
 
 
@@ -69,3 +75,92 @@ def test_numbers_of_too_many_names_are_refused():
     check_number_names({f"n{number}" for number in range(NUMBERS_LIMIT)})
     with pytest.raises(InputError, match=r"more than 256 names \(n0, n1, n10, .*same few names"):
         check_number_names({f"n{number}" for number in range(NUMBERS_LIMIT + 1)})
+
+
+def test_a_text_file_of_paragraphs_is_one_caption_where_that_is_asked_for(tmp_path):
+    files = {"a.jpg": encoded(), "a.txt": "\ufeffA fox.\r\n\r\nIt sleeps.\r\n".encode()}
+    for source in (write_folder(tmp_path / "f", files), write_tar(tmp_path / "t" / "a.tar", files)):
+        (lines,), (whole,) = everything(source), everything(source, caption_lines=CaptionLines.WHOLE)
+        assert isinstance(lines, Record) and isinstance(whole, Record)
+        assert lines.captions == ("A fox.", "It sleeps.")
+        assert whole.captions == ("A fox.\n\nIt sleeps.",)
+
+
+def test_an_open_folder_says_how_many_images_have_captions_of_several_lines(tmp_path):
+    write_folder(tmp_path, {"a.jpg": encoded(), "a.txt": b"one\ntwo\n", "b.jpg": encoded(), "b.txt": b"one\n"})
+    write_folder(tmp_path, {"c.jpg": encoded(), "c.json": b'{"captions": ["one", "two"]}'})
+    (note,) = open_folder(tmp_path).notes
+    assert note.startswith("1 of 3 images have several captions, one for each line of their .txt")
+    whole = open_folder(tmp_path, caption_lines=CaptionLines.WHOLE)
+    assert whole.notes == () and whole.captions(0) == ("one\ntwo",) and whole.captions(2) == ("one", "two")
+    assert whole.fingerprint != open_folder(tmp_path).fingerprint
+
+
+def test_metadata_below_the_folder_is_said_not_to_be_read(tmp_path):
+    files = {"train/a.jpg": encoded(), "train/a.txt": b"a", "train/metadata.jsonl": b"{}", "test/metadata.csv": b""}
+    (note,) = open_folder(write_folder(tmp_path, files)).notes
+    assert note.startswith("test/metadata.csv, train/metadata.jsonl not read: metadata counts in the folder itself")
+
+
+def test_training_reads_captions_whole_or_refuses_where_that_has_no_effect(tmp_path):
+    folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "a.txt": b"one\ntwo"})
+    config = DataConfig(folder=str(folder), caption_lines=CaptionLines.WHOLE)
+    assert open_mixture(config).captions(0) == ("one\ntwo",)
+    assert list(open_mixture(config).notes()) == []
+    (note,) = inspect(open_dataset(DataConfig(folder=str(folder), buckets=((8, 8),), batch_size=1)))["notes"]
+    assert note.startswith("1 of 1 images have several captions")
+    write_folder(tmp_path / "m", {"a.jpg": encoded(), "metadata.jsonl": b'{"file_name": "a.jpg", "text": "one\\ntwo"}'})
+    with pytest.raises(InputError, match=r"data\.caption_lines=whole has no effect on .*/m: no caption is read from"):
+        open_mixture(DataConfig(folder=str(tmp_path / "m"), caption_lines=CaptionLines.WHOLE))
+
+
+def test_shards_are_built_with_captions_whole_and_say_so(tmp_path):
+    folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "a.txt": b"one\ntwo"})
+    for caption_lines, captions in ((CaptionLines.LINES, ("one", "two")), (CaptionLines.WHOLE, ("one\ntwo",))):
+        shards = tmp_path / caption_lines.value
+        build(str(folder), shards, workers=0, progress=False, caption_lines=caption_lines)
+        assert open_shards(shards).captions(0) == captions
+        assert build(str(folder), shards, workers=0, progress=False, caption_lines=caption_lines).was_finished
+    config = DataConfig(folder=str(tmp_path / "whole"), caption_lines=CaptionLines.WHOLE)
+    assert open_mixture(config).captions(0) == ("one\ntwo",)
+    with pytest.raises(InputError, match=r"has no effect on .*/lines: .*data build --caption-lines whole"):
+        open_mixture(DataConfig(folder=str(tmp_path / "lines"), caption_lines=CaptionLines.WHOLE))
+    with pytest.raises(InputError, match=r"a finished build with caption_lines='lines', and now 'whole' is given"):
+        build(str(folder), tmp_path / "lines", workers=0, progress=False, caption_lines=CaptionLines.WHOLE)
+
+
+def test_shards_of_before_the_setting_count_as_built_a_caption_a_line(tmp_path):
+    folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "a.txt": b"one\ntwo"})
+    build(str(folder), tmp_path / "s", workers=0, progress=False)
+    said = json.loads((tmp_path / "s" / "shards.json").read_text())
+    assert said.pop("caption_lines") == "lines"
+    (tmp_path / "s" / "shards.json").write_text(json.dumps(said))
+    assert build(str(folder), tmp_path / "s", workers=0, progress=False).was_finished
+    assert not open_shards(tmp_path / "s").whole_captions
+
+
+def test_a_build_refuses_the_setting_where_no_text_file_is_read(tmp_path):
+    folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "metadata.csv": b"file_name,text\na.jpg,one\n"})
+    with pytest.raises(InputError, match=r"--caption-lines whole has no effect: no caption of .*/f stands in a \.txt"):
+        build(str(folder), tmp_path / "s", workers=0, progress=False, caption_lines=CaptionLines.WHOLE)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_captions_and_metadata_are_read_as_windows_writes_them(tmp_path, encoding):
+    caption = "caf\xe9\u2028on\x85a\x0cplate"
+    lines = {
+        "txt/a.txt": caption,
+        "jsonl/metadata.jsonl": json.dumps({"file_name": "a.jpg", "text": caption}, ensure_ascii=False) + "\r\n",
+        "csv/metadata.csv": f"file_name,text\r\na.jpg,{caption}\r\n",
+    }
+    for name, text in lines.items():
+        folder = tmp_path / name.partition("/")[0]
+        write_folder(tmp_path, {f"{folder.name}/a.jpg": encoded(), name: text.encode(encoding)})
+        assert open_folder(folder).captions(0) == (json.loads(json.dumps(caption)),), name
+
+
+def test_captions_may_be_bytes_of_text():
+    assert captions_of([b"\xef\xbb\xbfone", "two"]) == ("one", "two")
+    with pytest.raises(Unusable, match="caption is not UTF-8 text"):
+        captions_of(b"caf\xe9")

@@ -34,7 +34,7 @@ EXAMPLES = ".jpg, .png, .webp, .avif, .gif, .tiff, .bmp, …"
 """Of names that are read, for messages."""
 READ = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, QOI, TGA"
 """The formats that are read, for messages."""
-NEVER_READ = ("HEIF", "SVG", "JPEG XL", "JPEG XR", "a camera's raw format", "OpenEXR", "GIMP")
+NEVER_READ = ("HEIF", "SVG", "JPEG XL", "JPEG XR", "a camera's raw format", "OpenEXR", "GIMP", "PostScript")
 """Of `kind_of`: what Pillow reads none of, also where any of its formats will do."""
 NEVER_IMAGES = (
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".htm", ".yaml", ".yml", ".toml", ".ini", ".log"),

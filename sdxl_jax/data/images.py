@@ -72,15 +72,13 @@ def _has_tga_end(file: _File) -> bool:
 
 
 def _unknown(beginning: bytes, every: bool) -> str:
+    """Why there is no image; every: all formats that Pillow has were tried."""
     kind = known_formats.kind_of(beginning)
-    if every and (kind is None or kind not in known_formats.NEVER_READ):
-        return "in no image format that is known"
-    if kind is None or kind in known_formats.READ.split(", "):
-        of_kind = (
-            "" if kind is None else f", though it begins as {kind}: damaged, or of a kind that Pillow does not read"
-        )
-        return f"in no image format that is read{of_kind} ({known_formats.READ})"
-    return f"in the format {kind}, which is not read; convert it to JPEG or PNG"
+    if kind is not None and (kind in known_formats.NEVER_READ or not (every or kind in known_formats.READ)):
+        return f"in the format {kind}, which is not read; convert it to JPEG or PNG"
+    if kind is not None:
+        return f"begins as {kind}, but is damaged, or of a kind that Pillow does not read"
+    return "in no image format that is known" if every else f"in no image format that is read ({known_formats.READ})"
 
 
 def _identify(

@@ -102,13 +102,19 @@ class _Stems:
             if (closed := self.open.pop(next(iter(self.open))).close(self._used, self._caption_lines)) is not None:
                 yield closed
 
-    def add(self, path: str, name: str, archive: Any, member: tarfile.TarInfo) -> Iterator[Sample | Refused]:
-        """Takes a member in; first closes what may be closed."""
+    def add(
+        self, path: str, name: str, archive: Any, member: tarfile.TarInfo, refused: str | None = None
+    ) -> Iterator[Sample | Refused]:
+        """Takes a member in, or refuses it, for that reason or another; first closes what may be closed."""
         stem, suffix = posixpath.splitext(path)
         yield from self.close(_OPEN_STEMS if stem in self.open else _OPEN_STEMS - 1)
         if stem not in self.open:
             self.open[stem] = _Stem()
-        yield from self.open[stem].add(name, suffix.lower(), archive, member)
+        if refused:
+            self.open[stem].refused = True
+            yield Refused(name, refused)
+        else:
+            yield from self.open[stem].add(name, suffix.lower(), archive, member)
 
 
 def _refused_all_the_same(path: str, archive: Any, member: tarfile.TarInfo) -> str | None:
@@ -152,7 +158,7 @@ class TarPiece(NamedTuple):
                         images += formats.is_image_name(path)
                         last = path
                     elif reason := _refused_all_the_same(path, archive, member):
-                        yield Refused(name, reason)
+                        yield from stems.add(path, name, archive, member, reason)
                         images += 1
         except (tarfile.TarError, EOFError) as problem:
             # Others miss what the cut took.
