@@ -21,14 +21,14 @@ from sdxl_jax import config as configuration
 from sdxl_jax import model
 from sdxl_jax.commands import parsing
 from sdxl_jax.config import MAY_CHANGE, SAME_WITHIN_ROUNDING, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
 from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.data.transforms import CropMode
-from sdxl_jax.data.captions import CaptionLines
-from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.run_directory import check_run
 
 MODELS = {
     "tiny": tiny.MODEL,
@@ -100,7 +100,7 @@ def test_missing_value_in_json_is_refused_by_name() -> None:
 
 @pytest.mark.parametrize("value", [None, 5, "text", []])
 def test_json_that_is_no_configuration_is_refused(value: Any) -> None:
-    with pytest.raises(InputError, match="no TrainConfig"):
+    with pytest.raises(InputError, match="not a TrainConfig"):
         configuration.from_json(value, TrainConfig)
 
 
@@ -259,11 +259,11 @@ def test_defaults_are_sdxl_base() -> None:
 
 
 def test_a_run_of_before_captions_of_several_lines_were_asked_about_goes_on(tmp_path: Path) -> None:
-    config = configuration.to_json(TrainConfig(DataConfig(folder="images")))
-    assert config["data"].pop("caption_lines") == "lines"
-    (tmp_path / "config.json").write_text(json.dumps({"config": config}))
-    saved = configuration.read_saved(tmp_path / "config.json")["config"]
-    now = configuration.to_json(TrainConfig(DataConfig(folder="images")))
-    assert configuration.blocking_differences(saved, now) == []
-    whole = configuration.to_json(TrainConfig(DataConfig(folder="images", caption_lines=CaptionLines.WHOLE)))
-    assert configuration.blocking_differences(saved, whole) == ["data.caption_lines: lines -> whole"]
+    config = TrainConfig(DataConfig(folder="images"))
+    saved = configuration.to_json(config)
+    assert saved["data"].pop("caption_lines") == "lines"
+    (tmp_path / "config.json").write_text(json.dumps({"config": saved}))
+    assert check_run(config, tmp_path) == []
+    whole = dataclasses.replace(config, data=DataConfig(folder="images", caption_lines=CaptionLines.WHOLE))
+    with pytest.raises(InputError, match=r"data\.caption_lines: lines -> whole"):
+        check_run(whole, tmp_path)
