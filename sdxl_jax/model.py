@@ -9,11 +9,12 @@ Also the one function that training and sampling share: what the UNet is told (`
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Key
 
+from sdxl_jax.adapters.lora import Lora
 from sdxl_jax.arrays import MicroConditioning, Params, TokenIds
 from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning import text
@@ -192,8 +193,8 @@ class Adapter(NamedTuple):
 
     name: str
     scale: float
-    lora: Any
-    """An `weights.lora.Lora`: what was added, so that it can be listed and taken away again."""
+    lora: Lora
+    """What was added, so that it can be listed and taken away again."""
 
 
 class Model(NamedTuple):

@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "diffusion": {"diffusion"} | BASE,
     "conditioning": {"conditioning", "models"} | BASE,
     "samplers": {"samplers", "diffusion"} | BASE,
-    "model": {"conditioning", "diffusion", "models", "samplers.defaults", "samplers.guidance"} | BASE,
+    "adapters": {"adapters"} | BASE,
+    "model": {"adapters", "conditioning", "diffusion", "models", "samplers.defaults", "samplers.guidance"} | BASE,
     "optim": {"optim"} | BASE,
     "data": {"data"} | BASE,
     "data.build": {"data"} | BASE,
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"model", "conditioning", "diffusion", "models", "data", "jsontree", "optim", "sharding"} | BASE,
     "smoke": {"config", "model", "models", "conditioning", "sharding"},
     "weights": {
-        *("weights", "jsontree"),
+        *("weights", "adapters", "jsontree"),
         *("model", "models", "conditioning", "diffusion", "samplers.defaults", "samplers.steps", "sharding"),
         *BASE,
     },

@@ -4,6 +4,7 @@ That the sums are those of diffusers is shown in `parity/test_lora_parity.py`.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from safetensors.numpy import save_file
 from tiny import MODEL
 
 from sdxl_jax import model as models
+from sdxl_jax.adapters.lora import delta
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
@@ -132,7 +134,7 @@ def small(path: Path, spelling: str, down: np.ndarray, up: np.ndarray, **more: A
 def changes(path: Path, config: ModelConfig = MODEL) -> Tensors:
     """Our path -> change."""
     resolved, every = lora.resolve(lora.read(path), config), shapes(config)
-    found = {name: lora.delta(resolved, name, every[name]) for name in resolved}
+    found = {name: delta(resolved, name, every[name]) for name in resolved}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -157,6 +159,63 @@ def test_every_spelling_names_the_same_module(tmp_path: Path, path: str) -> None
         expected = np.zeros(shapes(MODEL)[path], np.float32)
         expected[... if layer is None else layer] = entry.ours(product)
         np.testing.assert_allclose(change[path], expected, rtol=1e-5, atol=1e-6, err_msg=spelling)
+
+
+SIDES = ("lora_{side}", "lora_{letter}", "lora.{side}")
+"""kohya and OneTrainer, PEFT, diffusers."""
+MIXED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "unet/down_blocks_1/attentions_0/transformer_blocks/attn1/to_k/kernel": (
+        ("lora_unet_", "lycoris_", "unet.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", ""),
+        (TO_K, "input_blocks.3.1.transformer_blocks.1.attn1.to_k"),
+    ),
+    "unet/up_blocks_0/upsample/conv/kernel": (
+        ("lora_unet_", "lycoris_", "unet.", "diffusion_model.", "model.diffusion_model.", "base_model.model.", ""),
+        ("up_blocks.0.upsamplers.0.conv", "output_blocks.1.2.conv"),
+    ),
+    "text_encoder/layers/out_proj/kernel": (
+        ("lora_te1_", "text_encoder.", "clip_l.", "text_encoders.clip_l.transformer.", "clip_l.transformer."),
+        (
+            "text_model.encoder.layers.1.self_attn.out_proj",
+            "encoder.layers.1.self_attn.out_proj",
+            "transformer.resblocks.1.attn.out_proj",
+        ),
+    ),
+    "text_encoder_2/layers/fc1/kernel": (
+        ("lora_te2_", "text_encoder_2.", "clip_g.", "clip_g.transformer.", "text_encoders.clip_g.transformer."),
+        (
+            "text_model.encoder.layers.1.mlp.fc1",
+            "encoder.layers.1.mlp.fc1",
+            "transformer.resblocks.1.mlp.c_fc",
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("path", MIXED)
+def test_every_dialect_behind_every_prefix_gives_the_same_change(tmp_path: Path, path: str) -> None:
+    prefixes, dialects = MIXED[path]
+    down, up = factors(entry_of(path, None if "conv" in path else 1), 2, 0)
+    found = []
+    for prefix, dialect, side in itertools.product(prefixes, dialects, SIDES):
+        module = dialect.replace(".", "_") if prefix.endswith("_") else dialect
+        file = small(tmp_path / "x.safetensors", f"{prefix}{module}.{side}.weight", down, up)
+        found.append(changes(file))
+        assert list(found[-1]) == [path], (prefix, dialect, side)
+        np.testing.assert_array_equal(found[-1][path], found[0][path], err_msg=f"{prefix}{module}.{side}")
+
+
+def test_lora_with_embeddings_is_merged_and_they_are_offered(tmp_path: Path) -> None:
+    one = np.ones((1, 8), np.float32)
+    more: Tensors = {f"bundle_emb.{name}.{key}": one for name in ("a.fox", "b") for key in ("clip_l", "clip_g")}
+    down, up = np.ones((1, 16), np.float32), np.ones((16, 1), np.float32)
+    file = small(tmp_path / "x.safetensors", f"unet.{TO_K}.lora_{{letter}}.weight", down, up, tensors=more)
+    read = lora.read(file)
+    assert read.embeddings == ("a.fox", "b")
+    assert len(changes(file)) == 1
+    assert lora.notes(read) == [
+        "x.safetensors holds the embeddings a.fox, b as well, which are not merged: sdxl-jax sample takes them as "
+        f"--embedding {file}:a.fox"
+    ]
 
 
 @pytest.mark.parametrize("config", [MODEL, SD1], ids=["SDXL", "SD 1.x"])

@@ -226,6 +226,20 @@ def test_a_concept_is_called_as_asked_or_as_the_file_says(
     assert textual_inversion.names(model) == {expected: 1}
 
 
+def test_embeddings_that_travel_in_a_lora_are_found_by_their_name(sdxl: Model, tmp_path: Path) -> None:
+    tensors = {"unet.x.lora_down.weight": ROWS}
+    for name, rows in (("<a.fox>", ROWS[:1]), ("zz9", ROWS[:2])):
+        tensors |= {f"bundle_emb.{name}.clip_l": rows[:, :8], f"bundle_emb.{name}.clip_g": rows[:, 8:]}
+    path = write(tmp_path / "x.safetensors", tensors)
+    assert textual_inversion.names(textual_inversion.add(sdxl, path, "<a.fox>")) == {"<a.fox>": 1}
+    assert textual_inversion.names(textual_inversion.add(sdxl, path, "<zz9>")) == {"<zz9>": 2}
+    with pytest.raises(InputError, match=r"several embeddings: <a\.fox>, zz9\. Say which: --embedding .*:<a\.fox>"):
+        textual_inversion.add(sdxl, path)
+    one = write(tmp_path / "one.safetensors", {name: value for name, value in tensors.items() if "zz9" not in name})
+    assert textual_inversion.names(textual_inversion.add(sdxl, one)) == {"<a.fox>": 1}
+    assert textual_inversion.names(textual_inversion.add(sdxl, one, "<mine>")) == {"<mine>": 1}
+
+
 def test_rows_have_the_dtype_and_the_place_of_those_that_were_there(sd1: Model, tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", {"<tok>": ROWS[:2, :8]})
     mesh = sharding.make_mesh(MeshConfig())

@@ -59,4 +59,5 @@ def _opened(options: Convert) -> "Weights":
     for read, scale in loras:
         weights = lora.merge(weights, read, scale)
         print(f"merging {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
+        say(lora.notes(read))
     return weights if options.dtype is None else cast(weights, np.dtype(DTYPES[options.dtype]))

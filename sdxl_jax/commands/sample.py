@@ -376,6 +376,7 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
 
     from sdxl_jax.weights import lora
     from sdxl_jax.weights.lazy import cast
+    from sdxl_jax.weights.load import say
     from sdxl_jax.weights.open import open_model
 
     halved = sample.dtype == "bfloat16"
@@ -385,6 +386,7 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
     for read, scale in loras:
         weights = lora.merge(weights, read, scale)
         print(f"merged {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
+        say(lora.notes(read))
     refiner = None if sample.refiner is None else open_model(sample.refiner, opening)
     if not halved:
         return weights, refiner

@@ -1,18 +1,21 @@
-"""LoRA files, merged into a model's parameters: W' = W + Σ scale · (alpha / rank) · up · down.
+"""LoRA files, merged into a model's parameters. The formulas are `adapters.lora`'s.
 
-Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4.1) changes a linear layer or a convolution by a product
-of two small factors, down [rank, in, …] and up [out, rank]. Merged, it costs nothing when pictures are made. Read are
-safetensors of
+A file names each module by a prefix, which says whose it is, a dialect, which says which module, and a side:
 
     kohya (sd-scripts)   lora_unet_input_blocks_4_1_…_attn1_to_k.lora_down.weight, .lora_up.weight, .alpha; the UNet in
                          Stability's names or in diffusers', the text encoders as lora_te_, lora_te1_, lora_te2_
     diffusers            unet.down_blocks.1.….attn1.to_k.lora_A.weight, .lora_B.weight, or .lora.down.weight and older
                          spellings; text_encoder., text_encoder_2.; alpha as a tensor or in the header's metadata
     PEFT                 a folder of the UNet: adapter_model.safetensors and adapter_config.json
+    OneTrainer           unet.input_blocks.4.1.….lora_down.weight; clip_l., clip_g.
+    ComfyUI              diffusion_model.input_blocks.4.1.….lora_up.weight; text_encoders.clip_l.transformer.…
+    LyCORIS              lycoris_down_blocks_1_….lora_down.weight
 
-Names with underscores cannot be parsed back, so every name that the model's modules have in any of these is listed, and
-a file's are looked up. Whatever else a file may hold (LoHa, LoKr, DoRA, Tucker, biases, …) is refused: a merge is whole
-or not at all. Facts from sd-scripts' `networks/lora.py`, diffusers' `loaders/` and peft's `tuners/lora`.
+Tools mix them, so the three are independent here. Names with underscores cannot be parsed back, so every name that the
+model's modules have behind any prefix is listed, and a file's are looked up. Embeddings that travel in the file
+(bundle_emb.NAME.clip_l) are for `textual_inversion`. Whatever else a file may hold (LoHa, LoKr, DoRA, Tucker, biases,
+…) is refused: a merge is whole or not at all. Facts from sd-scripts' `networks/lora.py`, diffusers' `loaders/`, peft's
+`tuners/lora` and ComfyUI's `comfy/lora.py`.
 """
 
 import functools
@@ -21,15 +24,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Float
 
-from sdxl_jax.arrays import flatten, unflatten
+from sdxl_jax.adapters.lora import Factors, Lora, Resolved, change, merged, summed
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import text as texts
 from sdxl_jax.files.paths import local
@@ -38,43 +39,30 @@ from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
 from sdxl_jax.weights.lazy import Changed, Leaf, Weights
 from sdxl_jax.weights.names import Dialect, Entry, Naming
+from sdxl_jax.weights.textual_inversion import BUNDLED
 
-
-class Factors(NamedTuple):
-    """What changes one layer. In a file's order [rank, in, …] and [out, rank, …], or in ours, [… in, rank] and
-    [rank, out]."""
-
-    down: Float[np.ndarray, "*_down"]
-    up: Float[np.ndarray, "*_up"]
-    alpha: float
-    """The change is up · down · alpha / rank."""
-
-
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """A file, read."""
-
-    name: str
-    """The file's, or the folder's."""
-    modules: Mapping[str, Factors]
-    """By the file's names of modules: float32, in the file's shapes."""
-
-    @property
-    def ranks(self) -> list[int]:
-        """All that there are, ascending."""
-        return sorted({factors.down.shape[0] for factors in self.modules.values()})
-
-
-Resolved = dict[str, list[tuple[int | None, Factors]]]
-
-# Prefixes in files, and what stands behind them. PEFT's own files and diffusers' oldest have the UNet alone.
-_KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
 _PEFT = "base_model.model."
-_DOTTED = {
-    **{"unet.": "unet", "text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"},
-    **{_PEFT: "unet", "": "unet"},
+_UNDERSCORED = {
+    **{"lora_unet_": "unet", "lycoris_": "unet"},
+    **{"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"},
 }
-_DOTTED_DIALECTS = (Dialect.DIFFUSERS, Dialect.TRANSFORMERS, Dialect.TRANSFORMERS_5)
+_DOTTED = {
+    **{"unet.": "unet", "diffusion_model.": "unet", "model.diffusion_model.": "unet", _PEFT: "unet", "": "unet"},
+    **{"text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"},
+    **{"clip_l.": "text_encoder", "clip_h.": "text_encoder", "clip_g.": "text_encoder_2"},
+    **{f"{place}clip_l.transformer.": "text_encoder" for place in ("", "text_encoders.")},
+    **{f"{place}clip_h.transformer.": "text_encoder" for place in ("", "text_encoders.")},
+    **{f"{place}clip_g.transformer.": "text_encoder_2" for place in ("", "text_encoders.")},
+    **{"cond_stage_model.transformer.": "text_encoder", "cond_stage_model.model.": "text_encoder"},
+    **{"conditioner.embedders.0.transformer.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"},
+}
+"""What stands before a module's name in files, and whose module it is; behind an underscore, the name has underscores
+for its dots. PEFT's own files and diffusers' oldest have the UNet alone."""
+_PREFIXES = dict(sorted((_UNDERSCORED | _DOTTED).items(), key=lambda item: -len(item[0])))
+_DIALECTS = {
+    "unet": (Dialect.DIFFUSERS, Dialect.ORIGINAL),
+    "text": (Dialect.TRANSFORMERS, Dialect.TRANSFORMERS_5, Dialect.OPENCLIP),
+}
 # diffusers until 0.22: attn1.processor.to_out_lora, self_attn.to_q_lora. The regular expression below drops the _lora.
 _OLD = ((r"(attn\d\.to_out)\.0$", r"\1"), (r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1"))
 
@@ -127,13 +115,15 @@ def read(path: str | Path) -> Lora:
                 " path_initial_model_for_weight_conversion)"
             )
 
+    bundled = [found["name"] for name in tensors if (found := BUNDLED.fullmatch(name))]
+    tensors = {name: tensor for name, tensor in tensors.items() if not BUNDLED.fullmatch(name)}
     pairs, alphas = _sorted_out(file, tensors)
     modules = {}
     for module, pair in pairs.items():
         down, up = (pair[side].read().astype(np.float32) for side in ("down", "up"))
         alpha = alphas[module].read().item() if module in alphas else _alpha(module, len(down), settings)
         modules[module] = Factors(down, up, float(alpha))
-    return Lora(path.name, modules)
+    return Lora(path.name, modules, file, tuple(dict.fromkeys(bundled)))
 
 
 def _sorted_out(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -183,7 +173,7 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
 
 def _alpha(module: str, rank: int, settings: Mapping[str, Any]) -> float:
     """From PEFT's settings, "unet.lora_alpha" and so on; the rank where there are none: the change is up · down."""
-    prefix = next(prefix for prefix in _DOTTED if module.startswith(prefix))
+    prefix = next(prefix for prefix in _PREFIXES if module.startswith(prefix))
     patterns = settings.get(prefix + "alpha_pattern") or {}
     of_module = (value for pattern, value in patterns.items() if _matches(pattern, module.removeprefix(prefix)))
     alpha = float(next(of_module, settings.get(prefix + "lora_alpha", rank)))
@@ -201,34 +191,36 @@ def _matches(pattern: str, module: str) -> bool:
 
 @functools.cache
 def known_modules(config: ModelConfig) -> dict[str, tuple[str, Entry]]:
-    """All names in LoRA files of the model's linear layers and convolutions: (part, the weight's entry)."""
+    """All names in LoRA files of the model's linear layers and convolutions: (part, the weight's entry). Every dialect
+    is known behind every prefix: tools took each other's prefixes, and kept their own names of modules."""
     found: dict[str, tuple[str, Entry]] = {}
     namings: list[tuple[str, Any, Dialect]] = [
-        *(("unet", config.unet, dialect) for dialect in (Dialect.ORIGINAL, Dialect.DIFFUSERS)),
-        *((tower.name, tower.clip, dialect) for tower in config.text for dialect in _DOTTED_DIALECTS[1:]),
+        *(("unet", config.unet, dialect) for dialect in _DIALECTS["unet"]),
+        *((tower.name, tower.clip, dialect) for tower in config.text for dialect in _DIALECTS["text"]),
     ]
     for part, network, dialect in namings:
-        dotted = [prefix for prefix, owner in _DOTTED.items() if owner == part and dialect in _DOTTED_DIALECTS]
         # lora_te_ is the text encoder of a model that has one: of another model, where there are two.
-        kohya = [p for p, owner in _KOHYA.items() if owner == part and (p != "lora_te_" or len(config.text) == 1)]
+        own = [p for p, owner in _PREFIXES.items() if owner == part and (p != "lora_te_" or len(config.text) == 1)]
         for entry in names.table(network, Naming(dialect)).entries:
-            if not entry.places[0].path.endswith("kernel"):
+            # OpenCLIP's fused queries, keys and values are no module.
+            if not entry.places[0].path.endswith("kernel") or len(entry.places) > 1:
                 continue
             module = entry.name.removesuffix(".weight")
             aliases = {module, *(re.sub(pattern, new, module) for pattern, new in _OLD)}
-            spelt = [prefix + alias for prefix in dotted for alias in aliases]
-            for name in [*spelt, *(prefix + module.replace(".", "_") for prefix in kohya)]:
-                assert found.setdefault(name, (part, entry))[1].places == entry.places, f"{name} is ambiguous"
+            for prefix in own:
+                spelt = [module.replace(".", "_")] if prefix in _UNDERSCORED else aliases
+                for name in spelt:
+                    assert found.setdefault(prefix + name, (part, entry))[1].places == entry.places, f"{name}: two"
     return found
 
 
 def resolve(lora: Lora, config: ModelConfig) -> Resolved:
-    """Where a LoRA changes the model: our path, "unet/…/kernel" -> (layer of a stacked parameter or None, factors with
-    our axes: down [in, rank] or [height, width, in, rank], up [rank, out]).
+    """Where a LoRA changes the model.
 
     Raises InputError for modules that the model does not have, and for factors that do not fit.
     """
-    known, resolved, taken = known_modules(config), Resolved(), {}
+    known, taken = known_modules(config), {}
+    resolved: Resolved = {}
     found = {module: known.get(module.replace(".processor.", ".")) for module in lora.modules}
     if strange := [module for module, place in found.items() if place is None]:
         raise InputError(_strange(lora, strange, known, config))
@@ -265,7 +257,7 @@ def _strange(lora: Lora, strange: list[str], known: Mapping[str, Any], config: M
         f"is {strange[0]} (down {lora.modules[strange[0]].down.shape})."
     )
     if not family:
-        style = next(prefix for prefix in (*_KOHYA, *_DOTTED) if strange[0].startswith(prefix))
+        style = next(prefix for prefix in _PREFIXES if strange[0].startswith(prefix))
         alike = [name for name in known if style and name.startswith(style)] or list(known)
         family = f" Nearest known names: {', '.join(nearest_first(strange[0], alike)[:3])}."
     return f"{message}{family} Nothing was merged"
@@ -288,19 +280,6 @@ def _family(lora: Lora, config: ModelConfig) -> str:
     )
 
 
-def delta(resolved: Resolved, path: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
-    """The change of one parameter, float32 and of its shape, before the user's scale; None if there is none.
-
-    path: "unet/…/kernel". A layer of a stacked parameter that has no factors does not change.
-    """
-    if path not in resolved:
-        return None
-    total = np.zeros(shape, np.float32)
-    for layer, (down, up, alpha) in resolved[path]:
-        np.matmul(down, up * np.float32(alpha / len(up)), out=total if layer is None else total[layer])
-    return total
-
-
 def add(model: Model, lora: Lora | str | Path, scale: float = 1.0, name: str | None = None) -> Model:
     """The model with a LoRA merged into it; the given one stays as it is, and shares what does not change.
 
@@ -315,7 +294,8 @@ def add(model: Model, lora: Lora | str | Path, scale: float = 1.0, name: str | N
         raise InputError(f"The model has a LoRA named {name} already. Remove it first, or give this one another name")
     if not math.isfinite(scale):
         raise InputError(f"The scale of {name} is {scale}. Give a number, 1 for the strength that it was trained with")
-    return Model(model.config, _merged(model, lora, scale), (*model.adapters, Adapter(name, scale, lora)))
+    params = merged(model.params, resolve(lora, model.config), scale)
+    return Model(model.config, params, (*model.adapters, Adapter(name, scale, lora)))
 
 
 def remove(model: Model, name: str) -> Model:
@@ -332,7 +312,8 @@ def remove(model: Model, name: str) -> Model:
         there = ", ".join(nearest_first(name, [adapter.name for adapter in model.adapters])) or "none"
         raise InputError(f"The model has no LoRA named {name}. There are: {there}")
     rest = tuple(other for other in model.adapters if other is not adapter)
-    return Model(model.config, _merged(model, adapter.lora, -adapter.scale), rest)
+    resolved = resolve(adapter.lora, model.config)
+    return Model(model.config, merged(model.params, resolved, -adapter.scale), rest)
 
 
 def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
@@ -343,51 +324,31 @@ def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
         raise InputError(f"{lora.name} changes {absent[0].split('/')[0]}, which is not there. Give a whole model")
 
     def changed(path: str, leaf: Leaf) -> Changed:
-        return Changed(leaf, lambda value: _sum(value, _change(resolved, path, leaf.shape, scale)), leaf.dtype)
+        return Changed(leaf, lambda value: summed(value, change(resolved, path, leaf.shape, scale)), leaf.dtype)
 
     leaves = {path: changed(path, leaf) if path in resolved else leaf for path, leaf in weights.leaves.items()}
     return replace(weights, leaves=leaves)
 
 
-def _merged(model: Model, lora: Lora, scale: float) -> dict[str, Any]:
-    resolved, flat = resolve(lora, model.config), flatten(model.params)
-    for path in resolved:
-        value = flat[path]
-        change = _change(resolved, path, value.shape, scale)
-        if isinstance(value, jax.Array):
-            # One parameter at a time: the largest stack of SDXL is 0.5 GB in float32.
-            change = jax.device_put(change, value.sharding)
-            flat[path] = jax.device_put(_sum_on_devices(value, change), value.sharding)
-        else:
-            flat[path] = _sum(value, change)
-    return unflatten(flat)
-
-
-def _change(resolved: Resolved, path: str, shape: tuple[int, ...], scale: float) -> np.ndarray:
-    """The change of a parameter that is among `resolved`, with the user's scale."""
-    change = delta(resolved, path, shape)
-    assert change is not None
-    change *= np.float32(scale)
-    return change
-
-
-def _sum(value: Any, change: Any) -> Any:
-    """In float32, with the parameter's dtype; arrays of numpy or of jax."""
-    return (value.astype(np.float32) + change).astype(value.dtype)
-
-
-_sum_on_devices = jax.jit(_sum)
-
-
 def describe(lora: Lora) -> str:
     """ "264 modules of unet, 72 of text_encoder, ranks 4 to 32"."""
     parts = Counter(
-        next(part for prefix, part in (_KOHYA | _DOTTED).items() if m.startswith(prefix)) for m in lora.modules
+        next(part for prefix, part in _PREFIXES.items() if module.startswith(prefix)) for module in lora.modules
     )
     (first, count), *rest = sorted(parts.items(), key=lambda item: item[0] != "unet")
     ranks = lora.ranks
     listed = [f"{count} modules of {first}", *(f"{count} of {part}" for part, count in rest)]
     return ", ".join([*listed, f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"])
+
+
+def notes(lora: Lora) -> list[str]:
+    """What the user should know of a LoRA that is merged."""
+    if not lora.embeddings:
+        return []
+    return [
+        f"{lora.name} holds the embeddings {', '.join(lora.embeddings)} as well, which are not merged: sdxl-jax sample "
+        f"takes them as --embedding {lora.source}:{lora.embeddings[0]}"
+    ]
 
 
 def listing(model: Model) -> list[str]:

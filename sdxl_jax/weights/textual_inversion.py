@@ -8,7 +8,8 @@ and `<tok>_2`, as diffusers has it; prompts call it `<tok>`. Files are safetenso
     {"emb_params": [vectors, width]}                            AUTOMATIC1111's: the same, called as the file is
     {"clip_l": [vectors, 768], "clip_g": [vectors, 1280]}       SDXL's two, called as the file is
 
-A single vector may be [width]. Pickled files, which both tools wrote before, are refused: loading a pickle may run any
+A single vector may be [width]. A LoRA file may hold such embeddings beside its own tensors, each as bundle_emb.NAME and
+one of these keys. Pickled files, which both tools wrote before, are refused: loading a pickle may run any
 program that is in it.
 
 The pooled vector of a prompt with such words is read at the end of the text. transformers reads it at the word itself
@@ -17,6 +18,7 @@ does not go together with added words; so there diffusers' pooled vector, which 
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,22 +33,29 @@ from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files.paths import local
 from sdxl_jax.model import Model
-from sdxl_jax.weights.formats.safetensors import PICKLES, open_file
+from sdxl_jax.weights.formats.safetensors import PICKLES, Tensor, open_file
 
 TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Which text encoder a key of SDXL's files is for."""
 _NAMELESS = ("emb_params", *TOWERS)
+BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<key>clip_l|clip_g|emb_params|string_to_param\.\*)")
+"""A tensor of an embedding that travels in a LoRA file."""
 _FORMS = 'Expected {"<token>": vectors}, {"emb_params": vectors} or {"clip_l": vectors, "clip_g": vectors}'
 
 Vectors = Float[np.ndarray, "_vectors _width"]
 Embedding = Float[type_of_array, "_vocabulary _width"]
 
 
-def read(path: Path) -> dict[str, Vectors]:
-    """The vectors of a file by its own keys, float32.
+def read(path: Path, token: str | None = None) -> dict[str, Vectors]:
+    """The vectors of a file by its own keys, float32. token: which one is meant, of several in a LoRA's file.
 
     Raises InputError for a file that is missing, damaged, pickled, or holds something else.
     """
+    return _read(path, token)[0]
+
+
+def _read(path: Path, token: str | None) -> tuple[dict[str, Vectors], str]:
+    """The same, and the name of the embedding."""
     local(path, "the embedding")
     if path.suffix.lower() in PICKLES:
         raise InputError(
@@ -54,6 +63,16 @@ def read(path: Path) -> dict[str, Vectors]:
             "tool that made it"
         )
     tensors, _ = open_file(path)
+    name = None
+    if bundled := _bundled(tensors):
+        name = next((name for name in bundled if token in (name, f"<{name}>")), None)
+        name = next(iter(bundled)) if name is None and len(bundled) == 1 else name
+        if name is None:
+            raise InputError(
+                f"{path} holds several embeddings: {', '.join(nearest_first(token or '', bundled))}. Say which: "
+                f"--embedding {path}:{next(iter(bundled))} (in Python: token=…)"
+            )
+        tensors = bundled[name]
     keys = list(tensors)
     if len(keys) != 1 and set(keys) != set(TOWERS):
         listed = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
@@ -64,22 +83,33 @@ def read(path: Path) -> dict[str, Vectors]:
             raise InputError(f"{path} has {key} of shape {rows.shape}, {rows.dtype}. Expected numbers [vectors, width]")
         if not np.isfinite(rows.astype(np.float32)).all():
             raise InputError(f"{path} has {key} with numbers that are not finite. Fetch it anew, or use another")
-    return {key: np.atleast_2d(rows.astype(np.float32)) for key, rows in vectors.items()}
+    if name is None:
+        name = path.stem if keys[0] in _NAMELESS else keys[0]
+    return {key: np.atleast_2d(rows.astype(np.float32)) for key, rows in vectors.items()}, name
+
+
+def _bundled(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The embeddings of a LoRA's file by name, each with the keys that a file of its own would have."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        if match := BUNDLED.fullmatch(full):
+            key = "emb_params" if match["key"].startswith("string_to_param") else match["key"]
+            found.setdefault(match["name"], {})[key] = tensor
+    return found
 
 
 def add(model: Model, path: str | Path, token: str | None = None) -> Model:
     """The model with one more concept; the given one stays as it is.
 
-    token: what prompts call it; default: the name in the file, or of the file.
+    token: what prompts call it; default: the name in the file, or of the file. Of several in a LoRA's file it says
+    which.
 
     Raises InputError for a file that `read` refuses, vectors that are not for all of this model's text encoders and
     them alone, a token that is there already or cannot be one.
     """
     path = Path(path)
-    vectors = read(path)
-    if token is None:
-        key = next(iter(vectors))
-        token = path.stem if key in _NAMELESS else key
+    vectors, name = _read(path, token)
+    token = name if token is None else token
     given = _by_tower(model.config.text, vectors, path)
 
     towers, params = [], dict(model.params)

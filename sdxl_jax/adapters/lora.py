@@ -1,0 +1,95 @@
+"""LoRA: W' = W + Σ scale · (alpha / rank) · up · down.
+
+Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4.1) changes a linear layer or a convolution by a product
+of two small factors, down [rank, in, …] and up [out, rank]. Merged, it costs nothing when images are made. Nothing here
+knows of files: `weights.lora` reads them, and finds out which parameter each of their modules is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from sdxl_jax.arrays import flatten, unflatten
+
+
+class Factors(NamedTuple):
+    """What changes one layer. In a file's order [rank, in, …] and [out, rank, …], or in ours, [… in, rank] and
+    [rank, out]."""
+
+    down: Float[np.ndarray, "*_down"]
+    up: Float[np.ndarray, "*_up"]
+    alpha: float
+    """The change is up · down · alpha / rank."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """A file, read."""
+
+    name: str
+    """The file's, or the folder's."""
+    modules: Mapping[str, Factors]
+    """By the file's names of modules: float32, in the file's shapes."""
+    source: Path | None = None
+    """Where it was read."""
+    embeddings: tuple[str, ...] = ()
+    """Names of textual inversions that are in the file as well."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """All that there are, ascending."""
+        return sorted({factors.down.shape[0] for factors in self.modules.values()})
+
+
+Resolved = dict[str, list[tuple[int | None, Factors]]]
+"""Where a LoRA changes a model: our path, "unet/…/kernel" -> (layer of a stacked parameter or None, factors with our
+axes: down [in, rank] or [height, width, in, rank], up [rank, out])."""
+
+
+def delta(resolved: Resolved, path: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
+    """The change of one parameter, float32 and of its shape, before the user's scale; None if there is none.
+
+    path: "unet/…/kernel". A layer of a stacked parameter that has no factors does not change.
+    """
+    if path not in resolved:
+        return None
+    total = np.zeros(shape, np.float32)
+    for layer, (down, up, alpha) in resolved[path]:
+        np.matmul(down, up * np.float32(alpha / len(up)), out=total if layer is None else total[layer])
+    return total
+
+
+def change(resolved: Resolved, path: str, shape: tuple[int, ...], scale: float) -> Float[np.ndarray, "..."]:
+    """The change of a parameter that is among `resolved`, with the user's scale."""
+    changed = delta(resolved, path, shape)
+    assert changed is not None
+    changed *= np.float32(scale)
+    return changed
+
+
+def summed(value: Any, changed: Any) -> Any:
+    """In float32, with the parameter's dtype; arrays of numpy or of jax."""
+    return (value.astype(np.float32) + changed).astype(value.dtype)
+
+
+_summed_on_devices = jax.jit(summed)
+
+
+def merged(params: Mapping[str, Any], resolved: Resolved, scale: float) -> dict[str, Any]:
+    """Parameters with a LoRA in them, dtypes and places kept. Those that do not change are the given ones."""
+    flat = flatten(params)
+    for path in resolved:
+        value = flat[path]
+        changed = change(resolved, path, value.shape, scale)
+        if isinstance(value, jax.Array):
+            # One parameter at a time: the largest stack of SDXL is 0.5 GB in float32.
+            changed = jax.device_put(changed, value.sharding)
+            flat[path] = jax.device_put(_summed_on_devices(value, changed), value.sharding)
+        else:
+            flat[path] = summed(value, changed)
+    return unflatten(flat)
