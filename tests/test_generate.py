@@ -8,16 +8,20 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import MODEL, random_model
+from tiny import MODEL, random_model, train_config
 
 from sdxl_jax import model as models
+from sdxl_jax import sharding
 from sdxl_jax.arrays import Size
+from sdxl_jax.config import ValidationConfig
+from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, NoPrompt
@@ -28,6 +32,10 @@ from sdxl_jax.sampling.generate import Generated, encode_prompt, generate, micro
 from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.sampling.program import Drawn, Inputs, Recipe
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.objectives.denoising import Denoising
+from sdxl_jax.training.observe.validation import look
+from sdxl_jax.training.processes import Hosts
 
 PROMPTS = ["a red cube", "two green birds"]
 SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size": 2}
@@ -456,6 +464,22 @@ def steps_before_overflow(model: Model, **given: Any) -> str:
         with pytest.raises(NonFiniteError) as refused:
             generate(model, PROMPTS, **{**SETTINGS, "steps": 4}, **given)
     return str(refused.value).partition("first ")[2].partition(". ")[0]
+
+
+def test_a_validation_grid_that_is_not_finite_is_noted_and_does_not_end_the_run(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = ValidationConfig(prompts=tuple(PROMPTS), sizes=((16, 24),), steps=2)
+    config = dataclasses.replace(train_config(tmp_path), validation=shown)
+    hosts = create_autospec(Hosts, instance=True, count=1, is_first=True)
+    hosts.wait.side_effect = lambda work: work()
+    broken = model._replace(params=damaged(model.params, DAMAGED["unet"], np.nan))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    look(Denoising(config), create_autospec(BucketedDataset), hosts, tmp_path, 7, broken, mesh)
+    said = capsys.readouterr().out
+    assert said.startswith("note: no step_00000007.png: Image 0 and 1 more of its batch: non-finite")
+    assert "unet/conv_in/kernel" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 # Text states

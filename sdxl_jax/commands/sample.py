@@ -182,14 +182,13 @@ def _tasks(sample: Sample) -> list[Task]:
     if not given:
         raise InputError("There is nothing to draw. Give --prompt TEXT, once or several times, or --prompts-file FILE")
     tasks, index = [], 0
-    for each in given:
+    for number, each in enumerate(given, 1):
+        check_text(each.prompt, f"Prompt {number}")
+        check_text(each.negative or "", f"The negative prompt of prompt {number}")
         tasks.append(Task(*each, index=index))
         index += each.options.num_images
     for spoken in sample.sweep:
         tasks = [_changed(task, name, value) for name, value in _swept(spoken) for task in tasks]
-    for number, task in enumerate(tasks, 1):
-        check_text(task.prompt, f"Prompt {number}")
-        check_text(task.negative or "", f"The negative prompt of prompt {number}")
     return tasks
 
 
@@ -233,6 +232,7 @@ def _swept(spoken: str) -> list[tuple[str, str]]:
 def _changed(task: Task, name: str, value: str) -> Task:
     label = (*task.label, f"{name} {value}")
     if name.replace("-", "_") == "negative_prompt":
+        check_text(value, f"--sweep {name}")
         return task._replace(negative=value, label=label)
     options = parsing.from_mapping(task.options, {name: value}, f"--sweep {name}={value}")
     return task._replace(options=options, label=label)

@@ -51,7 +51,7 @@ class Serve(Opened):
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0: whoever reaches this machine may draw; there is no password."""
     port: int = 7860
-    """Port to listen on. 0: one that is free."""
+    """Port to listen on, 1 to 65535. 0: one that is free."""
     preview_autoencoder: Path | None = None
     """TAESD's decoder for the pictures that come into being. Default: a coarse guess at each latent pixel's colour."""
     compilation_cache: Path | None = None

@@ -39,5 +39,6 @@ def latent_to_rgb(
             f"The latents have {latent.shape[-1]} channels; the preview in colours is for SDXL's, of {len(_WEIGHTS)}. "
             "Decode them with the model's autoencoder"
         )
-    colours = np.asarray(latent, np.float32) @ _WEIGHTS + _BIAS
+    known = np.nan_to_num(np.asarray(latent, np.float32), posinf=0, neginf=0)  # the end says what is not finite
+    colours = known @ _WEIGHTS + _BIAS
     return np.round(np.clip(colours, 0, 1) * 255).astype(np.uint8)

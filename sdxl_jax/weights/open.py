@@ -289,23 +289,11 @@ def _open_file(path: Path, opening: Opening) -> Weights:
             tells_scale = False
             notes.append(f"{path} does not say the scale of its latents, as a directory with config.json does")
         _check_groups(parts, path)
-    leaves, carried = {}, {name: tensor for name, tensor in tensors.items() if detect.is_carried(name)}
-    left = tensors.keys() - carried.keys()
-    # Parts without a prefix take what nobody else owns.
-    for part, place in sorted(parts.items(), key=lambda item: -len(item[1].naming.prefix)):
-        own = {name: tensors[name] for name in left if place.owns(name)}
-        left -= own.keys()
-        matched = _match(part, place.config, place.naming, own, path, opening)
-        leaves |= matched.leaves
-        notes += matched.notes
-    if left:
-        first = sorted(left)[0]
-        message = f"{path} has {len(left)} tensors that no part of the model owns, the first is {first}"
-        if not opening.allow_partial:
-            raise names.Mismatch(
-                f"{message}. It may have additions that are not implemented. {_partial(path, opening)}"
-            )
-        notes.append(f"{message}; left out")
+    carried = {name: tensor for name, tensor in tensors.items() if detect.is_carried(name)}
+    leaves, matched = _match_parts(
+        parts, {name: tensors[name] for name in tensors.keys() - carried.keys()}, path, opening
+    )
+    notes += matched
     if ema := [name for name in carried if name.startswith("model_ema.")]:
         notes.append(f"{len(ema)} tensors of a moving average (model_ema) are not used")
     layout = Found.SINGLE_FILE if "unet" in parts and len(parts) > 1 else Found.PART
@@ -321,6 +309,29 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         except InputError as error:
             raise InputError(f"The parts of {path} do not fit together: {error}") from error
     return _marked(weights, metadata, path, opening)
+
+
+def _match_parts(
+    parts: dict[str, detect.Found], tensors: dict[str, Tensor], path: Path, opening: Opening
+) -> tuple[dict[str, Leaf], list[str]]:
+    """(leaves, notes) of the parts of a file, which share its tensors out."""
+    leaves, notes, left = dict[str, Leaf](), list[str](), set(tensors)
+    # Parts without a prefix take what nobody else owns.
+    for part, place in sorted(parts.items(), key=lambda item: -len(item[1].naming.prefix)):
+        own = {name: tensors[name] for name in left if place.owns(name)}
+        left -= own.keys()
+        matched = _match(part, place.config, place.naming, own, path, opening)
+        leaves |= matched.leaves
+        notes += matched.notes
+    if left:
+        first = sorted(left)[0]
+        message = f"{path} has {len(left)} tensors that no part of the model owns, the first is {first}"
+        if not opening.allow_partial:
+            raise names.Mismatch(
+                f"{message}. It may have additions that are not implemented. {_partial(path, opening)}"
+            )
+        notes.append(f"{message}; left out")
+    return leaves, notes
 
 
 def _described(
