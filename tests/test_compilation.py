@@ -174,6 +174,9 @@ def test_signal_interrupts_the_waiting(compiler: Compiler) -> None:
 LEAVING = """
 import sys, threading, time
 import jax, jax.numpy as jnp
+from sdxl_jax import __main__ as command, sharding
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.training import compilation
 from sdxl_jax.training.processes import Interrupted
 
 def step(x):

@@ -140,6 +140,7 @@ def test_repeats_are_found_across_blocks_and_rounds(monkeypatch):
 KILLED_ANYWHERE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
+from pathlib import Path
 from test_data_build import Fake, files
 
 reference, folder = Path(sys.argv[2]), sys.argv[3]

@@ -24,7 +24,7 @@ from sdxl_jax.errors import HostFailed, InputError, Interrupted, MachineError, e
 from sdxl_jax.files.paths import local
 
 CONFIG = """
-import dataclasses
+from pathlib import Path
 
 import killing
 
@@ -245,6 +245,8 @@ command.program()
 
 EARLY = """
 import sys, time
+from sdxl_jax import __main__ as command
+from sdxl_jax.commands import train
 
 
 def slow(*_):

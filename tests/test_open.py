@@ -1028,10 +1028,10 @@ def test_place_without_a_model_is_refused(tmp_path: Path) -> None:
     [
         ("{", "config.json is not JSON"),
         ("[]", "config.json holds \\[\\], not an object"),
-        ("{}", "config.json is no configuration of a run"),
-        ('{"config": 3}', "config.json is no configuration of a run \\(it has config=3\\)"),
-        ('{"config": {"moddel": {}}}', "This is no TrainConfig.*moddel"),
-        ('{"_class_name": "ControlNetModel"}', "config.json is no configuration of a run"),
+        ("{}", "config.json is not the configuration of a run"),
+        ('{"config": 3}', "config.json is not the configuration of a run \\(it has config=3\\)"),
+        ('{"config": {"moddel": {}}}', "does not say which model was trained"),
+        ('{"_class_name": "ControlNetModel"}', "config.json is not the configuration of a run"),
     ],
 )
 def test_configuration_of_something_else_is_refused(tmp_path: Path, text: str, expected: str) -> None:

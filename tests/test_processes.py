@@ -312,6 +312,8 @@ def test_an_error_in_what_is_waited_for_is_raised() -> None:
 
 ALONE = """
 import sys
+from sdxl_jax.errors import TOLD
+from sdxl_jax.training.processes import Hosts
 try:
     with Hosts(1.0):
         pass

@@ -456,10 +456,7 @@ def open_folder(
 
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels show now instead of
     during training; that costs one full pass over the images: reading them all, and some 15 ms of one core a megapixel
-    of JPEG, in eight threads.
-
-    captioned=False: nobody wants the captions; an image without one is used, with "".
-
+    of JPEG, in eight threads. captioned=False: nobody wants captions; every image has "".
     Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a
     caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file;
     an image by its name in a format that is not read, and a file that begins as an image though not named as one.
