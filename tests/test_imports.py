@@ -78,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.observe.metrics": {"data.buckets", "flops", "training.observe"} | BASE,
     "training.observe.validation": {
         *("config", "data", "files", "model", "conditioning", "sampling.contact_sheet"),
+        "sampling.nonfinite",
         *("training.objectives.base", "training.processes"),
     },
     "training.setup": {"training", "config", "data", "jsontree", "sharding"} | BASE,

@@ -18,6 +18,7 @@ Not here: decoding (images), folders of tars or of Parquet files (build/records)
 
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -444,6 +445,19 @@ def _listed(folder: Path) -> tuple[list[str], list[Refused], Listing]:
     return names, unlisted, listed
 
 
+def _look(folder: Path, verify: bool, caption_lines: CaptionLines | None, picture: Picture) -> _Found | Refused:
+    """What `open_folder` must know of one image. caption_lines: None where nobody wants captions."""
+    path = folder / picture.name
+    try:
+        captions, numbers = (("",), {}) if caption_lines is None else _captions(str(folder), picture, caption_lines)
+        with _open(str(path)) as file:
+            length = os.fstat(file.fileno()).st_size
+            size = usable_size(file, verify=verify)
+        return _Found(path, length, size, captions, numbers, picture.beside[0] is not None)
+    except Unusable as problem:
+        return Refused(printable(picture.name), printable(str(problem)))
+
+
 def open_folder(
     folder: str | Path,
     *,
@@ -466,18 +480,7 @@ def open_folder(
     """
     folder = Path(folder)
     names, unlisted, listed = _listed(folder)
-
-    def look(picture: Picture) -> _Found | Refused:
-        path = folder / picture.name
-        try:
-            captions, numbers = _captions(str(folder), picture, caption_lines) if captioned else (("",), {})
-            with _open(str(path)) as file:
-                length = os.fstat(file.fileno()).st_size
-                size = usable_size(file, verify=verify)
-            return _Found(path, length, size, captions, numbers, picture.beside[0] is not None)
-        except Unusable as problem:
-            return Refused(printable(picture.name), printable(str(problem)))
-
+    look = functools.partial(_look, folder, verify, caption_lines if captioned else None)
     looked_at = _in_threads(
         look, listed.pictures, "Decoding every image" if verify else "Reading captions and image headers"
     )

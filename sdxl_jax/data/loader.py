@@ -77,7 +77,8 @@ class Loader:
         pixels = self.source.pixels(image, cover_size(*size, bucket))
         if not _same_picture(size, pixels.shape):
             raise InputError(
-                f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {size} when it was listed"
+                f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {tuple(size)} when it was "
+                "listed"
             )
         return [
             cover_crop(
