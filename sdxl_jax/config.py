@@ -308,6 +308,7 @@ MAY_CHANGE = (
     "data.workers",
     "hosts",
     "logging",
+    "model.sampling",
     "training.compilation_cache",
     "training.compile_ahead",
     "training.compile_threads",

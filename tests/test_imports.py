@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": set(),
     "training.state": {"optim.ema"} | BASE,
     "training.step": {"config", "arrays", "optim", "training.state"},
-    "training.initial": {"config", "jsontree", "model", "weights"} | BASE,
+    "training.initial": {"config", "jsontree", "model", "samplers.defaults", "weights"} | BASE,
     "training.encoding": {
         *("config", "data", "jsontree", "model", "models", "conditioning", "weights.lazy", "sharding"),
         *("training.checksums", "training.initial", "training.state"),

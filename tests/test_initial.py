@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import tiny
 
-from sdxl_jax.config import MEANING, TrainConfig, TrainingConfig
+from sdxl_jax.config import MEANING, TrainConfig, TrainingConfig, blocking_differences
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig, NoPrompt
-from sdxl_jax.training.initial import _other_meaning, check_initial
+from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.samplers.steps import Spacing
+from sdxl_jax.training.initial import _other_meaning, _other_sampling, check_initial
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.lazy import part_configs
 from sdxl_jax.weights.open import open_model
@@ -75,6 +78,16 @@ def test_network_that_does_not_say_how_it_was_trained_is_taken(saved: Path) -> N
     """As a UNet's directory alone: nothing is known of its noise, and nothing is claimed."""
     assert _other_meaning(open_model(saved), tiny.MODEL) != []
     assert _other_meaning(dataclasses.replace(open_model(saved), tells_noise=False), tiny.MODEL) == []
+
+
+def test_another_way_of_sampling_is_found_and_keeps_no_run_from_starting(saved: Path) -> None:
+    weights = open_model(saved)
+    assert _other_sampling(weights, V) == []
+    turbo = dataclasses.replace(V, sampling=SamplingDefaults("euler_ancestral", Spacing.LEADING))
+    start(saved, turbo)
+    assert _other_sampling(weights, turbo) == ["sampler: None -> euler_ancestral", "spacing: None -> leading"]
+    old, new = ({"model": {"sampling": to_json(sampling)}} for sampling in (None, turbo.sampling))
+    assert blocking_differences(old, new) == [], "a resumed run may set it"
 
 
 def test_name_that_is_no_such_field_is_refused() -> None:

@@ -15,6 +15,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
 from sdxl_jax.weights.load import load_weights
 from sdxl_jax.weights.open import Opening, open_model
@@ -37,6 +38,11 @@ def initial_weights(
     for path, weights in zip(training.init_from, _opened(training, model, parts), strict=True):
         for line in _other_meaning(weights, model):
             tqdm.write(f"  note: the UNet of {path} was trained with another {line} (there -> in this run)")
+        if lines := _other_sampling(weights, model):
+            tqdm.write(
+                f"  note: {path} says that it is sampled with another {'; '.join(lines)} (there -> in this run, and of "
+                "what it makes). model.sampling in the configuration keeps what is there"
+            )
         initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
     return initial
 
@@ -101,6 +107,14 @@ def _other_meaning(weights: Weights, model: ModelConfig) -> list[str]:
     if "unet" not in weights.parts or not weights.tells_noise:
         return []
     there, here = ({name: to_json(config)[name] for name in MEANING} for config in (weights.config, model))
+    return differences(there, here)
+
+
+def _other_sampling(weights: Weights, model: ModelConfig) -> list[str]:
+    """`field: there -> here` of how the weights say that they are sampled, where their UNet is taken."""
+    if "unet" not in weights.parts or not weights.tells_noise:
+        return []
+    there, here = (to_json(each.sampling or SamplingDefaults()) for each in (weights.config, model))
     return differences(there, here)
 
 
