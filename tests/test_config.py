@@ -28,6 +28,7 @@ from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.objectives import OBJECTIVES
 from sdxl_jax.training.run_directory import check_run
 
 MODELS = {
@@ -50,7 +51,7 @@ def dataclasses_of(kind: Any) -> Iterator[type]:
         yield from dataclasses_of(argument)
 
 
-KINDS = list(dict.fromkeys(dataclasses_of(TrainConfig)))
+KINDS = list(dict.fromkeys(kind for config in OBJECTIVES for kind in dataclasses_of(config)))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -195,10 +196,17 @@ def test_file_that_does_not_run_says_why(tmp_path: Path, body: str, said: str) -
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_field_has_a_line_of_explanation(kind: type) -> None:
-    tree = ast.parse(inspect.getsource(importlib.import_module(kind.__module__)))
-    body = next(node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
+    classes = [base for base in kind.__mro__ if dataclasses.is_dataclass(base)]
+    bodies = [
+        node.body
+        for base in classes
+        for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(base.__module__))))
+        if isinstance(node, ast.ClassDef) and node.name == base.__name__
+    ]
+    assert len(bodies) == len(classes)
     explained = {
         field.target.id
+        for body in bodies
         for field, below in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)

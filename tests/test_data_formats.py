@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from sdxl_jax.data import formats
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.images import decode, measure
-from sdxl_jax.data.sources import Refused, Unusable
+from sdxl_jax.data.sources import OnRefused, Refused, Unusable
 from sdxl_jax.errors import InputError
 from sdxl_jax.sampling import init_images
 
@@ -157,7 +157,7 @@ def test_what_is_not_read_is_counted_and_named_by_its_format_and_its_caption_is_
 
 def test_training_counts_the_same_and_passes_by_what_is_no_image(tmp_path):
     files = {"good.jpg": encoded(), "good.txt": b"a", **{name: data for name, (data, _) in REFUSED.items()}}
-    source = open_folder(write_folder(tmp_path / "f", files | PASSED_BY), on_refused="skip")
+    source = open_folder(write_folder(tmp_path / "f", files | PASSED_BY), on_refused=OnRefused.SKIP)
     reasons = dict(source.refused())
     assert set(reasons) == set(REFUSED) and source.found == len(REFUSED) + 1 and len(source.paths) == 1
     with pytest.raises(InputError, match=r"None of the 1 images .*\n  photo: begins as an image \(JPEG\)"):

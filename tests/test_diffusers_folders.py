@@ -632,7 +632,7 @@ def test_missing_file_is_named(path: str, folder: Callable[[str], Path]) -> None
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not JSON"), ("[1]", "not an object"), (b"\xff", "is not JSON")]
+    ("content", "message"), [("{", "is not JSON"), ("[1]", "not an object"), (b"\xff", "is not UTF-8 text")]
 )
 def test_broken_file_is_named(content: str | bytes, message: str, folder: Callable[[str], Path]) -> None:
     path = folder("SD 1.x") / "unet" / "config.json"

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from sdxl_jax.arrays import flatten, unflatten
+from sdxl_jax.arrays import Params, flatten, unflatten
 
 
 class Factors(NamedTuple):
@@ -80,7 +80,7 @@ def summed(value: Any, changed: Any) -> Any:
 _summed_on_devices = jax.jit(summed)
 
 
-def merged(params: Mapping[str, Any], resolved: Resolved, scale: float) -> dict[str, Any]:
+def merged(params: Params, resolved: Resolved, scale: float) -> dict[str, Any]:
     """Parameters with a LoRA in them, dtypes and places kept. Those that do not change are the given ones."""
     flat = flatten(params)
     for path in resolved:

@@ -376,9 +376,9 @@ def _memory(options: Options) -> Iterator[None]:
         ) from error
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole of an array; of one that is spread over several processes, in each of them."""
-    if array.is_fully_addressable or array.is_fully_replicated:
+    if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
