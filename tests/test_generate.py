@@ -328,7 +328,7 @@ def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
 )
 def test_every_number_out_of_its_range_is_refused_with_the_range(name: str, value: float) -> None:
     given: Any = (value, 1.0) if name == "guidance_interval" else value
-    with pytest.raises(InputError, match=rf"^{name}=.*expected (0 to|two numbers of 0 to 1)"):
+    with pytest.raises(InputError, match=rf"^{name}=.*(out of range. Give 0 to|expected two numbers of 0 to 1)"):
         Options(**{name: given}).check(MODEL)
 
 
