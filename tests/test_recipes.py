@@ -58,7 +58,7 @@ def recipe(name: str) -> TrainConfig:
 
 
 def test_every_recipe_is_tested_and_has_its_twin() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {*NAMES, "quickstart"}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*NAMES, "quickstart", "quickstart_autoencoder"}
     assert {path.stem for path in (CONFIGS / "tiny").glob("*.py")} == set(NAMES)
 
 

@@ -22,8 +22,9 @@ class State(NamedTuple):
     """The state x_t, then what the sampler remembers."""
     x0: Float[Array, "batch height width channels"]
     """The image as the network last saw it."""
-    finite_rows: Int32[Array, " batch"]
-    """Rows after which the state was finite, up to the first after which it was not (NaN or inf)."""
+    finite_rows: Int32[Array, "batch 1 1 1"]
+    """Rows after which the state was finite, up to the first after which it was not (NaN or inf). With the axes of the
+    latent: of a vector, XLA would say otherwise after a step how it lies on a mesh, and the next be compiled anew."""
 
 
 class Kept(NamedTuple):
@@ -41,7 +42,7 @@ def start(x: Float[Array, "batch height width channels"], plan: Plan) -> State:
     """Before the first row. x: the state at the first row's level."""
     others = jnp.zeros((plan.memory - 1, *x.shape), jnp.float32)
     arrays = jnp.concatenate([x[None].astype(jnp.float32), others])
-    return State(arrays, jnp.zeros_like(x, jnp.float32), jnp.zeros(len(x), jnp.int32))
+    return State(arrays, jnp.zeros_like(x, jnp.float32), jnp.zeros((len(x), 1, 1, 1), jnp.int32))
 
 
 def advance(
@@ -95,7 +96,7 @@ def sample(
             there = row.next_alpha * kept.x0 + row.next_sigma_t * kept.noise
             arrays = arrays.at[0].set(kept.mask * arrays[0] + (1 - kept.mask) * there)
         # Once is for all: what is not finite stays in every sum, also with a weight of 0.
-        finite = jnp.isfinite(arrays[0]).all(axis=(1, 2, 3))
+        finite = jnp.isfinite(arrays[0]).all(axis=(1, 2, 3), keepdims=True)
         return State(arrays, result.x0, state.finite_rows + finite), None
 
     numbers = first + jnp.arange(np.shape(plan.timestep)[0])

@@ -202,7 +202,7 @@ def _laid(state: State) -> State:
     return State(
         constrain(state.arrays, None, "batch", None, None, None),
         constrain(state.x0, "batch", None, None, None),
-        constrain(state.finite_rows, "batch"),
+        constrain(state.finite_rows, "batch", None, None, None),
     )
 
 
@@ -361,7 +361,7 @@ def draw(
     assert state is not None
     latent = state.arrays[0]
     images, decoded = call.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile)
-    return Drawn(images, latent, state.finite_rows, decoded)
+    return Drawn(images, latent, state.finite_rows[:, 0, 0, 0], decoded)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
