@@ -1,8 +1,8 @@
 """The quickstart's small autoencoder, as `sdxl-jax quickstart --train-autoencoder` trains it.
 
 hardware   two CPU cores
-hours      about 1
-metric     PSNR of all pictures
+hours      not measured; about one is expected
+metric     PSNR of all pictures: not measured. The autoencoder that is shipped, of 64×64 crops, has 29.7 dB
 command    sdxl-jax quickstart --train-autoencoder     (or, once the quickstart has unpacked its pictures:
            sdxl-jax train configs/quickstart_autoencoder.py)
 """
