@@ -95,3 +95,9 @@ def cover_crop(
         target_size=np.array(bucket, np.int32),
         flipped=flipped,
     )
+
+
+def centred_crop(image: UInt8[np.ndarray, "rows columns 3"], bucket: Bucket) -> UInt8[np.ndarray, "height width 3"]:
+    """The middle of the image that covers the bucket, 0..255: the same each time, for what is looked at or measured."""
+    rng = np.random.default_rng(0)  # nothing that it draws shows
+    return cover_crop(image, bucket, rng=rng, crop=CropMode.CENTRE).image

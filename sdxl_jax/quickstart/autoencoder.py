@@ -7,6 +7,7 @@ is learnt, and how, is training/objectives/autoencoding.
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from sdxl_jax.arrays import Params, normalise, unflatten
@@ -14,7 +15,7 @@ from sdxl_jax.config import CheckpointConfig
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.data.transforms import CropMode, cover_crop
+from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
@@ -60,26 +61,19 @@ def train(pictures: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = 
     model = run(get_config(str(pictures), seed, steps), run_dir)
     assert isinstance(model.config.vae, VaeConfig)
     config = dataclasses.replace(model.config.vae, scale=_scale(pictures, model))
-    half = {"vae": {name: _half(tree) for name, tree in model.params["vae"].items()}}
+    half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), model.params)
     out.unlink(missing_ok=True)
     convert(Model(ModelConfig(vae=config), half), out, "single-file", progress=False)
     return config
-
-
-def _half(tree: Params) -> Params:
-    return {
-        name: _half(leaf) if isinstance(leaf, dict) else np.asarray(leaf, np.float16) for name, leaf in tree.items()
-    }
 
 
 def _scale(pictures: Path, model: Model) -> float:
     """What latents are multiplied by so that, over all pictures, they have unit variance: the noise schedule counts on
     that."""
     source, buckets = open_folder(pictures), tuple(Bucket(*bucket) for bucket in BUCKETS)
-    rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
     config, params, latents = model.config.vae, model.params["vae"], []
     for image, number in enumerate(assign(source.sizes, buckets).bucket):
-        pixels = cover_crop(source.pixels(image), buckets[number], rng=rng, crop=CropMode.CENTRE).image
+        pixels = centred_crop(source.pixels(image), buckets[number])
         latents.append(np.asarray(vae.encode(config, params, normalise(pixels[None])).mean).ravel())
     return round(1 / float(np.concatenate(latents).std()), 5)
 

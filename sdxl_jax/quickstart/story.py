@@ -16,7 +16,7 @@ from sdxl_jax import model as models
 from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
-from sdxl_jax.data.transforms import CropMode, cover_crop
+from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model
 from sdxl_jax.quickstart import autoencoder, recipe
@@ -99,8 +99,7 @@ def _examples(folder: Path) -> dict[Bucket, tuple[np.ndarray, list[str]]]:
     examples = {}
     for number, bucket in enumerate(buckets):
         images = np.flatnonzero(nearest == number).tolist()
-        rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
-        crops = [cover_crop(source.pixels(i), bucket, rng=rng, crop=CropMode.CENTRE).image for i in images]
+        crops = [centred_crop(source.pixels(i), bucket) for i in images]
         examples[bucket] = np.stack(crops), [source.captions(i)[0] for i in images]
     return examples
 

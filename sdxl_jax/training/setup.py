@@ -49,7 +49,6 @@ class Asked(NamedTuple):
 class Run:
     """A run that can begin: everything that its loop needs."""
 
-    config: RunConfig
     objective: Objective[Any]
     run_dir: Path
     hosts: Hosts
@@ -62,10 +61,17 @@ class Run:
     frozen: Params
     first: int
     """Steps made before this start."""
-    stop: int
-    """Steps after which the run is finished."""
     profile: tuple[int, int] | None
     progress: bool
+
+    @property
+    def config(self) -> RunConfig:
+        return self.objective.config
+
+    @property
+    def stop(self) -> int:
+        """Steps after which the run is finished."""
+        return self.config.training.steps
 
 
 @contextlib.contextmanager
@@ -105,7 +111,6 @@ def prepare(config: RunConfig, run_dir: Path, hosts: Hosts, asked: Asked) -> Ite
             if random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
         yield Run(
-            config=config,
             objective=objective,
             run_dir=run_dir,
             hosts=hosts,
@@ -116,7 +121,6 @@ def prepare(config: RunConfig, run_dir: Path, hosts: Hosts, asked: Asked) -> Ite
             state=state,
             frozen=frozen,
             first=first,
-            stop=config.training.steps,
             profile=profile,
             progress=asked.progress,
         )

@@ -26,7 +26,7 @@ from sdxl_jax.arrays import Batch, ImageBytes, Params, normalise, to_bytes
 from sdxl_jax.config import LoopConfig, RunConfig
 from sdxl_jax.data.buckets import assign
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.data.transforms import CropMode, cover_crop
+from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
@@ -183,11 +183,7 @@ def examples(dataset: BucketedDataset, count: int) -> list[UInt8[np.ndarray, "_h
     trained_on = np.unique(dataset.order.numbers)
     chosen = trained_on[np.linspace(0, len(trained_on) - 1, min(count, len(trained_on))).round().astype(int)]
     sizes = [buckets[int(bucket)] for bucket in assign(source.sizes[chosen], buckets).bucket]
-    rng = np.random.default_rng(0)  # a centred crop draws nothing that shows
-    return [
-        cover_crop(source.pixels(int(image), size), size, rng=rng, crop=CropMode.CENTRE).image
-        for image, size in zip(chosen, sizes, strict=True)
-    ]
+    return [centred_crop(source.pixels(int(image), size), size) for image, size in zip(chosen, sizes, strict=True)]
 
 
 def reconstructor(config: AutoencoderConfig, params: Params, mesh: Mesh) -> Callable[[ImageBytes], np.ndarray]:
