@@ -9,7 +9,7 @@ Speed. From JPEG files, which the kernel has cached, to finished batches of eigh
 - sdxl_jax: `BucketedDataset.iterate` (the 40 buckets of SDXL, random crop, flip) and `normalise`, compiled for the CPU.
   Training normalises on the accelerator; here its cost is in. One batch is decoded ahead: with one core more gains
   nothing, and none is half done when the clock starts and stops.
-- torch: `DataLoader` with what diffusers' `examples/text_to_image/train_text_to_image_sdxl.py` does to a picture before
+- torch: `DataLoader` with what diffusers' `examples/text_to_image/train_text_to_image_sdxl.py` does to an image before
   its VAE: Pillow, RGB, Resize of the shorter side to 1024 (Lanczos, its default), flip, random crop, ToTensor,
   Normalize. It knows no buckets: all of its batches are 1024×1024, of about as many pixels as the buckets have. Its
   tokens come from our tokenizer, so that text costs the same.
@@ -20,10 +20,10 @@ Each runs in a process of its own, all on the same single core, one after the ot
 over the rounds, and ratios are taken within a round. CPU time stands beside: where it is well below 1000 / (images/s),
 the core was not ours alone and the run is worth little.
 
-The pictures are made from the JPEGs of --photos, enlarged and cropped with Lanczos, or else from coloured 1/f noise.
+The images are made from the JPEGs of --photos, enlarged and cropped with Lanczos, or else from coloured 1/f noise.
 Sensor noise (σ 3) is added to either, since decoding costs by the byte; quality 92, 4:2:0.
 
-Memory. Batches of small pictures of a shard set, with no and with two workers. Resident is VmRSS of /proc/PID/status:
+Memory. Batches of small images of a shard set, with no and with two workers. Resident is VmRSS of /proc/PID/status:
 what is mapped from files or shared counts, in each process that has it. Growth is from the second tenth to the last.
 
 Scale. An index as `sdxl-jax data build` writes it, of that many images with captions, which all point to the records of
@@ -61,13 +61,13 @@ from tqdm import tqdm
 BATCH = 8
 SPAWN = multiprocessing.get_context("spawn")
 PHOTOGRAPHS, SMALL = ((2048, 3072), (3072, 2048)), ((480, 640), (640, 480))
-"""(height, width) of the pictures of a set, equally many of each."""
+"""(height, width) of the images of a set, equally many of each."""
 LIBRARIES = ("sdxl_jax", "jax", "grain", "numpy", "simplejpeg", "Pillow", "tokenizers", "torch", "torchvision")
 WORDS = ("the", "old", "red", "car", "dog", "house", "near", "two", "trees", "on", "green", "hill", "people", "sky")
 """Of the captions."""
 
 
-# Pictures
+# Images
 
 
 def synthetic(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -80,7 +80,7 @@ def synthetic(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return np.stack([bright + warm, bright + green, bright - warm], -1).astype(np.float32) + 115
 
 
-def make_picture(path: Path, size: tuple[int, int], photo: Path | None, seed: int) -> None:
+def make_image(path: Path, size: tuple[int, int], photo: Path | None, seed: int) -> None:
     """A JPEG with its caption beside it."""
     rng = np.random.default_rng(seed)
     if photo is None:
@@ -107,7 +107,7 @@ def orientations(photos: Path | None) -> dict[bool, list[Path]]:
     return {upright: paths or every for upright, paths in found.items()}
 
 
-def make_pictures(folder: Path, sizes: tuple[tuple[int, int], ...], count: int, photos: Path | None) -> list[Path]:
+def make_images(folder: Path, sizes: tuple[tuple[int, int], ...], count: int, photos: Path | None) -> list[Path]:
     folder.mkdir()
     sources = orientations(photos)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), SPAWN) as pool:
@@ -116,8 +116,8 @@ def make_pictures(folder: Path, sizes: tuple[tuple[int, int], ...], count: int, 
             height, width = size = sizes[number % len(sizes)]
             choice = sources[height > width]
             photo = choice[number // len(sizes) % len(choice)] if choice else None
-            made.append(pool.submit(make_picture, folder / f"{number:06d}.jpg", size, photo, number))
-        for future in tqdm(made, "Making pictures", leave=False, disable=None):
+            made.append(pool.submit(make_image, folder / f"{number:06d}.jpg", size, photo, number))
+        for future in tqdm(made, "Making images", leave=False, disable=None):
             future.result()
     return sorted(folder.glob("*.jpg"))
 
@@ -125,7 +125,7 @@ def make_pictures(folder: Path, sizes: tuple[tuple[int, int], ...], count: int, 
 # Speed
 
 Pass = Callable[[], Iterator[int]]
-"""One pass over all files: how many pictures came, again and again; 0 first, when the clock may start."""
+"""One pass over all files: how many images came, again and again; 0 first, when the clock may start."""
 
 
 def checked(image: Any) -> None:
@@ -161,7 +161,7 @@ def ours(folder: Path) -> Pass:
 
 
 def torchvision_transforms() -> Any:
-    """torchvision's transforms, also where its compiled operators do not load: on pictures of Pillow none is used.
+    """torchvision's transforms, also where its compiled operators do not load: on images of Pillow none is used.
 
     PyPI's torchvision is built for CUDA, so that it does not fit a torch for the CPU alone. It then fails to describe
     two operators that are not there; they are declared for it.
@@ -196,7 +196,7 @@ def of_torch(folder: Path) -> Pass:
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5], [0.5])])
     tokenize = Tokenizer.of(SDXL_BASE_TEXT)
 
-    class Pictures(Dataset):
+    class ImageSource(Dataset):
         """As `preprocess_train` of the script does it: resize, perhaps flip, crop, number by number."""
 
         def __init__(self) -> None:
@@ -227,7 +227,7 @@ def of_torch(folder: Path) -> Pass:
         pixels = pixels.to(memory_format=torch.contiguous_format).float()
         return {"pixels": pixels} | {name: torch.from_numpy(rows) for name, rows in tokens.items()} | sizes
 
-    loader = DataLoader(Pictures(), BATCH, shuffle=True, num_workers=0, collate_fn=collate, drop_last=True)
+    loader = DataLoader(ImageSource(), BATCH, shuffle=True, num_workers=0, collate_fn=collate, drop_last=True)
     checked(next(iter(loader))["pixels"])
 
     def one_pass() -> Iterator[int]:
@@ -319,14 +319,14 @@ def speed(work: Path, images: int, rounds: int, photos: Path | None) -> dict[str
         print("torch or torchvision is not installed: its row is left out.\n")
         systems.remove("torch")
     sets = {"photographs": (PHOTOGRAPHS, images), "small": (SMALL, 4 * images)}
-    files = {name: make_pictures(work / name, sizes, count, photos) for name, (sizes, count) in sets.items()}
+    files = {name: make_images(work / name, sizes, count, photos) for name, (sizes, count) in sets.items()}
     everywhere = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(everywhere)})  # the processes inherit it from their first instruction on
     results = {}
     for name, (sizes, count) in sets.items():
         size = statistics.mean(file.stat().st_size for file in files[name])
         shapes = " and ".join(f"{height}×{width}" for height, width in sizes)
-        made = "photographs, resized" if photos else "SYNTHETIC pictures: 1/f noise"
+        made = "photographs, resized" if photos else "SYNTHETIC images: 1/f noise"
         print(f"{count} {made}, {shapes} (height × width), {size / 1e6:.2f} MB each; {rounds} rounds\n")
         took = measure_set(work / name, rounds, systems)
         print("| | images/s a core | of torch | of bare decoding | CPU ms an image |\n|---|---|---|---|---|")
@@ -417,15 +417,15 @@ def run_long(folder: Path, batches: int, workers: int) -> list[dict[str, float]]
 def memory(work: Path, batches: int, photos: Path | None) -> dict[str, Any]:
     from sdxl_jax.data.build.build import build
 
-    make_pictures(work / "pictures", ((256, 256), (224, 288), (288, 224)), 768, photos)
-    build(str(work / "pictures"), work / "shards", workers=0, progress=False)
+    make_images(work / "images", ((256, 256), (224, 288), (288, 224)), 768, photos)
+    build(str(work / "images"), work / "shards", workers=0, progress=False)
     results = {}
     for workers in (0, 2):
         samples = apart(run_long, work / "shards", batches, workers)
         total = [sample["main"] + sample["workers"] for sample in samples]
         tenth = max(1, len(total) // 10)
         second, last = statistics.mean(total[tenth : 2 * tenth] or total), statistics.mean(total[-tenth:])
-        print(f"{batches} batches of {BATCH} pictures of about 256×256, {workers} workers\n")
+        print(f"{batches} batches of {BATCH} images of about 256×256, {workers} workers\n")
         print("| batch | main process, MiB | workers, MiB |\n|---|---|---|")
         for sample in samples[tenth - 1 :: tenth]:
             print(f"| {sample['batch']:.0f} | {sample['main']:.0f} | {sample['workers']:.0f} |")
@@ -521,8 +521,8 @@ def scale(work: Path, images: int, photos: Path | None) -> dict[str, Any]:
 
     aspects = np.exp(np.random.default_rng(0).normal(0, 0.3, 32).clip(-0.6, 0.6))
     sizes = tuple((round(1024 * math.sqrt(aspect)), round(1024 / math.sqrt(aspect))) for aspect in aspects)
-    make_pictures(work / "pictures", sizes, 256, photos)
-    build(str(work / "pictures"), work / "shards", workers=0, progress=False)
+    make_images(work / "images", sizes, 256, photos)
+    build(str(work / "images"), work / "shards", workers=0, progress=False)
     folder = work / "large"
     start = time.perf_counter()
     apart(write_index, folder, work / "shards", images)
@@ -586,9 +586,9 @@ def main() -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--memory", type=int, nargs="?", const=10_000, metavar="BATCHES", help="memory over a long run")
     modes.add_argument("--scale", type=int, nargs="?", const=50_000_000, metavar="IMAGES", help="a large index")
-    parser.add_argument("--photos", type=Path, metavar="DIR", help="JPEGs to make the pictures from")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="JPEGs to make the images from")
     parser.add_argument(
-        "--images", type=int, default=64, help="large pictures of speed, in 16s; four times as many small"
+        "--images", type=int, default=64, help="large images of speed, in 16s; four times as many small"
     )
     parser.add_argument("--rounds", type=int, default=5, help="of speed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

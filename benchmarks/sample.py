@@ -6,12 +6,12 @@
     python benchmarks/sample.py --size full --side 1024 --batch 8 --guidance 8 --dtype bfloat16          # for GPUs
 
 Both sides load the same folder of random weights, made in torch, and draw the same prompts from the same noise: text
-encoders, Euler with guidance, autoencoder, pictures as bytes on the host. Same steps, same number format, in which the
+encoders, Euler with guidance, autoencoder, images as bytes on the host. Same steps, same number format, in which the
 weights are too. The UNet there is under torch.compile, unless --eager. That both did the same work is checked by their
-pictures: the largest difference is shown (it is one level or so in float32).
+images: the largest difference is shown (it is one level or so in float32).
 
 Each side has a process of its own, so that memory can be told apart: on a GPU the most that was allocated, else the
-most that the process occupied, loading included. After their first pictures, compilation included, one after the other,
+most that the process occupied, loading included. After their first images, compilation included, one after the other,
 they take turns, so that whatever else the machine does falls on both; given is the median of the rounds. Where memory
 does not hold both (--apart, and always at full size on a CPU) one side has all its rounds before the other is loaded:
 what else the machine does may then fall on one of them.
@@ -50,7 +50,7 @@ MLPERF = "TensorRT on H200: 2.40 images/s (MLPerf Inference 5.1, 8-bit, not meas
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="small", help="of the model")
-    parser.add_argument("--batch", type=int, default=1, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument("--side", type=int, help="pixels; default 256, of a tiny model 64")
     parser.add_argument("--steps", type=int, default=20, help="of Euler")
     parser.add_argument("--guidance", type=float, default=5.0, help="its strength; above 1, or there is none")
@@ -102,13 +102,13 @@ def model_config(size: str) -> "ModelConfig":
 
 class Side(NamedTuple):
     draw: Callable[[], np.ndarray]
-    """One call: uint8 pictures, on the host."""
+    """One call: uint8 images, on the host."""
     peak_bytes: Callable[[], int]
     """The most memory until now."""
     device: str
     on_cpu: bool
     tflop: Callable[[], float]
-    """Of one picture."""
+    """Of one image."""
     flops_per_second: float | None
     """Of the device, where it is known."""
 
@@ -202,7 +202,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Side:
 
 
 def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
-    """Of one picture."""
+    """Of one image."""
     import jax
     import jax.numpy as jnp
 
@@ -221,13 +221,13 @@ def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
 
     tokens = Tokenizer.of(config.text)([""] * both)
     read = flops.count(lambda params, tokens: text.encode(config.text, params, tokens, compute), params, tokens)
-    told = array(both, text.TOKENS, config.unet.context_dim), array(both, config.unet.vector_dim or 0)
+    conditioning = array(both, text.TOKENS, config.unet.context_dim), array(both, config.unet.vector_dim or 0)
     asked = flops.count(
         lambda params, *rest: unet.apply(config.unet, params, *rest, compute=compute),
         params["unet"],
         array(both, side, side, config.unet.in_channels),
         array(both),
-        *told,
+        *conditioning,
     )
     latent = array(1, side, side, config.vae.latent_channels)
     decoded = flops.count(lambda params, latent: vae.decode(config.vae, params, latent), params["vae"], latent)
@@ -280,9 +280,9 @@ class Answer(NamedTuple):
     """Of all threads of the process."""
 
 
-def serve(connection: Connection, begin: Callable[[Path, argparse.Namespace], Any], *given: Any) -> None:
+def serve(connection: Connection, start_segment: Callable[[Path, argparse.Namespace], Any], *given: Any) -> None:
     """In the process of a side: does what it is asked until it is asked nothing more."""
-    side = begin(*given)
+    side = start_segment(*given)
     connection.send(None)
     while (asked := connection.recv()) is not None:
         began, work = time.monotonic(), time.process_time()
@@ -294,11 +294,11 @@ def serve(connection: Connection, begin: Callable[[Path, argparse.Namespace], An
 class Process:
     """A function in a process of its own, and what it gives."""
 
-    def __init__(self, name: str, begin: Callable[[Path, argparse.Namespace], Any], *given: Any):
+    def __init__(self, name: str, start_segment: Callable[[Path, argparse.Namespace], Any], *given: Any):
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, begin, *given))
+        self._process = context.Process(target=serve, args=(other, start_segment, *given))
         self._process.start()
         other.close()
         self._answer()
@@ -333,11 +333,11 @@ class Row:
     peak_bytes: int = 0
 
     def seconds(self) -> float:
-        """Of one picture."""
+        """Of one image."""
         return statistics.median(each.seconds for each in self.rounds) / len(self.images)
 
     def cpu_seconds(self) -> float:
-        """Of one picture."""
+        """Of one image."""
         return statistics.median(each.cpu_seconds for each in self.rounds) / len(self.images)
 
 
@@ -358,12 +358,12 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Row], 
     rows: dict[str, Row] = {}
     running: list[Process] = []
     machine = None
-    for name, begin in begins.items():
-        process = Process(name, begin, folder, options)
+    for name, start_segment in begins.items():
+        process = Process(name, start_segment, folder, options)
         machine = machine or Machine(*(process.ask(field).result for field in Machine._fields))
         first = process.ask("draw")
         rows[name] = Row(first.seconds, first.result)
-        print(f"{name}: first pictures after {first.seconds:.1f} s", flush=True)
+        print(f"{name}: first images after {first.seconds:.1f} s", flush=True)
         running.append(process)
         if options.apart or (options.size == "full" and machine.on_cpu):
             take_turns(running, rows, options.rounds)
@@ -389,11 +389,11 @@ def take_turns(running: list[Process], rows: dict[str, Row], rounds: int) -> Non
 def report(options: argparse.Namespace, rows: dict[str, Row], machine: Machine) -> Iterator[str]:
     yield (
         f"{machine.device}, {options.size}, batch {options.batch}, {options.side}², {options.steps} steps, guidance "
-        f"{options.guidance:g}, {options.dtype}; {machine.tflop:.3f} TFLOP a picture; load {os.getloadavg()[0]:.1f} on "
+        f"{options.guidance:g}, {options.dtype}; {machine.tflop:.3f} TFLOP an image; load {os.getloadavg()[0]:.1f} on "
         f"{os.cpu_count()} processors"
     )
     peak = machine.flops_per_second
-    shown = ("first pictures s", "s a picture", "CPU s a picture", "images/s", "TFLOP/s", "memory GiB")
+    shown = ("first images s", "s an image", "CPU s an image", "images/s", "TFLOP/s", "memory GiB")
     columns = ["", *shown, *(["share of peak"] if peak else [])]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
@@ -405,7 +405,7 @@ def report(options: argparse.Namespace, rows: dict[str, Row], machine: Machine) 
     own, other = rows.values()
     yield f"ratio: {other.seconds() / own.seconds():.2f} times diffusers' images a second"
     apart = np.abs(own.images.astype(int) - other.images.astype(int))
-    yield f"pictures: at most {apart.max()} of 255 levels apart, {np.mean(apart > 0):.2%} of the bytes at all"
+    yield f"images: at most {apart.max()} of 255 levels apart, {np.mean(apart > 0):.2%} of the bytes at all"
     if not machine.on_cpu and comparable(options):
         yield f"published: {MLPERF}"
 

@@ -46,7 +46,7 @@ def buckets(count: int) -> tuple[tuple[int, int], ...]:
 
 
 def make_folder(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
-    """One batch of random pictures for each bucket."""
+    """One batch of random images for each bucket."""
     import numpy as np
     from PIL import Image
 
@@ -55,7 +55,7 @@ def make_folder(folder: Path, sizes: tuple[tuple[int, int], ...]) -> None:
     for number, (height, width) in enumerate(sizes * BATCH_SIZE):
         name = f"{number:03d}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": f"picture {number}"}))
+        lines.append(json.dumps({"file_name": name, "text": f"image {number}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -69,7 +69,7 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
     from sdxl_jax.training import loop, setup
     from sdxl_jax.training.observe import clock
 
-    folder, run_dir, count = work / "pictures", work / f"run-{start}", options.buckets[0]
+    folder, run_dir, count = work / "images", work / f"run-{start}", options.buckets[0]
     jax.config.update("jax_disable_most_optimizations", options.quick)
     base = tiny.train_config(folder)
     config = dataclasses.replace(
@@ -92,7 +92,7 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
 
     steps_made = run_dir / "metrics.jsonl"
 
-    def watch() -> None:
+    def callback() -> None:
         while len(row) < 2:
             now = time.monotonic() - began
             if "first step" not in row and steps_made.exists() and steps_made.stat().st_size:
@@ -102,7 +102,7 @@ def child(began: float, work: Path, start: str, options: argparse.Namespace) -> 
             time.sleep(0.02)
 
     setup.CompiledSteps = kept  # pyright: ignore[reportAttributeAccessIssue]
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=callback)
     watcher.start()
     loop.train(config, run_dir, progress=False, began=began)
     watcher.join()
@@ -135,7 +135,7 @@ def main() -> None:
     for ahead in options.ahead:
         for count in options.buckets:
             with tempfile.TemporaryDirectory() as work:
-                make_folder(Path(work) / "pictures", buckets(count))
+                make_folder(Path(work) / "images", buckets(count))
                 for start in ("first", "second"):
                     row = measure(Path(work), start, count, ahead, options)
                     numbers = " | ".join(f"{row[name]:.1f}" for name in COLUMNS)

@@ -1,10 +1,10 @@
-"""SDXL base 1.0, trained on with your own pictures, in 40 shapes of about 1024×1024 pixels.
+"""SDXL base 1.0, trained on with your own images, in 40 shapes of about 1024×1024 pixels.
 
 hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/finetune_1024.py --run-dir runs/finetune_1024 --data.folder PICTURES
-last run   never at full size; the tests run its smoke configuration, configs/tiny/finetune_1024.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/finetune_1024.py
 
 Starts from the published file, or from any model (`--training.init-from PATH`), such as
 runs/sdxl_base_1024_multi_aspect. All numbers are ours: a tenth of the recipe's rate, so that what it knows is kept,
@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             folder="data/shards",
             buckets=SDXL_BUCKETS,
-            small_buckets=SmallBuckets.MERGE,  # of a few thousand pictures most buckets have few
+            small_buckets=SmallBuckets.MERGE,  # of a few thousand images most buckets have few
             batch_size=64,
         ),
         model=SDXL_BASE,
@@ -45,7 +45,7 @@ def get_config() -> TrainConfig:
         checkpoint=CheckpointConfig(every_steps=500, keep=3),
         validation=ValidationConfig(
             every_steps=500,
-            prompts=("what your pictures show, in words of their captions",),
+            prompts=("what your images show, in words of their captions",),
             sizes=((1024, 1024),),
         ),
     )

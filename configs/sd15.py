@@ -4,11 +4,11 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sd15.py --run-dir runs/sd15
-last run   never at full size; the tests run its smoke configuration, configs/tiny/sd15.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/sd15.py
 
 Starts from SD 1.2, a diffusers directory. 595,000 steps, 10 % of texts left out: the model card of
 stable-diffusion-v1-5. AdamW, 2048 images a step, a rate of 1e-4 after 10,000 steps of warm-up: the model card of SD 1
-(CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md). The smallest size of pictures is ours: this model is
+(CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md). The smallest size of images is ours: this model is
 not told their size, and would learn what enlarged ones look like.
 """
 

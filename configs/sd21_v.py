@@ -4,11 +4,11 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sd21_v.py --run-dir runs/sd21_v
-last run   never at full size; the tests run its smoke configuration, configs/tiny/sd21_v.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/sd21_v.py
 
-Starts from SD 2.0 for 768×768, a diffusers directory. 55,000 steps, then 155,000 with other pictures: the model card
+Starts from SD 2.0 for 768×768, a diffusers directory. 55,000 steps, then 155,000 with other images: the model card
 of stable-diffusion-2-1; here they are one run. Batch size, rate and warm-up are SD 1's, as in configs/sd15.py.
-Left-out texts and the smallest size of pictures are ours.
+Left-out texts and the smallest size of images are ours.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_base_1024_multi_aspect.py --run-dir runs/sdxl_base_1024_multi_aspect
-last run   never at full size; the tests run its smoke configuration, configs/tiny/sdxl_base_1024_multi_aspect.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_base_1024_multi_aspect.py
 
 Starts from the averaged weights of runs/sdxl_base_512. Buckets and offset noise 0.05: arXiv:2307.01952, sections 2.3
 and 2.5, appendix I. The paper tells neither steps nor batch size; 100,000 of 1024 images are ours:

@@ -4,7 +4,7 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_base_256.py --run-dir runs/sdxl_base_256
-last run   never at full size; the tests run its smoke configuration, configs/tiny/sdxl_base_256.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_base_256.py
 
 Needs shards at data/shards (`sdxl-jax data build`), and the published model's file, of which the autoencoder and the
 text encoders are taken. 600,000 steps of 2048 images, told their size and crop: arXiv:2307.01952, section 2.5. The

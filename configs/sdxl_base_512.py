@@ -4,10 +4,10 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_base_512.py --run-dir runs/sdxl_base_512
-last run   never at full size; the tests run its smoke configuration, configs/tiny/sdxl_base_512.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_base_512.py
 
 Starts from the averaged weights of runs/sdxl_base_256. 200,000 steps: arXiv:2307.01952, section 2.5, which does not
-tell the batch size; 2048 is stage 1's. The optimiser starts anew, hence the short warm-up. What is ours:
+tell the batch size; 2048 is stage 1's. The optimiser starts again, hence the short warm-up. What is ours:
 docs/guides/recipe.md.
 """
 

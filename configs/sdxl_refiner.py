@@ -4,11 +4,11 @@ hardware   none tried at full size; the mesh wants a multiple of 8 devices, whic
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_refiner.py --run-dir runs/sdxl_refiner
-last run   never at full size; the tests run its smoke configuration, configs/tiny/sdxl_refiner.py
+last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_refiner.py
 
 Works on the latents of the base: it takes autoencoder and text encoder of runs/sdxl_base_1024_multi_aspect. Its UNet
 has other shapes (384 channels, one text encoder), so nothing of the base's fits and it starts from random weights, as
-the separate model of arXiv:2307.01952, section 2.5. Every picture needs a number `aesthetic` (`sdxl-jax data inspect`
+the separate model of arXiv:2307.01952, section 2.5. Every image needs a number `aesthetic` (`sdxl-jax data inspect`
 lists what there is). The paper tells neither steps, batch size nor rate; those here are ours: docs/guides/recipe.md.
 """
 

@@ -63,11 +63,11 @@ def _data(arguments: list[str]) -> None:
 
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "quickstart": (_quickstart, "train a small SDXL on pictures that come along, and look at what it draws"),
+    "quickstart": (_quickstart, "train a small SDXL on images that come along, and look at what it draws"),
     "train": (_train, "train what a configuration file describes, or go on with it"),
     "compile": (_compile, "compile it for TPU slices that are not here: does it fit, how fast will it go"),
-    "sample": (_sample, "draw pictures of prompts with a trained model"),
-    "serve": (_serve, "draw pictures on a web page"),
+    "sample": (_sample, "draw images of prompts with a trained model"),
+    "serve": (_serve, "draw images on a web page"),
     "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training will see; encode: caches"),
 }

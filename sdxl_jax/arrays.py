@@ -21,7 +21,7 @@ type_of_array = jax.Array | np.ndarray
 Params = dict[str, Any]
 
 
-class Stored(enum.Enum):
+class AccumulatorDtype(enum.Enum):
     """Dtype in which a step leaves an average of the parameters, or of the gradient, for the next."""
 
     FLOAT32 = "float32"
@@ -85,7 +85,7 @@ def to_bytes(image: Image) -> UInt8[jax.Array, "batch height width 3"]:
 
 
 class MicroConditioning(NamedTuple):
-    """What the UNet is told about the geometry of each picture. SDXL (arXiv:2307.01952), section 2.2 and 2.3."""
+    """What the UNet is told about the geometry of each image. SDXL (arXiv:2307.01952), section 2.2 and 2.3."""
 
     original_size: Pixels
     """Size before any resize (height, width)."""
@@ -94,14 +94,14 @@ class MicroConditioning(NamedTuple):
     target_size: Pixels
     """Size that the model sees: the bucket's (height, width)."""
     aesthetic_score: Float[type_of_array, "batch"] | None = None
-    """Rating of the picture, about 1 to 10. The refiner alone is told it."""
+    """Rating of the image, about 1 to 10. The refiner alone is told it."""
 
 
-class Encoded(NamedTuple):
-    """What frozen encoders made of a batch's pictures and captions beforehand, in bfloat16."""
+class EncodedBatch(NamedTuple):
+    """What frozen encoders made of a batch's images and captions beforehand, in bfloat16."""
 
     mean: Float[type_of_array, "batch latent_height latent_width channels"]
-    """Of the autoencoder's posterior, unscaled: the sample is drawn anew each time."""
+    """Of the autoencoder's posterior, unscaled: the sample is drawn again each time."""
     log_variance: Float[type_of_array, "batch latent_height latent_width channels"]
     context: Float[type_of_array, "batch 77 features"]
     """Text states that the UNet attends to."""
@@ -120,5 +120,5 @@ class Batch(NamedTuple):
     """The examples' numbers in the data, all sources in a row: for logs and tests, the model never sees them."""
     replaced: Bool[type_of_array, "batch"]
     """Which examples stand in for a damaged image: for logs."""
-    encoded: Encoded | None = None
+    encoded: EncodedBatch | None = None
     """What was read from a cache."""

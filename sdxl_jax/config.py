@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
-from sdxl_jax.errors import InputError, check_ranges, nearest_first
+from sdxl_jax.errors import RENAMED, InputError, check_ranges, nearest_first, old_names
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
@@ -59,8 +59,8 @@ class LoopConfig:
     """Updates. Higher: longer."""
     seed: int = 0
     """All random numbers on the device follow from it: initial weights, noise, timesteps, dropout."""
-    trains: tuple[str, ...] = ("^unet/",)
-    """Patterns of the paths of parameters that train; the rest stays as it is."""
+    trainable: tuple[str, ...] = field(default=("^unet/",), metadata={RENAMED: "trains"})
+    """Patterns of the paths of trainable parameters; the others are frozen."""
     on_nonfinite: OnNonfinite = OnNonfinite.STOP
     """What happens at a loss or gradient that is no finite number."""
     init_from: tuple[str, ...] = ()
@@ -70,16 +70,16 @@ class LoopConfig:
     """Parts of the model that are taken of `init_from`, e.g. ("vae", "text_encoder"); None: all that are there."""
     init_changes: tuple[str, ...] = ()
     """What the UNet of `init_from` may have been trained with otherwise than it is trained on here, of prediction,
-    schedule, no_prompt and distilled, e.g. ("prediction",) to make a v-prediction model of an ε-prediction one."""
+    schedule, unconditional and distilled, e.g. ("prediction",) to make a v-prediction model of an ε-prediction one."""
     compile_ahead: CompileAhead = CompileAhead.BACKGROUND
     """When the steps of the buckets are compiled: beside training, before it, or each when it is needed."""
     compile_threads: int = 1
-    """Buckets compiled at once. Higher: all are there sooner; each takes cores and memory of every host (at full size
+    """Buckets compiled at once. Higher: all are there sooner; each takes cores and memory of every process (at full size
     about 10 GiB), which reading the data may need too."""
     compilation_cache: str | None = None
     """Folder that compiled programs are kept in and read from; several runs may share it. Those of
     `sdxl-jax compile` are read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every
-    start compiles anew."""
+    start compiles again."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class HostsConfig:
+class ProcessesConfig:
     """The processes that train together, one a machine; the environment says which they are (training/processes.py)."""
 
     join_timeout_seconds: float = 300.0
@@ -125,16 +125,16 @@ class HostsConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The pictures in RUN/samples."""
+    """The images in RUN/samples."""
 
     every_steps: int | None = 5000
     """Steps between grids; None: none."""
     prompts: tuple[str, ...] = ()
-    """One picture a prompt and size."""
+    """One image a prompt and size."""
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
-    """(height, width) of the pictures."""
+    """(height, width) of the images."""
     steps: int = 30
-    """Euler steps a picture."""
+    """Euler steps an image."""
     guidance: float = 5.0
     """Strength of classifier-free guidance, 0 to 1000; none up to 1, as in `sample`."""
 
@@ -166,7 +166,7 @@ class RunConfig:
     """What the loop does."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When and how many."""
-    hosts: HostsConfig = field(default_factory=HostsConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig, metadata={RENAMED: "hosts"})
     """The processes that train together."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Where else the numbers go."""
@@ -198,7 +198,7 @@ class RunConfig:
                 ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
                 ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
                 ("checkpoint.keep_every_hours", self.checkpoint.keep_every_hours, 1 / 3600, math.inf),
-                ("hosts.join_timeout_seconds", self.hosts.join_timeout_seconds, 1, math.inf),
+                ("processes.join_timeout_seconds", self.processes.join_timeout_seconds, 1, math.inf),
             ]
         )
         best = self.checkpoint.keep_best
@@ -236,7 +236,7 @@ class TrainConfig(RunConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """What the loop does."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """The pictures in RUN/samples."""
+    """The images in RUN/samples."""
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
@@ -267,7 +267,7 @@ class TrainConfig(RunConfig):
         told = self.model.is_refiner
         if told and self.data.aesthetic is None:
             raise InputError(
-                "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every picture. Set "
+                "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every image. Set "
                 "data.aesthetic to the name of that number in the data (`sdxl-jax data inspect` lists them), or train "
                 "with size_crop_target"
             )
@@ -279,7 +279,7 @@ class TrainConfig(RunConfig):
         if self.data.cache is not None and self.data.crops_per_image is None:
             raise InputError(
                 f"data.cache={self.data.cache} holds a fixed number of crops an image. Set data.crops_per_image to it, "
-                "e.g. 4 (1 shows each picture in one crop for ever)"
+                "e.g. 4 (1 shows each image in one crop for ever)"
             )
 
 
@@ -290,7 +290,7 @@ def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> N
             raise InputError(f"{name} has ({height}, {width}). Give positive multiples of {factor}")
 
 
-MEANING = ("prediction", "schedule", "no_prompt", "distilled")
+MEANING = ("prediction", "schedule", "unconditional", "distilled")
 """Fields of a model's configuration that say what its UNet's weights mean: another value makes others of them."""
 
 _Config = TypeVar("_Config", bound=RunConfig)
@@ -306,9 +306,9 @@ MAY_CHANGE = (
     "data.sources",
     "data.verify_images",
     "data.workers",
-    "hosts",
     "logging",
     "model.sampling",
+    "processes",
     "training.compilation_cache",
     "training.compile_ahead",
     "training.compile_threads",
@@ -317,7 +317,7 @@ MAY_CHANGE = (
     "training.init_parts",
     "validation",
 )
-"""Fields, or groups of them, that a resumed run may set anew: they do not change what is learnt. Folders may have
+"""Fields, or groups of them, that a resumed run may set again: they do not change what is learnt. Folders may have
 moved, their contents are compared, with the weights of several sources; the frozen weights are in the run."""
 
 SAME_WITHIN_ROUNDING = ("compute.attention", "compute.compiler_options", "compute.remat", "compute.unroll", "mesh")
@@ -341,7 +341,7 @@ def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
         raise
     except Exception as error:  # the file is the user's program: what it raises is about their input
         raise InputError(
-            f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Mend it; --debug shows "
+            f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Fix it; --debug shows "
             "where"
         ) from error
     if not isinstance(config, kind) or type(config) is RunConfig:
@@ -361,6 +361,8 @@ def _nearest_field(message: str) -> str:
     kinds = [kind for top in RunConfig.__subclasses__() for kind in _dataclasses(top)]
     for kind in kinds:
         if kind.__name__ == class_name:
+            if new := old_names(kind).get(unknown):
+                return f". It is called {new} now"
             names = nearest_first(unknown, (field.name for field in dataclasses.fields(kind)))
             return f". Its fields, nearest first: {', '.join(names)}"
     return ""

@@ -2,13 +2,14 @@
 
     InputError    2    what the user gave cannot be used: trying again will not help
     MachineError  1    the machine or the network failed: trying again may help
-    HostFailed    its  another process of the run failed, with its message and its code
+    ProcessFailed its  another process of the run failed, with its message and its code
     Interrupted   143, 130    stopped by SIGTERM or Ctrl-C with work left
 
 A message says what was given, what was expected and what to do. Our own mistakes are `assert`s and ordinary exceptions:
 they keep their traceback, and end with 1.
 """
 
+import dataclasses
 import difflib
 import errno
 import math
@@ -30,7 +31,7 @@ class MachineError(RuntimeError):
     code = 1
 
 
-class HostFailed(Exception):
+class ProcessFailed(Exception):
     """Another process stopped; the message is its own, and so is the exit code."""
 
     def __init__(self, message: str, code: int):
@@ -49,7 +50,7 @@ class Interrupted(SystemExit):
         self.signal_name = signal_name
 
 
-TOLD = (InputError, MachineError, HostFailed)
+TOLD = (InputError, MachineError, ProcessFailed)
 """What the command line prints as one message."""
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EFBIG}
@@ -75,7 +76,7 @@ def fault(error: BaseException) -> type[InputError] | type[MachineError]:
 def exit_code(error: BaseException) -> int:
     """The exit code that an exception ends the process with."""
     match error:
-        case InputError() | MachineError() | HostFailed():
+        case InputError() | MachineError() | ProcessFailed():
             return error.code
         case SystemExit():
             return error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -91,6 +92,15 @@ def exit_code(error: BaseException) -> int:
 def nearest_first(given: str, known: Iterable[str]) -> list[str]:
     """The known names, those most like `given` first. For messages about an unknown name."""
     return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, given, name).ratio())
+
+
+RENAMED = "renamed"
+"""Key of a dataclass field's metadata; its value is the field's old name."""
+
+
+def old_names(kind: type) -> dict[str, str]:
+    """The old names of a dataclass's renamed fields, and their names now."""
+    return {each.metadata[RENAMED]: each.name for each in dataclasses.fields(kind) if RENAMED in each.metadata}
 
 
 def check_ranges(

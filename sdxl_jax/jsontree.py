@@ -1,17 +1,21 @@
 """Configuration values as JSON and back: what config.json of a run and the metadata of a checkpoint hold.
 
 Dataclasses become objects, enums their values, tuples lists. An unknown or mistyped field is an error; a field that was
-added later has its default, which is what the code of before did.
+added later has its default, which is what the code of before did. A field that was renamed says its old name in its
+metadata, `field(default=…, metadata={RENAMED: "old_name"})`: saved configurations are read with either.
 """
 
+import dataclasses
 import enum
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import cattrs
+from cattrs.gen import make_dict_structure_fn
 
-from sdxl_jax.errors import InputError, fault
+from sdxl_jax.errors import InputError, fault, old_names
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 
@@ -28,6 +32,20 @@ def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
     return _converter.structure(value, kind)
 
 
+def _reader(kind: type[_T]) -> Callable[[Any, Any], _T]:
+    """The cattrs hook of a dataclass, which also takes the old names of its renamed fields."""
+    read: Any = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=True)
+    renamed = old_names(kind)
+
+    def renaming(value: Any, _: Any) -> _T:
+        if isinstance(value, dict):
+            value = {renamed.get(name, name): inner for name, inner in value.items()}
+        return read(value, kind)
+
+    return renaming if renamed else read
+
+
+_converter.register_structure_hook_factory(dataclasses.is_dataclass, _reader)
 _converter.register_structure_hook(AnyVaeConfig, _either_vae)
 
 

@@ -19,21 +19,21 @@ from sdxl_jax.arrays import MicroConditioning, Params, TokenIds
 from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
-from sdxl_jax.conditioning.text import TextCondition, Tower
+from sdxl_jax.conditioning.text import TextConditioning, Tower
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import ScheduleConfig
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import RENAMED, InputError
 from sdxl_jax.models import clip, unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.samplers.defaults import SamplingDefaults
-from sdxl_jax.samplers.guidance import Condition
+from sdxl_jax.samplers.guidance import Conditioning
 
 
-class NoPrompt(enum.Enum):
-    """What stands for an absent prompt, in caption dropout and in guidance without a negative prompt."""
+class UnconditionalKind(enum.Enum):
+    """The unconditional (null) embedding: for dropped captions, and for guidance without a negative prompt."""
 
     ZEROS = "zeros"
     """Embeddings of zeros: SDXL base."""
@@ -57,10 +57,10 @@ class ModelConfig:
     """The noise schedule that the weights were trained with."""
     prediction: Prediction = Prediction.EPSILON
     """What the UNet outputs."""
-    no_prompt: NoPrompt = NoPrompt.ZEROS
-    """What stands for an absent prompt."""
+    unconditional: UnconditionalKind = field(default=UnconditionalKind.ZEROS, metadata={RENAMED: "no_prompt"})
+    """The unconditional embedding."""
     default_size: tuple[int, int] = (1024, 1024)
-    """(height, width) of pictures unless the user asks for another."""
+    """(height, width) of images unless the user asks for another."""
     distilled: bool = False
     """Whether guidance is in the weights, as after consistency distillation: sampling then has none of its own."""
     sampling: SamplingDefaults | None = None
@@ -178,13 +178,23 @@ SDXL_REFINER = ModelConfig(
     unet=unet.SDXL_REFINER,
     text=text.SDXL_REFINER_TEXT,
     micro=MicroConfig(Numbers.SIZE_CROP_AESTHETIC),
-    no_prompt=NoPrompt.EMPTY,
+    unconditional=UnconditionalKind.EMPTY,
 )
 SD1 = ModelConfig(
-    unet=unet.SD1, vae=vae.SD_VAE, text=text.SD1_TEXT, micro=None, no_prompt=NoPrompt.EMPTY, default_size=(512, 512)
+    unet=unet.SD1,
+    vae=vae.SD_VAE,
+    text=text.SD1_TEXT,
+    micro=None,
+    unconditional=UnconditionalKind.EMPTY,
+    default_size=(512, 512),
 )
 SD2 = ModelConfig(
-    unet=unet.SD2, vae=vae.SD_VAE, text=text.SD2_TEXT, micro=None, no_prompt=NoPrompt.EMPTY, default_size=(512, 512)
+    unet=unet.SD2,
+    vae=vae.SD_VAE,
+    text=text.SD2_TEXT,
+    micro=None,
+    unconditional=UnconditionalKind.EMPTY,
+    default_size=(512, 512),
 )
 
 
@@ -216,17 +226,17 @@ def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:
     return {"unet": unet.init(unet_key, config.unet), "vae": vae.init(vae_key, config.vae), **towers}
 
 
-def without_prompt(
+def unconditional_text(
     config: ModelConfig, params: Params, empty: Mapping[str, TokenIds], compute: Compute
-) -> TextCondition:
+) -> TextConditioning:
     """What the UNet is told when there is no prompt, batch 1. empty: the token numbers of [""]."""
     condition = text.encode(config.text, params, empty, compute)
-    return text.zeros_like(condition) if config.no_prompt is NoPrompt.ZEROS else condition
+    return text.zeros_like(condition) if config.unconditional is UnconditionalKind.ZEROS else condition
 
 
-def condition(config: ModelConfig, prompt: TextCondition, micro: MicroConditioning) -> Condition:
+def condition(config: ModelConfig, prompt: TextConditioning, micro: MicroConditioning) -> Conditioning:
     """All that the UNet is told besides latent and timestep."""
     if config.micro is None:
-        return Condition(prompt.context, None)
+        return Conditioning(prompt.context, None)
     assert prompt.pooled is not None, "the last text encoder of a model with a conditioning vector has a projection"
-    return Condition(prompt.context, micro_conditioning.vector(config.micro, prompt.pooled, micro))
+    return Conditioning(prompt.context, micro_conditioning.vector(config.micro, prompt.pooled, micro))

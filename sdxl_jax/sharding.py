@@ -65,7 +65,7 @@ class MeshConfig:
     """Devices that share the heads and hidden features of one image's transformers. Higher: batches smaller than the
     number of devices become possible; communication in every layer."""
     slices: int = 1
-    """TPU slices (or groups of hosts) that are joined by a slow network. Higher: more images a step; between slices go
+    """TPU slices (or groups of processes) that are joined by a slow network. Higher: more images a step; between slices go
     the gradients alone, once a step."""
 
 
@@ -103,7 +103,7 @@ def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
-def host_part(mesh: Mesh) -> tuple[int, int]:
+def process_part(mesh: Mesh) -> tuple[int, int]:
     """(index, count): into how many parts the processes cut a batch, and which of them this one's devices take.
 
     It is the process's own index and the number of processes, unless devices of several processes share images (along
@@ -148,7 +148,7 @@ def check_heads(mesh: Mesh | AbstractMesh, heads: Collection[int]) -> None:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Says where an activation lies: one name an axis, "batch", "tensor" or None for not split.
 
-    An axis that its part of the mesh does not divide stays whole, as in sampling one picture on many devices. Without a
+    An axis that its part of the mesh does not divide stays whole, as in sampling one image on many devices. Without a
     mesh (`jax.set_mesh`), and within `jax.shard_map`, it does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -214,6 +214,6 @@ def put(mesh: Mesh, params: Params) -> Params:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """This host's rows of a batch as its part of a global array, split as `batch_sharding` says."""
+    """This process's rows of a batch as its part of a global array, split as `batch_sharding` says."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)

@@ -1,6 +1,6 @@
 """The smoke configuration of another: the same run, tiny, in seconds on a CPU, to see that all of it fits together.
 
-Only what `SHRUNK` lists is changed: sizes of the networks and of pictures, how many of everything, the mesh, and where
+Only what `SHRUNK` lists is changed: sizes of the networks and of images, how many of everything, the mesh, and where
 files are. What is learnt and how stays: prediction, loss, conditioning, precision, rematerialisation, optimiser,
 average.
 """
@@ -17,7 +17,7 @@ from sdxl_jax.models.vae import AnyVaeConfig
 from sdxl_jax.sharding import MeshConfig
 
 SMALLER = 8
-"""How many times smaller sides of pictures are."""
+"""How many times smaller sides of images are."""
 STEPS = 3
 
 SHRUNK = (
@@ -38,11 +38,11 @@ SHRUNK = (
 layers, heads and projections."""
 
 
-def tiny(config: TrainConfig, root: str = "tiny") -> TrainConfig:
+def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
     """The smoke configuration of another.
 
     root: folder that takes the place of the current one in all its paths, so that those of stages find each other's
-    runs, and no run at full size: runs/sdxl_base_256 becomes tiny/runs/sdxl_base_256.
+    runs, and no run at full size: runs/sdxl_base_256 becomes smoke/runs/sdxl_base_256.
 
     Of many buckets there are left the widest, the squarest and the tallest.
     """

@@ -133,7 +133,12 @@ def beside_original(config: ModelConfig, dtype: Any = np.float32) -> Arrays:
 
 
 def single_file(
-    path: Path, config: ModelConfig, dtype: Any = np.float32, beside: bool = True, seed: int = 0, **metadata: str
+    path: Path,
+    config: ModelConfig,
+    dtype: Any = np.float32,
+    beside: bool = True,
+    seed: int = 0,
+    **metadata: str,
 ) -> Path:
     """A model as Stability writes it."""
     arrays = beside_original(config, dtype) if beside else {}

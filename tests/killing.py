@@ -1,5 +1,5 @@
 """Kills a training run at random moments, starts it again each time until it has come to its end, and compares it with
-a run that nobody disturbed: every line of metrics.jsonl, times aside, every bit of the last state, every picture.
+a run that nobody disturbed: every line of metrics.jsonl, times aside, every bit of the last state, every image.
 
 The moments are drawn from a seed, evenly over the time that an undisturbed run takes, its start included. Where each
 kill fell is what the run itself wrote last (killed_run.py), and "half-written checkpoint" where one lay there.
@@ -45,7 +45,7 @@ PROGRAM = Path(__file__).with_name("killed_run.py")
 
 def train_config(folder: Path, steps: int) -> TrainConfig:
     """The least that has all the phases of a run, because a start costs what tracing costs: one text encoder, one
-    level, one bucket. Checkpoints every three steps, pictures every four."""
+    level, one bucket. Checkpoints every three steps, images every four."""
     base = tiny.train_config(folder, steps)
     model = ModelConfig(
         unet=UNetConfig((8,), 1, (1,), 1, (2,), context_dim=8, vector_dim=None, groups=4),
@@ -151,7 +151,7 @@ def state(run_dir: Path) -> dict[str, bytes]:
     return {name: leaf.read().tobytes() for name, leaf in leaves.items()}
 
 
-def pictures(run_dir: Path) -> dict[str, bytes]:
+def images(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "samples").iterdir())}
 
 
@@ -164,7 +164,7 @@ def _assert_same(killed: dict[str, bytes], undisturbed: dict[str, bytes]) -> Non
 def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert lines(run_dir) == lines(whole)
     _assert_same(state(run_dir), state(whole))
-    _assert_same(pictures(run_dir), pictures(whole))
+    _assert_same(images(run_dir), images(whole))
     for folder in (".", "checkpoints", "samples"):  # nothing half-written is left
         names = [sorted(path.name for path in (place / folder).iterdir()) for place in (run_dir, whole)]
         assert names[0] == names[1]
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
-    config = train_config(tiny.make_folder(options.folder / "pictures"), options.steps)
+    config = train_config(tiny.make_folder(options.folder / "images"), options.steps)
     spans = []
     for name in ("whole", "again"):  # the second finds everything compiled, as every restart does
         spans.append(undisturbed(config, options.folder / name, options.folder, options.processes))

@@ -86,7 +86,7 @@ MODEL = ModelConfig(
 @dataclasses.dataclass
 class Options:
     folder: str
-    """The pictures."""
+    """The images."""
     layouts: list[str]
     """Names in `LAYOUTS`, one after the other."""
     steps: int
@@ -116,7 +116,7 @@ def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS)) -> Tr
 
 
 def initial(abstract: TrainState, abstract_frozen: Params) -> tuple[TrainState, Params]:
-    """On the host: kernels of about the usual size, none of them zero, so that every gradient counts from the start;
+    """On the process: kernels of about the usual size, none of them zero, so that every gradient counts from the start;
     scales one; moments zero."""
     rng = np.random.default_rng(0)
 
@@ -132,13 +132,13 @@ def initial(abstract: TrainState, abstract_frozen: Params) -> tuple[TrainState, 
     return TrainState(np.zeros((), np.int32), params, params, moments), frozen  # pyright: ignore[reportArgumentType]
 
 
-def placed(host: Any, abstract: Any) -> Any:
+def placed(process: Any, abstract: Any) -> Any:
     """Host arrays where they belong; each process has all of them, and each device a copy of its part."""
 
     def put(leaf: np.ndarray, place: Any) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, place.sharding, lambda index: np.array(leaf[index]))
 
-    return jax.tree.map(put, host, abstract)
+    return jax.tree.map(put, process, abstract)
 
 
 class Trained(NamedTuple):
@@ -155,13 +155,13 @@ def train(name: str, options: Options) -> Trained:
     mesh = sharding.make_mesh(layout.mesh, jax.devices()[:1] if name == "single" else None)
     sharding.check_batch(mesh, config.data.batch_size, layout.accumulate)
     objective = Denoising(config)
-    index, count = sharding.host_part(mesh)
-    dataset = BucketedDataset(config.data, objective.tokenizer, host_index=index, host_count=count)
+    index, count = sharding.process_part(mesh)
+    dataset = BucketedDataset(config.data, objective.tokenizer, process_index=index, process_count=count)
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = objective.abstract_state(mesh)
-        host, frozen = initial(abstract, abstract_frozen)
+        process, frozen = initial(abstract, abstract_frozen)
         state = (
-            placed(host, abstract)
+            placed(process, abstract)
             if options.restore is None
             else restore(Path(options.restore[0]), options.restore[1], abstract)
         )
@@ -184,7 +184,7 @@ def on_host(state: Any) -> dict[str, np.ndarray]:
 
 
 def largest_difference(state: Any, reference: dict[str, np.ndarray]) -> float:
-    """Between the parts that this process's devices have and those of a state on a host."""
+    """Between the parts that this process's devices have and those of a state on a process."""
     return max(
         float(np.abs(np.asarray(shard.data, np.float64) - reference[path_name(path)][shard.index]).max())
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]

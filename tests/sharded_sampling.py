@@ -1,4 +1,4 @@
-"""Pictures on four simulated devices, in a process of its own: prints the largest difference from one device, as a
+"""Images on four simulated devices, in a process of its own: prints the largest difference from one device, as a
 share of the largest latent, for each mesh. Run by test_program.py."""
 
 import json
@@ -33,7 +33,7 @@ def main() -> dict[str, float]:
     alone = draw(None)
     largest = np.abs(alone.latents).max()
     found = {name: float(np.abs(draw(mesh).latents - alone.latents).max() / largest) for name, mesh in MESHES.items()}
-    watched = draw(MESHES["data 4"], watch=lambda seen: None)
+    watched = draw(MESHES["data 4"], callback=lambda seen: None)
     return {**found, "watched": float(np.abs(watched.latents - alone.latents).max() / largest)}
 
 

@@ -88,7 +88,7 @@ def main(scratch: Path) -> dict[str, Any]:
     results["fresh_misplaced"] = layouts.misplaced(made, places)
     results["fresh_split_share"] = split_share(made[0], 2)
 
-    folder = str(tiny.make_folder(scratch / "pictures"))
+    folder = str(tiny.make_folder(scratch / "images"))
     options = Options(folder, ["single"], 0, str(scratch / "reference"), buckets=1)
     spread = None
     for name, steps in STEPS.items():
@@ -104,8 +104,8 @@ def main(scratch: Path) -> dict[str, Any]:
         }
     assert spread is not None
     part = middle(spread.state)
-    host = jax.tree.map(np.asarray, part.params)
-    results["fingerprints"] = {name: fingerprint(sharding.put(mesh_of(name), host)) for name in RESTORED}
+    process = jax.tree.map(np.asarray, part.params)
+    results["fingerprints"] = {name: fingerprint(sharding.put(mesh_of(name), process)) for name in RESTORED}
     results["restored"] = restored(scratch / "checkpoints", part)
     return results
 

@@ -46,7 +46,7 @@ VAE = VaeConfig(block_channels=(4, 4, 4, 4), resnets_per_block=1, groups=2)
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> AutoencoderConfig:
     """Four steps of four images, in two buckets."""
-    base = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "pictures"))
+    base = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "images"))
     return AutoencoderConfig(
         data=dataclasses.replace(base.data, batch_size=4),
         vae=VAE,
@@ -162,7 +162,7 @@ def test_psnr_is_that_of_its_definition() -> None:
 
 
 def test_decoder_alone_can_be_trained(config: AutoencoderConfig) -> None:
-    training = dataclasses.replace(config.training, trains=("^vae/decoder/",))
+    training = dataclasses.replace(config.training, trainable=("^vae/decoder/",))
     objective = objective_of(dataclasses.replace(config, training=training))
     state, frozen = objective.abstract_state(sharding.make_mesh(MeshConfig()))
     assert set(state.params["vae"]) == {"decoder"} and set(frozen["vae"]) == {"encoder"}

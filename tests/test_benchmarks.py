@@ -28,7 +28,7 @@ def test_models_that_are_measured_are_valid(sample: Any, size: str) -> None:
 
 
 @pytest.mark.slow
-def test_operations_of_a_picture_are_those_of_the_unet_twice_a_step(sample: Any) -> None:
+def test_operations_of_an_image_are_those_of_the_unet_twice_a_step(sample: Any) -> None:
     """The base at 1024²: 6.76 TFLOP an evaluation (docs/guides/scale.md), as it is rounded there. What is besides, the
     text encoders and the decode, is less than a single step."""
     given = ["--size", "full", "--side", "1024", "--steps"]
@@ -46,7 +46,7 @@ def test_published_figure_stands_beside_its_own_settings_alone(sample: Any) -> N
 
 
 @pytest.mark.slow
-def test_sample_benchmark_draws_the_same_pictures_on_both_sides() -> None:
+def test_sample_benchmark_draws_the_same_images_on_both_sides() -> None:
     """In float32, where rounding may make one level, but of few bytes: of 0.02 % in a run of three steps."""
     for library in ("torch", "diffusers"):
         pytest.importorskip(library)

@@ -58,10 +58,10 @@ def assert_refused(folder: Path, arguments: list[object], *expected: str) -> Non
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pictures, config.py, and a finished run of it."""
+    """images, config.py, and a finished run of it."""
     home = tmp_path_factory.mktemp("home")
-    tiny.make_folder(home / "pictures", images=8)
-    (home / "config.py").write_text(CONFIG.format(folder=str(home / "pictures")))
+    tiny.make_folder(home / "images", images=8)
+    (home / "config.py").write_text(CONFIG.format(folder=str(home / "images")))
     outcome = call("train", home / "config.py", "--run-dir", home / "run")
     assert outcome.code == 0, outcome
     return home
@@ -69,7 +69,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(home: Path, tmp_path: Path) -> Path:
-    """A copy of `home` that a test may spoil. The configuration names the original's pictures."""
+    """A copy of `home` that a test may spoil. The configuration names the original's images."""
     return Path(shutil.copytree(home, tmp_path / "home"))
 
 
@@ -77,8 +77,8 @@ def train(place: Path, *more: object) -> list[object]:
     return ["train", place / "config.py", "--run-dir", place / "run", *more]
 
 
-def sample(place: Path, *more: object, prompt: str | None = "a picture") -> list[object]:
-    """Two pictures of two steps: one shape for all tests, which compiles once."""
+def sample(place: Path, *more: object, prompt: str | None = "an image") -> list[object]:
+    """Two images of two steps: one shape for all tests, which compiles once."""
     given = [] if prompt is None else ["--prompt", prompt]
     return ["sample", place / "run", *given, "--num-images", 2, "--steps", 2, "--out", place / "out", *more]
 
@@ -100,17 +100,17 @@ def test_empty_data_folder_is_refused(place: Path) -> None:
 
 
 def test_unreadable_image_is_refused_by_name(place: Path) -> None:
-    (place / "pictures" / "002.png").write_bytes(b"no picture")
-    refused = train(place, "--data.folder", place / "pictures", "--run-dir", place / "new")
+    (place / "images" / "002.png").write_bytes(b"no image")
+    refused = train(place, "--data.folder", place / "images", "--run-dir", place / "new")
     assert_refused(place, refused, r"002\.png.*cannot be read", "Fix or remove them, or set data.on_refused=skip")
 
 
 def test_caption_without_image_is_refused_by_name(place: Path) -> None:
-    (place / "pictures" / "metadata.jsonl").unlink()
-    for path in (place / "pictures").glob("*.png"):
+    (place / "images" / "metadata.jsonl").unlink()
+    for path in (place / "images").glob("*.png"):
         path.with_suffix(".txt").write_text("a caption")
-    (place / "pictures" / "lonely.txt").write_text("a caption")
-    refused = train(place, "--data.folder", place / "pictures", "--run-dir", place / "new")
+    (place / "images" / "lonely.txt").write_text("a caption")
+    refused = train(place, "--data.folder", place / "images", "--run-dir", place / "new")
     assert_refused(place, refused, r"lonely\.txt: caption without an image", "Fix or remove them")
 
 
@@ -234,7 +234,7 @@ SPOIL = [
 ]
 
 
-# Orbax leaves coroutines behind when a read fails half-way; newer Pythons report them when they are collected.
+# Orbax leaves coroutines after when a read fails half-way; newer Pythons report them when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("spoil", SPOIL)
 def test_incomplete_checkpoint_is_no_silent_fresh_start(place: Path, spoil: Callable[[Path], None]) -> None:
@@ -271,9 +271,7 @@ def test_initial_weights_of_another_configuration_are_refused(place: Path) -> No
 
 def test_folder_that_is_no_model_is_refused(place: Path) -> None:
     rest = ["--prompt", "x", "--out", place / "out"]
-    assert_refused(
-        place, ["sample", place / "pictures", *rest], "There is no model at .*pictures", "Expected a run dir"
-    )
+    assert_refused(place, ["sample", place / "images", *rest], "There is no model at .*images", "Expected a run dir")
     assert_refused(place, ["sample", place / "absent", *rest], "There is nothing at .*absent", "Expected a run dir")
 
 
@@ -448,7 +446,7 @@ def test_option_of_the_command_line_has_its_effect(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def drawn(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pictures with their latents."""
+    """Two images with their latents."""
     out = tmp_path_factory.mktemp("drawn") / "out"
     outcome = call(*sample(home, "--save-latents", "--seed", 3, "--out", out))
     assert outcome.code == 0, outcome
@@ -460,14 +458,14 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_pictures_carry_prompt_seed_and_settings(home: Path, drawn: Path) -> None:
+def test_images_carry_prompt_seed_and_settings(home: Path, drawn: Path) -> None:
     assert sorted(path.name for path in drawn.iterdir()) == ["000000.png", "000001.png", "latents.npy"]
     for number in range(2):
         with Image.open(drawn / f"{number:06d}.png") as image:
             assert (image.height, image.width, image.mode) == (32, 32, "RGB")
             assert isinstance(image, PngImageFile)
             text = image.text
-        assert text["prompt"] == "a picture"
+        assert text["prompt"] == "an image"
         assert text["seed"] == "3"
         assert text["index"] == str(number)
         assert text["model"] == str(home / "run")
@@ -515,7 +513,7 @@ def test_initial_noise_takes_the_place_of_the_seeds(home: Path, tmp_path: Path) 
     assert not np.array_equal(latents[0][0], latents[0][1])
 
 
-def test_pictures_come_in_order_of_prompts_then_images(home: Path, tmp_path: Path) -> None:
+def test_images_come_in_order_of_prompts_then_images(home: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("second\n\nthird\n")
     options = ["--prompts-file", tmp_path / "prompts.txt", "--batch-size", 2, "--out", tmp_path / "out"]
     assert call(*sample(home, *options, prompt="first")).code == 0
@@ -571,8 +569,8 @@ def test_inspect_prints_a_table(home: Path) -> None:
 
 
 def test_inspect_prints_json_with_the_contracts_fields(place: Path) -> None:
-    (place / "pictures" / "broken.png").write_bytes(b"no picture")
-    outcome = call("data", "inspect", place / "pictures", "--json")
+    (place / "images" / "broken.png").write_bytes(b"no image")
+    outcome = call("data", "inspect", place / "images", "--json")
     assert outcome.code == 0
     seen = json.loads(outcome.out)
     assert seen["images_found"] == 9
@@ -593,7 +591,7 @@ def test_inspect_dumps_the_first_examples(home: Path, tmp_path: Path) -> None:
         record = json.loads((tmp_path / "dump" / f"{number:06d}.json").read_text())
         assert record.keys() == {"source", "original_size", "crop_top_left", "target_size", "flipped", "caption"}
         assert record["target_size"] == [32, 32]
-        assert record["caption"] == f"picture number {int(record['source'].removesuffix('.png'))}"
+        assert record["caption"] == f"image number {int(record['source'].removesuffix('.png'))}"
         assert pixels(tmp_path / "dump" / f"{number:06d}.png").shape == (32, 32, 3)
     assert_refused(
         tmp_path,
@@ -615,7 +613,7 @@ def encode_into(place: Path) -> tuple[list[object], list[object]]:
 @pytest.mark.slow
 def test_encode_writes_its_share_and_then_the_rest(place: Path) -> None:
     _, encode = encode_into(place)
-    said = f"{place / 'cache'}: 8 pictures, 2 crops of each; "
+    said = f"{place / 'cache'}: 8 images, 2 crops of each; "
     begun = call(*encode, "--share", 1, 2)
     assert begun.code == 0, begun
     assert begun.out.splitlines()[-1] == said + "1 of 1 pieces are missing, of other shares"
@@ -647,7 +645,7 @@ def test_encode_without_a_place_or_in_one_of_something_else_is_refused(place: Pa
     encode: list[object] = ["data", "encode", place / "config.py", "--data.crops-per-image", 2]
     assert_refused(place, encode, "data.cache is not given", "--data.cache DIR")
     assert_refused(place, [*encode[:3], "--data.cache", place / "cache"], "Set data.crops_per_image", "e.g. 4")
-    assert_refused(place, [*encode, "--data.cache", place / "pictures"], "holds other files and is no cache", "Give")
+    assert_refused(place, [*encode, "--data.cache", place / "images"], "holds other files and is no cache", "Give")
     assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", 2, 2], "share 2 of 2. Expected")
     assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", "first"], "share", "first")
     assert_refused(place, ["data", "encode"], "The first argument of data encode is a configuration file", "usage")
@@ -661,7 +659,7 @@ def test_help_of_encode_lists_every_field_with_the_files_default(home: Path) -> 
 
 
 def test_module_runs_as_the_command_does(home: Path) -> None:
-    command = [sys.executable, "-m", "sdxl_jax", "data", "inspect", str(home / "pictures"), "--json"]
+    command = [sys.executable, "-m", "sdxl_jax", "data", "inspect", str(home / "images"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["images_usable"] == 8
     refused = subprocess.run([*command[:-2], "no-such-folder"], capture_output=True, text=True, check=False)

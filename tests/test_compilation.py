@@ -135,7 +135,7 @@ def test_failure_is_raised_where_a_program_is_asked_for_that_is_not_there(ahead:
     assert raised.value.__notes__ == ["(while the step of the bucket 16×8 was compiled)"]
 
 
-def test_what_is_done_behind_a_program_holds_up_nobody(compiler: Compiler) -> None:
+def test_what_is_done_after_a_program_holds_up_nobody(compiler: Compiler) -> None:
     may, done = threading.Event(), list[Bucket]()
 
     def then(bucket: Bucket) -> None:
@@ -150,20 +150,20 @@ def test_what_is_done_behind_a_program_holds_up_nobody(compiler: Compiler) -> No
         eventually(lambda: done == BUCKETS)
 
 
-class Told(Exception):
+class ConditioningPair(Exception):
     pass
 
 
 def test_signal_interrupts_the_waiting(compiler: Compiler) -> None:
     def tell(*_: object) -> None:
-        raise Told
+        raise ConditioningPair
 
     before = signal.signal(signal.SIGTERM, tell)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     began = time.monotonic()
     try:
-        with CompiledSteps(compiler, ARGUMENTS, MESH) as steps, pytest.raises(Told):
+        with CompiledSteps(compiler, ARGUMENTS, MESH) as steps, pytest.raises(ConditioningPair):
             steps.of(BUCKETS[0])
     finally:
         timer.join()
@@ -250,8 +250,8 @@ def test_compiled_ahead_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> BucketedDataset:
-    config = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "pictures")).data
-    buckets = (*tiny.BUCKETS, (8, 64))  # the last has no picture
+    config = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "images")).data
+    buckets = (*tiny.BUCKETS, (8, 64))  # the last has no image
     return BucketedDataset(dataclasses.replace(config, batch_size=4, buckets=buckets), Tokenizer.of(tiny.MODEL.text))
 
 

@@ -19,7 +19,7 @@ from sdxl_jax import model as models
 from sdxl_jax.arrays import MicroConditioning, Params
 from sdxl_jax.conditioning import micro, text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
-from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, ContextState, TextCondition, Tokenizer, Tower, can_be_added
+from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, ContextState, TextConditioning, Tokenizer, Tower, can_be_added
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models import clip
@@ -80,7 +80,7 @@ def test_a_prompt_is_start_words_end_and_each_towers_own_padding(tokenizer: Toke
         assert (tokens[name][:, 0] == START).all()
         assert tokens[name][1].tolist() == [START, 320, 2368, END] + [pad] * 73
         assert tokens[name][0].tolist() == [START, END] + [pad] * 75
-    # The towers read the same words: only behind the end do they differ.
+    # The towers read the same words: only after the end do they differ.
     for row in range(len(ODD_PROMPTS)):
         one, two = tokens["text_encoder"][row], tokens["text_encoder_2"][row]
         different = np.flatnonzero(one != two)
@@ -213,7 +213,7 @@ def test_333_is_not_332_when_the_network_computes_in_bfloat16() -> None:
     pairs = np.array([[333, 500], [332, 500]], np.int32)
     condition = models.condition(
         dataclasses.replace(MODEL, micro=MicroConfig()),
-        TextCondition(jnp.zeros((2, 77, 16)), jnp.zeros((2, 8))),
+        TextConditioning(jnp.zeros((2, 77, 16)), jnp.zeros((2, 8))),
         MicroConditioning(pairs, pairs, pairs),
     )
     assert condition.vector is not None
@@ -301,22 +301,22 @@ def test_presets_read_the_states_that_their_weights_were_trained_with() -> None:
 # Caption dropout
 
 
-def prompts_of(count: int) -> TextCondition:
+def prompts_of(count: int) -> TextConditioning:
     """Text states that say which example they are of."""
     number = jnp.arange(1.0, count + 1)
-    return TextCondition(
+    return TextConditioning(
         jnp.broadcast_to(number[:, None, None], (count, 77, 4)), jnp.broadcast_to(number[:, None], (count, 8))
     )
 
 
-NOTHING = TextCondition(jnp.full((1, 77, 4), -1.0), jnp.full((1, 8), -1.0))
+NOTHING = TextConditioning(jnp.full((1, 77, 4), -1.0), jnp.full((1, 8), -1.0))
 
 
 def drawn(count: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), count)
 
 
-def is_dropped(condition: TextCondition) -> np.ndarray:
+def is_dropped(condition: TextConditioning) -> np.ndarray:
     """Whether each example is dropped; fails if one is dropped in part, or has become another."""
     context, pooled = np.asarray(condition.context), np.asarray(condition.pooled)
     number = np.arange(1.0, len(pooled) + 1)
@@ -334,7 +334,7 @@ def test_caption_dropout_drops_its_share_and_an_example_as_a_whole(probability: 
     assert dropped.mean() == pytest.approx(probability, abs=5 * error)  # five standard errors; none at 0 and 1
 
 
-def test_caption_dropout_is_drawn_anew_with_other_keys() -> None:
+def test_caption_dropout_is_drawn_again_with_other_keys() -> None:
     # A cache elsewhere freezes it: the same captions are missing in every epoch.
     first, second = (is_dropped(text.drop(prompts_of(500), NOTHING, drawn(500, seed), 0.5)) for seed in (0, 1))
     assert 150 < (first != second).sum() < 350  # 250 are expected, with a standard deviation of 11
@@ -370,12 +370,12 @@ def test_without_a_prompt_sdxl_is_told_zeros_and_other_models_the_empty_prompt(
     _, params, _ = states
     empty = tokenizer([""])
     expected = text.encode(towers, params, empty)
-    for no_prompt in models.NoPrompt:
-        config = dataclasses.replace(MODEL, text=towers, no_prompt=no_prompt)
-        nothing = models.without_prompt(config, params, empty, Compute())
+    for unconditional in models.UnconditionalKind:
+        config = dataclasses.replace(MODEL, text=towers, unconditional=unconditional)
+        nothing = models.unconditional_text(config, params, empty, Compute())
         for ours, encoded in zip(nothing, expected, strict=True):
             assert np.abs(np.asarray(encoded)).max() > 0.1
-            np.testing.assert_array_equal(ours, 0 if no_prompt is models.NoPrompt.ZEROS else encoded)
+            np.testing.assert_array_equal(ours, 0 if unconditional is models.UnconditionalKind.ZEROS else encoded)
 
 
 # The parts of a model fit together

@@ -57,10 +57,10 @@ KINDS = list(dict.fromkeys(kind for config in OBJECTIVES for kind in dataclasses
 @pytest.mark.parametrize("name", MODELS)
 def test_configuration_survives_json(name: str) -> None:
     config = TrainConfig(
-        data=DataConfig(folder="pictures", buckets=((32, 32), (24, 40)), flip_probability=0.25),
+        data=DataConfig(folder="images", buckets=((32, 32), (24, 40)), flip_probability=0.25),
         model=MODELS[name],
         mesh=MeshConfig(data=2, fsdp=4),
-        training=TrainingConfig(trains=("^unet/", "^vae/"), init_from=("weights.safetensors",)),
+        training=TrainingConfig(trainable=("^unet/", "^vae/"), init_from=("weights.safetensors",)),
         validation=ValidationConfig(every_steps=None, prompts=("a", "b"), sizes=((32, 32), (24, 40))),
     )
     value = configuration.to_json(config)
@@ -72,7 +72,7 @@ def test_configuration_survives_json(name: str) -> None:
 
 def edited(path: str, value: Any) -> Any:
     """The JSON of a configuration with one value set, or added, at a path with dots."""
-    tree = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))
+    tree = configuration.to_json(TrainConfig(DataConfig("images"), model=tiny.MODEL))
     *parents, leaf = path.split(".")
     node = tree
     for name in parents:
@@ -93,7 +93,7 @@ def test_mistyped_value_in_json_is_refused_by_path() -> None:
 
 
 def test_missing_value_in_json_is_refused_by_name() -> None:
-    value = configuration.to_json(TrainConfig(DataConfig("pictures")))
+    value = configuration.to_json(TrainConfig(DataConfig("images")))
     del value["data"]
     with pytest.raises(InputError, match="data"):
         configuration.from_json(value, TrainConfig)
@@ -112,12 +112,12 @@ def written(folder: Path, body: str) -> Path:
 
 
 def test_configuration_file_is_read(tmp_path: Path) -> None:
-    path = written(tmp_path, "def get_config():\n    return TrainConfig(DataConfig('pictures'))")
-    assert configuration.load(path) == TrainConfig(DataConfig("pictures"))
+    path = written(tmp_path, "def get_config():\n    return TrainConfig(DataConfig('images'))")
+    assert configuration.load(path) == TrainConfig(DataConfig("images"))
 
 
 def test_configuration_file_may_give_enums_by_value() -> None:
-    data = DataConfig("pictures")
+    data = DataConfig("images")
     object.__setattr__(data, "crop", "centre")  # these tests check types, which a user's Python does not
     read = configuration.from_json(configuration.to_json(data), DataConfig)
     assert read.crop is CropMode.CENTRE
@@ -127,9 +127,9 @@ def test_configuration_file_may_give_enums_by_value() -> None:
 
 
 def test_choices_of_the_data_are_their_values_in_json_and_on_the_command_line() -> None:
-    value = configuration.to_json(DataConfig("pictures"))
+    value = configuration.to_json(DataConfig("images"))
     assert (value["crop"], value["small_buckets"], value["on_refused"]) == ("random", "pad", "error")
-    given = ["--folder", "pictures", "--crop", "centre", "--small-buckets", "merge", "--on-refused", "skip"]
+    given = ["--folder", "images", "--crop", "centre", "--small-buckets", "merge", "--on-refused", "skip"]
     data = parsing.parse(DataConfig, given, "data inspect")
     assert (data.crop, data.small_buckets, data.on_refused) == (CropMode.CENTRE, SmallBuckets.MERGE, OnRefused.SKIP)
 
@@ -233,7 +233,7 @@ def test_what_may_change_exists(entry: str) -> None:
     "path", ["checkpoint.keep", "data.folder", "mesh.fsdp", "training.init_from", "validation.steps"]
 )
 def test_resume_may_change_what_does_not_change_learning(path: str) -> None:
-    old = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))
+    old = configuration.to_json(TrainConfig(DataConfig("images"), model=tiny.MODEL))
     new = edited(path, 12345)
     assert configuration.differences(old, new)
     assert configuration.blocking_differences(old, new) == []
@@ -250,7 +250,7 @@ def test_resume_may_change_what_does_not_change_learning(path: str) -> None:
     ],
 )
 def test_resume_may_not_change_what_changes_learning(path: str, value: Any, line: str) -> None:
-    old = configuration.to_json(TrainConfig(DataConfig("pictures"), model=tiny.MODEL))
+    old = configuration.to_json(TrainConfig(DataConfig("images"), model=tiny.MODEL))
     blocking = configuration.blocking_differences(old, edited(path, value))
     assert len(blocking) == 1
     assert blocking[0].startswith(line)
@@ -263,7 +263,7 @@ def test_names_of_what_may_change_are_no_prefixes() -> None:
 
 
 def test_defaults_are_sdxl_base() -> None:
-    assert TrainConfig(DataConfig("pictures")).model == ModelConfig() == model.SDXL_BASE
+    assert TrainConfig(DataConfig("images")).model == ModelConfig() == model.SDXL_BASE
 
 
 def test_a_run_of_before_captions_of_several_lines_were_asked_about_goes_on(tmp_path: Path) -> None:
@@ -275,3 +275,35 @@ def test_a_run_of_before_captions_of_several_lines_were_asked_about_goes_on(tmp_
     whole = dataclasses.replace(config, data=DataConfig(folder="images", caption_lines=CaptionLines.WHOLE))
     with pytest.raises(InputError, match=r"data\.caption_lines: lines -> whole"):
         check_run(whole, tmp_path)
+
+
+RENAMED_FIELDS = [
+    (("training", "trains"), ("training", "trainable"), ["^vae/"]),
+    (("model", "no_prompt"), ("model", "unconditional"), "empty"),
+    (("hosts",), ("processes",), {"join_timeout_seconds": 7.0}),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "value"), RENAMED_FIELDS, ids=lambda each: ".".join(each) if each else "")
+def test_saved_configuration_is_read_with_the_old_name_of_a_renamed_field(
+    old: tuple[str, ...], new: tuple[str, ...], value: Any
+) -> None:
+    saved = configuration.to_json(TrainConfig(DataConfig("images"), model=tiny.MODEL))
+    group = saved if len(old) == 1 else saved[old[0]]
+    del group[new[-1]]
+    group[old[-1]] = value
+    read = configuration.to_json(configuration.from_json(saved, TrainConfig))
+    assert (read if len(new) == 1 else read[new[0]])[new[-1]] == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "old", "new"),
+    [
+        ("TrainingConfig", "trains", "trainable"),
+        ("ModelConfig", "no_prompt", "unconditional"),
+        ("TrainConfig", "hosts", "processes"),
+    ],
+)
+def test_configuration_file_with_the_old_name_of_a_field_is_told_the_new_one(kind: str, old: str, new: str) -> None:
+    message = f"{kind}.__init__() got an unexpected keyword argument {old!r}"  # as Python says it
+    assert configuration._nearest_field(message) == f". It is called {new} now"

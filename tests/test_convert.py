@@ -39,7 +39,7 @@ from sdxl_jax.weights.formats import diffusers, orbax, safetensors
 from sdxl_jax.weights.lazy import in_memory, part_configs
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.names import Dialect, Naming, PartConfig
-from sdxl_jax.weights.open import Opening, open_model
+from sdxl_jax.weights.open import OpenOptions, open_model
 
 UNET, VAE, QUICK, GELU = BASE.unet, BASE.vae, BASE.text[0].clip, BASE.text[1].clip
 
@@ -600,7 +600,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, to: Layout, error: BaseException,
 
 
 @pytest.mark.parametrize("to", Layout)
-def test_disk_that_fills_up_leaves_nothing_behind(
+def test_disk_that_fills_up_leaves_nothing_after(
     tmp_path: Path, source: Path, to: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     destination = tmp_path / "new" / "folder" / "made.safetensors"
@@ -610,7 +610,7 @@ def test_disk_that_fills_up_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("to", Layout)
-def test_interruption_leaves_nothing_behind(
+def test_interruption_leaves_nothing_after(
     tmp_path: Path, source: Path, to: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").write_text("as it was")
@@ -637,7 +637,7 @@ def test_single_file_of_an_sdxl_that_predicts_v_has_comfyuis_marks(tmp_path: Pat
     foreign.save(tmp_path / "made.safetensors", foreign.read(tmp_path / "made.safetensors"))  # as others would
     opened = open_model(tmp_path / "made.safetensors")
     assert (opened.config.prediction, opened.config.schedule) == (config.prediction, config.schedule)
-    epsilon = open_model(tmp_path / "made.safetensors", Opening(prediction=Prediction.EPSILON))
+    epsilon = open_model(tmp_path / "made.safetensors", OpenOptions(prediction=Prediction.EPSILON))
     convert(epsilon, tmp_path / "epsilon.safetensors", "single-file", progress=False)
     assert not [name for name in foreign.read(tmp_path / "epsilon.safetensors") if "." not in name]
 
@@ -653,7 +653,7 @@ def test_disk_without_room_is_refused_before_anything_is_written(
         assert_refused(tmp_path, source, made, "--to", to.value, expected=expected, code=1)
 
 
-def test_damage_that_shows_late_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
+def test_damage_that_shows_late_leaves_nothing_after(tmp_path: Path, source: Path) -> None:
     """A file that changes while it is read."""
     copy = Path(shutil.copytree(source, tmp_path / "source"))
     opened = open_model(copy)

@@ -399,7 +399,7 @@ def test_a_worker_that_dies_is_reported(tmp_path):
     assert len(open_shards(tmp_path / "shards")) == 12
 
 
-def test_a_source_without_a_usable_image_is_refused_and_read_anew(tmp_path):
+def test_a_source_without_a_usable_image_is_refused_and_read_again(tmp_path):
     class Empty(Fake):
         def read(self, unit):
             yield Refused(f"{unit.number}.jpg", "zero bytes")
@@ -416,8 +416,8 @@ def test_a_source_without_a_usable_image_is_refused_and_read_anew(tmp_path):
 IDENTITY = "import sys; from sdxl_jax.data.build import build; print(build._identity(build.units(sys.argv[1])))"
 
 
-def test_a_folder_of_pictures_is_built_in_processes(tmp_path):
-    source = tmp_path / "pictures"
+def test_a_folder_of_images_is_built_in_processes(tmp_path):
+    source = tmp_path / "images"
     source.mkdir()
     rng = np.random.default_rng(0)
     for number, suffix in zip(range(9), itertools.cycle([".png", ".jpg", ".webp"]), strict=False):

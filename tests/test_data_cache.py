@@ -609,8 +609,8 @@ def test_what_says_that_an_image_is_not_encoded_reaches_another_process(written)
 def test_a_file_of_another_size_than_told_is_not_read(written):
     path = written / LATENTS / "00000.array_record"
     size = path.stat().st_size
-    assert RecordFiles("Mend it.").read(path, 0, size)
-    with pytest.raises(InputError, match=rf"has {size} bytes where {size + 1} are expected: it was cut off.*Mend it\."):
-        RecordFiles("Mend it.").read(path, 0, size + 1)
-    with pytest.raises(InputError, match=r"^Record 6 of .* is damaged .*out of bound.*Mend it\."):
-        RecordFiles("Mend it.").read(path, 6)
+    assert RecordFiles("Fix it.").read(path, 0, size)
+    with pytest.raises(InputError, match=rf"has {size} bytes where {size + 1} are expected: it was cut off.*Fix it\."):
+        RecordFiles("Fix it.").read(path, 0, size + 1)
+    with pytest.raises(InputError, match=r"^Record 6 of .* is damaged .*out of bound.*Fix it\."):
+        RecordFiles("Fix it.").read(path, 6)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from picture_sources import encoded, everything, write_folder, write_tar
+from image_sources import encoded, everything, write_folder, write_tar
 
 from sdxl_jax.data.build.build import build
 from sdxl_jax.data.build.records import Record

@@ -6,12 +6,12 @@ import pickle
 
 import numpy as np
 import pytest
-from picture_sources import encoded, every_picture, png_claiming, save, split, write_folder
+from image_sources import encoded, every_image, png_claiming, save, split, write_folder
 from PIL import Image
 
 from sdxl_jax.data import folders
 from sdxl_jax.data.folders import open_folder
-from sdxl_jax.data.sources import OnRefused, Pictures
+from sdxl_jax.data.sources import ImageSource, OnRefused
 from sdxl_jax.errors import InputError
 
 
@@ -27,11 +27,11 @@ def refused(folder, **options):
     return dict(source.refused())
 
 
-def names_of(source: Pictures) -> list[str]:
+def names_of(source: ImageSource) -> list[str]:
     return [source.name(image) for image in range(len(source.sizes))]
 
 
-def captions_of(source: Pictures) -> list[tuple[str, ...]]:
+def captions_of(source: ImageSource) -> list[tuple[str, ...]]:
     return [source.captions(image) for image in range(len(source.sizes))]
 
 
@@ -154,8 +154,8 @@ def test_a_truncated_image_is_found_by_verify(tmp_path, suffix):
     assert "cannot be read" in refused(tmp_path, verify=True)[f"cut.{suffix}"]
 
 
-def test_every_odd_picture_is_taken_upright_or_refused_with_its_reason(tmp_path):
-    pictures = every_picture()
+def test_every_odd_image_is_taken_upright_or_refused_with_its_reason(tmp_path):
+    pictures = every_image()
     write_folder(tmp_path, {name: data for name, (data, _) in pictures.items()})
     write_folder(tmp_path, {f"{name.partition('.')[0]}.txt": b"a caption" for name in pictures})
     source = open_folder(tmp_path, on_refused=OnRefused.SKIP, verify=True)
@@ -169,7 +169,7 @@ def test_every_odd_picture_is_taken_upright_or_refused_with_its_reason(tmp_path)
     assert (sizes, reasons) == ({}, {})
 
 
-def test_a_picture_that_disappears_is_named(tmp_path, monkeypatch):
+def test_an_image_that_disappears_is_named(tmp_path, monkeypatch):
     save(tmp_path, "a.png")
     gone = save(tmp_path, "b.png")
     listed = folders.list_files(tmp_path)
@@ -192,10 +192,10 @@ def test_numbers_are_columns_with_nan_where_an_image_has_none(tmp_path):
     assert captions_of(source) == [("a",), ("b", "bb")]
 
 
-def test_an_open_folder_is_a_source_of_pictures_that_can_be_pickled(tmp_path):
+def test_an_open_folder_is_a_source_of_images_that_can_be_pickled(tmp_path):
     save(tmp_path, "a.jpg", height=64, width=96)
     source = open_folder(tmp_path)
-    assert isinstance(source, Pictures) and not source.built and source.path == tmp_path
+    assert isinstance(source, ImageSource) and not source.built and source.path == tmp_path
     again = pickle.loads(pickle.dumps(source))
     assert again.fingerprint == source.fingerprint
     assert again.pixels(0).shape == (64, 96, 3) and again.pixels(0, (16, 24)).shape == (16, 24, 3)
@@ -238,7 +238,7 @@ def assert_same_for_training_and_build(folder):
 
 
 def test_training_and_build_read_the_same_of_files_beside(tmp_path):
-    odd = every_picture()
+    odd = every_image()
     write_folder(tmp_path, {f"odd/{name}": data for name, (data, _) in odd.items()})
     write_folder(tmp_path, {f"odd/{name.partition('.')[0]}.txt": b"a caption" for name in odd})
     described = {

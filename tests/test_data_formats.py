@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from picture_sources import as_folder, as_tar, encoded, everything, picture, split, write_folder, write_tar
+from image_sources import as_folder, as_tar, encoded, everything, random_image, split, write_folder, write_tar
 from PIL import Image, ImageOps, PngImagePlugin
 
 from sdxl_jax.data import formats
@@ -53,17 +53,17 @@ PNGS = {
 @pytest.mark.parametrize("name", PNGS)
 def test_texts_and_profiles_of_a_png_do_not_decide_about_its_pixels(name, tmp_path):
     limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
-    np.testing.assert_array_equal(decode(PNGS[name]), np.asarray(picture()))
+    np.testing.assert_array_equal(decode(PNGS[name]), np.asarray(random_image()))
     assert measure(PNGS[name]) == measure(io.BufferedReader(io.BytesIO(PNGS[name]))) == (8, 12)
     (tmp_path / "a.png").write_bytes(PNGS[name])
-    np.testing.assert_array_equal(init_images.read(tmp_path / "a.png"), np.asarray(picture()))
+    np.testing.assert_array_equal(init_images.read(tmp_path / "a.png"), np.asarray(random_image()))
     assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
 @pytest.mark.parametrize("text", [turned(), turned(" " * 2_000_000)], ids=["small", "large"])
 def test_the_orientation_of_xmp_still_turns_a_png(text):
     data = png((XMP, text, True), ("note", LARGE, False))
-    np.testing.assert_array_equal(decode(data), np.rot90(np.asarray(picture()), -1))
+    np.testing.assert_array_equal(decode(data), np.rot90(np.asarray(random_image()), -1))
     assert measure(data) == (12, 8)
 
 
@@ -73,8 +73,8 @@ def test_transparency_palettes_and_the_first_image_of_an_animation_stay():
         expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     np.testing.assert_array_equal(decode(palette), np.asarray(expected.convert("RGB")))
     file = io.BytesIO()
-    picture().save(file, "PNG", save_all=True, append_images=[picture(seed=1)])
-    np.testing.assert_array_equal(decode(file.getvalue()), np.asarray(picture()))
+    random_image().save(file, "PNG", save_all=True, append_images=[random_image(seed=1)])
+    np.testing.assert_array_equal(decode(file.getvalue()), np.asarray(random_image()))
 
 
 def test_a_png_that_is_cut_off_stays_refused():

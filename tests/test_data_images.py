@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from picture_sources import picture, png_claiming, save
+from image_sources import png_claiming, random_image, save
 from PIL import Image, ImageOps
 
 from sdxl_jax.data.folders import open_folder
@@ -67,8 +67,8 @@ def test_of_an_animation_the_first_frame_is_taken(tmp_path):
 
 
 def test_a_wrong_suffix_does_not_matter(tmp_path):
-    picture().save(tmp_path / "a.jpg", format="PNG")
-    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(picture()))
+    random_image().save(tmp_path / "a.jpg", format="PNG")
+    np.testing.assert_array_equal(read_image(tmp_path / "a.jpg"), np.asarray(random_image()))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp"])
@@ -103,7 +103,7 @@ def test_a_missing_image_raises_with_its_name(tmp_path):
 
 
 def smooth(height, width) -> np.ndarray:
-    """A picture that changes over many blocks, in all colours."""
+    """An image that changes over many blocks, in all colours."""
     y, x = np.mgrid[0:height, 0:width] / 60
     waves = [np.sin(y + 2 * x), np.cos(3 * y - x), np.sin(x * y / 8)]
     return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
@@ -164,14 +164,14 @@ def test_what_is_asked_for_is_upright(orientation):
 
 
 def psnr(left: np.ndarray, right: np.ndarray) -> float:
-    """dB; above 40 two pictures look the same."""
+    """dB; above 40 two images look the same."""
     error = np.mean((left.astype(np.float64) - right) ** 2)
     return 10 * np.log10(255**2 / error)
 
 
 @pytest.mark.parametrize("eighths", [4, 3, 2, 1])
 def test_shrinking_agrees_with_an_area_filter_over_the_whole(eighths):
-    """45 dB on a smooth picture: both average, the decoder by cutting off frequencies; an 8-bit step is 48 dB."""
+    """45 dB on a smooth image: both average, the decoder by cutting off frequencies; an 8-bit step is 48 dB."""
     data = jpeg(smooth(512, 768))
     height, width = 512 * eighths // 8, 768 * eighths // 8
     expected = Image.fromarray(decode(data)).resize((width, height), Image.Resampling.BOX)

@@ -28,7 +28,7 @@ def segment(marker: int, body: bytes) -> bytes:
 
 
 def in_head(data: bytes, inserted: bytes) -> bytes:
-    """Behind the JFIF segment."""
+    """After the JFIF segment."""
     end = 4 + struct.unpack(">H", data[4:6])[0]
     return data[:end] + inserted + data[end:]
 

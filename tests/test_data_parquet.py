@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from picture_sources import captions, encoded, everything, split, write_parquet
+from image_sources import captions, encoded, everything, split, write_parquet
 
 from sdxl_jax.data.build import parquet
 from sdxl_jax.data.build.records import Record, units
@@ -48,8 +48,8 @@ def test_parquet_captions_may_be_lists_and_bytes_that_are_not_utf8_are_refused(t
     ("columns", "expected"),
     [
         (
-            {"picture": [b"x"], "text": ["a"]},
-            r"has the columns picture \(binary\), text \(string\)\. Expected an image",
+            {"image": [b"x"], "text": ["a"]},
+            r"has the columns image \(binary\), text \(string\)\. Expected an image",
         ),
         ({"image": [b"x"], "words": ["a"]}, "a caption column named one of text, caption, captions"),
         ({"image": ["https://a.b/c.jpg"], "text": ["a"]}, r"image \(string\), text"),

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.pipeline: every image once an epoch, the position is the step, hosts agree."""
+"""The promises of sdxl_jax.data.pipeline: every image once an epoch, the position is the step, processes agree."""
 
 import dataclasses
 import itertools
@@ -50,8 +50,8 @@ def config(folder):
 
 
 def open_dataset(config, **changes):
-    hosts = {name: changes.pop(name) for name in ("host_index", "host_count") if name in changes}
-    return BucketedDataset(dataclasses.replace(config, **changes), tokenize, **hosts)
+    processes = {name: changes.pop(name) for name in ("process_index", "process_count") if name in changes}
+    return BucketedDataset(dataclasses.replace(config, **changes), tokenize, **processes)
 
 
 def take(dataset, count, start=0) -> Any:
@@ -121,16 +121,16 @@ def test_worker_processes_change_nothing(config):
     processes.close()
 
 
-def test_hosts_together_read_what_one_host_would(config):
+def test_processes_together_read_what_one_process_would(config):
     whole = take(open_dataset(config), 6)
-    halves = [take(open_dataset(config, host_index=index, host_count=2), 6) for index in range(2)]
+    halves = [take(open_dataset(config, process_index=index, process_count=2), 6) for index in range(2)]
     for one, *parts in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(one.image, np.concatenate([part.image for part in parts]))
         np.testing.assert_array_equal(one.example, np.concatenate([part.example for part in parts]))
         np.testing.assert_array_equal(pixels(one), np.concatenate([pixels(part) for part in parts], axis=1))
 
 
-def test_crops_and_flips_are_drawn_anew_each_epoch_and_repeat_with_the_seed(config):
+def test_crops_and_flips_are_drawn_again_each_epoch_and_repeat_with_the_seed(config):
     def draws(seed):
         """Of each image: (left, flipped) wherever it came up in twelve epochs."""
         examples = itertools.islice(open_dataset(config, seed=seed).examples(), 12 * 5 * 4)
@@ -181,9 +181,9 @@ def test_buckets_that_no_image_fits_are_refused(config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"host_count": 3}, "batch_size=4 cannot be split over 3 hosts. Use a multiple of 3, e.g. 6"),
+        ({"process_count": 3}, "batch_size=4 cannot be split over 3 processes. Use a multiple of 3, e.g. 6"),
         ({"batch_size": 0}, "batch_size=0 cannot"),
-        ({"host_index": 2, "host_count": 2}, "host_index=2 is out of range. Give 0 to 1"),
+        ({"process_index": 2, "process_count": 2}, "host_index=2 is out of range. Give 0 to 1"),
         ({"flip_probability": 1.5}, "flip_probability=1.5 is out of range. Give 0 to 1"),
         ({"seed": -1}, "seed=-1"),
         ({"workers": -1}, "workers=-1"),
@@ -304,8 +304,8 @@ def test_a_pixel_budget_gives_each_bucket_as_many_images_as_fit(config):
             batch_size=2,
             batch_pixels=6 * 512,
             on_refused=OnRefused.SKIP,
-            host_index=index,
-            host_count=2,
+            process_index=index,
+            process_count=2,
         )
         for index in range(2)
     ]

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.plots: one picture of sizes, buckets and batches, or a reason why not."""
+"""The promises of sdxl_jax.data.plots: one image of sizes, buckets and batches, or a reason why not."""
 
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def config(folder: Path) -> DataConfig:
     return DataConfig(folder=str(folder), buckets=((16, 16), (32, 16), (16, 32)), batch_size=3)
 
 
-def test_share_discarded_counts_pictures_with_either_side_below_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_share_discarded_counts_images_with_either_side_below_the_minimum(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = np.array([[256, 256], [255, 4000], [4000, 255], [1, 1], [300, 256]], np.int32)
     for chunk in (1_000_000, 2):
         monkeypatch.setattr(plots, "_CHUNK", chunk)
@@ -41,7 +41,7 @@ def test_share_discarded_counts_pictures_with_either_side_below_the_minimum(monk
     assert plots.share_discarded(sizes[:0], 256) == 0
 
 
-def test_size_histogram_has_each_picture_in_the_bin_of_its_height_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_histogram_has_each_image_in_the_bin_of_its_height_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = np.array([[256, 512], [256, 512], [255, 512], [1, 200_000_000]], np.int32)
     for chunk in (1_000_000, 3):
         monkeypatch.setattr(plots, "_CHUNK", chunk)

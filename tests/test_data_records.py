@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from picture_sources import (
+from image_sources import (
     as_folder,
     as_parquet,
     as_tar,
     captions,
     encoded,
-    every_picture,
+    every_image,
     everything,
     split,
     write_folder,
@@ -27,11 +27,11 @@ from sdxl_jax.errors import InputError
 
 
 @pytest.mark.parametrize("make", [as_folder, as_tar, as_parquet])
-def test_every_odd_picture_is_taken_upright_or_refused_with_its_reason(tmp_path, make):
-    pictures = every_picture()
-    source, form = make(tmp_path / "source", {name: data for name, (data, _) in pictures.items()})
+def test_every_odd_image_is_taken_upright_or_refused_with_its_reason(tmp_path, make):
+    images = every_image()
+    source, form = make(tmp_path / "source", {name: data for name, (data, _) in images.items()})
     good, bad = split(source)
-    for number, (name, (data, outcome)) in enumerate(pictures.items()):
+    for number, (name, (data, outcome)) in enumerate(images.items()):
         place = form.format(number if make is as_parquet else name)
         if isinstance(outcome, str):
             assert outcome in bad.pop(place), name
@@ -42,7 +42,7 @@ def test_every_odd_picture_is_taken_upright_or_refused_with_its_reason(tmp_path,
 
 @pytest.mark.parametrize("make", [as_folder, as_tar, as_parquet])
 def test_without_verify_headers_alone_are_read(tmp_path, make):
-    source, _ = make(tmp_path / "source", {"cut.jpg": every_picture()["truncated.jpg"][0]})
+    source, _ = make(tmp_path / "source", {"cut.jpg": every_image()["truncated.jpg"][0]})
     (record,) = everything(source, verify=False)
     assert isinstance(record, Record) and record.size == (64, 64)
 
@@ -59,8 +59,8 @@ def test_a_source_that_disappears_is_named(tmp_path, make):
 
 def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "_FILES", 2)
-    pictures = {f"{number}.jpg": encoded(seed=number) for number in range(5)}
-    sources = [make(tmp_path / make.__name__, pictures)[0] for make in (as_folder, as_tar, as_parquet)]
+    images = {f"{number}.jpg": encoded(seed=number) for number in range(5)}
+    sources = [make(tmp_path / make.__name__, images)[0] for make in (as_folder, as_tar, as_parquet)]
     for source in sources:
         found = units(source)
         assert found == units(str(source))
@@ -68,8 +68,8 @@ def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_
         assert len({unit.name for unit in found}) == len(found)
         again = [record for unit in pickle.loads(pickle.dumps(found)) for record in read(unit)]
         assert again == everything(source)
-        assert [record.image for record in again if isinstance(record, Record)] == list(pictures.values())
-    assert [unit.name for unit in units(sources[0])] == ["pictures 0-1", "pictures 2-3", "pictures 4-4"]
+        assert [record.image for record in again if isinstance(record, Record)] == list(images.values())
+    assert [unit.name for unit in units(sources[0])] == ["images 0-1", "images 2-3", "images 4-4"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_
         ),
         ({"a.jpg": b"", "metadata.csv": b""}, r"has the columns \(none\)"),
         ({"a.jpg": b"", "metadata.csv": b"", "metadata.jsonl": b""}, "holds both metadata.jsonl and metadata.csv"),
-        ({"a.jpg": b"", "b.tar": b""}, r"1 pictures \(a.jpg, …\) and 1 tars \(b.tar, …\)"),
+        ({"a.jpg": b"", "b.tar": b""}, r"1 images \(a.jpg, …\) and 1 tars \(b.tar, …\)"),
         ({"a.parquet": b"PAR1"}, "No Parquet file can be read: a.parquet"),
     ],
 )
@@ -93,7 +93,7 @@ def test_a_folder_that_is_no_source_says_what_is_expected(tmp_path, files, expec
 
 
 def test_a_path_that_is_no_source_says_what_is_expected(tmp_path):
-    with pytest.raises(InputError, match=r"gone does not exist\. Expected a folder of pictures"):
+    with pytest.raises(InputError, match=r"gone does not exist\. Expected a folder of images"):
         units(tmp_path / "gone")
     (tmp_path / "a.jpg").write_bytes(encoded())
     with pytest.raises(InputError, match=r"a\.jpg holds none of these"):
@@ -138,7 +138,7 @@ def test_real_img2dataset_tars_and_parquet_are_read_whole(samples):
         assert record.size == (record.numbers["height"], record.numbers["width"])
 
 
-def test_other_real_tars_are_read_or_refused_picture_by_picture(samples):
+def test_other_real_tars_are_read_or_refused_image_by_image(samples):
     found = captions(samples / "dalle2pytorch_0.tar")
     assert len(found) == 7 and found["dalle2pytorch_0.tar/0.jpg"] == ("cat",)
     classes = everything(samples / "webdataset_sample_png_cls.tgz")

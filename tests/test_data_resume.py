@@ -1,5 +1,5 @@
 """The promise of sdxl_jax.data that the position is the step: wherever a run stopped, it goes on with the same bytes,
-with any number of workers and hosts, from pictures and from a cache."""
+with any number of workers and processes, from images and from a cache."""
 
 import contextlib
 import dataclasses
@@ -78,7 +78,7 @@ def sources(tmp_path_factory) -> Path:
 
 
 def open_dataset(sources: Path, **changes: Any) -> BucketedDataset:
-    hosts = {name: changes.pop(name) for name in ("host_index", "host_count") if name in changes}
+    processes = {name: changes.pop(name) for name in ("process_index", "process_count") if name in changes}
     config = DataConfig(
         sources=(Source(str(sources / "first"), 2.0), Source(str(sources / "second"), 0.7)),
         buckets=((16, 16), (16, 32), (32, 16)),
@@ -91,7 +91,7 @@ def open_dataset(sources: Path, **changes: Any) -> BucketedDataset:
         seed=7,
     )
     text = changes.pop("tokenize", tokenize)
-    return BucketedDataset(dataclasses.replace(config, **changes), text, **hosts)
+    return BucketedDataset(dataclasses.replace(config, **changes), text, **processes)
 
 
 def fields(batch: Batch) -> Fields:
@@ -113,11 +113,11 @@ def read(dataset: BucketedDataset, start: int, count: int) -> list[Fields]:
         return [fields(batch) for batch in itertools.islice(batches, count)]
 
 
-def joined(hosts: list[list[Fields]]) -> list[Fields]:
-    """Each step's rows of all hosts."""
+def joined(processes: list[list[Fields]]) -> list[Fields]:
+    """Each step's rows of all processes."""
     return [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*hosts, strict=True)
+        for parts in zip(*processes, strict=True)
     ]
 
 
@@ -132,7 +132,7 @@ def assert_same(left: list[Fields], right: list[Fields]) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(sources) -> Callable[[int], list[Fields]]:
-    """What one host without workers reads from a step on, in a run that began earlier: at step 0, or, a million
+    """What one process without workers reads from a step on, in a run that began earlier: at step 0, or, a million
     batches being too many, just before."""
     dataset = open_dataset(sources)
     near = read(dataset, 0, EPOCH + STEPS)
@@ -140,8 +140,11 @@ def undisturbed(sources) -> Callable[[int], list[Fields]]:
     return lambda start: far if start == STOPS[-1] else near[start : start + STEPS]
 
 
-def assert_hosts_go_on(sources, expected, workers, hosts, stop):
-    given = [open_dataset(sources, workers=workers, host_index=host, host_count=hosts) for host in range(hosts)]
+def assert_hosts_go_on(sources, expected, workers, processes, stop):
+    given = [
+        open_dataset(sources, workers=workers, process_index=process, process_count=processes)
+        for process in range(processes)
+    ]
     assert_same(joined([read(dataset, stop, STEPS) for dataset in given]), expected)
 
 
@@ -161,30 +164,30 @@ def test_the_data_set_has_all_that_may_go_wrong(sources):
     assert len(set(seen[".micro.aesthetic_score"])) > 9
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("stop", STOPS)
-def test_threads_go_on_from_any_step_with_any_number_of_hosts(sources, undisturbed, hosts, stop):
-    assert_hosts_go_on(sources, undisturbed(stop), 0, hosts, stop)
+def test_threads_go_on_from_any_step_with_any_number_of_processes(sources, undisturbed, processes, stop):
+    assert_hosts_go_on(sources, undisturbed(stop), 0, processes, stop)
 
 
 @pytest.mark.slow
-def test_four_workers_on_two_hosts_go_on_at_the_end_of_an_epoch(sources, undisturbed):
+def test_four_workers_on_two_processes_go_on_at_the_end_of_an_epoch(sources, undisturbed):
     assert_hosts_go_on(sources, undisturbed(EPOCH - 1), 4, 2, EPOCH - 1)
 
 
 @pytest.mark.slow
-def test_any_workers_and_hosts_go_on_from_any_step(sources, undisturbed):
+def test_any_workers_and_processes_go_on_from_any_step(sources, undisturbed):
     """The whole matrix; -s shows it."""
-    print("\nworkers hosts    stop: equal")
+    print("\nworkers processes    stop: equal")
     differences = []
-    for workers, hosts, stop in itertools.product((0, 2, 4), (1, 2, 4), STOPS):
+    for workers, processes, stop in itertools.product((0, 2, 4), (1, 2, 4), STOPS):
         started, before = time.monotonic(), len(differences)
         try:
-            assert_hosts_go_on(sources, undisturbed(stop), workers, hosts, stop)
+            assert_hosts_go_on(sources, undisturbed(stop), workers, processes, stop)
         except AssertionError as difference:
-            differences.append(f"{workers} workers, {hosts} hosts, from step {stop}: {difference}")
+            differences.append(f"{workers} workers, {processes} processes, from step {stop}: {difference}")
         equal = "yes" if len(differences) == before else "NO"
-        print(f"{workers:7} {hosts:5} {stop:7}: {equal:5} {time.monotonic() - started:5.1f} s", flush=True)
+        print(f"{workers:7} {processes:5} {stop:7}: {equal:5} {time.monotonic() - started:5.1f} s", flush=True)
     assert not differences, "\n".join(differences)
 
 
@@ -351,12 +354,12 @@ def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
     )
 
 
-@pytest.mark.parametrize(("workers", "hosts"), [(0, 1), (0, 2), (0, 4), (2, 2)])
-def test_reading_a_cache_goes_on_from_any_step_with_any_number_of_hosts(cached, workers, hosts):
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (0, 2), (0, 4), (2, 2)])
+def test_reading_a_cache_goes_on_from_any_step_with_any_number_of_processes(cached, workers, processes):
     expected = read(cached(), 0, 10 + STEPS)
     assert any(batch[".replaced"].any() for batch in expected[10:])
     assert expected[0][".encoded.mean"].dtype == bfloat16 and ".image" not in expected[0]
-    given = [cached(workers=workers, host_index=host, host_count=hosts) for host in range(hosts)]
+    given = [cached(workers=workers, process_index=process, process_count=processes) for process in range(processes)]
     assert_same(joined([read(dataset, 10, STEPS) for dataset in given]), expected[10:])
 
 
@@ -443,7 +446,7 @@ def test_any_order_takes_each_image_as_its_weight_says_and_no_batch_mixes_bucket
             assert in_all == EPOCHS * own.batches * own.batch_size and own.remainder < own.batch_size
 
 
-def test_what_is_left_over_is_drawn_anew_each_epoch():
+def test_what_is_left_over_is_drawn_again_each_epoch():
     """Not more images stay out of six epochs than chance has it, and none of 24: a third of a bucket is left out of
     an epoch at most, where it has more than two batches; (1/3)⁶ = 0.14 %, (1/3)²⁴ = 4 · 10⁻¹²."""
     rng, never, expected, images_in_all = np.random.default_rng(0), 0, 0.0, 0

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_sources import encoded
+from image_sources import encoded
 
 from sdxl_jax.data import shards as shards_module
-from sdxl_jax.data.build.shard_writing import Columns, IndexWriter, Part, PartWriter, select
+from sdxl_jax.data.build.shard_writing import Columns, FinishedPart, IndexWriter, PartWriter, select
 from sdxl_jax.data.captions import NUMBERS_LIMIT
 from sdxl_jax.data.images import decode
 from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.shards import CAPTIONS, DESCRIPTION, FORMAT, open_shards, shard_path
-from sdxl_jax.data.sources import Pictures, Refused
+from sdxl_jax.data.sources import ImageSource, Refused
 from sdxl_jax.errors import InputError
 
 PIECES = [
@@ -45,7 +45,7 @@ def write(folder: Path, pieces=PIECES) -> Path:
                 writer.add(*image)
             writer.refuse(Refused(f"bad {number}\udcff", "it is bad"))
             writer.finish()
-        parts.append(Part(folder / "parts" / str(number)))
+        parts.append(FinishedPart(folder / "parts" / str(number)))
     (folder / "shards").mkdir()
     with IndexWriter(folder, sorted({name for part in parts for name in part.number_names()})) as index:
         for number, part in enumerate(parts):
@@ -97,11 +97,11 @@ def test_what_was_written_comes_back(folder):
                 method(beyond)
 
 
-def test_an_open_shard_set_is_a_source_of_pictures(tmp_path):
+def test_an_open_shard_set_is_a_source_of_images(tmp_path):
     good = encoded(height=64, width=96)
     pieces = [[("a.jpg", good, (64, 96), ("a",), {}), ("b.jpg", good[:-500], (64, 96), ("b",), {})]]
     shards = open_shards(write(tmp_path / "shards", pieces))
-    assert isinstance(shards, Pictures) and shards.built
+    assert isinstance(shards, ImageSource) and shards.built
     assert shards.path == tmp_path / "shards" and shards.found == 2 + 1
     np.testing.assert_array_equal(shards.pixels(0), decode(good))
     np.testing.assert_array_equal(shards.pixels(0, (16, 24)), decode(good, (16, 24)))
@@ -231,7 +231,7 @@ def test_an_index_that_does_not_fit_is_refused_when_opening(folder, file, damage
         changed = {"cut off": data[:-1], "empty": b"", "not numpy": b"x" * (len(data) + 1)}
         path.write_bytes(changed.get(damage, data + data))
     if damage == "longer" and file.endswith(".npy"):
-        open_shards(folder)  # what lies behind the array harms nobody
+        open_shards(folder)  # what lies after the array harms nobody
         return
     with pytest.raises(InputError, match="does not fit its shards") as raised:
         open_shards(folder)
@@ -274,10 +274,10 @@ def test_what_is_no_shard_set_says_what_it_is(folder, tmp_path):
 
 def test_images_are_left_out_of_columns_with_all_that_is_theirs(tmp_path):
     folder = write(tmp_path / "shards", [[image for piece in PIECES for image in piece]])
-    columns = Part(folder / "parts" / "0").columns()
+    columns = FinishedPart(folder / "parts" / "0").columns()
     chosen = select(columns, np.array([False, True, True]))
     write(tmp_path / "fewer", [[PIECES[0][1], PIECES[2][0]]])
-    expected = Part(tmp_path / "fewer" / "parts" / "0").columns()
+    expected = FinishedPart(tmp_path / "fewer" / "parts" / "0").columns()
     for name in Columns._fields[:-1]:
         np.testing.assert_array_equal(getattr(chosen, name), getattr(expected, name))
     for name, values in expected.numbers.items():
@@ -288,7 +288,7 @@ def test_a_caption_that_is_no_text_refuses_its_image(tmp_path):
     with PartWriter(tmp_path) as writer:
         writer.add("a.jpg", b"x", (1, 1), ("good", "half \ud83d"), {})
         writer.finish()
-    part = Part(tmp_path)
+    part = FinishedPart(tmp_path)
     assert part.count() == 0 and not part.records.exists()
     assert json.loads(part.refused()) == {"file": "a.jpg", "reason": "caption is not UTF-8 text"}
 

@@ -1,10 +1,10 @@
-"""The promises of sdxl_jax.data.build.tars: a stream, a few pictures at a time, and damage is named."""
+"""The promises of sdxl_jax.data.build.tars: a stream, a few images at a time, and damage is named."""
 
 import io
 import tarfile
 
 import pytest
-from picture_sources import captions, encoded, everything, split, write_parquet, write_tar
+from image_sources import captions, encoded, everything, split, write_parquet, write_tar
 
 from sdxl_jax.data.build import tars
 from sdxl_jax.data.build.records import Record, read, units
@@ -45,7 +45,7 @@ def test_a_tar_cut_off_gives_what_stands_before_the_cut_and_says_so(tmp_path, mo
         (tmp_path / "a.tar").write_bytes(whole[:length])
         *before, cut = everything(tmp_path / "a.tar")
         assert isinstance(cut, Refused) and cut.file == "a.tar"
-        assert "cut off or damaged after" in cut.reason and "what comes behind is lost" in cut.reason
+        assert "cut off or damaged after" in cut.reason and "what comes after is lost" in cut.reason
         assert [record.image for record in before if isinstance(record, Record)] == [
             encoded(seed=n) for n in range(len(before))
         ]
@@ -57,7 +57,7 @@ def test_a_tar_cut_off_gives_what_stands_before_the_cut_and_says_so(tmp_path, mo
 def test_a_tar_damaged_in_the_middle_says_so_instead_of_ending(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{n}.{kind}": b"x" for n in range(4) for kind in ("jpg", "txt")})
     data = bytearray(path.read_bytes())
-    data[4096 : 4096 + 512] = b"\xff" * 512  # the third picture's header
+    data[4096 : 4096 + 512] = b"\xff" * 512  # the third image's header
     path.write_bytes(data)
     *_, last = everything(path)
     assert isinstance(last, Refused)
@@ -70,7 +70,7 @@ def test_a_tar_without_images_says_so(tmp_path):
     ]
 
 
-def test_a_long_tar_is_read_a_few_pictures_at_a_time(tmp_path, monkeypatch):
+def test_a_long_tar_is_read_a_few_images_at_a_time(tmp_path, monkeypatch):
     def members():
         for number in range(300):
             yield f"{number}.bmp", bytes(100_000)

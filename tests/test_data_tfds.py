@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from picture_sources import encoded, everything, split
+from image_sources import encoded, everything, split
 
 from sdxl_jax.data import captions
 from sdxl_jax.data.build import tfds as tfds_module
@@ -17,7 +17,7 @@ from sdxl_jax.errors import InputError
 
 @pytest.fixture(scope="module")
 def tfds_folder(tmp_path_factory) -> Path:
-    """A data set prepared as ArrayRecord, five pictures, without TensorFlow."""
+    """A data set prepared as ArrayRecord, five images, without TensorFlow."""
     tfds: Any = pytest.importorskip("tensorflow_datasets")
     nested = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
     features = {"image": tfds.features.Image(), "captions": nested, "score": np.float32, "name": tfds.features.Text()}

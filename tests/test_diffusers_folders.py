@@ -18,7 +18,7 @@ from sdxl_jax.conditioning.text import ContextState
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, NoPrompt
+from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, UnconditionalKind
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE
@@ -47,7 +47,7 @@ MODELS = {
     "SDXL inpainting": (inpainting(SDXL_BASE), "StableDiffusionXLInpaintPipeline"),
     "SDXL refiner inpainting": (inpainting(SDXL_REFINER), "StableDiffusionXLInpaintPipeline"),
     "SDXL v": (replace(SDXL_BASE, schedule=ZERO_SNR, prediction=Prediction.V), "StableDiffusionXLPipeline"),
-    "SDXL without zeros": (replace(SDXL_BASE, no_prompt=NoPrompt.EMPTY), "StableDiffusionXLPipeline"),
+    "SDXL without zeros": (replace(SDXL_BASE, unconditional=UnconditionalKind.EMPTY), "StableDiffusionXLPipeline"),
     "SDXL of bigG alone": (
         replace(SDXL_BASE, text=SDXL_BASE.text[1:], unet=replace(SDXL_BASE.unet, context_dim=1280)),
         "StableDiffusionXLPipeline",
@@ -694,7 +694,7 @@ def with_tower(config: ModelConfig, index: int = 0, **changes: Any) -> ModelConf
         (with_tower(SDXL_BASE, added_tokens=("<a>",)), "1 added tokens"),
         (with_tower(SDXL_BASE, clip=replace(CLIP_L, vocabulary=50000)), "vocabulary=50000 and 0 added"),
         (with_tower(SD1, context=ContextState.PENULTIMATE), "context=penultimate, .*They need last"),
-        (replace(SD1, no_prompt=NoPrompt.ZEROS), "no_prompt=zeros"),
+        (replace(SD1, unconditional=UnconditionalKind.ZEROS), "unconditional=zeros"),
         (replace(SD1, default_size=(500, 512)), "default_size=.*multiples of 8"),
         (replace(SD1, unet=replace(SD1.unet, in_channels=8)), "in_channels=8.*4 or 9"),
         (MODEL, "transformer_depth ends with 2 and model.unet.middle_depth is 1"),

@@ -1,7 +1,7 @@
-"""The promises of sdxl_jax.training.encoding: from a cache is learnt what is learnt from the pictures, and a cache of
+"""The promises of sdxl_jax.training.encoding: from a cache is learnt what is learnt from the images, and a cache of
 anything else is refused.
 
-A tiny model at random weights encodes twelve pictures in two buckets, three crops each, in three pieces; the last
+A tiny model at random weights encodes twelve images in two buckets, three crops each, in three pieces; the last
 groups of a bucket and of a piece are smaller than a batch.
 """
 
@@ -27,16 +27,16 @@ from PIL import Image
 
 from sdxl_jax import arrays, sharding
 from sdxl_jax import config as configuration
-from sdxl_jax.arrays import Batch, Encoded, Params
+from sdxl_jax.arrays import Batch, EncodedBatch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import END_OF_TEXT, ContextState, Tokenizer, Tower
 from sdxl_jax.config import TrainConfig
-from sdxl_jax.data.cache import Cache, Plan, Unencoded, open_cache
+from sdxl_jax.data.cache import Cache, CachePlan, Unencoded, open_cache
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import ModelConfig, NoPrompt
+from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models import vae
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.sharding import MeshConfig
@@ -45,7 +45,7 @@ from sdxl_jax.training.objectives import denoising
 
 IMAGES, CROPS, PIECE, BATCH, STEPS = 12, 3, 5, 4, 6
 DAMAGED = (7, 8)
-"""Pictures that cannot be read in one test; the second is encoded alone, as the last of its piece and bucket."""
+"""Images that cannot be read in one test; the second is encoded alone, as the last of its piece and bucket."""
 
 # With fewer levels than tiny.MODEL: what this file costs is compiling.
 UNET = dataclasses.replace(tiny.MODEL.unet, block_channels=(8,), transformer_depth=(0,), middle_depth=1, heads=(1,))
@@ -54,7 +54,7 @@ MODEL = dataclasses.replace(tiny.MODEL, unet=UNET, vae=dataclasses.replace(tiny.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def make_pictures(folder: Path) -> Path:
+def make_images(folder: Path) -> Path:
     """Half of them for each bucket, all with something to crop away; one to three captions and a score each."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def make_pictures(folder: Path) -> Path:
         height, width = ((34, 41), (24, 45))[number % 2]
         pixels = rng.integers(0, 256, (height + number, width + number, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-        captions = [f"picture {number}, told in way {way}" for way in range(1 + number % 3)]
+        captions = [f"image {number}, told in way {way}" for way in range(1 + number % 3)]
         lines.append({"file_name": f"{number:03d}.png", "text": captions, "score": 4 + number / 4})
     write_lines(folder, lines)
     return folder
@@ -85,7 +85,7 @@ def open_dataset(config: TrainConfig) -> BucketedDataset:
     return BucketedDataset(config.data, Tokenizer.of(config.model.text))
 
 
-def encode(config: TrainConfig, **options: Any) -> Plan:
+def encode(config: TrainConfig, **options: Any) -> CachePlan:
     return encoding.encode(config, **{"batch_size": BATCH, "piece_images": PIECE, "progress": False} | options).plan
 
 
@@ -134,7 +134,7 @@ def assert_same_but_for_rounding(one: Any, other: Any) -> None:
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Steps of four images, two an epoch, from a cache."""
     home = tmp_path_factory.mktemp("home")
-    base = dataclasses.replace(tiny.train_config(make_pictures(home / "pictures"), STEPS), model=MODEL)
+    base = dataclasses.replace(tiny.train_config(make_images(home / "images"), STEPS), model=MODEL)
     base = with_data(
         base, batch_size=BATCH, crops_per_image=CROPS, flip_probability=0.5, seed=3, cache=str(home / "cache")
     )
@@ -143,7 +143,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def pixels(config: TrainConfig) -> TrainConfig:
-    """The same from the pictures."""
+    """The same from the images."""
     return with_data(config, cache=None)
 
 
@@ -173,7 +173,7 @@ def cache(dataset: BucketedDataset) -> Cache:
 
 
 @pytest.fixture(scope="module")
-def trains(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+def trainable(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """In one bucket, which compiles once, and fast from the start."""
     cache = tmp_path_factory.mktemp("trains") / "cache"
     one = with_data(config, buckets=((32, 32),), max_aspect_distance=1.0, cache=str(cache))
@@ -182,32 +182,32 @@ def trains(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Tra
 
 
 @pytest.fixture(scope="module")
-def cached_losses(trains: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    encode(trains)
-    return losses(trains, tmp_path_factory.mktemp("cached") / "run")
+def cached_losses(trainable: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    encode(trainable)
+    return losses(trainable, tmp_path_factory.mktemp("cached") / "run")
 
 
 @pytest.fixture(scope="module")
-def pixel_run(trains: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pixel_run(trainable: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("pixels") / "run"
-    losses(with_data(trains, cache=None), run)
+    losses(with_data(trainable, cache=None), run)
     return run
 
 
 # The same is learnt
 
 
-def test_batches_of_a_cache_are_those_of_the_pictures(
+def test_batches_of_a_cache_are_those_of_the_images(
     pixels: TrainConfig, encoders: Params, dataset: BucketedDataset
 ) -> None:
     parts = pixels.model
 
     @jax.jit
-    def encoded(batch: Batch) -> Encoded:
+    def encoded(batch: Batch) -> EncodedBatch:
         assert batch.image is not None
         posterior = vae.encode(parts.vae, encoders["vae"], arrays.normalise(batch.image))
         condition = text.encode(parts.text, encoders, batch.tokens)
-        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), Encoded(*posterior, *condition))
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), EncodedBatch(*posterior, *condition))
 
     buckets = set()
     found, expected = [], []
@@ -232,19 +232,17 @@ def test_batch_that_is_compiled_for_is_that_of_the_cache(config: TrainConfig, da
 
 
 @pytest.mark.slow  # their batches are compared without it
-def test_losses_of_a_cache_are_those_of_the_pictures(
-    trains: TrainConfig, cached_losses: list[float], pixel_run: Path
+def test_losses_of_a_cache_are_those_of_the_images(
+    trainable: TrainConfig, cached_losses: list[float], pixel_run: Path
 ) -> None:
     assert len(cached_losses) == STEPS
     # Rounding to bfloat16 moves each number by up to 2⁻⁹ of itself, in all directions; of thousands, the mean error
     # moves less, and what follows from it grows with the steps: 1e-5 is seen after six.
-    np.testing.assert_allclose(cached_losses, losses(trains, pixel_run), rtol=1e-4)
+    np.testing.assert_allclose(cached_losses, losses(trainable, pixel_run), rtol=1e-4)
     assert np.ptp(cached_losses) > 1e-2, "the losses of different steps are farther apart than that"
 
 
-def test_cached_run_needs_neither_encoder_nor_pictures(
-    dataset: BucketedDataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_run_needs_neither_encoder_nor_images(dataset: BucketedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def called(*_: Any) -> Any:
         raise AssertionError
 
@@ -280,7 +278,7 @@ def seen_by_the_network(
         return jax.device_get(traced(keys, batch))
 
 
-def test_latents_of_a_cache_are_drawn_anew_each_step(
+def test_latents_of_a_cache_are_drawn_again_each_step(
     config: TrainConfig, encoders: Params, dataset: BucketedDataset
 ) -> None:
     batch = take(dataset, 1)[0]
@@ -294,7 +292,7 @@ def test_latents_of_a_cache_are_drawn_anew_each_step(
     assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.1
 
 
-def test_captions_of_a_cache_are_dropped_anew_each_step(
+def test_captions_of_a_cache_are_dropped_again_each_step(
     config: TrainConfig, encoders: Params, dataset: BucketedDataset
 ) -> None:
     batch = take(dataset, 1)[0]
@@ -335,7 +333,7 @@ def test_every_crop_has_the_numbers_that_made_it(
             assert_same_but_for_rounding(moments, expected)
             different += len({crop.mean.tobytes() for crop in crops})
     assert flips == {False, True}
-    assert different > 2 * IMAGES, "most pictures have crops that differ"
+    assert different > 2 * IMAGES, "most images have crops that differ"
 
 
 def test_batch_size_of_encoding_changes_nothing_but_rounding(
@@ -389,19 +387,19 @@ def other_size(folder: Path) -> None:
         image.crop((0, 0, image.width, image.height - 1)).save(folder / "003.png")
 
 
-def one_picture_less(folder: Path) -> None:
+def one_image_less(folder: Path) -> None:
     (folder / "003.png").unlink()
     write_lines(folder, [line for line in read_lines(folder) if line["file_name"] != "003.png"])
 
 
-@pytest.mark.parametrize("change", [other_caption, other_size, one_picture_less])
-def test_cache_of_other_pictures_is_refused(
+@pytest.mark.parametrize("change", [other_caption, other_size, one_image_less])
+def test_cache_of_other_images_is_refused(
     config: TrainConfig, encoders: Params, folder: Path, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     assert config.data.folder is not None
-    moved = with_data(config, folder=str(shutil.copytree(config.data.folder, tmp_path / "pictures")))
+    moved = with_data(config, folder=str(shutil.copytree(config.data.folder, tmp_path / "images")))
     encoding.from_cache(moved, open_dataset(moved), encoders)  # the same elsewhere
-    change(tmp_path / "pictures")
+    change(tmp_path / "images")
     with pytest.raises(InputError, match=r"something else \(in it -> given\):\s+images: \[.* -> "):
         encoding.from_cache(moved, open_dataset(moved), encoders)
 
@@ -459,7 +457,7 @@ def test_cache_of_other_code_is_refused_unless_allowed(
 
 @pytest.mark.parametrize("part", ["vae/encoder/conv_in", "text_encoder_2"])
 def test_encoder_that_trains_is_refused_by_encoding_and_training(config: TrainConfig, folder: Path, part: str) -> None:
-    given = dataclasses.replace(config.training, trains=(f"^{part}/", "^unet/"))
+    given = dataclasses.replace(config.training, trainable=(f"^{part}/", "^unet/"))
     for command in (encode, loop.train):
         with pytest.raises(InputError, match=rf"what the {part.split('/')[0]} made .* training\.trains changes it"):
             command(dataclasses.replace(config, training=given))
@@ -487,11 +485,11 @@ def test_cache_needs_a_number_of_crops(config: TrainConfig) -> None:
 
 
 def test_run_from_weights_reads_the_cache_of_their_encoders(
-    trains: TrainConfig, cached_losses: list[float], pixel_run: Path
+    trainable: TrainConfig, cached_losses: list[float], pixel_run: Path
 ) -> None:
     """The run's UNet has been trained; its encoders are those of the cache."""
-    training = dataclasses.replace(trains.training, init_from=(str(pixel_run),), seed=9)
-    other = dataclasses.replace(trains, training=training)
+    training = dataclasses.replace(trainable.training, init_from=(str(pixel_run),), seed=9)
+    other = dataclasses.replace(trainable, training=training)
     assert not encode(other).missing()  # it is the same cache, and complete
     encoding.from_cache(other, open_dataset(other), encoders_of(other))
 
@@ -627,34 +625,34 @@ def test_cache_of_something_else_is_not_gone_on_with(config: TrainConfig, folder
     assert files(folder) == before
 
 
-# Pictures that cannot be read
+# Images that cannot be read
 
 
 @pytest.fixture(scope="module")
 def damaged(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """Two pictures are cut off behind their header; that is found out while encoding."""
+    """Two images are cut off after their header; that is found out while encoding."""
     home = tmp_path_factory.mktemp("damaged")
     assert config.data.folder is not None
-    shutil.copytree(config.data.folder, home / "pictures")
+    shutil.copytree(config.data.folder, home / "images")
     for number in DAMAGED:
-        path = home / "pictures" / f"{number:03d}.png"
+        path = home / "images" / f"{number:03d}.png"
         path.write_bytes(path.read_bytes()[:200])
-    return with_data(config, folder=str(home / "pictures"), cache=str(home / "cache"), verify_images=False)
+    return with_data(config, folder=str(home / "images"), cache=str(home / "cache"), verify_images=False)
 
 
-def test_more_unreadable_pictures_than_allowed_stop_the_encoding_before_their_piece(
+def test_more_unreadable_images_than_allowed_stop_the_encoding_before_their_piece(
     damaged: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "FEW", 4)
     given = with_data(damaged, cache=str(tmp_path / "cache"), max_bad_share=0.01)
-    with pytest.raises(InputError, match=r"1 of the first \d+ pictures cannot.*(?s:.)*this piece was not written"):
+    with pytest.raises(InputError, match=r"1 of the first \d+ images cannot.*(?s:.)*this piece was not written"):
         encode(given)
     assert not list(tmp_path.rglob("*.partial"))
     plan = encode(dataclasses.replace(given, data=dataclasses.replace(given.data, max_bad_share=1.0)))
     assert not plan.missing()
 
 
-def test_unreadable_picture_is_named_once_and_replaced_by_the_next(
+def test_unreadable_image_is_named_once_and_replaced_by_the_next(
     damaged: TrainConfig, encoders: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(damaged)
@@ -673,10 +671,10 @@ def test_unreadable_picture_is_named_once_and_replaced_by_the_next(
         else:
             cache.crop(position, CROPS - 1)
 
-    batches, pictures = take(data, 9), take(open_dataset(with_data(damaged, cache=None)), 9)
+    batches, images = take(data, 9), take(open_dataset(with_data(damaged, cache=None)), 9)
     assert_identical(batches, take(data, 9))
     assert_identical(
-        [batch._replace(encoded=None) for batch in batches], [batch._replace(image=None) for batch in pictures]
+        [batch._replace(encoded=None) for batch in batches], [batch._replace(image=None) for batch in images]
     )
     assert 0 < sum(int(batch.replaced.sum()) for batch in batches) < 9 * BATCH
     assert not {int(image) for batch in batches for image in batch.example}.intersection(DAMAGED)
@@ -687,23 +685,23 @@ def test_unreadable_picture_is_named_once_and_replaced_by_the_next(
 # Other models
 
 
-def of_model(trains: TrainConfig, parts: ModelConfig, cache: Path, steps: int) -> TrainConfig:
-    training = dataclasses.replace(trains.training, steps=steps)
-    return with_data(dataclasses.replace(trains, model=parts, training=training), cache=str(cache))
+def of_model(trainable: TrainConfig, parts: ModelConfig, cache: Path, steps: int) -> TrainConfig:
+    training = dataclasses.replace(trainable.training, steps=steps)
+    return with_data(dataclasses.replace(trainable, model=parts, training=training), cache=str(cache))
 
 
 @pytest.mark.slow
-def test_model_without_pooled_text_trains_from_its_cache(trains: TrainConfig, tmp_path: Path) -> None:
+def test_model_without_pooled_text_trains_from_its_cache(trainable: TrainConfig, tmp_path: Path) -> None:
     """As SD 1: one tower, no sizes."""
     parts = ModelConfig(
         unet=dataclasses.replace(UNET, context_dim=8, vector_dim=None),
         vae=MODEL.vae,
         text=(Tower("text_encoder", ClipTextConfig(8, 2, 2, 16), END_OF_TEXT, ContextState.LAST),),
         micro=None,
-        no_prompt=NoPrompt.EMPTY,
+        unconditional=UnconditionalKind.EMPTY,
         default_size=(32, 32),
     )
-    config = of_model(trains, parts, tmp_path / "cache", steps=2)
+    config = of_model(trainable, parts, tmp_path / "cache", steps=2)
     encode(config)
     data = encoding.from_cache(config, open_dataset(config), encoders_of(config))
     for batch in take(data, 2):
@@ -713,34 +711,34 @@ def test_model_without_pooled_text_trains_from_its_cache(trains: TrainConfig, tm
 
 
 @pytest.mark.slow
-def test_model_that_is_told_scores_trains_from_its_cache(trains: TrainConfig, tmp_path: Path) -> None:
+def test_model_that_is_told_scores_trains_from_its_cache(trainable: TrainConfig, tmp_path: Path) -> None:
     """As the refiner: one tower with pooled text, scores."""
     parts = dataclasses.replace(
         MODEL,
         unet=dataclasses.replace(UNET, context_dim=8, vector_dim=8 + 5 * 4),
         text=tiny.MODEL.text[1:],
         micro=MicroConfig(Numbers.SIZE_CROP_AESTHETIC, embedding_dim=4),
-        no_prompt=NoPrompt.EMPTY,
+        unconditional=UnconditionalKind.EMPTY,
     )
-    assert trains.data.folder is not None
-    pictures = shutil.copytree(trains.data.folder, tmp_path / "pictures")
-    config = of_model(trains, parts, tmp_path / "cache", steps=3)
-    config = with_data(config, folder=str(pictures), aesthetic="score")
+    assert trainable.data.folder is not None
+    images = shutil.copytree(trainable.data.folder, tmp_path / "images")
+    config = of_model(trainable, parts, tmp_path / "cache", steps=3)
+    config = with_data(config, folder=str(images), aesthetic="score")
     encode(config)
-    from_pictures = with_data(config, cache=None)
+    from_images = with_data(config, cache=None)
     read = take(encoding.from_cache(config, open_dataset(config), encoders_of(config)), 2)
-    assert_identical([batch.micro for batch in read], [batch.micro for batch in take(open_dataset(from_pictures), 2)])
+    assert_identical([batch.micro for batch in read], [batch.micro for batch in take(open_dataset(from_images), 2)])
     for batch in read:
         np.testing.assert_array_equal(batch.micro.aesthetic_score, 4 + batch.example / 4)
     found = losses(config, tmp_path / "cached")
-    expected = losses(from_pictures, tmp_path / "run")
+    expected = losses(from_images, tmp_path / "run")
     np.testing.assert_allclose(found, expected, rtol=1e-4)  # as above
 
-    lines = read_lines(pictures)
+    lines = read_lines(images)
     for line in lines:
         line["score"] += 2
-    write_lines(pictures, lines)
-    changed = losses(from_pictures, tmp_path / "other")
+    write_lines(images, lines)
+    changed = losses(from_images, tmp_path / "other")
     # Only the scores differ; with equal ones a run repeats bit for bit. Blocks and last layer are zero at first.
     assert changed[0] == expected[0]
     assert changed[2] != expected[2]

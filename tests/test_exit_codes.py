@@ -20,7 +20,7 @@ from command import call
 
 from sdxl_jax.commands import signals
 from sdxl_jax.commands import train as train_command
-from sdxl_jax.errors import HostFailed, InputError, Interrupted, MachineError, exit_code, fault
+from sdxl_jax.errors import InputError, Interrupted, MachineError, ProcessFailed, exit_code, fault
 from sdxl_jax.files.paths import local
 
 CONFIG = """
@@ -36,9 +36,9 @@ def get_config():
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """pictures, and config.py."""
-    tiny.make_folder(tmp_path / "pictures", images=8)
-    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path / "pictures")))
+    """images, and config.py."""
+    tiny.make_folder(tmp_path / "images", images=8)
+    (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path / "images")))
     return tmp_path
 
 
@@ -50,10 +50,10 @@ def home(tmp_path: Path) -> Path:
     [
         (InputError("x"), 2),
         (MachineError("x"), 1),
-        (HostFailed("x", 2), 2),
-        (HostFailed("x", 1), 1),
+        (ProcessFailed("x", 2), 2),
+        (ProcessFailed("x", 1), 1),
         (Interrupted("SIGTERM"), 143),
-        (Interrupted("SIGINT on host 1"), 130),
+        (Interrupted("SIGINT on process 1"), 130),
         (KeyboardInterrupt(), 130),
         (SystemExit(), 0),
         (SystemExit(2), 2),
@@ -86,7 +86,7 @@ def test_libraries_that_raise_no_oserror_for_a_full_disk_are_understood() -> Non
     [
         (InputError("what was given"), 2, "error: what was given\n"),
         (MachineError("no room"), 1, "error: no room\n"),
-        (HostFailed("Host 1 stopped: full", 1), 1, "error: Host 1 stopped: full\n"),
+        (ProcessFailed("Process 1 stopped: full", 1), 1, "error: Process 1 stopped: full\n"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "has room"),
         (ValueError("tensorstore: No space left on device"), 1, "has room"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "Check that the place exists"),
@@ -139,15 +139,15 @@ def commands(home: Path, url: str) -> dict[str, list[object]]:
         "training.compilation_cache": [*train, "--run-dir", home / "run", "--training.compilation-cache", url],
         "encode": ["data", "encode", home / "config.py", "--data.cache", url, "--data.crops-per-image", 1],
         "build SRC": ["data", "build", url, home / "shards"],
-        "build DST": ["data", "build", home / "pictures", url],
+        "build DST": ["data", "build", home / "images", url],
         "inspect": ["data", "inspect", url],
-        "inspect --dump": ["data", "inspect", home / "pictures", "--dump", 1, url],
+        "inspect --dump": ["data", "inspect", home / "images", "--dump", 1, url],
         "sample MODEL": ["sample", url, *sample],
         "sample --out": ["sample", home / "run", "--prompt", "x", "--out", url],
         "sample --refiner": ["sample", home / "run", *sample, "--refiner", url],
         "sample --lora": ["sample", home / "run", *sample, "--lora", f"{url}:0.5"],
         "convert SRC": ["convert", url, home / "made", "--to", "orbax"],
-        "convert DST": ["convert", home / "pictures", url, "--to", "orbax"],
+        "convert DST": ["convert", home / "images", url, "--to", "orbax"],
         "serve": ["serve", url],
         "quickstart": ["quickstart", "--run-dir", url],
     }
@@ -163,7 +163,7 @@ def test_path_of_a_bucket_is_refused_wherever_one_is_given(
     assert outcome.code == 2, outcome
     assert "gs://bucket/x" in outcome.err
     assert "Copy it to a local folder first" in outcome.err
-    assert sorted(path.name for path in home.iterdir()) == ["config.py", "pictures"]
+    assert sorted(path.name for path in home.iterdir()) == ["config.py", "images"]
 
 
 @pytest.mark.parametrize("url", SCHEMES)
@@ -186,18 +186,18 @@ def test_python_callers_are_refused_too(tmp_path: Path, monkeypatch: pytest.Monk
     from sdxl_jax.weights.open import open_model
 
     monkeypatch.chdir(tmp_path)
-    config = tiny.train_config(tiny.make_folder(tmp_path / "pictures"))
+    config = tiny.train_config(tiny.make_folder(tmp_path / "images"))
     calls: list[Callable[[], Any]] = [
         lambda: train(config, URL),
         lambda: load_model(URL),
         lambda: open_model(URL),
         lambda: convert("model", URL, "orbax"),
-        lambda: build(str(tmp_path / "pictures"), Path(URL)),
+        lambda: build(str(tmp_path / "images"), Path(URL)),
     ]
     for refused in calls:
         with pytest.raises(InputError, match="gs://bucket/x"):
             refused()
-    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
 # Signals
@@ -267,7 +267,7 @@ def test_process_that_is_stopped_early_ends_with_the_signals_code(
 ) -> None:
     source = {"build": SLOW_BUILD, "train": EARLY}[program]
     process = subprocess.Popen(
-        [sys.executable, "-c", source, str(home / "pictures"), str(home / "shards")],
+        [sys.executable, "-c", source, str(home / "images"), str(home / "shards")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -301,7 +301,7 @@ def test_closed_pipe_does_not_end_training(home: Path) -> None:
 
 
 def test_closed_pipe_keeps_the_exit_code_of_other_commands(home: Path) -> None:
-    for given, code in (([str(home / "pictures")], 0), (["no-such-folder"], 2)):
+    for given, code in (([str(home / "images")], 0), (["no-such-folder"], 2)):
         reader, writer = os.pipe()
         os.close(reader)
         command = [sys.executable, "-m", "sdxl_jax", "data", "inspect", *given]

@@ -1,4 +1,4 @@
-"""From prompts to pictures, on a tiny model with random weights; and what becomes of the pictures.
+"""From prompts to images, on a tiny model with random weights; and what becomes of the images.
 
 Compiling is most of the time: the tests share sizes and settings, so that few programs are made.
 """
@@ -24,18 +24,18 @@ from sdxl_jax.config import ValidationConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
-from sdxl_jax.model import Model, NoPrompt
+from sdxl_jax.model import Model, UnconditionalKind
 from sdxl_jax.samplers.steps import SAMPLERS, Levels, Moment, Spacing
 from sdxl_jax.sampling import program
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Generated, encode_prompt, generate, micro_rows, text_to_image
 from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.sampling.options import Options, Position
-from sdxl_jax.sampling.program import Drawn, Inputs, Recipe
+from sdxl_jax.sampling.program import Inputs, Recipe, SampledBatch
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.observe.validation import look
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.processes import Processes
 
 PROMPTS = ["a red cube", "two green birds"]
 SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 2, "batch_size": 2}
@@ -54,7 +54,7 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def pictures(model: Model) -> Generated:
-    """What the other tests compare with: two prompts, one picture each, seed 0."""
+    """What the other tests compare with: two prompts, one image each, seed 0."""
     return generate(model, PROMPTS, seed=0, **SETTINGS)
 
 
@@ -63,22 +63,22 @@ def unlike(one: Generated, other: Generated) -> float:
     return float(np.abs(one.latents - other.latents).max() / np.abs(other.latents).max())
 
 
-# The same picture, compiled for another batch size: float32 sums in another order, through two steps of the network.
+# The same image, compiled for another batch size: float32 sums in another order, through two steps of the network.
 SAME = 1e-4
 # What counts as an effect: ten times that.
 EFFECT = 1e-3
 
 
-def assert_same_pictures(ours: np.ndarray, expected: np.ndarray) -> None:
+def assert_same_images(ours: np.ndarray, expected: np.ndarray) -> None:
     """Within one level of 0..255: where a value lies between two, the last digit of a float32 decides."""
     assert ours.dtype == expected.dtype == np.uint8
     assert np.abs(ours.astype(int) - expected).max() <= 1
 
 
-# Pictures
+# Images
 
 
-def test_pictures_are_bytes_of_the_size_that_was_asked_for(model: Model, pictures: Generated) -> None:
+def test_images_are_bytes_of_the_size_that_was_asked_for(model: Model, pictures: Generated) -> None:
     images = text_to_image(model, PROMPTS, **SETTINGS)
     assert images.dtype == np.uint8
     assert images.shape == (2, 16, 24, 3)
@@ -92,10 +92,10 @@ def test_pictures_are_bytes_of_the_size_that_was_asked_for(model: Model, picture
 def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[Any] = []
 
-    def spy(inputs: Inputs, recipe: Recipe, watch: Any) -> Drawn:
+    def spy(inputs: Inputs, recipe: Recipe, callback: Any) -> SampledBatch:
         positive, negative = inputs.micro
-        told = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
-        sizes.append((inputs.noise.shape[1:3], *told))
+        conditioning = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
+        sizes.append((inputs.noise.shape[1:3], *conditioning))
         return drawn(inputs, jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise)
 
     monkeypatch.setattr(program, "staged", spy)
@@ -107,14 +107,14 @@ def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkey
 
 
 def test_the_same_seed_gives_the_same_bytes_and_seed_0_is_a_seed(model: Model, pictures: Generated) -> None:
-    # Elsewhere `if seed:` takes seed 0 for no seed, and every picture of it is another.
+    # Elsewhere `if seed:` takes seed 0 for no seed, and every image of it is another.
     np.testing.assert_array_equal(generate(model, PROMPTS, seed=0, **SETTINGS).images, pictures.images)
     other = [generate(model, PROMPTS, seed=seed, **SETTINGS) for seed in (1, 2)]
     assert unlike(other[0], pictures) > 0.1
     assert unlike(other[0], other[1]) > 0.1
 
 
-def test_a_picture_does_not_depend_on_how_many_are_made_or_how_many_at_a_time(model: Model) -> None:
+def test_an_image_does_not_depend_on_how_many_are_made_or_how_many_at_a_time(model: Model) -> None:
     four = generate(model, PROMPTS[:1], num_images=4, **SETTINGS)
     assert len({image.tobytes() for image in four.images}) == 4
     # Three in batches of two: the same program, the last batch filled up. Bit for bit.
@@ -124,14 +124,14 @@ def test_a_picture_does_not_depend_on_how_many_are_made_or_how_many_at_a_time(mo
     # One at a time is another program.
     single = generate(model, PROMPTS[:1], num_images=2, **{**SETTINGS, "batch_size": 1})
     np.testing.assert_allclose(single.latents, four.latents[:2], atol=SAME * np.abs(four.latents).max())
-    assert_same_pictures(single.images, four.images[:2])
+    assert_same_images(single.images, four.images[:2])
 
 
-def test_pictures_come_in_the_order_of_prompts_then_images(model: Model) -> None:
+def test_images_come_in_the_order_of_prompts_then_images(model: Model) -> None:
     both = generate(model, PROMPTS, num_images=2, **SETTINGS)
     first = generate(model, PROMPTS[:1], num_images=2, **SETTINGS)
     np.testing.assert_array_equal(both.images[:2], first.images)
-    # Pictures of the second prompt are numbers 2 and 3, whose noise is their own.
+    # Images of the second prompt are numbers 2 and 3, whose noise is their own.
     again = generate(model, [PROMPTS[1]] * 4, **SETTINGS)
     np.testing.assert_array_equal(both.images[2:], again.images[2:])
 
@@ -157,16 +157,16 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, picture
 # Guidance and negative prompts
 
 
-def traced(inputs: Inputs, recipe: Recipe, watch: Any = None) -> Drawn:
-    """Zeros in place of pictures and latents: the program is traced, not compiled."""
+def traced(inputs: Inputs, recipe: Recipe, callback: Any = None) -> SampledBatch:
+    """Zeros in place of images and latents: the program is traced, not compiled."""
     made = jax.eval_shape(functools.partial(program.draw, recipe=recipe), inputs)
     return drawn(inputs, jnp.zeros(made.images.shape, made.images.dtype), jnp.zeros(made.latents.shape))
 
 
-def drawn(inputs: Inputs, images: jax.Array, latents: jax.Array) -> Drawn:
+def drawn(inputs: Inputs, images: jax.Array, latents: jax.Array) -> SampledBatch:
     """As of a program that met nothing but finite numbers."""
-    rows = sum(len(each.plan.timestep) for each in inputs.stretches)
-    return Drawn(images, latents, jnp.full(len(images), rows), jnp.ones(len(images), bool))
+    rows = sum(len(each.plan.timestep) for each in inputs.segment_arrays)
+    return SampledBatch(images, latents, jnp.full(len(images), rows), jnp.ones(len(images), bool))
 
 
 def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_guidance_1_is_the_limit_of_guidance(model: Model, pictures: Generated) 
 
 @pytest.mark.parametrize("guidance", [0.0, -0.0, 0.5])
 def test_guidance_up_to_1_is_off_as_in_diffusers(guidance: float, model: Model) -> None:
-    # Elsewhere 0 is the negative prompt's picture, whatever the prompt; cards say guidance_scale=0.0 for off.
+    # Elsewhere 0 is the negative prompt's image, whatever the prompt; cards say guidance_scale=0.0 for off.
     alone = generate(model, PROMPTS, guidance=1.0, **SETTINGS)
     off = generate(model, PROMPTS, negative_prompts=PROMPTS[::-1], guidance=guidance, **SETTINGS)
     np.testing.assert_array_equal(off.images, alone.images)
@@ -216,14 +216,14 @@ def test_what_has_no_effect_without_guidance_is_noted() -> None:
 def test_no_negative_prompt_is_zeros_in_sdxl_and_not_the_empty_one(model: Model, pictures: Generated) -> None:
     empty = generate(model, PROMPTS, negative_prompts=["", ""], **SETTINGS)
     assert unlike(empty, pictures) > EFFECT
-    # Each picture for itself.
+    # Each image for itself.
     mixed = generate(model, PROMPTS, negative_prompts=[None, ""], **SETTINGS)
     np.testing.assert_array_equal(mixed.images[0], pictures.images[0])
     np.testing.assert_array_equal(mixed.images[1], empty.images[1])
 
 
 def test_no_negative_prompt_is_the_empty_one_in_models_that_were_trained_so(model: Model) -> None:
-    other = Model(dataclasses.replace(MODEL, no_prompt=NoPrompt.EMPTY), model.params)
+    other = Model(dataclasses.replace(MODEL, unconditional=UnconditionalKind.EMPTY), model.params)
     absent = generate(other, PROMPTS, **SETTINGS)
     np.testing.assert_array_equal(absent.images, generate(other, PROMPTS, negative_prompts=["", ""], **SETTINGS).images)
     assert unlike(absent, generate(other, PROMPTS, negative_prompts=["blurry", "grey"], **SETTINGS)) > EFFECT
@@ -247,7 +247,7 @@ SIZES: dict[str, Any] = {"original_size": Size(60, 24), "crop": Position(0, 9), 
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_each_size_changes_the_picture_for_the_prompt_and_for_the_negative(
+def test_each_size_changes_the_image_for_the_prompt_and_for_the_negative(
     name: str, model: Model, pictures: Generated
 ) -> None:
     # Elsewhere the negative crop is ignored.
@@ -261,7 +261,7 @@ def test_each_size_changes_the_picture_for_the_prompt_and_for_the_negative(
             assert unlike(one, other) > EFFECT
 
 
-def test_negative_sizes_are_right_for_every_picture_of_a_batch(model: Model) -> None:
+def test_negative_sizes_are_right_for_every_image_of_a_batch(model: Model) -> None:
     # Elsewhere they are right at batch 1 alone.
     given: dict[str, Any] = {
         **{"original_size": Size(50, 40), "crop": Position(3, 1)},
@@ -271,10 +271,10 @@ def test_negative_sizes_are_right_for_every_picture_of_a_batch(model: Model) -> 
     together = generate(model, PROMPTS[:1], **given, **SETTINGS)
     one_by_one = generate(model, PROMPTS[:1], **given, **{**SETTINGS, "batch_size": 1})
     assert unlike(together, one_by_one) < SAME
-    assert_same_pictures(together.images, one_by_one.images)
+    assert_same_images(together.images, one_by_one.images)
 
 
-def test_sizes_are_height_then_width_and_by_default_the_pictures_own() -> None:
+def test_sizes_are_height_then_width_and_by_default_the_images_own() -> None:
     for rows in micro_rows(Options(), 2, Size(24, 40)):
         np.testing.assert_array_equal(rows.original_size, [[24, 40]] * 2)
         np.testing.assert_array_equal(rows.crop_top_left, [[0, 0]] * 2)
@@ -293,12 +293,12 @@ def test_sizes_are_height_then_width_and_by_default_the_pictures_own() -> None:
 
 
 def test_the_negative_has_its_own_aesthetic_score() -> None:
-    def told(**options: Any) -> list[list[float]]:
+    def conditioning(**options: Any) -> list[list[float]]:
         return [np.asarray(rows.aesthetic_score).tolist() for rows in micro_rows(Options(**options), 2, Size(8, 8))]
 
-    assert told() == [[6.0] * 2, [2.5] * 2]
-    assert told(aesthetic_score=9.0) == [[9.0] * 2, [2.5] * 2]
-    assert told(negative_aesthetic_score=1.0) == [[6.0] * 2, [1.0] * 2]
+    assert conditioning() == [[6.0] * 2, [2.5] * 2]
+    assert conditioning(aesthetic_score=9.0) == [[9.0] * 2, [2.5] * 2]
+    assert conditioning(negative_aesthetic_score=1.0) == [[6.0] * 2, [1.0] * 2]
 
 
 # Noise
@@ -309,7 +309,7 @@ def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
     prompts = PROMPTS[:1] * 2
     first = generate(model, prompts, init_noise=noise, **SETTINGS)
     np.testing.assert_array_equal(first.images, generate(model, prompts, init_noise=noise, seed=5, **SETTINGS).images)
-    # Each picture has its own row of it.
+    # Each image has its own row of it.
     swapped = generate(model, prompts, init_noise=noise[::-1].copy(), **SETTINGS)
     np.testing.assert_array_equal(swapped.images, first.images[::-1])
     assert (first.images[0] != first.images[1]).any()
@@ -445,7 +445,7 @@ def test_an_image_that_is_not_finite_is_named_and_those_before_it_are_not_given(
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"watch": lambda seen: None}, {"one_program": True}], ids=["staged", "watched", "one program"]
+    "given", [{}, {"callback": lambda seen: None}, {"one_program": True}], ids=["staged", "watched", "one program"]
 )
 def test_the_step_at_which_it_began_is_told(given: dict[str, Any], model: Model) -> None:
     """Of a sampler whose third step of four goes beyond float32."""
@@ -471,11 +471,11 @@ def test_a_validation_grid_that_is_not_finite_is_noted_and_does_not_end_the_run(
 ) -> None:
     shown = ValidationConfig(prompts=tuple(PROMPTS), sizes=((16, 24),), steps=2)
     config = dataclasses.replace(train_config(tmp_path), validation=shown)
-    hosts = create_autospec(Hosts, instance=True, count=1, is_first=True)
-    hosts.wait.side_effect = lambda work: work()
+    processes = create_autospec(Processes, instance=True, count=1, is_first=True)
+    processes.wait.side_effect = lambda work: work()
     broken = model._replace(params=damaged(model.params, DAMAGED["unet"], np.nan))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    look(Denoising(config), create_autospec(BucketedDataset), hosts, tmp_path, 7, broken, mesh)
+    look(Denoising(config), create_autospec(BucketedDataset), processes, tmp_path, 7, broken, mesh)
     said = capsys.readouterr().out
     assert said.startswith("note: no step_00000007.png: Image 0 and 1 more of its batch: non-finite")
     assert "unet/conv_in/kernel" in said
@@ -496,13 +496,13 @@ def test_encoded_prompts_are_one_row_each(model: Model) -> None:
 # Files
 
 
-def random_pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
+def random_images(*sizes: tuple[int, int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.integers(0, 200, (*size, 3), np.uint8) for size in sizes]
 
 
-def test_contact_sheet_shows_every_picture_in_rows_with_something_under_each() -> None:
-    pictures = random_pictures((16, 24), (24, 16), (16, 24))
+def test_contact_sheet_shows_every_image_in_rows_with_something_under_each() -> None:
+    pictures = random_images((16, 24), (24, 16), (16, 24))
     captions = ["a cat", "a dog", "a bird"]
     sheet, blank = (np.asarray(contact_sheet(pictures, texts, columns=2)) for texts in (captions, [""] * 3))
 
@@ -520,7 +520,7 @@ def test_contact_sheet_shows_every_picture_in_rows_with_something_under_each() -
     (top_0, left_0), (top_1, left_1), (top_2, left_2) = (position(picture, sheet) for picture in pictures)
     assert top_0 == top_1 < top_0 + 24 <= top_2
     assert left_2 == left_0 < left_0 + 24 <= left_1
-    # Without captions, nothing but the pictures is drawn, and the sheet is lower.
+    # Without captions, nothing but the images is drawn, and the sheet is lower.
     for picture in pictures:
         top, left = position(picture, blank)
         blank = blank.copy()
@@ -530,16 +530,16 @@ def test_contact_sheet_shows_every_picture_in_rows_with_something_under_each() -
     assert (sheet[top_0 + 24 : top_2] < 128).any(), "captions are written under the first row"
 
 
-def test_contact_sheet_enlarges_small_pictures() -> None:
-    pictures = random_pictures((16, 24))
+def test_contact_sheet_enlarges_small_images() -> None:
+    pictures = random_images((16, 24))
     sheet = contact_sheet(pictures, [""], columns=5, scale=3)
     assert sheet.width >= 72
     assert sheet.height >= 48
-    assert sheet.width < 2 * 72, "one picture takes no room for five"
+    assert sheet.width < 2 * 72, "one image takes no room for five"
 
 
 def test_png_has_its_pixels_and_its_text(tmp_path: Path) -> None:
-    (picture,) = random_pictures((16, 24))
+    (picture,) = random_images((16, 24))
     text = {"prompt": "a café, 漢字 🐈", "seed": "0"}
     path = tmp_path / "new" / "folder" / "000000.png"
     save_png(Image.fromarray(picture), path, text)
@@ -552,7 +552,7 @@ def test_png_has_its_pixels_and_its_text(tmp_path: Path) -> None:
 
 
 def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = (Image.fromarray(picture) for picture in random_pictures((16, 24), (16, 24)))
+    before, after = (Image.fromarray(picture) for picture in random_images((16, 24), (16, 24)))
     path, new = tmp_path / "a.png", tmp_path / "b.png"
     save_png(before, path)
     kept = path.read_bytes()
@@ -572,12 +572,12 @@ def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
 # Prompt accuracy
 
 
-def test_prompt_accuracy_is_a_hit_where_the_nearest_picture_has_the_caption() -> None:
-    training = np.stack(random_pictures(*[(40, 48)] * 3))
+def test_prompt_accuracy_is_a_hit_where_the_nearest_image_has_the_caption() -> None:
+    training = np.stack(random_images(*[(40, 48)] * 3))
     captions = ["a", "b", "c"]
     noisy = np.clip(training.astype(int) + np.random.default_rng(1).integers(-20, 21, training.shape), 0, 255)
     samples = noisy.astype(np.uint8)
     assert hits(samples, captions, training, captions) == [True, True, True]
     assert hits(samples, ["a", "c", "b"], training, captions) == [True, False, False]
-    # Two pictures of one caption: either will do.
+    # Two images of one caption: either will do.
     assert hits(samples, ["a", "a", "c"], training, ["a", "a", "c"]) == [True, True, True]

@@ -75,7 +75,8 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
     },
     "training.observe": {"training.observe"} | BASE,
-    "training.observe.metrics": {"data.buckets", "flops", "training.observe"} | BASE,
+    "training.observe.metrics": {"data.buckets", "training.observe"} | BASE,
+    "training.observe.mfu": {"data.buckets", "flops"} | BASE,
     "training.observe.validation": {
         *("config", "data", "files", "model", "conditioning", "sampling.contact_sheet"),
         "sampling.nonfinite",
@@ -91,8 +92,8 @@ ALLOWED: dict[str, set[str]] = {
 ANYTHING = ("quickstart", "__main__", "commands")
 
 FLAX, NUMPY_ONLY, COMMAND_LINE = ("models",), ("data", "sampling.init_images"), ("__main__", "commands")
-READS_ITS_ARGUMENTS = ("quickstart.make_pictures",)
-"""Run by hand to make the pictures that are shipped."""
+READS_ITS_ARGUMENTS = ("quickstart.make_images",)
+"""Run by hand to make the images that are shipped."""
 
 
 def modules() -> dict[str, Path]:
@@ -144,7 +145,7 @@ def violations(module: str, source: str) -> list[str]:
         elif package == "flax" and not within(module, FLAX):
             complain(line, "imports flax, which stays in models/")
         elif package == "jax" and within(module, NUMPY_ONLY):
-            complain(line, "imports jax; numpy is enough for data and pictures")
+            complain(line, "imports jax; numpy is enough for data and images")
         elif package in ("argparse", "tyro") and not within(module, COMMAND_LINE):
             complain(line, f"imports {package}; arguments are parsed in __main__ and commands alone")
         elif name == "importlib.import_module" and module:
@@ -248,13 +249,13 @@ def test_every_row_of_the_table_is_about_a_module_that_exists() -> None:
         ("training.a_new_module", "from sdxl_jax import arrays"),
         ("a_new_module", "from sdxl_jax import arrays"),
         ("training.state", "import flax.linen as nn"),
-        ("quickstart.story", "from flax import linen"),
+        ("quickstart.run", "from flax import linen"),
         ("weights.formats.safetensors", "import torch"),
         ("__main__", "from diffusers.models import AutoencoderKL"),
         ("config", "import tyro"),
         ("quickstart.recipe", "from argparse import ArgumentParser"),
         ("training.loop", "import sys\nprint(sys.argv[1])"),
-        ("quickstart.story", "from sys import argv"),
+        ("quickstart.run", "from sys import argv"),
         ("config", "import importlib\nimportlib.import_module('sdxl_jax.training.loop')"),
     ],
 )
@@ -271,8 +272,8 @@ def test_a_planted_violation_is_found(module: str, source: str) -> None:
         ("models", "from . import unet"),
         ("model", "from sdxl_jax.samplers.guidance import Condition\nfrom sdxl_jax.samplers import guidance"),
         ("evaluation.a_new_score", "from sdxl_jax.evaluation import prompt_accuracy\nimport jaxtyping, flaxen"),
-        ("quickstart.story", "from sdxl_jax.training import loop\nfrom sdxl_jax import evaluation"),
-        ("quickstart.make_pictures", "import sys\nprint(sys.argv)"),
+        ("quickstart.run", "from sdxl_jax.training import loop\nfrom sdxl_jax import evaluation"),
+        ("quickstart.make_images", "import sys\nprint(sys.argv)"),
         ("__main__", "import sys, tyro\nprint(sys.argv)"),
         ("data.transforms", "import sys\nfrom sdxl_jax.arrays import Batch\nprint(sys.platform)"),
     ],

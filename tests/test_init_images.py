@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_sources import picture, png_claiming
+from image_sources import png_claiming, random_image
 from PIL import Image, ImageOps, features
 
 from sdxl_jax.errors import InputError
@@ -41,8 +41,8 @@ def saved(folder: Path, image: Image.Image, name: str = "a.png", **options) -> P
 
 @pytest.mark.parametrize("name", LOSSLESS)
 def test_every_lossless_format_is_read_bit_for_bit(tmp_path, name):
-    path = saved(tmp_path, picture(), name)
-    np.testing.assert_array_equal(init_images.read(path), np.asarray(picture()))
+    path = saved(tmp_path, random_image(), name)
+    np.testing.assert_array_equal(init_images.read(path), np.asarray(random_image()))
 
 
 @pytest.mark.parametrize("name", LOSSY)
@@ -61,7 +61,7 @@ def test_of_a_gif_and_a_tiff_the_first_frame_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_upright(tmp_path, name, orientation):
+def test_images_are_upright(tmp_path, name, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path, blocks(), name, exif=exif, **({} if name == "a.tiff" else {"quality": 100}))
@@ -102,7 +102,7 @@ def test_of_sixteen_bits_the_high_byte_is_read(tmp_path):
 
 def test_every_mode_becomes_rgb(tmp_path):
     for mode, name in [("L", "l.png"), ("1", "1.tiff"), ("LA", "la.png"), ("P", "p.gif"), ("CMYK", "c.tiff")]:
-        image = picture().convert(mode)
+        image = random_image().convert(mode)
         expected = np.asarray(image.convert("RGB"))
         np.testing.assert_array_equal(init_images.read(saved(tmp_path, image, name)), expected, err_msg=name)
     cmyk = Image.new("RGB", (16, 16), (200, 100, 50)).convert("CMYK")
@@ -114,10 +114,10 @@ def test_every_mode_becomes_rgb(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*LOSSLESS, *LOSSY, "a.gif"])
-def test_a_truncated_picture_is_refused_with_its_name(tmp_path, name):
-    path = saved(tmp_path, picture(64, 64), name)
+def test_a_truncated_image_is_refused_with_its_name(tmp_path, name):
+    path = saved(tmp_path, random_image(64, 64), name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match=rf"The picture .*{name} cannot be read.* Save it anew, as PNG or JPEG"):
+    with pytest.raises(InputError, match=rf"The image .*{name} cannot be read.* Save it again, as PNG or JPEG"):
         init_images.read(path)
 
 
@@ -125,7 +125,7 @@ def test_a_truncated_picture_is_refused_with_its_name(tmp_path, name):
     ("data", "reason"),
     [
         (b"", "zero bytes"),
-        (b"no picture", "in no image format that is known"),
+        (b"no image", "in no image format that is known"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
             "in the format PostScript, which is not read; convert .*",
@@ -134,9 +134,9 @@ def test_a_truncated_picture_is_refused_with_its_name(tmp_path, name):
     ],
     ids=["empty", "text", "a program", "huge"],
 )
-def test_what_is_no_picture_is_refused_with_the_reason(tmp_path, data, reason):
+def test_what_is_no_image_is_refused_with_the_reason(tmp_path, data, reason):
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(InputError, match=rf"a\.png cannot be read: {reason}\. Save it anew"):
+    with pytest.raises(InputError, match=rf"a\.png cannot be read: {reason}\. Save it again"):
         init_images.read(tmp_path / "a.png")
 
 
@@ -147,8 +147,8 @@ def test_pixels_of_unknown_range_are_refused(tmp_path):
             init_images.read(path)
 
 
-def test_a_missing_picture_and_a_folder_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"There is no picture .*gone\.png\. Give the path of a file that exists"):
+def test_a_missing_image_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"There is no image .*gone\.png\. Give the path of a file that exists"):
         init_images.read(tmp_path / "gone.png")
     with pytest.raises(InputError, match="cannot be read"):
         init_images.read(tmp_path)
@@ -165,13 +165,13 @@ def test_backgrounds_are_names_or_hexadecimal():
 # Sizes
 
 
-def test_a_picture_of_the_size_asked_for_stays_what_it_is():
-    image = np.asarray(picture(24, 40))
+def test_an_image_of_the_size_asked_for_stays_what_it_is():
+    image = np.asarray(random_image(24, 40))
     np.testing.assert_array_equal(init_images.fit(image, 24, 40), image)
 
 
-def test_a_picture_is_cropped_in_the_middle_and_resized_as_a_whole():
-    image = np.asarray(picture(20, 40))
+def test_an_image_is_cropped_in_the_middle_and_resized_as_a_whole():
+    image = np.asarray(random_image(20, 40))
     np.testing.assert_array_equal(init_images.fit(image, 20, 30), image[:, 5:35])
     np.testing.assert_array_equal(init_images.fit(image, 10, 40), image[5:15])
     ramp = np.repeat(np.linspace(0, 255, 64).astype(np.uint8)[None, :, None], 48, axis=0).repeat(3, axis=2)
@@ -203,7 +203,7 @@ def test_white_from_128_on_is_repainted(tmp_path, name):
     assert (mask.dtype, mask.tolist()) == (np.bool_, [[False, False, True, True]])
 
 
-def test_a_mask_is_turned_upright_as_its_picture_is(tmp_path):
+def test_a_mask_is_turned_upright_as_its_image_is(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(tmp_path, Image.fromarray(np.array([[0, 255, 255]], np.uint8)), exif=exif)
@@ -226,11 +226,11 @@ def test_a_mask_that_marks_by_transparency_alone_is_refused(tmp_path):
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes(tmp_path):
     path = saved(tmp_path, Image.new("L", (8, 6)))
-    with pytest.raises(InputError, match=r"The mask .*a\.png has height × width 6×8, the picture .* 8×6"):
+    with pytest.raises(InputError, match=r"The mask .*a\.png has height × width 6×8, the image .* 8×6"):
         init_images.read_mask(path, (8, 6))
 
 
-def test_a_mask_is_fitted_as_its_picture_is():
+def test_a_mask_is_fitted_as_its_image_is():
     picture = np.zeros((60, 100, 3), np.uint8)
     picture[20:40, 30:70] = 255
     mask = picture[:, :, 0] > 0
@@ -258,8 +258,8 @@ def test_a_mask_that_is_no_multiple_of_the_latent_factor_is_refused():
 # Canvases
 
 
-def test_outpainting_keeps_the_picture_and_continues_its_edge():
-    image = np.asarray(picture(6, 9))
+def test_outpainting_keeps_the_image_and_continues_its_edge():
+    image = np.asarray(random_image(6, 9))
     canvas, mask = init_images.outpaint(image, top=1, right=20, bottom=3, left=4)
     assert canvas.shape == (10, 33, 3) and mask.shape == (10, 33)
     np.testing.assert_array_equal(canvas[1:7, 4:13], image)
@@ -280,7 +280,7 @@ def test_a_canvas_cannot_shrink_nor_grow_beyond_the_limit():
 
 
 def test_what_the_mask_leaves_out_is_the_original_bit_for_bit():
-    original, repainted = (np.asarray(picture(16, 24, seed)) for seed in (0, 1))
+    original, repainted = (np.asarray(random_image(16, 24, seed)) for seed in (0, 1))
     mask = np.random.default_rng(2).random((16, 24)) < 0.5
     together = init_images.composite(original, repainted, mask)
     np.testing.assert_array_equal(together[~mask], original[~mask])

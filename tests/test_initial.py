@@ -12,7 +12,7 @@ from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
-from sdxl_jax.model import ModelConfig, NoPrompt
+from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Spacing
 from sdxl_jax.training.initial import _other_meaning, _other_sampling, check_initial
@@ -32,7 +32,7 @@ def change(config: ModelConfig, field: str) -> ModelConfig:
     values: dict[str, Any] = {
         "prediction": Prediction.EPSILON if config.prediction is Prediction.V else Prediction.V,
         "schedule": dataclasses.replace(config.schedule, beta_end=0.02),
-        "no_prompt": NoPrompt.EMPTY,
+        "unconditional": UnconditionalKind.EMPTY,
         "distilled": True,
     }
     return dataclasses.replace(config, **{field: values[field]})

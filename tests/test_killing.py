@@ -30,7 +30,7 @@ class Whole(NamedTuple):
 
 
 def whole_run(scratch: Path, processes: int, steps: int) -> Whole:
-    config = killing.train_config(tiny.make_folder(scratch / "pictures"), steps)
+    config = killing.train_config(tiny.make_folder(scratch / "images"), steps)
     seconds = killing.undisturbed(config, scratch / "whole", scratch, processes)
     return Whole(config, scratch, scratch / "whole", seconds)
 
@@ -89,14 +89,14 @@ def test_sigterm_saves_and_ends_with_exit_code_143(whole: Whole, phase: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["compiling", "step", "evaluation"])  # before they have joined, none tells another
-def test_sigterm_on_one_of_two_hosts_stops_both_at_the_same_step(tmp_path: Path, phase: str) -> None:
+def test_sigterm_on_one_of_two_processes_stops_both_at_the_same_step(tmp_path: Path, phase: str) -> None:
     two = whole_run(tmp_path, 2, 7)
     assert stopped(two, tmp_path / "stopped", 2, phase, victim=1) < 30
 
 
 @pytest.mark.slow
-def test_survivor_of_a_killed_host_ends_by_itself(tmp_path: Path) -> None:
-    config = killing.train_config(tiny.make_folder(tmp_path / "pictures"), 100_000)
+def test_survivor_of_a_killed_process_ends_by_itself(tmp_path: Path) -> None:
+    config = killing.train_config(tiny.make_folder(tmp_path / "images"), 100_000)
     started = killing.Processes.start(config, tmp_path / "run", tmp_path, 2)
     try:
         while started.phases[1].read_text() != "step":

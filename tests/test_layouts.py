@@ -35,12 +35,12 @@ EIGHT = list(LAYOUTS)[1 : list(LAYOUTS).index("data 2")]
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
-    tiny.make_folder(folder / "pictures")
+    tiny.make_folder(folder / "images")
     return folder
 
 
 def options(scratch: Path, names: list[str], **others: Any) -> Options:
-    return Options(str(scratch / "pictures"), names, STEPS, str(scratch / "reference"), **others)
+    return Options(str(scratch / "images"), names, STEPS, str(scratch / "reference"), **others)
 
 
 def run(scratch: Path, asked: Options, processes: int = 1, devices: int = 8) -> list[list[dict[str, Any]]]:

@@ -192,7 +192,7 @@ MIXED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("path", MIXED)
-def test_every_dialect_behind_every_prefix_gives_the_same_change(tmp_path: Path, path: str) -> None:
+def test_every_dialect_after_every_prefix_gives_the_same_change(tmp_path: Path, path: str) -> None:
     prefixes, dialects = MIXED[path]
     down, up = factors(entry_of(path, None if "conv" in path else 1), 2, 0)
     found = []

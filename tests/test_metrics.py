@@ -20,8 +20,9 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 from sdxl_jax.training.observe import clock as clocks
 from sdxl_jax.training.observe import metrics, profiling
-from sdxl_jax.training.observe.clock import Clock, Part, TimeLog
-from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter, Speed, WandbBoard
+from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart
+from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter, WandbBoard
+from sdxl_jax.training.observe.mfu import MfuMeter
 
 BUCKET = Bucket(32, 32)
 
@@ -59,16 +60,16 @@ def make_steps(writer: MetricsWriter, clock: Clock, time: Time, steps: range, co
     for step in steps:
         if step in compiling:
             writer.settle()
-            with clock.during(Part.COMPILE):
+            with clock.during(TimePart.COMPILE):
                 writer.compiling()
                 time.sleep(7)
             writer.compiled()
-        with clock.during(Part.DATA):
+        with clock.during(TimePart.DATA):
             time.sleep(0.5)
-        with clock.during(Part.STEP):
+        with clock.during(TimePart.STEP):
             time.sleep(1.5)
             writer.log(step, BUCKET, 8, numbers(step))
-        with clock.during(Part.SAVE):
+        with clock.during(TimePart.SAVE):
             writer.flush()
             time.sleep(4)
 
@@ -78,16 +79,16 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def test_step_seconds_are_without_compiling_and_saving(tmp_path: Path, clock: Clock, time: Time) -> None:
-    speed = Speed(lambda _: 3e12, peak=10e12)
-    speed.count(BUCKET)
-    with MetricsWriter(tmp_path, 0, 4, False, clock, speed) as writer:
+    mfu_meter = MfuMeter(lambda _: 3e12, peak=10e12)
+    mfu_meter.count(BUCKET)
+    with MetricsWriter(tmp_path, 0, 4, False, clock, mfu_meter) as writer:
         make_steps(writer, clock, time, range(1, 5), compiling=(1, 3))
     for line in lines(tmp_path):
         assert line["step_seconds"] == 2
         assert line["images_per_second"] == 4
         assert line["data_seconds"] == 0.5
         assert line.get("compile_seconds") == (7 if line["step"] in (1, 3) else None)
-        assert line["peak_share"] == pytest.approx(0.15)
+        assert line["mfu"] == pytest.approx(0.15)
         assert {*TIMES} - line.keys() <= {"compile_seconds"}
 
 
@@ -121,21 +122,21 @@ def test_skipped_step_is_a_line_of_strict_json_and_counted_in_the_bar(
     assert ", 1 skipped" in capsys.readouterr().err
 
 
-def test_bar_tells_loss_speed_share_of_peak_data_and_compiling(
+def test_bar_shows_loss_throughput_mfu_data_and_compiling(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    speed, there = Speed(lambda _: 3e12, 10e12), 3
-    with MetricsWriter(tmp_path, 0, 4, True, clock, speed, programs=lambda: (there, 40)) as writer:
+    mfu_meter, there = MfuMeter(lambda _: 3e12, 10e12), 3
+    with MetricsWriter(tmp_path, 0, 4, True, clock, mfu_meter, programs=lambda: (there, 40)) as writer:
         make_steps(writer, clock, time, range(1, 4), compiling=(3,))
         beside = writer._bar.postfix
-        speed.count(BUCKET)
+        mfu_meter.count(BUCKET)
         there = 40
         make_steps(writer, clock, time, range(4, 5))
     shown = capsys.readouterr().err
     assert "compiling 3/40" in shown  # while it waits
     assert beside == "loss 0.3333, 4.0 images/s, 2 s waiting for data, compiled 3/40"
-    assert "loss 0.2500, 4.0 images/s, 15% of peak, 2 s waiting for data]" in shown
-    assert [line.get("peak_share") for line in lines(tmp_path)] == [None, None, None, pytest.approx(0.15)]
+    assert "loss 0.2500, 4.0 images/s, MFU 15%, 2 s waiting for data]" in shown
+    assert [line.get("mfu") for line in lines(tmp_path)] == [None, None, None, pytest.approx(0.15)]
 
 
 def test_full_disk_costs_no_line_and_does_not_end_the_run(
@@ -148,7 +149,7 @@ def test_full_disk_costs_no_line_and_does_not_end_the_run(
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 20, before[1]))
         try:
             make_steps(writer, clock, time, range(3, 6))
-            times.note(5, again=False)
+            times.note(5, recomputed=False)
             assert [line["step"] for line in lines(tmp_path)] == [1, 2]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -241,15 +242,15 @@ def test_missing_wandb_is_said_before_anything_is_written(tmp_path: Path, monkey
 
 def test_every_second_belongs_to_one_part(clock: Clock, time: Time) -> None:
     time.sleep(1)
-    with clock.during(Part.SAVE):
+    with clock.during(TimePart.SAVE):
         time.sleep(2)
-        with pytest.raises(KeyError), clock.during(Part.STEP):
+        with pytest.raises(KeyError), clock.during(TimePart.STEP):
             time.sleep(3)
             raise KeyError
         time.sleep(4)
     time.sleep(5)
     spent = {part: seconds for part, seconds in clock.seconds().items() if seconds}
-    assert spent == {Part.START: 10 + 1 + 5, Part.SAVE: 6, Part.STEP: 3}
+    assert spent == {TimePart.START: 10 + 1 + 5, TimePart.SAVE: 6, TimePart.STEP: 3}
 
 
 def test_table_adds_up_all_starts(tmp_path: Path) -> None:
@@ -258,22 +259,26 @@ def test_table_adds_up_all_starts(tmp_path: Path) -> None:
         began = time.now
         clock = Clock(began, time)
         time.sleep(10)
-        with TimeLog(tmp_path, clock) as log, clock.during(Part.OTHER):
-            for step in range(4 * number, 4 * number + 6):  # the last two are made again
-                again = number > 0 and step < 4 * number + 2
-                with clock.during(Part.AGAIN if again else Part.STEP):
+        with TimeLog(tmp_path, clock) as log, clock.during(TimePart.OTHER):
+            for step in range(4 * number, 4 * number + 6):  # the last two are recomputed
+                recomputed = number > 0 and step < 4 * number + 2
+                with clock.during(TimePart.RECOMPUTED if recomputed else TimePart.STEP):
                     time.sleep(20)
-                log.note(step, again)
+                log.note(step, recomputed)
         assert sum(clock.seconds().values()) == time.now - began == 130
     with (tmp_path / "time.jsonl").open("a") as file:
         file.write('{"start": 4, "st')  # what a kill leaves
     starts = clocks.read(tmp_path)
-    assert [(start.number, start.step, start.steps_again) for start in starts] == [(1, 5, 0), (2, 9, 2), (3, 13, 2)]
+    assert [(start.number, start.step, start.recomputed_steps) for start in starts] == [
+        (1, 5, 0),
+        (2, 9, 2),
+        (3, 13, 2),
+    ]
     rows = clocks.totals(starts)
     assert (rows["start"], rows["restart"], rows["step"]) == (10, 2 * 10 + 4 * 20, 14 * 20)
     assert sum(rows.values()) == 3 * 130
     shown = [line.split() for line in clocks.table(starts).splitlines()]
-    assert ["restart", "100.0", "25.6%", "2", "restarts,", "4", "steps", "made", "again"] in shown
+    assert ["restart", "100.0", "25.6%", "2", "restarts,", "4", "steps", "recomputed"] in shown
     assert shown[-1] == ["all", "390.0", "100.0%"]
 
 
@@ -281,7 +286,7 @@ def test_killed_start_is_in_the_table_up_to_its_last_line(tmp_path: Path, clock:
     log = TimeLog(tmp_path, clock).__enter__()
     for step in range(1, 7):
         time.sleep(20)
-        log.note(step, again=False)
+        log.note(step, recomputed=False)
     ((_, step, _, seconds),) = clocks.read(tmp_path)  # nothing more was written
     assert (step, sum(seconds.values())) == (6, 130)
 
@@ -290,12 +295,12 @@ def test_killed_start_is_in_the_table_up_to_its_last_line(tmp_path: Path, clock:
 
 
 def config_file(folder: Path) -> Path:
-    tiny.make_folder(folder / "pictures", 2)
+    tiny.make_folder(folder / "images", 2)
     text = f"""
 from pathlib import Path
 import tiny
 def get_config():
-    return tiny.train_config(Path({str(folder / "pictures")!r}))
+    return tiny.train_config(Path({str(folder / "images")!r}))
 """
     (folder / "config.py").write_text(text)
     return folder / "config.py"
@@ -347,8 +352,16 @@ def test_chips_are_known_by_jax_names() -> None:
     assert v5p is not None and v5p is flops.V5P and v5p.flops_per_second == 459e12
     assert flops.chip_of("TPU v5 lite") is flops.V5E
     assert flops.chip_of("cpu") is None
-    assert Speed.of(lambda _: 1e15, jax.devices()) is None
-    speed = Speed.of(lambda _: 1e15, [types.SimpleNamespace(device_kind="TPU v6e")] * 4)
-    assert speed is not None
-    speed.count(BUCKET)
-    assert speed.share(BUCKET, 2.0) == 1e15 / 2 / (4 * 918e12)
+    assert MfuMeter.of(lambda _: 1e15, jax.devices()) is None
+    mfu_meter = MfuMeter.of(lambda _: 1e15, [types.SimpleNamespace(device_kind="TPU v6e")] * 4)
+    assert mfu_meter is not None
+    mfu_meter.count(BUCKET)
+    assert mfu_meter.mfu(BUCKET, 2.0) == 1e15 / 2 / (4 * 918e12)
+
+
+def test_times_of_runs_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """They have `again` for steps that were recomputed."""
+    line = {"start": 2, "step": 9, "steps_again": 3, "seconds": {"start": 1.0, "again": 4.0}}
+    (tmp_path / "time.jsonl").write_text(json.dumps(line) + "\n")
+    (start,) = clocks.read(tmp_path)
+    assert (start.recomputed_steps, start.seconds) == (3, {"start": 1.0, "recomputed": 4.0})

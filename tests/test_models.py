@@ -187,7 +187,7 @@ def one_level_inputs() -> list[jax.Array]:
 
 def test_perturbed_rows_lose_their_self_attention_and_the_others_nothing() -> None:
     params, inputs = random_params(unet.init, ONE_LEVEL), one_level_inputs()
-    program = jax.jit(functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=tuple(unet.Part)))
+    program = jax.jit(functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=tuple(unet.UNetPart)))
     none = program(params, *inputs, perturbed=jnp.array([False, False]))
     one = program(params, *inputs, perturbed=jnp.array([False, True]))
     np.testing.assert_array_equal(one[0], none[0])
@@ -198,13 +198,13 @@ def test_self_attention_is_perturbed_in_the_named_parts_alone_and_unasked_nowher
     """The choice between value and attention is one operation in the body of a scan."""
     params, inputs = abstract(unet.init, ONE_LEVEL), one_level_inputs()
 
-    def choices(perturbed: jax.Array | None, *parts: unet.Part) -> int:
+    def choices(perturbed: jax.Array | None, *parts: unet.UNetPart) -> int:
         apply = functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=parts)
         jaxpr = jax.make_jaxpr(apply)(params, *inputs, perturbed=perturbed)
         return sum(equation.primitive.name == "select_n" for equation in equations(jaxpr.jaxpr))
 
-    rows, (down, middle, up) = jnp.array([False, True]), unet.Part
-    assert choices(None, *unet.Part) == 0
+    rows, (down, middle, up) = jnp.array([False, True]), unet.UNetPart
+    assert choices(None, *unet.UNetPart) == 0
     assert [choices(rows, part) for part in (down, middle, up)] == [1, 1, 2]
     assert choices(rows, up, down) == 3
 
@@ -212,7 +212,7 @@ def test_self_attention_is_perturbed_in_the_named_parts_alone_and_unasked_nowher
 def test_a_part_without_attention_cannot_be_perturbed() -> None:
     config = unet.UNetConfig((8,), 1, (0,), 1, (1,), 4, None, groups=4)
     inputs = jnp.ones((1, 2, 2, 4)), jnp.ones(1), jnp.ones((1, 1, 4))
-    for parts, given in (((unet.Part.MIDDLE, unet.Part.UP), "mid, up"), ((), "nothing")):
+    for parts, given in (((unet.UNetPart.MIDDLE, unet.UNetPart.UP), "mid, up"), ((), "nothing")):
         with pytest.raises(InputError, match=rf"perturbed in: {given}\. This UNet has attention in: mid\. Name"):
             unet.apply(config, {}, *inputs, perturbed=jnp.array([True]), perturbed_parts=parts)
 
@@ -394,7 +394,7 @@ def test_fresh_unet_predicts_zero() -> None:
 
 @pytest.mark.slow
 def test_gradient_reaches_every_parameter_and_every_layer_of_a_stack() -> None:
-    """Fresh parameters would not do: behind a zero convolution nothing learns in the first step."""
+    """Fresh parameters would not do: after a zero convolution nothing learns in the first step."""
     _, gradient = unet_gradient(Remat.NONE)
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         name = jax.tree_util.keystr(path)

@@ -80,9 +80,8 @@ def test_run_resumed_by_todays_code_repeats_what_the_old_code_wrote(
     assert done.code == 0, done.err
     again, before = metrics(run), metrics(old / "run")
     assert [line["step"] for line in again] == [1, 2, 3, 4]
-    # On the kind of machine that wrote it, to the last digit; elsewhere float32 sums are in another order.
-    digits = 0 if make_run.machine() == read(old / "machine.json") else 1e-5
     for new, was in zip(again, before, strict=True):
         assert (new["bucket"], new["images_seen"]) == (was["bucket"], was["images_seen"])
         for name in set(LEARNT) - {"bucket"}:
-            assert math.isclose(new[name], was[name], rel_tol=digits), (name, new, was)
+            # float32 sums are in another order on another CPU, even one of the same name: 1.2e-7 was seen.
+            assert math.isclose(new[name], was[name], rel_tol=1e-5), (name, new, was)

@@ -52,7 +52,7 @@ from sdxl_jax.weights.lazy import (
 )
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.names import Dialect, Naming, PartConfig
-from sdxl_jax.weights.open import Opening, open_model
+from sdxl_jax.weights.open import OpenOptions, open_model
 
 
 def short(value: object) -> str:
@@ -62,7 +62,7 @@ def short(value: object) -> str:
     return type(value).__name__.removesuffix("Config")
 
 
-PARTIAL = Opening(allow_partial=True)
+PARTIAL = OpenOptions(allow_partial=True)
 UNET, VAE, QUICK, GELU = BASE.unet, BASE.vae, BASE.text[0].clip, BASE.text[1].clip
 
 
@@ -141,7 +141,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_run(folder: Path, config: ModelConfig, steps: tuple[int, ...] = (2, 4)) -> Path:
     """A run directory: the UNet was trained, its average has the seed of the step; the rest is frozen."""
-    saved = configuration.to_json(TrainConfig(data=DataConfig(folder="pictures"), model=config))
+    saved = configuration.to_json(TrainConfig(data=DataConfig(folder="images"), model=config))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"config": saved}))
     for step in steps:
@@ -289,8 +289,8 @@ def with_variants(folder: Path, *variants: str) -> Path:
 def test_files_without_a_variant_are_the_default(tmp_path: Path) -> None:
     folder = with_variants(tmp_path, "fp16", "", "non_ema")
     assert_part_holds(open_model(folder), "vae", VAE, seed=2)
-    assert_part_holds(open_model(folder, Opening(variant="fp16")), "vae", VAE, seed=1)
-    assert_part_holds(open_model(folder, Opening(variant="non_ema")), "vae", VAE, seed=3)
+    assert_part_holds(open_model(folder, OpenOptions(variant="fp16")), "vae", VAE, seed=1)
+    assert_part_holds(open_model(folder, OpenOptions(variant="non_ema")), "vae", VAE, seed=3)
 
 
 def test_only_variant_there_is_is_taken(tmp_path: Path) -> None:
@@ -302,17 +302,17 @@ def test_several_variants_without_a_default_are_a_question(tmp_path: Path) -> No
     with pytest.raises(InputError, match=r"several variants, fp16, non_ema\. Choose one: give --variant NAME \(in"):
         open_model(folder)
     with pytest.raises(InputError, match=r"no variant bf16\. It has: fp16, non_ema"):
-        open_model(folder, Opening(variant="bf16"))
+        open_model(folder, OpenOptions(variant="bf16"))
 
 
 def test_part_without_the_variant_gives_what_it_has_and_that_is_said(tmp_path: Path) -> None:
     folder = foreign.diffusers_folder(tmp_path / "model", BASE)
     vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
     shutil.copy(vae, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    opened = open_model(folder, Opening(variant="fp16"))
+    opened = open_model(folder, OpenOptions(variant="fp16"))
     assert len([note for note in opened.notes if "has no variant fp16; its files without" in note]) == 3
     with pytest.raises(InputError, match=r"no variant bf16\. It has: "):
-        open_model(folder, Opening(variant="bf16"))
+        open_model(folder, OpenOptions(variant="bf16"))
 
 
 # Full size, by names and shapes
@@ -432,7 +432,7 @@ def test_prediction_of_sd2_is_told_by_the_spread_of_a_norm(
     assert opened.config.prediction is prediction
     assert opened.config.default_size == (size, size)
     assert any("--prediction says otherwise" in note and prediction.value in note for note in opened.notes)
-    given = open_model(tmp_path / "two.safetensors", Opening(prediction=Prediction.X0))
+    given = open_model(tmp_path / "two.safetensors", OpenOptions(prediction=Prediction.X0))
     assert given.config.prediction is Prediction.X0
 
 
@@ -460,7 +460,7 @@ def test_mark_of_zero_terminal_snr_is_heeded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["base", "base.safetensors", "base.orbax", "run", "base/unet"])
 def test_user_has_the_last_word_on_the_prediction(home: Path, where: str) -> None:
-    assert open_model(home / where, Opening(prediction=Prediction.V)).config.prediction is Prediction.V
+    assert open_model(home / where, OpenOptions(prediction=Prediction.V)).config.prediction is Prediction.V
 
 
 # Parts from elsewhere
@@ -501,7 +501,7 @@ def test_prediction_stays_where_the_unet_does_not_tell_its_own(tmp_path: Path, a
     assert open_model(path, parts_from=[other]).config.prediction is Prediction.V
 
 
-def test_marks_and_averages_of_a_replaced_unet_stay_behind(home: Path, tmp_path: Path) -> None:
+def test_marks_and_averages_of_a_replaced_unet_stay_after(home: Path, tmp_path: Path) -> None:
     path = foreign.single_file(tmp_path / "v.safetensors", dataclasses.replace(BASE, prediction=Prediction.V))
     assert ("", "v_pred") in open_model(path).carried
     opened = open_model(path, parts_from=[home / "base.safetensors"])
@@ -533,7 +533,7 @@ def test_text_encoder_of_sd2_brings_along_which_layer_is_read(monkeypatch: pytes
     whole = unread(SD2, "text_encoder")
     short = unread(diffusers.as_diffusers_has_it(SD2), "text_encoder")
     found = {"whole": whole, "short": short}
-    monkeypatch.setattr("sdxl_jax.weights.open._open", lambda path, opening: found[str(path)])
+    monkeypatch.setattr("sdxl_jax.weights.open._open", lambda path, open_options: found[str(path)])
     assert open_model("whole", parts_from=["short"]).config == short.config
     assert open_model("short", parts_from=["whole"]).config == whole.config
 
@@ -754,10 +754,10 @@ def test_mesh_that_does_not_divide_is_refused(home: Path) -> None:
 # Refused, or in part
 
 
-def refusal(path: Path, *expected: str, opening: Opening = Opening()) -> None:
+def refusal(path: Path, *expected: str, open_options: OpenOptions = OpenOptions()) -> None:
     """InputError with these words, at any layout's hands, and short."""
     with pytest.raises(InputError) as error:
-        open_model(path, opening)
+        open_model(path, open_options)
     message = str(error.value)
     for pattern in expected:
         assert re.search(pattern, message), f"{pattern} not in {message}"
@@ -874,9 +874,9 @@ def test_model_of_another_kind_of_noise_is_refused_and_no_way_around_is_offered(
 ) -> None:
     path = foreign.single_file(tmp_path / "model.safetensors", BASE)
     foreign.edit(path, lambda t: t.update({name: np.array(value, np.float32) for name, value in marks.items()}))
-    for opening in (Opening(), PARTIAL):
+    for open_options in (OpenOptions(), PARTIAL):
         with pytest.raises(InputError, match=f"holds {next(iter(marks))}, .*{kind}") as error:
-            open_model(path, opening)
+            open_model(path, open_options)
         assert "--" not in str(error.value)
 
 
@@ -885,7 +885,7 @@ def test_prediction_that_is_not_implemented_is_refused_unless_the_user_knows_bet
     arrays = foreign.read(path)
     foreign.save(path, arrays, {"modelspec.prediction_type": "rectified_flow"})
     refusal(path, r"predicts rectified_flow \(modelspec.prediction_type\), which is not implemented")
-    assert open_model(path, Opening(prediction=Prediction.V)).config.prediction is Prediction.V
+    assert open_model(path, OpenOptions(prediction=Prediction.V)).config.prediction is Prediction.V
 
 
 def test_unmarked_file_whose_groups_nothing_tells_is_refused(tmp_path: Path) -> None:
@@ -898,8 +898,8 @@ def test_unmarked_file_whose_groups_nothing_tells_is_refused(tmp_path: Path) -> 
 def test_advice_is_of_the_command_that_gives_it(tmp_path: Path, vae: Path) -> None:
     foreign.edit(vae / WEIGHTS, lambda t: t.pop(LONE))
     refusal(vae, r"give --allow-partial \(in Python: allow_partial=…\)")
-    training = Opening(has_options=False)
-    refusal(vae, f"`sdxl-jax convert {vae} NEW --to orbax --allow-partial`, and train from that", opening=training)
+    training = OpenOptions(has_options=False)
+    refusal(vae, f"`sdxl-jax convert {vae} NEW --to orbax --allow-partial`, and train from that", open_options=training)
 
 
 def test_nothing_loads_in_part_unless_what_is_left_is_listed(vae: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -946,7 +946,7 @@ def test_truncated_file_is_refused(vae: Path, length: float) -> None:
     cut = int(len(data) * length) if 0 < length < 1 else int(length)
     (vae / WEIGHTS).write_bytes(data[:cut])
     for path in (vae, vae / WEIGHTS):
-        refusal(path, r"is no readable safetensors file.*cut off or damaged.*fetch it anew")
+        refusal(path, r"is no readable safetensors file.*cut off or damaged.*fetch it again")
 
 
 @pytest.mark.parametrize("data", [b"<html>404</html>", b"\xff" * 64, b"\x02" + 7 * b"\0" + b"[]", b"{}" * 20])
@@ -989,7 +989,7 @@ def test_missing_shard_is_named(sharded: Path) -> None:
 )
 def test_broken_index_is_refused(sharded: Path, text: str) -> None:
     sharded.write_text(text)
-    refusal(sharded.parent, r"index\.json is no readable index of shards.*Fetch it anew")
+    refusal(sharded.parent, r"index\.json is no readable index of shards.*Fetch it again")
 
 
 def test_index_that_disagrees_with_its_shards_is_refused(sharded: Path) -> None:
@@ -1073,7 +1073,7 @@ def _copy(home: Path, tmp_path: Path) -> Path:
     return tmp_path / "vae.orbax"
 
 
-# As in test_cli.py: Orbax leaves coroutines behind when a read fails half-way.
+# As in test_cli.py: Orbax leaves coroutines after when a read fails half-way.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["_METADATA", "d", "manifest.ocdbt", "array_metadatas"])
 def test_damaged_checkpoint_is_refused(home: Path, tmp_path: Path, name: str) -> None:

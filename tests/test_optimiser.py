@@ -14,7 +14,7 @@ import optax
 import pytest
 import toy
 
-from sdxl_jax.arrays import Params, Stored
+from sdxl_jax.arrays import AccumulatorDtype, Params
 from sdxl_jax.config import OnNonfinite, TrainConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.optim import optimiser
@@ -129,7 +129,7 @@ def test_gradient_is_clipped_before_it_reaches_the_optimiser(kind: OptimiserKind
 @EVERY_KIND
 def test_state_of_every_optimiser_comes_back_bit_for_bit(kind: OptimiserKind, tmp_path: Path) -> None:
     beta1 = 0.9 if kind is OptimiserKind.ADAFACTOR else None
-    stored = Stored.BFLOAT16 if kind in KINDS_WITH_MOMENT else Stored.FLOAT32
+    stored = AccumulatorDtype.BFLOAT16 if kind in KINDS_WITH_MOMENT else AccumulatorDtype.FLOAT32
     config = config_of(kind, beta1=beta1, first_moment=stored)
     config.check()
     rule, params = optimiser.make(config, 100), network()
@@ -142,7 +142,9 @@ def test_state_of_every_optimiser_comes_back_bit_for_bit(kind: OptimiserKind, tm
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     assert identical(restore(tmp_path, 1, abstract), state)
     if kind is OptimiserKind.ADAMW:
-        other = create(params, optimiser.make(dataclasses.replace(config, first_moment=Stored.FLOAT32), 100), averaged)
+        other = create(
+            params, optimiser.make(dataclasses.replace(config, first_moment=AccumulatorDtype.FLOAT32), 100), averaged
+        )
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), other
         )
@@ -152,7 +154,7 @@ def test_state_of_every_optimiser_comes_back_bit_for_bit(kind: OptimiserKind, tm
 
 @pytest.mark.parametrize("kind", KINDS_WITH_MOMENT)
 def test_first_moment_is_kept_as_told(kind: OptimiserKind) -> None:
-    for stored in Stored:
+    for stored in AccumulatorDtype:
         rule = optimiser.make(config_of(kind, beta1=0.9, first_moment=stored), 100)
         flat = jax.tree_util.tree_flatten_with_path(rule.init(network()))[0]  # pyright: ignore[reportArgumentType]
         moments = [leaf.dtype for path, leaf in flat if {"mu", "ema"} & set(path_name(path).split("/"))]
@@ -238,8 +240,11 @@ def test_rate_falls_as_the_root_of_the_step_after_its_warm_up() -> None:
         ),
         ({"kind": OptimiserKind.ADAFACTOR, "beta2": 0.9}, "beta2=0.9 has no effect: adafactor"),
         ({"kind": OptimiserKind.PRODIGY, "learning_rate": 1e-4}, "learning_rate=0.0001: prodigy finds .* Set it to 1"),
-        ({"kind": OptimiserKind.SCHEDULE_FREE, "first_moment": Stored.BFLOAT16}, "first_moment=bfloat16 has no effect"),
-        ({"kind": OptimiserKind.ADAFACTOR, "first_moment": Stored.BFLOAT16}, "or optimiser.beta1 to 0.9"),
+        (
+            {"kind": OptimiserKind.SCHEDULE_FREE, "first_moment": AccumulatorDtype.BFLOAT16},
+            "first_moment=bfloat16 has no effect",
+        ),
+        ({"kind": OptimiserKind.ADAFACTOR, "first_moment": AccumulatorDtype.BFLOAT16}, "or optimiser.beta1 to 0.9"),
         ({"kind": OptimiserKind.SCHEDULE_FREE, "decay": Decay.COSINE}, "decay=cosine: schedule_free"),
         ({"kind": OptimiserKind.SCHEDULE_FREE, "beta1": 0.0}, "beta1=0: schedule_free"),
         ({"beta1": 1.0}, "beta1=1.0 is out of range"),
@@ -259,7 +264,7 @@ def test_number_that_an_optimiser_does_not_take_is_refused_with_a_remedy(options
 @EVERY_KIND
 def test_every_number_that_an_optimiser_takes_has_an_effect(kind: OptimiserKind) -> None:
     given = {"beta1": 0.5, "beta2": 0.5, "epsilon": 0.1, "weight_decay": 0.5}
-    given = {name: value for name, value in given.items() if optimiser.USUAL[kind]._asdict()[name] is not None}
+    given = {name: value for name, value in given.items() if optimiser.DEFAULTS[kind]._asdict()[name] is not None}
     dataclasses.replace(config_of(kind), **given).check()
 
     numbers = jnp.array([0.1, 0.2, 0.3])
@@ -301,7 +306,7 @@ def skipping(**options: Any) -> TrainConfig:
     return dataclasses.replace(
         base,
         training=dataclasses.replace(base.training, on_nonfinite=OnNonfinite.SKIP),
-        ema=dataclasses.replace(base.ema, dtype=Stored.BFLOAT16),
+        ema=dataclasses.replace(base.ema, dtype=AccumulatorDtype.BFLOAT16),
     )
 
 
@@ -391,7 +396,7 @@ def test_rounding_at_random_is_right_on_average_and_to_a_neighbour() -> None:
 
 def test_bfloat16_average_follows_changes_far_below_its_digits() -> None:
     """Rounded to the nearest it would never move: 1e-3 of the way from 1 to 2 is an eighth of its last digit."""
-    config = EmaConfig(EmaKind.CONSTANT, decay=0.999, dtype=Stored.BFLOAT16)
+    config = EmaConfig(EmaKind.CONSTANT, decay=0.999, dtype=AccumulatorDtype.BFLOAT16)
     params = {"kernel": jnp.full(2000, 2.0)}
     average = start(config, {"kernel": jnp.ones(2000)})
     assert average is not None
@@ -411,7 +416,8 @@ def test_bfloat16_average_follows_changes_far_below_its_digits() -> None:
 def test_bfloat16_average_leaves_the_parameters_as_they_are() -> None:
     """Its rounding draws from a key of its own."""
     exact, rounded = (
-        toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(dtype=stored)), count=3)[-1] for stored in Stored
+        toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(dtype=stored)), count=3)[-1]
+        for stored in AccumulatorDtype
     )
     assert identical(exact.params, rounded.params)
     assert identical(exact.optimiser, rounded.optimiser)
@@ -434,7 +440,7 @@ def test_without_an_average_the_parameters_are_sampled_from() -> None:
         (EmaConfig(EmaKind.NONE, decay=0.9), "no effect with ema.kind=none"),
         (EmaConfig(relative_std=0.1), r"relative_std=0.1 has no effect .* ema.kind=warmup.* or set ema.kind=power"),
         (EmaConfig(EmaKind.POWER, relative_std=0.3), "relative_std=0.3 is out of range"),
-        (EmaConfig(EmaKind.NONE, dtype=Stored.BFLOAT16), "dtype=bfloat16 has no effect"),
+        (EmaConfig(EmaKind.NONE, dtype=AccumulatorDtype.BFLOAT16), "dtype=bfloat16 has no effect"),
     ],
 )
 def test_average_that_makes_no_sense_is_refused(config: EmaConfig, said: str) -> None:

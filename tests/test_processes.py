@@ -1,6 +1,6 @@
-"""What hosts promise each other: to stop at the same place, to name who differs, not to wait for ever.
+"""What processes promise each other: to stop at the same place, to name who differs, not to wait for ever.
 
-Several hosts are threads here, around a coordination service of a few lines; real processes are in test_killing.py.
+Several processes are threads here, around a coordination service of a few lines; real processes are in test_killing.py.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.training import processes as hosting
 from sdxl_jax.training import setup
-from sdxl_jax.training.processes import HostFailed, Hosts, Interrupted
+from sdxl_jax.training.processes import Interrupted, Processes, ProcessFailed
 
 
 class Service:
-    """What Hosts uses of jax's client of the coordination service."""
+    """What Processes uses of jax's client of the coordination service."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -54,26 +54,26 @@ class Service:
 
 
 @pytest.fixture
-def three(monkeypatch: pytest.MonkeyPatch) -> list[Hosts]:
-    """Hosts of one run, not entered: entering is done in their threads."""
+def three(monkeypatch: pytest.MonkeyPatch) -> list[Processes]:
+    """Processes of one run, not entered: entering is done in their threads."""
     service = Service()
     made = []
     monkeypatch.setattr(hosting.jax.distributed, "shutdown", lambda: None)
     monkeypatch.setattr(hosting.atexit, "register", lambda *_: None)
 
-    def join(self: Hosts) -> None:
+    def join(self: Processes) -> None:
         threading.Thread(target=self._listen, daemon=True).start()
 
-    monkeypatch.setattr(Hosts, "_join", join)
+    monkeypatch.setattr(Processes, "_join", join)
     for index in range(3):
-        host = Hosts(1.0)
-        host.index, host.count, host._client, host._prefix = index, 3, service, "test"
-        made.append(host)
+        process = Processes(1.0)
+        process.index, process.count, process._client, process._prefix = index, 3, service, "test"
+        made.append(process)
     return made
 
 
 @pytest.fixture
-def codes(three: list[Hosts], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def codes(three: list[Processes], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What the processes would exit with."""
     del three  # which registers nothing
     found = list[int]()
@@ -81,143 +81,143 @@ def codes(three: list[Hosts], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def together(hosts: list[Hosts], program: Any) -> list[Any]:
-    """What program(host) returns, or raises, for each host in a thread of its own."""
+def together(processes: list[Processes], program: Any) -> list[Any]:
+    """What program(process) returns, or raises, for each process in a thread of its own."""
 
-    def run(host: Hosts) -> Any:
+    def run(process: Processes) -> Any:
         try:
-            with host:
-                return program(host)
+            with process:
+                return program(process)
         except BaseException as error:
             return error
 
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return list(pool.map(run, hosts))
+    with ThreadPoolExecutor(len(processes)) as pool:
+        return list(pool.map(run, processes))
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_signal_on_any_host_stops_all_after_the_same_step(three: list[Hosts], seed: int) -> None:
+def test_a_signal_on_any_process_stops_all_after_the_same_step(three: list[Processes], seed: int) -> None:
     rng = np.random.default_rng(seed)
     pauses = rng.uniform(0, 0.02, (3, 1000))
     told, at = int(rng.integers(3)), int(rng.integers(5, 30))
     made = [0, 0, 0]
 
-    def program(host: Hosts) -> int:
+    def program(process: Processes) -> int:
         try:
             for step in range(1000):
-                time.sleep(pauses[host.index, step])
-                if host.index == told and step == at:
-                    host._signalled = "SIGTERM"
-                host.point()
-                made[host.index] += 1
+                time.sleep(pauses[process.index, step])
+                if process.index == told and step == at:
+                    process._signalled = "SIGTERM"
+                process.point()
+                made[process.index] += 1
         except Interrupted as stopped:
-            assert f"SIGTERM on host {told}" == stopped.signal_name
-        return made[host.index]
+            assert f"SIGTERM on process {told}" == stopped.signal_name
+        return made[process.index]
 
     assert len(set(together(three, program))) == 1
     assert at <= made[0] < 1000
 
 
-def test_a_signal_is_heard_while_work_is_waited_for_unless_another_host_is_past_it(three: list[Hosts]) -> None:
-    """Two hosts are compiling what the third has compiled: they finish. Behind it, all leave their work where it is."""
+def test_a_signal_is_heard_while_work_is_waited_for_unless_another_process_is_past_it(three: list[Processes]) -> None:
+    """Two processes are compiling what the third has compiled: they finish. After it, all leave their work where it is."""
     past = threading.Event()
 
-    def program(host: Hosts) -> float:
-        if host.index == 0:
-            host.point()
+    def program(process: Processes) -> float:
+        if process.index == 0:
+            process.point()
             past.set()
-            host._signalled = "SIGTERM"
+            process._signalled = "SIGTERM"
         else:
             past.wait()
-            host.wait(lambda: time.sleep(1))
-            host.point()
+            process.wait(lambda: time.sleep(1))
+            process.point()
         began = time.monotonic()
         with pytest.raises(Interrupted):
-            host.wait(lambda: time.sleep(5))
+            process.wait(lambda: time.sleep(5))
         return time.monotonic() - began
 
     assert max(together(three, program)) < 4
 
 
-def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[Hosts]) -> None:
-    """The last checkpoint: hosts agree on it, and one is slow; its helper is still busy with what it left."""
+def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[Processes]) -> None:
+    """The last checkpoint: processes agree on it, and one is slow; its helper is still busy with what it left."""
 
-    def program(host: Hosts) -> list[str]:
-        if host.index == 0:
-            host._signalled = "SIGTERM"
+    def program(process: Processes) -> list[str]:
+        if process.index == 0:
+            process._signalled = "SIGTERM"
         with pytest.raises(Interrupted):
-            host.wait(lambda: time.sleep(4))
-        time.sleep(host.index)
+            process.wait(lambda: time.sleep(4))
+        time.sleep(process.index)
         began = time.monotonic()
-        said = host.gather(f"saved by {host.index}")
+        said = process.gather(f"saved by {process.index}")
         assert time.monotonic() - began < 3
         return said
 
     assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
 
 
-def test_what_a_host_told_before_the_stop_is_not_taken_for_what_it_tells_after(three: list[Hosts]) -> None:
+def test_what_a_process_told_before_the_stop_is_not_taken_for_what_it_tells_after(three: list[Processes]) -> None:
     """One has compiled the next bucket's step and has said so, the others are stopped compiling; then all save."""
 
-    def program(host: Hosts) -> list[str]:
-        host.point()
+    def program(process: Processes) -> list[str]:
+        process.point()
         with pytest.raises(Interrupted):
-            if host.index:
-                host.wait(lambda: time.sleep(4))
+            if process.index:
+                process.wait(lambda: time.sleep(4))
             else:
-                host._signalled = "SIGTERM"
-                host.gather("compiled")
-        return host.gather(f"saved by {host.index}", stops=False)
+                process._signalled = "SIGTERM"
+                process.gather("compiled")
+        return process.gather(f"saved by {process.index}", stops=False)
 
     assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
 
 
-def test_hosts_that_agree_on_a_checkpoint_are_not_stopped_within(three: list[Hosts]) -> None:
-    """Else one host would begin it again while another has it."""
+def test_processes_that_agree_on_a_checkpoint_are_not_stopped_within(three: list[Processes]) -> None:
+    """Else one process would begin it again while another has it."""
 
-    def program(host: Hosts) -> int:
-        if host.index == 0:
-            host._signalled = "SIGTERM"
-        time.sleep(host.index)
-        written = len(host.gather("", stops=False))
+    def program(process: Processes) -> int:
+        if process.index == 0:
+            process._signalled = "SIGTERM"
+        time.sleep(process.index)
+        written = len(process.gather("", stops=False))
         with pytest.raises(Interrupted):
-            host.point()
+            process.point()
         return written
 
     assert together(three, program) == [3] * 3
 
 
-def test_hosts_gather_in_order(three: list[Hosts]) -> None:
+def test_processes_gather_in_order(three: list[Processes]) -> None:
     assert (
-        together(three, lambda host: (host.gather(f"a{host.index}"), host.gather("b")))
+        together(three, lambda process: (process.gather(f"a{process.index}"), process.gather("b")))
         == [(["a0", "a1", "a2"], ["b", "b", "b"])] * 3
     )
 
 
-def test_a_host_that_differs_is_named_on_all_hosts(three: list[Hosts], tmp_path: Path) -> None:
-    config = tiny.train_config(tiny.make_folder(tmp_path / "pictures"))
+def test_a_process_that_differs_is_named_on_all_processes(three: list[Processes], tmp_path: Path) -> None:
+    config = tiny.train_config(tiny.make_folder(tmp_path / "images"))
     dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
 
-    def program(host: Hosts) -> None:
-        training = dataclasses.replace(config.training, seed=int(host.index == 2))
-        host.compare(setup._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
+    def program(process: Processes) -> None:
+        training = dataclasses.replace(config.training, seed=int(process.index == 2))
+        process.compare(setup._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
 
     for outcome in together(three, program):
         assert isinstance(outcome, InputError)
-        assert "host 2: configuration.training.seed: 0 -> 1" in str(outcome)
-        assert "host 1" not in str(outcome)
+        assert "process 2: configuration.training.seed: 0 -> 1" in str(outcome)
+        assert "process 1" not in str(outcome)
 
 
-def test_a_failure_on_one_host_ends_the_others_with_its_message(three: list[Hosts]) -> None:
-    def program(host: Hosts) -> None:
-        if host.index == 1:
+def test_a_failure_on_one_process_ends_the_others_with_its_message(three: list[Processes]) -> None:
+    def program(process: Processes) -> None:
+        if process.index == 1:
             raise InputError("its disk is full")
-        host.wait(lambda: time.sleep(8))
+        process.wait(lambda: time.sleep(8))
 
     outcomes = together(three, program)
     for index in (0, 2):
-        assert isinstance(outcomes[index], HostFailed)
-        assert str(outcomes[index]) == "Host 1 stopped: InputError: its disk is full"
+        assert isinstance(outcomes[index], ProcessFailed)
+        assert str(outcomes[index]) == "Process 1 stopped: InputError: its disk is full"
 
 
 FAULTS = [
@@ -231,42 +231,42 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "code"), FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
 def test_all_processes_end_with_the_code_of_the_one_whose_fault_it_was(
-    three: list[Hosts], codes: list[int], fault: Exception, code: int
+    three: list[Processes], codes: list[int], fault: Exception, code: int
 ) -> None:
     """Also one that learns of it by an error of its own: its collective fails when the other one has gone."""
     gone = threading.Event()
 
-    def program(host: Hosts) -> None:
-        if host.index == 1:
+    def program(process: Processes) -> None:
+        if process.index == 1:
             raise fault
-        if host.index == 2:
+        if process.index == 2:
             gone.wait(8)
             raise ConnectionError("the other side of a collective has gone")
         try:
-            host.wait(lambda: time.sleep(8))
+            process.wait(lambda: time.sleep(8))
         finally:
             gone.set()
 
     outcomes = together(three, program)
     assert outcomes[1] is fault
     for index in (0, 2):
-        assert isinstance(outcomes[index], HostFailed)
+        assert isinstance(outcomes[index], ProcessFailed)
         assert not isinstance(outcomes[index], InputError)
         assert (outcomes[index].code, str(outcomes[index])) == (
             code,
-            f"Host 1 stopped: {type(fault).__name__}: {fault}",
+            f"Process 1 stopped: {type(fault).__name__}: {fault}",
         )
     assert codes == [code] * 3
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_all_processes_end_with_the_code_of_the_signal_that_one_has_heard(
-    three: list[Hosts], codes: list[int], name: str, code: int
+    three: list[Processes], codes: list[int], name: str, code: int
 ) -> None:
-    def program(host: Hosts) -> None:
-        if host.index == 2:
-            host._signalled = name
-        host.wait(lambda: time.sleep(8))
+    def program(process: Processes) -> None:
+        if process.index == 2:
+            process._signalled = name
+        process.wait(lambda: time.sleep(8))
 
     outcomes = together(three, program)
     assert [outcome.code for outcome in outcomes] == [code] * 3
@@ -274,7 +274,7 @@ def test_all_processes_end_with_the_code_of_the_signal_that_one_has_heard(
 
 
 def test_a_process_that_does_not_react_is_ended_with_the_others_code(
-    three: list[Hosts], monkeypatch: pytest.MonkeyPatch
+    three: list[Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = list[int]()
     monkeypatch.setattr(hosting, "_GRACE_SECONDS", 0.1)
@@ -288,34 +288,34 @@ def test_a_process_that_does_not_react_is_ended_with_the_others_code(
 
 def test_one_process_stops_at_its_next_point_and_gets_its_handlers_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(Interrupted) as stopped, Hosts(1.0) as hosts:
-        assert (hosts.is_first, hosts.count, hosts.gather("alone")) == (True, 1, ["alone"])
-        hosts.point()
+    with pytest.raises(Interrupted) as stopped, Processes(1.0) as processes:
+        assert (processes.is_first, processes.count, processes.gather("alone")) == (True, 1, ["alone"])
+        processes.point()
         os.kill(os.getpid(), signal.SIGTERM)
-        hosts.point()
+        processes.point()
     assert (stopped.value.code, stopped.value.signal_name) == (143, "SIGTERM")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_signal_after_the_last_step_stops_nothing() -> None:
     """No work is left: the last checkpoint is written, and the process ends with 0."""
-    with Hosts(1.0) as hosts:
-        hosts.point()
+    with Processes(1.0) as processes:
+        processes.point()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert hosts.wait(lambda: "saved", stops=False) == "saved"
+        assert processes.wait(lambda: "saved", stops=False) == "saved"
 
 
 def test_an_error_in_what_is_waited_for_is_raised() -> None:
-    with pytest.raises(ZeroDivisionError), Hosts(1.0) as hosts:
-        hosts.wait(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), Processes(1.0) as processes:
+        processes.wait(lambda: 1 / 0)
 
 
 ALONE = """
 import sys
 from sdxl_jax.errors import TOLD
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.processes import Processes
 try:
-    with Hosts(1.0):
+    with Processes(1.0):
         pass
 except TOLD as error:
     print(f"refused: {error}", file=sys.stderr)
@@ -329,7 +329,7 @@ except TOLD as error:
         (
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
             1,
-            "refused: Not all processes of this run joined within hosts.join_timeout_seconds=1. This one has "
+            "refused: Not all processes of this run joined within processes.join_timeout_seconds=1. This one has "
             "JAX_COORDINATOR_ADDRESS=localhost:1, JAX_NUM_PROCESSES=2, JAX_PROCESS_ID=1",
         ),
         (
@@ -340,7 +340,7 @@ except TOLD as error:
         ({"JAX_NUM_PROCESSES": "two"}, 2, "refused: The environment has JAX_NUM_PROCESSES='two'. Give a whole number"),
     ],
 )
-def test_hosts_that_cannot_join_say_why(environment: dict[str, str], code: int, message: str) -> None:
+def test_processes_that_cannot_join_say_why(environment: dict[str, str], code: int, message: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ALONE],
         env=os.environ | environment,

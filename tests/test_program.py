@@ -1,6 +1,6 @@
-"""Every way to draw: in parts or as one program, guidance of all kinds, refiners, pictures to start from, long prompts.
+"""Every way to draw: in parts or as one program, guidance of all kinds, refiners, images to start from, long prompts.
 
-Models are tiny, with random weights. What the pictures should be like is known from other pictures: of the same way
+Models are tiny, with random weights. What the images should be like is known from other images: of the same way
 asked for in other words, or of its limit. Agreement with diffusers is in `parity/`.
 """
 
@@ -25,15 +25,15 @@ from sdxl_jax import sharding
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import Model, ModelConfig, NoPrompt
+from sdxl_jax.model import Model, ModelConfig, UnconditionalKind
 from sdxl_jax.models import vae
 from sdxl_jax.models.layers import Compute, Dtype
-from sdxl_jax.models.unet import Part
+from sdxl_jax.models.unet import UNetPart
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Sigmas, Spacing
 from sdxl_jax.sampling import program
-from sdxl_jax.sampling.generate import Generated, Seen, _Job, generate, image_to_image, inpaint, refine
+from sdxl_jax.sampling.generate import Generated, StepState, _Job, generate, image_to_image, inpaint, refine
 from sdxl_jax.sampling.options import Options, Position
-from sdxl_jax.sampling.plan import Begin, Terms, way
+from sdxl_jax.sampling.plan import SegmentStart, Terms, plan_segments
 from sdxl_jax.sharding import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -41,14 +41,14 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = ["a red cube", "two green birds"]
 SETTINGS: dict[str, Any] = {"height": 16, "width": 24, "steps": 4, "batch_size": 2}
 SAME, EFFECT = 1e-4, 1e-3
-"""Of the largest latent. The same picture from another program: float32 sums in another order, through four steps of
+"""Of the largest latent. The same image from another program: float32 sums in another order, through four steps of
 the network, guided; and what counts as an effect: ten times that."""
 
 REFINER: ModelConfig = dataclasses.replace(
     MODEL,
     text=MODEL.text[-1:],
     micro=MicroConfig(Numbers.SIZE_CROP_AESTHETIC, MODEL.micro.embedding_dim if MODEL.micro else 8),
-    no_prompt=NoPrompt.EMPTY,
+    unconditional=UnconditionalKind.EMPTY,
 )
 REFINER = dataclasses.replace(
     REFINER,
@@ -107,7 +107,7 @@ LEFT[:, :8] = True
 def test_one_program_three_programs_and_single_steps_draw_the_same(options: dict[str, Any], model: Model) -> None:
     three = generate(model, PROMPTS, **options, **SETTINGS)
     one = generate(model, PROMPTS, one_program=True, **options, **SETTINGS)
-    steps = generate(model, PROMPTS, watch=lambda seen: None, **options, **SETTINGS)
+    steps = generate(model, PROMPTS, callback=lambda seen: None, **options, **SETTINGS)
     for other in (one, steps):
         assert unlike(other, three) < SAME
         assert np.abs(other.images.astype(int) - three.images).max() <= 1
@@ -132,11 +132,11 @@ def test_whatever_keeps_its_shape_compiles_nothing(one_program: bool, model: Mod
 
 
 def test_watched_another_number_of_steps_and_another_sampler_compile_nothing(model: Model) -> None:
-    watch: Callable[[Seen], None] = lambda seen: None  # noqa: E731
-    generate(model, PROMPTS, watch=watch, **SETTINGS)
+    callback: Callable[[StepState], None] = lambda seen: None  # noqa: E731
+    generate(model, PROMPTS, callback=callback, **SETTINGS)
     before = compiled()
-    generate(model, PROMPTS, watch=watch, **{**SETTINGS, "steps": 7})
-    generate(model, PROMPTS, watch=watch, sampler="ddim", **SETTINGS)
+    generate(model, PROMPTS, callback=callback, **{**SETTINGS, "steps": 7})
+    generate(model, PROMPTS, callback=callback, sampler="ddim", **SETTINGS)
     assert compiled() == before
 
 
@@ -146,14 +146,14 @@ def test_weights_on_a_mesh_of_one_compile_a_step_once(model: Model, pictures: Ge
     placed = model._replace(params=sharding.put(mesh, model.params))
     denoise: Any = program.STAGED.denoise
     before = denoise._cache_size()
-    made = generate(placed, PROMPTS, watch=lambda seen: None, **SETTINGS)
+    made = generate(placed, PROMPTS, callback=lambda seen: None, **SETTINGS)
     assert denoise._cache_size() == before + 1
     assert unlike(made, pictures) < SAME
 
 
 def test_a_watcher_sees_every_step_and_ends_at_the_latent(model: Model) -> None:
-    seen: list[Seen] = []
-    made = generate(model, [*PROMPTS, "three"], watch=seen.append, **SETTINGS)
+    seen: list[StepState] = []
+    made = generate(model, [*PROMPTS, "three"], callback=seen.append, **SETTINGS)
     assert [(each.step, each.steps) for each in seen] == [(step, 4) for step in (1, 2, 3, 4)] * 2
     assert [(each.first, each.images) for each in seen] == [(0, 2)] * 4 + [(2, 1)] * 4
     np.testing.assert_allclose(seen[3].x0, made.latents[:2], atol=1e-6)
@@ -161,12 +161,12 @@ def test_a_watcher_sees_every_step_and_ends_at_the_latent(model: Model) -> None:
 
 
 def test_a_watcher_that_raises_ends_the_drawing(model: Model) -> None:
-    def stop(seen: Seen) -> None:
+    def stop(seen: StepState) -> None:
         if seen.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        generate(model, PROMPTS, watch=stop, **SETTINGS)
+        generate(model, PROMPTS, callback=stop, **SETTINGS)
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_sequential_guidance_is_batched_guidance(model: Model, pictures: Generat
 
 
 def evaluations(monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -> list[int]:
-    """Rows that the network is asked for in each step of one picture."""
+    """Rows that the network is asked for in each step of one image."""
     rows: list[int] = []
 
     def spy(*given: Any, state: Any, terms: Terms, **static: Any) -> Any:
@@ -225,7 +225,7 @@ def evaluations(monkeypatch: pytest.MonkeyPatch, model: Model, **options: Any) -
 
     with monkeypatch.context() as patch:
         patch.setattr(program, "STAGED", program.STAGED._replace(denoise=spy))
-        generate(model, PROMPTS[:1], watch=lambda seen: None, **{**SETTINGS, "batch_size": 1}, **options)
+        generate(model, PROMPTS[:1], callback=lambda seen: None, **{**SETTINGS, "batch_size": 1}, **options)
     return rows
 
 
@@ -248,13 +248,15 @@ def test_guidance_over_no_step_is_none_and_over_all_is_all(model: Model, picture
 
 
 @pytest.mark.slow
-def test_perturbed_attention_and_rescaling_change_the_picture_by_their_strength(
+def test_perturbed_attention_and_rescaling_change_the_image_by_their_strength(
     model: Model, pictures: Generated
 ) -> None:
     for name, nearly, much in (("pag", 1e-5, 2.0), ("guidance_rescale", 1e-5, 0.7)):
         assert unlike(generate(model, PROMPTS, **{name: nearly}, **SETTINGS), pictures) < SAME
         assert unlike(generate(model, PROMPTS, **{name: much}, **SETTINGS), pictures) > EFFECT
-    parts = [generate(model, PROMPTS, pag=2.0, pag_parts=each, **SETTINGS) for each in ((Part.MIDDLE,), (Part.UP,))]
+    parts = [
+        generate(model, PROMPTS, pag=2.0, pag_parts=each, **SETTINGS) for each in ((UNetPart.MIDDLE,), (UNetPart.UP,))
+    ]
     assert unlike(*parts) > EFFECT
 
 
@@ -273,29 +275,32 @@ def test_a_distilled_model_is_drawn_from_without_guidance(model: Model) -> None:
 
 def test_the_refiner_takes_over_where_it_is_told_to(model: Model, refiner: Model) -> None:
     options = Options(steps=20, handoff=0.8)
-    legs, stretches = way(MODEL, REFINER, options)
-    assert [(leg.model, leg.begin, len(each.plan.timestep)) for leg, each in zip(legs, stretches, strict=True)] == [
-        (0, Begin.NOISE, 16),
-        (1, Begin.HAND_OVER, 4),
+    segments, segment_arrays = plan_segments(MODEL, REFINER, options)
+    assert [
+        (segment.model, segment.start_segment, len(each.plan.timestep))
+        for segment, each in zip(segments, segment_arrays, strict=True)
+    ] == [
+        (0, SegmentStart.NOISE, 16),
+        (1, SegmentStart.HAND_OVER, 4),
     ]
-    assert stretches[0].plan.timestep.min() >= 200 > stretches[1].plan.timestep.max()
-    np.testing.assert_array_equal(stretches[0].plan.next_sigma_t[-1], stretches[1].plan.sigma_t[0])
-    assert int(stretches[1].first) == 16
+    assert segment_arrays[0].plan.timestep.min() >= 200 > segment_arrays[1].plan.timestep.max()
+    np.testing.assert_array_equal(segment_arrays[0].plan.next_sigma_t[-1], segment_arrays[1].plan.sigma_t[0])
+    assert int(segment_arrays[1].first) == 16
 
 
 @pytest.mark.slow
 def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model: Model, pictures: Generated) -> None:
-    """But for samplers that remember, Euler does not: the way in two legs is the way in one."""
+    """But for samplers that remember, Euler does not: the way in two segments is the way in one."""
     twin = model._replace(config=dataclasses.replace(MODEL))
-    legs, stretches = way(MODEL, MODEL, Options(steps=4, handoff=0.5))
-    whole, _ = way(MODEL, None, Options(steps=4))
-    assert [leg.model for leg in legs] == [0, 1]
+    segments, segment_arrays = plan_segments(MODEL, MODEL, Options(steps=4, handoff=0.5))
+    whole, _ = plan_segments(MODEL, None, Options(steps=4))
+    assert [segment.model for segment in segments] == [0, 1]
     assert len(whole) == 1
-    recipe = program.Recipe((MODEL, MODEL), False, legs, Compute(), None)
+    recipe = program.Recipe((MODEL, MODEL), False, segments, Compute(), None)
     job = _Job(model, None, PROMPTS, None, None, None, None, Options(**SETTINGS))
     inputs = program.Inputs(
         params=(model.params, twin.params),
-        stretches=stretches,
+        segment_arrays=segment_arrays,
         strengths=program.Strengths(*map(np.float32, (5, 0, 0))),
         scale=np.float32(1),
         **job.rows,
@@ -305,7 +310,7 @@ def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model
 
 
 @pytest.mark.slow
-def test_a_refiner_changes_the_picture_in_both_ways_and_more_if_it_has_more_steps(
+def test_a_refiner_changes_the_image_in_both_ways_and_more_if_it_has_more_steps(
     model: Model, refiner: Model, pictures: Generated
 ) -> None:
     made = [
@@ -354,18 +359,18 @@ def test_a_refiner_that_breaks_is_named(model: Model, refiner: Model) -> None:
 
 
 @pytest.mark.slow
-def test_a_refiners_pictures_do_not_depend_on_the_batch(model: Model, refiner: Model) -> None:
+def test_a_refiners_images_do_not_depend_on_the_batch(model: Model, refiner: Model) -> None:
     for given in ({"handoff": 0.5}, {"refine_strength": 0.5}):
         together = generate(model, PROMPTS, refiner=refiner, **given, **SETTINGS)
         alone = generate(model, PROMPTS, refiner=refiner, **given, **{**SETTINGS, "batch_size": 1})
         assert unlike(alone, together) < SAME
 
 
-# Pictures to start from
+# Images to start from
 
 
 @pytest.mark.slow
-def test_strength_says_how_much_is_left_of_the_picture(model: Model) -> None:
+def test_strength_says_how_much_is_left_of_the_image(model: Model) -> None:
     first = program.STAGED.encode(model.params["vae"], jnp.asarray(photograph()[None]), config=MODEL, compute=Compute())
 
     def distance(strength: float) -> float:
@@ -385,7 +390,7 @@ def test_init_images_of_any_size_are_fitted_and_name_the_size(model: Model) -> N
     assert image_to_image(model, PROMPTS[:1], photograph(40, 40), **SETTINGS).shape == (1, 16, 24, 3)
 
 
-def test_refining_a_picture_is_image_to_image_with_the_refiner(refiner: Model) -> None:
+def test_refining_an_image_is_image_to_image_with_the_refiner(refiner: Model) -> None:
     made = refine(refiner, PROMPTS[:1], photograph(), **SETTINGS)
     np.testing.assert_array_equal(made, image_to_image(refiner, PROMPTS[:1], photograph(), strength=0.3, **SETTINGS))
 
@@ -433,7 +438,7 @@ def test_a_unet_of_nine_channels_is_shown_mask_and_rest(monkeypatch: pytest.Monk
     encoded = jax.jit(functools.partial(vae.encode, PAINTER.vae))(painter.params["vae"], jnp.asarray(rest[None])).mean
     np.testing.assert_allclose(shown[0, ..., 1:], PAINTER.vae.scale * encoded[0], atol=1e-5)
     assert unlike(again, made) < SAME
-    # What is left of the picture has a say.
+    # What is left of the image has a say.
     other = generate(painter, PROMPTS, init_image=photograph()[::-1].copy(), mask=LEFT, **SETTINGS)
     assert unlike(other, made) > EFFECT
 
@@ -465,7 +470,7 @@ def test_weights_are_text_unless_they_are_asked_for(model: Model, pictures: Gene
 
 
 @pytest.mark.slow
-def test_a_picture_decoded_in_tiles_is_the_picture(model: Model) -> None:
+def test_an_image_decoded_in_tiles_is_the_image(model: Model) -> None:
     settings: dict[str, Any] = {"height": 160, "width": 200, "steps": 1, "guidance": 1.0}
     whole = generate(model, PROMPTS[:1], **settings)
     tiles = generate(model, PROMPTS[:1], decode_tile=128, **settings)
@@ -523,17 +528,17 @@ def test_steps_whose_weights_are_not_finite_are_refused_with_the_most_that_work(
 
     monkeypatch.setitem(SAMPLERS, "euler", dataclasses.replace(real, moments=moments))
     with pytest.raises(InputError, match=r"steps=20: sampler euler has non-finite weights.*The most that work are 12"):
-        way(MODEL, None, Options(steps=20))
+        plan_segments(MODEL, None, Options(steps=20))
     # A schedule whose first timestep has no noise at all.
     clean = dataclasses.replace(MODEL, schedule=dataclasses.replace(MODEL.schedule, beta_start=0.0))
     with pytest.raises(InputError, match="Choose another sampler or timestep_spacing"):
-        way(clean, None, Options(sampler="euler_ancestral", timestep_spacing=Spacing.LINSPACE, steps=3))
+        plan_segments(clean, None, Options(sampler="euler_ancestral", timestep_spacing=Spacing.LINSPACE, steps=3))
 
 
 def test_noise_prediction_from_nothing_but_noise_is_refused() -> None:
     config = dataclasses.replace(MODEL, schedule=dataclasses.replace(MODEL.schedule, zero_terminal_snr=True))
     with pytest.raises(InputError, match=r"zero terminal SNR.*--prediction v_prediction"):
-        way(config, None, Options(sampler="ddim", timestep_spacing=Spacing.TRAILING))
+        plan_segments(config, None, Options(sampler="ddim", timestep_spacing=Spacing.TRAILING))
 
 
 def test_refiners_and_bases_are_not_taken_for_each_other(model: Model, refiner: Model) -> None:
@@ -563,7 +568,7 @@ def test_families_that_have_no_effect_of_a_spacing_are_few() -> None:
 
 
 @pytest.mark.slow
-def test_a_picture_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
+def test_an_image_does_not_depend_on_the_mesh(tmp_path: Path) -> None:
     script = Path(__file__).with_name("sharded_sampling.py")
     environment = compiling.environment(tmp_path / "compiled", devices=4)
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)

@@ -17,8 +17,8 @@ from tiny import MODEL
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.conditioning import text
-from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, PromptTokens, chunk_ends, pieces
-from sdxl_jax.conditioning.text import ContextState, TextCondition, Tokenizer, Tower
+from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, PromptTokens, chunk_ends, weighted_texts
+from sdxl_jax.conditioning.text import ContextState, TextConditioning, Tokenizer, Tower
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import clip
 from sdxl_jax.models.layers import abstract
@@ -96,7 +96,7 @@ def with_tokens(tower: Tower, *added: str) -> Tower:
         ("(sun:1)flower", [("sunflower", 1)]),
         ("sun()[](:2)flower", [("sunflower", 1)]),
         ("(sun)(flower)", [("sunflower", 1.1)]),
-        # A colon without a number and the end behind it is text, and so is what is escaped.
+        # A colon without a number and the end after it is text, and so is what is escaped.
         ("a: b, (c:d), (at 10:30am)", [("a: b, ", 1), ("c:d", 1.1), (", ", 1), ("at 10:30am", 1.1)]),
         ("(cat:)", [("cat:", 1.1)]),
         ("10:30 1.5", [("10:30 1.5", 1)]),
@@ -109,7 +109,7 @@ def with_tokens(tower: Tower, *added: str) -> Tower:
     ],
 )
 def test_weights_are_read_as_they_are_written(prompt: str, expected: list[tuple[str, float]]) -> None:
-    found = pieces(prompt)
+    found = weighted_texts(prompt)
     assert [piece.text for piece in found] == [words for words, _ in expected]
     # To the last bit of float32: two roundings of float64 are far below it.
     assert [piece.weight for piece in found] == [float(np.float32(weight)) for _, weight in expected]
@@ -139,7 +139,7 @@ def test_weights_are_read_as_they_are_written(prompt: str, expected: list[tuple[
 )
 def test_weights_that_cannot_be_meant_are_refused_with_the_place(prompt: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        pieces(prompt)
+        weighted_texts(prompt)
     with pytest.raises(InputError, match=message):
         TOKENIZER.prompts(["fine", prompt], weighted=True)
     TOKENIZER.prompts(["fine", prompt])  # brackets are text unless asked for
@@ -277,7 +277,7 @@ def test_shorter_prompts_are_filled_with_the_empty_prompt() -> None:
         (60, 15, [61, 15]),
     ],
 )
-def test_a_chunk_ends_behind_a_comma_if_there_is_one_near_its_end(before: int, after: int, expected: list[int]) -> None:
+def test_a_chunk_ends_after_a_comma_if_there_is_one_near_its_end(before: int, after: int, expected: list[int]) -> None:
     prompt = "cat " * before + ", " + "cat " * after
     chunks = TOKENIZER.prompts([prompt], CHUNKS).tokens["text_encoder_2"][0]
     assert counts(chunks) == expected
@@ -385,7 +385,7 @@ def params() -> Params:
 
 
 @functools.partial(jax.jit, static_argnames="towers")
-def states(params: Params, prompts: PromptTokens, towers: tuple[Tower, ...] = TOWERS) -> TextCondition:
+def states(params: Params, prompts: PromptTokens, towers: tuple[Tower, ...] = TOWERS) -> TextConditioning:
     return text.encode_prompts(towers, params, prompts)
 
 
@@ -423,7 +423,7 @@ def test_a_weight_moves_a_state_away_from_the_empty_prompts_at_the_same_place(pa
     plain = np.asarray(states(params, TOKENIZER.prompts([prompt, "dog"], CHUNKS)).context)[0]
     given = np.asarray(states(params, TOKENIZER.prompts([weighted, "dog"], CHUNKS, weighted=True)).context)[0]
     empty = np.asarray(plain_states(params, TOKENIZER([""])).context)[0]
-    first = 77 + 2  # behind the start and the second "dog" in the second chunk
+    first = 77 + 2  # after the start and the second "dog" in the second chunk
     np.testing.assert_array_equal(given[first], empty[2])
     for number, weight in enumerate(weights):
         expected = empty[2 + number] + weight * (plain[first + number] - empty[2 + number])

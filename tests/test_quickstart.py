@@ -12,7 +12,7 @@ from sdxl_jax.data.buckets import assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.models import vae
-from sdxl_jax.quickstart import autoencoder, recipe, story
+from sdxl_jax.quickstart import autoencoder, recipe, run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation_unless_slow")
 
@@ -20,32 +20,32 @@ pytestmark = pytest.mark.usefixtures("quick_compilation_unless_slow")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
-    with zipfile.ZipFile(story.PICTURES) as archive:
+    with zipfile.ZipFile(run.PICTURES) as archive:
         archive.extractall(folder)
     return folder
 
 
-def test_embedded_pictures_fill_three_buckets_evenly_and_carry_their_licence(pictures: Path):
+def test_embedded_images_fill_three_buckets_evenly_and_carry_their_licence(pictures: Path):
     source = open_folder(pictures, verify=True)
-    counts = np.bincount(assign(source.sizes, tuple(story.SCORED)).bucket, minlength=3)
+    counts = np.bincount(assign(source.sizes, tuple(run.SCORED)).bucket, minlength=3)
     assert counts.tolist() == [32, 32, 32]
     assert len({source.captions(image) for image in range(len(source.sizes))}) == 60
     assert "MIT License" in (pictures / "LICENSE").read_text()
-    assert "MIT License" in story.PICTURES.with_name("PICTURES.md").read_text()
+    assert "MIT License" in run.PICTURES.with_name("PICTURES.md").read_text()
 
 
-def test_pictures_come_in_many_original_sizes(pictures: Path):
+def test_images_come_in_many_original_sizes(pictures: Path):
     longest = open_folder(pictures).sizes.max(axis=1)
     assert longest.min() < 60
     assert longest.max() > 240
 
 
 @pytest.mark.slow
-def test_shipped_autoencoder_is_small_and_gives_the_pictures_back(pictures: Path):
-    """28 dB on average over a quarter of them: what a stranger takes for the same picture. Measured 29.7 over all."""
+def test_shipped_autoencoder_is_small_and_gives_the_images_back(pictures: Path):
+    """28 dB on average over a quarter of them: what a stranger takes for the same image. Measured 29.7 over all."""
     assert autoencoder.WEIGHTS.stat().st_size < 5_000_000
     config, params = autoencoder.load()
-    for every, _ in story._examples(pictures).values():
+    for every, _ in run._examples(pictures).values():
         images = every[::4]
         latent = vae.encode(config, params, arrays.normalise(images)).mean * config.scale
         back = np.asarray(arrays.to_bytes(vae.decode(config, params, latent)), np.float64)
@@ -77,17 +77,17 @@ def test_recipe_fits_together():
     assert len(config.model.text) == 2
 
 
-def test_prompt_accuracy_is_one_for_the_training_pictures_and_none_for_wrong_captions(pictures: Path):
-    for images, captions in story._examples(pictures).values():
+def test_prompt_accuracy_is_one_for_the_training_images_and_none_for_wrong_captions(pictures: Path):
+    for images, captions in run._examples(pictures).values():
         assert all(hits(images, captions, images, captions))
         others = [next(other for other in captions if other != caption) for caption in captions]
         assert not any(hits(images, others, images, captions))
 
 
 def test_prompt_accuracy_of_noise_is_about_chance(pictures: Path):
-    """One caption in twenty; noise lies nearest to one or two pictures whatever is asked for."""
+    """One caption in twenty; noise lies nearest to one or two images whatever is asked for."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 128, 128, 3), np.uint8)
-    images, captions = story._examples(pictures)[recipe.BUCKETS[1]]  # pyright: ignore (a bucket is its pair)
+    images, captions = run._examples(pictures)[recipe.BUCKETS[1]]  # pyright: ignore (a bucket is its pair)
     asked = sorted(set(captions)) * 3
     assert np.mean(hits(noise, asked, images, captions)) < 0.15
 
@@ -95,7 +95,7 @@ def test_prompt_accuracy_of_noise_is_about_chance(pictures: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_quickstart_reaches_75_percent_prompt_accuracy(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    story.quickstart(tmp_path / "run", seed=seed)
+    run.quickstart(tmp_path / "run", seed=seed)
     accuracy = next(line for line in capsys.readouterr().out.splitlines() if "prompt accuracy" in line)
     trained, untrained = (float(part.split("%")[0].split()[-1]) for part in accuracy.split("untrained"))
     assert trained >= 75

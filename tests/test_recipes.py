@@ -28,7 +28,7 @@ from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Dtype, Remat
 from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import AXES, MeshConfig
-from sdxl_jax.smoke import SHRUNK, STEPS, tiny
+from sdxl_jax.smoke import SHRUNK, STEPS, smoke_config
 from sdxl_jax.training import loop
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.state import create, partition
@@ -57,9 +57,9 @@ def recipe(name: str) -> TrainConfig:
     return configuration.load(CONFIGS / f"{name}.py", TrainConfig)
 
 
-def test_every_recipe_is_tested_and_has_its_twin() -> None:
+def test_every_recipe_is_tested_and_has_its_smoke_configuration() -> None:
     assert {path.stem for path in CONFIGS.glob("*.py")} == {*NAMES, "quickstart", "quickstart_autoencoder"}
-    assert {path.stem for path in (CONFIGS / "tiny").glob("*.py")} == set(NAMES)
+    assert {path.stem for path in (CONFIGS / "smoke").glob("*.py")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,7 +85,7 @@ def test_recipe_is_of_the_published_size_and_fits_its_mesh(name: str) -> None:
     params = abstract_parameters(config.model)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params["unet"]))
     assert size == UNET_PARAMETERS.get(name, SDXL_BASE_PARAMETERS)
-    trained, frozen = partition(params, config.training.trains)
+    trained, frozen = partition(params, config.training.trainable)
     update = optimiser.make(config.optimiser, config.training.steps)
     state = jax.eval_shape(functools.partial(create, optimiser=update, config=config.ema), trained)
     arranged = config.mesh
@@ -113,20 +113,20 @@ def test_numbers_are_those_of_the_paper() -> None:
 
 
 def changed(name: str) -> set[str]:
-    full, twin = recipe(name), configuration.load(CONFIGS / "tiny" / f"{name}.py")
-    lines = configuration.differences(configuration.to_json(full), configuration.to_json(twin))
+    full, smoke = recipe(name), configuration.load(CONFIGS / "smoke" / f"{name}.py")
+    lines = configuration.differences(configuration.to_json(full), configuration.to_json(smoke))
     return {line.split(":", 1)[0] for line in lines}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_twin_differs_in_sizes_alone(name: str) -> None:
+def test_smoke_configuration_differs_in_sizes_alone(name: str) -> None:
     assert changed(name) <= set(SHRUNK)
-    full, twin = recipe(name), tiny(recipe(name))
-    assert (twin.compute, twin.loss, twin.ema) == (full.compute, full.loss, full.ema)
-    assert twin.compute.dtype is Dtype.BFLOAT16
-    assert twin.compute.remat is Remat.BLOCK
+    full, smoke = recipe(name), smoke_config(recipe(name))
+    assert (smoke.compute, smoke.loss, smoke.ema) == (full.compute, full.loss, full.ema)
+    assert smoke.compute.dtype is Dtype.BFLOAT16
+    assert smoke.compute.remat is Remat.BLOCK
     sizes = ("width", "layers", "heads", "mlp_width", "projection_dim")
-    for large, small in zip(full.model.text, twin.model.text, strict=True):
+    for large, small in zip(full.model.text, smoke.model.text, strict=True):
         same = {field: getattr(large.clip, field) for field in sizes}
         assert dataclasses.replace(small, clip=dataclasses.replace(small.clip, **same)) == large
 
@@ -140,7 +140,7 @@ class Chain(NamedTuple):
     configs: dict[str, TrainConfig]
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     """Eight in each of three shapes, two of the shapes long, with a score."""
     folder.mkdir(parents=True)
     rng, lines = np.random.default_rng(0), []
@@ -148,13 +148,13 @@ def make_pictures(folder: Path) -> None:
         height, width = [(64, 256), (130, 129), (260, 64)][number % 3]
         name = f"{number:02d}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": f"picture number {number}", "aesthetic": 4 + number / 10}))
+        lines.append(json.dumps({"file_name": name, "text": f"image number {number}", "aesthetic": 4 + number / 10}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def twin(name: str, root: Path) -> TrainConfig:
-    """Small pictures are kept, and none are drawn: the sampler has its own tests, and costs as much to compile."""
-    config = tiny(recipe(name), str(root))
+def smoke(name: str, root: Path) -> TrainConfig:
+    """Small images are kept, and none are drawn: the sampler has its own tests, and costs as much to compile."""
+    config = smoke_config(recipe(name), str(root))
     validation = dataclasses.replace(config.validation, every_steps=None)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, min_size=1), validation=validation)
 
@@ -169,9 +169,9 @@ def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Params:
 def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """Data and weights where the smoke configurations look for them."""
     root = tmp_path_factory.mktemp("recipes")
-    make_pictures(root / "data" / "shards")
+    make_images(root / "data" / "shards")
     (root / "weights").mkdir()
-    configs = {name: twin(name, root) for name in NAMES}
+    configs = {name: smoke(name, root) for name in NAMES}
     for number, (file, name) in enumerate(PUBLISHED.items()):
         config = configs[name].model
         params = random_parameters(config, np.random.default_rng(number))
@@ -198,7 +198,7 @@ def lines_of(chain: Chain, name: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_twin_trains(chain: Chain, name: str) -> None:
+def test_smoke_configuration_trains(chain: Chain, name: str) -> None:
     lines = lines_of(chain, name)
     assert [line["step"] for line in lines] == [1, 2, 3] == list(range(1, STEPS + 1))
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
@@ -248,7 +248,7 @@ def with_training(config: TrainConfig, **options: Any) -> TrainConfig:
 
 def test_stage_whose_predecessor_is_missing_is_refused_before_the_data_is_opened(tmp_path: Path) -> None:
     for name in NAMES:  # there is no data either
-        message = refusal(twin(name, tmp_path), tmp_path / "run")
+        message = refusal(smoke(name, tmp_path), tmp_path / "run")
         assert "training.init_from=" in message
         assert "There is nothing at" in message
         assert "train that first (docs/guides/recipe.md)" in message

@@ -112,7 +112,7 @@ def test_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, BucketedDataset, Path]:
     """A run's configuration, data and directory, of which there is config.json alone."""
     folder = tmp_path_factory.mktemp("data")
-    config = tiny.train_config(tiny.make_folder(folder / "pictures"))
+    config = tiny.train_config(tiny.make_folder(folder / "images"))
     dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
     (folder / "run").mkdir()
     write_config(objective_of(config), folder / "run", dataset, 0, [])
@@ -280,7 +280,7 @@ def test_full_disk_in_the_middle_of_a_save_leaves_the_checkpoints_before(
     small_disk: Path, go_on: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = small_disk / "checkpoints"
-    message = r"checkpoint of step 2 could not be written \(.*\)\. That of step 1 is whole.*That of step 3, behind it"
+    message = r"checkpoint of step 2 could not be written \(.*\)\. That of step 1 is whole.*That of step 3, after it"
 
     def train() -> None:
         with Checkpoints(directory, keep=3, go_on=go_on) as checkpoints:
@@ -340,7 +340,7 @@ def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
 ) -> None:
     """It was lost in the background, and is found out when the next one is due; there is room by then."""
     with (
-        pytest.raises(MachineError, match=r"step 1 could not be written.*That of step 2, behind it, was written"),
+        pytest.raises(MachineError, match=r"step 1 could not be written.*That of step 2, after it, was written"),
         Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints,
     ):
         checkpoints.save(1, state(1), {})
@@ -351,10 +351,10 @@ def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
     assert steps_in(tmp_path / "checkpoints") == ["2"]
 
 
-def test_checkpoint_that_another_host_lost_is_lost_on_all(tmp_path: Path) -> None:
+def test_checkpoint_that_another_process_lost_is_lost_on_all(tmp_path: Path) -> None:
     theirs = ""
     with (
-        pytest.raises(MachineError, match=r"step 2 could not be written on host 1 \(disk full\)"),
+        pytest.raises(MachineError, match=r"step 2 could not be written on process 1 \(disk full\)"),
         Checkpoints(tmp_path, keep=3, go_on=True, agree=lambda ours: [ours, theirs]) as checkpoints,
     ):
         checkpoints.save(2, state(2), {})

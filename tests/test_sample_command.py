@@ -1,4 +1,4 @@
-"""What `sdxl-jax sample` can do beyond a prompt: files of prompts, pictures made again, sweeps, pictures to start from.
+"""What `sdxl-jax sample` can do beyond a prompt: files of prompts, images made again, sweeps, images to start from.
 
 Exit codes and messages of what is refused in any case are in `test_cli.py`.
 """
@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two prompts, two pictures each."""
+    """Two prompts, two images each."""
     out = tmp_path_factory.mktemp("drawn") / "out"
     outcome = run(model, out, "--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--negative-prompt", "fog")
     assert outcome.code == 0, outcome
@@ -66,7 +66,7 @@ def same(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_a_picture_is_made_again_from_itself(number: int, model: Path, drawn: Path, tmp_path: Path) -> None:
+def test_an_image_is_made_again_from_itself(number: int, model: Path, drawn: Path, tmp_path: Path) -> None:
     picture = drawn / f"{number:06d}.png"
     outcome = call("sample", model, "--from-png", picture, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome
@@ -85,9 +85,9 @@ def test_other_options_change_what_is_made_again(model: Path, drawn: Path, tmp_p
     assert not same(tmp_path / "out" / "000000.png", drawn / "000000.png")
 
 
-def test_a_picture_of_others_is_no_recipe(model: Path, tmp_path: Path) -> None:
+def test_an_image_of_others_is_no_recipe(model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
-    (tmp_path / "none.png").write_bytes(b"no picture")
+    (tmp_path / "none.png").write_bytes(b"no image")
     for name, expected in (("other.png", "says nothing of how it was made"), ("none.png", "cannot be read")):
         outcome = call("sample", model, "--from-png", tmp_path / name, "--out", tmp_path / "out")
         assert outcome.code == 2
@@ -325,7 +325,7 @@ def test_a_sweep_that_cannot_be_is_refused(spoken: str, expected: str, model: Pa
     assert expected in outcome.err
 
 
-# Pictures to start from
+# Images to start from
 
 
 def test_inpainting_and_outpainting_keep_what_is_there(model: Path, tmp_path: Path) -> None:
@@ -382,12 +382,12 @@ def test_what_cannot_be_started_from_is_refused(
 # The folder
 
 
-def test_other_pictures_are_not_written_over(model: Path, drawn: Path, tmp_path: Path) -> None:
+def test_other_images_are_not_written_over(model: Path, drawn: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(drawn, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     outcome = run(model, out, "--prompt", "a bird")
     assert outcome.code == 2
-    assert "holds other pictures, e.g. 000000.png. Give a new folder, or --overwrite" in outcome.err
+    assert "holds other images, e.g. 000000.png. Give a new folder, or --overwrite" in outcome.err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     # The same command may be given again, and writes the same bytes.
     again = ["--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--negative-prompt", "fog"]

@@ -17,7 +17,7 @@ from sdxl_jax.diffusion.parameterisation import Denoised, Prediction, denoised, 
 from sdxl_jax.diffusion.schedule import BetaSchedule, Schedule, ScheduleConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.samplers import guidance, loop
-from sdxl_jax.samplers.loop import Kept
+from sdxl_jax.samplers.loop import KnownImage
 from sdxl_jax.samplers.steps import (
     SAMPLERS,
     Family,
@@ -95,7 +95,7 @@ def test_ten_steps_end_at_the_sum_that_diffusers_tests_for(
     name: str, prediction: Prediction, measure: str, known: float
 ) -> None:
     latent = jnp.abs(ten_steps(name, prediction))
-    # The known sums have four digits behind the point; a float32 sum of 768 numbers may miss by some of the last.
+    # The known sums have four digits after the point; a float32 sum of 768 numbers may miss by some of the last.
     assert float(getattr(latent, measure)()) == pytest.approx(known, abs=max(1e-4, 1e-5 * known))
 
 
@@ -224,7 +224,7 @@ def test_a_way_that_begins_later_is_the_end_of_the_whole_way() -> None:
     plan, rest = SAMPLERS["euler"].plan(whole), SAMPLERS["euler"].plan(part)
     for column, end in zip(plan.between(6, None), rest, strict=True):
         np.testing.assert_array_equal(column, end)
-    # What remembers begins anew.
+    # What remembers begins again.
     first = SAMPLERS["dpmpp_2m"].plan(levels_of("dpmpp_2m", 10, Spacing.LEADING).since(6)).weights[0, 0]
     assert first[1] == 0, "no x₀ from before the beginning"
 
@@ -274,7 +274,7 @@ def _jitted(
     state: loop.State,
     drawn: jax.Array,
     first: int,
-    kept: Kept | None,
+    kept: KnownImage | None,
     *,
     network: Network,
     prediction: Prediction,
@@ -294,7 +294,7 @@ def go(
     drawn: jax.Array | None = None,
     first: int = 0,
     stochastic: bool | None = None,
-    kept: Kept | None = None,
+    kept: KnownImage | None = None,
 ) -> loop.State:
     state = start if isinstance(start, loop.State) else loop.start(start, plan)
     drawn = keys(state.x0.shape[0]) if drawn is None else drawn
@@ -343,7 +343,7 @@ def test_solvers_of_higher_order_come_nearer_than_euler(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc"])
 def test_zero_terminal_snr_can_be_sampled_from_the_last_timestep(name: str) -> None:
-    # Elsewhere sigma = ∞ goes in and NaN pictures come out.
+    # Elsewhere sigma = ∞ goes in and NaN images come out.
     x0, levels = normal(0), levels_of(name, 5, Spacing.TRAILING, of=ZERO_SNR)
     assert levels.alpha[0] == (0 if SAMPLERS[name].family is Family.DISCRETE else pytest.approx(2**-12, rel=1e-3))
     plan = SAMPLERS[name].plan(levels)
@@ -428,7 +428,7 @@ def test_a_way_in_parts_is_the_way_in_one(name: str) -> None:
     np.testing.assert_allclose(state.x0, whole.x0, atol=1e-6)
 
 
-def test_only_stochastic_samplers_read_their_keys_and_each_step_draws_anew() -> None:
+def test_only_stochastic_samplers_read_their_keys_and_each_step_draws_again() -> None:
     drawing = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"}
     for name, sampler in SAMPLERS.items():
         plan = sampler.plan(levels_of(name, 4, Spacing.LEADING))
@@ -444,7 +444,7 @@ def test_only_stochastic_samplers_read_their_keys_and_each_step_draws_anew() -> 
             assert (float(jnp.abs(one - other).max()) > 0.01) == (name in drawing), name
         if name in drawing:
             changes = [one - other for one, other in zip(*latents, strict=True)]
-            assert float(jnp.abs(changes[0] - changes[1]).max()) > 0.01, "each step draws anew"
+            assert float(jnp.abs(changes[0] - changes[1]).max()) > 0.01, "each step draws again"
 
 
 # Inpainting
@@ -454,17 +454,17 @@ def test_only_stochastic_samplers_read_their_keys_and_each_step_draws_anew() -> 
 def test_what_is_kept_is_kept_and_the_rest_is_painted(name: str) -> None:
     there, wanted, mask = normal(0), normal(1), jnp.zeros((2, 3, 5, 1)).at[:, :, 2:].set(1)
     plan = SAMPLERS[name].plan(levels_of(name, 6, Spacing.LEADING))
-    kept = Kept(there, normal(2), mask)
+    kept = KnownImage(there, normal(2), mask)
     latent = go(perfect(Prediction.EPSILON), plan, normal(3), Prediction.EPSILON, wanted, kept=kept).arrays[0]
     np.testing.assert_array_equal(latent[:, :, :2], there[:, :, :2])
-    painted, asked = latent[:, :, 2:], wanted[:, :, 2:]
-    np.testing.assert_allclose(painted, asked, atol=2e-4 if name == "lms" else 5e-3 * (name == "lcm") + 2e-5)
+    init_inputs, asked = latent[:, :, 2:], wanted[:, :, 2:]
+    np.testing.assert_allclose(init_inputs, asked, atol=2e-4 if name == "lms" else 5e-3 * (name == "lcm") + 2e-5)
 
 
 def test_what_is_kept_has_the_noise_of_its_level_on_the_way() -> None:
     there, noise = normal(0), normal(2)
     plan = SAMPLERS["euler"].plan(levels_of("euler", 6, Spacing.LEADING))
-    kept = Kept(there, noise, jnp.zeros((2, 3, 5, 1)))
+    kept = KnownImage(there, noise, jnp.zeros((2, 3, 5, 1)))
     half = plan.between(0, 3)
     latent = go(tanh, half, normal(3), Prediction.EPSILON, kept=kept).arrays[0]
     np.testing.assert_allclose(latent, half.next_alpha[-1] * there + half.next_sigma_t[-1] * noise, atol=1e-6)
@@ -494,8 +494,8 @@ def test_guidance_goes_from_the_negative_at_0_through_the_positive_at_1() -> Non
 
 
 def test_guidance_takes_the_halves_in_the_order_in_which_they_are_joined() -> None:
-    def condition(value: float) -> guidance.Condition:
-        return guidance.Condition(jnp.full((2, 77, 3), value), jnp.full((2, 6), value))
+    def condition(value: float) -> guidance.Conditioning:
+        return guidance.Conditioning(jnp.full((2, 77, 3), value), jnp.full((2, 6), value))
 
     joined = guidance.join([condition(-1.0), condition(2.0)])
     assert joined.vector is not None
@@ -506,7 +506,7 @@ def test_guidance_takes_the_halves_in_the_order_in_which_they_are_joined() -> No
 
 def test_conditions_without_a_vector_are_joined_too() -> None:
     context = jnp.ones((2, 77, 3))
-    joined = guidance.join([guidance.Condition(context, None)] * 2)
+    joined = guidance.join([guidance.Conditioning(context, None)] * 2)
     assert joined.vector is None
     assert joined.context.shape == (4, 77, 3)
 

@@ -1,4 +1,4 @@
-"""`sdxl-jax serve`: what stands behind the page, on a tiny model with random weights; slow, the page in a browser."""
+"""`sdxl-jax serve`: what stands after the page, on a tiny model with random weights; slow, the page in a browser."""
 
 import io
 import os
@@ -11,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
-from urllib.request import Request, urlopen
 
 import compiling
 import numpy as np
@@ -32,8 +32,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.sampling.options import Options
-from sdxl_jax.serving import studio as studios
-from sdxl_jax.serving.studio import Drawing, Stopped, Studio, Wanted
+from sdxl_jax.serving.session import Job, Request, Session, Stopped, fields_of, png, read_fields
 from sdxl_jax.weights.convert import convert
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -57,33 +56,33 @@ def model(saved: Path) -> Model:
 
 
 @pytest.fixture
-def studio(model: Model, saved: Path, tmp_path: Path) -> Studio:
+def session(model: Model, saved: Path, tmp_path: Path) -> Session:
     serve = Serve(model=saved)
-    return Studio(model, tmp_path / "pictures", lambda wanted: describe(serve, wanted, MODEL))
+    return Session(model, tmp_path / "images", lambda asked: describe(serve, asked, MODEL))
 
 
-def small(prompt: str = "a red cube", **options: Any) -> Wanted:
-    return Wanted(prompt, None, Options(**(SMALL | options)))
+def small(prompt: str = "a red cube", **options: Any) -> Request:
+    return Request(prompt, None, Options(**(SMALL | options)))
 
 
-# The command line that a picture is shown with
+# The command line that an image is shown with
 
 
 @pytest.mark.parametrize(
-    "wanted",
+    "asked",
     [
-        Wanted("a red cube", None, Options()),
-        Wanted("", "", Options()),
-        Wanted('--it\'s a "$HOME" `date`;\n  of two lines', "-no", Options(guidance=0.1 + 0.2)),
-        Wanted(
+        Request("a red cube", None, Options()),
+        Request("", "", Options()),
+        Request('--it\'s a "$HOME" `date`;\n  of two lines', "-no", Options(guidance=0.1 + 0.2)),
+        Request(
             "ein Würfel, 赤",
             "blurred",
             Options(**SMALL, sampler="ddim", timestep_spacing=Spacing.TRAILING, sigmas=Sigmas.KARRAS, seed=2**32 - 1),
         ),
-        Wanted("x", None, Options(first_index=3, guidance_rescale=0.7, handoff=0.5, strength=0.6), Path("a b.png")),
+        Request("x", None, Options(first_index=3, guidance_rescale=0.7, handoff=0.5, strength=0.6), Path("a b.png")),
     ],
 )
-def test_the_command_line_reads_as_the_picture_that_it_is_shown_with(wanted: Wanted) -> None:
+def test_the_command_line_reads_as_the_image_that_it_is_shown_with(asked: Request) -> None:
     serve = Serve(
         model=Path("my model"),
         lora=("a:0.5", "b"),
@@ -94,14 +93,14 @@ def test_the_command_line_reads_as_the_picture_that_it_is_shown_with(wanted: Wan
         prediction="v_prediction",
         allow_partial=True,
     )
-    sample = as_sample(serve, wanted)
+    sample = as_sample(serve, asked)
     program, command, *arguments = shlex.split(command_line(sample))
     assert (program, command) == ("sdxl-jax", "sample")
     assert parsing.parse(Sample, arguments, command) == sample
     assert (sample.prompt, sample.negative_prompt, sample.options) == (
-        (wanted.prompt,),
-        wanted.negative,
-        wanted.options,
+        (asked.prompt,),
+        asked.negative,
+        asked.options,
     )
 
 
@@ -114,13 +113,13 @@ def test_the_command_line_says_only_what_is_not_so_anyway() -> None:
 
 
 def test_fields_that_nobody_touched_are_the_defaults() -> None:
-    fields = studios.fields(MODEL) | {"prompt": "a cube"}
+    fields = fields_of(MODEL) | {"prompt": "a cube"}
     assert (fields["height"], fields["width"]) == MODEL.default_size
     assert fields["guidance"] == 5
-    assert studios.wanted(MODEL, fields, refiner=True) == Wanted("a cube", None, Options())
+    assert read_fields(MODEL, fields, refiner=True) == Request("a cube", None, Options())
 
 
-def test_fields_hold_all_that_a_picture_was_drawn_with() -> None:
+def test_fields_hold_all_that_an_image_was_drawn_with() -> None:
     options = Options(
         height=16,
         width=24,
@@ -135,8 +134,8 @@ def test_fields_hold_all_that_a_picture_was_drawn_with() -> None:
         handoff=0.6,
         strength=0.4,
     )
-    wanted = Wanted("a", "b", options, Path("c.png"))
-    assert studios.wanted(MODEL, studios.fields(MODEL, wanted), refiner=True) == wanted
+    asked = Request("a", "b", options, Path("c.png"))
+    assert read_fields(MODEL, fields_of(MODEL, asked), refiner=True) == asked
 
 
 @pytest.mark.parametrize(
@@ -145,95 +144,95 @@ def test_fields_hold_all_that_a_picture_was_drawn_with() -> None:
 )
 def test_a_field_that_is_no_number_is_refused_by_name(name: str, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        studios.wanted(MODEL, studios.fields(MODEL) | {name: value})
+        read_fields(MODEL, fields_of(MODEL) | {name: value})
 
 
 # Drawing
 
 
-def test_a_drawn_picture_is_that_of_sample_with_the_same_text(studio: Studio, tmp_path: Path) -> None:
-    """The command that is shown draws the same picture, bit for bit: both are drawn one at a time."""
-    drawn = studio.draw(small(num_images=2, batch_size=1), Drawing())
-    assert [each.path.name for each in drawn] == ["000000.png", "000001.png"]
-    assert studio.drawn == drawn
-    again = shlex.split(drawn[1].command)[1:]
+def test_a_drawn_image_is_that_of_sample_with_the_same_text(session: Session, tmp_path: Path) -> None:
+    """The command that is shown draws the same image, bit for bit: both are drawn one at a time."""
+    results = session.draw(small(num_images=2, batch_size=1), Job())
+    assert [each.path.name for each in results] == ["000000.png", "000001.png"]
+    assert session.results == results
+    again = shlex.split(results[1].command)[1:]
     assert again[-2:] == ["--out", "again"]
     outcome = call(*again[:-1], tmp_path / "again")
     assert outcome.code == 0, outcome.err
     path = tmp_path / "again" / "000000.png"
-    assert read_text(path) == read_text(drawn[1].path)
-    assert path.read_bytes() == drawn[1].path.read_bytes() != drawn[0].path.read_bytes()
+    assert read_text(path) == read_text(results[1].path)
+    assert path.read_bytes() == results[1].path.read_bytes() != results[0].path.read_bytes()
     with Image.open(path) as image:
-        assert image.size == (24, 16) == drawn[1].size[::-1]
+        assert image.size == (24, 16) == results[1].size[::-1]
 
 
-def test_pictures_go_behind_those_that_the_folder_holds(studio: Studio) -> None:
-    studio.folder.mkdir()
+def test_images_go_after_those_that_the_folder_holds(session: Session) -> None:
+    session.folder.mkdir()
     for name in ("000007.png", "sweep.png"):
-        (studio.folder / name).write_bytes(b"precious")
-    (drawn,) = studio.draw(small(), Drawing())
-    assert drawn.path.name == "000008.png"
-    assert (studio.folder / "000007.png").read_bytes() == b"precious"
+        (session.folder / name).write_bytes(b"precious")
+    (results,) = session.draw(small(), Job())
+    assert results.path.name == "000008.png"
+    assert (session.folder / "000007.png").read_bytes() == b"precious"
 
 
-def test_a_drawing_tells_how_far_it_is_and_shows_what_comes(model: Model, saved: Path, studio: Studio) -> None:
+def test_a_drawing_tells_how_far_it_is_and_shows_what_comes(model: Model, saved: Path, session: Session) -> None:
     look = Previews(MODEL, saved).look
     seen: list[tuple[float, str]] = []
 
-    class Watched(Drawing):
+    class Watched(Job):
         def told(self, *arguments: Any) -> None:
             super().told(*arguments)
             seen.append((self.share, self.status))
 
-    drawing = Watched()
-    looking = Studio(model, studio.folder, studio._describe, look=look)
-    looking.draw(small(num_images=2, batch_size=1), drawing)
+    job = Watched()
+    looking = Session(model, session.folder, session._describe, look=look)
+    looking.draw(small(num_images=2, batch_size=1), job)
     assert [share for share, _ in seen] == [0.25, 0.5, 0.75, 1]
     assert [status for _, status in seen][1:3] == [
-        "Step 2 of 2, pictures 1 to 1; decoding",
-        "Step 1 of 2, pictures 2 to 2",
+        "Step 2 of 2, images 1 to 1; decoding",
+        "Step 1 of 2, images 2 to 2",
     ]
-    assert drawing.preview is not None
-    with Image.open(io.BytesIO(drawing.preview)) as image:
-        assert image.size == (24, 16) == drawing.size[::-1]
+    assert job.preview is not None
+    with Image.open(io.BytesIO(job.preview)) as image:
+        assert image.size == (24, 16) == job.size[::-1]
 
 
-def test_stop_ends_a_drawing_between_steps_and_the_next_one_is_drawn(studio: Studio) -> None:
-    class Impatient(Drawing):
+def test_stop_ends_a_drawing_between_steps_and_the_next_one_is_drawn(session: Session) -> None:
+    class Impatient(Job):
         steps = 0
 
         def told(self, *arguments: Any) -> None:
             self.steps += 1
             if self.steps == 2:
-                studio.stop()
+                session.stop()
             super().told(*arguments)
 
-    drawing = Impatient()
+    job = Impatient()
     with pytest.raises(Stopped):
-        studio.draw(small(steps=50), drawing)
-    assert drawing.steps == 2
-    assert studio.drawn == []
-    assert len(studio.draw(small(), Drawing())) == 1
+        session.draw(small(steps=50), job)
+    assert job.steps == 2
+    assert session.results == []
+    assert len(session.draw(small(), Job())) == 1
 
 
-def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(studio: Studio) -> None:
+def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(session: Session) -> None:
     began, may_end = threading.Event(), threading.Event()
 
-    class Slow(Drawing):
+    class Slow(Job):
         def told(self, *arguments: Any) -> None:
             began.set()
             assert may_end.wait(60)
             super().told(*arguments)
 
-    first = threading.Thread(target=lambda: studio.draw(small(), Slow()))
+    first = threading.Thread(target=lambda: session.draw(small(), Slow()))
     first.start()
     while not began.wait(0.1):
         assert first.is_alive()
-    waiting, outcome = Drawing(), []
+    waiting, outcome = Job(), []
 
     def second() -> None:
         try:
-            studio.draw(small(), waiting)
+            session.draw(small(), waiting)
         except Stopped:
             outcome.append("stopped")
 
@@ -245,40 +244,40 @@ def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(studio: Stud
     for thread in (first, other):
         thread.join(60)
     assert outcome == ["stopped"]
-    assert len(studio.drawn) == 1
+    assert len(session.results) == 1
 
 
-def test_what_cannot_be_drawn_is_an_input_error_and_leaves_nothing(studio: Studio) -> None:
+def test_what_cannot_be_drawn_is_an_input_error_and_leaves_nothing(session: Session) -> None:
     with pytest.raises(InputError, match=r"height 12 × width 24: expected positive multiples of 8"):
-        studio.draw(small(height=12), Drawing())
-    assert studio.drawn == []
-    assert not studio.folder.exists()
+        session.draw(small(height=12), Job())
+    assert session.results == []
+    assert not session.folder.exists()
 
 
-def test_a_picture_to_start_from_is_kept_under_a_name_of_its_own(studio: Studio) -> None:
-    content = studios.png(np.zeros((16, 24, 3), np.uint8))
-    path = studio.keep_init_image("../../holiday.png", content)
-    assert path.parent == studio.folder / "init"
+def test_an_image_to_start_from_is_kept_under_a_name_of_its_own(session: Session) -> None:
+    content = png(np.zeros((16, 24, 3), np.uint8))
+    path = session.keep_init_image("../../holiday.png", content)
+    assert path.parent == session.folder / "init"
     assert path.read_bytes() == content
-    assert studio.keep_init_image("same.png", content) == path
-    with pytest.raises(InputError, match=r"notes.txt is no picture"):
-        studio.keep_init_image("notes.txt", b"hello")
+    assert session.keep_init_image("same.png", content) == path
+    with pytest.raises(InputError, match=r"notes.txt is no image"):
+        session.keep_init_image("notes.txt", b"hello")
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_tokens_that_are_not_read_are_told(studio: Studio) -> None:
-    assert studio.notes(small("a cat")) == []
-    assert studio.notes(small("cat " * 80)) == ["5 tokens of the prompt are beyond the 75 that are read"]
+def test_tokens_that_are_not_read_are_told(session: Session) -> None:
+    assert session.notes(small("a cat")) == []
+    assert session.notes(small("cat " * 80)) == ["5 tokens of the prompt are beyond the 75 that are read"]
 
 
-def test_what_has_no_effect_is_told(studio: Studio) -> None:
+def test_what_has_no_effect_is_told(session: Session) -> None:
     off = small("a cat", guidance=0.0)._replace(negative="a dog")
-    (note,) = studio.notes(off)
+    (note,) = session.notes(off)
     assert note.startswith("guidance=0 is off")
     with pytest.raises(InputError, match="A prompt is not UTF-8 text"):
-        studio.notes(small("\ud83d"))
+        session.notes(small("\ud83d"))
     with pytest.raises(InputError, match="Prompt 1 is not UTF-8 text"):
-        studio.draw(small("\ud83d"), Drawing())
+        session.draw(small("\ud83d"), Job())
 
 
 def test_paths_that_are_not_utf_8_can_be_shown(tmp_path: Path) -> None:
@@ -322,7 +321,7 @@ def address(saved: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactor
     pytest.importorskip("nicegui")
     environment = compiling.environment(compiling.shared(tmp_path_factory))
     environment.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI listens elsewhere when it sees it
-    command = [sys.executable, "-m", "sdxl_jax", "serve", saved, "--port", "0", "--out", tmp_path / "pictures"]
+    command = [sys.executable, "-m", "sdxl_jax", "serve", saved, "--port", "0", "--out", tmp_path / "images"]
     command += ["--preview-autoencoder", saved]
     with (tmp_path / "log").open("w+") as log:
         server = subprocess.Popen(
@@ -355,7 +354,7 @@ def test_the_page_draws_stops_and_says_what_is_wrong(address: str, tmp_path: Pat
         page = browser.new_page()
         page.set_default_timeout(120_000)
         asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda asked: asked.append(asked.url))
         page.on("websocket", lambda socket: asked.append(socket.url))
         page.goto(address)
         prompt, draw = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Draw")
@@ -364,14 +363,14 @@ def test_the_page_draws_stops_and_says_what_is_wrong(address: str, tmp_path: Pat
         for name, value in SMALL.items():
             page.get_by_label(name.capitalize()).fill(str(value))
         draw.click()
-        page.get_by_test_id("picture").wait_for()
+        page.get_by_test_id("image").wait_for()
         shown = page.locator(".sdxl-command code").inner_text()
         sample = parsing.parse(Sample, shlex.split(shown)[2:], "sample")
         assert (sample.prompt, sample.options) == (("a red cube, it's old",), Options(**SMALL))
         page.screenshot(path=tmp_path / "drawn.png")
         with page.expect_download() as download:
             page.get_by_role("button", name="Download").click()
-        assert read_text(Path(download.value.path())) == read_text(tmp_path / "pictures" / "000000.png")
+        assert read_text(Path(download.value.path())) == read_text(tmp_path / "images" / "000000.png")
 
         page.get_by_label("Height").fill("12")
         draw.click()
@@ -388,12 +387,12 @@ def test_the_page_draws_stops_and_says_what_is_wrong(address: str, tmp_path: Pat
         page.screenshot(path=tmp_path / "drawing.png")
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped.").wait_for()
-        assert len(list((tmp_path / "pictures").glob("*.png"))) == 1
+        assert len(list((tmp_path / "images").glob("*.png"))) == 1
         browser.close()
     # All comes from this server, and from nowhere else.
     assert {urlparse(url).netloc for url in asked if not url.startswith("data:")} == {urlparse(address).netloc}
     # A name that somebody else gave this address does not open the page.
-    other = Request(address, headers={"Host": "elsewhere.example"})
+    other = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
     with pytest.raises(OSError, match="400"):
-        urlopen(other)
-    assert os.listdir(tmp_path / "pictures") == ["000000.png"]
+        urllib.request.urlopen(other)
+    assert os.listdir(tmp_path / "images") == ["000000.png"]

@@ -1,4 +1,4 @@
-"""The tiny autoencoder: that its files are found out, in halves and whole, and what it does with pictures.
+"""The tiny autoencoder: that its files are found out, in halves and whole, and what it does with images.
 
 Agreement with diffusers is in `parity/test_taesd_parity.py`. The published weights are found by the environment
 variable SDXL_JAX_TEST_DATA, a folder with taesdxl/ and coco363/.
@@ -230,7 +230,7 @@ def test_missing_half_is_named_where_it_is_needed(tmp_path: Path, naming: Naming
 
 def test_training_from_one_half_alone_is_refused(tmp_path: Path) -> None:
     decoder, encoder = (str(half(tmp_path, naming)) for naming in (DECODER, ENCODER))
-    config = train_config(tmp_path / "pictures")
+    config = train_config(tmp_path / "images")
 
     def starting_from(*files: str) -> TrainConfig:
         training = dataclasses.replace(config.training, init_from=files)
@@ -254,7 +254,7 @@ def test_published_weights_give_a_photograph_back() -> None:
     assert model.config.vae == taesd.TAESDXL
     image = jnp.asarray(real_data.photograph(512))
     latent = vae.encode(model.config.vae, model.params["vae"], image).mean
-    # SDXL's latents have unit variance after the scale; a single picture's may be half or twice that.
+    # SDXL's latents have unit variance after the scale; a single image's may be half or twice that.
     assert 0.5 < float(latent.std()) < 2
     decoded = np.clip(np.asarray(vae.decode(model.config.vae, model.params["vae"], latent)), -1, 1)
     assert 10 * np.log10(4 / np.mean((decoded - image) ** 2)) > 31

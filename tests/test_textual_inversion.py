@@ -253,9 +253,9 @@ def test_rows_have_the_dtype_and_the_place_of_those_that_were_there(sd1: Model, 
     ):
         assert embedding(model, "text_encoder").dtype == jnp.bfloat16
         assert embedding(model, "text_encoder").sharding == place
-    host = textual_inversion.add(sd1, path)
-    assert isinstance(embedding(host, "text_encoder"), np.ndarray)
-    assert embedding(textual_inversion.remove(host, "<tok>"), "text_encoder").dtype == np.float32
+    process = textual_inversion.add(sd1, path)
+    assert isinstance(embedding(process, "text_encoder"), np.ndarray)
+    assert embedding(textual_inversion.remove(process, "<tok>"), "text_encoder").dtype == np.float32
 
 
 def test_the_refiner_reads_its_half_of_a_file_of_two(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def decoders(config: AnyVaeConfig, compute: Compute = Compute()) -> tuple:
 
 @pytest.mark.parametrize("config", [LARGE, TINY], ids=["large", "tiny"])
 @pytest.mark.parametrize("size", [(29, 50), pytest.param((61, 9), marks=pytest.mark.slow)])
-def test_tiles_give_the_picture_of_the_whole(config: AnyVaeConfig, size: tuple[int, int]) -> None:
+def test_tiles_give_the_image_of_the_whole(config: AnyVaeConfig, size: tuple[int, int]) -> None:
     params, latent = random_params(vae.init, config), latent_of(2, *size, 4)
     whole, tiled = (decode(params, latent) for decode in decoders(config))
     assert tiled.shape == whole.shape
@@ -68,7 +68,7 @@ def test_rematerialisation_does_not_matter_to_tiles() -> None:
 
 
 def test_tiles_take_less_memory_than_the_whole() -> None:
-    """Here 12 tiles, with what is kept whole beside them: the features of a level at half the picture's sides."""
+    """Here 12 tiles, with what is kept whole beside them: the features of a level at half the image's sides."""
     config = dataclasses.replace(LARGE, block_channels=(16, 16))
     params = jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
     latent = jax.ShapeDtypeStruct((1, 96, 128, 4), jnp.float32)
@@ -82,7 +82,7 @@ def test_tiles_take_less_memory_than_the_whole() -> None:
     assert temporary(tiled) < temporary(functools.partial(vae.decode, config)) / 3
 
 
-def test_picture_that_fits_one_tile_is_decoded_whole() -> None:
+def test_image_that_fits_one_tile_is_decoded_whole() -> None:
     params, latent = random_params(vae.init, LARGE), latent_of(1, 8, 16, 4)
     whole, tiled = (decode(params, latent) for decode in decoders(LARGE))
     assert relative(tiled, whole) < 1e-6
@@ -115,13 +115,13 @@ def test_every_position_is_of_one_tile_and_of_no_border(length: int, size: int, 
 def test_attention_in_parts_is_that_of_all(at_once: int) -> None:
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 24, 2, 8))
     whole = attention.dot_product_attention(query, key, value, Attention.XLA)
-    parts = attention.in_parts(query, key, value, Attention.AUTO, at_once)
+    parts = attention.chunked_attention(query, key, value, Attention.AUTO, at_once)
     np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_trained_autoencoder_decodes_a_real_picture_in_tiles() -> None:
-    """Measured: 0.0001 of 255 levels at most. Moments of the picture shrunk to a tile give up to 18."""
+def test_trained_autoencoder_decodes_a_real_image_in_tiles() -> None:
+    """Measured: 0.0001 of 255 levels at most. Moments of the image shrunk to a tile give up to 18."""
     config, params = autoencoder.load()
     params = jax.tree.map(jnp.asarray, params)
     image = jnp.asarray(real_data.photograph(256)[:, :200])

@@ -31,13 +31,13 @@ from sdxl_jax import config as configuration
 from sdxl_jax import model as models
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten
-from sdxl_jax.conditioning.text import TextCondition, Tokenizer
+from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion.loss import LossConfig, Weighting
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import NoPrompt
+from sdxl_jax.model import UnconditionalKind
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.optim import optimiser
@@ -63,11 +63,11 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """Six steps of four images: an epoch and a half, in two buckets. One convolution of the UNet stays frozen."""
-    base = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "pictures"), STEPS)
+    base = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "images"), STEPS)
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, batch_size=4),
-        training=dataclasses.replace(base.training, trains=("^unet/(?!conv_in/)",)),
+        training=dataclasses.replace(base.training, trainable=("^unet/(?!conv_in/)",)),
         checkpoint=configuration.CheckpointConfig(every_steps=2, keep=2),
         validation=configuration.ValidationConfig(4, ("one", "two"), ((32, 32),), steps=2),
     )
@@ -173,7 +173,7 @@ def test_resume_does_not_restart_the_epoch(whole: Run, crashed: Run, resumed: Ru
     assert sorted(epoch) == list(range(16))
 
 
-def test_line_that_was_cut_off_is_written_anew(crashed: Run, resumed: Run, config: TrainConfig, whole: Run) -> None:
+def test_line_that_was_cut_off_is_written_again(crashed: Run, resumed: Run, config: TrainConfig, whole: Run) -> None:
     del crashed
     shutil.copytree(resumed.folder, folder := resumed.folder.with_name("earlier"))
     with (folder / "metrics.jsonl").open("a") as file:
@@ -188,7 +188,7 @@ def test_line_that_was_cut_off_is_written_anew(crashed: Run, resumed: Run, confi
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_pictures_that_a_stop_left_out_are_drawn_when_the_run_goes_on(config: TrainConfig, resumed: Run) -> None:
+def test_images_that_a_stop_left_out_are_drawn_when_the_run_goes_on(config: TrainConfig, resumed: Run) -> None:
     missing = resumed.folder / "samples" / "step_00000006.png"
     before = missing.read_bytes()
     missing.unlink()
@@ -215,7 +215,7 @@ def test_loss_that_is_not_finite_names_what_the_step_was_given(
     assert checkpoint.latest_step(folder / "checkpoints") == 4, "nothing of it is saved"
     told = json.loads((folder / "nonfinite_step_00000005.json").read_text())
     assert [row["image"] for row in told["rows"]] == resumed.examples[-2].tolist()
-    assert told["rows"][0]["captions"] == [f"picture number {told['rows'][0]['image']}"]
+    assert told["rows"][0]["captions"] == [f"image number {told['rows'][0]['image']}"]
     assert told["rows"][0]["source"].endswith(f"{told['rows'][0]['image']:03d}.png")
     assert told["key"] == jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4)).tolist()
 
@@ -229,11 +229,11 @@ def test_data_that_end_a_run_do_not_cost_what_it_has_learnt(
     def one_batch(self: BucketedDataset, first: int) -> Iterator[Any]:
         with contextlib.closing(iterate(self, first)) as batches:
             yield next(batches)
-        raise InputError("too many pictures are damaged")
+        raise InputError("too many images are damaged")
 
     with monkeypatch.context() as patch:
         patch.setattr(BucketedDataset, "iterate", one_batch)
-        with pytest.raises(InputError, match="too many pictures"):
+        with pytest.raises(InputError, match="too many images"):
             loop.train(config, folder, progress=False, from_step=4)
     assert checkpoint.latest_step(folder / "checkpoints") == 5
     assert without_times(Run(folder, []).lines()) == without_times(whole.lines())[:5]
@@ -312,20 +312,22 @@ def test_only_what_the_patterns_name_changes(
     untrained = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=0))
     before = flatten(loop.train(untrained, tmp_path / "untrained", progress=False).params)
     after = flatten(load_model(whole.folder).params)
-    trains = {path for path in before if path.startswith("unet/") and not path.startswith("unet/conv_in/")}
-    assert set(flatten(abstract.params)) == trains
+    trainable = {path for path in before if path.startswith("unet/") and not path.startswith("unet/conv_in/")}
+    assert set(flatten(abstract.params)) == trainable
     assert {
         "unet/conv_in/kernel",
         "vae/decoder/conv_in/kernel",
         "text_encoder/position_embedding",
-    } <= before.keys() - trains
+    } <= before.keys() - trainable
     for path in before:
         identical = np.asarray(before[path]).tobytes() == np.asarray(after[path]).tobytes()
-        assert identical == (path not in trains), path
+        assert identical == (path not in trainable), path
 
 
 def test_pattern_that_matches_nothing_lists_the_nearest_paths(config: TrainConfig, tmp_path: Path) -> None:
-    wrong = dataclasses.replace(config, training=dataclasses.replace(config.training, trains=("unet/conv_inn/kernel",)))
+    wrong = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, trainable=("unet/conv_inn/kernel",))
+    )
     with pytest.raises(
         InputError, match=r"'unet/conv_inn/kernel', which matches no parameter.*\['unet/conv_in/kernel'"
     ):
@@ -454,8 +456,14 @@ def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
 def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None:
     (before,), (first, second, *_) = clock.read(crashed.folder), clock.read(resumed.folder)
     assert first == before  # which an exception ended
-    assert (second.step, second.steps_again) == (STEPS, 1)  # step 3
-    for part in (clock.Part.DATA, clock.Part.STEP, clock.Part.SAVE, clock.Part.EVALUATION, clock.Part.COMPILE):
+    assert (second.step, second.recomputed_steps) == (STEPS, 1)  # step 3
+    for part in (
+        clock.TimePart.DATA,
+        clock.TimePart.STEP,
+        clock.TimePart.SAVE,
+        clock.TimePart.EVALUATION,
+        clock.TimePart.COMPILE,
+    ):
         assert second.seconds[part.value] > 0
     assert second.seconds["again"] > 0 == first.seconds["again"]
     assert clock.totals([first, second])["restart"] == second.seconds["start"] + second.seconds["again"]
@@ -681,7 +689,7 @@ def test_captions_count_unless_all_are_dropped(
 
 def test_dropping_captions_leaves_the_sizes(given: Given, loss_without_captions: Any) -> None:
     batch, keys = given.batch, given.keys
-    assert tiny.MODEL.no_prompt is NoPrompt.ZEROS
+    assert tiny.MODEL.unconditional is UnconditionalKind.ZEROS
     assert loss_without_captions(batch, keys) != loss_without_captions(other_sizes(batch), keys)
 
 
@@ -732,11 +740,11 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
     made: list[Any] = []
     monkeypatch.setattr(denoising.loss, "diffusion_loss", lambda *given: (made.append(given[3:]), jnp.zeros(()))[1])
     latent = jnp.zeros((2, 4, 4, 4))
-    prompt = TextCondition(jnp.zeros((2, 77, 16)), None)
+    prompt = TextConditioning(jnp.zeros((2, 77, 16)), None)
     monkeypatch.setattr(denoising.vae, "encode", lambda *_: Posterior(latent, latent))
     monkeypatch.setattr(denoising.text, "encode", lambda *_: prompt)
     monkeypatch.setattr(denoising.text, "drop", lambda *_: None)
-    monkeypatch.setattr(denoising.models, "without_prompt", lambda *_: None)
+    monkeypatch.setattr(denoising.models, "unconditional_text", lambda *_: None)
     monkeypatch.setattr(denoising.models, "condition", lambda *_: None)
     zeros = np.zeros((2, 2), np.int32)
     micro = MicroConditioning(zeros, zeros, zeros)

@@ -46,7 +46,7 @@ BUCKETS = ((32, 32), (24, 40))
 
 
 def random_model(config: ModelConfig, seed: int) -> Model:
-    """Every parameter random, so that everything the network is told has a say; a fresh UNet says 0. Pictures must not
+    """Every parameter random, so that everything the network is told has a say; a fresh UNet says 0. Images must not
     be all black or white: the last convolutions are made small."""
     rng = np.random.default_rng(seed)
 
@@ -63,7 +63,7 @@ def random_model(config: ModelConfig, seed: int) -> Model:
 
 
 def make_folder(folder: Path, images: int = 16) -> Path:
-    """A folder of captioned random pictures, half of them for each bucket."""
+    """A folder of captioned random images, half of them for each bucket."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []
@@ -71,13 +71,13 @@ def make_folder(folder: Path, images: int = 16) -> Path:
         height, width = BUCKETS[number % 2]
         pixels = rng.integers(0, 256, (height + number, width + number, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-        lines.append(json.dumps({"file_name": f"{number:03d}.png", "text": f"picture number {number}"}))
+        lines.append(json.dumps({"file_name": f"{number:03d}.png", "text": f"image number {number}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def train_config(folder: Path, steps: int = 4) -> TrainConfig:
-    """A run of a few steps over `make_folder`'s pictures, without validation pictures."""
+    """A run of a few steps over `make_folder`'s images, without validation images."""
     return TrainConfig(
         data=DataConfig(folder=str(folder), buckets=BUCKETS, batch_size=8),
         model=MODEL,

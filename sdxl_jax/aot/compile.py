@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sdxl_jax import flops, sharding
 from sdxl_jax import model as models
 from sdxl_jax.aot import report, topologies
-from sdxl_jax.aot.report import Asked, Report, TooLarge
+from sdxl_jax.aot.report import ProgramInfo, Report, TooLarge
 from sdxl_jax.arrays import Size
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
@@ -93,7 +93,7 @@ def compile_step(
 def compile_sampler(
     config: RunConfig, topology: str, *, slices: int | None = None, progress: bool = True
 ) -> list[Report | TooLarge]:
-    """Compiles what draws and what decodes a picture for each group of chips that share parameters, with the sizes,
+    """Compiles what draws and what decodes an image for each group of chips that share parameters, with the sizes,
     steps and guidance of `validation`. Raises InputError as `compile_step`, and where nothing is sampled from."""
     objective = objective_of(config)
     if "sample" not in objective.programs:
@@ -123,7 +123,7 @@ def _compile(
 
     def one(program: Program) -> Report | TooLarge:
         began = time.monotonic()
-        asked = Asked(
+        asked = ProgramInfo(
             topology=topology if slices == 1 else f"{slices} × {topology}",
             chips=mesh.size,
             program=program.name,
@@ -152,7 +152,7 @@ def _compile(
         if program.kept is None:
             return made
         try:
-            program.kept.write(lowered, compiled)  # behind the report, whose memory is the compiler's
+            program.kept.write(lowered, compiled)  # after the report, whose memory is the compiler's
         except OSError as error:
             tqdm.write(f"{program.name} is not kept: {error}")
             return made
@@ -185,18 +185,18 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
 
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Program]:
-    """The three of `program.staged`: text to states, noise to latents, latents to pictures."""
+    """The three of `program.staged`: text to states, noise to latents, latents to images."""
     model, images = config.model, sharding.batch_parts(mesh)
     params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
-    (leg,), (stretch,) = plan.way(model, None, options)
+    (segment,), (arrays_of_segment,) = plan.plan_segments(model, None, options)
     towers = {tower.name: params[tower.name] for tower in model.text}
 
     def states(compute: Compute) -> Any:
-        return functools.partial(program.text_states, towers=model.text, guided=leg.terms.guided, compute=compute)
+        return functools.partial(program.text_states, towers=model.text, guided=segment.terms.guided, compute=compute)
 
     def sample(compute: Compute) -> Any:
-        static: Any = {"config": model, "terms": leg.terms, "stochastic": leg.stochastic, "compute": compute}
+        static: Any = {"config": model, "terms": segment.terms, "stochastic": segment.stochastic, "compute": compute}
         return functools.partial(program.denoise, kept=None, shown=None, **static)
 
     def decode(compute: Compute) -> Any:
@@ -206,13 +206,13 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
     micro = jax.eval_shape(lambda: generate.micro_rows(options, images, size))
-    told = functools.partial(_told, states(plain), config=model)
+    conditioning = functools.partial(_told, states(plain), config=model)
     sampled = (
         params["unet"],
-        _rows(mesh, jax.eval_shape(told, towers, tokens, micro)),
-        _abstract_start(mesh, stretch, latent),
+        _rows(mesh, jax.eval_shape(conditioning, towers, tokens, micro)),
+        _abstract_start(mesh, arrays_of_segment, latent),
         _rows(mesh, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))),
-        _whole(mesh, stretch),
+        _whole(mesh, arrays_of_segment),
         _whole(mesh, program.Strengths(*(np.float32(1),) * 3)),
     )
     return [
@@ -232,8 +232,10 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
     ]
 
 
-def _told(states: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig) -> program.Told:
-    return program.told(states(towers, tokens, tokens), jnp.ones(len(jax.tree.leaves(micro)[0])), micro, config=config)
+def _told(states: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig) -> program.ConditioningPair:
+    return program.conditioning(
+        states(towers, tokens, tokens), jnp.ones(len(jax.tree.leaves(micro)[0])), micro, config=config
+    )
 
 
 def _rows(mesh: Mesh, tree: Any) -> Any:
@@ -257,10 +259,10 @@ def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Size, images: int) -
     return jax.ShapeDtypeStruct((images, *sides, vae.latent_channels), jnp.float32, sharding=place)
 
 
-def _abstract_start(mesh: Mesh, stretch: Any, latent: Any) -> Any:
+def _abstract_start(mesh: Mesh, arrays_of_segment: Any, latent: Any) -> Any:
     """The state before the first step."""
     batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    state = jax.eval_shape(lambda latent: loop.start(latent, stretch.plan), latent)
+    state = jax.eval_shape(lambda latent: loop.start(latent, arrays_of_segment.plan), latent)
     state = state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
     return state._replace(finite_rows=_rows(mesh, state.finite_rows))
 

@@ -17,12 +17,12 @@ from sdxl_jax.aot import hlo
 from sdxl_jax.aot.hlo import Collective
 from sdxl_jax.flops import Chip
 
-_KERNEL_SHARE_OF_PEAK = 0.5
+_KERNEL_MFU = 0.5
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Asked:
+class ProgramInfo:
     """What is known of a program on a topology before it is compiled."""
 
     topology: str
@@ -61,7 +61,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Report(Asked):
+class Report(ProgramInfo):
     """One program on one topology. Bytes and FLOPs as names say; seconds."""
 
     bytes_activations: int
@@ -91,7 +91,7 @@ class Report(Asked):
         """For one execution, attention included."""
         if self.compiler_seconds is None:
             return None
-        kernels = self.kernel_flops / self.chips / (_KERNEL_SHARE_OF_PEAK * self.chip.flops_per_second)
+        kernels = self.kernel_flops / self.chips / (_KERNEL_MFU * self.chip.flops_per_second)
         return self.compiler_seconds + kernels
 
     @property
@@ -99,7 +99,7 @@ class Report(Asked):
         return None if self.seconds is None else self.images / self.seconds / self.chips
 
     @property
-    def share_of_peak(self) -> float | None:
+    def mfu(self) -> float | None:
         if self.seconds is None:
             return None
         return self.model_flops / self.chips / self.seconds / self.chip.flops_per_second
@@ -115,7 +115,7 @@ class Report(Asked):
             "compiler_seconds": self.compiler_seconds,
             "seconds": self.seconds,
             "images_per_second_per_chip": self.images_per_second_per_chip,
-            "share_of_peak": self.share_of_peak,
+            "mfu": self.mfu,
             "collectives": [each._asdict() for each in self.collectives],
             "compile_seconds": self.compile_seconds,
             "peak_host_bytes": self.peak_host_bytes,
@@ -132,7 +132,7 @@ class Report(Asked):
             self.operations(),
             _row("time, estimated", known(self.seconds, "{:8.3f} s")),
             _row("images/s a chip", known(self.images_per_second_per_chip, "{:8.2f}")),
-            _row("share of peak", known(self.share_of_peak, "{:8.1%}")),
+            _row("share of peak", known(self.mfu, "{:8.1%}")),
             *(_row(c.kind, f"{c.bytes / _GIB:8.2f} GiB a step, {c.count} times") for c in self.collectives),
             _row("compiled in", f"{self.compile_seconds:8.0f} s, {_gib(self.peak_host_bytes).strip()} of this machine"),
         ]
@@ -140,7 +140,7 @@ class Report(Asked):
 
 
 @dataclass(frozen=True)
-class TooLarge(Asked):
+class TooLarge(ProgramInfo):
     """A program that the compiler refused, for its memory."""
 
     said: str
@@ -170,7 +170,7 @@ def shard_bytes(tree: Any) -> int:
 
 def make(
     compiled: Any,
-    asked: Asked,
+    asked: ProgramInfo,
     *,
     kernel_flops: float,
     compile_seconds: float,

@@ -47,7 +47,7 @@ def run(arguments: list[str]) -> None:
     path = parsing.config_path(arguments, "compile", USAGE)
     from sdxl_jax import config as configuration
 
-    options, config = parsing.beside(Compile(), configuration.load(path), arguments[1:], f"compile {path}")
+    options, config = parsing.parse_with_config(Compile(), configuration.load(path), arguments[1:], f"compile {path}")
     topology = _checked(options)
     from sdxl_jax.aot import compile as ahead
 

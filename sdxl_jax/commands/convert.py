@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from sdxl_jax.commands import parsing
-from sdxl_jax.commands.parsing import Opened
+from sdxl_jax.commands.parsing import OpenFlags
 
 if TYPE_CHECKING:
     from sdxl_jax.weights.lazy import Weights
 
 
 @dataclass(frozen=True)
-class Convert(Opened):
+class Convert(OpenFlags):
     """Write a model in another layout: for diffusers, for ComfyUI and the like, for Orbax."""
 
     source: tyro.conf.Positional[Path]
@@ -54,7 +54,7 @@ def _opened(options: Convert) -> "Weights":
     from sdxl_jax.weights.open import open_model
 
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, options.lora)]
-    weights = open_model(options.source, options.opening(), options.parts_from)
+    weights = open_model(options.source, options.open_options(), options.parts_from)
     say(weights.notes)
     for read, scale in loras:
         weights = lora.merge(weights, read, scale)

@@ -10,7 +10,7 @@ import tyro
 from sdxl_jax.commands import parsing, signals
 from sdxl_jax.errors import InputError, nearest_first
 
-USAGE = """usage: sdxl-jax data build SRC DST     pack captioned pictures into shards
+USAGE = """usage: sdxl-jax data build SRC DST     pack captioned images into shards
        sdxl-jax data inspect SRC-or-CONFIG     show what training will really see
        sdxl-jax data encode CONFIG.py     latents and text states, computed once for all epochs
 
@@ -35,16 +35,16 @@ def run(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Build:
-    """Pack captioned pictures into shards for training: in parallel, and resumable; what is refused is listed."""
+    """Pack captioned images into shards for training: in parallel, and resumable; what is refused is listed."""
 
     source: tyro.conf.Positional[str]
-    """A folder of pictures, tars (WebDataset), Parquet files, or tfds:NAME."""
+    """A folder of images, tars (WebDataset), Parquet files, or tfds:NAME."""
     destination: tyro.conf.Positional[Path]
     """A new folder; or one in which the same build was interrupted, which then goes on."""
     workers: int | None = None
     """Processes that read. Default: one a core."""
     drop_duplicates: bool = False
-    """Leave out pictures whose files are, byte for byte, those of an earlier one. Otherwise they are only counted."""
+    """Leave out images whose files are, byte for byte, those of an earlier one. Otherwise they are only counted."""
     caption_lines: Literal["lines", "whole"] = "lines"
     """What the lines of a .txt are: captions, one each, or one caption together, e.g. in paragraphs."""
 
@@ -68,7 +68,7 @@ def _built(options: Build) -> None:
     )
     done = "was finished already" if built.was_finished else "finished"
     print(
-        f"{options.destination} {done}: {built.images} pictures, {built.captions} captions, {built.refused} refused "
+        f"{options.destination} {done}: {built.images} images, {built.captions} captions, {built.refused} refused "
         f"(refused.jsonl), {built.duplicates} exact duplicates {'left out' if options.drop_duplicates else 'counted'}"
     )
 
@@ -85,7 +85,7 @@ class Inspect:
     json: bool = False
     """Print JSON instead of a table."""
     dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
-    """Write the first N training examples to DIR: the picture as the model sees it, and what it is told."""
+    """Write the first N training examples to DIR: the image as the model sees it, and what it is told."""
     plot: Path | None = None
     """Draw sizes, buckets and some batches into FILE.png, or .pdf or .svg (needs matplotlib)."""
 
@@ -140,7 +140,7 @@ def _table(seen: dict[str, Any]) -> str:
 ENCODE_USAGE = """usage: sdxl-jax data encode CONFIG.py [--data.cache DIR] [--share I N] [--section.field VALUE ...]
 
 Encode every crop and caption of a training configuration once, into its data.cache, which training then reads instead
-of the pictures. Run again, it goes on with what is missing. data.crops_per_image says how many crops a picture has.
+of the images. Run again, it goes on with what is missing. data.crops_per_image says how many crops an image has.
 `sdxl-jax data encode CONFIG.py --help` lists every field with its default in that file.
 """
 
@@ -150,7 +150,7 @@ class Encode:
     """Encode every crop and caption of a training configuration once, into its data.cache."""
 
     batch_size: int = 8
-    """Pictures, or captions, encoded at once. Higher: faster until memory ends."""
+    """Images, or captions, encoded at once. Higher: faster until memory ends."""
     share: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="I N")] = None
     """Take the I-th of every N pieces, I from 0, for N processes that share the work. Default: by jax's
     processes."""
@@ -165,11 +165,11 @@ def _encode(arguments: list[str]) -> None:
 def _encoded(path: Path, arguments: list[str]) -> None:
     from sdxl_jax import config as configuration
 
-    options, config = parsing.beside(Encode(), configuration.load(path), arguments, f"data encode {path}")
+    options, config = parsing.parse_with_config(Encode(), configuration.load(path), arguments, f"data encode {path}")
     from sdxl_jax.training.encoding import encode
 
     plan, refused = encode(config, batch_size=options.batch_size, share=options.share)
     missing = len(plan.missing())
     state = f"{missing} of {plan.pieces} pieces are missing, of other shares" if missing else "complete"
     bad = f"; {refused} could not be encoded, training replaces them" if refused else ""
-    print(f"{plan.folder}: {plan.images} pictures, {plan.crops} crops of each; {state}{bad}")
+    print(f"{plan.folder}: {plan.images} images, {plan.crops} crops of each; {state}{bad}")

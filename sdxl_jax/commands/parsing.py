@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import RENAMED, InputError, nearest_first
 from sdxl_jax.files.paths import local
 
 if TYPE_CHECKING:
-    from sdxl_jax.weights.open import Opening
+    from sdxl_jax.weights.open import OpenOptions
 
 _T = TypeVar("_T")
 _Options = TypeVar("_Options")
@@ -51,18 +51,33 @@ def _check_paths(options: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Beside(Generic[_Options, _Config]):
+class CommandLine(Generic[_Options, _Config]):
     """A command's own options, and a configuration whose every field is a flag too; neither shows in their names."""
 
     options: Annotated[_Options, tyro.conf.arg(name="")]
     config: Annotated[_Config, tyro.conf.arg(name="")]
 
 
-def beside(options: _Options, config: _Config, arguments: list[str], command: str) -> tuple[_Options, _Config]:
+def parse_with_config(
+    options: _Options, config: _Config, arguments: list[str], command: str
+) -> tuple[_Options, _Config]:
     """Both with what the arguments change. What is given here is the default, and the type to parse."""
-    given = {"default": Beside(options, config), "description": type(options).__doc__}
-    parsed = _parsed(Beside[type(options), type(config)], arguments, command, given)
+    _check_names(config, arguments)
+    given = {"default": CommandLine(options, config), "description": type(options).__doc__}
+    parsed = _parsed(CommandLine[type(options), type(config)], arguments, command, given)
     return parsed.options, parsed.config
+
+
+def _check_names(config: Any, arguments: list[str], prefix: str = "--") -> None:
+    """Raises InputError for the old name of a renamed field, with the new one."""
+    for entry in dataclasses.fields(config):
+        if old := entry.metadata.get(RENAMED):
+            was = prefix + old
+            for each in (argument.partition("=")[0].replace("-", "_") for argument in arguments):
+                if each == was.replace("-", "_") or each.startswith(f"{was}.".replace("-", "_")):
+                    raise InputError(f"{was} is called {prefix}{entry.name} now. Use that name")
+        if dataclasses.is_dataclass(inner := getattr(config, entry.name)):
+            _check_names(inner, arguments, f"{prefix}{entry.name}.")
 
 
 def config_path(arguments: list[str], command: str, usage: str) -> Path:
@@ -150,7 +165,7 @@ def fields(kind: type) -> dict[str, Any]:
 
 
 def from_mapping(default: _T, given: dict[str, Any], where: str) -> _T:
-    """A dataclass with some fields changed, as JSON or a picture's text has them. Raises InputError, with the place,
+    """A dataclass with some fields changed, as JSON or an image's text has them. Raises InputError, with the place,
     for a name that there is not and for a value that is not the field's."""
     known = fields(type(default))
     arguments: list[str] = []
@@ -179,7 +194,7 @@ def from_mapping(default: _T, given: dict[str, Any], where: str) -> _T:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenFlags:
     """What can be said of any model that is opened."""
 
     parts_from: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
@@ -193,9 +208,9 @@ class Opened:
     allow_partial: bool = False
     """Take what fits of a model whose tensors do not all fit; the rest has its initial values, and is listed."""
 
-    def opening(self) -> "Opening":
+    def open_options(self) -> "OpenOptions":
         from sdxl_jax.diffusion import parameterisation
-        from sdxl_jax.weights.open import Opening
+        from sdxl_jax.weights.open import OpenOptions
 
         prediction = None if self.prediction is None else parameterisation.Prediction(self.prediction)
-        return Opening(self.variant, prediction, self.allow_partial)
+        return OpenOptions(self.variant, prediction, self.allow_partial)

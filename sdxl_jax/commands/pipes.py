@@ -1,4 +1,4 @@
-"""Output that nobody reads any more, as behind `| head`, ends no work."""
+"""Output that nobody reads any more, as after `| head`, ends no work."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Pictures while they come into being, in one PNG that is written anew behind every step."""
+"""Images while they come into being, in one PNG that is written again after every step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,11 +12,11 @@ from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 
 if TYPE_CHECKING:
     from sdxl_jax.model import Model, ModelConfig
-    from sdxl_jax.sampling.generate import Seen
+    from sdxl_jax.sampling.generate import StepState
 
 
 class Previews:
-    """Looks at latents: by colours, or with a tiny autoencoder, which gives the picture at full size."""
+    """Looks at latents: by colours, or with a tiny autoencoder, which gives the image at full size."""
 
     def __init__(self, config: "ModelConfig", autoencoder: Path | None = None):
         """autoencoder: TAESDXL's decoder. Raises InputError where neither fits the model's latents."""
@@ -27,8 +27,8 @@ class Previews:
                 "(TAESD) as --preview-autoencoder FILE, or leave --preview out"
             )
 
-    def look(self, seen: "Seen") -> UInt8[np.ndarray, "images height width 3"]:
-        """The pictures as the network now sees them finished."""
+    def look(self, seen: "StepState") -> UInt8[np.ndarray, "images height width 3"]:
+        """The images as the network now sees them finished."""
         if self._tiny is None:
             return previews.latent_to_rgb(np.asarray(seen.x0, np.float32))
         from sdxl_jax.models.layers import Compute
@@ -37,7 +37,7 @@ class Previews:
         config, params = self._tiny.config, self._tiny.params["vae"]
         return np.asarray(program.STAGED.decode(params, seen.x0, config=config, compute=Compute(), tile=None)[0])
 
-    def write(self, path: Path, seen: "Seen") -> None:
+    def write(self, path: Path, seen: "StepState") -> None:
         images = self.look(seen)
         captions = [f"{seen.first + k}: step {seen.step} of {seen.steps}" for k in range(len(images))]
         sheet = contact_sheet(list(images), captions, min(4, len(images)), scale=max(1, 256 // max(images.shape[1:3])))

@@ -1,4 +1,4 @@
-"""`sdxl-jax quickstart`: its options. The story itself is told in quickstart/."""
+"""`sdxl-jax quickstart`: its options. What it does stands in quickstart/run.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from sdxl_jax.commands import parsing
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Train a small SDXL on pictures that come along, sample it, measure it: about ten minutes on two cores."""
+    """Train a small SDXL on images that come along, sample it, measure it: about ten minutes on two cores."""
 
     run_dir: Path = Path("runs/quickstart")
     """Where everything is written. Run again with the same folder, it goes on where it was."""
@@ -20,6 +20,6 @@ class Quickstart:
 
 def run(arguments: list[str]) -> None:
     options = parsing.parse(Quickstart, arguments, "quickstart")
-    from sdxl_jax.quickstart.story import quickstart
+    from sdxl_jax.quickstart.run import quickstart
 
     quickstart(options.run_dir, options.train_autoencoder, options.seed)

@@ -1,6 +1,6 @@
-"""`sdxl-jax sample`: pictures of prompts into a folder, each with all that it takes to make it again.
+"""`sdxl-jax sample`: images of prompts into a folder, each with all that it takes to make it again.
 
-What a picture was made with stands in its PNG text, one entry an option, in the words of the command line; so
+What an image was made with stands in its PNG text, one entry an option, in the words of the command line; so
 `--from-png` is a matter of reading it back, and whoever looks at the file can repeat the command. Files that took part
 are named with their checksum, and another file in their place is refused.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import tyro
 
 from sdxl_jax.commands import parsing
-from sdxl_jax.commands.parsing import Opened
+from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.errors import InputError, fault, nearest_first
 from sdxl_jax.files import text as texts
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sample(Opened):
-    """Draw pictures of prompts with a model: text to image, image to image, inpainting, base and refiner."""
+class Sample(OpenFlags):
+    """Draw images of prompts with a model: text to image, image to image, inpainting, base and refiner."""
 
     model: tyro.conf.Positional[Path]
     """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
@@ -55,48 +55,48 @@ class Sample(Opened):
     refiner: Path | None = None
     """A refiner, which takes over for the last steps (--handoff) or goes over the whole (--refine-strength)."""
     init_image: Path | None = None
-    """Picture to start from: image to image; with --mask inpainting."""
+    """Image to start from: image to image; with --mask inpainting."""
     mask: Path | None = None
-    """Picture of the init image's size: white is repainted."""
+    """Image of the init image's size: white is repainted."""
     outpaint: tuple[int, int, int, int] | None = None
     """TOP RIGHT BOTTOM LEFT: pixels by which the init image is enlarged; what is new is painted."""
     background: str = "white"
-    """What lies behind an init image's transparency: white, black, or #rrggbb."""
+    """What lies after an init image's transparency: white, black, or #rrggbb."""
     init_noise: Path | None = None
     """NPY file, standard normal float32 [images, height/8, width/8, 4], in place of the seeded noise."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE or FILE:TOKEN; a textual inversion. TOKEN is what prompts call it, default: the file's own or its name."""
     from_png: Path | None = None
-    """A picture that this command has made: its prompt and settings, which other options then change."""
+    """An image that this command has made: its prompt and settings, which other options then change."""
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """OPTION=VALUE,VALUE,…: draw every prompt with each of these values, e.g. original-size=64x64,512x512, also into a
     labelled grid, sweep.png. Values that have commas are separated by semicolons. Twice: every pair."""
     contact_sheet: bool = False
-    """Also write all pictures into one, contact_sheet.png."""
+    """Also write all images into one, contact_sheet.png."""
     save_latents: bool = False
     """Also write latents.npy, float32 [images, height/8, width/8, 4], scaled as the UNet sees them."""
     preview: Path | None = None
-    """PNG file that shows the pictures while they come into being, behind every step."""
+    """PNG file that shows the images while they come into being, after every step."""
     preview_autoencoder: Path | None = None
     """TAESD's decoder for --preview. Default: a coarse guess at each latent pixel's colour."""
     overwrite: bool = False
-    """Write over other pictures in the folder."""
+    """Write over other images in the folder."""
     one_program: bool = False
     """Compile text encoders, loop and decoder as one program: a little faster, and no progress within it."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs for the next time."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices are arranged: data, each takes pictures of a batch; fsdp, they share the weights."""
+    """How devices are arranged: data, each takes images of a batch; fsdp, they share the weights."""
 
 
 COMMAND = ("out", "overwrite", "prompts_file", "from_png", "sweep", "contact_sheet", "save_latents", "preview")
-"""Fields of `Sample` that say where things go, and nothing of a picture."""
+"""Fields of `Sample` that say where things go, and nothing of an image."""
 COMMAND += ("preview_autoencoder", "compilation_cache", "mesh", "one_program")
 FILES = ("refiner", "init_image", "mask", "init_noise")
-"""Fields that name a file or folder that a picture depends on, besides the model's own."""
+"""Fields that name a file or folder that an image depends on, besides the model's own."""
 
 
-class Given(NamedTuple):
+class PromptSettings(NamedTuple):
     """One prompt with all that it is drawn with."""
 
     prompt: str
@@ -111,7 +111,7 @@ class Task(NamedTuple):
     negative: str | None
     options: Options
     index: int
-    """Of its first picture among those of all prompts; a sweep draws every value from the same noise."""
+    """Of its first image among those of all prompts; a sweep draws every value from the same noise."""
     label: tuple[str, ...] = ()
     """Of a sweep: the values that are swept."""
 
@@ -146,7 +146,7 @@ def keep_programs(folder: Path | None) -> None:
 
 
 def _parsed(arguments: list[str]) -> Sample:
-    """With what a picture of `--from-png` was made with as defaults."""
+    """With what an image of `--from-png` was made with as defaults."""
     sample = parsing.parse(Sample, arguments, "sample")
     if sample.from_png is None:
         return sample
@@ -176,7 +176,7 @@ def _parsed(arguments: list[str]) -> Sample:
 
 
 def _tasks(sample: Sample) -> list[Task]:
-    given = [Given(prompt, sample.negative_prompt, sample.options) for prompt in sample.prompt]
+    given = [PromptSettings(prompt, sample.negative_prompt, sample.options) for prompt in sample.prompt]
     if sample.prompts_file is not None:
         given += _read_prompts(sample.prompts_file, sample)
     if not given:
@@ -192,14 +192,14 @@ def _tasks(sample: Sample) -> list[Task]:
     return tasks
 
 
-def _read_prompts(path: Path, sample: Sample) -> Iterator[Given]:
+def _read_prompts(path: Path, sample: Sample) -> Iterator[PromptSettings]:
     lines = texts.lines(texts.read_text(path))
     as_json = any(line.lstrip().startswith("{") for line in lines)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if not as_json:
-            yield Given(line, sample.negative_prompt, sample.options)
+            yield PromptSettings(line, sample.negative_prompt, sample.options)
             continue
         where = f"{path}, line {number}"
         try:
@@ -213,7 +213,7 @@ def _read_prompts(path: Path, sample: Sample) -> Iterator[Given]:
         prompt = given.pop("prompt")
         negative = next((given.pop(name) for name in ("negative_prompt", "negative-prompt") if name in given), None)
         negative = sample.negative_prompt if negative is None else str(negative)
-        yield Given(prompt, negative, parsing.from_mapping(sample.options, given, where))
+        yield PromptSettings(prompt, negative, parsing.from_mapping(sample.options, given, where))
 
 
 def _swept(spoken: str) -> list[tuple[str, str]]:
@@ -238,11 +238,11 @@ def _changed(task: Task, name: str, value: str) -> Task:
     return task._replace(options=options, label=label)
 
 
-# What a picture says of itself
+# What an image says of itself
 
 
 def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> Iterator[dict[str, str]]:
-    """The PNG text of each picture."""
+    """The PNG text of each image."""
     shared = _shared_text(sample)
     for task in tasks:
         options = task.options.resolved(config)
@@ -255,7 +255,7 @@ def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> It
 
 
 def _shared_text(sample: Sample) -> dict[str, str]:
-    """What the text of all pictures has in common; the files that took part are read for it."""
+    """What the text of all images has in common; the files that took part are read for it."""
     settings = {"model": parsing.shown(sample.model), "dtype": sample.dtype}
     for name in FILES:
         if (path := getattr(sample, name)) is not None:
@@ -276,7 +276,7 @@ def _shared_text(sample: Sample) -> dict[str, str]:
 
 
 def read_text(path: Path) -> dict[str, str]:
-    """The text of a picture that `sample` has made. Raises InputError for any other."""
+    """The text of an image that `sample` has made. Raises InputError for any other."""
     try:
         text = _png_text(path)
     except OSError as error:
@@ -293,7 +293,7 @@ def _png_text(path: Path) -> dict[str, str]:
     from PIL import Image
 
     with Image.open(path, formats=("PNG",)) as image:
-        image.load()  # text may stand behind the pixels
+        image.load()  # text may stand after the pixels
         return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
 
 
@@ -309,7 +309,7 @@ def _digest(path: Path) -> str:
 
 
 def _check_out(sample: Sample, texts: list[dict[str, str]]) -> None:
-    """Refuses to write over other pictures. The same command may write the same once more."""
+    """Refuses to write over other images. The same command may write the same once more."""
     out = sample.out
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file. Give a folder, new or old")
@@ -322,7 +322,7 @@ def _check_out(sample: Sample, texts: list[dict[str, str]]) -> None:
         except OSError:
             same = False
         if not same:
-            raise InputError(f"--out {out} holds other pictures, e.g. {path.name}. Give a new folder, or --overwrite")
+            raise InputError(f"--out {out} holds other images, e.g. {path.name}. Give a new folder, or --overwrite")
 
 
 def _check_files(sample: Sample) -> None:
@@ -380,14 +380,14 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
     from sdxl_jax.weights.open import open_model
 
     halved = sample.dtype == "bfloat16"
-    opening = sample.opening()
+    open_options = sample.open_options()
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, sample.lora)]
-    weights = open_model(sample.model, opening, sample.parts_from)
+    weights = open_model(sample.model, open_options, sample.parts_from)
     for read, scale in loras:
         weights = lora.merge(weights, read, scale)
         print(f"merged {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
         say(lora.notes(read))
-    refiner = None if sample.refiner is None else open_model(sample.refiner, opening)
+    refiner = None if sample.refiner is None else open_model(sample.refiner, open_options)
     if not halved:
         return weights, refiner
     return cast(weights, jnp.dtype(jnp.bfloat16)), refiner and cast(refiner, jnp.dtype(jnp.bfloat16))
@@ -466,10 +466,10 @@ def _draw(
 
     made = []
     total = max(task.index + task.options.num_images for task in tasks)
-    watch = None
+    callback = None
     if sample.preview is not None:
         looking = Previews(models[0].config, sample.preview_autoencoder)
-        watch = functools.partial(looking.write, sample.preview)
+        callback = functools.partial(looking.write, sample.preview)
     for (options, _), group in itertools.groupby(tasks, key=lambda task: (task.options, task.label)):
         members = list(group)
         first, count = members[0].index, sum(task.options.num_images for task in members)
@@ -486,7 +486,7 @@ def _draw(
                 compute=Compute(dtype=Dtype(sample.dtype)),
                 one_program=sample.one_program,
                 progress=True,
-                watch=watch,
+                callback=callback,
                 options=dataclasses.replace(options, first_index=options.first_index + first),
             )
         )
@@ -504,7 +504,7 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made:
         save_png(Image.fromarray(image), sample.out / f"{number:06d}.png", text)
     if sample.save_latents:
         if len({each.latents.shape[1:] for each in made}) > 1:
-            raise InputError("--save-latents: the pictures have different sizes. Draw those of one size at a time")
+            raise InputError("--save-latents: the images have different sizes. Draw those of one size at a time")
         np.save(sample.out / "latents.npy", np.concatenate([each.latents for each in made]))
     captions = [task.prompt for task in tasks for _ in range(task.options.num_images)]
     if sample.contact_sheet:
@@ -512,11 +512,11 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made:
         save_png(contact_sheet(images, captions, columns), sample.out / "contact_sheet.png")
     if sample.sweep:
         _write_sweep(sample, tasks, images)
-    print(f"{len(images)} pictures in {parsing.shown(sample.out)}")
+    print(f"{len(images)} images in {parsing.shown(sample.out)}")
 
 
 def _write_sweep(sample: Sample, tasks: list[Task], images: "list[np.ndarray]") -> None:
-    """A row for each picture (and each value of a second sweep), a column for each value of the first."""
+    """A row for each image (and each value of a second sweep), a column for each value of the first."""
     from sdxl_jax.sampling.contact_sheet import labelled_grid, save_png
 
     labels = [task.label for task in tasks for _ in range(task.options.num_images)]

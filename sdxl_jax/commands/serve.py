@@ -1,6 +1,6 @@
-"""`sdxl-jax serve`: a page on which pictures are drawn, and how a picture of it is said as a command line.
+"""`sdxl-jax serve`: a page on which images are drawn, and how an image of it is said as a command line.
 
-The model is opened as `sample` opens it, and a picture's file has the text that `sample` would write, so that
+The model is opened as `sample` opens it, and an image's file has the text that `sample` would write, so that
 `--from-png` reads it; the command line that the page shows is the shortest that `sample` reads as the same.
 
 The page is for whoever sits at this machine. It listens on the loopback interface unless --host names another; then
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from sdxl_jax.commands import parsing
-from sdxl_jax.commands.parsing import Opened
+from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.commands.sample import COMMAND, Sample, Task, keep_programs, load, opened, texts_of
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     import numpy as np
 
     from sdxl_jax.model import ModelConfig
-    from sdxl_jax.sampling.generate import Seen
-    from sdxl_jax.serving.studio import Described, Wanted
+    from sdxl_jax.sampling.generate import StepState
+    from sdxl_jax.serving.session import Described, Request
 
 
 @dataclass(frozen=True)
-class Serve(Opened):
-    """Draw pictures on a web page. It is for this machine alone, unless --host says otherwise."""
+class Serve(OpenFlags):
+    """Draw images on a web page. It is for this machine alone, unless --host says otherwise."""
 
     model: tyro.conf.Positional[Path]
     """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
     out: Path | None = None
-    """Folder that keeps the pictures, behind those that it holds. Default: they go when the server ends."""
+    """Folder that keeps the images, after those that it holds. Default: they go when the server ends."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
     refiner: Path | None = None
@@ -53,11 +53,11 @@ class Serve(Opened):
     port: int = 7860
     """Port to listen on, 1 to 65535. 0: one that is free."""
     preview_autoencoder: Path | None = None
-    """TAESD's decoder for the pictures that come into being. Default: a coarse guess at each latent pixel's colour."""
+    """TAESD's decoder for the images that come into being. Default: a coarse guess at each latent pixel's colour."""
     compilation_cache: Path | None = None
     """Folder that keeps compiled programs for the next time."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices are arranged: data, each takes pictures of a batch; fsdp, they share the weights."""
+    """How devices are arranged: data, each takes images of a batch; fsdp, they share the weights."""
 
 
 def run(arguments: list[str]) -> None:
@@ -71,14 +71,14 @@ def run(arguments: list[str]) -> None:
     port = free_port(serve.host, serve.port)  # before the model is read, which takes longer
     keep_programs(serve.compilation_cache)
     from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.serving import studio
+    from sdxl_jax.serving import session
 
     with _folder(serve.out) as folder:
         sample = as_sample(serve)
         model, refiner = load(sample, opened(sample))
         compute = Compute(dtype=Dtype(serve.dtype))
         look = _look(serve, model.config)
-        ours = studio.Studio(
+        ours = session.Session(
             model, Path(folder), lambda each: describe(serve, each, model.config), refiner, compute, look
         )
         page.serve(ours, parsing.shown(serve.model), serve.host, port)
@@ -92,7 +92,7 @@ def _folder(out: Path | None) -> AbstractContextManager[str]:
     return nullcontext(str(out))
 
 
-def _look(serve: Serve, config: "ModelConfig") -> "Callable[[Seen], np.ndarray] | None":
+def _look(serve: Serve, config: "ModelConfig") -> "Callable[[StepState], np.ndarray] | None":
     from sdxl_jax.commands.preview import Previews
 
     try:
@@ -100,7 +100,7 @@ def _look(serve: Serve, config: "ModelConfig") -> "Callable[[Seen], np.ndarray] 
     except InputError:
         if serve.preview_autoencoder is not None:
             raise
-        return None  # of another latent space than SDXL's; then pictures are seen when they are finished
+        return None  # of another latent space than SDXL's; then images are seen when they are finished
 
 
 def free_port(host: str, port: int) -> int:
@@ -119,31 +119,31 @@ def free_port(host: str, port: int) -> int:
         ) from error
 
 
-# How a picture is said
+# How an image is said
 
 
-def as_sample(serve: Serve, wanted: "Wanted | None" = None) -> Sample:
-    """The same model, and the same picture, for `sample`."""
-    shared = {each.name: getattr(serve, each.name) for each in fields_of(Opened)}
+def as_sample(serve: Serve, request: "Request | None" = None) -> Sample:
+    """The same model, and the same image, for `sample`."""
+    shared = {each.name: getattr(serve, each.name) for each in fields_of(OpenFlags)}
     shared |= {name: getattr(serve, name) for name in ("model", "dtype", "refiner", "embedding", "mesh")}
-    out = Path("again")  # `sample` refuses a folder of other pictures, such as our own
-    if wanted is None:
+    out = Path("again")  # `sample` refuses a folder of other images, such as our own
+    if request is None:
         return Sample(**shared, out=out)
     return Sample(
         **shared,
         out=out,
-        prompt=(wanted.prompt,),
-        negative_prompt=wanted.negative,
-        options=wanted.options,
-        init_image=wanted.init_image,
+        prompt=(request.prompt,),
+        negative_prompt=request.negative,
+        options=request.options,
+        init_image=request.init_image,
     )
 
 
-def describe(serve: Serve, wanted: "Wanted", config: "ModelConfig") -> "Described":
-    from sdxl_jax.serving.studio import Described
+def describe(serve: Serve, request: "Request", config: "ModelConfig") -> "Described":
+    from sdxl_jax.serving.session import Described
 
-    sample = as_sample(serve, wanted)
-    (text,) = texts_of(sample, [Task(wanted.prompt, wanted.negative, wanted.options, index=0)], config)
+    sample = as_sample(serve, request)
+    (text,) = texts_of(sample, [Task(request.prompt, request.negative, request.options, index=0)], config)
     return Described(command_line(sample), text)
 
 

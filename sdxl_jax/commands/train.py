@@ -23,7 +23,7 @@ class Train:
     """Train what a configuration file describes. Run again with the same run directory, it goes on."""
 
     run_dir: Path
-    """Where checkpoints, metrics and pictures are written."""
+    """Where checkpoints, metrics and images are written."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="FIRST:LAST")] = None
     """Trace these steps, both included, into RUN/profile, for xprof. Not a part of the run's configuration."""
     from_step: int | None = None
@@ -40,7 +40,7 @@ def run(arguments: list[str], began: float) -> None:
     from sdxl_jax.jsontree import to_json
 
     default = Train(run_dir=Path("runs") / path.stem)
-    options, config = parsing.beside(default, configuration.load(path), arguments[1:], f"train {path}")
+    options, config = parsing.parse_with_config(default, configuration.load(path), arguments[1:], f"train {path}")
     from sdxl_jax.training import loop
 
     print(json.dumps(to_json(config), indent=1))

@@ -17,8 +17,8 @@ within a word or a run of punctuation: "(sun)flower" is read as "sun" and "flowe
 where "wow!!" ends in one. Neighbours of one weight are one piece, so where all weights are 1 brackets change nothing.
 
 A CLIP tower reads 75 tokens. More are cut off, or go on in further chunks of 75, each of which a tower reads as a
-prompt of its own. A chunk ends behind the last comma among its last 20 tokens, as in webui
-(`modules/sd_hijack_clip.py`); where there is none, behind a whole word or a whole concept of textual inversion; and
+prompt of its own. A chunk ends after the last comma among its last 20 tokens, as in webui
+(`modules/sd_hijack_clip.py`); where there is none, after a whole word or a whole concept of textual inversion; and
 where one of these fills a whole chunk, within it.
 
 Text alone: tokens and states are `text`'s.
@@ -39,7 +39,7 @@ from sdxl_jax.errors import InputError
 CHUNK = 75
 """Tokens of a chunk, without its start and end."""
 NEAR_THE_END = 20
-"""A comma among so many last tokens of a chunk ends it, and those behind it move to the next."""
+"""A comma among so many last tokens of a chunk ends it, and those after it move to the next."""
 STEP = 1.1
 """Weight of brackets without a number."""
 LARGEST_WEIGHT = 10.0
@@ -68,7 +68,7 @@ class PromptTokens(NamedTuple):
         return next(iter(self.tokens.values())).shape[1]
 
 
-class Piece(NamedTuple):
+class WeightedText(NamedTuple):
     """A part of a prompt whose words weigh the same."""
 
     text: str
@@ -103,7 +103,7 @@ _LEXEMES = re.compile(
 )
 
 
-def pieces(prompt: str) -> list[Piece]:
+def weighted_texts(prompt: str) -> list[WeightedText]:
     """The prompt's text in pieces of one weight; neighbours have different ones.
 
     Raises InputError for a bracket without its other half and for a number that is no weight, with the place.
@@ -137,7 +137,7 @@ def pieces(prompt: str) -> list[Piece]:
     # float32, as they are used: 1.1 · (1 / 1.1) must not differ from 1.
     weighed = zip(characters, np.asarray(weights, np.float32).tolist(), strict=True)
     groups = itertools.groupby(weighed, key=lambda pair: pair[1])
-    return [Piece("".join(character for character, _ in group), weight) for weight, group in groups]
+    return [WeightedText("".join(character for character, _ in group), weight) for weight, group in groups]
 
 
 def _factor(prompt: str, opened_at: int | None, found: re.Match[str]) -> float:

@@ -44,7 +44,15 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import CLIPTokenizer
 
 from sdxl_jax.arrays import Params, TokenIds
-from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, Piece, PromptTokens, check_text, chunk_ends, pieces
+from sdxl_jax.conditioning.prompts import (
+    CHUNK,
+    LongPrompts,
+    PromptTokens,
+    WeightedText,
+    check_text,
+    chunk_ends,
+    weighted_texts,
+)
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import clip
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L, ClipTextConfig
@@ -60,9 +68,9 @@ class ContextState(enum.Enum):
     PENULTIMATE = "penultimate"
     """Before the last layer, not normed: SDXL."""
     PENULTIMATE_NORMED = "penultimate_normed"
-    """Before the last layer, behind the final norm: SD 2.x."""
+    """Before the last layer, after the final norm: SD 2.x."""
     LAST = "last"
-    """After the last layer, behind the final norm: SD 1.x."""
+    """After the last layer, after the final norm: SD 1.x."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
 
 @functools.cache
 def _byte_pair_encoder(folder: str | None, added: tuple[str, ...] = ()) -> CLIPTokenizer:
-    """transformers' tokenizer over the shipped vocabulary, or that of a folder, and added words behind it."""
+    """transformers' tokenizer over the shipped vocabulary, or that of a folder, and added words after it."""
     encoder = _plain_encoder(folder)
     if added:
         encoder.add_tokens(list(added))
@@ -229,7 +237,7 @@ class Tokenizer:
 
     def _read(self, prompts: list[str], weighted: bool) -> dict[tuple[str, ...], list[tuple[list[int], list[float]]]]:
         """By added tokens: the tokens of each prompt, all of them, without start and end, and their weights."""
-        split = [pieces(prompt) if weighted else [Piece(prompt, 1.0)] for prompt in prompts]
+        split = [weighted_texts(prompt) if weighted else [WeightedText(prompt, 1.0)] for prompt in prompts]
         encoded = self._encoded([piece.text for row in split for piece in row], verbose=False)
         read = {}
         for added, every in encoded.items():
@@ -264,7 +272,7 @@ class Tokenizer:
         }
 
 
-class TextCondition(NamedTuple):
+class TextConditioning(NamedTuple):
     """What the UNet is told about the prompt, float32."""
 
     context: Float[jax.Array, "batch tokens features"]
@@ -275,16 +283,16 @@ class TextCondition(NamedTuple):
 
 def encode(
     towers: tuple[Tower, ...], params: Params, tokens: Mapping[str, TokenIds], compute: Compute = Compute()
-) -> TextCondition:
+) -> TextConditioning:
     """Runs every tower. params and tokens are keyed by tower name; other keys are not read."""
     states = [clip.apply(tower.clip, params[tower.name], jnp.asarray(tokens[tower.name]), compute) for tower in towers]
     context = [getattr(state, tower.context.value) for tower, state in zip(towers, states, strict=True)]
-    return TextCondition(jnp.concatenate(context, axis=-1), states[-1].projected)
+    return TextConditioning(jnp.concatenate(context, axis=-1), states[-1].projected)
 
 
 def encode_prompts(
     towers: tuple[Tower, ...], params: Params, prompts: PromptTokens, compute: Compute = Compute()
-) -> TextCondition:
+) -> TextConditioning:
     """`encode` for prompts in chunks, weighted or not: context [batch, chunks · 77, features].
 
     For one chunk without weights the states are those of `encode`, bit for bit; with weights they still are wherever
@@ -303,7 +311,7 @@ def encode_prompts(
     context = rearrange(context, "(batch chunks) tokens features -> batch (chunks tokens) features", chunks=count)
     if pooled is not None:
         pooled = rearrange(pooled, "(batch chunks) projection -> batch chunks projection", chunks=count)[:, 0]
-    return TextCondition(context, pooled)
+    return TextConditioning(context, pooled)
 
 
 def _in_a_row(chunks: Any) -> Any:
@@ -317,14 +325,14 @@ def _empty_prompt(tower: Tower) -> Int32[np.ndarray, "1 77"]:
     return tokens
 
 
-def zeros_like(condition: TextCondition) -> TextCondition:
+def zeros_like(condition: TextConditioning) -> TextConditioning:
     """No prompt, as SDXL base was trained on: the embeddings are zero, which is not the embedding of ""."""
     return jax.tree.map(jnp.zeros_like, condition)
 
 
 def drop(
-    condition: TextCondition, without: TextCondition, keys: Key[jax.Array, " batch"], probability: float
-) -> TextCondition:
+    condition: TextConditioning, without: TextConditioning, keys: Key[jax.Array, " batch"], probability: float
+) -> TextConditioning:
     """Replaces each example's text by `without` (batch 1) with the given probability, so that the network learns what
     guidance compares with. keys: one an example. It is the embeddings that change, all of an example at once."""
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)

@@ -1,1 +1,1 @@
-"""From folders of captioned pictures to bucketed batches. numpy and Grain; no jax arrays, no models."""
+"""From folders of captioned images to bucketed batches. numpy and Grain; no jax arrays, no models."""

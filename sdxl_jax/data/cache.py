@@ -98,7 +98,7 @@ def _file_name(piece: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """What a cache holds once it is complete, and where. Made by `begin`, which knows who may write."""
 
     folder: Path
@@ -260,7 +260,7 @@ class PieceWriter:
     To be used in a `with`; what is not finished is worth nothing. OSError where the disk does not take it.
     """
 
-    def __init__(self, plan: Plan, piece: int):
+    def __init__(self, plan: CachePlan, piece: int):
         self._plan, self._images, self._added = plan, plan.images_of(piece), 0
         self._text = _RecordWriter(plan.path(TEXT, piece))
         self._latents = _RecordWriter(plan.path(LATENTS, piece))
@@ -330,7 +330,7 @@ def begin(
     crops: int,
     towers: Sequence[str],
     piece_images: int = 1024,
-) -> Plan:
+) -> CachePlan:
     """Makes the folder one in which this cache is to be written, or goes on with it where it was begun before.
 
     `made_from` is what decides the content, as JSON values by name. Any number of processes may begin the same cache
@@ -355,11 +355,11 @@ def begin(
     if lines := differences(said, json.loads(text), longest=_SHOWN_CHARACTERS):
         raise InputError(
             "\n  ".join([f"{folder} holds a cache of something else, finished or not (in it -> given):", *lines])
-            + "\nGive the same, or another folder, or remove this one to encode anew"
+            + "\nGive the same, or another folder, or remove this one to encode again"
         )
     for kind in (LATENTS, TEXT):
         (folder / kind).mkdir(exist_ok=True)
-    return Plan(folder, said["made_from"], images, crops, piece_images, tuple(towers))
+    return CachePlan(folder, said["made_from"], images, crops, piece_images, tuple(towers))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -392,7 +392,7 @@ class Cache:
     replaced by another in between. Any number of threads may read, also after a fork.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: CachePlan):
         self.folder = plan.folder
         self.made_from = plan.made_from
         """What it was made from, as given to `begin`."""
@@ -461,7 +461,7 @@ def open_cache(folder: str | Path, made_from: dict[str, Any], *, ignore: Collect
     try:
         said = _read_description(folder)
         images, crops, piece_images = said["images"], said["crops"], said["piece_images"]
-        plan = Plan(folder, said["made_from"], images, crops, piece_images, tuple(said["towers"]))
+        plan = CachePlan(folder, said["made_from"], images, crops, piece_images, tuple(said["towers"]))
     except FileNotFoundError:
         raise InputError(f"{folder} is no cache: it has no {DESCRIPTION}. {expected}.") from None
     except (KeyError, TypeError) as problem:

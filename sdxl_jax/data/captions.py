@@ -102,7 +102,7 @@ def json_fields(data: bytes, what: str) -> dict[str, Any]:
 def described(
     text: bytes | None, fields: bytes | None, caption_lines: CaptionLines = CaptionLines.LINES
 ) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Captions and numbers of the contents of a picture's `.txt` and `.json`, None where there is no such file.
+    """Captions and numbers of the contents of an image's `.txt` and `.json`, None where there is no such file.
 
     The `.txt` stands before the `.json`, which may still give numbers. Unusable where there is no caption in them.
     """

@@ -1,15 +1,15 @@
-"""A folder of captioned pictures: what is in it, how large, what cannot be used and why; for training and for a build.
+"""A folder of captioned images: what is in it, how large, what cannot be used and why; for training and for a build.
 
 Captions and numbers stand
 
 - in `metadata.jsonl` in the folder, `{"file_name": ..., "text": ...}` a line, or in `metadata.csv` with such columns
-  (Hugging Face's imagefolder). Where there is one, it gives every caption, and nothing beside the pictures is read. In
+  (Hugging Face's imagefolder). Where there is one, it gives every caption, and nothing beside the images is read. In
   CSV a file may have several lines, a caption each;
-- else in a `.txt` or `.json` beside each picture, with the same stem.
+- else in a `.txt` or `.json` beside each image, with the same stem.
 
 What they may hold is in `captions`. A metadata file further below is not read, and is named (`FolderSource.notes`).
 Whatever goes by the name of an image counts, in any format (formats). Listing reads names, the metadata file and the
-beginnings of files that might be anything. The pictures, and what lies beside them, are then read by the same rules,
+beginnings of files that might be anything. The images, and what lies beside them, are then read by the same rules,
 for training all at once in eight threads (`open_folder`), for a build a thousand at a time (`pieces`). Folders are read
 recursively, without hidden files; links to folders are followed.
 
@@ -49,9 +49,9 @@ from sdxl_jax.data.images import read_image, usable_size
 from sdxl_jax.data.sources import (
     BYTES_LIMIT,
     OnRefused,
+    RawExample,
     Refusals,
     Refused,
-    Sample,
     Unusable,
     gone,
     printable,
@@ -69,8 +69,8 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 # Listing
 
 
-class Picture(NamedTuple):
-    """What listing a folder says of one picture: its captions, or where they are."""
+class ListedImage(NamedTuple):
+    """What listing a folder says of one image: its captions, or where they are."""
 
     name: str
     """Relative to the folder."""
@@ -142,9 +142,9 @@ def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield rows.line_num, fields
 
 
-def _pictures_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, Picture], list[Refused]]:
+def _images_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, ListedImage], list[Refused]]:
     several = path.suffix == ".csv"  # it has no lists
-    pictures: dict[str, Picture] = {}
+    pictures: dict[str, ListedImage] = {}
     refused = []
     spoilt = set()
     for number, fields in _metadata_lines(path):
@@ -164,7 +164,7 @@ def _pictures_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, Pictu
                 refused.append(Refused(where, f"{name}: {problem}"))
                 spoilt.add(name)
                 continue
-            earlier = pictures.get(name, Picture(name))
+            earlier = pictures.get(name, ListedImage(name))
             pictures[name] = earlier._replace(
                 captions=earlier.captions + captions, numbers={**numbers_of(fields), **earlier.numbers}
             )
@@ -175,9 +175,9 @@ def _pictures_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, Pictu
     return pictures, refused
 
 
-def _pictures_with_files_beside(
+def _images_with_files_beside(
     names: list[str], images: list[str], others: list[str]
-) -> tuple[dict[str, Picture], list[Refused]]:
+) -> tuple[dict[str, ListedImage], list[Refused]]:
     """others: images that are refused already, whose captions are not alone."""
     beside: dict[str, list[str | None]] = {}
     for name in names:
@@ -187,7 +187,7 @@ def _pictures_with_files_beside(
     pictures = {}
     for name in images:
         text, fields = beside.get(posixpath.splitext(name)[0], (None, None))
-        pictures[name] = Picture(name, (text, fields))
+        pictures[name] = ListedImage(name, (text, fields))
     stems = {posixpath.splitext(name)[0] for name in (*images, *others)}
     alone = [found[0] for stem, found in beside.items() if stem not in stems]  # a .json may be about anything
     return pictures, [Refused(name, "caption without an image of the same name") for name in alone if name]
@@ -196,15 +196,15 @@ def _pictures_with_files_beside(
 class Listing(NamedTuple):
     """What names, metadata and the beginnings of odd files say of a folder."""
 
-    pictures: list[Picture]
+    pictures: list[ListedImage]
     """In the order of the names."""
     refused: list[Refused]
     found: int
     """Images, usable or not."""
 
 
-def list_pictures(folder: Path, names: list[str]) -> Listing:
-    """The pictures among the files of a folder, and what is refused already.
+def list_images(folder: Path, names: list[str]) -> Listing:
+    """The images among the files of a folder, and what is refused already.
 
     Raises InputError: both kinds of metadata; a metadata.csv without the columns.
     """
@@ -214,9 +214,9 @@ def list_pictures(folder: Path, names: list[str]) -> Listing:
     if len(metadata) > 1:
         raise InputError(f"{folder} holds both {' and '.join(metadata)}. Expected one of them. Remove the other.")
     if metadata:
-        pictures, refused = _pictures_of_metadata(folder / metadata[0], set(images))
+        pictures, refused = _images_of_metadata(folder / metadata[0], set(images))
     else:
-        pictures, refused = _pictures_with_files_beside(names, images, list(odd))
+        pictures, refused = _images_with_files_beside(names, images, list(odd))
     usable = [pictures[name] for name in images if name in pictures]
     return Listing(usable, [*refused, *odd.values()], len(images) + len(odd))
 
@@ -245,7 +245,7 @@ def metadata_below(names: list[str]) -> list[str]:
     return [name for name in names if "/" in name and posixpath.basename(name) in _METADATA]
 
 
-# Reading one picture
+# Reading one image
 
 
 def _open(path: str) -> io.BufferedReader:
@@ -279,7 +279,9 @@ def _file_bytes(path: str) -> bytes:
             raise gone(path, problem) from problem
 
 
-def _captions(folder: str, picture: Picture, caption_lines: CaptionLines) -> tuple[tuple[str, ...], dict[str, float]]:
+def _captions(
+    folder: str, picture: ListedImage, caption_lines: CaptionLines
+) -> tuple[tuple[str, ...], dict[str, float]]:
     """Captions and numbers. Unusable where there is no caption."""
     if picture.captions:
         return picture.captions, dict(picture.numbers)
@@ -291,33 +293,33 @@ def _captions(folder: str, picture: Picture, caption_lines: CaptionLines) -> tup
 
 
 class FolderPiece(NamedTuple):
-    """Some pictures of a folder."""
+    """Some images of a folder."""
 
     folder: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[ListedImage, ...]
 
     @property
     def reads_text_files(self) -> bool:
         """Whether `CaptionLines` concerns it."""
         return any(picture.beside[0] is not None for picture in self.pictures)
 
-    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[Sample | Refused]:
+    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
         for picture in self.pictures:
             try:
                 captions, numbers = _captions(self.folder, picture, caption_lines)
-                yield Sample(picture.name, _file_bytes(f"{self.folder}/{picture.name}"), captions, numbers)
+                yield RawExample(picture.name, _file_bytes(f"{self.folder}/{picture.name}"), captions, numbers)
             except Unusable as problem:
                 yield Refused(picture.name, str(problem))
 
 
 def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
-    """The pieces of a folder, each with its name. Raises InputError as `list_pictures`."""
-    pictures, refused, _ = list_pictures(folder, names)
+    """The pieces of a folder, each with its name. Raises InputError as `list_images`."""
+    pictures, refused, _ = list_images(folder, names)
     if refused:
         yield "refused when listed", Refusals(tuple(refused))
     for start in range(0, len(pictures), _FILES):
         chosen = tuple(pictures[start : start + _FILES])
-        yield f"pictures {start}-{start + len(chosen) - 1}", FolderPiece(str(folder), chosen)
+        yield f"images {start}-{start + len(chosen) - 1}", FolderPiece(str(folder), chosen)
 
 
 # For training
@@ -325,7 +327,7 @@ def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """The usable pictures of a folder as `Pictures`, sorted by name; made by `open_folder`."""
+    """The usable images of a folder as `Images`, sorted by name; made by `open_folder`."""
 
     path: Path
     found: int
@@ -400,7 +402,7 @@ def _notes(names: list[str], found: list["_Found"], caption_lines: CaptionLines)
 
 
 class _Found(NamedTuple):
-    """One picture that can be used."""
+    """One image that can be used."""
 
     path: Path
     length: int
@@ -412,8 +414,8 @@ class _Found(NamedTuple):
     """The captions stand in a .txt."""
 
 
-def _in_threads(function: Callable[[Picture], Any], pictures: list[Picture], what: str) -> list[Any]:
-    """function(picture) of each, in order; a bar where it takes more than two seconds at a terminal."""
+def _in_threads(function: Callable[[ListedImage], Any], pictures: list[ListedImage], what: str) -> list[Any]:
+    """function(image) of each, in order; a bar where it takes more than two seconds at a terminal."""
     with ThreadPool(_THREADS) as pool:
         return list(tqdm(pool.imap(function, pictures, chunksize=16), what, len(pictures), delay=2, disable=None))
 
@@ -436,7 +438,7 @@ def _listed(folder: Path) -> tuple[list[str], list[Refused], Listing]:
     if not folder.is_dir():
         raise InputError(f"data.folder={folder} is not a folder. {_EXPECTED}. Give the folder that holds the images.")
     names, unlisted = list_files(folder)
-    listed = list_pictures(folder, names)
+    listed = list_images(folder, names)
     if not listed.found:
         raise InputError(
             f"data.folder={folder} holds no images among its {len(names)} files. {_EXPECTED}. "
@@ -445,7 +447,7 @@ def _listed(folder: Path) -> tuple[list[str], list[Refused], Listing]:
     return names, unlisted, listed
 
 
-def _look(folder: Path, verify: bool, caption_lines: CaptionLines | None, picture: Picture) -> _Found | Refused:
+def _look(folder: Path, verify: bool, caption_lines: CaptionLines | None, picture: ListedImage) -> _Found | Refused:
     """What `open_folder` must know of one image. caption_lines: None where nobody wants captions."""
     path = folder / picture.name
     try:
@@ -475,7 +477,7 @@ def open_folder(
     caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file;
     an image by its name in a format that is not read, and a file that begins as an image though not named as one.
 
-    Raises InputError: no such folder; no image in it; none usable; metadata as in `list_pictures`; numbers of too many
+    Raises InputError: no such folder; no image in it; none usable; metadata as in `list_images`; numbers of too many
     names; an image that disappears meanwhile; any refusal where on_refused is ERROR.
     """
     folder = Path(folder)

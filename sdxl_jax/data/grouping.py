@@ -18,7 +18,7 @@ from jaxtyping import Int32
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.mixture import Mixture
 from sdxl_jax.data.order import places
-from sdxl_jax.data.sources import Pictures, Refused
+from sdxl_jax.data.sources import ImageSource, Refused
 from sdxl_jax.errors import InputError, nearest_first
 
 _THREADS = 8
@@ -74,7 +74,7 @@ def group(
     Raises InputError where a source has no number of that name.
     """
 
-    def look(place: tuple[Pictures, int, int]) -> _Chunk:
+    def look(place: tuple[ImageSource, int, int]) -> _Chunk:
         source, start, first = place
         sizes = source.sizes[first : first + _CHUNK]
         numbers = np.arange(start + first, start + first + len(sizes), dtype=np.int32)

@@ -39,7 +39,7 @@ _TGA_END = b"TRUEVISION-XFILE.\0"
 
 
 def every_format() -> tuple[str, ...]:
-    """All that Pillow reads, for pictures that somebody chose. Without EPS, a program that Ghostscript would run."""
+    """All that Pillow reads, for images that somebody chose. Without EPS, a program that Ghostscript would run."""
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
@@ -49,7 +49,7 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow turns these itself while it loads them, and its sizes are upright
         return 1
     try:
-        # The base method: PNG's own one decodes the whole image to look for EXIF behind the pixels.
+        # The base method: PNG's own one decodes the whole image to look for EXIF after the pixels.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except Exception:  # the parser raises many types, and damage in EXIF does not concern the pixels
         return 1

@@ -57,7 +57,7 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
 def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
     """Writes the first `count` training examples, in training order, as NNNNNN.png and NNNNNN.json.
 
-    The picture is what the model sees, before normalisation. The JSON has source (relative to the folder),
+    The image is what the model sees, before normalisation. The JSON has source (relative to the folder),
     original_size [height, width], crop_top_left [top, left], target_size [height, width], flipped, caption.
 
     Raises InputError where count is below 1 or the directory is not empty.

@@ -1,4 +1,4 @@
-"""One step's examples of one host: read, decoded, cropped; or, of a cache, read.
+"""One step's examples of one process: read, decoded, cropped; or, of a cache, read.
 
 Every choice has a generator of its own, seeded with the user's seed, what it is for (order.CROP and so on), and (step,
 row of the global batch); where each image has a fixed number of crops, these with (image, crop). An image that turns
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float32
 
-from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
+from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.cache import Cache, Crop, Text
 from sdxl_jax.data.mixture import Mixture
@@ -28,7 +28,7 @@ _IN_A_ROW = 100
 """Bad images that follow each other in a bucket's order: then it is the source that is bad."""
 
 
-class Drawn(NamedTuple):
+class DecodedExample(NamedTuple):
     """One example, with where it is from."""
 
     image: int
@@ -38,7 +38,7 @@ class Drawn(NamedTuple):
     example: Example
 
 
-class Read(NamedTuple):
+class CachedExample(NamedTuple):
     """One example of a cache."""
 
     image: int
@@ -60,14 +60,14 @@ class Loaded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Decodes one host's rows of a global batch. Sent to worker processes."""
+    """Decodes one process's rows of a global batch. Sent to worker processes."""
 
     source: Mixture
     order: Order
     buckets: tuple[Bucket, ...]
     config: DataConfig
-    host_index: int
-    host_count: int
+    process_index: int
+    process_count: int
     cache: Cache | None = None
     """Read instead of the source's images and captions."""
 
@@ -75,7 +75,7 @@ class Loader:
         """The image, resized, cropped and flipped as each of the seeds says. InputError where it is damaged."""
         size = self.source.size(image)
         pixels = self.source.pixels(image, cover_size(*size, bucket))
-        if not _same_picture(size, pixels.shape):
+        if not _same_image(size, pixels.shape):
             raise InputError(
                 f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {tuple(size)} when it was "
                 "listed"
@@ -96,7 +96,7 @@ class Loader:
         """Some of the crops that the image has where their number is fixed."""
         return self._examples(image, bucket, [(FIXED_CROP, image, crop) for crop in crops])
 
-    def draw(self, step: int, row: int, position: int) -> Drawn:
+    def draw(self, step: int, row: int, position: int) -> DecodedExample:
         """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
         image, bucket = int(self.order.numbers[position]), self.buckets[self.order.bucket(step)]
         crops = self.config.crops_per_image
@@ -105,14 +105,14 @@ class Loader:
         else:
             (example,) = self.fixed(image, [self._choose(crops, CHOICE_OF_CROP, step, row)], bucket)
         captions = self.source.captions(image)
-        return Drawn(image, captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)], example)
+        return DecodedExample(image, captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)], example)
 
-    def read(self, step: int, row: int, position: int) -> Read:
+    def read(self, step: int, row: int, position: int) -> CachedExample:
         """The same of the cache."""
         assert self.cache is not None
         crop, captions = self.cache.crop(position, self._choose(self.cache.crops, CHOICE_OF_CROP, step, row))
         text = captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)]
-        return Read(int(self.order.numbers[position]), crop, text)
+        return CachedExample(int(self.order.numbers[position]), crop, text)
 
     def _rng(self, *seed: int) -> np.random.Generator:
         return np.random.default_rng((self.config.seed, *seed))
@@ -138,9 +138,9 @@ class Loader:
         )
 
     def rows(self, step: int) -> range:
-        """This host's rows of a step's global batch."""
-        share = self.order.buckets[self.order.bucket(step)].batch_size // self.host_count
-        return range(self.host_index * share, (self.host_index + 1) * share)
+        """This process's rows of a step's global batch."""
+        share = self.order.buckets[self.order.bucket(step)].batch_size // self.process_count
+        return range(self.process_index * share, (self.process_index + 1) * share)
 
     def __call__(self, step: int) -> Loaded:
         bad: list[str] = []
@@ -161,18 +161,18 @@ class Loader:
             batch, captions = self._encoded(all_rows(self.read)), ()
         return Loaded(batch._replace(replaced=np.array(replaced)), captions, tuple(bad))
 
-    def _decoded(self, drawn: list[Drawn]) -> Batch:
+    def _decoded(self, drawn: list[DecodedExample]) -> Batch:
         examples = [one.example for one in drawn]
         images = np.stack([example.image for example in examples])
         return Batch(image=images, tokens={}, **self._told([one.image for one in drawn], examples))
 
-    def _encoded(self, read: list[Read]) -> Batch:
+    def _encoded(self, read: list[CachedExample]) -> Batch:
         crops, texts = [one.crop for one in read], [one.text for one in read]
         pooled = [text.pooled for text in texts if text.pooled is not None]
         return Batch(
             image=None,
             tokens={name: np.stack([text.tokens[name] for text in texts]) for name in texts[0].tokens},
-            encoded=Encoded(
+            encoded=EncodedBatch(
                 mean=np.stack([crop.mean for crop in crops]),
                 log_variance=np.stack([crop.log_variance for crop in crops]),
                 context=np.stack([text.context for text in texts]),
@@ -196,6 +196,6 @@ class Loader:
         return None if name is None else np.array([self.source.number(image, name) for image in images], np.float32)
 
 
-def _same_picture(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
+def _same_image(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
     """Whether an image of that size can have been decoded to that shape: whole, or shrunk as `images.decode` does."""
     return any(shape[:2] == tuple(-(-side * eighths // 8) for side in size) for eighths in (8, 4, 3, 2, 1))

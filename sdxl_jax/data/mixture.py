@@ -1,4 +1,4 @@
-"""Several sources of pictures as one: their images numbered through, each source with its weight.
+"""Several sources of images as one: their images numbered through, each source with its weight.
 
 Not here: what a weight does to an epoch (order).
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int32, UInt8
 
 from sdxl_jax.arrays import Size
-from sdxl_jax.data.sources import Pictures, Refused
+from sdxl_jax.data.sources import ImageSource, Refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Share(NamedTuple):
 class Mixture:
     """Sources in a row. Pickles where they do."""
 
-    def __init__(self, sources: Sequence[Pictures], weights: Sequence[float]):
+    def __init__(self, sources: Sequence[ImageSource], weights: Sequence[float]):
         self.sources, self.weights = tuple(sources), tuple(weights)
         ends = itertools.accumulate((len(source.sizes) for source in sources), initial=0)
         self.starts = list(ends)
-        """Number of the first image of each source; behind them, how many there are in all."""
+        """Number of the first image of each source; after them, how many there are in all."""
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -58,7 +58,7 @@ class Mixture:
         sizes = [source.sizes for source in self.sources]
         return sizes[0] if len(sizes) == 1 else np.concatenate(sizes)
 
-    def _of(self, image: int) -> tuple[Pictures, int]:
+    def _of(self, image: int) -> tuple[ImageSource, int]:
         source = bisect.bisect_right(self.starts, image) - 1
         return self.sources[source], image - self.starts[source]
 
@@ -73,7 +73,7 @@ class Mixture:
         return float(source.numbers[name][own])
 
     def name(self, image: int) -> str:
-        """As the source has it, behind its folder's path where there are several."""
+        """As the source has it, after its folder's path where there are several."""
         source, number = self._of(image)
         name = source.name(number)
         return name if len(self.sources) == 1 else f"{source.path}/{name}"
@@ -83,7 +83,7 @@ class Mixture:
         return source.captions(number)
 
     def pixels(self, image: int, at_least: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
-        """As Pictures.pixels."""
+        """As Images.pixels."""
         source, number = self._of(image)
         return source.pixels(number, at_least)
 

@@ -1,7 +1,7 @@
 """Which images make up which step: the order of training, a pure function of the step.
 
 One epoch: the places of each bucket are shuffled and cut into batches, then all batches are shuffled. The next epoch
-shuffles anew. An image of weight 1 has one place in its bucket, of weight 2 two; of weight 0.3, three in ten images
+shuffles again. An image of weight 1 has one place in its bucket, of weight 2 two; of weight 0.3, three in ten images
 have one in each epoch, other ones each time, until all had theirs. What is left over when a bucket is cut into batches
 waits, other images each epoch. A bucket with fewer places than a batch collects those of several epochs until they fill
 one, so that its images come no more often than others: with 3 images and batches of 8, its batches are in the epochs 3,
@@ -58,7 +58,7 @@ def _map(path: str) -> SharedArray:
 
 
 BATCHES, PLACES, TURNS, CROP, FIXED_CROP, CHOICE_OF_CROP, CHOICE_OF_CAPTION = range(1, 8)
-"""What random numbers are for: the second number of every seed, behind the user's, so that no two uses share a stream.
+"""What random numbers are for: the second number of every seed, after the user's, so that no two uses share a stream.
 """
 
 
@@ -210,7 +210,7 @@ class Order:
         return found
 
     def _find(self, step: int) -> _Step:
-        # Each small bucket may be less than one batch behind its average.
+        # Each small bucket may be less than one batch after its average.
         first, behind = int(step / self._epoch_steps), sum(bucket.small for bucket in self.buckets)
         epochs = range(first, int((step + behind) / self._epoch_steps) + 2)
         epoch = first + bisect.bisect_right(epochs, step, key=self.steps_before) - 1

@@ -1,11 +1,11 @@
-"""Training batches of captioned pictures, of folders or shard sets, in an order that is a pure function of the step.
+"""Training batches of captioned images, of folders or shard sets, in an order that is a pure function of the step.
 
-The order (order.Order) is laid out in global batches of image numbers; only then does a host take its rows and decode
+The order (order.Order) is laid out in global batches of image numbers; only then does a process take its rows and decode
 them. So
 
-- hosts agree on every step's bucket, and together they read what one host would;
+- processes agree on every step's bucket, and together they read what one process would;
 - **the position is the step**: `iterate(step)` gives what an uninterrupted run would have had from there on, with any
-  number of workers or hosts, and there is no iterator state to save.
+  number of workers or processes, and there is no iterator state to save.
 
 An image that turned out to be damaged, and was replaced (loader), is named once and counted in `Batch.replaced`; more
 of them than `max_bad_share` stop the run.
@@ -38,13 +38,13 @@ from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.cache import Cache
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.folders import open_folder
-from sdxl_jax.data.loader import Drawn, Loader
+from sdxl_jax.data.loader import DecodedExample, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
 from sdxl_jax.data.shards import is_shard_set, open_shards
-from sdxl_jax.data.sources import OnRefused, Pictures, Refused, stop_if_refused, summary
+from sdxl_jax.data.sources import ImageSource, OnRefused, Refused, stop_if_refused, summary
 from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.files.paths import local
@@ -77,15 +77,15 @@ class BucketReport(NamedTuple):
         return Bucket(self.height, self.width)
 
 
-def _check(config: DataConfig, host_index: int, host_count: int) -> None:
-    if config.batch_size < 1 or config.batch_size % host_count:
+def _check(config: DataConfig, process_index: int, process_count: int) -> None:
+    if config.batch_size < 1 or config.batch_size % process_count:
         raise InputError(
-            f"data.batch_size={config.batch_size} cannot be split over {host_count} hosts. Use a multiple of "
-            f"{host_count}, e.g. {max(1, math.ceil(config.batch_size / host_count)) * host_count}."
+            f"data.batch_size={config.batch_size} cannot be split over {process_count} processes. Use a multiple of "
+            f"{process_count}, e.g. {max(1, math.ceil(config.batch_size / process_count)) * process_count}."
         )
     check_ranges(
         [
-            ("host_index", host_index, 0, host_count - 1),
+            ("process_index", process_index, 0, process_count - 1),
             ("data.flip_probability", config.flip_probability, 0, 1),
             ("data.max_aspect_distance", config.max_aspect_distance, 0, math.inf),
             ("data.min_size", config.min_size, 1, math.inf),
@@ -127,7 +127,7 @@ def batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
 
 def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     """The sources of a configuration. Raises InputError for none, for both a folder and sources, and as
-    `open_pictures`; a bad weight; caption_lines where no caption stands in a .txt."""
+    `open_images`; a bad weight; caption_lines where no caption stands in a .txt."""
     if (config.folder is None) == (not config.sources):
         given = "neither" if config.folder is None else "both"
         raise InputError(
@@ -143,7 +143,7 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     # What cannot be decoded is found when a cache is made, which says so itself.
     verify = config.verify_images and config.cache is None
     lines = config.caption_lines
-    opened = [open_pictures(each.folder, verify=verify, caption_lines=lines, captioned=captioned) for each in sources]
+    opened = [open_images(each.folder, verify=verify, caption_lines=lines, captioned=captioned) for each in sources]
     if config.caption_lines is not CaptionLines.LINES and not any(each.reads_text_files for each in opened):
         folders = ", ".join(each.folder for each in sources)
         raise InputError(
@@ -171,7 +171,7 @@ def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterat
                     f"{bad} of the {examples} examples since the start had a damaged image, more than "
                     f"data.max_bad_share={config.max_bad_share} allows. The last: {loaded.bad[-1]}\nTo go on with "
                     "this run, bring the files back as they were, or raise data.max_bad_share. A new run can do "
-                    "without them: remove them, or build a shard set, which decodes every picture once."
+                    "without them: remove them, or build a shard set, which decodes every image once."
                 )
             if loaded.captions and dataset.tokenize is not None:
                 yield loaded.batch._replace(tokens=dict(dataset.tokenize(list(loaded.captions))))
@@ -206,23 +206,25 @@ def _plain(number: Fraction | float) -> int | float:
 
 
 class BucketedDataset:
-    """Batches for one host, and what an epoch of them takes.
+    """Batches for one process, and what an epoch of them takes.
 
-    Opening a folder reads every image's header (folders.open_folder). All hosts must see the same files.
+    Opening a folder reads every image's header (folders.open_folder). All processes must see the same files.
 
     Args:
-        config: what to read; batch sizes count all hosts.
+        config: what to read; batch sizes count all processes.
         tokenize: captions to token numbers, in this process. None: nobody wants captions; batches have no tokens, and
             images of a folder need no caption.
-        host_index, host_count: this host takes rows host_index · n to (host_index + 1) · n of each global batch, with
+        host_index, host_count: this process takes rows host_index · n to (host_index + 1) · n of each global batch, with
             n = batch size / host_count.
 
-    Raises InputError: a setting out of range, a batch that does not split over the hosts, a bad folder, files refused
+    Raises InputError: a setting out of range, a batch that does not split over the processes, a bad folder, files refused
     while `config.on_refused` is ERROR, buckets that no image fits.
     """
 
-    def __init__(self, config: DataConfig, tokenize: Tokenize | None, *, host_index: int = 0, host_count: int = 1):
-        _check(config, host_index, host_count)
+    def __init__(
+        self, config: DataConfig, tokenize: Tokenize | None, *, process_index: int = 0, process_count: int = 1
+    ):
+        _check(config, process_index, process_count)
         if config.cache is not None:
             local(config.cache, "data.cache")
         self.config = config
@@ -256,7 +258,7 @@ class BucketedDataset:
         self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
         self.epoch_steps = _plain(self.order.epoch_steps)
         """Steps an epoch, on average: buckets smaller than a batch have one in several epochs."""
-        self.loader = Loader(self.source, self.order, self.buckets, config, host_index, host_count)
+        self.loader = Loader(self.source, self.order, self.buckets, config, process_index, process_count)
 
     @property
     def where(self) -> str:
@@ -326,11 +328,11 @@ class BucketedDataset:
         return self.buckets[self.order.bucket(step)]
 
     def batch_size_of(self, step: int) -> int:
-        """Images of one step, over all hosts."""
+        """Images of one step, over all processes."""
         return self.order.buckets[self.order.bucket(step)].batch_size
 
-    def examples(self, start_step: int = 0) -> Iterator[Drawn]:
-        """All hosts' examples one by one, in training order. Without end; decodes lazily; says what it replaces."""
+    def examples(self, start_step: int = 0) -> Iterator[DecodedExample]:
+        """All processes' examples one by one, in training order. Without end; decodes lazily; says what it replaces."""
         for step in itertools.count(start_step):
             for row in range(self.batch_size_of(step)):
                 bad: list[str] = []
@@ -340,11 +342,11 @@ class BucketedDataset:
                 yield drawn
 
     def iter_dataset(self, start_step: int = 0, stop_step: int = LAST_STEP) -> grain.IterDataset:
-        """This host's batches of those steps as Grain's dataset, each as `Loaded`."""
+        """This process's batches of those steps as Grain's dataset, each as `Loaded`."""
         return ahead(grain.MapDataset.range(start_step, stop_step).map(self.loader), self.config)
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """This host's batches from `start_step` on, without end, decoded ahead.
+        """This process's batches from `start_step` on, without end, decoded ahead.
 
         `close()` of what is returned ends the threads or processes; so does letting go of it.
 
@@ -357,13 +359,13 @@ class BucketedDataset:
         return generator
 
 
-def open_pictures(
+def open_images(
     folder: str | Path,
     *,
     verify: bool = False,
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
-) -> Pictures:
+) -> ImageSource:
     """A folder of images, or a shard set. What is refused is left out and listed.
 
     verify: decode every image of a folder now; those of a shard set were, when it was built.

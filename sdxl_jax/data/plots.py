@@ -1,7 +1,7 @@
-"""What training will really see, as one picture: `sdxl-jax data inspect --plot`.
+"""What training will really see, as one image: `sdxl-jax data inspect --plot`.
 
-From top to bottom: height against width of the original pictures, with what a minimum size would discard (figure 2 of
-Podell et al. 2023, arXiv:2307.01952); how many pictures each bucket gets; some training examples of the fullest
+From top to bottom: height against width of the original images, with what a minimum size would discard (figure 2 of
+Podell et al. 2023, arXiv:2307.01952); how many images each bucket gets; some training examples of the fullest
 buckets as the model sees them, with the six numbers that it is told and the caption.
 
 As in `inspection`, refused files are left out. matplotlib is needed only here, and imported only to draw: without
@@ -20,7 +20,7 @@ from jaxtyping import Int32, Int64
 from PIL import Image
 
 from sdxl_jax.arrays import Size
-from sdxl_jax.data.loader import Drawn
+from sdxl_jax.data.loader import DecodedExample
 from sdxl_jax.data.pipeline import BucketedDataset, BucketReport
 from sdxl_jax.errors import InputError
 from sdxl_jax.files import atomic
@@ -56,14 +56,14 @@ def _chunks(sizes: Int32[np.ndarray, "images 2"]) -> list[Int32[np.ndarray, "_ch
 
 
 def share_discarded(sizes: Int32[np.ndarray, "images 2"], minimum_px: int) -> float:
-    """Share of pictures, 0 to 1, with a side below the minimum: what training without them would lose."""
+    """Share of images, 0 to 1, with a side below the minimum: what training without them would lose."""
     return sum(int((chunk < minimum_px).any(axis=1).sum()) for chunk in _chunks(sizes)) / max(1, len(sizes))
 
 
 def size_histogram(sizes: Int32[np.ndarray, "images 2"]) -> Int64[np.ndarray, "heights widths"]:
-    """Pictures by height (rows) and width (columns); bin k holds sides of 2^(k/16) up to 2^((k+1)/16) pixels.
+    """Images by height (rows) and width (columns); bin k holds sides of 2^(k/16) up to 2^((k+1)/16) pixels.
 
-    The paper's axes are linear. Logarithmic ones show small pictures and large ones alike, and need no upper limit.
+    The paper's axes are linear. Logarithmic ones show small images and large ones alike, and need no upper limit.
     """
     bins = _OCTAVES * _BINS_PER_OCTAVE
     counts = np.zeros(bins * bins, np.int64)
@@ -98,7 +98,7 @@ def plot(dataset: BucketedDataset, path: Path) -> None:
     report = [bucket for bucket in dataset.report() if bucket.images]
     sheet = _sheet(dataset, report)
     rows = [sheet[start : start + 2] for start in range(0, len(sheet), 2)]
-    heights = [_HEADING + max(_picture_height(bucket) for bucket, _ in row) + _TEXT for row in rows]
+    heights = [_HEADING + max(_image_height(bucket) for bucket, _ in row) + _TEXT for row in rows]
     page = Figure(figsize=(_WIDTH, 0.9 + _CHARTS + 1.0 + sum(heights) + 0.1))
     top = _title(page, dataset)
     minimum_px = dataset.config.min_size if dataset.config.min_size > 1 else PAPER_MINIMUM_PX
@@ -118,11 +118,11 @@ def plot(dataset: BucketedDataset, path: Path) -> None:
         page.savefig(partial, format=path.suffix.lower()[1:], dpi=_DPI)
 
 
-def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[BucketReport, list[Drawn]]]:
+def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[BucketReport, list[DecodedExample]]]:
     """The first training examples of the fullest buckets, fullest first; no more than their batches hold."""
     fullest = sorted(report, key=lambda bucket: -bucket.images)[:_SHEET_BUCKETS]
     missing = {bucket.size: _examples_of(bucket) for bucket in fullest}
-    drawn: dict[Size, list[Drawn]] = {key: [] for key in missing}
+    drawn: dict[Size, list[DecodedExample]] = {key: [] for key in missing}
     # A bucket smaller than a batch has its first one when it has filled it.
     last = dataset.order.steps_before(max(math.ceil(1 / bucket.batches) for bucket in fullest))
     for step in range(last):
@@ -159,7 +159,7 @@ def _title(page: "Figure", dataset: BucketedDataset) -> float:
     name = name if len(name) <= 80 else "…" + name[-79:]
     used = sum(bucket.images for bucket in dataset.report())
     refused = dataset.refused_count() + sum(1 for _ in dataset.source.refused(built=True))
-    counts = f"{dataset.source.found:,} pictures found, {used:,} usable, {refused:,} entries refused"
+    counts = f"{dataset.source.found:,} images found, {used:,} usable, {refused:,} entries refused"
     if dataset.too_small_count():
         counts += f", {dataset.too_small_count():,} below {dataset.config.min_size} px"
     sizes = sorted({bucket.batch_size for bucket in dataset.report() if bucket.images})
@@ -203,7 +203,7 @@ def _draw_sizes(page: "Figure", sizes: Int32[np.ndarray, "images 2"], minimum_px
     axes.set_axisbelow(True)
     bar = page.colorbar(mesh, cax=_axes(page, _MARGIN + 0.5 + _CHARTS + 0.12, top, 0.15, _CHARTS))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
-    bar.ax.set_title("pictures", size=9)
+    bar.ax.set_title("images", size=9)
 
 
 def _draw_buckets(page: "Figure", report: list[BucketReport], dataset: BucketedDataset, top: float) -> None:
@@ -243,23 +243,25 @@ def _draw_buckets(page: "Figure", report: list[BucketReport], dataset: BucketedD
     empty, beyond = len(dataset.buckets) - len(report), len(report) - len(kept)
     notes = [f"{empty} others get none"] * bool(empty) + [f"the {beyond} least full are not shown"] * bool(beyond)
     axes.set_xlabel("; ".join(["bucket, height×width in px", *notes]))
-    axes.set_title("Pictures a bucket", size=11, loc="left")
+    axes.set_title("Images a bucket", size=11, loc="left")
     if small.any():
         axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _picture_height(bucket: BucketReport) -> float:
+def _image_height(bucket: BucketReport) -> float:
     return min(_TALLEST, _CELL * bucket.height / bucket.width)
 
 
-def _draw_examples(page: "Figure", bucket: BucketReport, examples: list[Drawn], left: float, top: float) -> None:
+def _draw_examples(
+    page: "Figure", bucket: BucketReport, examples: list[DecodedExample], left: float, top: float
+) -> None:
     """One bucket's examples side by side."""
-    counts = f"pictures {bucket.images:,}, batches an epoch {bucket.batches:.4g}"
+    counts = f"images {bucket.images:,}, batches an epoch {bucket.batches:.4g}"
     heading = f"Bucket {bucket.height}×{bucket.width}: {counts}"
     _write(page, left, top, heading, 10, "bold")
     top -= _HEADING
-    height = _picture_height(bucket)
+    height = _image_height(bucket)
     width = height * bucket.width / bucket.height
     for column, (_, caption, example) in enumerate(examples):
         corner = left + column * (_CELL + _GAP)

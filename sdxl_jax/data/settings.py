@@ -43,7 +43,7 @@ class DataConfig:
     """Images whose shorter side has fewer pixels are left out, and counted. Higher: less is trained on, nothing
     blurred by enlarging; the model is told each image's size, so that it need not be high."""
     batch_size: int = 8
-    """Images a step, over all hosts. Higher: fewer, steadier, costlier steps, more left over in each bucket."""
+    """Images a step, over all processes. Higher: fewer, steadier, costlier steps, more left over in each bucket."""
     batch_pixels: int | None = None
     """Pixels a step: a bucket's batches have as many images as fit, in multiples of batch_size. None: batch_size."""
     crop: CropMode = CropMode.RANDOM
@@ -67,7 +67,7 @@ class DataConfig:
     pass over all images: turn it off for a large folder that is known to be good."""
     max_bad_share: float = 0.01
     """Images that turn out to be damaged while training are named and replaced. A run with a larger share of them among
-    its examples, of 1000 at least, stops; every host counts its own. 0: the first one stops it."""
+    its examples, of 1000 at least, stops; every process counts its own. 0: the first one stops it."""
     seed: int = 0
     """Order, crops and flips follow from it, 0 to 2³² − 1."""
     workers: int = 0

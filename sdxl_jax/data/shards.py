@@ -59,7 +59,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardSet:
-    """An open shard set as `Pictures`; an image's number is its row in the index. Made by `open_shards`.
+    """An open shard set as `Images`; an image's number is its row in the index. Made by `open_shards`.
 
     The index is mapped, not read. A pickle holds the path alone: a worker process opens the set again, and refuses one
     that was replaced in between. Methods raise IndexError for an image below 0 or beyond the last.
@@ -90,7 +90,7 @@ class ShardSet:
 
     @property
     def found(self) -> int:
-        """Pictures, usable or not."""
+        """Images, usable or not."""
         return len(self) + self.refused_count
 
     @property
@@ -130,7 +130,7 @@ class ShardSet:
         except UnicodeDecodeError as problem:
             raise InputError(
                 f"The captions of {self.name(image)} in {self.path / CAPTIONS} are damaged ({problem}). Copy that file "
-                "again from where the shard set was built, or build the shard set anew."
+                "again from where the shard set was built, or build the shard set again."
             ) from problem
 
     def name(self, image: int) -> str:
@@ -159,7 +159,7 @@ class ShardSet:
         except Exception as problem:  # decoders raise many types on damaged files; each means the same here
             raise InputError(
                 f"The image {self.name(image)} of the shard set {self.path} {why_unreadable(problem)}. Build the shard "
-                "set anew, which leaves such images out."
+                "set again, which leaves such images out."
             ) from problem
 
     def refused(self) -> Iterator[Refused]:
@@ -197,13 +197,13 @@ def read_description(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no shard set: it has no {DESCRIPTION}. {expected}.") from None
     except (OSError, ValueError) as problem:
         raise fault(problem)(
-            f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build anew."
+            f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build again."
         ) from problem
     version = description.get("format") if isinstance(description, dict) else None
     if version != FORMAT:
         raise InputError(
             f"{path / DESCRIPTION} says format {version}, this version of sdxl-jax reads {FORMAT}. Build the shard set "
-            "anew, or use the version that wrote it."
+            "again, or use the version that wrote it."
         )
     return description
 
@@ -267,10 +267,10 @@ def open_shards(path: str | Path) -> ShardSet:
             hashes=columns["hash"],
             numbers=numbers,
             _columns=columns,
-            _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set anew."),
+            _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set again."),
         )
     except (OSError, ValueError, EOFError, KeyError, TypeError) as problem:
         raise fault(problem)(
             f"The index of the shard set {path} does not fit its {DESCRIPTION}: {file} cannot be used "
-            f"({type(problem).__name__}: {problem}). Copy the whole folder again, or build the shard set anew."
+            f"({type(problem).__name__}: {problem}). Copy the whole folder again, or build the shard set again."
         ) from problem

@@ -1,6 +1,6 @@
-"""What all sources of captioned pictures share.
+"""What all sources of captioned images share.
 
-Two sides: `Pictures` is what training reads, a folder or a shard set, opened whole and numbered. `Sample`, out of a
+Two sides: `Images` is what training reads, a folder or a shard set, opened whole and numbered. `Sample`, out of a
 `Piece`, is what a build reads, from any source, one after the other. On both, whatever cannot be used becomes a
 `Refused` with its reason, so that nothing is left out in silence.
 
@@ -36,7 +36,7 @@ _LISTED = 5  # refusals spelt out in a message
 
 
 class Refused(NamedTuple):
-    """One picture, caption or line of metadata that cannot be used."""
+    """One image, caption or line of metadata that cannot be used."""
 
     file: str
     """Where it is in the source; in a folder, relative to it."""
@@ -44,15 +44,15 @@ class Refused(NamedTuple):
 
 
 class Unusable(Exception):
-    """The reason why one picture is refused."""
+    """The reason why one image is refused."""
 
 
 # What training reads
 
 
 @runtime_checkable
-class Pictures(Protocol):
-    """What is trained on: pictures that can be used, numbered from 0. Sent to worker processes, so it must pickle."""
+class ImageSource(Protocol):
+    """What is trained on: images that can be used, numbered from 0. Sent to worker processes, so it must pickle."""
 
     @property
     def path(self) -> Path:
@@ -61,7 +61,7 @@ class Pictures(Protocol):
 
     @property
     def found(self) -> int:
-        """Pictures, usable or not."""
+        """Images, usable or not."""
         ...
 
     @property
@@ -95,7 +95,7 @@ class Pictures(Protocol):
         ...
 
     def name(self, image: int) -> str:
-        """Where one picture is in the source."""
+        """Where one image is in the source."""
         ...
 
     def captions(self, image: int) -> tuple[str, ...]:
@@ -134,8 +134,8 @@ def stop_if_refused(folder: str | Path, refused: Iterable[Refused], count: int, 
 # What a build reads
 
 
-class Sample(NamedTuple):
-    """A picture with captions, before anyone has looked at the picture."""
+class RawExample(NamedTuple):
+    """An image with captions, before anyone has looked at the image."""
 
     name: str
     image: bytes
@@ -146,8 +146,8 @@ class Sample(NamedTuple):
 class Piece(Protocol):
     """A part of a source that is read alone. It can be pickled, and is equal to another that says the same."""
 
-    def samples(self) -> Iterator[Sample | Refused]:
-        """Its pictures in their order. Raises InputError where the source disappears, or its storage fails."""
+    def samples(self) -> Iterator[RawExample | Refused]:
+        """Its images in their order. Raises InputError where the source disappears, or its storage fails."""
         ...
 
 
@@ -156,7 +156,7 @@ class Refusals(NamedTuple):
 
     refused: tuple[Refused, ...]
 
-    def samples(self) -> Iterator[Sample | Refused]:
+    def samples(self) -> Iterator[RawExample | Refused]:
         yield from self.refused
 
 

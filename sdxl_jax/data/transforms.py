@@ -26,7 +26,7 @@ from jaxtyping import Int32, UInt8
 from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket
 
-cv2.setNumThreads(1)  # pictures are resized in many threads at a time already
+cv2.setNumThreads(1)  # images are resized in many threads at a time already
 
 
 class CropMode(enum.Enum):

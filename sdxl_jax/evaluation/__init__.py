@@ -1,1 +1,1 @@
-"""Scores of models and pictures. Uses sampling, never training."""
+"""Scores of models and images. Uses sampling, never training."""

@@ -1,7 +1,7 @@
-"""Prompt accuracy: does a model that was trained on few pictures show the one that it is asked for?
+"""Prompt accuracy: does a model that was trained on few images show the one that it is asked for?
 
-For each sample, the nearest training picture of the same bucket is found, by the Euclidean distance of pixels after
-both are reduced to 32×32. The sample is right if that picture has the caption it was made from. Chance is one in the
+For each sample, the nearest training image of the same bucket is found, by the Euclidean distance of pixels after
+both are reduced to 32×32. The sample is right if that image has the caption it was made from. Chance is one in the
 number of captions of a bucket. A measure for models that learn a small set by heart; it says nothing of new prompts.
 """
 
@@ -14,10 +14,10 @@ from PIL import Image
 SIDE = 32
 
 
-def reduced(pictures: UInt8[np.ndarray, "pictures height width 3"]) -> Float[np.ndarray, "pictures numbers"]:
-    """Each picture as 32·32·3 numbers, by area averages."""
-    small = [Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX) for picture in pictures]
-    return np.stack([np.asarray(picture, np.float64).ravel() for picture in small])
+def reduced(images: UInt8[np.ndarray, "images height width 3"]) -> Float[np.ndarray, "images numbers"]:
+    """Each image as 32·32·3 numbers, by area averages."""
+    small = [Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX) for image in images]
+    return np.stack([np.asarray(image, np.float64).ravel() for image in small])
 
 
 def hits(
@@ -26,7 +26,7 @@ def hits(
     training: UInt8[np.ndarray, "training height width 3"],
     captions: Sequence[str],
 ) -> list[bool]:
-    """For each sample, whether its nearest training picture has the caption that was asked for. All of one bucket."""
+    """For each sample, whether its nearest training image has the caption that was asked for. All of one bucket."""
     references = reduced(training)
     nearest = [int(np.square(references - sample).sum(axis=1).argmin()) for sample in reduced(samples)]
     return [captions[index] == prompt for index, prompt in zip(nearest, asked, strict=True)]

@@ -41,7 +41,7 @@ def dot_product_attention(
 ) -> Float[jax.Array, "batch queries heads dim"]:
     """softmax(q kᵀ / √dim) v, the softmax in float32. Causal: a query sees keys up to its own position.
 
-    Kernels are for self-attention over pictures; attention to text and within it is XLA's whatever is asked for, since
+    Kernels are for self-attention over images; attention to text and within it is XLA's whatever is asked for, since
     77 keys fit no kernel. Raises InputError for cuDNN without a GPU.
     """
     if implementation is Attention.AUTO:
@@ -62,7 +62,7 @@ def dot_product_attention(
     return checkpoint_name(out, layers.KEPT)
 
 
-def in_parts(
+def chunked_attention(
     query: Float[jax.Array, "batch queries heads dim"],
     key: Float[jax.Array, "batch keys heads dim"],
     value: Float[jax.Array, "batch keys heads dim"],
@@ -70,7 +70,7 @@ def in_parts(
     at_once: int,
 ) -> Float[jax.Array, "batch queries heads dim"]:
     """The same for so many queries at a time, where XLA would materialise the scores of all: 16 GiB for the 65536
-    positions of a picture of 2048 × 2048 in an autoencoder."""
+    positions of an image of 2048 × 2048 in an autoencoder."""
     if implementation is Attention.AUTO:
         implementation = choose(_platform(), query, key)
     queries = query.shape[1]
@@ -191,7 +191,7 @@ class MultiHeadAttention(nn.Module):
         if self.queries is None:
             out = dot_product_attention(query, key, value, self.compute.attention)
         else:
-            out = in_parts(query, key, value, self.compute.attention, self.queries)
+            out = chunked_attention(query, key, value, self.compute.attention, self.queries)
         if perturbed is not None:
             out = jnp.where(perturbed[:, None, None, None], value, out)
         return dense(features, "to_out", self.compute)(rearrange(out, "b tokens heads dim -> b tokens (heads dim)"))
@@ -211,7 +211,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each behind its norm, around a residual."""
+    """Self-attention, cross-attention to the text, feed-forward; each after its norm, around a residual."""
 
     heads: int
     compute: Compute

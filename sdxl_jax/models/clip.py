@@ -62,9 +62,9 @@ class TextStates(NamedTuple):
     penultimate: Float[jax.Array, "batch tokens width"]
     """hidden_states[-2], not normed: the context of SDXL."""
     penultimate_normed: Float[jax.Array, "batch tokens width"]
-    """hidden_states[-2] behind the final norm: the context of SD 2.x."""
+    """hidden_states[-2] after the final norm: the context of SD 2.x."""
     last: Float[jax.Array, "batch tokens width"]
-    """The last layer's states behind the final norm: the context of SD 1.x."""
+    """The last layer's states after the final norm: the context of SD 1.x."""
     pooled: Float[jax.Array, "batch width"]
     """`last` at the first end-of-text token."""
     projected: Float[jax.Array, "batch projection"] | None
@@ -72,7 +72,7 @@ class TextStates(NamedTuple):
 
 
 class ClipLayer(nn.Module):
-    """Causal self-attention and feed-forward, each behind its norm, around a residual; every projection has a bias."""
+    """Causal self-attention and feed-forward, each after its norm, around a residual; every projection has a bias."""
 
     config: ClipTextConfig
     compute: Compute

@@ -52,13 +52,13 @@ class Remat(enum.Enum):
     BLOCK = "block"
     """Whole blocks: their inputs alone are kept. About a third more time."""
     OFFLOAD = "offload"
-    """As BLOCK, and what enters a transformer block waits in the host's memory. On a CPU that is the same memory."""
+    """As BLOCK, and what enters a transformer block waits in the process's memory. On a CPU that is the same memory."""
 
 
 KEPT = "kept"
 """Name of values that `Remat.DOTS` keeps although no product made them: attention's."""
 ENTERING = "entering"
-"""Name of what enters a transformer block, which `Remat.OFFLOAD` moves to the host."""
+"""Name of what enters a transformer block, which `Remat.OFFLOAD` moves to the process."""
 
 
 def _product(primitive: Any, *_: Any, **__: Any) -> bool:

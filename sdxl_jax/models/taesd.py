@@ -28,7 +28,7 @@ class TinyVaeConfig:
     """What the tiny autoencoder's weights depend on. The defaults are those of TAESD and TAESDXL."""
 
     channels: int = 64
-    """Channels of every layer. Higher: better pictures, slower by the square."""
+    """Channels of every layer. Higher: better images, slower by the square."""
     encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
     """Residual blocks of each level of the encoder, from the finest. Four levels: the latent's sides are an eighth."""
     decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
@@ -51,7 +51,7 @@ TAESDXL = TinyVaeConfig()
 
 
 class Block(nn.Module):
-    """Three convolutions around a shortcut, each behind a ReLU of what comes in."""
+    """Three convolutions around a shortcut, each after a ReLU of what comes in."""
 
     compute: Compute
 

@@ -1,10 +1,10 @@
-"""A stretch of convolutions over a large picture, tile after tile, with the result of the whole; memory is a tile's.
+"""A stretch of convolutions over a large image, tile after tile, with the result of the whole; memory is a tile's.
 
 Two things go wrong where a network sees tiles. Near a tile's border it sees zeros in the place of the neighbour: tiles
 overlap, and of each only what no border reaches is kept. And a group norm takes mean and variance of the tile, where it
 would take those of the whole, so that tiles differ in colour and contrast.
 
-The usual remedy takes all norms' moments from one run over the picture shrunk to a tile's size. Its tiles fit together,
+The usual remedy takes all norms' moments from one run over the image shrunk to a tile's size. Its tiles fit together,
 but differ from the whole: by 1 to 4 of 255 levels on average over photographs, with up to 18. Here the moments are
 those of the whole. Every tile measures its own; weighed by area they add up, if what comes before the norm is right.
 The first norm's are, after one run over all tiles; with them the second's after another; n norms take n + 1 runs. That

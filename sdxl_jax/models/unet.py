@@ -41,7 +41,7 @@ class UNetConfig:
     resnets_per_block: int = 2
     """Residual blocks of a level on the way down; one more on the way up."""
     transformer_depth: tuple[int, ...] = (0, 2, 10)
-    """Transformer blocks behind each residual block of a level; 0: no attention there."""
+    """Transformer blocks after each residual block of a level; 0: no attention there."""
     middle_depth: int = 10
     """Transformer blocks in the middle."""
     heads: tuple[int, ...] = (5, 10, 20)
@@ -98,7 +98,7 @@ SD2 = UNetConfig(
 )
 
 
-class Part(enum.Enum):
+class UNetPart(enum.Enum):
     """A third of the UNet: where `perturbed` rows lose their self-attention."""
 
     DOWN = "down"
@@ -196,7 +196,7 @@ class UpBlock(_Level):
 class UNet(nn.Module):
     config: UNetConfig
     compute: Compute = Compute()
-    perturbed_parts: tuple[Part, ...] = ()
+    perturbed_parts: tuple[UNetPart, ...] = ()
     """Where `perturbed` rows are."""
 
     @nn.compact
@@ -216,7 +216,7 @@ class UNet(nn.Module):
         if vector is not None:
             embedding += EmbeddingMlp(config.embedding_dim, compute, name="add_embedding")(vector)
 
-        down, middle, up = (perturbed if part in self.perturbed_parts else None for part in Part)
+        down, middle, up = (perturbed if part in self.perturbed_parts else None for part in UNetPart)
         levels = range(len(config.block_channels))
         x = conv(config.block_channels[0], "conv_in", compute)(latent)
         skips = [x]
@@ -243,7 +243,7 @@ def apply(
     compute: Compute = Compute(),
     *,
     perturbed: Bool[jax.Array, "batch"] | None = None,
-    perturbed_parts: Sequence[Part] = (Part.MIDDLE,),
+    perturbed_parts: Sequence[UNetPart] = (UNetPart.MIDDLE,),
 ) -> Float[jax.Array, "batch height width outputs"]:
     """The network's prediction (ε, v or x₀, as it was trained), float32.
 
@@ -261,13 +261,13 @@ def apply(
     return network.apply({"params": params}, latent, timestep, context, vector, perturbed)  # pyright: ignore
 
 
-def _check_attends(config: UNetConfig, parts: Sequence[Part]) -> None:
+def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
     """Where there is no attention to perturb, the guidance would silently be zero."""
-    attends = {Part.DOWN: any(config.transformer_depth), Part.MIDDLE: config.middle_depth > 0}
-    attends[Part.UP] = attends[Part.DOWN]
+    attends = {UNetPart.DOWN: any(config.transformer_depth), UNetPart.MIDDLE: config.middle_depth > 0}
+    attends[UNetPart.UP] = attends[UNetPart.DOWN]
     if not parts or not all(attends[part] for part in parts):
         given = ", ".join(part.value for part in parts) or "nothing"
-        known = ", ".join(part.value for part in Part if attends[part])
+        known = ", ".join(part.value for part in UNetPart if attends[part])
         raise InputError(f"Attention is to be perturbed in: {given}. This UNet has attention in: {known}. Name those")
 
 

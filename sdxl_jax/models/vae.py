@@ -232,14 +232,14 @@ def decode_tiled(
     compute: Compute = Compute(),
     tile: int = 512,
 ) -> Float[jax.Array, "batch height width 3"]:
-    """What `decode` gives, apart from rounding, with the memory of a tile: for pictures that have too little of it.
+    """What `decode` gives, apart from rounding, with the memory of a tile: for images that have too little of it.
 
     tile: positions along a tile's side, at every level of the decoder; at the last these are pixels. Higher: faster,
     more memory. A level that fits is computed whole.
 
-    Norms take their moments over the whole picture, which costs the large autoencoder seven or eight runs over a level
-    that does not fit (models/tiling.py); the tiny one has no norms. Kept whole, besides the picture, are the results of
-    levels, of which the largest has half the picture's sides. Attention takes some of its queries at a time.
+    Norms take their moments over the whole image, which costs the large autoencoder seven or eight runs over a level
+    that does not fit (models/tiling.py); the tiny one has no norms. Kept whole, besides the image, are the results of
+    levels, of which the largest has half the image's sides. Attention takes some of its queries at a time.
 
     Raises InputError as `decode`, and for tiles too small for the borders that they need.
     """

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from sdxl_jax.arrays import Params, Stored
+from sdxl_jax.arrays import AccumulatorDtype, Params
 from sdxl_jax.errors import InputError, check_ranges
 
 
@@ -56,7 +56,7 @@ class EmaConfig:
     relative_std: float | None = None
     """Width of what POWER averages over, as a share of the run so far, up to 0.288; None: 0.1. Higher: smoother, slower
     to follow."""
-    dtype: Stored = Stored.FLOAT32
+    dtype: AccumulatorDtype = AccumulatorDtype.FLOAT32
     """How the average is kept. bfloat16 takes 2 bytes a parameter instead of 4 and is rounded at random, to either
     neighbour, so that changes far below its 3 digits still add up; what is sampled has those 3 digits."""
 
@@ -73,7 +73,7 @@ class EmaConfig:
                 )
         check_ranges([("ema.decay", self.decay, 0, 1)], below_high=True)
         check_ranges([("ema.relative_std", self.relative_std, 0, _WIDEST)], above_low=True)
-        if self.kind is EmaKind.NONE and self.dtype is not Stored.FLOAT32:
+        if self.kind is EmaKind.NONE and self.dtype is not AccumulatorDtype.FLOAT32:
             raise InputError(f"ema.dtype={self.dtype.value} has no effect with ema.kind=none. Set it to float32")
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
-from sdxl_jax.arrays import Params, Stored
+from sdxl_jax.arrays import AccumulatorDtype, Params
 from sdxl_jax.errors import InputError, check_ranges
 
 
@@ -69,7 +69,7 @@ class OptimiserConfig:
     decay: Decay = Decay.CONSTANT
     """The rate after the warm-up."""
     beta1: float | None = None
-    """Decay of the gradient's moving average; None: the optimiser's own, in `USUAL`. Higher: smoother direction. Muon's
+    """Decay of the gradient's moving average; None: the optimiser's own, in `DEFAULTS`. Higher: smoother direction. Muon's
     Adam keeps 0.9."""
     beta2: float | None = None
     """Decay of the squared gradient's moving average, with Lion of the average that is kept; None: the optimiser's own.
@@ -79,7 +79,7 @@ class OptimiserConfig:
     tiny."""
     weight_decay: float | None = None
     """Share of each kernel taken off at a learning rate of 1; None: the optimiser's own. Higher: smaller weights."""
-    first_moment: Stored = Stored.FLOAT32
+    first_moment: AccumulatorDtype = AccumulatorDtype.FLOAT32
     """How the gradient's moving average is kept. bfloat16 saves 2 bytes a parameter and rounds to 3 digits: little
     beside the tenth or twentieth of it that a step replaces with a beta1 of 0.9 or 0.95."""
     clip_norm: float | None = 1.0
@@ -89,20 +89,20 @@ class OptimiserConfig:
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and for those that this optimiser does not have."""
-        usual, kind = USUAL[self.kind], self.kind.value
+        usual, kind = DEFAULTS[self.kind], self.kind.value
         below_1 = [("beta1", self.beta1, usual.beta1), ("beta2", self.beta2, usual.beta2)]
         positive = [("epsilon", self.epsilon, usual.epsilon), ("weight_decay", self.weight_decay, usual.weight_decay)]
         for name, given, own in below_1 + positive:
             if given is not None and own is None:
                 raise InputError(
                     f"optimiser.{name}={given} has no effect: {kind} has no such number. Leave it out (None), or "
-                    f"choose one of {', '.join(k.value for k in OptimiserKind if USUAL[k]._asdict()[name] is not None)}"
+                    f"choose one of {', '.join(k.value for k in OptimiserKind if DEFAULTS[k]._asdict()[name] is not None)}"
                 )
         check_ranges([(f"optimiser.{name}", given, 0, 1) for name, given, _ in below_1], below_high=True)
         ranges = [(f"optimiser.{name}", given, 0, math.inf) for name, given, _ in positive]
         check_ranges([*ranges, ("optimiser.learning_rate", self.learning_rate, 0, math.inf)], below_high=True)
         check_ranges([("optimiser.clip_norm", self.clip_norm, 0, math.inf)], above_low=True)
-        if self.first_moment is not Stored.FLOAT32 and not (usual.first_moment and self.numbers()[0]):
+        if self.first_moment is not AccumulatorDtype.FLOAT32 and not (usual.first_moment and self.numbers()[0]):
             raise InputError(
                 f"optimiser.first_moment={self.first_moment.value} has no effect: {kind} keeps no moving average of "
                 "the gradient that could be smaller. Set it to float32"
@@ -127,7 +127,7 @@ class OptimiserConfig:
 
     def numbers(self) -> tuple[float, float, float, float]:
         """(beta1, beta2, epsilon, weight decay) as given, else the optimiser's own; 0 for what it does not have."""
-        usual = USUAL[self.kind]
+        usual = DEFAULTS[self.kind]
         return (
             usual.beta1 if self.beta1 is None else self.beta1,
             (usual.beta2 or 0.0) if self.beta2 is None else self.beta2,
@@ -136,7 +136,7 @@ class OptimiserConfig:
         )
 
 
-class Usual(NamedTuple):
+class OptimiserDefaults(NamedTuple):
     """An optimiser's own numbers; None: it has no such number."""
 
     beta1: float
@@ -147,13 +147,13 @@ class Usual(NamedTuple):
     """Whether it keeps a moving average of the gradient whose dtype may be chosen."""
 
 
-USUAL = {
-    OptimiserKind.ADAMW: Usual(0.9, 0.999, 1e-8, 1e-2, True),
-    OptimiserKind.ADAFACTOR: Usual(0.0, None, None, 0.0, True),
-    OptimiserKind.LION: Usual(0.9, 0.99, None, 1e-3, True),
-    OptimiserKind.MUON: Usual(0.95, 0.999, 1e-8, 0.0, True),
-    OptimiserKind.SCHEDULE_FREE: Usual(0.9, 0.999, 1e-8, 0.0, False),
-    OptimiserKind.PRODIGY: Usual(0.9, 0.999, 1e-8, 0.0, False),
+DEFAULTS = {
+    OptimiserKind.ADAMW: OptimiserDefaults(0.9, 0.999, 1e-8, 1e-2, True),
+    OptimiserKind.ADAFACTOR: OptimiserDefaults(0.0, None, None, 0.0, True),
+    OptimiserKind.LION: OptimiserDefaults(0.9, 0.99, None, 1e-3, True),
+    OptimiserKind.MUON: OptimiserDefaults(0.95, 0.999, 1e-8, 0.0, True),
+    OptimiserKind.SCHEDULE_FREE: OptimiserDefaults(0.9, 0.999, 1e-8, 0.0, False),
+    OptimiserKind.PRODIGY: OptimiserDefaults(0.9, 0.999, 1e-8, 0.0, False),
 }
 """Each optimiser's own numbers: the defaults of optax 0.2.8, and AdamW's weight decay as in PyTorch."""
 

@@ -1,4 +1,4 @@
-"""The quickstart's small autoencoder: the real architecture with few channels, trained on the embedded pictures.
+"""The quickstart's small autoencoder: the real architecture with few channels, trained on the embedded images.
 
 Its configuration, its shipped weights, and what is done after its training: the scale of its latents is measured. What
 is learnt, and how, is training/objectives/autoencoding.
@@ -40,7 +40,7 @@ STEPS = 4000
 
 
 def get_config(pictures: str = "runs/quickstart/pictures", seed: int = 0, steps: int = STEPS) -> AutoencoderConfig:
-    """pictures: the folder that `quickstart` unpacks."""
+    """images: the folder that `quickstart` unpacks."""
     return AutoencoderConfig(
         data=DataConfig(folder=pictures, buckets=BUCKETS, batch_size=4, flip_probability=0.5, seed=seed),
         vae=CONFIG,
@@ -56,7 +56,7 @@ def get_config(pictures: str = "runs/quickstart/pictures", seed: int = 0, steps:
 
 
 def train(pictures: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = STEPS) -> VaeConfig:
-    """Trains on a folder of pictures, going on where an earlier call was cut off, and writes `out`, float16; returns
+    """Trains on a folder of images, going on where an earlier call was cut off, and writes `out`, float16; returns
     its configuration, with the scale that was measured."""
     model = run(get_config(str(pictures), seed, steps), run_dir)
     assert isinstance(model.config.vae, VaeConfig)
@@ -68,7 +68,7 @@ def train(pictures: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = 
 
 
 def _scale(pictures: Path, model: Model) -> float:
-    """What latents are multiplied by so that, over all pictures, they have unit variance: the noise schedule counts on
+    """What latents are multiplied by so that, over all images, they have unit variance: the noise schedule counts on
     that."""
     source, buckets = open_folder(pictures), tuple(Bucket(*bucket) for bucket in BUCKETS)
     config, params, latents = model.config.vae, model.params["vae"], []

@@ -2,7 +2,7 @@
 
 Everything SDXL has is there: two text encoders, pooled text, size, crop and target size, three levels of which the
 finest has no attention, three aspect-ratio buckets, EMA. Two things differ, because minutes must do: the network
-predicts v instead of ε, whose error counts for little where most of the picture is still undecided; and the text
+predicts v instead of ε, whose error counts for little where most of the image is still undecided; and the text
 encoders start from random weights and learn along.
 """
 
@@ -26,7 +26,7 @@ _TEXT = (
     Tower("text_encoder_2", ClipTextConfig(64, 2, 2, 256, Activation.GELU, 64), 0),
 )
 
-_TRAINS = ("^unet/", r"^text_encoder(_2)?/(?!token_embedding)")
+_TRAINABLE = ("^unet/", r"^text_encoder(_2)?/(?!token_embedding)")
 """The UNet, and of the text encoders all but the random token embeddings, which only need to tell words apart."""
 
 
@@ -51,17 +51,17 @@ def model_config(vae_weights: Path = autoencoder.WEIGHTS) -> ModelConfig:
 
 
 def get_config(
-    pictures: str = "runs/quickstart/pictures", vae_weights: Path = autoencoder.WEIGHTS, seed: int = 0
+    images: str = "runs/quickstart/pictures", vae_weights: Path = autoencoder.WEIGHTS, seed: int = 0
 ) -> TrainConfig:
-    """pictures: the folder that `quickstart` unpacks."""
+    """images: the folder that `quickstart` unpacks."""
     return TrainConfig(
-        data=DataConfig(folder=pictures, buckets=BUCKETS, batch_size=16, seed=seed),
+        data=DataConfig(folder=images, buckets=BUCKETS, batch_size=16, seed=seed),
         model=model_config(vae_weights),
         optimiser=OptimiserConfig(
             learning_rate=1e-3, warmup_steps=100, decay=Decay.COSINE, beta2=0.99, weight_decay=0.0
         ),
         ema=EmaConfig(decay=0.99),
-        training=TrainingConfig(steps=1000, seed=seed, trains=_TRAINS, init_from=(str(vae_weights),)),
+        training=TrainingConfig(steps=1000, seed=seed, trainable=_TRAINABLE, init_from=(str(vae_weights),)),
         checkpoint=CheckpointConfig(every_steps=400, keep=1),
         validation=ValidationConfig(
             every_steps=400,

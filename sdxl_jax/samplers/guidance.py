@@ -23,7 +23,7 @@ from sdxl_jax.arrays import type_of_array
 Array = jax.Array
 
 
-class Condition(NamedTuple):
+class Conditioning(NamedTuple):
     """What the UNet is told besides latent and timestep."""
 
     context: Float[Array, "batch tokens features"]
@@ -32,7 +32,7 @@ class Condition(NamedTuple):
     """Pooled text and micro-conditioning; None for models without it."""
 
 
-def join(conditions: Sequence[Condition]) -> Condition:
+def join(conditions: Sequence[Conditioning]) -> Conditioning:
     """One batch of them all, in turn."""
     return jax.tree.map(lambda *each: jnp.concatenate(each), *conditions)
 
@@ -79,7 +79,7 @@ def rescale(
 ) -> Float[Array, "batch height width channels"]:
     """Guided outputs with a share `phi` (0..1) of them brought to each positive's standard deviation.
 
-    Strong guidance enlarges the output, which over-exposes the picture. Lin et al., arXiv:2305.08891, section 3.4,
+    Strong guidance enlarges the output, which over-exposes the image. Lin et al., arXiv:2305.08891, section 3.4,
     eq. 15 and 16; diffusers' `rescale_noise_cfg`. An output without deviation, such as a fresh network's zeros, stays
     as it is; there it would be 0 / 0.
     """

@@ -24,14 +24,14 @@ class State(NamedTuple):
     """The image as the network last saw it."""
     finite_rows: Int32[Array, "batch 1 1 1"]
     """Rows after which the state was finite, up to the first after which it was not (NaN or inf). With the axes of the
-    latent: of a vector, XLA would say otherwise after a step how it lies on a mesh, and the next be compiled anew."""
+    latent: of a vector, XLA would say otherwise after a step how it lies on a mesh, and the next be compiled again."""
 
 
-class Kept(NamedTuple):
+class KnownImage(NamedTuple):
     """Inpainting: what stays as it is. Lugmayr et al. 2022, arXiv:2201.09865, eq. 8, without its resampling."""
 
     x0: Float[Array, "batch height width channels"]
-    """The latent of the picture that is there."""
+    """The latent of the image that is there."""
     noise: Float[Array, "batch height width channels"]
     """The noise that it is given at every level, the same throughout, as in diffusers."""
     mask: Float[Array, "batch height width 1"]
@@ -69,7 +69,7 @@ def sample(
     *,
     first: int | np.integer | Array = 0,
     stochastic: bool | None = None,
-    kept: Kept | None = None,
+    kept: KnownImage | None = None,
 ) -> State:
     """Goes through the rows of a plan; the latent is `arrays[0]` of the result.
 

@@ -74,7 +74,7 @@ def timesteps(count: int, schedule_length: int, spacing: Spacing, offset: int = 
 
 def _solver_timesteps(count: int, length: int, spacing: Spacing, offset: int = 1) -> Float[np.ndarray, " steps"]:
     """Those of diffusers' DPM-Solver and UniPC: whole, and of count + 1 the last is left out, since they end at sigma 0
-    behind it."""
+    after it."""
     match spacing:
         case Spacing.LEADING:
             visited = np.arange(1, count + 1) * max(1, length // (count + 1)) + offset

@@ -1,4 +1,4 @@
-"""Contact sheets: pictures in a grid with their captions under them, as one PNG."""
+"""Contact sheets: images in a grid with their captions under them, as one PNG."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _MARGIN, _LINE, _FONT = 6, 13, 11
 def contact_sheet(
     pictures: Sequence[UInt8[np.ndarray, "_height _width 3"]], captions: Sequence[str], columns: int, scale: int = 1
 ) -> Image.Image:
-    """Rows of pictures, each as high as its highest, captions wrapped under them. `scale` enlarges small pictures."""
+    """Rows of images, each as high as its highest, captions wrapped under them. `scale` enlarges small images."""
     font = ImageFont.load_default(_FONT)
     cell = max(picture.shape[1] for picture in pictures) * scale
     wrapped = [textwrap.wrap(caption, max(8, cell // 6))[:3] for caption in captions]
@@ -50,7 +50,7 @@ def contact_sheet(
 def labelled_grid(
     rows: Sequence[Sequence[UInt8[np.ndarray, "_height _width 3"]]], columns: Sequence[str], labels: Sequence[str]
 ) -> Image.Image:
-    """Pictures in a grid, `columns` above and `labels` on the left, both wrapped. Small pictures are enlarged."""
+    """Images in a grid, `columns` above and `labels` on the left, both wrapped. Small images are enlarged."""
     largest = max(max(picture.shape[:2]) for row in rows for picture in row)
     scale = max(1, 160 // largest)
     font = ImageFont.load_default(_FONT)

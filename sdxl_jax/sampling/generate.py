@@ -1,8 +1,8 @@
-"""From prompts to pictures: the functions that users call.
+"""From prompts to images: the functions that users call.
 
-    text_to_image     prompts → pictures
-    image_to_image    a picture is noised to some strength, and the rest of the way is gone anew
-    inpaint           the same where a mask is white; elsewhere the picture stays
+    text_to_image     prompts → images
+    image_to_image    an image is noised to some strength, and the rest of the way is gone again
+    inpaint           the same where a mask is white; elsewhere the image stays
     refine            image to image with a refiner
 
 All are `generate` with other arguments, which also gives latents, takes a refiner, and can be watched. What happens on
@@ -31,15 +31,15 @@ from sdxl_jax.arrays import MicroConditioning, Size
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.prompts import check_text
-from sdxl_jax.conditioning.text import TextCondition, Tokenizer
+from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
 from sdxl_jax.sampling.options import Options, Position
-from sdxl_jax.sampling.plan import Begin, levels_of, prepare
-from sdxl_jax.sampling.program import Inputs, Painted, Recipe, Strengths
+from sdxl_jax.sampling.plan import SegmentStart, levels_of, prepare
+from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, Strengths
 
 Images = UInt8[np.ndarray, "images height width 3"]
 
@@ -50,25 +50,25 @@ class Generated(NamedTuple):
     """Scaled, as the UNet sees them."""
 
 
-class Seen(NamedTuple):
-    """What a watcher is told behind each step."""
+class StepState(NamedTuple):
+    """What a watcher is told after each step."""
 
     step: int
     """Steps that are done, of this batch."""
     steps: int
     """Steps of this batch."""
     images: int
-    """Pictures of this batch."""
+    """Images of this batch."""
     first: int
-    """Number of its first picture."""
+    """Number of its first image."""
     x0: jax.Array
     """The latents as the network sees them finished, scaled."""
 
 
-Watch = Callable[[Seen], None]
+StepCallback = Callable[[StepState], None]
 
 
-def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextCondition:
+def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextConditioning:
     """Text states of prompts: context [prompts, 77, features]; pooled [prompts, projection] where the model has it."""
     _check_parts(model, *(tower.name for tower in model.config.text))
     tokens = Tokenizer.of(model.config.text)(list(prompts))
@@ -87,22 +87,22 @@ def generate(
     compute: Compute = Compute(),
     one_program: bool = False,
     progress: bool = False,
-    watch: Watch | None = None,
+    callback: StepCallback | None = None,
     **options: Any,
 ) -> Generated:
-    """Pictures and their latents, in order of prompts, then images.
+    """Images and their latents, in order of prompts, then images.
 
     Args:
         negative_prompts: one a prompt; None, or a None in it: no negative prompt, which is not the same as "".
         refiner: takes over for the last steps (`handoff`), or goes over the finished latent (`refine_strength`). It may
             do without its own text encoder, if the model has the same.
-        init_image: 0..255; what the pictures start from. It is brought to height × width by covering it and cropping
+        init_image: 0..255; what the images start from. It is brought to height × width by covering it and cropping
             at the centre.
-        mask: with an init image, of its size: True is repainted. Outside of it the picture keeps its own pixels.
+        mask: with an init image, of its size: True is repainted. Outside of it the image keeps its own pixels.
         init_noise: standard normal, in place of the seeded noise.
         one_program: compile text encoders, loop and decoder as one program instead of one each.
         progress: show a bar, step by step unless `one_program`.
-        watch: called behind each step.
+        watch: called after each step.
         options: the fields of `options.Options`, or `options=Options(…)`.
 
     Raises InputError for what cannot be made, before anything is compiled, where memory does not suffice, and, as
@@ -110,19 +110,19 @@ def generate(
     """
     given = options.pop("options", None)
     job = _Job(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given or Options(**options))
-    return job.run(compute, one_program, progress, watch)
+    return job.run(compute, one_program, progress, callback)
 
 
 def text_to_image(model: Model, prompts: Sequence[str], **options: Any) -> Images:
-    """Pictures of prompts, uint8 0..255. The options are those of `generate`, which also gives the latents."""
+    """Images of prompts, uint8 0..255. The options are those of `generate`, which also gives the latents."""
     return generate(model, prompts, **options).images
 
 
 def image_to_image(
     model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any
 ) -> Images:
-    """Pictures that start from a picture, SDEdit: Meng et al. 2021, arXiv:2108.01073. `strength` (0.3) of the way from
-    noise is gone anew. The options are those of `generate`."""
+    """Images that start from an image, SDEdit: Meng et al. 2021, arXiv:2108.01073. `strength` (0.3) of the way from
+    noise is gone again. The options are those of `generate`."""
     return generate(model, prompts, init_image=image, **options).images
 
 
@@ -133,8 +133,8 @@ def inpaint(
     mask: Bool[np.ndarray, "mask_rows mask_columns"],
     **options: Any,
 ) -> Images:
-    """A picture repainted where the mask is True: by a UNet of 9 channels, which is shown the
-    rest, or by any other, with the rest put back behind every step. The options are those of `generate`."""
+    """An image repainted where the mask is True: by a UNet of 9 channels, which is shown the
+    rest, or by any other, with the rest put back after every step. The options are those of `generate`."""
     return generate(model, prompts, init_image=image, mask=mask, **options).images
 
 
@@ -171,7 +171,7 @@ class _Job:
         _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
         self.shares_text = False if refiner is None else _shares_text(model, refiner)
         prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask)
-        self.size, self.original, self.mask, self.legs, self.stretches = prepared
+        self.size, self.original, self.mask, self.segments, self.segment_arrays = prepared
         self.model, self.refiner, self.options = model, refiner, options
         prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
         self.count = len(prompts)
@@ -181,13 +181,13 @@ class _Job:
 
     @property
     def steps(self) -> int:
-        """Rows of all legs: what a batch goes through."""
-        return sum(len(each.plan.timestep) for each in self.stretches)
+        """Rows of all segments: what a batch goes through."""
+        return sum(len(each.plan.timestep) for each in self.segment_arrays)
 
     def _make_rows(
         self, prompts: list[str], negatives: list[str | None], init_noise: np.ndarray | None
     ) -> dict[str, Any]:
-        """What each picture is made from, one row a picture."""
+        """What each image is made from, one row an image."""
         config, options, count = self.model.config, self.options, self.count
         factor = config.vae.downsampling
         latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
@@ -201,7 +201,7 @@ class _Job:
         def normal(purpose: int) -> jax.Array:
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), latent))(keys)
 
-        renoised = any(leg.begin is Begin.RENOISE and leg.model for leg in self.legs)
+        renoised = any(segment.start_segment is SegmentStart.RENOISE and segment.model for segment in self.segments)
         tokenizer = Tokenizer.of(config.text)
         read = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
         tokens, negative = read(prompts), read([each or "" for each in negatives])
@@ -216,10 +216,10 @@ class _Job:
             "noise": normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32),
             "refiner_noise": normal(2) if renoised else None,
             "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
-            "painted": self._painted_rows(),
+            "init_inputs": self._init_rows(),
         }
 
-    def _painted_rows(self) -> Painted | None:
+    def _init_rows(self) -> InitInputs | None:
         if self.original is None:
             return None
         config, count = self.model.config, self.count
@@ -228,17 +228,17 @@ class _Job:
             return np.broadcast_to(one, (count, *one.shape))
 
         if self.mask is None:
-            return Painted(repeat(self.original), None, None)
+            return InitInputs(repeat(self.original), None, None)
         cells = init_images.latent_mask(self.mask, config.vae.downsampling)
         hidden = repeat(self.mask[..., None]) if config.sees_mask else None
-        return Painted(repeat(self.original), repeat(cells), hidden)
+        return InitInputs(repeat(self.original), repeat(cells), hidden)
 
-    def run(self, compute: Compute, one_program: bool, progress: bool, watch: Watch | None) -> Generated:
+    def run(self, compute: Compute, one_program: bool, progress: bool, callback: StepCallback | None) -> Generated:
         options, models = self.options, [self.model, *([] if self.refiner is None else [self.refiner])]
         recipe = Recipe(
             tuple(each.config for each in models),
             self.shares_text,
-            self.legs,
+            self.segments,
             compute,
             options.decode_tile,
         )
@@ -247,7 +247,7 @@ class _Job:
         strengths = (settled.guidance or 0.0, options.pag, options.guidance_rescale)
         fixed: dict[str, Any] = {
             "params": tuple(each.params for each in models),
-            "stretches": self.stretches,
+            "segment_arrays": self.segment_arrays,
             "strengths": Strengths(*map(np.float32, strengths)),
             "scale": np.float32(initial_scale(find(settled.sampler or ""), levels, settled.timestep_spacing)),
         }
@@ -267,20 +267,22 @@ class _Job:
                 if one_program:
                     drawn = program.whole(inputs, recipe)
                 else:
-                    seen = self._watcher(bar, watch, start, size)
-                    drawn = program.staged(inputs, recipe, seen if progress or watch else None)
-                drawn = program.Drawn(*(_on_host(each)[:size] for each in drawn))
+                    seen = self._callback_of(bar, callback, start, size)
+                    drawn = program.staged(inputs, recipe, seen if progress or callback else None)
+                drawn = program.SampledBatch(*(_on_host(each)[:size] for each in drawn))
                 nonfinite.check(drawn, inputs, recipe, options.first_index + start)
                 latents.append(drawn.latents)
                 images.append(self._finished(drawn.images))
                 bar.batch(size)
         return Generated(np.concatenate(images), np.concatenate(latents))
 
-    def _watcher(self, bar: "_Bar", watch: Watch | None, first: int, size: int) -> Callable[[int, program.State], None]:
+    def _callback_of(
+        self, bar: "_Bar", callback: StepCallback | None, first: int, size: int
+    ) -> Callable[[int, program.State], None]:
         def seen(row: int, state: program.State) -> None:
             bar.row(state)
-            if watch is not None:
-                watch(Seen(row + 1, self.steps, size, self.options.first_index + first, state.x0[:size]))
+            if callback is not None:
+                callback(StepState(row + 1, self.steps, size, self.options.first_index + first, state.x0[:size]))
 
         return seen
 
@@ -291,7 +293,7 @@ class _Job:
 
 
 def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroConditioning, MicroConditioning]:
-    """What the model is told of sizes and crops, for the prompts and for the negative prompts; one row a picture."""
+    """What the model is told of sizes and crops, for the prompts and for the negative prompts; one row an image."""
 
     def rows(original: Size | None, crop: Position | None, target: Size | None, score: float) -> MicroConditioning:
         def repeat(pair: tuple[int, int]) -> np.ndarray:
@@ -384,7 +386,7 @@ def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
 
 
 class _Bar:
-    """Progress, in steps of batches; or in pictures, of a program that cannot be looked into."""
+    """Progress, in steps of batches; or in images, of a program that cannot be looked into."""
 
     def __init__(self, total: int, stepwise: bool, show: bool):
         self._stepwise, self._show = stepwise, show

@@ -1,13 +1,13 @@
-"""Pictures that sampling starts from, and the masks of inpainting: from files to what sampling takes, and back.
+"""Images that sampling starts from, and the masks of inpainting: from files to what sampling takes, and back.
 
-    image file ── read ── [outpaint] ── fit ─────────────── encoded, noised ── … ── decoded ── composite ── picture
+    image file ── read ── [outpaint] ── fit ─────────────── encoded, noised ── … ── decoded ── composite ── image
     mask file ─── read_mask ────────── fit_mask ── latent_mask ─────────────────────────────────┘
 
-Pictures are uint8 [height, width, 3], RGB, 0..255; masks are bool [height, width], True where something new is painted.
+Images are uint8 [height, width, 3], RGB, 0..255; masks are bool [height, width], True where something new is painted.
 Sizes are (height, width) in pixels, upright.
 
-Any format that Pillow reads is read, by the decoder of training pictures. Resizing is that of training pictures too, so
-a picture that has the size already stays what it is.
+Any format that Pillow reads is read, by the decoder of training images. Resizing is that of training images too, so
+an image that has the size already stays what it is.
 
 Not here: noise, the autoencoder, and blending along the mask's edge. No jax: nothing here touches a device.
 """
@@ -44,23 +44,23 @@ def parse_background(text: str) -> Colour:
 
 
 def read(path: Path, background: Colour = WHITE) -> UInt8[np.ndarray, "height width 3"]:
-    """A picture from a file: RGB, 0..255, upright by its EXIF orientation, transparency over the background.
+    """An image from a file: RGB, 0..255, upright by its EXIF orientation, transparency over the background.
 
     Greyscale, palette, 16-bit (the high byte) and CMYK become RGB, colour profiles are not applied; of an animation,
-    the first frame. Raises InputError with the file's name where it is missing, no picture, truncated, damaged, or
+    the first frame. Raises InputError with the file's name where it is missing, no image, truncated, damaged, or
     above `images.PIXEL_LIMIT`.
     """
     try:
         return images.decode(path.read_bytes(), formats=images.every_format(), background=background)
     except FileNotFoundError:
-        raise InputError(f"There is no picture {path}. Give the path of a file that exists") from None
+        raise InputError(f"There is no image {path}. Give the path of a file that exists") from None
     except Exception as problem:  # decoders raise many types on damaged files; each means the same here
         reason = images.why_unreadable(problem)
-        raise fault(problem)(f"The picture {path} {reason}. Save it anew, as PNG or JPEG, or give another") from problem
+        raise fault(problem)(f"The image {path} {reason}. Save it again, as PNG or JPEG, or give another") from problem
 
 
 def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """A mask from a file, for a picture of that size as it was read: True where the mask is white, to be repainted.
+    """A mask from a file, for an image of that size as it was read: True where the mask is white, to be repainted.
 
     Colours count by their brightness (ITU-R 601), white is 128 and above, as in diffusers. What is transparent is as
     black: it is kept, whatever colour hides there. So a mask may be white strokes on nothing.
@@ -72,8 +72,8 @@ def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "height wid
     if mask.shape != size:
         given, expected = ("{}×{}".format(*each) for each in (mask.shape, size))
         raise InputError(
-            f"The mask {path} has height × width {given}, the picture that it belongs to {expected}. Give a mask of "
-            "the picture's size"
+            f"The mask {path} has height × width {given}, the image that it belongs to {expected}. Give a mask of "
+            "the image's size"
         )
     if not mask.any() and _bright(read(path, WHITE)).any():
         raise InputError(
@@ -94,9 +94,9 @@ def snap(height: int, width: int, multiple: int) -> Size:
 
 
 def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """The picture resized to cover height × width, and cropped to it in the middle; `data/transforms.py` resizes.
+    """The image resized to cover height × width, and cropped to it in the middle; `data/transforms.py` resizes.
 
-    A picture of that size comes back as it is. Raises InputError for one so long and narrow that the resized one would
+    An image of that size comes back as it is. Raises InputError for one so long and narrow that the resized one would
     be above `images.PIXEL_LIMIT`.
     """
     target = Size(height, width)
@@ -104,7 +104,7 @@ def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> 
     covering = transforms.cover_size(rows, columns, target)
     if covering.height * covering.width > images.PIXEL_LIMIT:
         raise InputError(
-            f"A picture of height × width {rows}×{columns}, resized to cover {height}×{width}, would be "
+            f"An image of height × width {rows}×{columns}, resized to cover {height}×{width}, would be "
             f"{covering.height}×{covering.width}. Crop it nearer to the shape that is asked for"
         )
     unused = np.random.default_rng(0)  # the middle is not drawn
@@ -112,7 +112,7 @@ def fit(image: UInt8[np.ndarray, "rows columns 3"], height: int, width: int) -> 
 
 
 def fit_mask(mask: Bool[np.ndarray, "rows columns"], height: int, width: int) -> Bool[np.ndarray, "{height} {width}"]:
-    """The mask of a picture, for the same picture after `fit`: True where at least half of a pixel is."""
+    """The mask of an image, for the same image after `fit`: True where at least half of a pixel is."""
     grey = np.where(mask, np.uint8(255), np.uint8(0))
     return fit(np.repeat(grey[:, :, None], 3, axis=2), height, width)[:, :, 0] >= HALF
 
@@ -123,7 +123,7 @@ def latent_mask(
     """1 for each latent pixel, `factor` × `factor` pixels, that the mask touches anywhere, else 0.
 
     diffusers resizes to the nearest (`prepare_mask_latents`): of each such cell it reads the pixel at the top left, and
-    so keeps what lies behind a thin mask. Raises InputError for sides that are no multiples of the factor.
+    so keeps what lies after a thin mask. Raises InputError for sides that are no multiples of the factor.
     """
     height, width = mask.shape
     if height % factor or width % factor:
@@ -135,9 +135,9 @@ def latent_mask(
 def outpaint(
     image: UInt8[np.ndarray, "rows columns 3"], top: int = 0, right: int = 0, bottom: int = 0, left: int = 0
 ) -> tuple[UInt8[np.ndarray, "height width 3"], Bool[np.ndarray, "height width"]]:
-    """(picture on a canvas larger by that many pixels a side, mask that is True on what is new).
+    """(image on a canvas larger by that many pixels a side, mask that is True on what is new).
 
-    The new area repeats the picture's edge: its colours are a start, and unlike a reflection it holds nothing that
+    The new area repeats the image's edge: its colours are a start, and unlike a reflection it holds nothing that
     would be taken for content at a strength below 1. The sides need not be multiples of anything: the caller chooses.
 
     Raises InputError for negative numbers, and where the canvas would be above `images.PIXEL_LIMIT`.
@@ -160,6 +160,6 @@ def composite(
     repainted: UInt8[np.ndarray, "height width 3"],
     mask: Bool[np.ndarray, "height width"],
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The repainted picture where the mask is True; elsewhere the original's own pixels, bit for bit."""
+    """The repainted image where the mask is True; elsewhere the original's own pixels, bit for bit."""
     assert original.shape == repainted.shape == (*mask.shape, 3)
     return np.where(mask[:, :, None], repainted, original)

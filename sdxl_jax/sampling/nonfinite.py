@@ -15,7 +15,7 @@ from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Dtype
 from sdxl_jax.sampling import program
-from sdxl_jax.sampling.program import Drawn, Inputs, Recipe
+from sdxl_jax.sampling.program import Inputs, Recipe, SampledBatch
 
 _NAMED = 3
 """Weights that are named; of more, how many."""
@@ -25,9 +25,9 @@ class NonFiniteError(InputError):
     """Weights, or what they were asked for, lead to an image that is not finite."""
 
 
-def check(drawn: Drawn, inputs: Inputs, recipe: Recipe, first: int) -> None:
+def check(drawn: SampledBatch, inputs: Inputs, recipe: Recipe, first: int) -> None:
     """Raises NonFiniteError if an image of the batch is not finite. drawn: numpy. first: number of its first image."""
-    rows = sum(len(stretch.plan.timestep) for stretch in inputs.stretches)
+    rows = sum(len(arrays_of_segment.plan.timestep) for arrays_of_segment in inputs.segment_arrays)
     bad = (drawn.finite_rows < rows) | ~drawn.decoded | ~np.isfinite(drawn.latents).all(axis=(1, 2, 3))
     if not bad.any():
         return
@@ -52,24 +52,24 @@ def _began(finite_rows: int, row: int, inputs: Inputs, recipe: Recipe) -> tuple[
             if not all(_finite(leaf) for leaf in jax.tree.leaves(states)):
                 return number, tower.name, f"in the states of {who[number]}{tower.name}"
     base = recipe.models[0]
-    if (painted := inputs.painted) is not None:
-        latent = program.STAGED.encode(inputs.params[0]["vae"], painted.image, config=base, compute=recipe.compute)
+    if (init_inputs := inputs.init_inputs) is not None:
+        latent = program.STAGED.encode(inputs.params[0]["vae"], init_inputs.image, config=base, compute=recipe.compute)
         if not _finite(latent):
             return 0, "vae", "in the latent of the init image, from the autoencoder's encoder"
     done = 0
-    for leg, stretch in zip(recipe.legs, inputs.stretches, strict=True):
-        count = len(stretch.plan.timestep)
+    for segment, arrays_of_segment in zip(recipe.segments, inputs.segment_arrays, strict=True):
+        count = len(arrays_of_segment.plan.timestep)
         if finite_rows < done + count:
-            steps = sum(len(each.plan.timestep) for each in inputs.stretches)
-            return leg.model, "unet", f"after step {finite_rows + 1} of {steps}, from {who[leg.model]}unet"
+            steps = sum(len(each.plan.timestep) for each in inputs.segment_arrays)
+            return segment.model, "unet", f"after step {finite_rows + 1} of {steps}, from {who[segment.model]}unet"
         done += count
     return 0, "vae", "in the image, from the autoencoder's decoder; its latent is finite"
 
 
 def _first_row(model: int, inputs: Inputs, recipe: Recipe) -> int:
-    """Rows before the first leg of a model."""
-    legs = zip(recipe.legs, inputs.stretches, strict=True)
-    counts = [(leg.model, len(stretch.plan.timestep)) for leg, stretch in legs]
+    """Rows before the first segment of a model."""
+    segments = zip(recipe.segments, inputs.segment_arrays, strict=True)
+    counts = [(segment.model, len(arrays_of_segment.plan.timestep)) for segment, arrays_of_segment in segments]
     first = next((number for number, (which, _) in enumerate(counts) if which == model), len(counts))
     return sum(count for _, count in counts[:first])
 

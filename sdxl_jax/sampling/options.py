@@ -1,4 +1,4 @@
-"""What can be said of the pictures that are to be made: sizes, sampler, guidance, what the model is told, and how it is
+"""What can be said of the images that are to be made: sizes, sampler, guidance, what the model is told, and how it is
 computed. The command line has the same fields; `generate` acts on them.
 """
 
@@ -11,13 +11,13 @@ from sdxl_jax.arrays import Size
 from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import ModelConfig
-from sdxl_jax.models.unet import Part
+from sdxl_jax.models.unet import UNetPart
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Family, Sampler, Sigmas, Spacing, find
 
 
 class Position(NamedTuple):
-    """Pixels from the picture's corner."""
+    """Pixels from the image's corner."""
 
     top: int
     left: int
@@ -25,7 +25,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """Everything about some pictures but their prompts, models, and the pictures that they start from."""
+    """Everything about some images but their prompts, models, and the images that they start from."""
 
     height: int | None = None
     """Pixels, a multiple of 8, from 8 on. Default: the init image's, or the model's own."""
@@ -55,22 +55,22 @@ class Options:
     pag: float = 0.0
     """Strength of perturbed-attention guidance, 0 to 1000; 3 is usual, 0 is off. More structure, for one more
     evaluation a step."""
-    pag_parts: tuple[Part, ...] = (Part.MIDDLE,)
+    pag_parts: tuple[UNetPart, ...] = (UNetPart.MIDDLE,)
     """Where self-attention is perturbed for it: down, mid, up."""
     sequential: bool = False
     """Ask for prompt and negative prompt one after the other: less memory, slower."""
     seed: int = 0
-    """0 to 4294967295. Picture k depends on the seed and k, not on how many are drawn."""
+    """0 to 4294967295. Image k depends on the seed and k, not on how many are drawn."""
     first_index: int = 0
-    """The number k of the first picture, 0 or more. Higher: the pictures that a longer run would have gone on with."""
+    """The number k of the first image, 0 or more. Higher: the images that a longer run would have gone on with."""
     num_images: int = 1
-    """Pictures per prompt, 1 or more."""
+    """Images per prompt, 1 or more."""
     original_size: Size | None = None
-    """HxW that the model is told the picture had before any resize. Default: the picture's size."""
+    """HxW that the model is told the image had before any resize. Default: the image's size."""
     crop: Position | None = None
-    """TOP,LEFT that the model is told the picture was cropped at. Default: 0,0."""
+    """TOP,LEFT that the model is told the image was cropped at. Default: 0,0."""
     target_size: Size | None = None
-    """HxW that the model is told it draws. Default: the picture's size."""
+    """HxW that the model is told it draws. Default: the image's size."""
     aesthetic_score: float | None = None
     """Rating that a refiner is told, 0 to 100, usually 1 to 10. Default 6."""
     negative_original_size: Size | None = None
@@ -86,18 +86,18 @@ class Options:
     prompt_weights: bool = False
     """Read (word:1.2), (word) and [word] as weights; otherwise brackets are text."""
     strength: float | None = None
-    """Of an init image: share of the way, 0 to 1, that is gone anew, one step or more. Higher: less is left of it.
+    """Of an init image: share of the way, 0 to 1, that is gone again, one step or more. Higher: less is left of it.
     Default: 0.3, and 1 with a mask."""
     handoff: float | None = None
     """With a refiner: share of the way, 0 to 1, after which it takes over (ensemble of experts). Default 0.8, unless
     refine_strength is given."""
     refine_strength: float | None = None
-    """With a refiner: the finished latent is noised by this share of the way, 0 to 1, which the refiner goes anew
+    """With a refiner: the finished latent is noised by this share of the way, 0 to 1, which the refiner goes again
     (SDEdit)."""
     batch_size: int = 4
-    """Pictures at a time, 1 or more. Higher: faster until memory ends."""
+    """Images at a time, 1 or more. Higher: faster until memory ends."""
     decode_tile: int | None = None
-    """Pixels a side of the tiles in which the autoencoder decodes, a multiple of 8 from 128 on. For large pictures:
+    """Pixels a side of the tiles in which the autoencoder decodes, a multiple of 8 from 128 on. For large images:
     memory is that of a tile. Default: all at once."""
 
     def method(self, config: ModelConfig) -> Sampler:
@@ -186,4 +186,4 @@ def check_size(height: int, width: int, factor: int) -> None:
 
 
 LARGEST = 16384**2
-"""Pixels of a picture beyond which a size is taken for a slip."""
+"""Pixels of an image beyond which a size is taken for a slip."""

@@ -1,6 +1,6 @@
 """From options to segments: which steps are run by which network and with what guidance, before any weights are read.
 
-A denoising schedule is cut into *legs*, which are static, and their *stretches*, which are numbers: steps along which
+A denoising schedule is cut into *segments*, which are static, and their *stretches*, which are numbers: steps along which
 the same network is asked the same things. Most have one. Guidance over a part of the steps makes up to three, a refiner
 one more. `prepare` also checks what is asked for: sizes, init image and mask, a refiner that fits.
 
@@ -21,7 +21,7 @@ from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
-from sdxl_jax.models.unet import Part
+from sdxl_jax.models.unet import UNetPart
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
 from sdxl_jax.sampling import init_images
@@ -36,7 +36,7 @@ class Terms(NamedTuple):
 
     guided: bool = False
     """The negative prompt too."""
-    perturbed: tuple[Part, ...] = ()
+    perturbed: tuple[UNetPart, ...] = ()
     """The prompt without self-attention in these parts too."""
     rescaled: bool = False
     """The guided output is rescaled."""
@@ -44,8 +44,8 @@ class Terms(NamedTuple):
     """One after the other, not as one batch."""
 
 
-class Begin(enum.Enum):
-    """How a leg takes over."""
+class SegmentStart(enum.Enum):
+    """How a segment takes over."""
 
     NOISE = "noise"
     """Nothing but noise."""
@@ -54,55 +54,55 @@ class Begin(enum.Enum):
     HAND_OVER = "hand_over"
     """The latent at its noise level; nothing is remembered."""
     RENOISE = "renoise"
-    """The latent as a finished one, with fresh noise up to the leg's first level."""
+    """The latent as a finished one, with fresh noise up to the segment's first level."""
 
 
-class Leg(NamedTuple):
+class Segment(NamedTuple):
     """Static."""
 
     model: int
     """Number of the model that is asked: 0, or 1 for the refiner."""
     terms: Terms
     stochastic: bool
-    begin: Begin
+    start_segment: SegmentStart
 
 
-class Stretch(NamedTuple):
-    """A leg's numbers. Traced."""
+class SegmentArrays(NamedTuple):
+    """A segment's numbers. Traced."""
 
     plan: Plan
     first: Any
     """Number of its first row, for the keys."""
 
 
-def way(
+def plan_segments(
     config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
-) -> tuple[tuple[Leg, ...], tuple[Stretch, ...]]:
-    """The legs of a way, and their rows. Raises InputError where a part has none.
+) -> tuple[tuple[Segment, ...], tuple[SegmentArrays, ...]]:
+    """The segments of a way, and their rows. Raises InputError where a part has none.
 
     image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
     noise, as in diffusers; without one it begins with the image far below the noise.
     """
     options = options.resolved(config)
-    sampler, legs, stretches = options.method(config), [], []
+    sampler, segments, segment_arrays = options.method(config), [], []
     levels = levels_of(config, options, config.sampling)
     skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
-    start = Begin.RENOISE if image and (skipped or not mask) else Begin.NOISE
+    start = SegmentStart.RENOISE if image and (skipped or not mask) else SegmentStart.NOISE
 
-    def stretch_out(number: int, levels: Levels, first: int, stop: int, begin: Begin) -> None:
-        """Legs along levels `first` to `stop`, cut where guidance begins or ends."""
+    def add_segments(number: int, levels: Levels, first: int, stop: int, start_segment: SegmentStart) -> None:
+        """Segments along levels `first` to `stop`, cut where guidance begins or ends."""
         plan = sampler.plan(levels.since(first), options.eta)
         _check_finite(plan, refiner if number and refiner is not None else config, options)
-        stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in stretches)
+        stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in segment_arrays)
         for low, high, terms in _cuts(options, config, first, stop):
             rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
-            legs.append(Leg(number, terms, stochastic, begin))
-            stretches.append(Stretch(_rows(rows), np.int32(done)))
-            done, begin = done + len(rows.timestep), Begin.CONTINUE
+            segments.append(Segment(number, terms, stochastic, start_segment))
+            segment_arrays.append(SegmentArrays(_rows(rows), np.int32(done)))
+            done, start_segment = done + len(rows.timestep), SegmentStart.CONTINUE
 
     steps, refine = options.steps, refiner is not None and options.refine_strength is not None
     if refiner is None or refine:
-        stretch_out(0, levels, skipped, steps, start)
+        add_segments(0, levels, skipped, steps, start)
     else:
         handoff = HANDOFF if options.handoff is None else options.handoff
         cutoff = round((1 - handoff) * config.schedule.timesteps)
@@ -113,13 +113,13 @@ def way(
                 f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
                 f"{HANDOFF:g}, or more steps"
             )
-        stretch_out(0, levels, skipped, split, start)
-        stretch_out(1, levels_of(refiner, options, config.sampling), split, steps, Begin.HAND_OVER)
+        add_segments(0, levels, skipped, split, start)
+        add_segments(1, levels_of(refiner, options, config.sampling), split, steps, SegmentStart.HAND_OVER)
     if refine:
         assert refiner is not None
         again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
-        stretch_out(1, levels_of(refiner, options, config.sampling), steps - again, steps, Begin.RENOISE)
-    return tuple(legs), tuple(stretches)
+        add_segments(1, levels_of(refiner, options, config.sampling), steps - again, steps, SegmentStart.RENOISE)
+    return tuple(segments), tuple(segment_arrays)
 
 
 def _check_finite(plan: Plan, config: ModelConfig, options: Options) -> None:
@@ -195,7 +195,7 @@ def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Itera
 
 
 def _row(evaluations: int, steps: int, plan: Plan) -> int:
-    """The row behind so many steps: the last step of a sampler with several evaluations has one."""
+    """The row after so many steps: the last step of a sampler with several evaluations has one."""
     return min(evaluations * steps, len(plan.timestep))
 
 
@@ -204,14 +204,14 @@ def _rows(plan: Plan) -> Plan:
 
 
 class Prepared(NamedTuple):
-    """What can be said of pictures without a model's weights."""
+    """What can be said of images without a model's weights."""
 
     size: Size
     image: UInt8[np.ndarray, "height width 3"] | None
-    """Init image at the pictures' size."""
+    """Init image at the images' size."""
     mask: Bool[np.ndarray, "height width"] | None
-    legs: tuple[Leg, ...]
-    stretches: tuple[Stretch, ...]
+    segments: tuple[Segment, ...]
+    segment_arrays: tuple[SegmentArrays, ...]
 
 
 def prepare(
@@ -227,8 +227,10 @@ def prepare(
     size = _size(config, options, init_image)
     if init_image is None and options.strength is not None:
         raise InputError(f"strength={options.strength} has no effect without an init image. Give one, or leave it out")
-    original, fitted = _painted(config, init_image, mask, size)
-    return Prepared(size, original, fitted, *way(config, refiner, options, original is not None, fitted is not None))
+    original, fitted = _fit_init(config, init_image, mask, size)
+    return Prepared(
+        size, original, fitted, *plan_segments(config, refiner, options, original is not None, fitted is not None)
+    )
 
 
 def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
@@ -240,10 +242,10 @@ def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Si
     return Size(height, width)
 
 
-def _painted(
+def _fit_init(
     config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Init image and mask at the size of the pictures."""
+    """Init image and mask at the size of the images."""
     if config.sees_mask and (image is None or mask is None):
         raise InputError(
             f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "

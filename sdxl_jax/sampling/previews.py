@@ -1,10 +1,10 @@
-"""A look at latents without an autoencoder: a picture at an eighth of the size, by one linear map a position.
+"""A look at latents without an autoencoder: an image at an eighth of the size, by one linear map a position.
 
     rgb = latent · W + b
 
 SDXL's latent is close to the colours that it stands for: a 4 → 3 map, fitted here, explains most of what an 8 × 8 block
 of pixels is on average. Sharper and slower is the tiny autoencoder (`models/taesd.py`), whose `vae.decode` gives the
-picture at full size. Other latent spaces (SD 1.x and 2.x, of as many channels) need other numbers, which are not here.
+image at full size. Other latent spaces (SD 1.x and 2.x, of as many channels) need other numbers, which are not here.
 """
 
 import numpy as np

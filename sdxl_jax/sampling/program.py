@@ -1,11 +1,11 @@
-"""Drawing, as pure functions of arrays: text to states, noise to latent, latent to picture, and all three as one.
+"""Drawing, as pure functions of arrays: text to states, noise to latent, latent to image, and all three as one.
 
     tokens ── text_states ──┐
-    sizes ──────────────────┴─ told ── denoise, leg by leg ── decode ── picture
-    picture ── encode ─────────────────────┘
+    sizes ──────────────────┴─ told ── denoise, segment by segment ── decode ── image
+    image ── encode ─────────────────────┘
 
-A way from noise to a picture is cut into *legs* (`plan`): stretches along which the same network is asked the same
-things. Whoever watches cuts every leg into single steps, so that one compiled step serves any number of them.
+A way from noise to an image is cut into *segments* (`plan`): stretches along which the same network is asked the same
+things. Whoever watches cuts every segment into single steps, so that one compiled step serves any number of them.
 
 What is static is a `Recipe`, what is traced are `Inputs`. `draw` follows the recipe with the functions that it is
 given: plain ones within one `jax.jit` (`whole`), or each of them compiled on its own (`staged`). Not here: options,
@@ -24,15 +24,15 @@ from sdxl_jax import arrays, model
 from sdxl_jax.arrays import MicroConditioning, Params, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.prompts import PromptTokens
-from sdxl_jax.conditioning.text import TextCondition, Tower
+from sdxl_jax.conditioning.text import TextConditioning, Tower
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers import guidance, loop
-from sdxl_jax.samplers.guidance import Condition, Outputs
-from sdxl_jax.samplers.loop import Kept, State
+from sdxl_jax.samplers.guidance import Conditioning, Outputs
+from sdxl_jax.samplers.loop import KnownImage, State
 from sdxl_jax.samplers.steps import Plan
-from sdxl_jax.sampling.plan import Begin, Leg, Stretch, Terms
+from sdxl_jax.sampling.plan import Segment, SegmentArrays, SegmentStart, Terms
 from sdxl_jax.sharding import constrain
 
 Array = jax.Array
@@ -46,11 +46,11 @@ class Strengths(NamedTuple):
     rescale: Float[Any, ""]
 
 
-class Told(NamedTuple):
+class ConditioningPair(NamedTuple):
     """What the network is told of the prompt and of the negative prompt."""
 
-    positive: Condition
-    negative: Condition | None
+    positive: Conditioning
+    negative: Conditioning | None
 
 
 class Recipe(NamedTuple):
@@ -59,20 +59,20 @@ class Recipe(NamedTuple):
     models: tuple[ModelConfig, ...]
     shares_text: bool
     """The refiner has no text encoder of its own: it is the base's last."""
-    legs: tuple[Leg, ...]
+    segments: tuple[Segment, ...]
     compute: Compute
     tile: int | None
     """Pixels a side that are decoded at a time; None: all."""
 
 
-class Painted(NamedTuple):
+class InitInputs(NamedTuple):
     """Inpainting and image to image: what there was."""
 
     image: UInt8[Any, "batch height width 3"]
     mask: Float[Any, "batch latent_height latent_width 1"] | None
     """1 where it is repainted; None: everywhere."""
     hidden: Bool[Any, "batch height width 1"] | None
-    """For UNets of 9 channels: True on what is left out of the picture that they are shown."""
+    """For UNets of 9 channels: True on what is left out of the image that they are shown."""
 
 
 class Inputs(NamedTuple):
@@ -91,11 +91,11 @@ class Inputs(NamedTuple):
     scale: Float[Any, ""]
     """What it is multiplied by where a way begins with nothing else."""
     refiner_noise: Float[Any, "batch latent_height latent_width channels"] | None
-    """What `Begin.RENOISE` adds, standard normal."""
+    """What `SegmentStart.RENOISE` adds, standard normal."""
     keys: Key[Array, " batch"]
-    stretches: tuple[Stretch, ...]
+    segment_arrays: tuple[SegmentArrays, ...]
     strengths: Strengths
-    painted: Painted | None
+    init_inputs: InitInputs | None
 
 
 # Text
@@ -109,32 +109,32 @@ def text_states(
     towers: tuple[Tower, ...],
     guided: bool,
     compute: Compute,
-) -> tuple[TextCondition, TextCondition | None]:
+) -> tuple[TextConditioning, TextConditioning | None]:
     """Of prompts and, if needed, of negative prompts."""
     positive = text.encode_prompts(towers, params, tokens, compute)
     return positive, text.encode_prompts(towers, params, negative_tokens, compute) if guided else None
 
 
-def told(
-    states: tuple[TextCondition, TextCondition | None],
+def conditioning(
+    states: tuple[TextConditioning, TextConditioning | None],
     has_negative: Float[type_of_array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
     *,
     config: ModelConfig,
-) -> Told:
+) -> ConditioningPair:
     """What a model's network is told."""
     positive, negative = states
-    if negative is not None and config.no_prompt is model.NoPrompt.ZEROS:
+    if negative is not None and config.unconditional is model.UnconditionalKind.ZEROS:
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
-    return Told(
+    return ConditioningPair(
         model.condition(config, positive, micro[0]),
         None if negative is None else model.condition(config, negative, micro[1]),
     )
 
 
-def of_the_last(states: TextCondition | None, width: int) -> TextCondition | None:
+def of_the_last(states: TextConditioning | None, width: int) -> TextConditioning | None:
     """The states of the last tower alone, `width` wide: what a refiner that shares them is told."""
-    return None if states is None else TextCondition(states.context[..., -width:], states.pooled)
+    return None if states is None else TextConditioning(states.context[..., -width:], states.pooled)
 
 
 # The way
@@ -142,12 +142,12 @@ def of_the_last(states: TextCondition | None, width: int) -> TextCondition | Non
 
 def denoise(
     params: Params,
-    told: Told,
+    conditioning: ConditioningPair,
     state: State,
     keys: Key[Array, " batch"],
-    stretch: Stretch,
+    arrays_of_segment: SegmentArrays,
     strengths: Strengths,
-    kept: Kept | None,
+    kept: KnownImage | None,
     shown: Float[Array, "batch latent_height latent_width shown"] | None,
     *,
     config: ModelConfig,
@@ -155,16 +155,16 @@ def denoise(
     stochastic: bool,
     compute: Compute,
 ) -> State:
-    """One leg. shown: what a UNet of more channels than the latent's sees besides it. `params`: the UNet's."""
-    conditions = [told.positive]
+    """One segment. shown: what a UNet of more channels than the latent's sees besides it. `params`: the UNet's."""
+    conditions = [conditioning.positive]
     if terms.guided:
-        assert told.negative is not None, "guidance needs a negative"
-        conditions.insert(0, told.negative)
+        assert conditioning.negative is not None, "guidance needs a negative"
+        conditions.insert(0, conditioning.negative)
     if terms.perturbed:
-        conditions.append(told.positive)
+        conditions.append(conditioning.positive)
     ways = len(conditions)
 
-    def ask(x: Array, timestep: Array, condition: Condition, perturbed: Array | None) -> Array:
+    def ask(x: Array, timestep: Array, condition: Conditioning, perturbed: Array | None) -> Array:
         times = jnp.full(len(x), timestep)
         given: dict[str, Any] = (
             {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
@@ -177,11 +177,11 @@ def denoise(
         # Which rows are perturbed: the last way's.
         perturbed = jnp.arange(ways) == ways - 1 if terms.perturbed else None
         if ways == 1:
-            outputs = [ask(x, timestep, told.positive, None)]
+            outputs = [ask(x, timestep, conditioning.positive, None)]
         elif terms.sequential:
             stacked = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
             rows = None if perturbed is None else jnp.repeat(perturbed[:, None], count, axis=1)
-            outputs = list(jax.lax.map(lambda way: ask(x, timestep, *way), (stacked, rows)))
+            outputs = list(jax.lax.map(lambda plan_segments: ask(x, timestep, *plan_segments), (stacked, rows)))
         else:
             joined = guidance.join(conditions)
             rows = None if perturbed is None else jnp.repeat(perturbed, count)
@@ -192,13 +192,20 @@ def denoise(
         return guidance.combine(said, strengths.guidance, strengths.pag, strengths.rescale if terms.rescaled else None)
 
     ended = loop.sample(
-        network, state, keys, stretch.plan, config.prediction, first=stretch.first, stochastic=stochastic, kept=kept
+        network,
+        state,
+        keys,
+        arrays_of_segment.plan,
+        config.prediction,
+        first=arrays_of_segment.first,
+        stochastic=stochastic,
+        kept=kept,
     )
     return _laid(ended)
 
 
 def _laid(state: State) -> State:
-    """On a mesh, the batch over its axes, before and behind every leg: so that the next finds it as the last did."""
+    """On a mesh, the batch over its axes, before and after every segment: so that the next finds it as the last did."""
     return State(
         constrain(state.arrays, None, "batch", None, None, None),
         constrain(state.x0, "batch", None, None, None),
@@ -206,18 +213,18 @@ def _laid(state: State) -> State:
     )
 
 
-def begin(leg: Leg, row: Plan, state: State | None, noise: Array | None, image: Array | None) -> State:
-    """The state before a leg whose first row is `row`. Before the first leg there is none; `image` is the latent that
+def start_segment(segment: Segment, row: Plan, state: State | None, noise: Array | None, image: Array | None) -> State:
+    """The state before a segment whose first row is `row`. Before the first segment there is none; `image` is the latent that
     it may start from."""
-    if leg.begin is Begin.CONTINUE:
+    if segment.start_segment is SegmentStart.CONTINUE:
         assert state is not None, "there is something to go on with"
         return state
-    if leg.begin is Begin.NOISE:
+    if segment.start_segment is SegmentStart.NOISE:
         assert noise is not None, "there is noise to start from"
         return _laid(loop.start(noise, row))
     latent = image if state is None else state.arrays[0]
     assert latent is not None, "there is a latent to start from"
-    if leg.begin is Begin.RENOISE:
+    if segment.start_segment is SegmentStart.RENOISE:
         assert noise is not None, "there is noise to add"
         alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (row.alpha, row.sigma_t))
         latent = alpha * latent + sigma_t * noise
@@ -225,7 +232,7 @@ def begin(leg: Leg, row: Plan, state: State | None, noise: Array | None, image: 
     return _laid(begun if state is None else begun._replace(finite_rows=state.finite_rows))
 
 
-# Pictures
+# Images
 
 
 def encode(
@@ -238,7 +245,7 @@ def encode(
 ) -> Array:
     """Scaled latents: the mean of the autoencoder's posterior. What is hidden is 0 in −1..1, which no byte is.
 
-    diffusers draws from the posterior. Its deviation is a hundredth of the latent's, so the pictures are alike, and the
+    diffusers draws from the posterior. Its deviation is a hundredth of the latent's, so the images are alike, and the
     mean needs no random numbers of its own.
     """
     seen = arrays.normalise(image)
@@ -259,13 +266,13 @@ def decode(
     return arrays.to_bytes(image), jnp.isfinite(image).all(axis=(1, 2, 3))
 
 
-class Drawn(NamedTuple):
+class SampledBatch(NamedTuple):
     """One batch."""
 
     images: UInt8[type_of_array, "batch height width 3"]
     latents: Float[type_of_array, "batch latent_height latent_width channels"]
     finite_rows: Int32[type_of_array, " batch"]
-    """Rows of all legs after which the latent was finite, up to the first after which it was not."""
+    """Rows of all segments after which the latent was finite, up to the first after which it was not."""
     decoded: Bool[type_of_array, " batch"]
     """Whether the decoder's output was finite."""
 
@@ -274,29 +281,29 @@ class Functions(NamedTuple):
     """What `draw` calls: all plain, or all compiled."""
 
     text_states: Callable[..., Any]
-    told: Callable[..., Any]
+    conditioning: Callable[..., Any]
     encode: Callable[..., Any]
-    begin: Callable[..., Any]
+    start_segment: Callable[..., Any]
     denoise: Callable[..., Any]
     decode: Callable[..., Any]
 
 
-PLAIN = Functions(text_states, told, encode, begin, denoise, decode)
+PLAIN = Functions(text_states, conditioning, encode, start_segment, denoise, decode)
 
 
 STAGED = Functions(
     jax.jit(text_states, static_argnames=("towers", "guided", "compute")),
-    jax.jit(told, static_argnames="config"),
+    jax.jit(conditioning, static_argnames="config"),
     jax.jit(encode, static_argnames=("config", "compute")),
-    jax.jit(begin, static_argnames="leg"),
+    jax.jit(start_segment, static_argnames="segment"),
     jax.jit(denoise, static_argnames=("config", "terms", "stochastic", "compute")),
     jax.jit(decode, static_argnames=("config", "compute", "tile")),
 )
 
 
-def _text(recipe: Recipe, inputs: Inputs, call: Functions) -> list[Told]:
+def _text(recipe: Recipe, inputs: Inputs, call: Functions) -> list[ConditioningPair]:
     """What each model is told."""
-    guided = any(leg.terms.guided for leg in recipe.legs)
+    guided = any(segment.terms.guided for segment in recipe.segments)
     found = []
     for number, config in enumerate(recipe.models):
         if number and recipe.shares_text:
@@ -308,7 +315,7 @@ def _text(recipe: Recipe, inputs: Inputs, call: Functions) -> list[Told]:
             states = call.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
         found.append(states)
     return [
-        call.told(states, inputs.has_negative, inputs.micro, config=config)
+        call.conditioning(states, inputs.has_negative, inputs.micro, config=config)
         for config, states in zip(recipe.models, found, strict=True)
     ]
 
@@ -317,60 +324,60 @@ def draw(
     inputs: Inputs,
     recipe: Recipe,
     call: Functions = PLAIN,
-    watch: Callable[[int, State], None] | None = None,
-) -> Drawn:
-    """One batch. watch(number of the row, state) is called behind every row of every leg; the
-    legs are then gone through row by row."""
+    callback: Callable[[int, State], None] | None = None,
+) -> SampledBatch:
+    """One batch. watch(number of the row, state) is called after every row of every segment; the
+    segments are then gone through row by row."""
     base, compute = recipe.models[0], recipe.compute
     conditions = _text(recipe, inputs, call)
     image, kept, shown = None, None, None
-    begun = inputs.scale * inputs.noise if recipe.legs[0].begin is Begin.NOISE else inputs.noise
-    if (painted := inputs.painted) is not None:
+    begun = inputs.scale * inputs.noise if recipe.segments[0].start_segment is SegmentStart.NOISE else inputs.noise
+    if (init_inputs := inputs.init_inputs) is not None:
         latents = functools.partial(call.encode, inputs.params[0]["vae"], config=base, compute=compute)
-        image = latents(painted.image)
-        if painted.hidden is not None:
-            assert painted.mask is not None
-            shown = jnp.concatenate([painted.mask, latents(painted.image, painted.hidden)], axis=-1)
-        if painted.mask is not None:
-            kept = Kept(image, inputs.noise, painted.mask)
+        image = latents(init_inputs.image)
+        if init_inputs.hidden is not None:
+            assert init_inputs.mask is not None
+            shown = jnp.concatenate([init_inputs.mask, latents(init_inputs.image, init_inputs.hidden)], axis=-1)
+        if init_inputs.mask is not None:
+            kept = KnownImage(image, inputs.noise, init_inputs.mask)
     state = None
-    for leg, stretch in zip(recipe.legs, inputs.stretches, strict=True):
-        config = recipe.models[leg.model]
+    for segment, arrays_of_segment in zip(recipe.segments, inputs.segment_arrays, strict=True):
+        config = recipe.models[segment.model]
         noise = begun if state is None else inputs.refiner_noise
-        state = call.begin(leg, stretch.plan.between(0, 1), state, noise, image)
+        state = call.start_segment(segment, arrays_of_segment.plan.between(0, 1), state, noise, image)
         go = functools.partial(
             call.denoise,
-            inputs.params[leg.model]["unet"],
-            conditions[leg.model],
+            inputs.params[segment.model]["unet"],
+            conditions[segment.model],
             keys=inputs.keys,
             strengths=inputs.strengths,
             kept=None if config.sees_mask else kept,
             shown=shown if config.sees_mask else None,
             config=config,
-            terms=leg.terms,
-            stochastic=leg.stochastic,
+            terms=segment.terms,
+            stochastic=segment.stochastic,
             compute=compute,
         )
-        if watch is None:
-            state = go(state=state, stretch=stretch)
+        if callback is None:
+            state = go(state=state, arrays_of_segment=arrays_of_segment)
             continue
-        for row in range(len(stretch.plan.timestep)):
-            part = Stretch(stretch.plan.between(row, row + 1), stretch.first + row)
-            state = go(state=state, stretch=part)
-            watch(int(stretch.first) + row, state)
+        for row in range(len(arrays_of_segment.plan.timestep)):
+            part = SegmentArrays(arrays_of_segment.plan.between(row, row + 1), arrays_of_segment.first + row)
+            state = go(state=state, arrays_of_segment=part)
+            callback(int(arrays_of_segment.first) + row, state)
     assert state is not None
     latent = state.arrays[0]
     images, decoded = call.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile)
-    return Drawn(images, latent, state.finite_rows[:, 0, 0, 0], decoded)
+    return SampledBatch(images, latent, state.finite_rows[:, 0, 0, 0], decoded)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
-def whole(inputs: Inputs, recipe: Recipe) -> Drawn:
+def whole(inputs: Inputs, recipe: Recipe) -> SampledBatch:
     """`draw` as one program."""
     return draw(inputs, recipe)
 
 
-def staged(inputs: Inputs, recipe: Recipe, watch: Callable[[int, State], None] | None = None) -> Drawn:
-    """`draw` as programs of their own: text, picture to latent, each leg, latent to picture. Another prompt, another
+def staged(inputs: Inputs, recipe: Recipe, callback: Callable[[int, State], None] | None = None) -> SampledBatch:
+    """`draw` as programs of their own: text, image to latent, each segment, latent to image. Another prompt, another
     number of steps (if watched), another decoder compile only what they change."""
-    return draw(inputs, recipe, STAGED, watch)
+    return draw(inputs, recipe, STAGED, callback)

@@ -35,7 +35,7 @@ class Checkpoints:
         keep_every_hours: keeps one of so many hours besides, for ever.
         keep_best: keeps the one with the lowest of this metric besides.
         go_on: whether a failed save is told and the run goes on, or the run ends with it. The last one ends it always.
-        agree: what all hosts say, given what this one says, so that they take one host's failure alike.
+        agree: what all processes say, given what this one says, so that they take one process's failure alike.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Checkpoints:
         except MachineError as lost:
             self._begin(step, state, metadata, metrics)
             self.finish(last=True)
-            raise MachineError(f"{lost}. That of step {step}, behind it, was written") from lost
+            raise MachineError(f"{lost}. That of step {step}, after it, was written") from lost
         return self._begin(step, state, metadata, metrics)
 
     def _begin(
@@ -140,18 +140,18 @@ class Checkpoints:
         except Exception as error:  # as above
             failed = _reason(error)
         self._settle(failed, last)
-        if self._writing is not None:  # on no host has it failed
+        if self._writing is not None:  # on no process has it failed
             self._lost, self._writing = "", None
 
     def _settle(self, failed: str, last: bool = False) -> None:
-        """After a part of a save: has it failed, here or on another host?"""
+        """After a part of a save: has it failed, here or on another process?"""
         reasons = self._agree(failed)
         if not any(reasons):
             return
-        host = next(host for host, reason in enumerate(reasons) if reason)
-        where = f" on host {host}" if len(reasons) > 1 else ""
+        process = next(process for process, reason in enumerate(reasons) if reason)
+        where = f" on process {process}" if len(reasons) > 1 else ""
         step, self._writing = self._writing, None
-        message = f"The checkpoint of step {step} could not be written{where} ({reasons[host]})."
+        message = f"The checkpoint of step {step} could not be written{where} ({reasons[process]})."
         self._reopen()
         before = latest_step(self._directory)
         kept = "There is none before it" if before is None else f"That of step {before} is whole"
@@ -214,7 +214,7 @@ def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
         return _load(directory / str(step), abstract)
     except Damaged as error:
         before = [other for other in run.steps(directory) if other < step]
-        offer = f"go on from the one before it: --from-step {before[-1]}" if before else "start anew in another folder"
+        offer = f"go on from the one before it: --from-step {before[-1]}" if before else "start again in another folder"
         raise InputError(f"{error}, or {offer}") from error
 
 

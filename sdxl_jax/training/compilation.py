@@ -2,7 +2,7 @@
 
     order of need ── threads ── trace, lower, compile (or read from the cache) ── steps.of(bucket)
 
-All hosts compile the same programs in the same order, which is that of the data. What is compiled so is what `jax.jit`
+All processes compile the same programs in the same order, which is that of the data. What is compiled so is what `jax.jit`
 would have compiled when called, bit for bit. Compiled programs come back from the persistent cache, if there is one;
 what `sdxl-jax compile` made for such a machine is read from beside it.
 
@@ -38,7 +38,7 @@ _PATIENCE = 0.2
 _PATIENCE_AT_EXIT = 60.0
 """Seconds that the end of Python waits for the compiler."""
 _MAPPINGS_TAKEN = 0.9
-"""Share of the memory mappings that Linux allows a process; behind it no further program is compiled for a CPU."""
+"""Share of the memory mappings that Linux allows a process; after it no further program is compiled for a CPU."""
 
 REMEDIES = (
     "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
@@ -74,7 +74,7 @@ def check_mappings(proc: Path = Path("/proc")) -> None:
 
 def use_cache(folder: str | Path) -> None:
     """Keeps every program that this process compiles from now on in a folder, or reads it from there. It may be shared
-    by runs and hosts. Raises InputError for a bucket's URL."""
+    by runs and processes. Raises InputError for a bucket's URL."""
     local(folder, "training.compilation_cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -84,7 +84,7 @@ def use_cache(folder: str | Path) -> None:
 
 def order_of_need(dataset: BucketedDataset, first: int, stop: int) -> dict[Bucket, int]:
     """The buckets of the steps `first` to `stop` − 1 (from 0), in the order of their first use, with the images of a
-    batch over all hosts."""
+    batch over all processes."""
     all_buckets = {bucket.size: bucket.batch_size for bucket in dataset.report() if bucket.batches}
     found = dict[Bucket, int]()
     last = min(stop, first + _LOOKED_AHEAD)
@@ -111,8 +111,8 @@ class CompiledSteps:
         then: Callable[[Bucket], None] | None = None,
     ):
         """step: what `jax.jit` returned. arguments: for each bucket the abstract arguments, in the order of need.
-        threads: programs compiled at once; each takes cores and, for large models, many GiB of this host's memory.
-        made_ahead: where programs compiled on another machine may lie. then: what a thread does behind each program,
+        threads: programs compiled at once; each takes cores and, for large models, many GiB of this process's memory.
+        made_ahead: where programs compiled on another machine may lie. then: what a thread does after each program,
         which may be in use by then."""
         self._step, self._arguments, self._mesh, self._made_ahead = step, arguments, mesh, made_ahead
         self._then = then

@@ -1,4 +1,4 @@
-"""The program behind `sdxl-jax data encode`: the frozen encoders' work done once, for every crop and caption.
+"""The program after `sdxl-jax data encode`: the frozen encoders' work done once, for every crop and caption.
 
     images ── K crops each ── autoencoder ── mean, log-variance ─┐
     captions ── tokens ── text towers ── states, pooled ─────────┴─ bfloat16 ── cache (data.cache)
@@ -7,7 +7,7 @@ The posterior's moments are kept, not a sample, so that training draws its own e
 made from: the images, their crops and buckets, the encoders' weights, and this code. Training makes the same statement
 about itself, and reads no cache that differs.
 
-Hosts share the pieces out; one that was interrupted goes on with those that are missing.
+Processes share the pieces out; one that was interrupted goes on with those that are missing.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data import crops as cropping
-from sdxl_jax.data.cache import Crop, PieceWriter, Plan, Text, begin, open_cache
+from sdxl_jax.data.cache import CachePlan, Crop, PieceWriter, Text, begin, open_cache
 from sdxl_jax.data.crops import Crops
 from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
@@ -99,11 +99,11 @@ def check_frozen(config: TrainConfig) -> None:
     if config.data.cache is None:
         return
     abstract = jax.eval_shape(functools.partial(model.init, config=config.model), jax.random.key(0))
-    trained, _ = partition(abstract, config.training.trains)
-    if trains := [part for part in encoder_parts(config) if part in trained]:
+    trained, _ = partition(abstract, config.training.trainable)
+    if trainable := [part for part in encoder_parts(config) if part in trained]:
         raise InputError(
-            f"data.cache={config.data.cache} holds what the {', '.join(trains)} made of the data before training, but "
-            "training.trains changes it. Train the UNet alone, training.trains=^unet/, or without data.cache"
+            f"data.cache={config.data.cache} holds what the {', '.join(trainable)} made of the data before training, but "
+            "training.trainable changes it. Train the UNet alone, training.trainable=^unet/, or without data.cache"
         )
 
 
@@ -120,12 +120,12 @@ def from_cache(config: TrainConfig, dataset: BucketedDataset, frozen: Params) ->
 
 
 class _Encoders(NamedTuple):
-    """Compiled for this host's devices, over which a batch is split."""
+    """Compiled for this process's devices, over which a batch is split."""
 
     mesh: Mesh
     batch_size: int
     images: Callable[[ImageBytes], vae.Posterior]
-    captions: Callable[[dict[str, TokenIds]], text.TextCondition]
+    captions: Callable[[dict[str, TokenIds]], text.TextConditioning]
 
     def spread(self, rows: Any) -> Any:
         """Rows up to a whole batch, on the devices; missing ones repeat the last."""
@@ -144,7 +144,7 @@ def _encoders(config: TrainConfig, params: Params, mesh: Mesh, batch_size: int) 
         return rounded(vae.encode(parts.vae, params["vae"], arrays.normalise(image), compute))
 
     @jax.jit
-    def captions(params: Params, tokens: dict[str, TokenIds]) -> text.TextCondition:
+    def captions(params: Params, tokens: dict[str, TokenIds]) -> text.TextConditioning:
         return rounded(text.encode(parts.text, params, tokens, compute))
 
     return _Encoders(mesh, batch_size, functools.partial(images, params), functools.partial(captions, params))
@@ -158,7 +158,7 @@ class _Pending(NamedTuple):
     """Of all captions, by tower."""
     posteriors: list[vae.Posterior]
     """One a crop, batch of images."""
-    conditions: list[text.TextCondition]
+    conditions: list[text.TextConditioning]
     """Batches of captions."""
 
 
@@ -198,7 +198,7 @@ def _write(writer: PieceWriter, pending: _Pending) -> None:
 
 
 def _texts(tokens: Mapping[str, Any], conditions: Any) -> Iterator[Text]:
-    """One a caption, of batches of text.TextCondition on the host; the last one is filled up."""
+    """One a caption, of batches of text.TextConditioning on the host; the last one is filled up."""
     rows = ((condition, row) for condition in conditions for row in range(len(condition.context)))
     count = len(next(iter(tokens.values())))
     for number, (condition, row) in enumerate(itertools.islice(rows, count)):
@@ -206,8 +206,8 @@ def _texts(tokens: Mapping[str, Any], conditions: Any) -> Iterator[Text]:
         yield Text({name: each[number] for name, each in tokens.items()}, condition.context[row], pooled)
 
 
-class Encoded(NamedTuple):
-    plan: Plan
+class EncodeReport(NamedTuple):
+    plan: CachePlan
     """Which knows what is missing still."""
     refused: int
     """Images that could not be encoded this time."""
@@ -220,12 +220,12 @@ def encode(
     share: tuple[int, int] | None = None,
     piece_images: int = 1024,
     progress: bool = True,
-) -> Encoded:
+) -> EncodeReport:
     """Writes `config.data.cache`, or what is missing of it.
 
     Args:
         config: of the training that is to read the cache: its data, model, weights (`training.init_from`) and compute.
-        batch_size: pictures, or captions, encoded at once; rounded up to a multiple of this host's devices.
+        batch_size: images, or captions, encoded at once; rounded up to a multiple of this process's devices.
         share: (i, n): of every n pieces, the i-th, 0 to n − 1. None: by jax's processes.
         piece_images: images a piece. Higher: fewer files, more is lost to an interruption.
         progress: show images and images a second at a terminal.
@@ -261,7 +261,7 @@ def encode(
                 _encode_piece(encoders, tokenizer, dataset, plan, piece, tally, bar)
     if not plan.missing():
         plan.clean()
-    return Encoded(plan, tally.refused)
+    return EncodeReport(plan, tally.refused)
 
 
 def _checked(config: RunConfig, batch_size: int, share: tuple[int, int] | None) -> tuple[TrainConfig, int, int]:
@@ -286,7 +286,7 @@ def _checked(config: RunConfig, batch_size: int, share: tuple[int, int] | None) 
 
 @dataclasses.dataclass
 class _Tally:
-    """Pictures of this run so far."""
+    """Images of this run so far."""
 
     max_bad_share: float
     seen: int = 0
@@ -300,7 +300,7 @@ class _Tally:
             tqdm.write(f"  cannot be encoded: {reason}")
             if self.refused > self.max_bad_share * max(self.seen, FEW):
                 raise InputError(
-                    f"{self.refused} of the first {self.seen} pictures cannot be encoded, more than "
+                    f"{self.refused} of the first {self.seen} images cannot be encoded, more than "
                     f"data.max_bad_share={self.max_bad_share} allows. The last: {reason}\nMend what is wrong and run "
                     "the same command again: it goes on, and this piece was not written. Or raise data.max_bad_share."
                 )
@@ -310,7 +310,7 @@ def _encode_piece(
     encoders: _Encoders,
     tokenizer: Tokenizer,
     dataset: BucketedDataset,
-    plan: Plan,
+    plan: CachePlan,
     piece: int,
     tally: _Tally,
     bar: tqdm,

@@ -18,7 +18,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
 from sdxl_jax.weights.load import load_weights
-from sdxl_jax.weights.open import Opening, open_model
+from sdxl_jax.weights.open import OpenOptions, open_model
 
 
 def check_initial(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> None:
@@ -59,7 +59,7 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
     missing = set(taken or ())
     for path in training.init_from:
         try:
-            weights = open_model(path, Opening(has_options=False))
+            weights = open_model(path, OpenOptions(has_options=False))
         except InputError as error:
             raise InputError(
                 f"training.init_from={path} cannot be opened: {error}. If it is the run of the stage before, train "

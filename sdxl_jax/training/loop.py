@@ -1,6 +1,6 @@
 """The training program: prepare, then for each step: batch, step, log, save, evaluate. It knows no objective.
 
-Nothing but logging waits for the device, and logging lags one step behind, so that the device always has work. A run is
+Nothing but logging waits for the device, and logging lags one step after, so that the device always has work. A run is
 repeated exactly by its configuration; interrupted, it goes on from its last checkpoint as if nothing had happened.
 """
 
@@ -27,11 +27,11 @@ from sdxl_jax.training import run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.observe import clock as clocks
 from sdxl_jax.training.observe import profiling, validation
-from sdxl_jax.training.observe.clock import Clock, Part, TimeLog
+from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart
 from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, WandbBoard
-from sdxl_jax.training.processes import Hosts, Interrupted
+from sdxl_jax.training.processes import Interrupted, Processes
 from sdxl_jax.training.run_directory import check_run
-from sdxl_jax.training.setup import Asked, Run, prepare
+from sdxl_jax.training.setup import Run, StartOptions, prepare
 from sdxl_jax.training.state import TrainState
 
 __all__ = ["check_run", "train"]
@@ -60,8 +60,11 @@ def train(
     configuration, or in use, a checkpoint that cannot be read, processes that differ. SIGTERM or SIGINT end it with
     `Interrupted`, a SystemExit, once what was done is saved.
     """
-    asked, clock = Asked(from_step, allow_changes, profile, progress), Clock(began)
-    with Hosts(config.hosts.join_timeout_seconds) as hosts, prepare(config, Path(run_dir), hosts, asked) as run:
+    options, clock = StartOptions(from_step, allow_changes, profile, progress), Clock(began)
+    with (
+        Processes(config.processes.join_timeout_seconds) as processes,
+        prepare(config, Path(run_dir), processes, options) as run,
+    ):
         with _tools(run, clock) as tools:
             state = _loop(run, tools)
         if run.progress:
@@ -107,7 +110,7 @@ class Tools:
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Around the step after `step`."""
-        part = Part.AGAIN if step < self.writer.made_before else Part.STEP
+        part = TimePart.RECOMPUTED if step < self.writer.made_before else TimePart.STEP
         with self.clock.during(part), self.profiler.step(step + 1, self.writer.settle):
             yield
 
@@ -125,16 +128,16 @@ class Tools:
 @contextlib.contextmanager
 def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
     """Everything that is to be closed in the end, in the order that its closing needs."""
-    hosts, run_dir, progress = run.hosts, run.run_dir, run.steps.progress
-    board = _wandb(run.config, run_dir) if hosts.is_first else None
+    processes, run_dir, progress = run.processes, run.run_dir, run.steps.progress
+    board = _wandb(run.config, run_dir) if processes.is_first else None
     with (
         jax.set_mesh(run.mesh),
-        TimeLog(run_dir, clock, writes=hosts.is_first) as times,
-        clock.during(Part.SAVE),  # leaving Checkpoints finishes what is being written
+        TimeLog(run_dir, clock, writes=processes.is_first) as times,
+        clock.during(TimePart.SAVE),  # leaving Checkpoints finishes what is being written
         _checkpoints(run) as checkpoints,
-        clock.during(Part.OTHER),
+        clock.during(TimePart.OTHER),
         MetricsWriter(
-            run_dir, run.first, run.stop, run.progress, clock, run.speed, board, hosts.is_first, progress
+            run_dir, run.first, run.stop, run.progress, clock, run.mfu_meter, board, processes.is_first, progress
         ) as writer,
         profiling.Profile(run_dir / "profile", run.profile) as profiler,
         _closing(run.dataset.iterate(run.first)) as rows,
@@ -157,25 +160,25 @@ class Batches:
         bucket = self._run.dataset.bucket_of(step)
         if bucket not in self._met:
             self._meet(bucket)
-        with self._clock.during(Part.DATA):
-            return self._run.hosts.wait(lambda: next(self._rows))
+        with self._clock.during(TimePart.DATA):
+            return self._run.processes.wait(lambda: next(self._rows))
 
     def placed(self, step: int, rows: Batch) -> tuple[Callable[..., Any], Batch]:
         """(program, batch on the devices). All processes pass here together, or stop here together."""
         run = self._run
-        with self._clock.during(Part.DATA):
+        with self._clock.during(TimePart.DATA):
             batch = sharding.put_batch(run.mesh, rows)
-        run.hosts.point()
+        run.processes.point()
         return run.steps.of(run.dataset.bucket_of(step)), batch
 
     def _meet(self, bucket: Bucket) -> None:
         """Waits for a bucket's program, where it is needed for the first time."""
-        hosts, writer = self._run.hosts, self._writer
-        with self._clock.during(Part.COMPILE):
+        processes, writer = self._run.processes, self._writer
+        with self._clock.during(TimePart.COMPILE):
             writer.settle()
-            hosts.wait(lambda: self._run.steps.of(bucket, writer.compiling))
+            processes.wait(lambda: self._run.steps.of(bucket, writer.compiling))
             # No process begins the step while another may yet be stopped compiling it.
-            hosts.gather("compiled")
+            processes.gather("compiled")
             writer.compiled()
         self._met.add(bucket)
 
@@ -203,7 +206,7 @@ class Saving:
             yield
         except Exception as error:
             # Of several processes, the others do not know.
-            if self._run.hosts.count == 1 and step > self._saved and not isinstance(error, NonFinite):
+            if self._run.processes.count == 1 and step > self._saved and not isinstance(error, NonFinite):
                 self._save(step, state)
             raise
 
@@ -212,13 +215,13 @@ class Saving:
         if step > self._saved:
             self._save(step, state)
         self._checkpoints.finish(last=True)
-        if self._run.hosts.is_first:
+        if self._run.processes.is_first:
             done = "saved; run the same command to go on" if step else "before anything was to be saved"
             tqdm.write(f"stopped by {stopped.signal_name} after step {step}, {done}")
 
     def _save(self, step: int, state: TrainState) -> None:
         """Begins to write; after a failure, the run may go on."""
-        with self._clock.during(Part.SAVE):
+        with self._clock.during(TimePart.SAVE):
             self._writer.flush()
             if self._checkpoints.save(step, state, run_directory.described(self._run.objective), self._since.take()):
                 self._saved = step
@@ -240,15 +243,15 @@ class Evaluation:
         if step and _due(step, run.objective.validates_every, run.stop):
             # What the first process sees counts: what the others see may be older.
             there = int(validation.grid_path(run.run_dir, step).exists())
-            if not int(run.hosts.gather(str(there))[0]):
+            if not int(run.processes.gather(str(there))[0]):
                 self._look(step, state)
 
     def _look(self, step: int, state: TrainState) -> None:
         run = self._run
-        with self._clock.during(Part.EVALUATION):
+        with self._clock.during(TimePart.EVALUATION):
             self._writer.flush()
             model = run.objective.model(state, run.frozen)
-            validation.look(run.objective, run.dataset, run.hosts, run.run_dir, step, model, run.mesh)
+            validation.look(run.objective, run.dataset, run.processes, run.run_dir, step, model, run.mesh)
 
 
 def _checkpoints(run: Run) -> Checkpoints:
@@ -259,7 +262,9 @@ def _checkpoints(run: Run) -> Checkpoints:
         keep_every_hours=options.keep_every_hours,
         keep_best=options.keep_best,
         go_on=options.on_failed_save is OnFailedSave.GO_ON,
-        agree=functools.partial(run.hosts.gather, stops=False),  # a checkpoint is written by all processes, or by none
+        agree=functools.partial(
+            run.processes.gather, stops=False
+        ),  # a checkpoint is written by all processes, or by none
     )
 
 
@@ -299,8 +304,8 @@ def _naming_what_is_not_finite(run: Run) -> Iterator[None]:
     except NonFinite as error:
         path = run.run_dir / f"nonfinite_step_{error.step:08d}.json"
         # Each process that comes here: the first may hear of it from another, and not come.
-        validation.describe_nonfinite(run.config, path, error.step, run.dataset, run.hosts.index)
-        raise InputError(f"{error}. Its pictures, captions and key are in {path}") from error
+        validation.describe_nonfinite(run.config, path, error.step, run.dataset, run.processes.index)
+        raise InputError(f"{error}. Its images, captions and key are in {path}") from error
 
 
 def _due(step: int, every: int | None, stop: int) -> bool:

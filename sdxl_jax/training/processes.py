@@ -1,17 +1,17 @@
 """The processes of one run: they join, compare what they have, stop at the same place, and leave together.
 
-    signal on any host ── notice ── every host says how many points it has passed ── all stop after the furthest
+    signal on any process ── notice ── every process says how many points it has passed ── all stop after the furthest
 
-Every host runs the same program, so all come to the same `point`s in the same order. A signal is told to all through
-jax's coordination service; each host then answers with the number of points that it has passed and passes no other
+Every process runs the same program, so all come to the same `point`s in the same order. A signal is told to all through
+jax's coordination service; each process then answers with the number of points that it has passed and passes no other
 until all have answered. The furthest is where all stop: what it has begun, the others can still do with it, and nobody
-waits for a collective that another host will not make.
+waits for a collective that another process will not make.
 
 What takes long (compiling, reading, waiting for data) goes through `wait`, in another thread, so that a signal is
 heard: Python runs its handlers between two instructions of the main thread alone, and a compilation is one of them.
 
-A failure on one host is told in the same way; those that cannot hear it, inside a collective, end after a while.
-A host that is killed tells nobody: jax's heartbeats find it out and end the others.
+A failure on one process is told in the same way; those that cannot hear it, inside a collective, end after a while.
+A process that is killed tells nobody: jax's heartbeats find it out and end the others.
 
 Not here: what is done when a run is stopped (loop).
 """
@@ -36,16 +36,16 @@ from typing import Any, TypeVar
 import jax
 from jax._src import distributed  # the coordination service's client has no public name
 
-from sdxl_jax.errors import TOLD, HostFailed, InputError, Interrupted, MachineError, exit_code
+from sdxl_jax.errors import TOLD, InputError, Interrupted, MachineError, ProcessFailed, exit_code
 from sdxl_jax.files.trees import differences
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.2
-"""Between two looks at what other hosts say. Higher: they stop later."""
+"""Between two looks at what other processes say. Higher: they stop later."""
 _GRACE_SECONDS = 10
-"""Until a host that does not react to another's failure is ended, most likely inside a collective."""
+"""Until a process that does not react to another's failure is ended, most likely inside a collective."""
 _AFTER_THE_STOP = 10**9
-"""From here on texts are numbered then: not all hosts have given the same number before."""
+"""From here on texts are numbered then: not all processes have given the same number before."""
 _runs = 0
 
 
@@ -74,13 +74,13 @@ class _Helper:
         self._jobs.put(None)
 
 
-class Hosts:
+class Processes:
     """All processes of this run, as the environment describes them: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, or what jax detects (TPU pods, Slurm, Open MPI, Kubernetes). One process where it describes none.
 
     A context manager, to be entered before any device is touched; in the main thread, it takes SIGTERM and SIGINT.
-    Raises InputError for numbers that are missing, MachineError when not all processes have joined in time, HostFailed
-    for what another process has raised. After an error with several processes, or after work was left behind, the
+    Raises InputError for numbers that are missing, MachineError when not all processes have joined in time, ProcessFailed
+    for what another process has raised. After an error with several processes, or after work was left after, the
     process is ended at its exit with the code of that error.
     """
 
@@ -108,7 +108,7 @@ class Hosts:
         """Whether this process writes what is written once, and prints."""
         return self.index == 0
 
-    def __enter__(self) -> "Hosts":
+    def __enter__(self) -> "Processes":
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._heard)
@@ -128,7 +128,7 @@ class Hosts:
             except TimeoutError as error:
                 given = ", ".join(f"{name}={os.environ.get(name)}" for name in _ENVIRONMENT)
                 raise MachineError(
-                    "Not all processes of this run joined within hosts.join_timeout_seconds="
+                    "Not all processes of this run joined within processes.join_timeout_seconds="
                     f"{self._join_timeout_seconds:g}. This one has {given} (None: as detected). Start the missing "
                     "ones, check that they reach the coordinator, or raise the time"
                 ) from error
@@ -138,7 +138,7 @@ class Hosts:
         self._prefix = f"sdxl_jax/{_runs}"
         self.index, self.count = distributed.global_state.process_id, distributed.global_state.num_processes
         if self.count > 1:
-            threading.Thread(target=self._listen, daemon=True, name="listens to the other hosts").start()
+            threading.Thread(target=self._listen, daemon=True, name="listens to the other processes").start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         for number, handler in self._before.items():
@@ -150,22 +150,22 @@ class Hosts:
         assert error is not None
         following = self._following(error)
         if self.count > 1:
-            self._leave(None if isinstance(following or error, Interrupted | HostFailed) else error)
+            self._leave(None if isinstance(following or error, Interrupted | ProcessFailed) else error)
         self._over.set()
         if self._abandoned or self.count > 1:
-            # A thread inside a compilation, or a host that does not answer any more, must not hold up the exit.
+            # A thread inside a compilation, or a process that does not answer any more, must not hold up the exit.
             atexit.register(_exit_now, exit_code(following or error))
         if following is not None:
             raise following from error
 
-    def _following(self, error: BaseException) -> HostFailed | None:
+    def _following(self, error: BaseException) -> ProcessFailed | None:
         """The failure of another process, where this one's error is likely what came of it: inside a collective."""
         if self.count == 1 or not isinstance(error, Exception) or isinstance(error, TOLD):
             return None
         if self._failure is None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service may be gone
                 self._hear(self._notices())
-        return None if self._failure is None else HostFailed(*self._failure)
+        return None if self._failure is None else ProcessFailed(*self._failure)
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if self._signalled is not None and number == signal.SIGINT:
@@ -178,7 +178,7 @@ class Hosts:
     # Points and waiting
 
     def point(self) -> None:
-        """To be passed by all hosts in the same order. Raises Interrupted where all of them stop."""
+        """To be passed by all processes in the same order. Raises Interrupted where all of them stop."""
         if not self._pass():
             while not self._agreed():
                 time.sleep(_POLL_SECONDS / 4)
@@ -200,7 +200,7 @@ class Hosts:
 
     def _agreed(self) -> bool:
         if self._failure is not None:
-            raise HostFailed(*self._failure)
+            raise ProcessFailed(*self._failure)
         return self._stop_after is not None
 
     def _raise_if_reached(self) -> None:
@@ -212,9 +212,9 @@ class Hosts:
 
     def wait(self, work: Callable[[], _T], timeout_seconds: float = math.inf, *, stops: bool = True) -> _T:
         """The work's result; it is done in another thread. Raises Interrupted when all stop before the next point, and
-        TimeoutError: the work is then abandoned. It must not matter that other hosts, or this one, have done it.
+        TimeoutError: the work is then abandoned. It must not matter that other processes, or this one, have done it.
 
-        stops=False: a stop must wait, another host's failure need not.
+        stops=False: a stop must wait, another process's failure need not.
         """
         future = self._helper.start(work)
         deadline = time.monotonic() + timeout_seconds
@@ -230,16 +230,18 @@ class Hosts:
             raise
         return future.result()
 
-    # What hosts tell each other
+    # What processes tell each other
 
     def gather(self, text: str, *, stops: bool = True) -> list[str]:
-        """What every host gives, in order. All hosts call it in the same order; it waits for them, as `wait`."""
+        """What every process gives, in order. All processes call it in the same order; it waits for them, as `wait`."""
         if self.count == 1:
             return [text]
         place = f"{self._prefix}/gather/{self._gathered}"
         self._gathered += 1
         self._client.key_value_set(f"{place}/{self.index}", text)
-        return [self.wait(functools.partial(self._read, f"{place}/{host}"), stops=stops) for host in range(self.count)]
+        return [
+            self.wait(functools.partial(self._read, f"{place}/{process}"), stops=stops) for process in range(self.count)
+        ]
 
     def _read(self, key: str) -> str:
         while True:
@@ -250,17 +252,17 @@ class Hosts:
                     raise
 
     def compare(self, facts: Mapping[str, Any]) -> None:
-        """Raises InputError on every host if they do not all have the same facts; it names who differs, and in what."""
+        """Raises InputError on every process if they do not all have the same facts; it names who differs, and in what."""
         everybody = [json.loads(text) for text in self.gather(json.dumps(dict(facts)))]
         first = everybody[0]
         different = [
-            f"host {host}: {line}"
-            for host, theirs in enumerate(everybody)
+            f"process {process}: {line}"
+            for process, theirs in enumerate(everybody)
             for line in differences(first, theirs, longest=100)
         ]
         if different:
             raise InputError(
-                f"The {self.count} hosts of this run are not alike (host 0 -> another):\n  "
+                f"The {self.count} processes of this run are not alike (process 0 -> another):\n  "
                 + "\n  ".join(different[:8])
                 + "\nStart all of them with the same command, the same versions, and the same files in sight"
             )
@@ -273,7 +275,7 @@ class Hosts:
         self._client.key_value_set(f"{self._prefix}/notice/{name}", value, allow_overwrite=True)
 
     def _listen(self) -> None:
-        """Hears signals and failures of all hosts, in a thread, until the run is over."""
+        """Hears signals and failures of all processes, in a thread, until the run is over."""
         while not self._over.wait(_POLL_SECONDS):
             try:
                 self._hear(self._notices())
@@ -285,10 +287,10 @@ class Hosts:
         if failed and self._failure is None and failed[0][0] != f"failed/{self.index}":
             name, text = failed[0]
             code, _, said = text.partition(" ")
-            self._failure = f"Host {name.removeprefix('failed/')} stopped: {said}", int(code)
+            self._failure = f"Process {name.removeprefix('failed/')} stopped: {said}", int(code)
             threading.Thread(target=self._end_if_stuck, daemon=True).start()
         if self._signalled is not None and "stop" not in notices:
-            self._notify("stop", f"{self._signalled} on host {self.index}" if self.count > 1 else self._signalled)
+            self._notify("stop", f"{self._signalled} on process {self.index}" if self.count > 1 else self._signalled)
         if "stop" in notices and self._asked is None:
             with self._lock:
                 self._asked, passed = notices["stop"], self._passed
@@ -306,7 +308,7 @@ class Hosts:
             os._exit(code)
 
     def _leave(self, failure: BaseException | None) -> None:
-        """Tells a failure. The first host goes last: it has the service, without which jax ends the others abruptly."""
+        """Tells a failure. The first process goes last: it has the service, without which jax ends the others abruptly."""
         try:
             if failure is not None:
                 self._notify(f"failed/{self.index}", f"{exit_code(failure)} {type(failure).__name__}: {failure}"[:2000])
@@ -353,7 +355,7 @@ def _initialise(timeout_seconds: float) -> None:
             initialization_timeout=math.ceil(timeout_seconds) + 60,
         )
     except jax.errors.JaxRuntimeError as error:
-        raise MachineError(f"The processes cannot be joined: {error}. Start all of them anew") from error
+        raise MachineError(f"The processes cannot be joined: {error}. Start all of them again") from error
     except (ValueError, TypeError, RuntimeError) as error:
         too_late = "must be called before" in str(error)
         if values == [None] * 3 and (too_late or "coordinator_address" in str(error)):

@@ -67,7 +67,7 @@ def check_run(
     if dataset is not None and saved.get(_FINGERPRINT) != dataset.fingerprint:
         if not configuration.is_within(_FINGERPRINT, allow_changes):
             raise InputError(
-                f"{run_dir} was trained on other data: names, captions or sizes of the pictures in {dataset.where} "
+                f"{run_dir} was trained on other data: names, captions or sizes of the images in {dataset.where} "
                 "have changed since, or the weights of data.sources. Bring them back, or choose another --run-dir. To "
                 f"go on with what is there now, in another order: --allow-changes {_FINGERPRINT}"
             )

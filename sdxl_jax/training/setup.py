@@ -27,8 +27,8 @@ from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.observe import metrics, profiling, validation
-from sdxl_jax.training.observe.metrics import Speed
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.observe.mfu import MfuMeter
+from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.programs import Programs, folder
 from sdxl_jax.training.run_directory import check_run
 from sdxl_jax.training.state import TrainState
@@ -36,7 +36,7 @@ from sdxl_jax.training.state import TrainState
 _T = TypeVar("_T")
 
 
-class Asked(NamedTuple):
+class StartOptions(NamedTuple):
     """What one start is asked for besides the configuration; `loop.train` says what each is."""
 
     from_step: int | None = None
@@ -51,11 +51,11 @@ class Run:
 
     objective: Objective[Any]
     run_dir: Path
-    hosts: Hosts
+    processes: Processes
     mesh: Mesh
     dataset: BucketedDataset
     steps: CompiledSteps
-    speed: Speed | None
+    mfu_meter: MfuMeter | None
     state: TrainState
     """Before the first step of this start."""
     frozen: Params
@@ -75,74 +75,74 @@ class Run:
 
 
 @contextlib.contextmanager
-def prepare(config: RunConfig, run_dir: Path, hosts: Hosts, asked: Asked) -> Iterator[Run]:
+def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: StartOptions) -> Iterator[Run]:
     """The run, while its directory is locked and its programs are compiled.
 
     Raises InputError before anything is written, as `loop.train` says.
     """
-    asked = asked._replace(progress=asked.progress and hosts.is_first)
-    objective = _checked(config, run_dir, asked)
+    options = options._replace(progress=options.progress and processes.is_first)
+    objective = _checked(config, run_dir, options)
     mesh = sharding.make_mesh(config.mesh)
     objective.check_mesh(mesh)
-    dataset = _dataset(objective, hosts, mesh)
-    changed = check_run(config, run_dir, dataset, asked.allow_changes)
+    dataset = _dataset(objective, processes, mesh)
+    changed = check_run(config, run_dir, dataset, options.allow_changes)
     abstract, abstract_frozen = objective.abstract_state(mesh)
     with contextlib.ExitStack() as leaving:
-        if hosts.is_first:
+        if processes.is_first:
             leaving.enter_context(run_directory.locked(run_dir))
-        last = checkpoint.step_to_start_from(run_dir / "checkpoints", asked.from_step)
-        profile = profiling.check(asked.profile, last or 0, config.training.steps)
-        hosts.gather("the directory is locked")
-        hosts.compare(_facts(config, run_dir, dataset, last))
-        steps, speed = _programs(objective, mesh, dataset, last or 0, abstract, abstract_frozen)
+        last = checkpoint.step_to_start_from(run_dir / "checkpoints", options.from_step)
+        profile = profiling.check(options.profile, last or 0, config.training.steps)
+        processes.gather("the directory is locked")
+        processes.compare(_facts(config, run_dir, dataset, last))
+        steps, mfu_meter = _programs(objective, mesh, dataset, last or 0, abstract, abstract_frozen)
         leaving.enter_context(steps)
-        state, frozen, random = _state(objective, run_dir, hosts, mesh, last, abstract, abstract_frozen, asked)
+        state, frozen, random = _state(objective, run_dir, processes, mesh, last, abstract, abstract_frozen, options)
         dataset = objective.batches(dataset, frozen)
         first = int(state.step)
-        if hosts.is_first:
-            if asked.from_step is not None:
-                _set_aside(run_dir, asked.from_step)
+        if processes.is_first:
+            if options.from_step is not None:
+                _set_aside(run_dir, options.from_step)
             run_directory.write_config(objective, run_dir, dataset, first, changed)
-        hosts.gather("the directory is ready")
+        processes.gather("the directory is ready")
         if last is None:
-            on_mesh(hosts, mesh, lambda: save_frozen(run_dir, frozen))
-        if asked.progress:
+            on_mesh(processes, mesh, lambda: save_frozen(run_dir, frozen))
+        if options.progress:
             validation.announce(dataset, objective.tokenizer, run_dir, first, changed)
             if random:
                 tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
         yield Run(
             objective=objective,
             run_dir=run_dir,
-            hosts=hosts,
+            processes=processes,
             mesh=mesh,
             dataset=dataset,
             steps=steps,
-            speed=speed,
+            mfu_meter=mfu_meter,
             state=state,
             frozen=frozen,
             first=first,
             profile=profile,
-            progress=asked.progress,
+            progress=options.progress,
         )
 
 
-def _checked(config: RunConfig, run_dir: Path, asked: Asked) -> Objective[Any]:
+def _checked(config: RunConfig, run_dir: Path, options: StartOptions) -> Objective[Any]:
     """The objective of a configuration that may be trained in this directory. No data is read."""
     objective = objective_of(config)
     objective.check()
     metrics.check(config.logging.wandb_project)
     if config.training.compilation_cache is not None:
         compilation.use_cache(config.training.compilation_cache)
-    check_run(config, run_dir, allow_changes=asked.allow_changes)
+    check_run(config, run_dir, allow_changes=options.allow_changes)
     if checkpoint.latest_step(run_dir / "checkpoints") is None:
         objective.check_start()
     return objective
 
 
-def _dataset(objective: Objective[Any], hosts: Hosts, mesh: Mesh) -> BucketedDataset:
-    part, parts = sharding.host_part(mesh)
-    return hosts.wait(
-        lambda: BucketedDataset(objective.config.data, objective.tokenizer, host_index=part, host_count=parts)
+def _dataset(objective: Objective[Any], processes: Processes, mesh: Mesh) -> BucketedDataset:
+    part, parts = sharding.process_part(mesh)
+    return processes.wait(
+        lambda: BucketedDataset(objective.config.data, objective.tokenizer, process_index=part, process_count=parts)
     )
 
 
@@ -153,7 +153,7 @@ def _programs(
     first: int,
     abstract: TrainState,
     abstract_frozen: Params,
-) -> tuple[CompiledSteps, Speed | None]:
+) -> tuple[CompiledSteps, MfuMeter | None]:
     """The steps of the buckets that the run still needs, compiled in the order of need."""
     training = objective.config.training
     needed = compilation.order_of_need(dataset, first, training.steps)
@@ -161,7 +161,7 @@ def _programs(
         bucket: (abstract, abstract_frozen, objective.abstract_batch(mesh, bucket, batch_size))
         for bucket, batch_size in needed.items()
     }
-    speed = Speed.of(lambda bucket: objective.model_flops(given[bucket]), jax.devices())
+    mfu_meter = MfuMeter.of(lambda bucket: objective.model_flops(given[bucket]), jax.devices())
     steps = CompiledSteps(
         jitted(objective, mesh, abstract),
         given,
@@ -169,9 +169,9 @@ def _programs(
         training.compile_ahead,
         training.compile_threads,
         programs(objective.config, mesh),
-        None if speed is None else speed.count,
+        None if mfu_meter is None else mfu_meter.count,
     )
-    return steps, speed
+    return steps, mfu_meter
 
 
 def jitted(objective: Objective[Any], mesh: Mesh, abstract: TrainState) -> Any:
@@ -199,32 +199,32 @@ def _options(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
 def _state(
     objective: Objective[Any],
     run_dir: Path,
-    hosts: Hosts,
+    processes: Processes,
     mesh: Mesh,
     last: int | None,
     abstract: TrainState,
     abstract_frozen: Params,
-    asked: Asked,
+    options: StartOptions,
 ) -> tuple[TrainState, Params, list[str]]:
     """The state to begin with, what is frozen, and the parts of it that have random weights."""
-    here = functools.partial(on_mesh, hosts, mesh)
+    here = functools.partial(on_mesh, processes, mesh)
     if last is not None:
         state = here(lambda: restore(run_dir / "checkpoints", last, abstract))
         return state, here(lambda: restore_frozen(run_dir, abstract_frozen)), []
-    initial = here(lambda: objective.initial_weights(mesh, asked.progress))
+    initial = here(lambda: objective.initial_weights(mesh, options.progress))
     state, frozen = here(lambda: objective.fresh_state(abstract, abstract_frozen, initial))
     return state, frozen, sorted(set(frozen) - {path.split("/")[0] for path in initial})
 
 
-def on_mesh(hosts: Hosts, mesh: Mesh, work: Callable[[], _T]) -> _T:
+def on_mesh(processes: Processes, mesh: Mesh, work: Callable[[], _T]) -> _T:
     """The work's result, for which a signal need not wait. The mesh is one of a thread's own settings."""
 
     def run() -> _T:
         with jax.set_mesh(mesh):
             return jax.block_until_ready(work())
 
-    hosts.point()
-    return hosts.wait(run)
+    processes.point()
+    return processes.wait(run)
 
 
 def _facts(config: RunConfig, run_dir: Path, dataset: BucketedDataset, last: int | None) -> dict[str, Any]:

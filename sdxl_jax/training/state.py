@@ -26,7 +26,7 @@ class TrainState(NamedTuple):
 
     @property
     def sampled(self) -> Params:
-        """What pictures are drawn with: the average if there is one."""
+        """What images are drawn with: the average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -35,23 +35,23 @@ def create(params: Params, optimiser: optax.GradientTransformation, config: EmaC
     return TrainState(jnp.zeros((), jnp.int32), params, ema.start(config, params), optimiser.init(params))
 
 
-def partition(params: Params, trains: tuple[str, ...]) -> tuple[Params, Params]:
+def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
     """(what trains, what is frozen): a parameter trains if one of the patterns is found in its path.
 
     Raises InputError for a pattern that matches nothing.
     """
     flat = flatten(params)
-    for pattern in trains:
+    for pattern in trainable:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise InputError(f"training.trains has {pattern!r}, which is no regular expression: {error}") from error
+            raise InputError(f"training.trainable has {pattern!r}, which is no regular expression: {error}") from error
         if not any(re.search(pattern, path) for path in flat):
             raise InputError(
-                f"training.trains has {pattern!r}, which matches no parameter. Paths look like "
+                f"training.trainable has {pattern!r}, which matches no parameter. Paths look like "
                 f"{nearest_first(pattern, flat)[:3]}"
             )
-    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in trains)}
+    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in trainable)}
     return (
         unflatten({path: value for path, value in flat.items() if path in chosen}),
         unflatten({path: value for path, value in flat.items() if path not in chosen}),

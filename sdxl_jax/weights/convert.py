@@ -76,7 +76,7 @@ def convert(
     destination: a new directory; for a single file, a new .safetensors file. to: "orbax", "diffusers", "single-file".
 
     Raises InputError before anything is written if there is something at the destination, or if the layout cannot hold
-    the model, and MachineError if the disk has too little room; nothing is left behind by a conversion that fails.
+    the model, and MachineError if the disk has too little room; nothing is left after by a conversion that fails.
     """
     to, destination = Layout(to), local(destination, "the destination")
     match source:

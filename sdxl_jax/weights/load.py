@@ -17,7 +17,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.weights.lazy import DTYPES, Leaf, Weights, cast
-from sdxl_jax.weights.open import Opening, open_model
+from sdxl_jax.weights.open import OpenOptions, open_model
 
 
 def load_model(
@@ -34,7 +34,7 @@ def load_model(
     """The model at a path, its parameters placed on `mesh` (default: a copy on every device).
 
     Each parameter goes from the disk to where it belongs before the next is read; of a tensor in a safetensors file, a
-    host reads the part that its devices hold.
+    process reads the part that its devices hold.
 
     Args:
         path: what it may hold is listed in `open`. One network alone gives a model with that part.
@@ -52,8 +52,8 @@ def load_model(
     asked = None if dtype is None else np.dtype(dtype)
     if asked is not None and asked.name not in DTYPES:
         raise InputError(f"dtype={asked.name} is not implemented for parameters. Choose one of {', '.join(DTYPES)}")
-    opening = Opening(variant, prediction, allow_partial)
-    weights = open_model(path, opening, parts_from)
+    open_options = OpenOptions(variant, prediction, allow_partial)
+    weights = open_model(path, open_options, parts_from)
     return load_weights(weights if asked is None else cast(weights, asked), mesh, progress)
 
 
@@ -81,7 +81,7 @@ def load_weights(weights: Weights, mesh: Mesh | None = None, progress: bool = Tr
             params[path] = jax.make_array_from_callback(
                 leaf.shape, places[path], lambda index, part=part: part(tuple((i.start, i.stop) for i in index or ()))
             )
-            # Waiting frees the host's copy before the next is read.
+            # Waiting frees the process's copy before the next is read.
             shown.update(jax.block_until_ready(params[path]).nbytes)
     return Model(weights.config, unflatten(params))
 

@@ -12,7 +12,7 @@ A file names each module by a prefix, which says whose it is, a dialect, which s
     LyCORIS              lycoris_down_blocks_1_….lora_down.weight
 
 Tools mix them, so the three are independent here. Names with underscores cannot be parsed back, so every name that the
-model's modules have behind any prefix is listed, and a file's are looked up. Embeddings that travel in the file
+model's modules have after any prefix is listed, and a file's are looked up. Embeddings that travel in the file
 (bundle_emb.NAME.clip_l) are for `textual_inversion`. Whatever else a file may hold (LoHa, LoKr, DoRA, Tucker, biases,
 …) is refused: a merge is whole or not at all. Facts from sd-scripts' `networks/lora.py`, diffusers' `loaders/`, peft's
 `tuners/lora` and ComfyUI's `comfy/lora.py`.
@@ -56,7 +56,7 @@ _DOTTED = {
     **{"cond_stage_model.transformer.": "text_encoder", "cond_stage_model.model.": "text_encoder"},
     **{"conditioner.embedders.0.transformer.": "text_encoder", "conditioner.embedders.1.model.": "text_encoder_2"},
 }
-"""What stands before a module's name in files, and whose module it is; behind an underscore, the name has underscores
+"""What stands before a module's name in files, and whose module it is; after an underscore, the name has underscores
 for its dots. PEFT's own files and diffusers' oldest have the UNet alone."""
 _PREFIXES = dict(sorted((_UNDERSCORED | _DOTTED).items(), key=lambda item: -len(item[0])))
 _DIALECTS = {
@@ -152,7 +152,9 @@ def _sorted_out(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, di
         if missing := {"down", "up"} - pairs.get(module, {}).keys():
             has = next(iter(pairs.get(module, {}).values()), alphas.get(module))
             assert has is not None
-            raise InputError(f"{file} has {has.name}, but no {' and no '.join(sorted(missing))} with it. Fetch it anew")
+            raise InputError(
+                f"{file} has {has.name}, but no {' and no '.join(sorted(missing))} with it. Fetch it again"
+            )
         if any(len(tensor.shape) not in (2, 4) or 0 in tensor.shape for tensor in pairs[module].values()):
             shapes = " and ".join(f"{tensor.name} {tensor.shape}" for tensor in pairs[module].values())
             raise InputError(f"{file} has {shapes}. Expected two factors of a linear layer or of a convolution")
@@ -167,7 +169,7 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{path} has settings of its LoRA that are no JSON ({error}). Fetch it anew") from error
+        raise InputError(f"{path} has settings of its LoRA that are no JSON ({error}). Fetch it again") from error
     return parsed if isinstance(parsed, dict) else {}
 
 
@@ -192,7 +194,7 @@ def _matches(pattern: str, module: str) -> bool:
 @functools.cache
 def known_modules(config: ModelConfig) -> dict[str, tuple[str, Entry]]:
     """All names in LoRA files of the model's linear layers and convolutions: (part, the weight's entry). Every dialect
-    is known behind every prefix: tools took each other's prefixes, and kept their own names of modules."""
+    is known after every prefix: tools took each other's prefixes, and kept their own names of modules."""
     found: dict[str, tuple[str, Entry]] = {}
     namings: list[tuple[str, Any, Dialect]] = [
         *(("unet", config.unet, dialect) for dialect in _DIALECTS["unet"]),

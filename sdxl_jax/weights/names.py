@@ -83,7 +83,7 @@ class Entry:
     shape: tuple[int, ...]
     """The tensor's."""
     places: tuple[Place, ...]
-    """One; or query, key and value, of equal size, one behind the other along the tensor's first axis."""
+    """One; or query, key and value, of equal size, one after the other along the tensor's first axis."""
     axes: tuple[int, ...]
     """Our axes of a place (without the layer's), in the tensor's order. The tensor may have further axes of 1."""
 

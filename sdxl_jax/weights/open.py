@@ -54,7 +54,7 @@ METADATA = "sdxl_jax"
 
 
 @dataclasses.dataclass(frozen=True)
-class Opening:
+class OpenOptions:
     """What the user may say of a model that is opened."""
 
     variant: str | None = None
@@ -74,36 +74,38 @@ class Opening:
         return f"make a new model with `sdxl-jax convert {path} NEW --to orbax {option}`, and train from that"
 
 
-def open_model(path: str | Path, opening: Opening = Opening(), parts_from: Sequence[str | Path] = ()) -> Weights:
+def open_model(
+    path: str | Path, open_options: OpenOptions = OpenOptions(), parts_from: Sequence[str | Path] = ()
+) -> Weights:
     """What is at a path: configuration and parameters that are not read yet.
 
     Raises InputError as `load_model`.
     """
-    weights = _open(local(path, "the model"), opening)
+    weights = _open(local(path, "the model"), open_options)
     for other in parts_from:
-        weights = _with_parts(weights, _open(local(other, "the model of other parts"), opening), other)
-    if opening.prediction is None:
+        weights = _with_parts(weights, _open(local(other, "the model of other parts"), open_options), other)
+    if open_options.prediction is None:
         return weights
     # What the user says has the last word.
-    return dataclasses.replace(weights, config=dataclasses.replace(weights.config, prediction=opening.prediction))
+    return dataclasses.replace(weights, config=dataclasses.replace(weights.config, prediction=open_options.prediction))
 
 
-def _open(path: Path, opening: Opening) -> Weights:
+def _open(path: Path, open_options: OpenOptions) -> Weights:
     absolute = path.absolute()
     if absolute.name.isdecimal() and absolute.parent.name == "checkpoints":
         return _open_run(absolute.parents[1], int(absolute.name))
     if path.is_file():
-        return _open_file(path, opening)
+        return _open_file(path, open_options)
     if not path.is_dir():
         safetensors.refuse_pickle(path)
         raise InputError(f"There is nothing at {path}. Expected {_EXPECTED}")
     if (path / "model_index.json").is_file():
-        return _open_diffusers(path, opening)
+        return _open_diffusers(path, open_options)
     if orbax.is_checkpoint(path):
         return _open_orbax(path)
     if (path / "config.json").is_file():
         if (kind := diffusers_fields.component_kind(json_files.read(path / "config.json"))) is not None:
-            return _open_component(path, kind, opening)
+            return _open_component(path, kind, open_options)
         return _open_run(path, None)
     if pickles := sorted(file for file in path.iterdir() if file.suffix.lower() in safetensors.PICKLES):
         safetensors.refuse_pickle(pickles[0])
@@ -174,7 +176,7 @@ def _complete(
     if different := differences(have, want):
         raise InputError(
             f"The checkpoint {where} does not fit this configuration: {len(different)} arrays differ, the first is "
-            f"{different[0]} (stored -> expected). Restore the files of the run, or convert the model anew"
+            f"{different[0]} (stored -> expected). Restore the files of the run, or convert the model again"
         )
     return {path: leaves[path] for path in expected}
 
@@ -193,20 +195,20 @@ def _expected(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[s
 # ---- other people's layouts ------------------------------------------------------------------------------------------
 
 
-def _open_diffusers(path: Path, opening: Opening) -> Weights:
+def _open_diffusers(path: Path, open_options: OpenOptions) -> Weights:
     config = diffusers.read_model_config(path)
     leaves, carried, namings, notes = {}, {}, {}, []
     configs = part_configs(config)
     # As in diffusers, some parts may lack a variant that others have.
-    lacking = [part for part in configs if opening.variant not in _variants(path / part)]
+    lacking = [part for part in configs if open_options.variant not in _variants(path / part)]
     lacking = lacking if len(lacking) < len(configs) else []
     for part, part_config in configs.items():
-        variant = opening.variant
+        variant = open_options.variant
         if variant is not None and part in lacking:
             notes.append(f"{path / part} has no variant {variant}; its files without a variant are read")
             variant = None
-        tensors = _weight_files(path / part, dataclasses.replace(opening, variant=variant))
-        found = _match(part, part_config, None, tensors, path / part, opening)
+        tensors = _weight_files(path / part, dataclasses.replace(open_options, variant=variant))
+        found = _match(part, part_config, None, tensors, path / part, open_options)
         leaves |= found.leaves
         notes += found.notes
         namings[part] = found.naming
@@ -217,15 +219,15 @@ def _open_diffusers(path: Path, opening: Opening) -> Weights:
     return Weights(config, leaves, Origin(Found.DIFFUSERS, namings), carried, licences_in(path), tuple(notes))
 
 
-def _open_component(path: Path, kind: str, opening: Opening) -> Weights:
+def _open_component(path: Path, kind: str, open_options: OpenOptions) -> Weights:
     """One network's directory, as diffusers and transformers write it."""
     part_config = _component_config(path / "config.json", kind)
-    tensors = _weight_files(path, opening)
+    tensors = _weight_files(path, open_options)
     part, config = _around(part_config)
     if kind == "unet" and config.micro is not None:
         dim, _ = diffusers_fields.unet_surroundings(json_files.read(path / "config.json"), str(path), 128)
         config = dataclasses.replace(config, micro=dataclasses.replace(config.micro, embedding_dim=dim))
-    found = _match(part, part_config, None, tensors, path, opening)
+    found = _match(part, part_config, None, tensors, path, open_options)
     carried = {("", name): tensor for name, tensor in found.carried.items()}
     origin = Origin(Found.COMPONENT, {part: found.naming})
     return Weights(
@@ -259,7 +261,7 @@ def _around(part_config: PartConfig) -> tuple[str, ModelConfig]:
             return tower.name, dataclasses.replace(base, text=towers)
 
 
-def _open_file(path: Path, opening: Opening) -> Weights:
+def _open_file(path: Path, open_options: OpenOptions) -> Weights:
     """A safetensors file of a whole model, or of one network, in anybody's naming."""
     tensors, metadata = safetensors.open_file(path)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -291,7 +293,7 @@ def _open_file(path: Path, opening: Opening) -> Weights:
         _check_groups(parts, path)
     carried = {name: tensor for name, tensor in tensors.items() if detect.is_carried(name)}
     leaves, matched = _match_parts(
-        parts, {name: tensors[name] for name in tensors.keys() - carried.keys()}, path, opening
+        parts, {name: tensors[name] for name in tensors.keys() - carried.keys()}, path, open_options
     )
     notes += matched
     if ema := [name for name in carried if name.startswith("model_ema.")]:
@@ -308,11 +310,11 @@ def _open_file(path: Path, opening: Opening) -> Weights:
             config.check()
         except InputError as error:
             raise InputError(f"The parts of {path} do not fit together: {error}") from error
-    return _marked(weights, metadata, path, opening)
+    return _marked(weights, metadata, path, open_options)
 
 
 def _match_parts(
-    parts: dict[str, detect.Found], tensors: dict[str, Tensor], path: Path, opening: Opening
+    parts: dict[str, detect.Found], tensors: dict[str, Tensor], path: Path, open_options: OpenOptions
 ) -> tuple[dict[str, Leaf], list[str]]:
     """(leaves, notes) of the parts of a file, which share its tensors out."""
     leaves, notes, left = dict[str, Leaf](), list[str](), set(tensors)
@@ -320,15 +322,15 @@ def _match_parts(
     for part, place in sorted(parts.items(), key=lambda item: -len(item[1].naming.prefix)):
         own = {name: tensors[name] for name in left if place.owns(name)}
         left -= own.keys()
-        matched = _match(part, place.config, place.naming, own, path, opening)
+        matched = _match(part, place.config, place.naming, own, path, open_options)
         leaves |= matched.leaves
         notes += matched.notes
     if left:
         first = sorted(left)[0]
         message = f"{path} has {len(left)} tensors that no part of the model owns, the first is {first}"
-        if not opening.allow_partial:
+        if not open_options.allow_partial:
             raise names.Mismatch(
-                f"{message}. It may have additions that are not implemented. {_partial(path, opening)}"
+                f"{message}. It may have additions that are not implemented. {_partial(path, open_options)}"
             )
         notes.append(f"{message}; left out")
     return leaves, notes
@@ -343,14 +345,14 @@ def _described(
         config, parts = from_json(described["model"], ModelConfig), list(described["parts"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} says in its metadata what it is, but not readably ({error}). Convert it anew"
+            f"{path} says in its metadata what it is, but not readably ({error}). Convert it again"
         ) from error
     configs = part_configs(config)
     kinds = [kind for kind, _ in namings]
     if [type(configs.get(part)) for part in parts] != kinds:
         raise InputError(
             f"{path} says that it holds {', '.join(parts)}, but its tensors are those of "
-            f"{', '.join(kind.__name__.removesuffix('Config') for kind in kinds)}. Convert it anew"
+            f"{', '.join(kind.__name__.removesuffix('Config') for kind in kinds)}. Convert it again"
         )
     named = zip(parts, namings, strict=True)
     return config, {part: detect.Found(configs[part], naming) for part, (_, naming) in named}
@@ -388,15 +390,15 @@ def _check_noise(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _marked(weights: Weights, metadata: Mapping[str, str], path: Path, opening: Opening) -> Weights:
+def _marked(weights: Weights, metadata: Mapping[str, str], path: Path, open_options: OpenOptions) -> Weights:
     """What other people's files say of their noise: by metadata (modelspec), by marks among the tensors; SD 2.x by
     neither, there ComfyUI's test decides, a norm that differs in spread between the published ε and v weights."""
     marks = {name for _, name in weights.carried}
     said = metadata.get("modelspec.prediction_type", "")
-    if said and opening.prediction is None and "unet" in weights.parts and not said.startswith(("eps", "v")):
+    if said and open_options.prediction is None and "unet" in weights.parts and not said.startswith(("eps", "v")):
         raise InputError(
             f"{path} says in its metadata that it predicts {said} (modelspec.prediction_type), which is not "
-            f"implemented; implemented are epsilon and v. If it is wrong, {opening.way_out(path, '--prediction NAME')}"
+            f"implemented; implemented are epsilon and v. If it is wrong, {open_options.way_out(path, '--prediction NAME')}"
         )
     network = weights.config.unet
     is_sd2 = network.vector_dim is None and not network.conv_projection
@@ -428,8 +430,8 @@ class _Matched:
     notes: list[str]
 
 
-def _partial(path: Path, opening: Opening) -> str:
-    return f"To load what fits, and leave the rest out, {opening.way_out(path, '--allow-partial')}"
+def _partial(path: Path, open_options: OpenOptions) -> str:
+    return f"To load what fits, and leave the rest out, {open_options.way_out(path, '--allow-partial')}"
 
 
 _FIRST_CHOICE = {
@@ -446,7 +448,7 @@ def _match(
     naming: Naming | None,
     tensors: Mapping[str, Tensor],
     where: Path,
-    opening: Opening,
+    open_options: OpenOptions,
 ) -> _Matched:
     """A part's parameters among the tensors that ought to be its own. naming: None to find it out."""
     carried = {name: tensor for name, tensor in tensors.items() if detect.is_carried(name)}
@@ -457,7 +459,7 @@ def _match(
         naming = namings[0] if namings else Naming(_FIRST_CHOICE[type(part_config)])
     table = names.table(part_config, naming)
     notes = []
-    if opening.allow_partial:
+    if open_options.allow_partial:
         fit = {name for name in own if name in table.by_name and table.by_name[name].shape == shapes[name]}
         if unfit := sorted(own.keys() - fit):
             notes.append(f"{where}: {len(unfit)} tensors do not fit and are left out: {', '.join(unfit)}")
@@ -466,7 +468,7 @@ def _match(
         try:
             names.compare(table, shapes, str(where))
         except names.Mismatch as error:
-            raise names.Mismatch(f"{error}. {_partial(where, opening)}") from error
+            raise names.Mismatch(f"{error}. {_partial(where, open_options)}") from error
     leaves = leaves_of(part, table, own, where)
     if missing := [path for path in table.abstract if f"{part}/{path}" not in leaves]:
         leaves |= {f"{part}/{path}": _initial(part_config, path) for path in missing}
@@ -500,18 +502,18 @@ def _variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
-def _weight_files(folder: Path, opening: Opening) -> dict[str, Tensor]:
+def _weight_files(folder: Path, open_options: OpenOptions) -> dict[str, Tensor]:
     """The tensors of one network's directory: of one file, or of its shards.
 
     Raises InputError as `_variants`, and for a directory without the variant, or with several to choose from.
     """
-    choices, variant = _variants(folder), opening.variant
+    choices, variant = _variants(folder), open_options.variant
     known = ", ".join(name or "(none)" for name in choices)
     if variant is None:
         variant = "" if "" in choices else next(iter(choices)) if len(choices) == 1 else None
         if variant is None:
             raise InputError(
-                f"{folder} has several variants, {known}. Choose one: {opening.way_out(folder, '--variant NAME')}"
+                f"{folder} has several variants, {known}. Choose one: {open_options.way_out(folder, '--variant NAME')}"
             )
     elif variant not in choices:
         raise InputError(f"{folder} has no variant {variant}. It has: {known}")

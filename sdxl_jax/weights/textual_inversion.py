@@ -1,6 +1,6 @@
-"""Textual inversion: words that a text encoder never saw, each a few vectors in front of it, learnt from pictures.
+"""Textual inversion: words that a text encoder never saw, each a few vectors in front of it, learnt from images.
 
-Gal et al. 2022, arXiv:2208.01618. Nothing but the token embedding changes: it gets a row a vector behind CLIP's own
+Gal et al. 2022, arXiv:2208.01618. Nothing but the token embedding changes: it gets a row a vector after CLIP's own
 49408, and the tower's `added_tokens` name the rows. A concept `<tok>` of three vectors is the words `<tok>`, `<tok>_1`
 and `<tok>_2`, as diffusers has it; prompts call it `<tok>`. Files are safetensors, in one of three forms:
 
@@ -82,7 +82,7 @@ def _read(path: Path, token: str | None) -> tuple[dict[str, Vectors], str]:
         if rows.ndim not in (1, 2) or not rows.size or not jnp.issubdtype(rows.dtype, jnp.floating):
             raise InputError(f"{path} has {key} of shape {rows.shape}, {rows.dtype}. Expected numbers [vectors, width]")
         if not np.isfinite(rows.astype(np.float32)).all():
-            raise InputError(f"{path} has {key} with numbers that are not finite. Fetch it anew, or use another")
+            raise InputError(f"{path} has {key} with numbers that are not finite. Fetch it again, or use another")
     if name is None:
         name = path.stem if keys[0] in _NAMELESS else keys[0]
     return {key: np.atleast_2d(rows.astype(np.float32)) for key, rows in vectors.items()}, name
@@ -117,7 +117,7 @@ def add(model: Model, path: str | Path, token: str | None = None) -> Model:
         rows = given[tower.name]
         grown = (*tower.added_tokens, token, *(f"{token}_{number}" for number in range(1, len(rows))))
         _check_names(tower, token, grown, path)
-        used = text.FIRST_ADDED + len(tower.added_tokens)  # rows behind have no word that would call them
+        used = text.FIRST_ADDED + len(tower.added_tokens)  # rows after have no word that would call them
         old = _embedding(params, tower)
         if isinstance(old, jax.Array):
             new = jnp.concatenate([old[:used], jnp.asarray(rows, old.dtype)])

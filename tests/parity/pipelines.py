@@ -1,9 +1,9 @@
-"""Tiny pipelines of diffusers with random weights, what is asked of them, and when their pictures count as ours.
+"""Tiny pipelines of diffusers with random weights, what is asked of them, and when their images count as ours.
 
 They are built by diffusers and transformers alone; of ours are the tokenizers' files.
 
 Tolerance: rounding, 2e-5 of a network's output at most (`agreement.py`), is multiplied by the guidance and fed back at
-every step; a few 1e-6 of the largest latent are measured, 1e-4 are allowed. A picture is rounded to 256 levels, where
+every step; a few 1e-6 of the largest latent are measured, 1e-4 are allowed. An image is rounded to 256 levels, where
 any difference can make one level, but of few bytes: rounded down instead, half of them would differ.
 
 The prompts have no "!", which transformers takes for padding in the tokenizers that pad with it; ours does not.
@@ -21,7 +21,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.formats import diffusers as folders
 
 TOLERANCE, LEVELS, SHARE = 1e-4, 1, 0.01
-"""Of the largest latent; of 255; of the bytes of a picture that may differ at all."""
+"""Of the largest latent; of 255; of the bytes of an image that may differ at all."""
 STEPS = 20
 
 Size = tuple[int, int]
@@ -139,7 +139,7 @@ def build(published: ModelConfig, make: Callable[[Sequence[Any]], Any], folder: 
         if (module := getattr(pipeline, part, None)) is not None:
             randomise(module.eval(), seed)
     pipeline.vae.decoder.conv_out.weight.data *= 0.4  # most pixels neither black nor white
-    pipeline.vae.quant_conv.weight.data *= 8  # latents of pictures as large as noise
+    pipeline.vae.quant_conv.weight.data *= 8  # latents of images as large as noise
     return finish(pipeline, folder / "model")
 
 
@@ -151,7 +151,7 @@ def finish(pipeline: Any, path: Path) -> Source:
     return Source(pipeline, path)
 
 
-# ---- the pictures ----------------------------------------------------------------------------------------------------
+# ---- the images ----------------------------------------------------------------------------------------------------
 
 LONG = "oil painting of a red house by the sea, " * 12
 PROMPTS = ("a cat on a mat", "Two cafés, 3 o'clock", LONG)
@@ -159,7 +159,7 @@ PROMPTS = ("a cat on a mat", "Two cafés, 3 o'clock", LONG)
 
 
 class Told(NamedTuple):
-    """Sizes and crop that an SDXL is told; None: the picture's own size."""
+    """Sizes and crop that an SDXL is told; None: the image's own size."""
 
     original: Size | None = None
     crop: Size = (0, 0)
@@ -187,23 +187,23 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-def check_picture(drawn: Drawn) -> None:
+def check_image(drawn: Drawn) -> None:
     """That it is one in which a difference would be seen."""
     assert np.isfinite(drawn.latents).all()
     assert 1 < drawn.latents.std() < 20
     assert np.mean((drawn.images == 0) | (drawn.images == 255)) < 0.05
-    assert (drawn.images.std(axis=(1, 2)) > 20).all(), "a colour of a picture hardly varies"
+    assert (drawn.images.std(axis=(1, 2)) > 20).all(), "a colour of an image hardly varies"
 
 
 def check_agreement(what: str, ours: Drawn, theirs: Drawn, note: Note) -> None:
     assert ours.images.shape == theirs.images.shape
     assert ours.latents.shape == theirs.latents.shape
-    check_picture(theirs)
+    check_image(theirs)
     difference = apart(ours.latents, theirs.latents)
     levels = int(np.abs(ours.images.astype(int) - theirs.images.astype(int)).max())
     share = float(np.mean(ours.images != theirs.images))
-    measured = f"pictures {levels} levels (allowed {LEVELS}) in {share:.2%} (allowed {SHARE:.0%})"
-    note(f"picture: {what}", f"{difference:.1e}  (allowed {TOLERANCE:.0e}), {measured}")
+    measured = f"images {levels} levels (allowed {LEVELS}) in {share:.2%} (allowed {SHARE:.0%})"
+    note(f"image: {what}", f"{difference:.1e}  (allowed {TOLERANCE:.0e}), {measured}")
     assert difference <= TOLERANCE, f"{what}: latents differ by {difference:.2e} of the maximum"
-    assert levels <= LEVELS, f"{what}: a byte of the pictures differs by {levels} levels"
-    assert share <= SHARE, f"{what}: {share:.2%} of the pictures' bytes differ"
+    assert levels <= LEVELS, f"{what}: a byte of the images differs by {levels} levels"
+    assert share <= SHARE, f"{what}: {share:.2%} of the images' bytes differ"

@@ -106,7 +106,7 @@ TINY_SD2 = replace(
     unet=replace(TINY.unet, vector_dim=None),
     text=(TINY_TOWER,),
     micro=None,
-    no_prompt=SD2.no_prompt,
+    unconditional=SD2.unconditional,
     schedule=schedule.ScheduleConfig(zero_terminal_snr=True),
     prediction=Prediction.V,
 )

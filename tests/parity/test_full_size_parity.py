@@ -205,7 +205,7 @@ def same(agree: Agree, tmp_path: Path) -> Callable[..., None]:
 
 @pytest.mark.parametrize("name", UNETS)
 def test_full_size_unet_matches_diffusers(name: str, same: Callable[..., None]) -> None:
-    """On latents of a 256×192 picture, two thirds through the noise."""
+    """On latents of a 256×192 image, two thirds through the noise."""
     config, rng = UNETS[name], np.random.default_rng(0)
     inputs = {
         "latent": rng.standard_normal((1, 32, 24, config.unet.in_channels), np.float32),

@@ -1,4 +1,4 @@
-"""Pictures in stages, from pictures, and with other guidance: against diffusers' pipelines, from the same noise.
+"""Images in stages, from images, and with other guidance: against diffusers' pipelines, from the same noise.
 
     handoff   base, then refiner from its latent   StableDiffusionXLPipeline, …Img2ImgPipeline with denoising_start
     refine    base, then refiner from new noise    StableDiffusionXLPipeline, …Img2ImgPipeline with strength
@@ -6,18 +6,18 @@
     inpaint   and "paint 9", a UNet of 9 channels  StableDiffusionXLInpaintPipeline
     text      perturbed attention, rescaling       StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
 
-Models, prompts, tolerances are those of `pipelines.py`. Pictures are drawn step by step, as the command does with its
+Models, prompts, tolerances are those of `pipelines.py`. Images are drawn step by step, as the command does with its
 bar: so one compiled step serves many cases here. `test_program.py` shows that the other programs draw the same.
 
 For the comparison diffusers takes the mean of the autoencoder's posterior where it would draw from it, as ours does,
 and our noise where it would draw its own. In places it does otherwise than ours on purpose, and is led around them:
 
-* Of several pictures, base and PAG pipelines tell some the others' negative sizes: each is then drawn alone.
+* Of several images, base and PAG pipelines tell some the others' negative sizes: each is then drawn alone.
 * Image to image and inpainting tell a base the prompt's crop in the place of the negative one, which has no effect
   (`test_diffusers_leaves_the_negative_crop_out`): here they are the same.
 * A refiner is told the negative crop (0, 0) unless another is given; ours the prompt's. Here it is given.
 * Of an inpainting mask it sees one pixel of each cell of the latent, ours all: masks here are of whole cells.
-* Outside of a mask it gives what the autoencoder makes of the picture, ours the picture: inside, they are compared.
+* Outside of a mask it gives what the autoencoder makes of the image, ours the image: inside, they are compared.
 """
 
 import contextlib
@@ -143,7 +143,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     )
 
 
-# ---- the pictures ----------------------------------------------------------------------------------------------------
+# ---- the images ----------------------------------------------------------------------------------------------------
 
 SIZES = {"original_size": Pixels(1023, 333), "crop": Position(5, 64), "target_size": Pixels(512, 1024)}
 NEGATIVE_SIZES = {
@@ -177,7 +177,7 @@ class Case(NamedTuple):
         return rng.standard_normal((self.batch, height // 8, width // 8, 4), np.float32)
 
     def fresh_noise(self) -> np.ndarray:
-        """What ours draws between the stages, one key a picture."""
+        """What ours draws between the stages, one key an image."""
         height, width = self.size
         keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), k), 2) for k in range(self.batch)]
         return np.stack([jax.random.normal(key, (height // 8, width // 8, 4)) for key in keys])
@@ -228,7 +228,7 @@ def ours(sources: Sources, case: Case) -> Drawn:
         steps=STEPS,
         seed=SEED,
         init_noise=case.noise(),
-        watch=lambda seen: None,
+        callback=lambda seen: None,
         **options,
     )
     return Drawn(*made)
@@ -256,7 +256,7 @@ def drawing(pipeline: Any, noise: np.ndarray) -> Iterator[None]:
 
 
 def run(pipeline: Any, prompts: Sequence[str], negative: str | None, noise: np.ndarray, **options: Any) -> Drawn:
-    """Pictures, and the latents that the last step told of. Options are diffusers'."""
+    """Images, and the latents that the last step told of. Options are diffusers'."""
     last: dict[str, Any] = {}
 
     def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -283,12 +283,12 @@ def theirs(
     noise: np.ndarray | None = None,
     fresh: np.ndarray | None = None,
 ) -> Drawn:
-    """diffusers' pictures of a case. Image, mask and noise are the case's unless given."""
+    """diffusers' images of a case. Image, mask and noise are the case's unless given."""
     options: dict[str, Any] = dict(case.options)
     noise = case.noise() if noise is None else noise
     fresh = case.fresh_noise() if fresh is None else fresh
     if "negative_original_size" in options and case.stage in ("handoff", "refine", "text") and case.batch > 1:
-        # Of several pictures, negative sizes and sizes are told in turn, but all negative prompts before all prompts.
+        # Of several images, negative sizes and sizes are told in turn, but all negative prompts before all prompts.
         alone = [
             _theirs(sources, case, [case.prompts[k]], options, image, mask, noise[k : k + 1], fresh[k : k + 1])
             for k in range(case.batch)
@@ -376,7 +376,7 @@ CASES = (
 def _grid() -> Iterator[Case]:
     sizes = SIZES | NEGATIVE_SIZES
     same_crop = sizes | {"negative_crop": SIZES["crop"]}
-    """What diffusers tells a base when it starts from a picture."""
+    """What diffusers tells a base when it starts from an image."""
     scores = {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
     for batch, size in ((1, (64, 64)), (3, (72, 40))):
         for stage, more in (("handoff", {}), ("refine", {"refine_strength": 0.3})):
@@ -411,11 +411,11 @@ def _grid() -> Iterator[Case]:
     [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in _grid() if case not in CASES)],
     ids=str,
 )
-def test_picture_matches_diffusers(case: Case, sources: Sources, note: Note) -> None:
+def test_image_matches_diffusers(case: Case, sources: Sources, note: Note) -> None:
     made, expected = ours(sources, case), theirs(sources, case)
     if case.stage in PAINTING:
         mask, original = mask_of(case.size), photograph(case.size)
-        assert (made.images[:, ~mask] == original[~mask]).all(), "outside of the mask the picture stays"
+        assert (made.images[:, ~mask] == original[~mask]).all(), "outside of the mask the image stays"
         made, expected = (Drawn(each.images[:, None, mask], each.latents) for each in (made, expected))
     check_agreement(str(case), made, expected, note)
 
@@ -460,7 +460,7 @@ VARIED: dict[str, dict[str, dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", VARIED)
-def test_everything_that_is_varied_changes_the_picture(stage: str, sources: Sources) -> None:
+def test_everything_that_is_varied_changes_the_image(stage: str, sources: Sources) -> None:
     """Otherwise agreement would prove nothing."""
     size = (64, 64)
     made = {name: theirs(sources, case(stage, 1, "given", size, **change)) for name, change in VARIED[stage].items()}

@@ -18,7 +18,7 @@ from sdxl_jax import model as models
 from sdxl_jax.arrays import Params
 from sdxl_jax.models import unet
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.models.unet import Part
+from sdxl_jax.models.unet import UNetPart
 from sdxl_jax.weights import names
 
 PAGMixin = pytest.importorskip("diffusers.pipelines.pag.pag_utils").PAGMixin
@@ -54,14 +54,14 @@ def test_unet_matches_diffusers(name: str, agree: Agree) -> None:
 class Perturbing(PAGMixin):
     """What diffusers' pipelines with perturbed-attention guidance do to their UNet: other processors in some layers."""
 
-    def __init__(self, model: Any, parts: tuple[Part, ...]) -> None:
+    def __init__(self, model: Any, parts: tuple[UNetPart, ...]) -> None:
         self.unet = model
         self.set_pag_applied_layers([part.value for part in parts])
         self._set_pag_attn_processor(self.pag_applied_layers, do_classifier_free_guidance=True)
 
 
-@pytest.mark.parametrize("parts", [(Part.MIDDLE,), tuple(Part)])
-def test_unet_with_perturbed_rows_matches_diffusers(parts: tuple[Part, ...], agree: Agree) -> None:
+@pytest.mark.parametrize("parts", [(UNetPart.MIDDLE,), tuple(UNetPart)])
+def test_unet_with_perturbed_rows_matches_diffusers(parts: tuple[UNetPart, ...], agree: Agree) -> None:
     """A batch as diffusers makes it: the negative prompt, the prompt, the prompt perturbed."""
     config = reference.UNET_FOR_GRADIENTS  # stacks of two, all parts with attention, quick to compile
     pair = reference.unet_pair(config)

@@ -1,1 +1,1 @@
-"""Shards, made once from pictures of any source. Training reads them and never this."""
+"""Shards, made once from images of any source. Training reads them and never this."""

@@ -1,4 +1,4 @@
-"""The builder behind `sdxl-jax data build SRC DST`: any source to a shard set, in parallel, finishing what it began.
+"""The builder after `sdxl-jax data build SRC DST`: any source to a shard set, in parallel, finishing what it began.
 
 The source is cut into pieces (records.units), always the same ones. Worker processes take one piece at a time, write it
 to `DST/parts/NNNNN.partial`, and rename that when it is complete on the disk. When all are there, one process goes
@@ -40,7 +40,7 @@ from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
 from sdxl_jax.data.build.records import Record, Unit, check_caption_lines, read, units
-from sdxl_jax.data.build.shard_writing import IndexWriter, Part, PartWriter, select, write_json
+from sdxl_jax.data.build.shard_writing import FinishedPart, IndexWriter, PartWriter, select, write_json
 from sdxl_jax.data.captions import CaptionLines, check_number_names
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.shards import DESCRIPTION, FORMAT, REFUSED, SHARDS, UNFINISHED, read_description, shard_path
@@ -209,7 +209,7 @@ def find_repeats(hashes: UInt8[np.ndarray, "images 16"]) -> Bool[np.ndarray, " i
     return repeats
 
 
-def _all_hashes(parts: list[Part], path: Path, images: int) -> UInt8[np.ndarray, "images 16"]:
+def _all_hashes(parts: list[FinishedPart], path: Path, images: int) -> UInt8[np.ndarray, "images 16"]:
     """The hashes of all parts in order, in a file."""
     with path.open("wb") as file:
         for part in parts:
@@ -217,7 +217,7 @@ def _all_hashes(parts: list[Part], path: Path, images: int) -> UInt8[np.ndarray,
     return np.memmap(path, np.uint8, "r", shape=(images, 16))
 
 
-def _assemble(destination: Path, parts: list[Part], drop_nothing: bool, bar: bool | None) -> dict[str, Any]:
+def _assemble(destination: Path, parts: list[FinishedPart], drop_nothing: bool, bar: bool | None) -> dict[str, Any]:
     """Writes the index and refused.jsonl and moves the shards; what shards.json says of them. May be interrupted."""
     counts = [part.count() for part in parts]
     if not sum(counts):
@@ -285,12 +285,12 @@ def _check_same(destination: Path, begun: dict[str, Any], asked: dict[str, Any],
     if differs == "pieces":
         raise InputError(
             f"{asked['source']} has changed since {state} build of it in {destination} began. Restore it, or remove "
-            f"{destination} to build anew, or give another folder."
+            f"{destination} to build again, or give another folder."
         )
     if differs:
         raise InputError(
             f"{destination} holds {state} build with {differs}={begun.get(differs)!r}, and now {asked[differs]!r} is "
-            "given. Give the same, or another folder, or remove this one to build anew."
+            "given. Give the same, or another folder, or remove this one to build again."
         )
 
 
@@ -320,7 +320,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Reads the pieces that are missing and puts all together; the content of shards.json, written last."""
     origin = Path(asked["source"])
-    parts = [Part(destination / _PARTS / f"{unit.number:05d}") for unit in pieces]
+    parts = [FinishedPart(destination / _PARTS / f"{unit.number:05d}") for unit in pieces]
     done = [part.folder.exists() for part in parts]
     images = sum(part.count() for part, there in zip(parts, done, strict=True) if there)
     missing = [unit for unit, there in zip(pieces, done, strict=True) if not there]
@@ -330,7 +330,7 @@ def _finish(
     if not described["images"]:
         refused = itertools.chain.from_iterable(part.refused().decode().splitlines() for part in parts)
         some = "\n".join(f"  {line}" for line in itertools.islice(refused, 5)) or "  It is empty."
-        _clean(destination)  # so that the corrected source is read anew
+        _clean(destination)  # so that the corrected source is read again
         raise InputError(f"The source {asked['source']} has no image that can be used:\n{some}\nCorrect it.")
     write_json(destination / DESCRIPTION, described)
     _clean(destination)
@@ -376,7 +376,7 @@ def _build(
             raise _refuse_folder(destination) from problem
         except OSError as problem:  # what the source raises is an InputError already
             raise fault(problem)(
-                f"Cannot write to {destination} ({problem}). Free some space, or mend it. {_AGAIN}"
+                f"Cannot write to {destination} ({problem}). Free some space, or fix it. {_AGAIN}"
             ) from problem
     return Built(*(described[name] for name in Built._fields[:-1]), was_finished=finished)
 

@@ -1,6 +1,6 @@
-"""Parquet files with captioned pictures in them: Hugging Face's `image` column, or img2dataset's `jpg`.
+"""Parquet files with captioned images in them: Hugging Face's `image` column, or img2dataset's `jpg`.
 
-A column of pictures holds their files' bytes, or a struct with such a field; addresses are not downloaded. Columns of
+A column of images holds their files' bytes, or a struct with such a field; addresses are not downloaded. Columns of
 captions are as in `captions`, and every numeric column is kept. A file is cut between its row groups; rows are read a
 page at a time, of up to 1024 rows or a row group, as the writer chose. Needs pyarrow, imported only here.
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_jax.data.captions import CAPTION_FIELDS, NOT_TEXT, caption_field, captions_of, numbers_of
-from sdxl_jax.data.sources import BYTES_LIMIT, Refusals, Refused, Sample, Unusable, gone
+from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refusals, Refused, Unusable, gone
 from sdxl_jax.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
@@ -57,7 +57,7 @@ def holds_images(path: Path) -> bool:
         return False
 
 
-def _sample(name: str, columns: Mapping[str, Any], row: int, piece: "ParquetPiece") -> Sample | Refused:
+def _sample(name: str, columns: Mapping[str, Any], row: int, piece: "ParquetPiece") -> RawExample | Refused:
     try:
         image = columns[piece.image][row].as_py()
         image = image.get("bytes") if isinstance(image, dict) else image
@@ -69,7 +69,7 @@ def _sample(name: str, columns: Mapping[str, Any], row: int, piece: "ParquetPiec
             captions = captions_of(columns[piece.caption][row].as_py())
         except UnicodeDecodeError:
             raise Unusable(NOT_TEXT) from None
-        return Sample(name, image, captions, numbers_of({key: columns[key][row].as_py() for key in piece.numbers}))
+        return RawExample(name, image, captions, numbers_of({key: columns[key][row].as_py() for key in piece.numbers}))
     except Unusable as problem:
         return Refused(name, str(problem))
 
@@ -87,7 +87,7 @@ class ParquetPiece(NamedTuple):
     caption: str
     numbers: tuple[str, ...]
 
-    def samples(self) -> Iterator[Sample | Refused]:
+    def samples(self) -> Iterator[RawExample | Refused]:
         arrow, parquet = _pyarrow()
         row = self.row
         try:

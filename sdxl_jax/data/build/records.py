@@ -1,19 +1,19 @@
-"""Captioned pictures of any source, one after the other, with their bytes as they are: what a build packs into shards.
+"""Captioned images of any source, one after the other, with their bytes as they are: what a build packs into shards.
 
 `units` finds out what a source is and cuts it into pieces; `read` reads one piece, in a process of its own if need be,
-holding a few pictures at a time; of Parquet a page, which may be up to 1024 rows or a row group, as the writer chose.
+holding a few images at a time; of Parquet a page, which may be up to 1024 rows or a row group, as the writer chose.
 The order is the same every time.
 
-| source | a piece | pictures and captions |
+| source | a piece | images and captions |
 |---|---|---|
-| folder of pictures | 1000 files | `metadata.jsonl` or `.csv` where there is one, else `.txt`, `.json` beside |
+| folder of images | 1000 files | `metadata.jsonl` or `.csv` where there is one, else `.txt`, `.json` beside |
 | `.tar` (also `.tar.gz`, `.tgz`), or a folder of them | a tar | WebDataset: members of the same stem, close together |
 | `.parquet`, or a folder of them | row groups | Hugging Face's `image` column, or img2dataset's `jpg` |
-| a shard set, built before | 10,000 pictures | as they are in it |
+| a shard set, built before | 10,000 images | as they are in it |
 | `tfds:NAME[:SPLIT]` | a shard | tensorflow-datasets prepared as ArrayRecord; read without TensorFlow |
 
 Each has a module of its own, `folders`, `tars`, `parquet` and `tfds`; `captions` says what captions and numbers are.
-Whatever cannot be used becomes a `Refused` with its reason. Files that are neither pictures nor captions are passed by.
+Whatever cannot be used becomes a `Refused` with its reason. Files that are neither images nor captions are passed by.
 
 Not here: addresses to download, resizing, looking for duplicates; fields that are neither captions nor numbers.
 """
@@ -28,7 +28,7 @@ from sdxl_jax.data.build import parquet, tars, tfds
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import usable_size
 from sdxl_jax.data.shards import is_shard_set, open_shards
-from sdxl_jax.data.sources import Piece, Refusals, Refused, Sample, Unusable, printable
+from sdxl_jax.data.sources import Piece, RawExample, Refusals, Refused, Unusable, printable
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import local
 
@@ -36,7 +36,7 @@ _SHARD_SET_IMAGES = 10_000  # a piece of a shard set
 
 
 class Record(NamedTuple):
-    """One picture that can be used."""
+    """One image that can be used."""
 
     name: str
     """Where it is in the source, unique: `00000.tar/000000123.jpg`, `train.parquet:17` (the row, from 0)."""
@@ -66,14 +66,14 @@ class ShardSetPiece(NamedTuple):
     path: str
     first: int
     last: int
-    """The one behind the last."""
+    """The one after the last."""
 
-    def samples(self) -> Iterator[Sample | Refused]:
+    def samples(self) -> Iterator[RawExample | Refused]:
         shards = open_shards(self.path)
         for image in range(self.first, self.last):
             numbers = {name: float(column[image]) for name, column in shards.numbers.items()}
             numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
-            yield Sample(shards.name(image), shards.read(image), shards.captions(image), numbers)
+            yield RawExample(shards.name(image), shards.read(image), shards.captions(image), numbers)
 
 
 def _shard_set_pieces(path: Path) -> Iterator[tuple[str, Piece]]:
@@ -84,7 +84,7 @@ def _shard_set_pieces(path: Path) -> Iterator[tuple[str, Piece]]:
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
-    expected = "Expected a folder of pictures, .tar or .parquet files, one such file, a shard set, or tfds:NAME"
+    expected = "Expected a folder of images, .tar or .parquet files, one such file, a shard set, or tfds:NAME"
     if is_shard_set(path):
         yield from _shard_set_pieces(path)
         return
@@ -105,7 +105,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
         refused += [Refused(name, "an image beside tars or tables, in a format that is not read") for name in others]
     if tables and (archives or images) and not any(parquet.holds_images(root / name) for name in tables):
         tables = []  # img2dataset's notes on what it wrote
-    kinds = {"pictures": images, "tars": archives, "Parquet files": tables}
+    kinds = {"images": images, "tars": archives, "Parquet files": tables}
     present = [f"{len(found)} {kind} ({found[0]}, …)" for kind, found in kinds.items() if found]
     if not present:
         raise InputError(f"{path} holds none of these among its {len(names)} files. {expected}.")
@@ -154,7 +154,7 @@ def _reads_text_files(piece: Any) -> TypeGuard[folders.FolderPiece | tars.TarPie
 def read(
     unit: Unit, *, verify: bool = True, caption_lines: CaptionLines = CaptionLines.LINES
 ) -> Iterator[Record | Refused]:
-    """The pictures of one piece in their order, and what cannot be used, where it stood.
+    """The images of one piece in their order, and what cannot be used, where it stood.
 
     `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, some 15 ms of one core a
     megapixel of JPEG: damage after the header shows in no other way. Without, headers alone are read.

@@ -1,6 +1,6 @@
 """Writes a shard set: pieces of a source each into a folder of its own, then one index over all pieces.
 
-`PartWriter` writes one piece, `Part` reads it again, `IndexWriter` puts the columns of all parts behind each other.
+`PartWriter` writes one piece, `Part` reads it again, `IndexWriter` puts the columns of all parts after each other.
 What counts as finished is on the disk before the next thing begins.
 
 Not here: the layout of what comes out and reading it (shards); in which order all this happens (build).
@@ -141,7 +141,7 @@ class PartWriter:
         sync(self.folder)
 
 
-class Part:
+class FinishedPart:
     """A finished piece, as PartWriter left it. Each array is read when it is asked for."""
 
     def __init__(self, folder: Path):

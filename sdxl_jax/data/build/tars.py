@@ -1,7 +1,7 @@
-"""Tars of captioned pictures, as WebDataset has them: members of the same stem, close together, are one picture.
+"""Tars of captioned images, as WebDataset has them: members of the same stem, close together, are one image.
 
-A tar is read as a stream, front to back, a few pictures at a time; nothing is unpacked to disk. `.txt` and `.json`
-beside a picture hold what they hold in a folder (captions). What goes by the name of an image counts, in any format
+A tar is read as a stream, front to back, a few images at a time; nothing is unpacked to disk. `.txt` and `.json`
+beside an image hold what they hold in a folder (captions). What goes by the name of an image counts, in any format
 (formats), and so does what begins as one; other members are passed by.
 
 Format: WebDataset, github.com/webdataset/webdataset.
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from sdxl_jax.data import formats
 from sdxl_jax.data.captions import CaptionLines, described
-from sdxl_jax.data.sources import BYTES_LIMIT, Refused, Sample, Unusable, gone
+from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refused, Unusable, gone
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 _BESIDE = (".txt", ".json")
-_OPEN_STEMS = 4  # pictures whose captions may still come
+_OPEN_STEMS = 4  # images whose captions may still come
 
 
 class _Member(tarfile.TarInfo):
@@ -70,7 +70,7 @@ class _Stem:
         self.refused = True
         yield Refused(name, reason)
 
-    def close(self, used: set[str], caption_lines: CaptionLines) -> Sample | Refused | None:
+    def close(self, used: set[str], caption_lines: CaptionLines) -> RawExample | Refused | None:
         if self.image is None:
             if self.refused or not self.captions:  # empty where the tar is cut off
                 return None
@@ -82,7 +82,7 @@ class _Stem:
         used.add(name)
         try:
             text, fields = (self.captions[suffix][1] if suffix in self.captions else None for suffix in _BESIDE)
-            return Sample(name, image, *described(text, fields, caption_lines))
+            return RawExample(name, image, *described(text, fields, caption_lines))
         except Unusable as problem:
             far = ", close to it in the tar (`tar --sort=name` writes them so)"
             return Refused(name, f"{problem}{far if text is None and fields is None else ''}")
@@ -96,7 +96,7 @@ class _Stems:
         self._used: set[str] = set()
         self._caption_lines = caption_lines
 
-    def close(self, count: int) -> Iterator[Sample | Refused]:
+    def close(self, count: int) -> Iterator[RawExample | Refused]:
         """Closes the oldest until so many are left."""
         while len(self.open) > count:
             if (closed := self.open.pop(next(iter(self.open))).close(self._used, self._caption_lines)) is not None:
@@ -104,7 +104,7 @@ class _Stems:
 
     def add(
         self, path: str, name: str, archive: Any, member: tarfile.TarInfo, refused: str | None = None
-    ) -> Iterator[Sample | Refused]:
+    ) -> Iterator[RawExample | Refused]:
         """Takes a member in, or refuses it, for that reason or another; first closes what may be closed."""
         stem, suffix = posixpath.splitext(path)
         yield from self.close(_OPEN_STEMS if stem in self.open else _OPEN_STEMS - 1)
@@ -136,7 +136,7 @@ class TarPiece(NamedTuple):
         """Whether `CaptionLines` may concern it."""
         return True
 
-    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[Sample | Refused]:
+    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
         stems = _Stems(caption_lines)
         seen = images = 0
         last = "the beginning"
@@ -162,8 +162,8 @@ class TarPiece(NamedTuple):
                         images += 1
         except (tarfile.TarError, EOFError) as problem:
             # Others miss what the cut took.
-            yield from (closed for closed in stems.close(0) if isinstance(closed, Sample))
-            yield Refused(self.name, f"cut off or damaged after {last} ({problem}); what comes behind is lost")
+            yield from (closed for closed in stems.close(0) if isinstance(closed, RawExample))
+            yield Refused(self.name, f"cut off or damaged after {last} ({problem}); what comes after is lost")
         except OSError as problem:
             raise gone(self.path, problem) from problem
         else:

@@ -1,6 +1,6 @@
 """Data sets of tensorflow-datasets, prepared as ArrayRecord: `tfds:NAME[:SPLIT]`. Read without TensorFlow.
 
-Their first Image feature (the one called "image", if there is one) gives the pictures, a text feature the captions,
+Their first Image feature (the one called "image", if there is one) gives the images, a text feature the captions,
 which may be nested as those of coco_captions are; every numeric feature is kept. Needs tensorflow-datasets, imported
 only here.
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sdxl_jax.data.captions import CAPTION_FIELDS, caption_field, captions_of, numbers_of
-from sdxl_jax.data.sources import Refused, Sample, Unusable, gone
+from sdxl_jax.data.sources import RawExample, Refused, Unusable, gone
 from sdxl_jax.errors import InputError
 
 PREFIX = "tfds:"
@@ -43,7 +43,7 @@ class TfdsPiece(NamedTuple):
     image: str
     caption: str
 
-    def samples(self) -> Iterator[Sample | Refused]:
+    def samples(self) -> Iterator[RawExample | Refused]:
         tfds = _tfds()
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -62,7 +62,7 @@ class TfdsPiece(NamedTuple):
                     if isinstance(captions, dict):  # coco_captions nests them
                         captions = captions.get("text")
                     captions = captions.tolist() if isinstance(captions, np.ndarray) else captions
-                    yield Sample(name, fields[self.image], captions_of(captions), numbers_of(fields))
+                    yield RawExample(name, fields[self.image], captions_of(captions), numbers_of(fields))
                 except Unusable as problem:
                     yield Refused(name, str(problem))
         except OSError as problem:

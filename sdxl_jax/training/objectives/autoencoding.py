@@ -27,12 +27,12 @@ from sdxl_jax.config import LoopConfig, RunConfig
 from sdxl_jax.data.buckets import assign
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.transforms import centred_crop
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.errors import RENAMED, InputError, check_ranges
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.training.objectives.base import Grid, Objective
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import merge
 from sdxl_jax.training.step import Metrics
 
@@ -52,8 +52,8 @@ class AutoencodingLossConfig:
 class AutoencodingLoopConfig(LoopConfig):
     """What the loop does, of an autoencoder."""
 
-    trains: tuple[str, ...] = ("^vae/",)
-    """Patterns of the paths of parameters that train; the rest stays as it is: ("^vae/decoder/",) keeps the latents."""
+    trainable: tuple[str, ...] = field(default=("^vae/",), metadata={RENAMED: "trains"})
+    """Patterns of the paths of trainable parameters; the others are frozen: ("^vae/decoder/",) keeps the latents."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +154,13 @@ class Autoencoding(Objective[AutoencoderConfig]):
     def validates_every(self) -> int | None:
         return self.config.validation.every_steps
 
-    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, hosts: Hosts) -> Grid:
+    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images of the data, as a centred crop shows them, and under each its reconstruction with its PSNR."""
         originals = examples(dataset, self.config.validation.images)
         reconstruct = reconstructor(self.config, model.params["vae"], mesh)
         given_back = list[UInt8[np.ndarray, "height width 3"]]()
         for original in originals:
-            hosts.point()
+            processes.point()
             given_back.append(reconstruct(original[None])[0])
         ratios = [psnr(original, image) for original, image in zip(originals, given_back, strict=True)]
         captions = ["original"] * len(originals) + [f"{ratio:.1f} dB" for ratio in ratios]

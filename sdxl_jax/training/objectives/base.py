@@ -35,7 +35,7 @@ from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.optim import optimiser as optimisers
 from sdxl_jax.training.initial import check_initial, initial_weights
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Metrics, Step, make_step
 from sdxl_jax.weights.lazy import part_configs
@@ -44,7 +44,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 class Grid(NamedTuple):
-    """Validation images, to be written as one picture with captions."""
+    """Validation images, to be written as one image with captions."""
 
     images: Sequence[UInt8[np.ndarray, "_height _width 3"]]
     captions: Sequence[str]
@@ -131,7 +131,7 @@ class Objective(abc.ABC, Generic[Config]):
     def abstract_state(self, mesh: Mesh) -> tuple[TrainState, Params]:
         """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
         params = jax.eval_shape(self.init, jax.random.key(0))
-        trained, frozen = partition(params, self.config.training.trains)
+        trained, frozen = partition(params, self.config.training.trainable)
         make = functools.partial(create, optimiser=self.optimiser, config=self.config.ema)
         return sharding.placed(mesh, jax.eval_shape(make, trained)), sharding.placed(mesh, frozen)
 
@@ -147,7 +147,7 @@ class Objective(abc.ABC, Generic[Config]):
 
         def make(key: jax.Array, initial: dict[str, jax.Array]) -> tuple[TrainState, Params]:
             params = unflatten(flatten(self.init(key)) | initial)
-            trained, frozen = partition(params, self.config.training.trains)
+            trained, frozen = partition(params, self.config.training.trainable)
             return create(trained, self.optimiser, self.config.ema), frozen
 
         places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
@@ -185,7 +185,7 @@ class Objective(abc.ABC, Generic[Config]):
         """Steps between validation images; None: there are none."""
 
     @abc.abstractmethod
-    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, hosts: Hosts) -> Grid:
+    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """The images that show what was learnt. All processes make them together."""
 
 

@@ -3,7 +3,7 @@
     image ── encode, sample ── latent ── add noise ── UNet(…, text, sizes) ── weighted error
 
 A batch of a cache begins at "sample": it has the posterior and the text states, and both encoders are left out. What
-trains of the model is `training.trains`: the UNet, some layers of it, text encoders. Its configuration is `TrainConfig`
+trains of the model is `training.trainable`: the UNet, some layers of it, text encoders. Its configuration is `TrainConfig`
 (sdxl_jax/config.py).
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int32, Key
 
 from sdxl_jax import arrays, sharding
 from sdxl_jax import model as models
-from sdxl_jax.arrays import Batch, Encoded, Params
+from sdxl_jax.arrays import Batch, EncodedBatch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
@@ -33,7 +33,7 @@ from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
 from sdxl_jax.training import encoding
 from sdxl_jax.training.objectives.base import Grid, Objective, abstract_rows
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import merge
 from sdxl_jax.training.step import Metrics
 
@@ -85,7 +85,7 @@ class Denoising(Objective[TrainConfig]):
             return batch
         latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
         projection = model.text[-1].clip.projection_dim
-        encoded = Encoded(
+        encoded = EncodedBatch(
             mean=array(jnp.bfloat16, *latent),
             log_variance=array(jnp.bfloat16, *latent),
             context=array(jnp.bfloat16, 77, model.unet.context_dim),
@@ -102,7 +102,7 @@ class Denoising(Objective[TrainConfig]):
     def validates_every(self) -> int | None:
         return self.config.validation.every_steps if self.config.validation.prompts else None
 
-    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, hosts: Hosts) -> Grid:
+    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images of `validation.prompts` in each size, from the same noise each time. A stop is heard between two
         sizes, and of one process at any time."""
         del dataset
@@ -118,10 +118,10 @@ class Denoising(Objective[TrainConfig]):
 
         images = list[Any]()
         for height, width in validation.sizes:
-            hosts.point()
+            processes.point()
             draw_size = functools.partial(draw, height, width)
             # Other processes would wait inside for what one abandons, and the checkpoint after it.
-            images += hosts.wait(draw_size) if hosts.count == 1 else draw_size()
+            images += processes.wait(draw_size) if processes.count == 1 else draw_size()
         weights = "parameters" if self.config.ema.kind is EmaKind.NONE else "ema"
         captions = list(validation.prompts) * len(validation.sizes)
         return Grid(images, captions, len(validation.prompts), {"weights": weights, **options})
@@ -141,7 +141,7 @@ def batch_loss(
 
     posterior, prompt = _encoded(batch, params, parts, compute)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
-    nothing = models.without_prompt(parts, params, empty, compute)
+    nothing = models.unconditional_text(parts, params, empty, compute)
     prompt = text.drop(prompt, nothing, dropout_keys, config.training.caption_dropout)
     condition = models.condition(parts, prompt, batch.micro)
 
@@ -153,11 +153,11 @@ def batch_loss(
 
 def _encoded(
     batch: Batch, params: Params, parts: ModelConfig, compute: Compute
-) -> tuple[vae.Posterior, text.TextCondition]:
+) -> tuple[vae.Posterior, text.TextConditioning]:
     """Posterior of the latents and states of the text: of the frozen encoders, now or when the cache was written."""
     if batch.encoded is not None:
         mean, log_variance, context, pooled = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch.encoded)
-        return vae.Posterior(mean, log_variance), text.TextCondition(context, pooled)
+        return vae.Posterior(mean, log_variance), text.TextConditioning(context, pooled)
     assert batch.image is not None
     posterior = vae.encode(parts.vae, params["vae"], arrays.normalise(batch.image), compute)
     return posterior, text.encode(parts.text, params, batch.tokens, compute)

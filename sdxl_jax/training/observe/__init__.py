@@ -1,1 +1,1 @@
-"""What a run reports: numbers, where the time went, profiles, validation pictures."""
+"""What a run reports: numbers, where the time went, profiles, validation images."""

@@ -23,7 +23,7 @@ from tqdm import tqdm
 _SECONDS_BETWEEN_LINES = 30.0
 
 
-class Part(enum.Enum):
+class TimePart(enum.Enum):
     START = "start"
     """From the start of the program to its first step: imports, data, weights or checkpoint."""
     COMPILE = "compile"
@@ -32,12 +32,12 @@ class Part(enum.Enum):
     """Waiting for a batch, and handing it to the devices."""
     STEP = "step"
     """Starting steps, and waiting for the numbers of those before."""
-    AGAIN = "again"
-    """The same, of steps that an earlier start had made beyond its last checkpoint."""
+    RECOMPUTED = "recomputed"
+    """The same, for steps that an earlier start had made beyond its last checkpoint."""
     SAVE = "save"
     """Waiting for checkpoints."""
     EVALUATION = "evaluation"
-    """Validation pictures."""
+    """Validation images."""
     OTHER = "other"
 
 
@@ -47,11 +47,11 @@ class Clock:
     def __init__(self, began: float | None = None, now: Callable[[], float] = time.monotonic):
         """began: when the program started, on the clock `now`; None: now. It is in `Part.START`."""
         self._now = now
-        self._seconds = dict.fromkeys(Part, 0.0)
-        self._part = Part.START
+        self._seconds = dict.fromkeys(TimePart, 0.0)
+        self._part = TimePart.START
         self._since = now() if began is None else began
 
-    def turn_to(self, part: Part) -> Part:
+    def turn_to(self, part: TimePart) -> TimePart:
         """What follows belongs to that part. Returns the one that ends."""
         now, before = self._now(), self._part
         self._seconds[before] += now - self._since
@@ -59,7 +59,7 @@ class Clock:
         return before
 
     @contextlib.contextmanager
-    def during(self, part: Part) -> Iterator[None]:
+    def during(self, part: TimePart) -> Iterator[None]:
         """What happens inside belongs to that part, and what follows to the one of before."""
         before = self.turn_to(part)
         try:
@@ -67,7 +67,7 @@ class Clock:
         finally:
             self.turn_to(before)
 
-    def seconds(self) -> dict[Part, float]:
+    def seconds(self) -> dict[TimePart, float]:
         """Of every part, up to now."""
         self.turn_to(self._part)
         return dict(self._seconds)
@@ -80,7 +80,7 @@ class TimeLog:
         """writes: one process of several does."""
         self._path, self._clock = run_dir / "time.jsonl" if writes else Path(os.devnull), clock
         self._start = 1 + max((start.number for start in read(run_dir)), default=0)
-        self._step, self._again = 0, 0
+        self._step, self._recomputed = 0, 0
         self._written = 0.0
 
     def __enter__(self) -> "TimeLog":
@@ -90,16 +90,16 @@ class TimeLog:
     def __exit__(self, *_: object) -> None:
         self._write()
 
-    def note(self, step: int, again: bool) -> None:
-        """A step was made; `again`: by an earlier start before. Writes a line if the last one is old."""
-        self._step, self._again = step, self._again + again
+    def note(self, step: int, recomputed: bool) -> None:
+        """A step was made; `recomputed`: an earlier start had made it before. Writes a line if the last one is old."""
+        self._step, self._recomputed = step, self._recomputed + recomputed
         if sum(self._clock.seconds().values()) >= self._written + _SECONDS_BETWEEN_LINES:
             self._write()
 
     def _write(self) -> None:
         seconds = {part.value: value for part, value in self._clock.seconds().items()}
         self._written = sum(seconds.values())
-        line = {"start": self._start, "step": self._step, "steps_again": self._again, "seconds": seconds}
+        line = {"start": self._start, "step": self._step, "recomputed_steps": self._recomputed, "seconds": seconds}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -114,7 +114,7 @@ class Start(NamedTuple):
     """1 is the first."""
     step: int
     """The last that it made, 0 if none."""
-    steps_again: int
+    recomputed_steps: int
     """Of them, those that an earlier start had made."""
     seconds: Mapping[str, float]
     """By the values of `Part`."""
@@ -128,27 +128,30 @@ def read(run_dir: Path) -> list[Start]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue  # a line that a crash cut off
-        starts[line["start"]] = Start(line["start"], line["step"], line["steps_again"], line["seconds"])
+        if "steps_again" in line:  # as version 0.1 wrote it
+            line["recomputed_steps"] = line["steps_again"]
+            line["seconds"][TimePart.RECOMPUTED.value] = line["seconds"].pop("again", 0.0)
+        starts[line["start"]] = Start(line["start"], line["step"], line["recomputed_steps"], line["seconds"])
     return [starts[number] for number in sorted(starts)]
 
 
 def totals(starts: list[Start]) -> dict[str, float]:
-    """Seconds by row of the table. What it cost to start again, steps made again included, is `restart`."""
-    rows = {"start": 0.0, "restart": 0.0, **dict.fromkeys((part.value for part in Part), 0.0)}
+    """Seconds by row of the table. What it cost to start again, recomputed steps included, is `restart`."""
+    rows = {"start": 0.0, "restart": 0.0, **dict.fromkeys((part.value for part in TimePart), 0.0)}
     for start in starts:
         for part, seconds in start.seconds.items():
-            restart = part == Part.AGAIN.value or (part == Part.START.value and start.number > 1)
+            restart = part == TimePart.RECOMPUTED.value or (part == TimePart.START.value and start.number > 1)
             rows["restart" if restart else part] += seconds
-    del rows[Part.AGAIN.value]
+    del rows[TimePart.RECOMPUTED.value]
     return rows
 
 
 def table(starts: list[Start]) -> str:
     """Where the time of all starts went, and the sum."""
-    rows, again = totals(starts), sum(start.steps_again for start in starts)
+    rows, recomputed = totals(starts), sum(start.recomputed_steps for start in starts)
     whole = sum(rows.values())
     lines = [f"  {'':10}  {'seconds':>9}  {'share':>6}"]
     for name, seconds in (*rows.items(), ("all", whole)):
-        notes = f"  {len(starts) - 1} restarts, {again} steps made again" if name == "restart" else ""
+        notes = f"  {len(starts) - 1} restarts, {recomputed} steps recomputed" if name == "restart" else ""
         lines.append(f"  {name:10}  {seconds:9.1f}  {seconds / max(whole, 1e-9):6.1%}{notes}")
     return "\n".join(lines)

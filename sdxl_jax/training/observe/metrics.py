@@ -7,7 +7,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +20,14 @@ from tqdm import tqdm
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 from sdxl_jax.files import atomic
-from sdxl_jax.flops import chip_of
-from sdxl_jax.training.observe.clock import Clock, Part
+from sdxl_jax.training.observe.clock import Clock, TimePart
+from sdxl_jax.training.observe.mfu import MfuMeter
 
-TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "peak_share")
+TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "mfu")
 """Fields of a line that a resumed run does not repeat: they are about time."""
 _SCALARS = ("loss", "grad_norm", "learning_rate", "skipped", *TIMES)
-_PAUSES = (Part.COMPILE, Part.SAVE, Part.EVALUATION)
+_PAUSES = (TimePart.COMPILE, TimePart.SAVE, TimePart.EVALUATION)
 """What is no step's time."""
-
-
-class Speed:
-    """What a share of peak is computed from: model FLOPs of a step of each bucket, once they are counted."""
-
-    def __init__(self, flops: Callable[[Bucket], float], peak: float):
-        """flops: over all devices. peak: FLOP/s of all devices together."""
-        self._flops, self._peak = flops, peak
-        self._counted = dict[Bucket, float]()
-
-    def count(self, bucket: Bucket) -> None:
-        """Takes as long as tracing the step: not for the thread that trains."""
-        self._counted[bucket] = self._flops(bucket)
-
-    def share(self, bucket: Bucket, seconds: float) -> float | None:
-        """Of peak, for a step that took so long; None before its operations are counted."""
-        flops = self._counted.get(bucket)
-        return None if flops is None else flops / seconds / self._peak
-
-    @classmethod
-    def of(cls, flops: Callable[[Bucket], float], devices: Sequence[Any]) -> "Speed | None":
-        """devices: jax's, all of one kind. None where they have no known peak, as CPUs."""
-        chip = chip_of(devices[0].device_kind)
-        return None if chip is None else cls(flops, chip.flops_per_second * len(devices))
 
 
 class NonFinite(InputError):
@@ -82,7 +58,7 @@ class MetricsWriter:
         stop: int,
         progress: bool,
         clock: Clock | None = None,
-        speed: Speed | None = None,
+        mfu_meter: MfuMeter | None = None,
         board: "WandbBoard | None" = None,
         writes: bool = True,
         programs: Callable[[], tuple[int, int]] = lambda: (0, 0),
@@ -97,7 +73,7 @@ class MetricsWriter:
         self._file = self._path.open("ab", buffering=0)  # a line at a time: a kill loses the last one or two
         self._lines, self._full = list[str](), False
         self._board = TensorBoard(run_dir / "tensorboard", start + 1) if writes else None
-        self._wandb, self._speed, self._clock, self._programs = board, speed, clock or Clock(), programs
+        self._wandb, self._mfu_meter, self._clock, self._programs = board, mfu_meter, clock or Clock(), programs
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, jax.Array], dict[str, float]] | None = None
         self._noted = self._read = self._clock.seconds()
@@ -122,7 +98,7 @@ class MetricsWriter:
         """Takes the numbers of a step that has been started, and writes those of the one before."""
         self._write()
         seconds = self._clock.seconds()
-        waited = {part: seconds[part] - self._noted[part] for part in (Part.DATA, Part.COMPILE)}
+        waited = {part: seconds[part] - self._noted[part] for part in (TimePart.DATA, TimePart.COMPILE)}
         self._noted = seconds
         times = {f"{part.value}_seconds": value for part, value in waited.items() if value}
         self._pending = step, bucket, batch_size, metrics, times
@@ -131,7 +107,7 @@ class MetricsWriter:
 
     def settle(self) -> None:
         """Waits for the last step and writes its line. Before anything that is no step's time."""
-        with self._clock.during(Part.STEP):
+        with self._clock.during(TimePart.STEP):
             self._write()
 
     def flush(self) -> None:
@@ -165,7 +141,7 @@ class MetricsWriter:
     def compiled(self) -> None:
         """The waiting is over: the time left does not follow from it."""
         if not self._bar.disable:
-            waited = self._clock.seconds()[Part.COMPILE] - self._noted[Part.COMPILE]
+            waited = self._clock.seconds()[TimePart.COMPILE] - self._noted[TimePart.COMPILE]
             self._bar.start_t += waited
             self._bar.last_print_t += waited
 
@@ -188,9 +164,9 @@ class MetricsWriter:
             "images_per_second": batch_size / seconds,
             **times,
         }
-        share = None if self._speed is None else self._speed.share(bucket, seconds)
-        if share is not None:
-            line["peak_share"] = share
+        mfu = None if self._mfu_meter is None else self._mfu_meter.mfu(bucket, seconds)
+        if mfu is not None:
+            line["mfu"] = mfu
         if not math.isfinite(values["loss"] + values["grad_norm"]) and not values.get("skipped"):
             raise NonFinite(step, values["loss"], values["grad_norm"])
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
@@ -201,9 +177,9 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.log(line)
         shown = [f"loss {values['loss']:.4f}", f"{line['images_per_second']:.1f} images/s"]
-        if share is not None:
-            shown.append(f"{share:.0%} of peak")
-        shown.append(f"{now[Part.DATA]:.0f} s waiting for data")
+        if mfu is not None:
+            shown.append(f"MFU {mfu:.0%}")
+        shown.append(f"{now[TimePart.DATA]:.0f} s waiting for data")
         self._skipped += int(values.get("skipped", 0))
         if self._skipped:
             shown.append(f"{self._skipped} skipped")
@@ -239,7 +215,7 @@ class TensorBoard:
         try:
             self._events.write_event(event)
             self._events.flush()
-        except OSError as error:  # a part of it may stand there, behind which nothing could be read
+        except OSError as error:  # a part of it may stand there, after which nothing could be read
             tqdm.write(f"  TensorBoard gets no more numbers until the next start: {error.strerror}")
             self._full = True
 

@@ -1,4 +1,4 @@
-"""What a run tells besides numbers: what it is about to train on, validation pictures, and what went wrong."""
+"""What a run tells besides numbers: what it is about to train on, validation images, and what went wrong."""
 
 import json
 from pathlib import Path
@@ -17,10 +17,10 @@ from sdxl_jax.model import Model
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.training.objectives.base import Objective
-from sdxl_jax.training.processes import Hosts
+from sdxl_jax.training.processes import Processes
 
 _CAPTIONS_LOOKED_AT = 10_000
-"""Pictures whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
+"""Images whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
 
 
 def announce(
@@ -70,7 +70,7 @@ def grid_path(run_dir: Path, step: int) -> Path:
 def look(
     objective: Objective[Any],
     dataset: BucketedDataset,
-    hosts: Hosts,
+    processes: Processes,
     run_dir: Path,
     step: int,
     model: Model,
@@ -79,20 +79,20 @@ def look(
     """Writes the validation grid of a step: what the averaged weights make, the same way each time; or says why there
     is none, where images are not finite."""
     try:
-        grid = objective.validation(model, dataset, mesh, hosts)
+        grid = objective.validation(model, dataset, mesh, processes)
     except NonFiniteError as error:  # on all processes alike; whether the run goes on is for its loss to say
-        if hosts.is_first:
+        if processes.is_first:
             tqdm.write(f"note: no {grid_path(run_dir, step).name}: {error}")
         return
-    if hosts.is_first:
+    if processes.is_first:
         text = {name: str(value) for name, value in ({"step": step} | dict(grid.text)).items()}
         save_png(contact_sheet(grid.images, grid.captions, columns=grid.columns), grid_path(run_dir, step), text)
 
 
-def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: BucketedDataset, host: int) -> None:
-    """Writes what a step was given whose loss is no number: pictures, captions, and the key of its random numbers."""
+def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: BucketedDataset, process: int) -> None:
+    """Writes what a step was given whose loss is no number: images, captions, and the key of its random numbers."""
     loader, bad = dataset.loader, list[str]()
-    read = loader.draw if loader.cache is None else loader.read  # once more: damaged pictures were replaced
+    read = loader.draw if loader.cache is None else loader.read  # once more: damaged images were replaced
     images = [loader.good(step - 1, row, bad, read).image for row in range(dataset.batch_size_of(step - 1))]
     key = jax.random.fold_in(jax.random.key(config.training.seed), step - 1)
     content = {
@@ -106,4 +106,4 @@ def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: Bucket
         ],
         "replaced": bad,
     }
-    atomic.write_text(path, json.dumps(content, indent=1, ensure_ascii=False), tag=str(host))
+    atomic.write_text(path, json.dumps(content, indent=1, ensure_ascii=False), tag=str(process))

@@ -13,7 +13,7 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.model import ModelConfig, NoPrompt
+from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig
@@ -130,7 +130,7 @@ def read_model_config(directory: Path) -> ModelConfig:
         prediction=prediction,
         distilled=distilled,
         sampling=diffusers_sampling.read(scheduling, scheduler, schedule.zero_terminal_snr, distilled)[0],
-        no_prompt=NoPrompt.ZEROS if zeros else NoPrompt.EMPTY,
+        unconditional=UnconditionalKind.ZEROS if zeros else UnconditionalKind.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
     )
     try:
@@ -144,7 +144,7 @@ def as_diffusers_has_it(config: ModelConfig) -> ModelConfig:
     """The same model, told as diffusers' pipelines tell it.
 
     `StableDiffusionPipeline` reads a tower's last states alone. A tower that is read at its normed penultimate states
-    (SD 2.x) is there one that lacks the last layer, and the projection behind it.
+    (SD 2.x) is there one that lacks the last layer, and the projection after it.
     """
 
     def shortened(tower: Tower) -> Tower:
@@ -180,8 +180,8 @@ def _pipeline(config: ModelConfig) -> str:
                 "tokens",
                 f"a vocabulary of {len(text.clip_vocabulary()[0])} and the added tokens",
             )
-    if not is_xl and config.no_prompt is NoPrompt.ZEROS:
-        raise refused("model.no_prompt=zeros in a model with model.micro=None", "no_prompt=empty")
+    if not is_xl and config.unconditional is UnconditionalKind.ZEROS:
+        raise refused("model.unconditional=zeros in a model with model.micro=None", "unconditional=empty")
     if any(side % config.vae.downsampling for side in config.default_size):
         raise refused(f"model.default_size={config.default_size}", f"multiples of {config.vae.downsampling}")
     latent = config.vae.latent_channels
@@ -215,7 +215,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
         index["requires_safety_checker"] = False
     else:
         index |= {name: [None, None] for name in ("text_encoder", "tokenizer")}
-        index["force_zeros_for_empty_prompt"] = config.no_prompt is NoPrompt.ZEROS
+        index["force_zeros_for_empty_prompt"] = config.unconditional is UnconditionalKind.ZEROS
         index["add_watermarker"] = None
         if pipeline != "StableDiffusionXLPipeline":
             index["requires_aesthetics_score"] = config.is_refiner

@@ -83,7 +83,7 @@ _UNET = _Known(
         **_each("reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn", None),
         **_each("time_embedding_dim timestep_post_act", None),
     },
-    # The second line is what diffusers' moving average leaves behind in the networks that it saves.
+    # The second line is what diffusers' moving average leaves after in the networks that it saves.
     skipped="upcast_attention addition_embed_type_num_heads torch_dtype "
     "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup",
 )
@@ -250,7 +250,7 @@ def unet_config(fields: Fields, where: str) -> UNetConfig:
 
 
 def unet_surroundings(fields: Fields, where: str, default: int) -> tuple[int, tuple[int, int]]:
-    """What a UNet's file says beyond its weights: width of one number's embedding, latent (height, width) of pictures.
+    """What a UNet's file says beyond its weights: width of one number's embedding, latent (height, width) of images.
 
     default: height and width where the file leaves them out.
     """

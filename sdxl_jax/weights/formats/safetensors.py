@@ -51,7 +51,7 @@ class Tensor:
 def unreadable(path: Path, error: Exception) -> InputError | MachineError:
     return fault(error)(
         f"{path} is no readable safetensors file ({error}). It may be cut off or damaged: check the path and the size, "
-        "or fetch it anew"
+        "or fetch it again"
     )
 
 
@@ -114,7 +114,7 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         shards = sorted(set(places.values()))
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise fault(error)(f"{path} is no readable index of shards ({error!r}). Fetch it anew") from error
+        raise fault(error)(f"{path} is no readable index of shards ({error!r}). Fetch it again") from error
     if missing:
         raise InputError(
             f"{path} lists {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
@@ -125,7 +125,7 @@ def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if misplaced := misplaced or sorted(tensors.keys() - places.keys()):
         raise InputError(
             f"{path} and its shards disagree on {len(misplaced)} tensors, the first is {misplaced[0]}. Fetch all of "
-            "them anew"
+            "them again"
         )
     return tensors, metadata
 

@@ -1,4 +1,4 @@
-"""Whole pictures: `sdxl-jax sample` against diffusers' pipelines, from the same directory and the same noise.
+"""Whole images: `sdxl-jax sample` against diffusers' pipelines, from the same directory and the same noise.
 
 The pipelines are those of `pipelines.py`, which has the tolerances and their reasons too. Text encoders, guidance,
 conditioning, sampler and autoencoder are all at work, 20 steps of Euler, in float32. That mistakes would show is a test
@@ -63,7 +63,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Source]:
     return functools.cache(lambda name: build(*PIPELINES[name], tmp_path_factory.mktemp("source")))
 
 
-# ---- the pictures ----------------------------------------------------------------------------------------------------
+# ---- the images ----------------------------------------------------------------------------------------------------
 
 
 class Case(NamedTuple):
@@ -144,7 +144,7 @@ def run(
 
 
 def reference(*arguments: Any, **options: Any) -> Drawn:
-    """Theirs: `run` for the pictures and for the latents, which it does not give together."""
+    """Theirs: `run` for the images and for the latents, which it does not give together."""
     images, latents = (run(*arguments, output_type=kind, **options) for kind in ("pil", "latent"))
     return Drawn(np.stack([np.asarray(image) for image in images]), from_torch(latents))
 
@@ -152,8 +152,8 @@ def reference(*arguments: Any, **options: Any) -> Drawn:
 def reference_of(pipeline: Any, case: Case) -> Drawn:
     told, negative_told = TOLD[case.told]
     prompts, noise = PROMPTS[: case.batch], case.noise()
-    # Of several pictures, diffusers tells negative sizes and sizes in turn, but has all negative prompts before all
-    # prompts, so that some are told the others' (both of two, the middle one of three). One picture alone is right.
+    # Of several images, diffusers tells negative sizes and sizes in turn, but has all negative prompts before all
+    # prompts, so that some are told the others' (both of two, the middle one of three). One image alone is right.
     each = 1 if negative_told is not None else case.batch
     made = [
         reference(
@@ -197,12 +197,12 @@ GRID = [
     [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in GRID if case not in CASES)],
     ids=str,
 )
-def test_picture_matches_diffusers(case: Case, source: Callable[[str], Source], tmp_path: Path, note: Note) -> None:
+def test_image_matches_diffusers(case: Case, source: Callable[[str], Source], tmp_path: Path, note: Note) -> None:
     pipeline, path = source(case.model)
     check_agreement(str(case), draw(path, case, tmp_path / "ours"), reference_of(pipeline, case), note)
 
 
-def test_each_picture_of_a_batch_has_its_own_negative_prompt(source: Callable[[str], Source], note: Note) -> None:
+def test_each_image_of_a_batch_has_its_own_negative_prompt(source: Callable[[str], Source], note: Note) -> None:
     """In Python; the command line has one negative prompt for all. Here diffusers cannot mix none with some."""
     pipeline, path = source("SDXL base")
     case = Case("SDXL base", 3, (72, 40), 5, "given")
@@ -227,7 +227,7 @@ def test_each_picture_of_a_batch_has_its_own_negative_prompt(source: Callable[[s
 
 
 @pytest.mark.parametrize("model", PIPELINES)
-def test_everything_that_is_varied_changes_the_picture(model: str, source: Callable[[str], Source]) -> None:
+def test_everything_that_is_varied_changes_the_image(model: str, source: Callable[[str], Source]) -> None:
     """Otherwise agreement would prove nothing."""
     is_xl = model == "SDXL base"
     noise = Case(model, 1, None, 5, "absent").noise()
@@ -297,7 +297,7 @@ def converted(
 
 
 @pytest.mark.parametrize("model", CONVERTED)
-def test_layouts_of_one_model_draw_the_same_picture(
+def test_layouts_of_one_model_draw_the_same_image(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
     case, paths = CONVERTED[model], converted(model)
@@ -309,7 +309,7 @@ def test_layouts_of_one_model_draw_the_same_picture(
 
 
 @pytest.mark.parametrize("model", CONVERTED)
-def test_diffusers_draws_the_same_picture_from_what_we_write(
+def test_diffusers_draws_the_same_image_from_what_we_write(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]]
 ) -> None:
     case, theirs = CONVERTED[model], source(model).pipeline

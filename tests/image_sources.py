@@ -1,4 +1,4 @@
-"""Captioned pictures for tests, odd ones too, as folders, tars and Parquet files, and what is read of them."""
+"""Captioned images for tests, odd ones too, as folders, tars and Parquet files, and what is read of them."""
 
 import io
 import struct
@@ -15,15 +15,15 @@ from sdxl_jax.data.build.records import Record, read, units
 from sdxl_jax.data.sources import Refused
 
 
-def picture(height=8, width=12, seed=0) -> Image.Image:
+def random_image(height=8, width=12, seed=0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def save(folder: Path, name: str, caption: str | None = "a picture", **size) -> Path:
-    """A picture and its .txt, in a format by its name."""
+def save(folder: Path, name: str, caption: str | None = "an image", **size) -> Path:
+    """An image and its .txt, in a format by its name."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(**size).save(path)
+    random_image(**size).save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return path
@@ -31,7 +31,7 @@ def save(folder: Path, name: str, caption: str | None = "a picture", **size) -> 
 
 def encoded(kind="JPEG", height=8, width=12, mode="RGB", seed=0, **options) -> bytes:
     file = io.BytesIO()
-    picture(height, width, seed).convert(mode).save(file, kind, **options)
+    random_image(height, width, seed).convert(mode).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -43,7 +43,7 @@ def png_claiming(height, width) -> bytes:
     return bytes(data)
 
 
-def every_picture() -> dict[str, tuple[bytes, tuple[int, int] | str]]:
+def every_image() -> dict[str, tuple[bytes, tuple[int, int] | str]]:
     """{name: (bytes, its upright (height, width) or the reason of its refusal)}."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -115,16 +115,16 @@ def captions(source) -> dict[str, tuple[str, ...]]:
     return {name: record.captions for name, record in good.items()}
 
 
-def as_folder(path: Path, pictures: dict[str, bytes]) -> tuple[Path, str]:
-    texts = {f"{name.partition('.')[0]}.txt": b"a caption" for name in pictures}
-    return write_folder(path, {**pictures, **texts}), "{}"
+def as_folder(path: Path, images: dict[str, bytes]) -> tuple[Path, str]:
+    texts = {f"{name.partition('.')[0]}.txt": b"a caption" for name in images}
+    return write_folder(path, {**images, **texts}), "{}"
 
 
-def as_tar(path: Path, pictures: dict[str, bytes]) -> tuple[Path, str]:
-    files = [pair for n, d in pictures.items() for pair in [(n, d), (f"{n.partition('.')[0]}.txt", b"a caption")]]
+def as_tar(path: Path, images: dict[str, bytes]) -> tuple[Path, str]:
+    files = [pair for n, d in images.items() for pair in [(n, d), (f"{n.partition('.')[0]}.txt", b"a caption")]]
     return write_tar(path / "a.tar", files), "a.tar/{}"
 
 
-def as_parquet(path: Path, pictures: dict[str, bytes]) -> tuple[Path, str]:
-    rows = [{"bytes": data, "path": name} for name, data in pictures.items()]
+def as_parquet(path: Path, images: dict[str, bytes]) -> tuple[Path, str]:
+    rows = [{"bytes": data, "path": name} for name, data in images.items()]
     return write_parquet(path / "a.parquet", {"image": rows, "text": ["a caption"] * len(rows)}), "a.parquet:{}"

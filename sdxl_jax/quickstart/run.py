@@ -1,4 +1,4 @@
-"""`sdxl-jax quickstart`: the whole story in small. Unpack, train, checkpoint, sample, score, a picture.
+"""`sdxl-jax quickstart`: everything in small: unpack, train, checkpoint, sample, score, a contact sheet.
 
 The work is done by the code that the full model uses; here is only the order of it, and the table at the end.
 """
@@ -40,14 +40,14 @@ def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) ->
     weights = run_dir / "autoencoder.safetensors" if train_autoencoder else autoencoder.WEIGHTS
     if weights.exists():
         check_run(recipe.get_config(str(folder), weights, seed), run_dir)
-    _say("1/5  Unpacking 96 captioned pictures (Fluent Emoji by Microsoft, MIT)")
+    _say("1/5  Unpacking 96 captioned images (Fluent Emoji by Microsoft, MIT)")
     with zipfile.ZipFile(PICTURES) as archive:
         archive.extractall(folder)
 
     if weights.exists():
         _say(f"2/5  Taking the autoencoder in {weights.name}")
     else:
-        _say("2/5  Training the autoencoder anew, about an hour")
+        _say("2/5  Training the autoencoder again, about an hour")
         autoencoder.train(folder, run_dir / "autoencoder", weights, seed)
 
     _say("3/5  Training a small SDXL: compiling for three aspect ratios takes a minute or two before it moves")
@@ -58,13 +58,13 @@ def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) ->
 
     _say("4/5  Drawing the contact sheet")
     examples = _examples(folder)
-    pictures, captions = [], []
+    images, captions = [], []
     for size, (_, texts) in examples.items():
         chosen = sorted(set(texts))[:: max(1, len(set(texts)) // SHOWN)][:SHOWN]
-        pictures += list(_draw(model, chosen, size, seed))
+        images += list(_draw(model, chosen, size, seed))
         captions += chosen
     sheet = run_dir / "quickstart.png"
-    save_png(contact_sheet(pictures, captions, columns=SHOWN), sheet)
+    save_png(contact_sheet(images, captions, columns=SHOWN), sheet)
 
     _say("5/5  Measuring prompt accuracy: 16 captions × 4 seeds, trained and untrained")
     trained_score, untrained_score = (_accuracy(which, examples, seed) for which in (model, untrained))
@@ -92,7 +92,7 @@ def _draw(model: Model, prompts: list[str], size: Size, seed: int, num_images: i
 
 
 def _examples(folder: Path) -> dict[Bucket, tuple[np.ndarray, list[str]]]:
-    """For each bucket, the training pictures as a centred crop shows them, and their captions."""
+    """For each bucket, the training images as a centred crop shows them, and their captions."""
     source = open_folder(folder)
     buckets = [Bucket(*bucket) for bucket in recipe.BUCKETS]
     nearest = assign(source.sizes, tuple(buckets)).bucket
@@ -134,4 +134,4 @@ def _table(run_dir: Path, trained: float, untrained: float, seconds: float) -> N
         "pictures": run_dir / "pictures",
     }
     _say("\n".join(f"  {name:<{width}}  {path}" for name, path in places.items()))
-    _say(f'Draw more:  sdxl-jax sample {run_dir} --prompt "a green turtle" --height 96 --width 160 --out pictures')
+    _say(f'Draw more:  sdxl-jax sample {run_dir} --prompt "a green turtle" --height 96 --width 160 --out images')

@@ -1,4 +1,4 @@
-"""What stands behind the page: one drawing at a time, which can be stopped and looked at, and the pictures so far.
+"""What stands after the page: one drawing at a time, which can be stopped and looked at, and the images so far.
 
     what the fields hold ── wanted ── Wanted ── Studio.draw ── Drawn, a PNG file each
                                                  │    ▲
@@ -28,12 +28,12 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.sampling import init_images
 from sdxl_jax.sampling.contact_sheet import save_png
-from sdxl_jax.sampling.generate import Seen, generate
+from sdxl_jax.sampling.generate import StepState, generate
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import HANDOFF, IMAGE_STRENGTH
 
 
-class Wanted(NamedTuple):
+class Request(NamedTuple):
     """What is to be drawn."""
 
     prompt: str
@@ -42,13 +42,13 @@ class Wanted(NamedTuple):
     init_image: Path | None = None
 
 
-class Drawn(NamedTuple):
-    """A picture, and what draws it again."""
+class Result(NamedTuple):
+    """An image, and what draws it again."""
 
     path: Path
     """PNG, with what it was made with as its text."""
-    wanted: Wanted
-    """This picture alone."""
+    request: Request
+    """This image alone."""
     size: tuple[int, int]
     """Height and width in pixels."""
     command: str
@@ -61,47 +61,47 @@ class Described(NamedTuple):
     """For the PNG."""
 
 
-Describe = Callable[[Wanted], Described]
-"""How one picture is said: as a command line, and in its file."""
+Describe = Callable[[Request], Described]
+"""How one image is said: as a command line, and in its file."""
 
-Look = Callable[[Seen], np.ndarray]
-"""Pictures, uint8 [images, height, width, 3], as the network now sees them finished."""
+Look = Callable[[StepState], np.ndarray]
+"""Images, uint8 [images, height, width, 3], as the network now sees them finished."""
 
 
 class Stopped(Exception):
     """Somebody pressed stop."""
 
 
-class Drawing:
+class Job:
     """A drawing as the page sees it, from another thread."""
 
     def __init__(self) -> None:
         self.status = "Waiting for another drawing"
         self.share = 0.0
-        """0..1, of all steps of all pictures."""
+        """0..1, of all steps of all images."""
         self.preview: bytes | None = None
-        """PNG of the first picture of those that come into being."""
+        """PNG of the first image of those that come into being."""
         self.size = (1, 1)
         """Its height and width."""
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """Ends it behind the step that is being made."""
+        """Ends it after the step that is being made."""
         self._stop.set()
-        self.status = "Stopping behind this step"
+        self.status = "Stopping after this step"
 
     def check(self) -> None:
         """Raises Stopped if it was."""
         if self._stop.is_set():
             raise Stopped
 
-    def told(self, seen: Seen, options: Options, look: Look | None) -> None:
+    def told(self, seen: StepState, options: Options, look: Look | None) -> None:
         """Takes down how far it is. Raises Stopped."""
         jax.block_until_ready(seen.x0)  # or the steps would be told before they are made
         self.check()
         first, last = (seen.first - options.first_index + number for number in (1, seen.images))
-        pictures = "" if last - first + 1 == options.num_images else f", pictures {first} to {last}"
-        self.status = f"Step {seen.step} of {seen.steps}{pictures}{'' if seen.step < seen.steps else '; decoding'}"
+        images = "" if last - first + 1 == options.num_images else f", images {first} to {last}"
+        self.status = f"Step {seen.step} of {seen.steps}{images}{'' if seen.step < seen.steps else '; decoding'}"
         self.share = (first - 1 + seen.images * seen.step / seen.steps) / options.num_images
         if look is not None:
             image = look(seen._replace(x0=seen.x0[:1], images=1))[0]
@@ -109,14 +109,14 @@ class Drawing:
 
 
 def png(image: np.ndarray) -> bytes:
-    """A picture, uint8 [height, width, 3], as a file."""
+    """An image, uint8 [height, width, 3], as a file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-class Studio:
-    """A model, and the pictures that were drawn with it since it was opened."""
+class Session:
+    """A model, and the images that were drawn with it since it was opened."""
 
     def __init__(
         self,
@@ -127,57 +127,57 @@ class Studio:
         compute: Compute = Compute(),
         look: Look | None = None,
     ):
-        """folder: where the pictures go, 000000.png and so on, behind those that are there.
+        """folder: where the images go, 000000.png and so on, after those that are there.
 
-        look: what shows pictures while they come into being; None: nothing is seen before the end.
+        look: what shows images while they come into being; None: nothing is seen before the end.
         """
         self.model, self.folder, self.refiner, self.compute = model, folder, refiner, compute
-        self.drawn: list[Drawn] = []
+        self.results: list[Result] = []
         """Oldest first."""
         self._describe, self._turn = describe, threading.Lock()
-        self._drawings: set[Drawing] = set()
+        self._jobs: set[Job] = set()
         self._look = look
 
-    def draw(self, wanted: Wanted, drawing: Drawing) -> list[Drawn]:
-        """The pictures, written. Raises InputError, and Stopped if the drawing was; then there are none."""
-        self._drawings.add(drawing)
+    def draw(self, request: Request, job: Job) -> list[Result]:
+        """The images, written. Raises InputError, and Stopped if the drawing was; then there are none."""
+        self._jobs.add(job)
         try:
             with self._turn:
-                drawing.check()
-                return self._draw(wanted, drawing)
+                job.check()
+                return self._draw(request, job)
         finally:
-            self._drawings.discard(drawing)
+            self._jobs.discard(job)
 
     def stop(self) -> None:
         """Stops all drawings, also those that wait."""
-        for drawing in list(self._drawings):
-            drawing.stop()
+        for job in list(self._jobs):
+            job.stop()
 
-    def _draw(self, wanted: Wanted, drawing: Drawing) -> list[Drawn]:
-        drawing.status = "Preparing; the first picture of a size takes longer"
-        image = None if wanted.init_image is None else init_images.read(wanted.init_image)
+    def _draw(self, request: Request, job: Job) -> list[Result]:
+        job.status = "Preparing; the first image of a size takes longer"
+        image = None if request.init_image is None else init_images.read(request.init_image)
         made = generate(
             self.model,
-            [wanted.prompt],
-            negative_prompts=[wanted.negative],
+            [request.prompt],
+            negative_prompts=[request.negative],
             refiner=self.refiner,
             init_image=image,
-            watch=lambda seen: drawing.told(seen, wanted.options, self._look),
+            callback=lambda seen: job.told(seen, request.options, self._look),
             compute=self.compute,
-            options=wanted.options,
+            options=request.options,
         )
-        return [self._keep(image, one) for image, one in zip(made.images, each(wanted), strict=True)]
+        return [self._keep(image, one) for image, one in zip(made.images, each(request), strict=True)]
 
-    def _keep(self, image: np.ndarray, wanted: Wanted) -> Drawn:
-        described = self._describe(wanted)
+    def _keep(self, image: np.ndarray, request: Request) -> Result:
+        described = self._describe(request)
         numbers = [int(path.stem) for path in self.folder.glob("[0-9]*.png") if path.stem.isdecimal()]
         path = self.folder / f"{max(numbers, default=-1) + 1:06d}.png"
         save_png(Image.fromarray(image), path, described.text)
-        self.drawn.append(Drawn(path, wanted, image.shape[:2], described.command))
-        return self.drawn[-1]
+        self.results.append(Result(path, request, image.shape[:2], described.command))
+        return self.results[-1]
 
     def keep_init_image(self, name: str, content: bytes) -> Path:
-        """Writes a picture to start from where commands find it again. Raises InputError if it is none."""
+        """Writes an image to start from where commands find it again. Raises InputError if it is none."""
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / "init" / f"{digest[:16]}{Path(name).suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,24 +186,24 @@ class Studio:
             init_images.read(path)
         except InputError:
             path.unlink()
-            raise InputError(f"{name} is no picture that can be read. Give a PNG or JPEG") from None
+            raise InputError(f"{name} is no image that can be read. Give a PNG or JPEG") from None
         return path
 
-    def notes(self, wanted: Wanted) -> list[str]:
+    def notes(self, request: Request) -> list[str]:
         """What is not as somebody may expect, though nothing is wrong."""
         tokenizer = Tokenizer.of(self.model.config.text)
-        given = {"prompt": wanted.prompt, "negative prompt": wanted.negative or ""}
+        given = {"prompt": request.prompt, "negative prompt": request.negative or ""}
         beyond = {name: tokenizer.truncated([text], False)[0] for name, text in given.items()}
         return [
             f"{count} tokens of the {name} are beyond the 75 that are read" for name, count in beyond.items() if count
-        ] + wanted.options.notes(self.model.config, wanted.negative)
+        ] + request.options.notes(self.model.config, request.negative)
 
 
-def each(wanted: Wanted) -> list[Wanted]:
-    """One for each picture."""
-    options = wanted.options
+def each(request: Request) -> list[Request]:
+    """One for each image."""
+    options = request.options
     return [
-        wanted._replace(options=dataclasses.replace(options, num_images=1, first_index=options.first_index + number))
+        request._replace(options=dataclasses.replace(options, num_images=1, first_index=options.first_index + number))
         for number in range(options.num_images)
     ]
 
@@ -211,9 +211,9 @@ def each(wanted: Wanted) -> list[Wanted]:
 # Fields
 
 
-def fields(config: ModelConfig, wanted: Wanted | None = None) -> dict[str, Any]:
-    """What the page's fields hold for some picture, or at first. `wanted` reads them."""
-    prompt, negative, options, init_image = wanted or Wanted("", None, Options())
+def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, Any]:
+    """What the page's fields hold for some image, or at first. `wanted` reads them."""
+    prompt, negative, options, init_image = request or Request("", None, Options())
     height, width = config.default_size
     settled = options.resolved(config)
 
@@ -240,7 +240,7 @@ def fields(config: ModelConfig, wanted: Wanted | None = None) -> dict[str, Any]:
     }
 
 
-def wanted(config: ModelConfig, given: dict[str, Any], refiner: bool = False) -> Wanted:
+def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = False) -> Request:
     """What the fields say. What is as it would be anyway is left to be so, and not said in the command line.
 
     Raises InputError for a field that is empty or no number; `generate` does for the rest.
@@ -266,7 +266,7 @@ def wanted(config: ModelConfig, given: dict[str, Any], refiner: bool = False) ->
         handoff=_unless("handoff", given["handoff"], HANDOFF) if refiner else None,
         strength=None if image is None else _unless("strength", given["strength"], IMAGE_STRENGTH),
     )
-    return Wanted(given["prompt"] or "", given["negative_prompt"] or None, options, image)
+    return Request(given["prompt"] or "", given["negative_prompt"] or None, options, image)
 
 
 def _unless(name: str, value: Any, default: float | None) -> float | None:

@@ -1,11 +1,11 @@
-"""Makes `pictures.zip`, the small captioned picture set of the quickstart.
+"""Makes `pictures.zip`, the small captioned image set of the quickstart.
 
-Source: the npm package `@lobehub/fluent-emoji-3d` (Microsoft's Fluent Emoji as 256 x 256 WebP pictures with
+Source: the npm package `@lobehub/fluent-emoji-3d` (Microsoft's Fluent Emoji as 256 x 256 WebP images with
 transparency, named by code point). Each subject is trimmed to its visible part, laid on a pastel canvas whose aspect
 ratio lies near one of three buckets, and stored as JPEG at one of many sizes; some subjects have a second, much smaller
-picture. `PICTURES.md` tells where the pictures come from and under which licence.
+image. `PICTURES.md` tells where the images come from and under which licence.
 
-Run: `python -m sdxl_jax.quickstart.make_pictures PATH_TO_PACKAGE OUT.zip`
+Run: `python -m sdxl_jax.quickstart.make_images PATH_TO_PACKAGE OUT.zip`
 (PATH_TO_PACKAGE is the unpacked package, the folder which holds `assets/`). Needs Pillow with WebP.
 """
 
@@ -22,8 +22,8 @@ from PIL import Image
 SEED = 7
 MARGIN = 0.035  # kept free on each side of the subject, as a share of the subject's side, after any crop
 ALPHA_FLOOR = 8  # alpha at or below this counts as empty when trimming
-MAIN_SIDES = (128, 256)  # long side of the main pictures, smallest and largest
-SMALL_SIDES = (36, 56)  # the same for the second, small pictures
+MAIN_SIDES = (128, 256)  # long side of the main images, smallest and largest
+SMALL_SIDES = (36, 56)  # the same for the second, small images
 SMALL_PER_BUCKET = 12
 JPEG_QUALITY = 93
 FIXED_TIME = (1980, 1, 1, 0, 0, 0)
@@ -39,7 +39,7 @@ BACKGROUNDS = {
     "outdoors": (158, 198, 240),
 }
 
-# Bucket -> (file in the package's assets/, caption, kind). The caption also gives the picture its file name.
+# Bucket -> (file in the package's assets/, caption, kind). The caption also gives the image its file name.
 SUBJECTS: dict[str, list[tuple[str, str, str]]] = {
     "wide": [
         ("1f3ce-fe0f.webp", "a red racing car", "vehicle"),
@@ -112,9 +112,9 @@ SUBJECTS: dict[str, list[tuple[str, str, str]]] = {
 
 def trimmed(path: Path) -> Image.Image:
     """The emoji cut to the bounding box of its visible pixels."""
-    picture = Image.open(path).convert("RGBA")
-    visible = picture.getchannel("A").point([255 * (alpha > ALPHA_FLOOR) for alpha in range(256)])
-    return picture.crop(visible.getbbox())
+    image = Image.open(path).convert("RGBA")
+    visible = image.getchannel("A").point([255 * (alpha > ALPHA_FLOOR) for alpha in range(256)])
+    return image.crop(visible.getbbox())
 
 
 def canvas_size(width: int, height: int, bucket_aspect: float, jitter: float) -> tuple[int, int]:
@@ -160,7 +160,7 @@ def spread(limits: tuple[int, int], count: int, rng: random.Random) -> list[int]
     return values
 
 
-def make_pictures(assets: Path) -> tuple[dict[str, bytes], list[dict[str, str]]]:
+def make_images(assets: Path) -> tuple[dict[str, bytes], list[dict[str, str]]]:
     """All JPEG files by name, and the metadata lines sorted by file name."""
     files: dict[str, bytes] = {}
     captions: dict[str, str] = {}
@@ -194,19 +194,19 @@ def write_zip(out: Path, files: dict[str, bytes]) -> None:
 
 
 def licence_text() -> str:
-    """The licence of the pictures, as it stands in PICTURES.md (its last fenced block)."""
+    """The licence of the images, as it stands in PICTURES.md (its last fenced block)."""
     notes = Path(__file__).with_name("PICTURES.md").read_text(encoding="utf-8")
     return notes.rsplit("```", 2)[1].removeprefix("text").strip() + "\n"
 
 
 def main() -> None:
     if len(sys.argv) != 3:
-        sys.exit("usage: python -m sdxl_jax.quickstart.make_pictures PATH_TO_PACKAGE OUT.zip")
-    files, metadata = make_pictures(Path(sys.argv[1]) / "assets")
+        sys.exit("usage: python -m sdxl_jax.quickstart.make_images PATH_TO_PACKAGE OUT.zip")
+    files, metadata = make_images(Path(sys.argv[1]) / "assets")
     files["metadata.jsonl"] = "".join(json.dumps(line) + "\n" for line in metadata).encode()
     files["LICENSE"] = licence_text().encode()
     write_zip(Path(sys.argv[2]), files)
-    print(f"{len(metadata)} pictures, {Path(sys.argv[2]).stat().st_size} bytes")
+    print(f"{len(metadata)} images, {Path(sys.argv[2]).stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The smoke configuration of configs/sd21_v.py: the same run, tiny. See sdxl_jax/smoke.py.
 
-command    sdxl-jax train configs/tiny/sd21_v.py --run-dir tiny/runs/sd21_v
+command    sdxl-jax train configs/smoke/sd21_v.py --run-dir smoke/runs/sd21_v
 """
 
 from pathlib import Path
 
 from sdxl_jax.config import TrainConfig, load
-from sdxl_jax.smoke import tiny
+from sdxl_jax.smoke import smoke_config
 
 
 def get_config() -> TrainConfig:
-    return tiny(load(Path(__file__).parents[1] / "sd21_v.py", TrainConfig))
+    return smoke_config(load(Path(__file__).parents[1] / "sd21_v.py", TrainConfig))

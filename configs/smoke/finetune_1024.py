@@ -1,0 +1,13 @@
+"""The smoke configuration of configs/finetune_1024.py: the same run, tiny. See sdxl_jax/smoke.py.
+
+command    sdxl-jax train configs/smoke/finetune_1024.py --run-dir smoke/runs/finetune_1024
+"""
+
+from pathlib import Path
+
+from sdxl_jax.config import TrainConfig, load
+from sdxl_jax.smoke import smoke_config
+
+
+def get_config() -> TrainConfig:
+    return smoke_config(load(Path(__file__).parents[1] / "finetune_1024.py", TrainConfig))

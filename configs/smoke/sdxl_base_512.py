@@ -1,0 +1,13 @@
+"""The smoke configuration of configs/sdxl_base_512.py: the same run, tiny. See sdxl_jax/smoke.py.
+
+command    sdxl-jax train configs/smoke/sdxl_base_512.py --run-dir smoke/runs/sdxl_base_512
+"""
+
+from pathlib import Path
+
+from sdxl_jax.config import TrainConfig, load
+from sdxl_jax.smoke import smoke_config
+
+
+def get_config() -> TrainConfig:
+    return smoke_config(load(Path(__file__).parents[1] / "sdxl_base_512.py", TrainConfig))
