@@ -1,4 +1,4 @@
-"""Captioned images for tests, odd ones too, as folders, tars and Parquet files, and what is read of them."""
+"""Captioned images for tests, unusual ones too, as folders, tars and Parquet files, and helpers that read them."""
 
 import io
 import struct
@@ -20,7 +20,7 @@ def random_image(height=8, width=12, seed=0) -> Image.Image:
 
 
 def save(folder: Path, name: str, caption: str | None = "an image", **size) -> Path:
-    """An image and its .txt, in a format by its name."""
+    """Saves an image, in the format of its extension, and its .txt."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     random_image(**size).save(path)
@@ -36,7 +36,7 @@ def encoded(kind="JPEG", height=8, width=12, mode="RGB", seed=0, **options) -> b
 
 
 def png_claiming(height, width) -> bytes:
-    """A small file whose header claims any size."""
+    """A small PNG file whose header claims that size."""
     data = bytearray(encoded("PNG"))
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
@@ -44,7 +44,7 @@ def png_claiming(height, width) -> bytes:
 
 
 def every_image() -> dict[str, tuple[bytes, tuple[int, int] | str]]:
-    """{name: (bytes, its upright (height, width) or the reason of its refusal)}."""
+    """{name: (bytes, its upright (height, width) or the reason for its refusal)}."""
     exif = Image.Exif()
     exif[0x0112] = 6
     good, frames = encoded(), [Image.new("RGB", (12, 8), colour) for colour in ("red", "blue")]
@@ -101,7 +101,7 @@ def everything(source, **options) -> list[Record | Refused]:
 
 
 def split(source, **options) -> tuple[dict[str, Record], dict[str, str]]:
-    """Records by name, reasons by name; names are unique."""
+    """Records by name, and reasons for refusals by name; names are unique."""
     found = everything(source, **options)
     good = {record.name: record for record in found if isinstance(record, Record)}
     bad = {refused.file: refused.reason for refused in found if isinstance(refused, Refused)}

@@ -1,9 +1,10 @@
-"""The promises of sdxl_jax.data.buckets."""
+"""The promises of sdxl_jax.data.buckets: the paper's sizes, and assignment to the nearest aspect ratio."""
 
 import math
 
 import numpy as np
 import pytest
+from jaxtyping import Int32
 
 from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, assign, check_buckets, generate_buckets
 from sdxl_jax.errors import InputError
@@ -16,7 +17,7 @@ PAPER = """
 """
 
 
-def sizes(*pairs: tuple[int, int]) -> np.ndarray:
+def sizes(*pairs: tuple[int, int]) -> Int32[np.ndarray, "images 2"]:
     return np.array(pairs, np.int32)
 
 
@@ -31,7 +32,7 @@ def test_generated_buckets_are_the_papers_and_one_transpose():
 
 
 @pytest.mark.parametrize(("pixels", "multiple", "aspect"), [(512**2, 64, 4.0), (256**2, 32, 2.0), (768**2, 64, 1.0)])
-def test_generated_buckets_keep_their_rule(pixels, multiple, aspect):
+def test_generated_buckets_satisfy_their_rule(pixels, multiple, aspect):
     buckets = generate_buckets(pixels, multiple, aspect)
     assert {Bucket(width, height) for height, width in buckets} == set(buckets)
     assert Bucket(math.isqrt(pixels), math.isqrt(pixels)) in buckets
@@ -51,10 +52,17 @@ def test_every_bucket_is_assigned_to_itself():
     assert assign(sizes(*SDXL_BUCKETS), SDXL_BUCKETS).bucket.tolist() == list(range(40))
 
 
-def test_images_go_to_the_nearest_aspect_ratio_whatever_their_size():
+def test_images_are_assigned_to_the_nearest_aspect_ratio_whatever_their_size():
     buckets = ((1024, 1024), (512, 2048), (2048, 512))
     given = sizes((100, 100), (30, 50), (10, 90), (9000, 1000), (1, 2), (2, 1))
-    assert assign(given, buckets).bucket.tolist() == [0, 0, 1, 2, 0, 0]  # 1:2 is as far from 1:1 as from 1:4: the first
+    assert assign(given, buckets).bucket.tolist() == [
+        0,
+        0,
+        1,
+        2,
+        0,
+        0,
+    ]  # 1:2 is as far from 1:1 as from 1:4: the first wins
 
 
 def test_ties_go_to_the_first_bucket():
@@ -63,18 +71,18 @@ def test_ties_go_to_the_first_bucket():
     assert assign(sizes((100, 100)), ((64, 64), (128, 128))).bucket.tolist() == [0]
 
 
-def test_the_distance_is_the_log_of_the_factor():
+def test_the_distance_is_the_log_of_the_factor_between_aspect_ratios():
     distance = assign(sizes((100, 200), (200, 100), (50, 50)), ((64, 64),)).distance
     np.testing.assert_allclose(distance, [math.log(2), math.log(2), 0])
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_assignment_is_that_of_the_definition(seed):
+def test_assignment_agrees_with_the_definition(seed):
     rng = np.random.default_rng(seed)
     buckets = tuple(SDXL_BUCKETS[number] for number in rng.permutation(40)[:17])
     given = rng.integers(1, 60, (2000, 2)).astype(np.int32)
-    logs = np.log(given[:, None, 0] / given[:, None, 1]) - np.log([h / w for h, w in buckets])
-    distances = np.abs(logs).round(10)
+    differences = np.log(given[:, None, 0] / given[:, None, 1]) - np.log([h / w for h, w in buckets])
+    distances = np.abs(differences).round(10)
     np.testing.assert_array_equal(assign(given, buckets).bucket, distances.argmin(axis=1))
     np.testing.assert_allclose(assign(given, buckets).distance, distances.min(axis=1), atol=1e-9)
 

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.cache: what was encoded comes back bit for bit, and nothing unfinished is used."""
+"""The promises of sdxl_jax.data.cache: encoded data is read back bit for bit, unfinished pieces never."""
 
 import json
 import multiprocessing
@@ -28,12 +28,12 @@ UNREADABLE = 4
 
 
 def any_bits(rng, *shape):
-    """Every pattern of bits, NaN among them."""
+    """Random bit patterns, NaN among them."""
     return rng.integers(0, 1 << 16, shape, np.uint16).view(bfloat16)
 
 
 def encoded(image, towers=TWO):
-    """What an encoder gives for that image, always the same: two crops, and as many captions as its number."""
+    """An encoder's output for that image, always the same: two crops, and as many captions as its number."""
     rng = np.random.default_rng(image)
     height, width = 2 + image % 3, 5 - image % 2
 
@@ -77,7 +77,7 @@ def write(folder, towers=TWO, share=0, shares=1):
 
 
 def files(folder):
-    """The bytes of all files that count, by name."""
+    """The bytes of all files but partial ones, by name."""
     every = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in every}
 
@@ -118,24 +118,24 @@ def folder(written, tmp_path):
     return shutil.copytree(written, tmp_path / "cache")
 
 
-# Comes back
+# Reading back
 
 
 @pytest.mark.parametrize("towers", [TWO, ONE], ids=["two towers, pooled", "one tower, not pooled"])
-def test_what_was_written_comes_back_bit_for_bit(tmp_path, towers):
+def test_what_was_written_is_read_back_bit_for_bit(tmp_path, towers):
     cache = open_cache(write(tmp_path / "cache", towers), MADE_FROM)
     assert (cache.images, len(cache), cache.crops, cache.towers) == (IMAGES, IMAGES, CROPS, towers)
     assert cache.made_from == MADE_FROM and cache.folder == tmp_path / "cache"
     assert_holds_all(cache, towers)
 
 
-def test_an_image_that_could_not_be_encoded_says_why(written):
+def test_an_image_that_could_not_be_encoded_raises_the_reason(written):
     for k in range(CROPS):
         with pytest.raises(Unencoded, match=r"^Image 4 of .* could not be encoded: truncated ä\.jpg\. .*run `sdxl-jax"):
             open_cache(written, MADE_FROM).crop(UNREADABLE, k)
 
 
-def test_a_reason_that_is_no_text_is_kept_as_far_as_it_is(tmp_path):
+def test_a_reason_that_is_not_utf8_is_stored_escaped(tmp_path):
     plan = begin(tmp_path / "cache", made_from={}, images=1, crops=1, towers=())
     with PieceWriter(plan, 0) as writer:
         writer.refuse("a\udcff.jpg")
@@ -144,14 +144,14 @@ def test_a_reason_that_is_no_text_is_kept_as_far_as_it_is(tmp_path):
         open_cache(plan.folder, {}).crop(0, 0)
 
 
-def test_the_captions_of_an_image_can_be_walked_through(written):
+def test_the_captions_of_an_image_can_be_iterated_over(written):
     _, captions = open_cache(written, MADE_FROM).crop(3, 0)
     for text, expected in zip(captions, encoded(3)[1], strict=True):
         assert_same_bits(text.context, expected.context)
     assert len(open_cache(written, MADE_FROM).crop(0, 0)[1]) == 0
 
 
-def test_nothing_is_read_that_was_not_asked_for(folder):
+def test_captions_are_read_only_when_they_are_indexed(folder):
     cache = open_cache(folder, MADE_FROM)
     shutil.rmtree(folder / TEXT)
     _, captions = cache.crop(2, 1)
@@ -176,14 +176,14 @@ def test_a_number_out_of_range_is_an_index_error(written, read):
         read(open_cache(written, MADE_FROM))
 
 
-# Written
+# Writing
 
 
 def test_equal_content_makes_equal_files(written, tmp_path):
     assert files(write(tmp_path / "again")) == files(written)
 
 
-def test_two_shares_make_the_bytes_of_one(written, tmp_path):
+def test_two_shares_write_the_same_bytes_as_one(written, tmp_path):
     plan = start(tmp_path / "cache")
     assert (plan.missing(0, 2), plan.missing(1, 2), plan.missing(), plan.done()) == ([0, 2], [1], [0, 1, 2], 0)
     assert [list(plan.images_of(piece)) for piece in range(plan.pieces)] == [[0, 1, 2], [3, 4, 5], [6]]
@@ -194,7 +194,7 @@ def test_two_shares_make_the_bytes_of_one(written, tmp_path):
     assert files(plan.folder) == files(written)
 
 
-def test_a_piece_is_there_when_both_its_files_are(folder, written):
+def test_a_piece_exists_when_both_its_files_do(folder, written):
     plan = start(folder)
     plan.path(LATENTS, 1).unlink()
     plan.path(TEXT, 2).unlink()
@@ -207,16 +207,16 @@ def test_a_piece_is_there_when_both_its_files_are(folder, written):
     assert not list(folder.rglob("*.partial"))
 
 
-def test_two_that_write_the_same_piece_spoil_nothing(tmp_path, written):
+def test_two_writers_of_the_same_piece_do_no_harm(tmp_path, written):
     folder = tmp_path / "cache"
     with PieceWriter(start(folder), 1) as interrupted:
-        interrupted.refuse("another process is at it too")
+        interrupted.refuse("another process writes it too")
         write(folder)
     assert files(folder) == files(written)
     assert not list(folder.rglob("*.partial"))
 
 
-def test_a_piece_that_was_not_finished_is_not_there(tmp_path):
+def test_a_piece_that_was_not_finished_does_not_exist(tmp_path):
     plan = start(tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt), PieceWriter(plan, 0) as writer:
         writer.add(*encoded(0))
@@ -228,7 +228,7 @@ def test_a_piece_that_was_not_finished_is_not_there(tmp_path):
     assert plan.missing() == [0, 1, 2]
 
 
-def test_a_disk_that_does_not_take_it_is_an_os_error(tmp_path):
+def test_a_failing_disk_raises_os_error(tmp_path):
     plan = start(tmp_path / "cache")
     shutil.rmtree(plan.folder / LATENTS)
     with pytest.raises(OSError, match="No such file"), PieceWriter(plan, 0) as writer:
@@ -241,7 +241,7 @@ KILLED_ANYWHERE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from sdxl_jax.data import cache as cache_module
+from sdxl_jax.data.cache import _AtomicRecordWriter
 from sdxl_jax.errors import InputError
 from test_data_cache import MADE_FROM, files, open_cache, write
 
@@ -255,16 +255,16 @@ def in_child(destination, kill_at):
             seen += 1
             if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
-        def hear(event, arguments):
+        def audit(event, arguments):
             touches = event == "open" or event.startswith("os.")
             if touches and any(str(argument).startswith(destination) for argument in arguments):
                 count()
-        sys.addaudithook(hear)
+        sys.addaudithook(audit)
         for name in ("write", "close"):
-            def counted(*arguments, original=getattr(cache_module._RecordWriter, name)):
+            def counted(*arguments, original=getattr(_AtomicRecordWriter, name)):
                 count()
                 original(*arguments)
-            setattr(cache_module._RecordWriter, name, counted)
+            setattr(_AtomicRecordWriter, name, counted)
         write(Path(destination))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -289,8 +289,8 @@ print(moment, unfinished)
 """
 
 
-def test_killed_at_any_moment_it_comes_to_the_same_bytes(written, tmp_path):
-    """Before each time that it opens, makes, lists or renames a file, or writes or completes one of records."""
+def test_a_writer_killed_at_any_moment_resumes_to_the_same_bytes(written, tmp_path):
+    """Killed before each time that it opens, makes, lists or renames a file, or writes a record or completes a file."""
     command = [sys.executable, "-c", KILLED_ANYWHERE, TESTS, str(written), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -298,10 +298,10 @@ def test_killed_at_any_moment_it_comes_to_the_same_bytes(written, tmp_path):
     assert moments > 60 and unfinished > 50
 
 
-# Begun
+# Begin
 
 
-def test_many_can_begin_the_same_cache_at_once(tmp_path):
+def test_many_processes_can_begin_the_same_cache_at_once(tmp_path):
     for attempt in range(10):
         together = threading.Barrier(8)
 
@@ -319,13 +319,13 @@ def test_many_can_begin_the_same_cache_at_once(tmp_path):
         assert not list(plans[0].folder.glob("*.partial"))
 
 
-def test_an_empty_folder_and_what_an_interruption_left_can_be_begun_in(tmp_path):
+def test_a_cache_can_begin_in_an_empty_folder_and_after_an_interruption(tmp_path):
     (tmp_path / f"{DESCRIPTION}.1234.partial").write_text("{")
     assert start(str(tmp_path)).done() == 0
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "differences"),
     [
         ({"crops": 3}, ["crops: 2 -> 3"]),
         (
@@ -336,18 +336,18 @@ def test_an_empty_folder_and_what_an_interruption_left_can_be_begun_in(tmp_path)
         ({"made_from": MADE_FROM | {"seed": 1}}, ["made_from.seed: 0 -> 1"]),
     ],
 )
-def test_a_folder_with_another_cache_is_refused_with_all_that_differs(folder, changed, says):
+def test_a_folder_with_another_cache_is_refused_with_all_differences(folder, changed, differences):
     given = dict(made_from=MADE_FROM, images=IMAGES, crops=CROPS, towers=TWO, piece_images=PIECE) | changed
     with pytest.raises(InputError, match="holds a cache of something else") as raised:
         begin(folder, **given)
     lines = str(raised.value).splitlines()
-    assert lines[1:-1] == [f"  {line}" for line in says]
+    assert lines[1:-1] == [f"  {line}" for line in differences]
     assert "another folder" in lines[-1] and "remove this one" in lines[-1]
 
 
-def test_a_folder_that_is_no_cache_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_cache_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds other files and is no cache\. Give a new or an empty folder"):
+    with pytest.raises(InputError, match=r"holds other files and is not a cache\. Give a new or an empty folder"):
         start(tmp_path)
     with pytest.raises(InputError, match=r"cannot be made \(File exists\). Give another one"):
         start(tmp_path / "holiday.jpg")
@@ -362,7 +362,7 @@ def test_a_number_below_one_is_refused(tmp_path, name):
     assert not (tmp_path / "cache").exists()
 
 
-# Opened
+# Opening
 
 
 def test_opening_opens_no_piece(folder):
@@ -371,30 +371,30 @@ def test_opening_opens_no_piece(folder):
     open_cache(folder, MADE_FROM)
 
 
-def test_a_folder_that_is_not_there_or_no_cache_is_refused(tmp_path):
+def test_a_missing_folder_and_one_that_is_not_a_cache_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"There is no folder .*nowhere.*`sdxl-jax data encode`.*Check the path"):
         open_cache(tmp_path / "nowhere", MADE_FROM)
     with pytest.raises(
-        InputError, match=r"is no cache: it has no cache\.json\. Expected a folder that `sdxl-jax data en"
+        InputError, match=r"is not a cache: it has no cache\.json\. Expected a folder that `sdxl-jax data en"
     ):
         open_cache(tmp_path, MADE_FROM)
 
 
 @pytest.mark.parametrize("use", [lambda folder: open_cache(folder, MADE_FROM), start], ids=["open", "begin"])
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (
             '{"format": 99}',
-            "says format 99, this version of sdxl-jax reads 1. Run `sdxl-jax data encode` into a new fo",
+            "has format 99, this version of sdxl-jax reads format 1. Run `sdxl-jax data encode` into a n",
         ),
         ('{"format"', "cache.json cannot be read .*Copy it again"),
-        ("[]", "cannot be read .it does not say its format"),
+        ("[]", "cannot be read .it has no format number"),
     ],
 )
-def test_a_description_that_cannot_be_used_is_refused(folder, content, says, use):
+def test_a_description_that_cannot_be_used_is_refused(folder, content, message, use):
     (folder / DESCRIPTION).write_text(content)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         use(folder)
 
 
@@ -406,7 +406,7 @@ def test_a_description_that_lacks_something_is_refused(folder):
         start(folder)
 
 
-def test_a_cache_of_something_else_is_refused_with_all_that_differs(written):
+def test_a_cache_of_something_else_is_refused_with_all_differences(written):
     given = json.loads(json.dumps(MADE_FROM)) | {"seed": 1, "size": [8, 8]}
     given["autoencoder"]["hash"] = "ff00"
     del given["shards"]
@@ -450,7 +450,7 @@ def test_a_cache_that_is_not_finished_is_refused(folder):
         open_cache(folder, MADE_FROM)
 
 
-# Damaged
+# Damage
 
 
 def read_all(cache):
@@ -466,7 +466,7 @@ def cut_off(data):
 
 
 def cut_to_a_block(data):
-    """Such a file opens, and its records are empty."""
+    """Such a file can be opened, but its records are empty."""
     return data[: 1 << 16]
 
 
@@ -478,7 +478,7 @@ def flip_a_bit(data):
 
 @pytest.mark.parametrize("kind", [LATENTS, TEXT])
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (cut_off, "is damaged"),
         (cut_to_a_block, "is damaged"),
@@ -489,22 +489,22 @@ def flip_a_bit(data):
     ],
     ids=["cut off", "cut to a block", "a bit", "zeros", "empty", "missing"],
 )
-def test_a_damaged_file_is_named_with_what_to_do(folder, kind, damage, says):
+def test_a_damaged_file_is_named_with_the_remedy(folder, kind, damage, message):
     cache, path = open_cache(folder, MADE_FROM), folder / kind / "00000.array_record"
     data = path.read_bytes()
     path.unlink()
     if damage is not None:
         path.write_bytes(damage(data))
-    with pytest.raises(InputError, match=rf"{kind}/00000\.array_record {says}") as raised:
+    with pytest.raises(InputError, match=rf"{kind}/00000\.array_record {message}") as raised:
         read_all(cache)
     assert not isinstance(raised.value, Unencoded)
     assert "Copy it again" in str(raised.value) and "run the same `sdxl-jax data encode` again" in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", [LATENTS, TEXT])
-def test_a_file_in_the_place_of_another_is_noticed(folder, kind):
+def test_a_file_in_the_place_of_another_is_refused(folder, kind):
     shutil.copy(folder / kind / "00002.array_record", folder / kind / "00000.array_record")
-    with pytest.raises(InputError, match=r"00000\.array_record is damaged .it is of image 6, not of image [01]"):
+    with pytest.raises(InputError, match=r"00000\.array_record is damaged .it belongs to image 6, not to image [01]"):
         read_all(open_cache(folder, MADE_FROM))
 
 
@@ -514,7 +514,7 @@ def test_the_remedy_helps(folder, written):
     assert files(folder) == files(written)
 
 
-# Shared
+# Threads and processes
 
 
 def test_few_open_files_serve_many_threads(tmp_path):
@@ -546,10 +546,10 @@ from test_data_cache import MADE_FROM, assert_holds_all, open_cache, read_all
 
 warnings.simplefilter("ignore")
 cache = open_cache(sys.argv[2], MADE_FROM)
-going = True
+running = True
 
 def read():
-    while going:
+    while running:
         read_all(cache)
 
 thread = threading.Thread(target=read)
@@ -561,12 +561,12 @@ for _ in range(10):
             assert_holds_all(cache)
             os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-going = False
+running = False
 thread.join()
 """
 
 
-def test_reading_goes_on_after_a_fork_while_another_thread_reads(written):
+def test_reading_works_after_a_fork_while_another_thread_reads(written):
     command = [sys.executable, "-c", AFTER_A_FORK, TESTS, str(written)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert run.returncode == 0, run.stderr
@@ -592,25 +592,25 @@ def test_a_pickle_is_small_and_opens_again_in_another_process(written):
 
 def test_a_cache_that_was_replaced_is_not_opened_again(folder):
     pickled = pickle.dumps(open_cache(folder, MADE_FROM))
-    said = json.loads((folder / DESCRIPTION).read_text())
-    said["made_from"]["seed"] = 1
-    (folder / DESCRIPTION).write_text(json.dumps(said))
+    description = json.loads((folder / DESCRIPTION).read_text())
+    description["made_from"]["seed"] = 1
+    (folder / DESCRIPTION).write_text(json.dumps(description))
     with pytest.raises(InputError, match="made from something else"):
         pickle.loads(pickled)
 
 
-def test_what_says_that_an_image_is_not_encoded_reaches_another_process(written):
+def test_the_error_for_an_unencoded_image_can_be_pickled(written):
     with pytest.raises(Unencoded) as raised:
         open_cache(written, MADE_FROM).crop(UNREADABLE, 0)
-    again = pickle.loads(pickle.dumps(raised.value))
-    assert type(again) is Unencoded and str(again) == str(raised.value)
+    unpickled = pickle.loads(pickle.dumps(raised.value))
+    assert type(unpickled) is Unencoded and str(unpickled) == str(raised.value)
 
 
-def test_a_file_of_another_size_than_told_is_not_read(written):
+def test_a_file_of_another_size_than_expected_is_not_read(written):
     path = written / LATENTS / "00000.array_record"
     size = path.stat().st_size
-    assert RecordFiles("Fix it.").read(path, 0, size)
-    with pytest.raises(InputError, match=rf"has {size} bytes where {size + 1} are expected: it was cut off.*Fix it\."):
-        RecordFiles("Fix it.").read(path, 0, size + 1)
-    with pytest.raises(InputError, match=r"^Record 6 of .* is damaged .*out of bound.*Fix it\."):
-        RecordFiles("Fix it.").read(path, 6)
+    assert RecordFiles("Fix it").read(path, 0, size)
+    with pytest.raises(InputError, match=rf"has {size} bytes where {size + 1} are expected: it was cut off.*Fix it$"):
+        RecordFiles("Fix it").read(path, 0, size + 1)
+    with pytest.raises(InputError, match=r"^Record 6 of .* is damaged .*out of bound.*Fix it$"):
+        RecordFiles("Fix it").read(path, 6)

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.captions: the same captions and numbers out of every source."""
+"""The promises of sdxl_jax.data.captions: the same captions and numeric fields from every source."""
 
 import json
 
@@ -29,7 +29,7 @@ from sdxl_jax.errors import InputError
         (b"caf\xe9", "caption is not UTF-8 text"),
     ],
 )
-def test_a_text_file_holds_one_caption_or_one_a_line(tmp_path, text, expected):
+def test_a_text_file_holds_one_caption_or_one_per_line(tmp_path, text, expected):
     folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "a.txt": text})
     tar = write_tar(tmp_path / "t" / "a.tar", {"a.jpg": encoded(), "a.txt": text})
     for source in (folder, tar):
@@ -63,7 +63,7 @@ def test_a_json_gives_captions_and_finite_numbers(tmp_path, fields, expected, nu
             assert (found.captions, found.numbers) == (expected, numbers)
 
 
-def test_a_text_file_stands_before_the_json_which_gives_the_numbers(tmp_path):
+def test_captions_come_from_the_text_file_and_numbers_from_the_json(tmp_path):
     files = {"a.jpg": encoded(), "a.json": b'{"caption": "old", "score": 7}', "a.txt": b"new"}
     for source in (write_folder(tmp_path / "f", files), write_tar(tmp_path / "a.tar", files)):
         (record,) = everything(source)
@@ -71,13 +71,13 @@ def test_a_text_file_stands_before_the_json_which_gives_the_numbers(tmp_path):
         assert (record.captions, record.numbers) == (("new",), {"score": 7.0})
 
 
-def test_numbers_of_too_many_names_are_refused():
+def test_too_many_numeric_fields_are_refused():
     check_number_names({f"n{number}" for number in range(NUMBERS_LIMIT)})
     with pytest.raises(InputError, match=r"more than 256 names \(n0, n1, n10, .*same few names"):
         check_number_names({f"n{number}" for number in range(NUMBERS_LIMIT + 1)})
 
 
-def test_a_text_file_of_paragraphs_is_one_caption_where_that_is_asked_for(tmp_path):
+def test_a_text_file_of_paragraphs_is_one_caption_with_whole(tmp_path):
     files = {"a.jpg": encoded(), "a.txt": "\ufeffA fox.\r\n\r\nIt sleeps.\r\n".encode()}
     for source in (write_folder(tmp_path / "f", files), write_tar(tmp_path / "t" / "a.tar", files)):
         (lines,), (whole,) = everything(source), everything(source, caption_lines=CaptionLines.WHOLE)
@@ -86,7 +86,7 @@ def test_a_text_file_of_paragraphs_is_one_caption_where_that_is_asked_for(tmp_pa
         assert whole.captions == ("A fox.\n\nIt sleeps.",)
 
 
-def test_an_open_folder_says_how_many_images_have_captions_of_several_lines(tmp_path):
+def test_an_open_folder_notes_how_many_images_have_several_captions(tmp_path):
     write_folder(tmp_path, {"a.jpg": encoded(), "a.txt": b"one\ntwo\n", "b.jpg": encoded(), "b.txt": b"one\n"})
     write_folder(tmp_path, {"c.jpg": encoded(), "c.json": b'{"captions": ["one", "two"]}'})
     (note,) = open_folder(tmp_path).notes
@@ -96,10 +96,12 @@ def test_an_open_folder_says_how_many_images_have_captions_of_several_lines(tmp_
     assert whole.fingerprint != open_folder(tmp_path).fingerprint
 
 
-def test_metadata_below_the_folder_is_said_not_to_be_read(tmp_path):
+def test_metadata_in_a_subfolder_is_noted_as_not_read(tmp_path):
     files = {"train/a.jpg": encoded(), "train/a.txt": b"a", "train/metadata.jsonl": b"{}", "test/metadata.csv": b""}
     (note,) = open_folder(write_folder(tmp_path, files)).notes
-    assert note.startswith("test/metadata.csv, train/metadata.jsonl not read: metadata counts in the folder itself")
+    assert note.startswith(
+        "test/metadata.csv, train/metadata.jsonl not read: metadata is read only in data.folder itself"
+    )
 
 
 def test_training_reads_captions_whole_or_refuses_where_that_has_no_effect(tmp_path):
@@ -114,7 +116,7 @@ def test_training_reads_captions_whole_or_refuses_where_that_has_no_effect(tmp_p
         open_mixture(DataConfig(folder=str(tmp_path / "m"), caption_lines=CaptionLines.WHOLE))
 
 
-def test_shards_are_built_with_captions_whole_and_say_so(tmp_path):
+def test_shards_are_built_with_whole_captions_and_record_it(tmp_path):
     folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "a.txt": b"one\ntwo"})
     for caption_lines, captions in ((CaptionLines.LINES, ("one", "two")), (CaptionLines.WHOLE, ("one\ntwo",))):
         shards = tmp_path / caption_lines.value
@@ -125,23 +127,23 @@ def test_shards_are_built_with_captions_whole_and_say_so(tmp_path):
     assert open_mixture(config).captions(0) == ("one\ntwo",)
     with pytest.raises(InputError, match=r"has no effect on .*/lines: .*data build --caption-lines whole"):
         open_mixture(DataConfig(folder=str(tmp_path / "lines"), caption_lines=CaptionLines.WHOLE))
-    with pytest.raises(InputError, match=r"a finished build with caption_lines='lines', and now 'whole' is given"):
+    with pytest.raises(InputError, match=r"a finished build with caption_lines=lines, and now whole is given"):
         build(str(folder), tmp_path / "lines", workers=0, progress=False, caption_lines=CaptionLines.WHOLE)
 
 
-def test_shards_of_before_the_setting_count_as_built_a_caption_a_line(tmp_path):
+def test_shards_built_before_the_setting_existed_count_as_one_caption_per_line(tmp_path):
     folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "a.txt": b"one\ntwo"})
     build(str(folder), tmp_path / "s", workers=0, progress=False)
-    said = json.loads((tmp_path / "s" / "shards.json").read_text())
-    assert said.pop("caption_lines") == "lines"
-    (tmp_path / "s" / "shards.json").write_text(json.dumps(said))
+    description = json.loads((tmp_path / "s" / "shards.json").read_text())
+    assert description.pop("caption_lines") == "lines"
+    (tmp_path / "s" / "shards.json").write_text(json.dumps(description))
     assert build(str(folder), tmp_path / "s", workers=0, progress=False).was_finished
     assert not open_shards(tmp_path / "s").whole_captions
 
 
 def test_a_build_refuses_the_setting_where_no_text_file_is_read(tmp_path):
     folder = write_folder(tmp_path / "f", {"a.jpg": encoded(), "metadata.csv": b"file_name,text\na.jpg,one\n"})
-    with pytest.raises(InputError, match=r"--caption-lines whole has no effect: no caption of .*/f stands in a \.txt"):
+    with pytest.raises(InputError, match=r"--caption-lines whole has no effect: .*/f has no captions in \.txt files"):
         build(str(folder), tmp_path / "s", workers=0, progress=False, caption_lines=CaptionLines.WHOLE)
     assert not (tmp_path / "s").exists()
 

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.folders: nothing in silence, and the same for training as for a build."""
+"""The promises of sdxl_jax.data.folders: nothing is left out silently, and training reads the same as a build."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def metadata(folder, *lines):
 
 
 def refused(folder, **options):
-    """{file: reason} of what a folder with one good image, good.png, has besides."""
+    """{file: reason} of the refusals in a folder, to which one good image, good.png, is added."""
     save(folder, "good.png")
     source = open_folder(folder, on_refused=OnRefused.SKIP, **options)
     assert "good.png" in names_of(source)
@@ -35,7 +35,7 @@ def captions_of(source: ImageSource) -> list[tuple[str, ...]]:
     return [source.captions(image) for image in range(len(source.sizes))]
 
 
-def test_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
+def test_a_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
     for name in ("b.png", "a/z.JPG", "c.webp", "a.bmp", "d.jpeg", ".hidden.png", ".git/x.png"):
         save(tmp_path, name, caption=f" {name}\n")
     source = open_folder(str(tmp_path))
@@ -46,7 +46,7 @@ def test_folder_is_read_recursively_in_order_without_hidden_files(tmp_path):
     assert list(source.refused()) == []
 
 
-def test_linked_folders_are_followed_and_circles_end(tmp_path):
+def test_links_to_folders_are_followed_and_cycles_end(tmp_path):
     save(tmp_path / "elsewhere", "a.png")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
@@ -63,7 +63,7 @@ def test_metadata_gives_the_captions_and_text_files_are_not_read(tmp_path):
     assert list(source.refused()) == []
 
 
-def test_problems_of_text_files_are_refused_with_reasons(tmp_path):
+def test_bad_text_files_are_refused_with_reasons(tmp_path):
     save(tmp_path, "bare.png", caption=None)
     save(tmp_path, "empty.png", caption=" \n")
     save(tmp_path, "latin.png")
@@ -80,7 +80,7 @@ def test_problems_of_text_files_are_refused_with_reasons(tmp_path):
     assert reasons["text.png"].startswith("cannot be read: in no image format that is read (JPEG, PNG, ")
 
 
-def test_problems_of_metadata_are_refused_with_line_numbers(tmp_path):
+def test_bad_lines_of_metadata_are_refused_with_line_numbers(tmp_path):
     for name in ("a.png", "b.png", "empty.png"):
         save(tmp_path, name, caption=None)
     good = [json.dumps({"file_name": name, "text": "x"}) for name in ("good.png", "a.png")]
@@ -97,19 +97,19 @@ def test_problems_of_metadata_are_refused_with_line_numbers(tmp_path):
     assert reasons["metadata.jsonl line 9"] == "empty.png: empty caption"
 
 
-def test_our_pixel_limit_holds_and_pillows_does_not_surface(tmp_path):
+def test_our_pixel_limit_replaces_that_of_pillow(tmp_path):
     save(tmp_path, "large.png")
     save(tmp_path, "huge.png")
     (tmp_path / "large.png").write_bytes(png_claiming(10_000, 19_000))  # Pillow would raise at 179 million
     (tmp_path / "huge.png").write_bytes(png_claiming(10_000, 20_001))
-    theirs = Image.MAX_IMAGE_PIXELS
+    pillows_own = Image.MAX_IMAGE_PIXELS
     reasons = refused(tmp_path)
     assert list(reasons) == ["huge.png"]
     assert "the limit is 200000000" in reasons["huge.png"]
-    assert theirs == Image.MAX_IMAGE_PIXELS
+    assert pillows_own == Image.MAX_IMAGE_PIXELS
 
 
-def test_refusals_are_one_error_by_default_with_the_count_and_the_remedy(tmp_path):
+def test_refusals_are_one_error_by_default_with_their_number_and_the_remedy(tmp_path):
     save(tmp_path, "good.png")
     for number in range(7):
         save(tmp_path, f"bare{number}.png", caption=None)
@@ -131,7 +131,7 @@ def test_refusals_are_one_error_by_default_with_the_count_and_the_remedy(tmp_pat
         (lambda path: save(path, "a.png", caption=None), "None of the 1 images"),
     ],
 )
-def test_a_folder_without_anything_to_use_is_refused_whatever_the_policy(tmp_path, make, expected):
+def test_a_folder_without_usable_images_is_refused_even_with_skip(tmp_path, make, expected):
     make(tmp_path / "data")
     with pytest.raises(InputError, match=expected):
         open_folder(tmp_path / "data", on_refused=OnRefused.SKIP)
@@ -154,14 +154,14 @@ def test_a_truncated_image_is_found_by_verify(tmp_path, suffix):
     assert "cannot be read" in refused(tmp_path, verify=True)[f"cut.{suffix}"]
 
 
-def test_every_odd_image_is_taken_upright_or_refused_with_its_reason(tmp_path):
-    pictures = every_image()
-    write_folder(tmp_path, {name: data for name, (data, _) in pictures.items()})
-    write_folder(tmp_path, {f"{name.partition('.')[0]}.txt": b"a caption" for name in pictures})
+def test_every_unusual_image_is_read_upright_or_refused_with_its_reason(tmp_path):
+    images = every_image()
+    write_folder(tmp_path, {name: data for name, (data, _) in images.items()})
+    write_folder(tmp_path, {f"{name.partition('.')[0]}.txt": b"a caption" for name in images})
     source = open_folder(tmp_path, on_refused=OnRefused.SKIP, verify=True)
     sizes = {name: tuple(size) for name, size in zip(names_of(source), source.sizes.tolist(), strict=True)}
     reasons = dict(source.refused())
-    for name, (_, outcome) in pictures.items():
+    for name, (_, outcome) in images.items():
         if isinstance(outcome, str):
             assert outcome in reasons.pop(name), name
         else:
@@ -179,7 +179,7 @@ def test_an_image_that_disappears_is_named(tmp_path, monkeypatch):
         open_folder(tmp_path, on_refused=OnRefused.SKIP)
 
 
-def test_numbers_are_columns_with_nan_where_an_image_has_none(tmp_path):
+def test_numeric_fields_are_columns_with_nan_where_an_image_has_none(tmp_path):
     for name in ("a.png", "b.png"):
         save(tmp_path, name, caption=None)
     (tmp_path / "a.json").write_text('{"caption": "a", "score": 0.5, "far": 1e300}')
@@ -192,16 +192,16 @@ def test_numbers_are_columns_with_nan_where_an_image_has_none(tmp_path):
     assert captions_of(source) == [("a",), ("b", "bb")]
 
 
-def test_an_open_folder_is_a_source_of_images_that_can_be_pickled(tmp_path):
+def test_an_open_folder_is_an_image_source_that_can_be_pickled(tmp_path):
     save(tmp_path, "a.jpg", height=64, width=96)
     source = open_folder(tmp_path)
     assert isinstance(source, ImageSource) and not source.built and source.path == tmp_path
-    again = pickle.loads(pickle.dumps(source))
-    assert again.fingerprint == source.fingerprint
-    assert again.pixels(0).shape == (64, 96, 3) and again.pixels(0, (16, 24)).shape == (16, 24, 3)
+    unpickled = pickle.loads(pickle.dumps(source))
+    assert unpickled.fingerprint == source.fingerprint
+    assert unpickled.pixels(0).shape == (64, 96, 3) and unpickled.pixels(0, (16, 24)).shape == (16, 24, 3)
 
 
-def test_the_fingerprint_names_all_that_is_told_of_the_images_and_the_lengths_of_their_files(tmp_path):
+def test_the_fingerprint_depends_on_captions_numbers_and_file_lengths(tmp_path):
     save(tmp_path, "b.png", caption="ä b")
     save(tmp_path, "a.png", caption="a", height=9)
     seen = [open_folder(tmp_path).fingerprint]
@@ -217,11 +217,11 @@ def test_the_fingerprint_names_all_that_is_told_of_the_images_and_the_lengths_of
     assert len(set(seen)) == 7
 
 
-# The same for a build
+# The same as a shard build
 
 
 def assert_same_for_training_and_build(folder):
-    """Names, captions, sizes, numbers and refusals of both; with the pixels of all looked at, and headers alone."""
+    """Names, captions, sizes, numeric fields and refusals of both, with every image decoded and with headers alone."""
     for verify in (False, True):
         source = open_folder(folder, on_refused=OnRefused.SKIP, verify=verify)
         good, bad = split(folder, verify=verify)
@@ -231,16 +231,16 @@ def assert_same_for_training_and_build(folder):
         assert set(source.numbers) == {name for record in good.values() for name in record.numbers}
         for name, values in source.numbers.items():
             expected = [record.numbers.get(name, np.nan) for record in good.values()]
-            with np.errstate(over="ignore"):  # beyond float32 is infinite
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
                 np.testing.assert_array_equal(values, np.array(expected).astype(np.float32))
         assert dict(source.refused()) == bad and len(list(source.refused())) == len(bad)
         assert source.found >= len(good)
 
 
-def test_training_and_build_read_the_same_of_files_beside(tmp_path):
-    odd = every_image()
-    write_folder(tmp_path, {f"odd/{name}": data for name, (data, _) in odd.items()})
-    write_folder(tmp_path, {f"odd/{name.partition('.')[0]}.txt": b"a caption" for name in odd})
+def test_training_and_build_read_the_same_from_files_beside_the_images(tmp_path):
+    unusual = every_image()
+    write_folder(tmp_path, {f"odd/{name}": data for name, (data, _) in unusual.items()})
+    write_folder(tmp_path, {f"odd/{name.partition('.')[0]}.txt": b"a caption" for name in unusual})
     described = {
         "long.txt": b"x" * 10_000,
         "lines.txt": b"one\r\n\r\n two \n",
@@ -267,18 +267,19 @@ def test_training_and_build_read_the_same_of_files_beside(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     assert_same_for_training_and_build(tmp_path)
     source = open_folder(tmp_path, on_refused=OnRefused.SKIP)
-    told = dict(zip(names_of(source), captions_of(source), strict=True))
-    assert told["long.jpg"] == ("x" * 10_000,) and told["lines.jpg"] == ("one", "two") and told["both.jpg"] == ("text",)
+    captions = dict(zip(names_of(source), captions_of(source), strict=True))
+    assert captions["long.jpg"] == ("x" * 10_000,)
+    assert captions["lines.jpg"] == ("one", "two") and captions["both.jpg"] == ("text",)
 
 
-def metadata_of_every_kind(folder):
+def write_images_for_metadata(folder):
     images = ("a.jpg", "sub/b.jpg", "list.jpg", "none.jpg", "blank.jpg", "cut.jpg")
     write_folder(folder, {**{name: encoded() for name in images}, "cut.jpg": encoded(height=64, width=64)[:-500]})
     write_folder(folder, {"a.txt": b"not read", "zero.jpg": b""})
 
 
-def test_training_and_build_read_the_same_of_metadata_jsonl(tmp_path):
-    metadata_of_every_kind(tmp_path)
+def test_training_and_build_read_the_same_from_metadata_jsonl(tmp_path):
+    write_images_for_metadata(tmp_path)
     lines = [
         b'{"file_name": "./a.jpg", "text": " alpha ", "score": 5}',
         b'{"file_name": "sub/b.jpg", "caption": "beta", "age": 1}',
@@ -297,15 +298,15 @@ def test_training_and_build_read_the_same_of_metadata_jsonl(tmp_path):
     assert_same_for_training_and_build(tmp_path)
 
 
-def test_training_and_build_read_the_same_of_metadata_csv(tmp_path):
-    metadata_of_every_kind(tmp_path)
+def test_training_and_build_read_the_same_from_metadata_csv(tmp_path):
+    write_images_for_metadata(tmp_path)
     text = b'file_name,score,text,by\na.jpg,5.5,"one, quoted",me\na.jpg,6,two,2\nsub/b.jpg,nan,b,\n'
     text += b"cut.jpg,1,cut,\nlist.jpg,1,a cat, sitting,me\nblank.jpg,1,,me\nc.jpg,1,c,me\nnone.jpg,1,caf\xe9,me\n\n"
     (tmp_path / "metadata.csv").write_bytes(text)
     assert_same_for_training_and_build(tmp_path)
 
 
-def test_a_folder_without_metadata_names_what_lacks_its_partner(tmp_path):
+def test_images_without_captions_and_captions_without_images_are_named(tmp_path):
     write_folder(tmp_path, {"sub/a.PNG": encoded("PNG"), "sub/a.TXT": b"a", "bare.jpg": encoded(), "alone.txt": b"x"})
     write_folder(tmp_path, {"notes.json": b"[]", ".hidden.jpg": b"", "c.txt": b"c", "pipe.txt": b"p"})
     (tmp_path / "c.jpg").symlink_to(tmp_path / "gone")
@@ -315,7 +316,7 @@ def test_a_folder_without_metadata_names_what_lacks_its_partner(tmp_path):
     assert bad == {
         "alone.txt": "caption without an image of the same name",
         "bare.jpg": "image without a caption: no .txt or .json of the same name",
-        "c.jpg": "a link to nothing",
+        "c.jpg": "a broken link",
         "pipe.jpg": "not a regular file",
     }
 
@@ -354,7 +355,7 @@ def test_metadata_jsonl_gives_captions_numbers_and_refusals(tmp_path):
     }
 
 
-def test_metadata_csv_gives_a_caption_a_line(tmp_path):
+def test_metadata_csv_gives_one_caption_per_line(tmp_path):
     write_folder(tmp_path, {"a.jpg": encoded(), "b.jpg": encoded(), "c.jpg": encoded()})
     text = b'file_name,score,text,by\na.jpg,5.5,"one, quoted",me\na.jpg,6,two,2\nb.jpg,nan,b,\n'
     (tmp_path / "metadata.csv").write_bytes(text + b"c.jpg,1,a cat, sitting,me\nc.jpg,1,caf\xe9,me\n\n")

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.formats and pngs: content decides, nothing beside the pixels does, all is counted."""
+"""The promises of sdxl_jax.data.formats and pngs: content decides what is read, metadata does not, all is counted."""
 
 import io
 import json
@@ -20,7 +20,7 @@ XMP = "XML:com.adobe.xmp"
 
 
 def png(*texts: tuple[str, str, bool], **options) -> bytes:
-    """texts: (keyword, text, whether it is international and so may be XMP), all compressed."""
+    """A PNG with compressed texts: (keyword, text, whether it is an international text, which may be XMP)."""
     info = PngImagePlugin.PngInfo()
     for keyword, text, international in texts:
         if international:
@@ -30,7 +30,7 @@ def png(*texts: tuple[str, str, bool], **options) -> bytes:
     return encoded("PNG", pnginfo=info, **options)
 
 
-def turned(text: str = "") -> str:
+def xmp_rotated(text: str = "") -> str:
     return f'<x:xmpmeta tiff:Orientation="6">{text}</x:xmpmeta>'
 
 
@@ -46,12 +46,12 @@ PNGS = {
     "many texts": png(*((f"note {number}", "x" * 1_000_000, False) for number in range(70))),
     "profile": encoded("PNG", icc_profile=b"0123456789abcdef" * 100_000),
     "no end": encoded("PNG")[:-12],
-    "a sum of another chunk": with_damaged_chunk(),
+    "a checksum of another chunk": with_damaged_chunk(),
 }
 
 
 @pytest.mark.parametrize("name", PNGS)
-def test_texts_and_profiles_of_a_png_do_not_decide_about_its_pixels(name, tmp_path):
+def test_texts_and_profiles_of_a_png_never_stop_its_decoding(name, tmp_path):
     limits = PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
     np.testing.assert_array_equal(decode(PNGS[name]), np.asarray(random_image()))
     assert measure(PNGS[name]) == measure(io.BufferedReader(io.BytesIO(PNGS[name]))) == (8, 12)
@@ -60,14 +60,14 @@ def test_texts_and_profiles_of_a_png_do_not_decide_about_its_pixels(name, tmp_pa
     assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 
 
-@pytest.mark.parametrize("text", [turned(), turned(" " * 2_000_000)], ids=["small", "large"])
-def test_the_orientation_of_xmp_still_turns_a_png(text):
+@pytest.mark.parametrize("text", [xmp_rotated(), xmp_rotated(" " * 2_000_000)], ids=["small", "large"])
+def test_the_orientation_in_xmp_is_applied_to_a_png(text):
     data = png((XMP, text, True), ("note", LARGE, False))
     np.testing.assert_array_equal(decode(data), np.rot90(np.asarray(random_image()), -1))
     assert measure(data) == (12, 8)
 
 
-def test_transparency_palettes_and_the_first_image_of_an_animation_stay():
+def test_transparency_palettes_and_the_first_frame_of_an_animation_are_kept():
     palette = encoded("PNG", mode="P", transparency=b"\x00\x80\xff", pnginfo=None)
     with Image.open(io.BytesIO(palette)) as image:
         expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -77,7 +77,7 @@ def test_transparency_palettes_and_the_first_image_of_an_animation_stay():
     np.testing.assert_array_equal(decode(file.getvalue()), np.asarray(random_image()))
 
 
-def test_a_png_that_is_cut_off_stays_refused():
+def test_a_truncated_png_is_refused():
     data = png(("note", LARGE, False), height=64, width=64)
     for cut in (100, 5000):
         with pytest.raises(OSError, match=r"truncated|broken"):
@@ -120,7 +120,7 @@ REFUSED = {
     "large.jpg_large": (encoded(), "begins as an image (JPEG), but its name is not one's"),
     "old.bak": (encoded("PNG"), "begins as an image (PNG), but its name is not one's"),
 }
-PASSED_BY = {
+IGNORED = {
     "Thumbs.db": b"\xd0\xcf\x11\xe0",
     "README": b"read me",
     "notes.md": b"# Notes",
@@ -135,36 +135,36 @@ def readable(kind: str) -> bool:
 
 @pytest.mark.parametrize("as_source", [as_folder, as_tar])
 def test_every_format_that_is_read_is_used_whatever_its_name(tmp_path, as_source):
-    pictures = {name: encoded(kind) for name, kind in READ.items() if readable(kind)}
-    assert len(pictures) >= len(READ) - 3
-    source, name = as_source(tmp_path / "s", pictures)
+    images = {name: encoded(kind) for name, kind in READ.items() if readable(kind)}
+    assert len(images) >= len(READ) - 3
+    source, name = as_source(tmp_path / "s", images)
     for verify in (False, True):
         good, bad = split(source, verify=verify)
-        assert (set(good), bad) == ({name.format(each) for each in pictures}, {})
+        assert (set(good), bad) == ({name.format(each) for each in images}, {})
         assert {record.size for record in good.values()} == {(8, 12)}
 
 
 @pytest.mark.parametrize("as_source", [as_folder, as_tar])
-def test_what_is_not_read_is_counted_and_named_by_its_format_and_its_caption_is_not_blamed(tmp_path, as_source):
-    pictures = {"good.jpg": encoded(), **{name: data for name, (data, _) in REFUSED.items()}}
-    source, place = as_source(tmp_path / "s", pictures)
+def test_other_formats_are_counted_and_refused_by_format_and_their_captions_are_not(tmp_path, as_source):
+    images = {"good.jpg": encoded(), **{name: data for name, (data, _) in REFUSED.items()}}
+    source, name_in = as_source(tmp_path / "s", images)
     good, bad = split(source)
-    assert list(good) == [place.format("good.jpg")]
-    assert set(bad) == {place.format(name) for name in REFUSED}
+    assert list(good) == [name_in.format("good.jpg")]
+    assert set(bad) == {name_in.format(name) for name in REFUSED}
     for name, (_, reason) in REFUSED.items():
-        assert reason in bad[place.format(name)], name
+        assert reason in bad[name_in.format(name)], name
 
 
-def test_training_counts_the_same_and_passes_by_what_is_no_image(tmp_path):
+def test_training_counts_the_same_and_ignores_files_that_are_not_images(tmp_path):
     files = {"good.jpg": encoded(), "good.txt": b"a", **{name: data for name, (data, _) in REFUSED.items()}}
-    source = open_folder(write_folder(tmp_path / "f", files | PASSED_BY), on_refused=OnRefused.SKIP)
+    source = open_folder(write_folder(tmp_path / "f", files | IGNORED), on_refused=OnRefused.SKIP)
     reasons = dict(source.refused())
     assert set(reasons) == set(REFUSED) and source.found == len(REFUSED) + 1 and len(source.paths) == 1
     with pytest.raises(InputError, match=r"None of the 1 images .*\n  photo: begins as an image \(JPEG\)"):
         open_folder(write_folder(tmp_path / "g", {"photo": encoded()}))
 
 
-def test_members_of_a_tar_that_are_no_images_are_passed_by_and_those_without_captions_named(tmp_path):
+def test_members_of_a_tar_that_are_not_images_are_ignored_and_images_without_captions_named(tmp_path):
     files = {
         "a.jpg": encoded(),
         "a.txt": b"a",
@@ -177,7 +177,7 @@ def test_members_of_a_tar_that_are_no_images_are_passed_by_and_those_without_cap
     assert sorted(each.file for each in found if isinstance(each, Refused)) == ["a.tar/b.avif", "a.tar/c"]
 
 
-def test_an_image_of_a_format_that_is_not_read_does_not_take_that_of_its_stem_along(tmp_path):
+def test_an_image_is_read_though_one_of_the_same_stem_is_refused(tmp_path):
     files = {
         "a.nef": encoded("TIFF"),
         "a.jpg": encoded(),
@@ -206,7 +206,7 @@ def test_other_formats_are_upright_too(kind, orientation):
     assert measure(data) == expected.shape[:2]
 
 
-def test_of_gifs_and_pages_the_first_is_taken():
+def test_the_first_frame_or_page_is_read():
     frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "TIFF"):
         file = io.BytesIO()

@@ -1,10 +1,11 @@
-"""The promises of sdxl_jax.data.images: upright sizes, true pixels, none below what was asked for."""
+"""The promises of sdxl_jax.data.images: upright sizes, correct pixels, never smaller than `at_least`."""
 
 import io
 
 import numpy as np
 import pytest
 from image_sources import png_claiming, random_image, save
+from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from sdxl_jax.data.folders import open_folder
@@ -19,7 +20,7 @@ def test_sizes_and_pixels_are_upright(tmp_path, orientation, suffix):
     path = save(tmp_path, f"a.{suffix}")
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = Image.new("RGB", (48, 32))  # broad blocks, so that JPEG changes little
+    image = Image.new("RGB", (48, 32))  # large blocks, which JPEG changes little
     image.paste((255, 0, 0), (0, 0, 16, 16))
     image.paste((0, 255, 0), (32, 0, 48, 16))
     image.save(path, exif=exif, quality=100)
@@ -31,7 +32,7 @@ def test_sizes_and_pixels_are_upright(tmp_path, orientation, suffix):
     assert open_folder(tmp_path, verify=True).sizes.tolist() == [list(pixels.shape[:2])]
 
 
-def test_transparency_lies_over_white(tmp_path):
+def test_transparency_is_composited_over_white(tmp_path):
     image = Image.new("RGBA", (2, 1), (10, 20, 30, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     image.save(tmp_path / "a.png")
@@ -43,7 +44,7 @@ def test_transparency_lies_over_white(tmp_path):
     assert read_image(tmp_path / "p.png").tolist() == [[[255, 255, 255], [4, 5, 6]]]
 
 
-def test_every_pixel_format_becomes_rgb(tmp_path):
+def test_every_pixel_format_is_converted_to_rgb(tmp_path):
     Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(tmp_path / "16.png")
     assert read_image(tmp_path / "16.png")[0, :, 0].tolist() == [0, 1, 255]
     for mode, name in [
@@ -60,7 +61,7 @@ def test_every_pixel_format_becomes_rgb(tmp_path):
         np.testing.assert_allclose(read_image(tmp_path / name).astype(int), expected, atol=3, err_msg=name)
 
 
-def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
     assert read_image(tmp_path / "a.webp").tolist() == [[[255, 0, 0]] * 12] * 8
@@ -88,7 +89,7 @@ def test_a_truncated_image_raises_when_read(tmp_path, suffix):
     ],
     ids=["empty", "text", "huge"],
 )
-def test_what_is_no_usable_image_is_known_from_its_beginning(data, reason):
+def test_unusable_data_is_refused_with_and_without_decoding(data, reason):
     for verify in (False, True):
         with pytest.raises(Unusable, match=reason):
             usable_size(data, verify=verify)
@@ -99,11 +100,11 @@ def test_a_missing_image_raises_with_its_name(tmp_path):
         read_image(tmp_path / "gone.png")
 
 
-# Shrinking while decoding
+# Downscaling while decoding
 
 
-def smooth(height, width) -> np.ndarray:
-    """An image that changes over many blocks, in all colours."""
+def smooth(height, width) -> UInt8[np.ndarray, "height width 3"]:
+    """A smooth image that varies over many blocks, in all channels."""
     y, x = np.mgrid[0:height, 0:width] / 60
     waves = [np.sin(y + 2 * x), np.cos(3 * y - x), np.sin(x * y / 8)]
     return (127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
@@ -131,14 +132,14 @@ def jpeg(pixels, **options) -> bytes:
         ((1, 1), (51, 76)),
     ],
 )
-def test_a_jpeg_is_shrunk_as_far_as_both_sides_allow(at_least, expected):
+def test_a_jpeg_is_downscaled_as_far_as_both_sides_allow(at_least, expected):
     data = jpeg(smooth(401, 603))
     assert decode(data, at_least).shape == (*expected, 3)
     progressive = jpeg(smooth(401, 603), progressive=True)
     assert decode(progressive, at_least).shape == (*expected, 3)
 
 
-def test_never_below_what_is_asked_for():
+def test_a_decoded_jpeg_is_never_smaller_than_at_least():
     rng = np.random.default_rng(0)
     for height, width in rng.integers(1, 200, (10, 2)).tolist():
         data = jpeg(smooth(height, width))
@@ -149,7 +150,7 @@ def test_never_below_what_is_asked_for():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_what_is_asked_for_is_upright(orientation):
+def test_at_least_is_a_size_of_the_upright_image(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = jpeg(smooth(160, 480), exif=exif)
@@ -163,14 +164,14 @@ def test_what_is_asked_for_is_upright(orientation):
     assert decode(data, too_high).shape[:2] == upright
 
 
-def psnr(left: np.ndarray, right: np.ndarray) -> float:
-    """dB; above 40 two images look the same."""
+def psnr(left: UInt8[np.ndarray, "height width 3"], right: UInt8[np.ndarray, "height width 3"]) -> float:
+    """Peak signal-to-noise ratio in dB; above 40 two images look the same."""
     error = np.mean((left.astype(np.float64) - right) ** 2)
     return 10 * np.log10(255**2 / error)
 
 
 @pytest.mark.parametrize("eighths", [4, 3, 2, 1])
-def test_shrinking_agrees_with_an_area_filter_over_the_whole(eighths):
+def test_downscaling_while_decoding_agrees_with_an_area_filter(eighths):
     """45 dB on a smooth image: both average, the decoder by cutting off frequencies; an 8-bit step is 48 dB."""
     data = jpeg(smooth(512, 768))
     height, width = 512 * eighths // 8, 768 * eighths // 8
@@ -178,7 +179,7 @@ def test_shrinking_agrees_with_an_area_filter_over_the_whole(eighths):
     assert psnr(decode(data, (height, width)), np.asarray(expected)) > 45
 
 
-def test_greyscale_shrinks_and_what_the_jpeg_decoder_does_not_read_stays_whole(tmp_path):
+def test_greyscale_is_downscaled_and_other_formats_keep_their_size(tmp_path):
     image = Image.fromarray(smooth(64, 96))
     image.convert("L").save(tmp_path / "grey.jpg")
     assert read_image(tmp_path / "grey.jpg", at_least=(8, 8)).shape == (8, 12, 3)
@@ -190,7 +191,7 @@ def test_greyscale_shrinks_and_what_the_jpeg_decoder_does_not_read_stays_whole(t
         np.testing.assert_array_equal(read_image(tmp_path / name, at_least=(8, 8)), whole, err_msg=name)
 
 
-def test_a_truncated_jpeg_is_found_however_small_it_is_asked_for():
+def test_a_truncated_jpeg_is_refused_when_downscaled_too():
     data = jpeg(smooth(64, 64))
     with pytest.raises(ValueError, match="Premature end"):
         decode(data[: len(data) // 2], (8, 8))

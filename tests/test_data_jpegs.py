@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.jpegs: every pixel of whole files, as Pillow has it, and nothing of damaged ones."""
+"""The promises of sdxl_jax.data.jpegs: complete files decode to the pixels of Pillow, damaged ones are refused."""
 
 import io
 import re
@@ -84,7 +84,7 @@ DAMAGED = {
     "cut, end": GOOD[: len(GOOD) // 2] + END,
     "cut, zeros": GOOD[: len(GOOD) // 2] + bytes(len(GOOD) // 2),
     "cut, zeros, end": GOOD[: len(GOOD) // 2] + bytes(len(GOOD) // 2) + END,
-    "cut, and harmless besides": spectral_selection(GOOD, b"\0\0\0")[: len(GOOD) // 2],
+    "cut, and a harmless departure": spectral_selection(GOOD, b"\0\0\0")[: len(GOOD) // 2],
     "middle gone": GOOD[:MIDDLE] + GOOD[MIDDLE + 500 :],
     "restarts, cut": RESTARTS[: len(RESTARTS) // 2],
     "restart marker gone": RESTARTS[:FIRST_RESTART] + RESTARTS[FIRST_RESTART + 2 :],
@@ -97,38 +97,38 @@ DAMAGED = {
 
 @pytest.fixture
 def as_pillow(monkeypatch):
-    """Pixels by Pillow, which waits for an end marker unless it is told otherwise."""
+    """Decodes with Pillow, which by default requires an end marker."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     return lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_harmless_departures_are_used_pixel_for_pixel_as_pillow(name, as_pillow):
+def test_harmless_departures_are_decoded_pixel_for_pixel_as_by_pillow(name, as_pillow):
     data = HARMLESS[name]
     np.testing.assert_array_equal(decode(data), as_pillow(data))
     assert measure(data) == (HEIGHT, WIDTH)
-    of = next(good for good in (GOOD, PROGRESSIVE, RESTARTS) if np.array_equal(decode(good), decode(data)))
-    np.testing.assert_array_equal(decode(data, (30, 30)), decode(of, (30, 30)))  # shrunk while it is decoded
+    intact = next(good for good in (GOOD, PROGRESSIVE, RESTARTS) if np.array_equal(decode(good), decode(data)))
+    np.testing.assert_array_equal(decode(data, (30, 30)), decode(intact, (30, 30)))  # downscaled while decoding
 
 
 @pytest.mark.parametrize("name", UNKNOWN_TO_PILLOW)
-def test_metadata_that_stops_pillow_stops_nothing(name):
+def test_metadata_that_pillow_refuses_is_ignored(name):
     np.testing.assert_array_equal(decode(UNKNOWN_TO_PILLOW[name]), decode(GOOD))
     assert measure(UNKNOWN_TO_PILLOW[name]) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_what_lost_rows_or_data_stays_refused(name):
+def test_files_with_missing_rows_or_data_are_refused(name):
     for at_least in (None, (30, 30)):
         with pytest.raises(ValueError, match=r"Premature end|premature end|extraneous bytes before|instead of RST"):
             decode(DAMAGED[name], at_least)
 
 
-def test_damage_is_named_though_something_harmless_comes_before_it():
+def test_damage_is_reported_though_a_harmless_departure_comes_before_it():
     with pytest.raises(ValueError, match="premature end of data segment"):
         jpegs.decode(spectral_selection(GOOD, b"\0\0\0")[: len(GOOD) // 2])
 
 
-def test_restart_numbers_by_which_libjpeg_loses_data_are_damage():
+def test_restart_numbers_that_make_libjpeg_lose_data_are_damage():
     with pytest.raises(ValueError, match="instead of RST2"):
         decode(RESTARTS.replace(b"\xff\xd2", b"\xff\xd3", 1))

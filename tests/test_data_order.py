@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.order and grouping: what an epoch takes, by weight, bucket and batch size."""
+"""The promises of sdxl_jax.data.order and grouping: the images of an epoch, by weight, bucket and batch size."""
 
 import pickle
 from collections import Counter
@@ -25,14 +25,14 @@ def epoch_of(order, epoch):
     return Counter(image for step in steps for image in images_of(order, step))
 
 
-def test_whole_weights_give_each_image_so_many_places_an_epoch():
+def test_an_integer_weight_is_the_number_of_places_per_epoch():
     order = Order([numbers((0, 8), (8, 12))], (1.0, 3.0), [4], seed=5)
     assert order.epoch_steps == 5
     for epoch in range(3):
         assert epoch_of(order, epoch) == {image: 1 if image < 8 else 3 for image in range(12)}
 
 
-def test_a_part_of_a_weight_takes_turns_until_all_had_theirs():
+def test_with_a_fractional_weight_images_take_turns_until_all_had_theirs():
     order = Order([numbers((0, 8), (8, 18))], (1.0, 0.4), [4], seed=5)
     epochs = [epoch_of(order, epoch) for epoch in range(5)]
     assert all(sum(epoch.values()) == 12 and all(epoch[image] == 1 for image in range(8)) for epoch in epochs)
@@ -41,10 +41,10 @@ def test_a_part_of_a_weight_takes_turns_until_all_had_theirs():
     assert len({frozenset(epoch) for epoch in epochs}) > 1
 
 
-def test_a_small_weight_leaves_no_image_out_for_ever():
+def test_a_small_weight_leaves_no_image_out_forever():
     order = Order([numbers((0, 20), (20, 23))], (1.0, 0.01), [1], seed=0)
     seen = sum((epoch_of(order, epoch) for epoch in range(3)), Counter())
-    assert all(seen[image] == 1 for image in range(20, 23))  # at least one place an epoch
+    assert all(seen[image] == 1 for image in range(20, 23))  # at least one place per epoch
 
 
 def test_a_small_bucket_collects_the_places_of_several_epochs_and_an_empty_one_has_no_batch():
@@ -58,11 +58,11 @@ def test_a_small_bucket_collects_the_places_of_several_epochs_and_an_empty_one_h
     assert [epoch + 1 for epoch in range(12) if lengths[epoch] == 4] == [3, 6, 8, 11] and set(lengths) == {3, 4}
     epochs = [epoch_of(order, epoch) for epoch in range(8)]
     together = sum(epochs, Counter())
-    assert together == dict.fromkeys(range(9), 8)  # as often as the others, to a place
+    assert together == dict.fromkeys(range(9), 8)  # exactly as often as the others
     assert {epoch[image] for epoch in epochs for image in range(3)} == {0, 2, 3}
 
 
-def test_a_bucket_alone_that_fills_no_batch_in_an_epoch_is_an_order():
+def test_a_single_bucket_smaller_than_a_batch_is_an_order():
     order = Order([numbers((0, 3))], (1.0,), [8], seed=1)
     assert order.epoch_steps == 3 / 8
     seen = Counter(image for step in range(3) for image in images_of(order, step))
@@ -70,7 +70,7 @@ def test_a_bucket_alone_that_fills_no_batch_in_an_epoch_is_an_order():
     assert images_of(order, 10**12) == images_of(Order([numbers((0, 3))], (1.0,), [8], seed=1), 10**12)
 
 
-def test_a_small_weight_in_a_small_bucket_shows_all_its_images_and_no_more_often():
+def test_a_small_weight_in_a_small_bucket_shows_all_its_images_equally_often():
     order = Order([numbers((0, 10)), numbers((10, 20))], (0.1,), [8, 1], seed=0)
     assert order.buckets[0].places == 1
     steps = [step for step in range(order.steps_before(80)) if order.bucket(step) == 0]
@@ -87,7 +87,7 @@ def test_batch_sizes_differ_by_bucket():
     assert order.buckets[0].remainder == 1
 
 
-def test_what_stands_in_for_a_bad_image_is_of_its_bucket_and_goes_round():
+def test_replacements_for_a_damaged_image_are_all_images_of_its_bucket():
     order = Order([numbers((0, 4)), numbers((4, 9))], (1.0,), [2, 2], seed=3)
     for step in range(order.steps_before(2)):
         members = range(4) if order.bucket(step) == 0 else range(4, 9)
@@ -95,19 +95,19 @@ def test_what_stands_in_for_a_bad_image_is_of_its_bucket_and_goes_round():
         assert sorted(instead) == list(members)
 
 
-def test_any_step_is_reached_at_once_and_in_another_process_alike():
+def test_any_step_is_reached_at_once_and_is_the_same_in_another_process():
     order = Order([numbers((0, 50)), numbers((50, 77))], (0.7,), [4, 4], seed=3)
     other = pickle.loads(pickle.dumps(order))
     for step in (0, 10**6, 10**12):
         assert images_of(order, step) == images_of(other, step) and order.bucket(step) == other.bucket(step)
 
 
-def test_a_pickle_holds_no_image_number():
+def test_a_pickle_holds_no_image_numbers():
     order = Order([numbers((0, 1_000_000))], (1.0,), [4], seed=3)
     assert len(pickle.dumps(order)) < 10_000
 
 
-def test_the_runs_of_buckets_follow_each_other():
+def test_the_positions_of_buckets_are_consecutive():
     order = Order(
         [numbers((5, 8), (20, 22)), numbers((0, 0), (0, 0)), numbers((0, 5), (30, 31))], (1.0, 2.0), [2] * 3, 0
     )
@@ -121,8 +121,8 @@ BUCKETS = [Bucket(32, 16), Bucket(24, 16), Bucket(16, 16), Bucket(16, 32)]
 def grouping(*counts):
     ends = np.cumsum(counts)
     members = [[np.arange(end - count, end, dtype=np.int32)] for count, end in zip(counts, ends, strict=True)]
-    nothing = np.zeros(0, np.int32)
-    return Grouping(members, nothing, nothing, nothing, nothing, 0.0)
+    empty = np.zeros(0, np.int32)
+    return Grouping(members, empty, empty, empty, empty, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -132,16 +132,16 @@ def grouping(*counts):
         ((9, 0, 1, 9), [10, 0, 0, 9], {2: 0}),  # 1:1 is as far from 2:1 as from 1:2: the first of those with images
         ((9, 9, 9, 3), [9, 9, 12, 0], {3: 2}),
         ((2, 3, 9, 9), [0, 5, 9, 9], {0: 1}),
-        ((1, 2, 9, 9), [0, 0, 12, 9], {0: 2, 1: 2}),  # what came in goes along
+        ((1, 2, 9, 9), [0, 0, 12, 9], {0: 2, 1: 2}),  # images that were moved in are moved on
         ((1, 1, 1, 0), [0, 3, 0, 0], {0: 1, 2: 1}),
-        ((0, 0, 2, 0), [0, 0, 2, 0], {}),  # one alone is left: it is repeated
+        ((0, 0, 2, 0), [0, 0, 2, 0], {}),  # only one is left: its images repeat within a batch
         ((9, 9, 9, 9), [9, 9, 9, 9], {}),
     ],
 )
 def test_small_buckets_merge_into_the_nearest_until_batches_are_full(counts, merged, moved):
-    after, into = merge_small(grouping(*counts), BUCKETS, [4] * 4, [1.0])
-    assert after.counts() == merged and into == moved
+    grouped, into = merge_small(grouping(*counts), BUCKETS, [4] * 4, [1.0])
+    assert grouped.counts() == merged and into == moved
     weighted, _ = merge_small(grouping(*counts), BUCKETS, [40] * 4, [10.0])
     assert weighted.counts() == merged
-    everything = np.concatenate([numbers for bucket in after.members for numbers in bucket])
+    everything = np.concatenate([numbers for bucket in grouped.members for numbers in bucket])
     assert sorted(everything.tolist()) == list(range(sum(counts)))

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.pipeline: every image once an epoch, the position is the step, processes agree."""
+"""The promises of sdxl_jax.data.pipeline: every image once per epoch, the position is the step, processes agree."""
 
 import dataclasses
 import itertools
@@ -25,11 +25,15 @@ from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
 
 BUCKETS = ((16, 16), (16, 32), (32, 16), (8, 40))
-COUNTS = {(20, 26): 11, (17, 33): 9, (70, 33): 2}  # with batches of 4: remainders 3 and 1, and a bucket too small
+COUNTS = {
+    (20, 26): 11,
+    (17, 33): 9,
+    (70, 33): 2,
+}  # with batches of 4: remainders 3 and 1, and a bucket smaller than a batch
 
 
 def tokenize(captions):
-    """77 times the number in the caption."""
+    """The number in the caption, repeated 77 times."""
     return {"clip": np.array([[int(caption.split()[-1])] * 77 for caption in captions], np.int32)}
 
 
@@ -58,8 +62,8 @@ def take(dataset, count, start=0) -> Any:
     return list(itertools.islice(dataset.iterate(start), count))
 
 
-def pixels(batch):
-    """original size, crop, target size of each example"""
+def geometry(batch):
+    """Original size, crop and target size of each example, [3, batch, 2]."""
     return np.stack([batch.micro.original_size, batch.micro.crop_top_left, batch.micro.target_size])
 
 
@@ -68,7 +72,7 @@ def assert_same(left, right):
     for one, other in zip(left, right, strict=True):
         np.testing.assert_array_equal(one.image, other.image)
         np.testing.assert_array_equal(one.tokens["clip"], other.tokens["clip"])
-        np.testing.assert_array_equal(pixels(one), pixels(other))
+        np.testing.assert_array_equal(geometry(one), geometry(other))
         np.testing.assert_array_equal(one.example, other.example)
 
 
@@ -78,7 +82,7 @@ def epochs_of(dataset, count):
     return [batches[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def test_every_batched_image_comes_once_an_epoch_and_epochs_differ(config):
+def test_every_batched_image_is_seen_once_per_epoch_and_epochs_differ(config):
     dataset = open_dataset(config)
     assert dataset.epoch_steps == 2 + 2 + 0.5
     orders, left_out = [], set()
@@ -90,10 +94,10 @@ def test_every_batched_image_comes_once_an_epoch_and_epochs_differ(config):
         orders.append([batch.example.tolist() for batch in epoch])
         left_out.add(frozenset(set(range(20)) - set(large)))
     assert len({str(order) for order in orders}) == 4
-    assert len(left_out) > 1  # no image is left out for ever
+    assert len(left_out) > 1  # no image is left out forever
 
 
-def test_a_batch_is_of_one_bucket_and_bucket_of_knows_it_beforehand(config):
+def test_a_batch_has_one_bucket_which_bucket_of_gives_in_advance(config):
     dataset = open_dataset(config)
     for step, batch in enumerate(take(dataset, 15)):
         bucket = dataset.bucket_of(step)
@@ -127,18 +131,18 @@ def test_processes_together_read_what_one_process_would(config):
     for one, *parts in zip(whole, *halves, strict=True):
         np.testing.assert_array_equal(one.image, np.concatenate([part.image for part in parts]))
         np.testing.assert_array_equal(one.example, np.concatenate([part.example for part in parts]))
-        np.testing.assert_array_equal(pixels(one), np.concatenate([pixels(part) for part in parts], axis=1))
+        np.testing.assert_array_equal(geometry(one), np.concatenate([geometry(part) for part in parts], axis=1))
 
 
-def test_crops_and_flips_are_drawn_again_each_epoch_and_repeat_with_the_seed(config):
-    def draws(seed):
-        """Of each image: (left, flipped) wherever it came up in twelve epochs."""
+def test_crops_and_flips_differ_each_epoch_and_repeat_with_the_seed(config):
+    def geometries(seed):
+        """(image, left, flipped) of every example in twelve epochs."""
         examples = itertools.islice(open_dataset(config, seed=seed).examples(), 12 * 5 * 4)
         return [(image, int(example.crop_top_left[1]), example.flipped) for image, _, example in examples]
 
-    first = draws(7)
-    assert all(len({draw for draw in first if draw[0] == image}) > 2 for image in range(11))
-    assert first == draws(7) != draws(8)
+    first = geometries(7)
+    assert all(len({each for each in first if each[0] == image}) > 2 for image in range(11))
+    assert first == geometries(7) != geometries(8)
 
 
 def test_order_differs_by_seed_and_zero_is_a_seed(config):
@@ -153,7 +157,7 @@ def test_a_single_batch_is_a_dataset(config):
     assert counts.sum() == 30 and counts.min() == 1 and counts.max() == 2
 
 
-def test_report_counts_what_an_epoch_takes_and_leaves(config):
+def test_report_counts_the_images_that_an_epoch_uses_and_leaves_out(config):
     report = [tuple(bucket) for bucket in open_dataset(config).report()]
     assert report == [
         (16, 16, 11, 4, 2, 3, 0, None),
@@ -176,6 +180,8 @@ def test_images_that_fit_no_bucket_are_refused_by_name(config):
 def test_buckets_that_no_image_fits_are_refused(config):
     with pytest.raises(InputError, match=r"(?s)None of the 22 images .* fits a bucket.*Add buckets"):
         open_dataset(config, buckets=((8, 80),), on_refused=OnRefused.SKIP)
+    with pytest.raises(InputError, match=r"(?s)None of the 22 images .*data\.min_size=1000.*\nLower data\.min_size"):
+        open_dataset(config, min_size=1000)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +189,7 @@ def test_buckets_that_no_image_fits_are_refused(config):
     [
         ({"process_count": 3}, "batch_size=4 cannot be split over 3 processes. Use a multiple of 3, e.g. 6"),
         ({"batch_size": 0}, "batch_size=0 cannot"),
-        ({"process_index": 2, "process_count": 2}, "host_index=2 is out of range. Give 0 to 1"),
+        ({"process_index": 2, "process_count": 2}, "process_index=2 is out of range. Give 0 to 1"),
         ({"flip_probability": 1.5}, "flip_probability=1.5 is out of range. Give 0 to 1"),
         ({"seed": -1}, "seed=-1"),
         ({"workers": -1}, "workers=-1"),
@@ -204,29 +210,31 @@ def test_bad_settings_are_refused_with_the_remedy(config, changes, message):
         open_dataset(config, **changes)
 
 
-# Bad images that training meets
+# Images that turn out damaged during training
 
 
 @pytest.fixture
-def spoilt(folder, tmp_path):
-    """(folder, spoil): a copy of the folder, and a function that damages images of it, by number."""
-    copied = tmp_path / "spoilt"
+def damaged(folder, tmp_path):
+    """(folder, damage): a copy of the folder, and a function that damages images in it, by number."""
+    copied = tmp_path / "damaged"
     shutil.copytree(folder, copied)
 
-    def spoil(*images):
+    def damage(*images):
         for image in images:
             (copied / f"{image:02d}.png").write_bytes(b"no image")
 
-    return copied, spoil
+    return copied, damage
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_is_replaced_by_the_next_of_its_bucket_named_once_and_counted(config, spoilt, workers, capsys):
-    folder, spoil = spoilt
+def test_a_damaged_image_is_replaced_by_the_next_of_its_bucket_reported_once_and_counted(
+    config, damaged, workers, capsys
+):
+    folder, damage = damaged
     given = {"folder": str(folder), "workers": workers, "max_bad_share": 1.0}
     clean = take(open_dataset(config, **given), 10)
     dataset = open_dataset(config, **given)
-    spoil(0, 1, 12)
+    damage(0, 1, 12)
     seen = take(dataset, 10)
     replaced = np.concatenate([batch.replaced for batch in seen])
     before, after = (np.concatenate([batch.example for batch in batches]) for batches in (clean, seen))
@@ -236,16 +244,16 @@ def test_a_bad_image_is_replaced_by_the_next_of_its_bucket_named_once_and_counte
     assert all(
         dataset.source.size(a) == dataset.source.size(b) for a, b in zip(before.tolist(), after.tolist(), strict=True)
     )
-    said = capsys.readouterr().out
-    assert [said.count(f"/{name}.png cannot be read") for name in ("00", "01", "12", "02")] == [1, 1, 1, 0]
-    assert_same(take(dataset, 4, start=6), seen[6:])  # the same stand-ins, wherever one starts
+    output = capsys.readouterr().out
+    assert [output.count(f"/{name}.png cannot be read") for name in ("00", "01", "12", "02")] == [1, 1, 1, 0]
+    assert_same(take(dataset, 4, start=6), seen[6:])  # the same replacements, whatever the first step
 
 
-def test_more_bad_images_than_allowed_stop_the_run_and_say_so(config, spoilt, monkeypatch):
-    folder, spoil = spoilt
+def test_more_damaged_images_than_allowed_stop_the_run_with_an_error(config, damaged, monkeypatch):
+    folder, damage = damaged
     monkeypatch.setattr(pipeline, "FEW", 40)
     dataset = open_dataset(config, folder=str(folder), max_bad_share=0.1)
-    spoil(*range(9))
+    damage(*range(9))
     with pytest.raises(InputError, match=r"(?s)\d+ of the \d+ examples .* data\.max_bad_share=0\.1.*\.png cannot be"):
         take(dataset, 100)
     strict = open_dataset(config, folder=str(folder), max_bad_share=0.0, verify_images=False, on_refused=OnRefused.SKIP)
@@ -254,26 +262,26 @@ def test_more_bad_images_than_allowed_stop_the_run_and_say_so(config, spoilt, mo
         take(strict, 100)
 
 
-def test_a_bucket_of_bad_images_alone_stops_the_run(config, spoilt):
-    folder, spoil = spoilt
+def test_a_bucket_with_only_damaged_images_stops_the_run(config, damaged):
+    folder, damage = damaged
     dataset = open_dataset(config, folder=str(folder), max_bad_share=1.0)
-    spoil(20, 21)
-    with pytest.raises(InputError, match=r"2 images of the bucket 32×16 in a row are bad\. The last one: .*2[01]"):
+    damage(20, 21)
+    with pytest.raises(InputError, match=r"2 images of the bucket 32×16 in a row are damaged\. The last one: .*2[01]"):
         take(dataset, 12)
 
 
-def test_an_image_of_another_size_than_was_listed_is_bad(config, spoilt, capsys):
-    folder, _ = spoilt
+def test_an_image_of_another_size_than_when_listed_counts_as_damaged(config, damaged, capsys):
+    folder, _ = damaged
     dataset = open_dataset(config, folder=str(folder), max_bad_share=1.0)
     Image.new("RGB", (64, 64)).save(folder / "00.png")
     assert sum(batch.replaced.sum() for batch in take(dataset, 15)) >= 1
-    assert "00.png has the shape (64, 64) now, and had (20, 26)" in capsys.readouterr().out
+    assert "00.png is decoded to 64×64 (height × width), and was 20×26" in capsys.readouterr().out
 
 
 # Sizes of images and batches
 
 
-def test_a_minimum_size_leaves_out_and_counts_and_is_no_error(config):
+def test_images_below_the_minimum_size_are_left_out_and_counted_without_an_error(config):
     dataset = open_dataset(config, min_size=18)
     assert dataset.too_small_count() == COUNTS[17, 33] and dataset.refused_count() == 0
     assert [bucket.images for bucket in dataset.report()] == [11, 0, 2, 0]
@@ -283,7 +291,7 @@ def test_a_minimum_size_leaves_out_and_counts_and_is_no_error(config):
     assert seen["too_small"] == 9 and seen["images_usable"] == 13 and not seen["refused"]
 
 
-def test_small_images_are_enlarged_and_told_so_by_their_size(config):
+def test_small_images_are_upscaled_and_conditioned_on_their_original_size(config):
     dataset = open_dataset(config, buckets=((64, 64), (64, 128), (128, 64)))
     for batch in take(dataset, 5):
         assert (batch.micro.original_size < batch.micro.target_size).any(axis=1).all()
@@ -316,7 +324,7 @@ def test_a_pixel_budget_gives_each_bucket_as_many_images_as_fit(config):
         open_dataset(config, buckets=buckets, batch_size=2, batch_pixels=1000)
 
 
-def test_a_small_bucket_can_be_merged_and_says_so(config):
+def test_a_small_bucket_can_be_merged_and_is_reported(config):
     report = {bucket[:2]: bucket for bucket in open_dataset(config, small_buckets=SmallBuckets.MERGE).report()}
     assert report[32, 16].merged_into == (16, 16) and report[32, 16].images == 0
     assert report[16, 16].images == 13 and report[16, 16].repeated == 0
@@ -330,7 +338,7 @@ def test_a_small_bucket_can_be_merged_and_says_so(config):
 # Several sources, scores, crops
 
 
-def test_sources_come_as_often_as_their_weights_say(config, shard_set, tmp_path):
+def test_images_are_seen_as_often_as_the_weights_of_their_sources_say(config, shard_set, tmp_path):
     second = tmp_path / "second"
     second.mkdir()
     for number in range(6):
@@ -344,7 +352,7 @@ def test_sources_come_as_often_as_their_weights_say(config, shard_set, tmp_path)
     assert dataset.source.name(22) == f"{second}/0.png"
     other = open_dataset(config, folder=None, sources=(sources[0], Source(str(second), 1.0)), batch_size=1)
     assert other.fingerprint != dataset.fingerprint
-    with pytest.raises(InputError, match=r"the weight 0\.0\. Expected more than 0"):
+    with pytest.raises(InputError, match=r"the weight 0\.0\. Give a finite number above 0"):
         open_dataset(config, folder=None, sources=(Source(config.folder, 0.0),))
     for given in ({"folder": None}, {"sources": sources}):
         with pytest.raises(InputError, match="Give one folder, or several sources"):
@@ -355,23 +363,26 @@ def test_scores_reach_the_batch_and_images_without_one_are_refused(config, tmp_p
     lines = []
     for number in range(5):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
-        score = {"score": 4.5 + number if number > 1 else 1e39} if number else {}  # one has none, one's is infinite
+        # One image has no score, that of another is infinite.
+        score = {"score": 4.5 + number if number > 1 else 1e39} if number else {}
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"image {number}", **score}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     given = {"folder": str(tmp_path), "buckets": ((16, 16),), "batch_size": 2}
     dataset = open_dataset(config, **given, aesthetic="score", on_refused=OnRefused.SKIP)
-    assert [refused.reason for refused in dataset.refused()] == ["has no score, which data.aesthetic asks for"] * 2
+    assert [refused.reason for refused in dataset.refused()] == ["has no score, which data.aesthetic requires"] * 2
     for batch in take(dataset, 4):
         np.testing.assert_array_equal(batch.micro.aesthetic_score, 4.5 + batch.example)
         assert batch.micro.aesthetic_score.dtype == np.float32
     assert take(open_dataset(config, **given), 1)[0].micro.aesthetic_score is None
     with pytest.raises(InputError, match=r"2 entries of .* cannot be used"):
         open_dataset(config, **given, aesthetic="score")
-    with pytest.raises(InputError, match=r"data\.aesthetic=scor: .* no number of that name. .*nearest first: score"):
+    with pytest.raises(
+        InputError, match=r"data\.aesthetic=scor: .* no numeric field of that name. .*nearest first: score"
+    ):
         open_dataset(config, **given, aesthetic="scor")
 
 
-def test_a_fixed_number_of_crops_is_drawn_from_again_and_again(config):
+def test_with_fixed_crops_an_image_has_no_more_than_that_number(config):
     def crops(batches):
         found = {}
         for batch in batches:
@@ -387,7 +398,7 @@ def test_a_fixed_number_of_crops_is_drawn_from_again_and_again(config):
     assert {len(contents) for contents in one.values()} == {1}
 
 
-def test_inspection_counts_and_lists_and_never_stops_at_a_refusal(config, folder, tmp_path):
+def test_inspection_counts_and_lists_refusals_and_never_stops_at_one(config, folder, tmp_path):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "00.txt").unlink()
@@ -399,7 +410,7 @@ def test_inspection_counts_and_lists_and_never_stops_at_a_refusal(config, folder
     assert report["buckets"][0] == dict(zip(keys, [16, 16, 10, 4, 2, 2, 0, None], strict=True))
 
 
-def test_dump_shows_the_training_examples_in_training_order(config, folder, tmp_path):
+def test_dump_writes_the_training_examples_in_training_order(config, folder, tmp_path):
     dump(open_dataset(config), 10, tmp_path / "dump")
     assert sorted(path.name for path in (tmp_path / "dump").iterdir()) == sorted(
         f"{number:06d}.{suffix}" for number in range(10) for suffix in ("png", "json")
@@ -416,7 +427,7 @@ def test_dump_shows_the_training_examples_in_training_order(config, folder, tmp_
         assert set(record) == {"source", "original_size", "crop_top_left", "target_size", "flipped", "caption"}
 
 
-def test_dump_refuses_a_used_folder_and_no_examples(config, tmp_path):
+def test_dump_refuses_a_folder_in_use_and_a_count_of_zero(config, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="not an empty folder"):
         dump(open_dataset(config), 1, tmp_path)
@@ -424,7 +435,7 @@ def test_dump_refuses_a_used_folder_and_no_examples(config, tmp_path):
         dump(open_dataset(config), 0, tmp_path / "new")
 
 
-def test_real_photographs_keep_their_sizes_and_true_records(tmp_path):
+def test_photographs_keep_their_sizes_and_their_crops_are_recorded_correctly(tmp_path):
     """Photographs of $SDXL_JAX_TEST_DATA/coco363: val2017/ and captions.json."""
     root = Path(os.environ.get("SDXL_JAX_TEST_DATA", "")) / "coco363"
     if not (root / "captions.json").exists():
@@ -451,7 +462,7 @@ def test_real_photographs_keep_their_sizes_and_true_records(tmp_path):
         right, bottom = min(box[2], float(width)), min(box[3], float(height))
         expected = photograph.resize((target[1], target[0]), Image.Resampling.BICUBIC, box=(*box[:2], right, bottom))
         difference = np.abs(np.asarray(expected, np.float32) - example.image).mean()
-        assert difference < 3  # two filters; a crop that is off by some pixels, or the wrong way round, is above 10
+        assert difference < 3  # two filters; a crop that is off by some pixels, or mirrored, is above 10
 
 
 # Shard sets
@@ -476,7 +487,7 @@ def test_a_shard_set_can_be_built_from_a_shard_set(config, shard_set, tmp_path):
     assert_same(take(open_dataset(config, folder=str(tmp_path / "again")), 5), expected)
 
 
-def test_a_shard_sets_fingerprint_is_that_of_its_content_and_buckets(config, shard_set):
+def test_the_fingerprint_depends_on_the_content_of_a_shard_set_and_on_buckets(config, shard_set):
     dataset = open_dataset(config, folder=str(shard_set))
     assert dataset.fingerprint == open_dataset(config, folder=str(shard_set)).fingerprint
     others = {"folder": config.folder}, {"buckets": ((16, 16), (16, 32))}, {"max_aspect_distance": 0.1}
@@ -485,19 +496,19 @@ def test_a_shard_sets_fingerprint_is_that_of_its_content_and_buckets(config, sha
         assert open_dataset(config, **given).fingerprint != dataset.fingerprint
 
 
-def test_several_captions_of_an_image_take_turns_and_repeat_with_the_step(tmp_path):
+def test_one_of_several_captions_is_chosen_by_the_step(tmp_path):
     source = tmp_path / "images"
     source.mkdir()
     Image.new("RGB", (16, 16)).save(source / "a.png")
     (source / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": ["one 1", "two 2", "three 3"]}))
     build(str(source), tmp_path / "shards", workers=0, progress=False)
     config = DataConfig(folder=str(tmp_path / "shards"), buckets=((16, 16),), batch_size=1)
-    told = [int(batch.tokens["clip"][0, 0]) for batch in take(open_dataset(config), 40)]
-    assert Counter(told).keys() == {1, 2, 3}
-    assert [int(batch.tokens["clip"][0, 0]) for batch in take(open_dataset(config), 20, start=20)] == told[20:]
+    chosen = [int(batch.tokens["clip"][0, 0]) for batch in take(open_dataset(config), 40)]
+    assert Counter(chosen).keys() == {1, 2, 3}
+    assert [int(batch.tokens["clip"][0, 0]) for batch in take(open_dataset(config), 20, start=20)] == chosen[20:]
 
 
-def test_inspection_of_a_shard_set_counts_what_was_refused_when_it_was_built(tmp_path, folder):
+def test_inspection_of_a_shard_set_counts_the_refusals_of_its_build(tmp_path, folder):
     source = tmp_path / "images"
     shutil.copytree(folder, source)
     (source / "bad.png").write_bytes(b"")

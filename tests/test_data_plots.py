@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.plots: one image of sizes, buckets and batches, or a reason why not."""
+"""The promises of sdxl_jax.data.plots: one chart of sizes, buckets and examples, or an error that says why not."""
 
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_size_histogram_has_each_image_in_the_bin_of_its_height_and_width(monkey
         monkeypatch.setattr(plots, "_CHUNK", chunk)
         counts = plots.size_histogram(sizes)
         assert counts.sum() == 4
-        assert counts[8 * 16, 9 * 16] == 2  # a side of just the minimum lies above its line
+        assert counts[8 * 16, 9 * 16] == 2  # a side equal to the minimum lies above its line
         assert counts[8 * 16 - 1, 9 * 16] == 1
         assert counts[0, -1] == 1
 
@@ -79,19 +79,19 @@ def test_the_sheet_shows_the_first_examples_of_the_fullest_buckets(config: DataC
     sheet = plots._sheet(dataset, [bucket for bucket in dataset.report() if bucket.images])
     assert [(bucket.height, bucket.width, len(examples)) for bucket, examples in sheet] == [(16, 16, 3), (32, 16, 3)]
     for bucket, examples in sheet:
-        assert all(drawn.example.image.shape == (bucket.height, bucket.width, 3) for drawn in examples)
+        assert all(each.example.image.shape == (bucket.height, bucket.width, 3) for each in examples)
 
 
-def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
+def test_another_suffix_or_a_folder_is_refused(tmp_path: Path) -> None:
     for name in ("data.jpg", "data"):
-        with pytest.raises(InputError, match=r"ends in \.png, \.pdf, \.svg"):
+        with pytest.raises(InputError, match=r"ends in \.png, \.pdf or \.svg"):
             plots.check(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(InputError, match="it is a folder"):
         plots.check(tmp_path / "folder.png")
 
 
-def test_without_matplotlib_it_says_what_to_install(
+def test_without_matplotlib_the_error_says_what_to_install(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -1,5 +1,5 @@
-"""The promise of sdxl_jax.data that the position is the step: wherever a run stopped, it goes on with the same bytes,
-with any number of workers and processes, from images and from a cache."""
+"""The promise of sdxl_jax.data that the position is the step: from any step a run resumes with the same bytes, with any
+number of workers and processes, from images and from a cache."""
 
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ import grain
 import jax
 import numpy as np
 import pytest
+from jaxtyping import BFloat16, Int32, Int64
 from ml_dtypes import bfloat16
 from PIL import Image
 
@@ -34,32 +35,32 @@ TESTS = str(Path(__file__).parent)
 
 Fields = dict[str, np.ndarray]
 
-# (height, width) and how many of them. Of the first source each image comes twice an epoch, of the second 0.7 times.
+# Images per (height, width). Images of the first source are seen twice per epoch, of the second 0.7 times.
 FIRST = {(20, 26): 11, (17, 33): 9, (70, 33): 1}
 SECOND = {(40, 44): 6, (20, 41): 3, (64, 34): 1}
 DAMAGED = {"first": (3,), "second": (9,)}
-"""Their headers are whole, so that they are listed; the last one is in a bucket smaller than a batch."""
+"""Their headers are intact, so that they are listed; the last one is in a bucket smaller than a batch."""
 EPOCH = 8
-"""Steps of the first: 27 places in batches of 8, 21 in batches of 4, and 3 that fill no batch of 4 yet."""
+"""Steps of the first epoch: 27 places in batches of 8, 21 in batches of 4, and 3 that fill no batch of 4 yet."""
 STOPS = (0, 1, 4, EPOCH - 1, EPOCH, 10**6)
 STEPS = 6
-"""Read at each: from the middle, on into the next epoch, and more than there are workers."""
+"""Steps read from each: into the next epoch, and more than there are workers."""
 
 
-def tokenize(captions: list[str]) -> dict[str, np.ndarray]:
-    """77 times the number in the caption."""
+def tokenize(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
+    """The number in the caption, repeated 77 times."""
     return {"clip": np.array([[int(caption.split()[-1])] * 77 for caption in captions], np.int32)}
 
 
-def slowly(captions: list[str]) -> dict[str, np.ndarray]:
-    """The same, so that a kill falls between two batches."""
+def tokenize_slowly(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
+    """As `tokenize`, so slow that a kill falls between two batches."""
     time.sleep(0.02)
     return tokenize(captions)
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    """A folder of two, with two or three captions and a score to each image."""
+    """A folder of two sources, with two or three captions and a score per image."""
     root, rng = tmp_path_factory.mktemp("sources"), np.random.default_rng(0)
     for source, (name, counts) in enumerate({"first": FIRST, "second": SECOND}.items()):
         folder = root / name
@@ -100,21 +101,21 @@ def fields(batch: Batch) -> Fields:
 
 
 def digest(batch: Batch) -> str:
-    named = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for name, array in sorted(fields(batch).items()):
-        named.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
-    return named.hexdigest()
+        hashed.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return hashed.hexdigest()
 
 
 def read(dataset: BucketedDataset, start: int, count: int) -> list[Fields]:
     batches = dataset.iterate(start)
-    # It names the damaged images each time, which would hide the table below.
+    # It reports the damaged images each time, which would hide the table below.
     with contextlib.closing(batches), contextlib.redirect_stdout(io.StringIO()):
         return [fields(batch) for batch in itertools.islice(batches, count)]
 
 
 def joined(processes: list[list[Fields]]) -> list[Fields]:
-    """Each step's rows of all processes."""
+    """Each step's global batch, from the rows of all processes."""
     return [
         {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(*processes, strict=True)
@@ -131,16 +132,16 @@ def assert_same(left: list[Fields], right: list[Fields]) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(sources) -> Callable[[int], list[Fields]]:
-    """What one process without workers reads from a step on, in a run that began earlier: at step 0, or, a million
-    batches being too many, just before."""
+def uninterrupted(sources) -> Callable[[int], list[Fields]]:
+    """The batches that one process without workers reads from a step on, in an uninterrupted run: one from step 0, or,
+    for step 1,000,000, from shortly before."""
     dataset = open_dataset(sources)
     near = read(dataset, 0, EPOCH + STEPS)
     far = read(dataset, STOPS[-1] - 3, 3 + STEPS)[3:]
     return lambda start: far if start == STOPS[-1] else near[start : start + STEPS]
 
 
-def assert_hosts_go_on(sources, expected, workers, processes, stop):
+def assert_processes_resume(sources, expected, workers, processes, stop):
     given = [
         open_dataset(sources, workers=workers, process_index=process, process_count=processes)
         for process in range(processes)
@@ -148,7 +149,7 @@ def assert_hosts_go_on(sources, expected, workers, processes, stop):
     assert_same(joined([read(dataset, stop, STEPS) for dataset in given]), expected)
 
 
-def test_the_data_set_has_all_that_may_go_wrong(sources):
+def test_the_test_data_covers_damage_captions_crops_and_scores(sources):
     dataset = open_dataset(sources)
     assert [bucket[2:7] for bucket in dataset.report()] == [(17, 8, 3, 3, 0), (12, 4, 5, 1, 0), (2, 4, 0.75, 0, 2)]
     assert dataset.epoch_steps == 8.75 and dataset.order.steps_before(1) == EPOCH
@@ -166,24 +167,24 @@ def test_the_data_set_has_all_that_may_go_wrong(sources):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("stop", STOPS)
-def test_threads_go_on_from_any_step_with_any_number_of_processes(sources, undisturbed, processes, stop):
-    assert_hosts_go_on(sources, undisturbed(stop), 0, processes, stop)
+def test_threads_resume_from_any_step_with_any_number_of_processes(sources, uninterrupted, processes, stop):
+    assert_processes_resume(sources, uninterrupted(stop), 0, processes, stop)
 
 
 @pytest.mark.slow
-def test_four_workers_on_two_processes_go_on_at_the_end_of_an_epoch(sources, undisturbed):
-    assert_hosts_go_on(sources, undisturbed(EPOCH - 1), 4, 2, EPOCH - 1)
+def test_four_workers_on_two_processes_resume_at_the_end_of_an_epoch(sources, uninterrupted):
+    assert_processes_resume(sources, uninterrupted(EPOCH - 1), 4, 2, EPOCH - 1)
 
 
 @pytest.mark.slow
-def test_any_workers_and_processes_go_on_from_any_step(sources, undisturbed):
+def test_any_workers_and_processes_resume_from_any_step(sources, uninterrupted):
     """The whole matrix; -s shows it."""
     print("\nworkers processes    stop: equal")
     differences = []
     for workers, processes, stop in itertools.product((0, 2, 4), (1, 2, 4), STOPS):
         started, before = time.monotonic(), len(differences)
         try:
-            assert_hosts_go_on(sources, undisturbed(stop), workers, processes, stop)
+            assert_processes_resume(sources, uninterrupted(stop), workers, processes, stop)
         except AssertionError as difference:
             differences.append(f"{workers} workers, {processes} processes, from step {stop}: {difference}")
         equal = "yes" if len(differences) == before else "NO"
@@ -195,44 +196,44 @@ def test_any_workers_and_processes_go_on_from_any_step(sources, undisturbed):
 
 
 def check_states(sources, workers, stop):
-    # Grain compares with np.testing.assert_equal, which goes through named tuples and takes strings and None as well.
+    # Grain compares with np.testing.assert_equal, which traverses named tuples and also compares strings and None.
     dataset = open_dataset(sources, workers=workers)
     grain.experimental.assert_equal_output_after_checkpoint(dataset.iter_dataset(EPOCH - 3, stop))
 
 
-def test_grain_finds_every_state_of_threads_restored(sources):
+def test_grain_restores_every_state_with_threads(sources):
     check_states(sources, 0, EPOCH + 3)
 
 
 @pytest.mark.slow
-def test_grain_finds_every_state_of_workers_restored(sources):
+def test_grain_restores_every_state_with_workers(sources):
     check_states(sources, 2, EPOCH + 1)
 
 
-def test_grains_test_would_see_a_difference(sources):
+def test_grains_test_detects_a_difference(sources):
     calls = itertools.count()
     steps = open_dataset(sources).iter_dataset(0, 3)
-    spoilt = steps.map(lambda loaded: loaded._replace(bad=(*loaded.bad, str(next(calls)))))
+    different = steps.map(lambda loaded: loaded._replace(bad=(*loaded.bad, str(next(calls)))))
     with pytest.raises(AssertionError, match="Restored values mismatch"):
-        grain.experimental.assert_equal_output_after_checkpoint(spoilt)
+        grain.experimental.assert_equal_output_after_checkpoint(different)
 
 
-# Killed
+# Kills
 
 
 IN_CHILD = """
 import sys
-from test_data_resume import go_on
-go_on(*sys.argv[1:])
+from test_data_resume import append_digests
+append_digests(*sys.argv[1:])
 """
 
 
-def go_on(sources: str, file: str, steps: str) -> None:
-    """Appends the digest of each batch that is not there yet. Runs in a process that gets killed."""
+def append_digests(sources: str, file: str, steps: str) -> None:
+    """Appends the digest of each batch that is missing in the file. Runs in a process that gets killed."""
     with open(file, "a+") as digests:
         digests.seek(0)
         done = len(digests.readlines())
-        batches = open_dataset(Path(sources), workers=2, tokenize=slowly).iterate(done)
+        batches = open_dataset(Path(sources), workers=2, tokenize=tokenize_slowly).iterate(done)
         with contextlib.closing(batches):
             for batch in itertools.islice(batches, int(steps) - done):
                 digests.write(digest(batch) + "\n")
@@ -243,11 +244,11 @@ def start_child(sources: Path, file: Path, steps: int) -> subprocess.Popen:
     with open(file.with_suffix(".messages"), "a") as messages:
         return subprocess.Popen(
             [sys.executable, "-c", IN_CHILD, str(sources), str(file), str(steps)],
-            # Its temporary files are to be found, and not to stay.
+            # In a folder of the test, which checks that no temporary file stays.
             env=os.environ | {"PYTHONPATH": TESTS, "TMPDIR": str(file.parent), "JAX_PLATFORMS": "cpu"},
             stdout=subprocess.DEVNULL,
             stderr=messages,
-            start_new_session=True,  # so that its workers are found
+            start_new_session=True,  # so that its workers can be found
         )
 
 
@@ -258,8 +259,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
-def others_of(session: int) -> dict[int, str]:
-    """Command lines of the processes of that session that still run."""
+def processes_of(session: int) -> dict[int, str]:
+    """Command lines of the processes of that session that are still running."""
     found = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -289,7 +290,7 @@ def check_killed(sources, folder, kills, steps):
             assert child.wait() == -signal.SIGKILL, file.with_suffix(".messages").read_text()
         finally:
             child.kill()
-            wait_until(lambda child=child: not others_of(child.pid))
+            wait_until(lambda child=child: not processes_of(child.pid))
         assert {path.suffix for path in folder.iterdir()} <= {".txt", ".messages"}
         print(f"killed after batch {done()}")
     child = start_child(sources, file, steps)
@@ -297,17 +298,17 @@ def check_killed(sources, folder, kills, steps):
         assert child.wait(120) == 0, file.with_suffix(".messages").read_text()
     finally:
         child.kill()
-        wait_until(lambda child=child: not others_of(child.pid))
+        wait_until(lambda child=child: not processes_of(child.pid))
     batches = open_dataset(sources).iterate()
     assert file.read_text().splitlines() == [digest(batch) for batch in itertools.islice(batches, steps)]
 
 
-def test_a_killed_run_goes_on_with_the_batches_it_would_have_had(sources, tmp_path):
+def test_a_killed_run_resumes_with_the_batches_of_an_uninterrupted_one(sources, tmp_path):
     check_killed(sources, tmp_path, 2, 40)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_has_the_batches_of_an_undisturbed_one(sources, tmp_path):
+def test_a_run_that_is_killed_ten_times_has_the_batches_of_an_uninterrupted_one(sources, tmp_path):
     check_killed(sources, tmp_path, 10, 400)
 
 
@@ -316,7 +317,8 @@ def test_a_run_that_is_killed_again_and_again_has_the_batches_of_an_undisturbed_
 
 @pytest.fixture(scope="module")
 def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
-    """open_dataset, from a cache of random numbers: its images stand in the order's order, and one is refused."""
+    """As `open_dataset`, from a cache of random numbers: its images are in the order of `Order.numbers`, some
+    refused."""
     dataset, made_from = open_dataset(sources, crops_per_image=2), {"what": "random numbers"}
     images = len(dataset.order.numbers)
     plan = begin(
@@ -329,7 +331,7 @@ def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
     )
     rng = np.random.default_rng(0)
 
-    def random(*shape: int) -> np.ndarray:
+    def random(*shape: int) -> BFloat16[np.ndarray, "..."]:
         return rng.standard_normal(shape).astype(bfloat16)
 
     def crop(image: int) -> Crop:
@@ -355,7 +357,7 @@ def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(0, 1), (0, 2), (0, 4), (2, 2)])
-def test_reading_a_cache_goes_on_from_any_step_with_any_number_of_processes(cached, workers, processes):
+def test_reading_a_cache_resumes_from_any_step_with_any_number_of_processes(cached, workers, processes):
     expected = read(cached(), 0, 10 + STEPS)
     assert any(batch[".replaced"].any() for batch in expected[10:])
     assert expected[0][".encoded.mean"].dtype == bfloat16 and ".image" not in expected[0]
@@ -369,7 +371,7 @@ def test_reading_a_cache_goes_on_from_any_step_with_any_number_of_processes(cach
 EPOCHS = 6
 
 
-def random_order(rng: np.random.Generator) -> tuple[Order, list[list[np.ndarray]], list[float]]:
+def random_order(rng: np.random.Generator) -> tuple[Order, list[list[Int32[np.ndarray, "_"]]], list[float]]:
     """(order, members, weights)"""
     buckets, sources = rng.integers(1, 5), rng.integers(1, 4)
     weights = [float(weight) for weight in rng.choice([1, 1, 2, 3, 0.5, 0.3, 0.07, 1.5, 2.2], sources)]
@@ -381,13 +383,13 @@ def random_order(rng: np.random.Generator) -> tuple[Order, list[list[np.ndarray]
     return Order(members, weights, sizes, int(rng.integers(2**32))), members, weights
 
 
-def places_of(order: Order, bucket: int, epoch: int) -> np.ndarray:
-    """The images of all places of a bucket in an epoch, those that are left over included."""
+def places_of(order: Order, bucket: int, epoch: int) -> Int32[np.ndarray, "places"]:
+    """The images of all places of a bucket in an epoch, including those that are left over."""
     own = order.buckets[bucket]
     return order.numbers[[own._at(epoch, place) for place in range(own.places)]]
 
 
-def batches_of(order: Order, epoch: int) -> list[tuple[int, np.ndarray]]:
+def batches_of(order: Order, epoch: int) -> list[tuple[int, Int32[np.ndarray, "batch"]]]:
     """(bucket, images) of each step."""
     found = []
     for step in range(order.steps_before(epoch), order.steps_before(epoch + 1)):
@@ -397,13 +399,15 @@ def batches_of(order: Order, epoch: int) -> list[tuple[int, np.ndarray]]:
     return found
 
 
-def counted(images: np.ndarray, among: np.ndarray) -> np.ndarray:
-    """How often each of `among` is one of the images."""
-    return (images[:, None] == among).sum(axis=0)
+def occurrences(
+    images: Int32[np.ndarray, "images"], numbers: Int32[np.ndarray, "numbers"]
+) -> Int64[np.ndarray, "numbers"]:
+    """How often each of the numbers is among the images."""
+    return (images[:, None] == numbers).sum(axis=0)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_order_takes_each_image_as_its_weight_says_and_no_batch_mixes_buckets(seed):
+def test_any_order_uses_each_image_as_often_as_its_weight_says_and_no_batch_mixes_buckets(seed):
     order, members, weights = random_order(np.random.default_rng(seed))
     taken = [[np.zeros(0, np.int32)] * EPOCHS for _ in members]
     for epoch in range(EPOCHS):
@@ -421,8 +425,8 @@ def test_any_order_takes_each_image_as_its_weight_says_and_no_batch_mixes_bucket
         for images, weight in zip(members[number], weights, strict=True):
             if not len(images):
                 continue
-            due = np.stack([counted(found, images) for found in places])
-            # Each image has had as many places as any other, or one more. A part of a place is rounded up, once a
+            due = np.stack([occurrences(found, images) for found in places])
+            # Each image has had as many places as any other, or one more. A fraction of a place is rounded up, once per
             # bucket and source.
             each = due.sum(axis=0)
             assert each.max() - each.min() <= 1
@@ -430,44 +434,44 @@ def test_any_order_takes_each_image_as_its_weight_says_and_no_batch_mixes_bucket
             assert (too_many > -1e-9).all() and (too_many < 1 - 1e-9).all()
             if weight == int(weight):
                 assert (due == weight).all()
-            # Of these places each is taken once an epoch, or is one of those that are left over; of a small bucket
-            # all are taken, those of the last epochs when they fill a batch.
-            had = np.stack([counted(found, images) for found in taken[number]])
+            # Each of these places is used once per epoch, or is one of those that are left over; of a small bucket all
+            # are used, those of the last epochs when they fill a batch.
+            had = np.stack([occurrences(found, images) for found in taken[number]])
             if own.small:
                 assert (had.sum(axis=0) <= each).all() and (each - had.sum(axis=0)).sum() < own.batch_size
             else:
                 assert (had <= due).all()
                 if not own.remainder:
                     np.testing.assert_array_equal(had, due)
-        in_all = sum(len(found) for found in taken[number])
+        total = sum(len(found) for found in taken[number])
         if own.small:
-            assert 0 <= EPOCHS * own.places - in_all < own.batch_size and not own.remainder
+            assert 0 <= EPOCHS * own.places - total < own.batch_size and not own.remainder
         else:
-            assert in_all == EPOCHS * own.batches * own.batch_size and own.remainder < own.batch_size
+            assert total == EPOCHS * own.batches * own.batch_size and own.remainder < own.batch_size
 
 
-def test_what_is_left_over_is_drawn_again_each_epoch():
-    """Not more images stay out of six epochs than chance has it, and none of 24: a third of a bucket is left out of
-    an epoch at most, where it has more than two batches; (1/3)⁶ = 0.14 %, (1/3)²⁴ = 4 · 10⁻¹²."""
-    rng, never, expected, images_in_all = np.random.default_rng(0), 0, 0.0, 0
+def test_images_that_are_left_over_differ_each_epoch():
+    """No more images are left out of six consecutive epochs than expected by chance, and none of 24: at most a third of
+    a bucket is left out of an epoch, where it has at least two batches; (1/3)⁶ = 0.14 %, (1/3)²⁴ = 4 · 10⁻¹²."""
+    rng, never, expected, total = np.random.default_rng(0), 0, 0.0, 0
     for _ in range(60):
         batch_size = int(rng.integers(2, 12))
         count = 2 * batch_size + int(rng.integers(1, 3 * batch_size))
         images = np.arange(count, dtype=np.int32)
         order = Order([[images]], [1.0], [batch_size], int(rng.integers(2**32)))
         taken = np.stack([
-            counted(np.concatenate([found for _, found in batches_of(order, epoch)]), images) for epoch in range(24)
+            occurrences(np.concatenate([found for _, found in batches_of(order, epoch)]), images) for epoch in range(24)
         ])  # fmt: skip
         assert (taken <= 1).all() and taken.any(axis=0).all()
         never += sum(int((~taken[first : first + 6].any(axis=0)).sum()) for first in range(0, 24, 6))
         expected += 4 * count * (order.buckets[0].remainder / count) ** 6
-        images_in_all += 4 * count
-    print(f"left out of six epochs: {never} of {images_in_all} images, {expected:.1f} by chance")
+        total += 4 * count
+    print(f"left out of six epochs: {never} of {total} images, {expected:.1f} by chance")
     assert never <= expected + 5 * np.sqrt(expected) + 1
 
 
-def test_a_large_order_takes_each_image_once_an_epoch():
-    """Beyond 2¹⁴ images it is Grain that shuffles."""
+def test_a_large_order_uses_each_image_once_per_epoch():
+    """Above 2¹⁴ images Grain shuffles."""
     images = np.arange(20_000, dtype=np.int32)
     order = Order([[images]], [1.0], [64], seed=3)
     taken = [np.concatenate([found for _, found in batches_of(order, epoch)]) for epoch in (0, 1)]

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.shards: what was written comes back, and damage is named."""
+"""The promises of sdxl_jax.data.shards: what was written is read back, and damage is named."""
 
 import functools
 import json
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from image_sources import encoded
 
-from sdxl_jax.data import shards as shards_module
 from sdxl_jax.data.build.shard_writing import Columns, FinishedPart, IndexWriter, PartWriter, select
 from sdxl_jax.data.captions import NUMBERS_LIMIT
 from sdxl_jax.data.images import decode
@@ -36,7 +35,7 @@ PIECES = [
 
 
 def write(folder: Path, pieces=PIECES) -> Path:
-    """A shard set of those pieces, one shard each, as a build writes it."""
+    """Writes a shard set of those pieces, one shard each, as a build does."""
     parts = []
     for number, images in enumerate(pieces):
         (folder / "parts" / str(number)).mkdir(parents=True)
@@ -56,10 +55,10 @@ def write(folder: Path, pieces=PIECES) -> Path:
                 os.rename(part.records, shard_path(folder, number))
                 size = shard_path(folder, number).stat().st_size
             index.append_shard(part.count(), size)
-        said = index.finish()
+        description = index.finish()
     (folder / "refused.jsonl").write_bytes(b"".join(part.refused() for part in parts))
-    said |= {"format": FORMAT, "source": "pieces", "refused": len(pieces), "duplicates": 0}
-    (folder / DESCRIPTION).write_text(json.dumps(said))
+    description |= {"format": FORMAT, "source": "pieces", "refused": len(pieces), "duplicates": 0}
+    (folder / DESCRIPTION).write_text(json.dumps(description))
     return folder
 
 
@@ -83,7 +82,7 @@ def assert_holds_pieces(shards):
         assert shards.sizes[number].tolist() == list(size)
 
 
-def test_what_was_written_comes_back(folder):
+def test_what_was_written_is_read_back(folder):
     shards = open_shards(folder)
     assert_holds_pieces(shards)
     assert shards.captions_count == 6
@@ -97,7 +96,7 @@ def test_what_was_written_comes_back(folder):
                 method(beyond)
 
 
-def test_an_open_shard_set_is_a_source_of_images(tmp_path):
+def test_an_open_shard_set_is_an_image_source(tmp_path):
     good = encoded(height=64, width=96)
     pieces = [[("a.jpg", good, (64, 96), ("a",), {}), ("b.jpg", good[:-500], (64, 96), ("b",), {})]]
     shards = open_shards(write(tmp_path / "shards", pieces))
@@ -111,16 +110,16 @@ def test_an_open_shard_set_is_a_source_of_images(tmp_path):
         shards.pixels(1)
 
 
-def test_the_index_is_mapped_and_cannot_be_written(folder):
+def test_the_index_is_memory_mapped_and_read_only(folder):
     shards = open_shards(folder)
     for array in (shards.sizes, shards.hashes, *shards.numbers.values()):
         assert isinstance(array, np.memmap)
         assert not array.flags.writeable
 
 
-def test_the_same_content_has_the_same_fingerprint_and_any_other_another(folder, tmp_path):
-    again = open_shards(write(tmp_path / "again"))
-    assert again.fingerprint == open_shards(folder).fingerprint
+def test_the_fingerprint_is_equal_for_the_same_content_only(folder, tmp_path):
+    same = open_shards(write(tmp_path / "same"))
+    assert same.fingerprint == open_shards(folder).fingerprint
     name, data, size, captions, numbers = PIECES[0][0]
     for number, changed in enumerate(
         [
@@ -133,7 +132,7 @@ def test_the_same_content_has_the_same_fingerprint_and_any_other_another(folder,
         ]
     ):
         pieces = [[changed, PIECES[0][1]], *PIECES[1:]]
-        assert open_shards(write(tmp_path / str(number), pieces)).fingerprint != again.fingerprint
+        assert open_shards(write(tmp_path / str(number), pieces)).fingerprint != same.fingerprint
 
 
 def read_all(shards, answers):
@@ -161,8 +160,8 @@ def test_a_shard_set_that_was_replaced_is_not_opened_again(folder, tmp_path):
         pickle.loads(pickled)
 
 
-def test_few_readers_serve_many_threads_and_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards_module, "RecordFiles", functools.partial(RecordFiles, open_files=3))
+def test_few_open_files_serve_many_threads_and_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdxl_jax.data.shards.RecordFiles", functools.partial(RecordFiles, open_files=3))
     pieces = [[(f"{k}-{n}", f"{k}-{n}".encode() * 50, (8, 8), ("x",), {}) for n in range(4)] for k in range(8)]
     shards = open_shards(write(tmp_path / "many", pieces))
     wrong = []
@@ -183,7 +182,7 @@ def test_few_readers_serve_many_threads_and_shards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda data: None, "No such file"),
         (lambda data: data[: len(data) // 2], "bytes where .* are expected: it was cut off"),
@@ -193,7 +192,7 @@ def test_few_readers_serve_many_threads_and_shards(tmp_path, monkeypatch):
     ],
     ids=["missing", "cut off", "first record", "second record", "zeros"],
 )
-def test_a_damaged_shard_is_named_when_its_record_is_read(tmp_path, damage, says):
+def test_a_damaged_shard_is_named_when_its_record_is_read(tmp_path, damage, message):
     rng = np.random.default_rng(0)
     pieces = [[(f"{n}", rng.bytes(65_000), (8, 8), ("x",), {}) for n in range(2)] for _ in range(2)]
     folder = write(tmp_path / "shards", pieces)
@@ -204,7 +203,7 @@ def test_a_damaged_shard_is_named_when_its_record_is_read(tmp_path, damage, says
         path.write_bytes(damaged)
     shards = open_shards(folder)
     assert shards.read(2) == pieces[1][0][1]
-    with pytest.raises(InputError, match=says) as raised:
+    with pytest.raises(InputError, match=message) as raised:
         [shards.read(image) for image in range(2)]
     assert "00000.array_record" in str(raised.value) and "again" in str(raised.value)
 
@@ -231,7 +230,7 @@ def test_an_index_that_does_not_fit_is_refused_when_opening(folder, file, damage
         changed = {"cut off": data[:-1], "empty": b"", "not numpy": b"x" * (len(data) + 1)}
         path.write_bytes(changed.get(damage, data + data))
     if damage == "longer" and file.endswith(".npy"):
-        open_shards(folder)  # what lies after the array harms nobody
+        open_shards(folder)  # bytes after the array do no harm
         return
     with pytest.raises(InputError, match="does not fit its shards") as raised:
         open_shards(folder)
@@ -246,33 +245,33 @@ def test_the_index_of_another_build_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         (b"{", "cannot be read"),
-        (b"[]", "says format None"),
-        (b'{"format": 99}', "says format 99, this version of sdxl-jax reads 1"),
+        (b"[]", "has no format number"),
+        (b'{"format": 99}', "has format 99, this version of sdxl-jax reads format 1"),
         (b'{"format": 1}', "does not fit"),
         (b'{"format": 1, "images": "3", "captions": 6}', "does not fit"),
     ],
 )
-def test_a_description_that_is_not_ours_is_refused(folder, content, says):
+def test_a_description_of_another_format_or_content_is_refused(folder, content, message):
     (folder / DESCRIPTION).write_bytes(content)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=message):
         open_shards(folder)
 
 
-def test_what_is_no_shard_set_says_what_it_is(folder, tmp_path):
+def test_a_folder_that_is_not_a_complete_shard_set_is_refused(folder, tmp_path):
     with pytest.raises(InputError, match="There is no folder"):
         open_shards(tmp_path / "nowhere")
     (folder / DESCRIPTION).unlink()
-    with pytest.raises(InputError, match="is no shard set"):
+    with pytest.raises(InputError, match="is not a shard set"):
         open_shards(folder)
     (folder / "build.json").write_text("{}")
     with pytest.raises(InputError, match="not finished: run the same command again"):
         open_shards(folder)
 
 
-def test_images_are_left_out_of_columns_with_all_that_is_theirs(tmp_path):
+def test_selecting_images_selects_all_their_columns(tmp_path):
     folder = write(tmp_path / "shards", [[image for piece in PIECES for image in piece]])
     columns = FinishedPart(folder / "parts" / "0").columns()
     chosen = select(columns, np.array([False, True, True]))
@@ -284,7 +283,7 @@ def test_images_are_left_out_of_columns_with_all_that_is_theirs(tmp_path):
         np.testing.assert_array_equal(chosen.numbers[name], values)
 
 
-def test_a_caption_that_is_no_text_refuses_its_image(tmp_path):
+def test_an_image_whose_caption_is_not_utf8_is_refused(tmp_path):
     with PartWriter(tmp_path) as writer:
         writer.add("a.jpg", b"x", (1, 1), ("good", "half \ud83d"), {})
         writer.finish()
@@ -293,7 +292,7 @@ def test_a_caption_that_is_no_text_refuses_its_image(tmp_path):
     assert json.loads(part.refused()) == {"file": "a.jpg", "reason": "caption is not UTF-8 text"}
 
 
-def test_too_many_names_of_numbers_are_refused(tmp_path):
+def test_too_many_numeric_fields_are_refused(tmp_path):
     numbers = {f"n{number}": 1.0 for number in range(NUMBERS_LIMIT + 1)}
     with PartWriter(tmp_path) as writer, pytest.raises(InputError, match="more than 256 names"):
         writer.add("a.jpg", b"x", (1, 1), ("x",), numbers)
@@ -342,8 +341,8 @@ def test_the_index_of_50_million_images_opens_within_30_seconds_and_2_gib(tmp_pa
             )
             index.append(columns, np.full(block, start // block, np.uint32), np.arange(block, dtype=np.uint32))
             index.append_shard(block, 1)
-        said = index.finish() | {"format": FORMAT, "source": "synthetic", "refused": 0, "duplicates": 0}
-    (tmp_path / DESCRIPTION).write_text(json.dumps(said))
+        description = index.finish() | {"format": FORMAT, "source": "synthetic", "refused": 0, "duplicates": 0}
+    (tmp_path / DESCRIPTION).write_text(json.dumps(description))
     run = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True)
     found, opened, peak, grown, walked, own, all_pages = map(float, run.stdout.split())
     print(f"opened in {opened:.3f} s, at {peak:.0f} MiB, of which {grown:.0f} MiB are new")
@@ -352,7 +351,7 @@ def test_the_index_of_50_million_images_opens_within_30_seconds_and_2_gib(tmp_pa
     )
     assert found == images
     assert opened < 30 and peak < 2048
-    assert own < 512  # the other pages are the system's cache, which it takes back when it needs them
+    assert own < 512  # the other pages are the system's cache, which it frees when it needs memory
 
 
 def test_damaged_captions_name_the_image(tmp_path):

@@ -1,19 +1,20 @@
-"""The promises of sdxl_jax.data.transforms: the record of crop and flip agrees with the pixels."""
+"""The promises of sdxl_jax.data.transforms: the recorded crop and flip agree with the pixels."""
 
 import numpy as np
 import pytest
+from jaxtyping import UInt8
 
 from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket
 from sdxl_jax.data.transforms import CropMode, cover_crop, cover_size
 
 CASES = [
-    pytest.param((60, 200), Bucket(48, 96), id="left over on the right"),
-    pytest.param((200, 60), Bucket(96, 48), id="left over at the bottom"),
-    pytest.param((50, 100), Bucket(80, 80), id="enlarged"),
+    pytest.param((60, 200), Bucket(48, 96), id="cropped in width"),
+    pytest.param((200, 60), Bucket(96, 48), id="cropped in height"),
+    pytest.param((50, 100), Bucket(80, 80), id="upscaled"),
 ]
 
 
-def coordinates(height: int, width: int) -> np.ndarray:
+def coordinates(height: int, width: int) -> UInt8[np.ndarray, "height width 3"]:
     """An image whose red is its column and whose green is its row."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = np.arange(width)
@@ -22,16 +23,16 @@ def coordinates(height: int, width: int) -> np.ndarray:
 
 
 def assert_record_is_true(example, height, width, bucket):
-    """What the record says about each pixel is what its colour says."""
+    """The recorded crop and flip give the original position of each pixel, which its colour encodes."""
     resized = cover_size(height, width, bucket)
     top, left = example.crop_top_left
-    row = (np.arange(bucket.height) + top + 0.5) * height / resized.height - 0.5
-    column = (np.arange(bucket.width) + left + 0.5) * width / resized.width - 0.5
+    y = (np.arange(bucket.height) + top + 0.5) * height / resized.height - 0.5
+    x = (np.arange(bucket.width) + left + 0.5) * width / resized.width - 0.5
     if example.flipped:
-        column = width - 1 - column  # the record speaks of the mirrored image
+        x = width - 1 - x  # the record is for the mirrored image
     inner = np.s_[4:-4, 4:-4]  # at the border the filter sees one side only
-    np.testing.assert_allclose(example.image[..., 0][inner], np.broadcast_to(column, bucket)[inner], atol=1.0)
-    np.testing.assert_allclose(example.image[..., 1][inner], np.broadcast_to(row[:, None], bucket)[inner], atol=1.0)
+    np.testing.assert_allclose(example.image[..., 0][inner], np.broadcast_to(x, bucket)[inner], atol=1.0)
+    np.testing.assert_allclose(example.image[..., 1][inner], np.broadcast_to(y[:, None], bucket)[inner], atol=1.0)
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
@@ -56,7 +57,7 @@ def test_a_flip_mirrors_the_same_crop():
     assert plain.crop_top_left[0] == flipped.crop_top_left[0] == 0
 
 
-def test_original_size_is_the_one_before_the_resize_as_height_and_width():
+def test_original_size_is_height_and_width_before_the_resize():
     example = cover_crop(coordinates(60, 200), Bucket(48, 96), rng=np.random.default_rng(0))
     assert example.original_size.tolist() == [60, 200]
     assert example.target_size.tolist() == [48, 96]
@@ -70,13 +71,13 @@ def test_random_crops_reach_both_ends_equally_often_and_centre_is_the_middle():
     assert cover_crop(image, bucket, rng=rng, crop=CropMode.CENTRE).crop_top_left.tolist() == [0, 1]
 
 
-def test_flips_come_with_their_probability():
+def test_images_are_flipped_with_the_given_probability():
     rng = np.random.default_rng(0)
     flips = [cover_crop(coordinates(16, 16), Bucket(16, 16), rng=rng, flip_probability=0.25) for _ in range(400)]
     assert 70 < sum(example.flipped for example in flips) < 130
 
 
-def test_the_resize_covers_every_bucket_and_touches_it():
+def test_the_resized_image_covers_every_bucket_and_matches_one_side():
     rng = np.random.default_rng(0)
     for height, width in rng.integers(1, 5000, (500, 2)).tolist():
         bucket = SDXL_BUCKETS[rng.integers(40)]
@@ -87,6 +88,6 @@ def test_the_resize_covers_every_bucket_and_touches_it():
         assert abs(resized.height - height * scale) <= 0.5 and abs(resized.width - width * scale) <= 0.5
 
 
-def test_an_image_of_the_buckets_size_is_untouched():
+def test_an_image_of_the_buckets_size_is_unchanged():
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     np.testing.assert_array_equal(cover_crop(image, Bucket(32, 48), rng=np.random.default_rng(0)).image, image)

@@ -1,1 +1,1 @@
-"""From folders of captioned images to bucketed batches. numpy and Grain; no jax arrays, no models."""
+"""The data pipeline: from folders of captioned images to bucketed batches. numpy and Grain, no jax, no models."""

@@ -1,8 +1,8 @@
-"""Buckets: the few image sizes that training compiles for, and which of them an image goes to.
+"""Aspect ratio buckets: the few image sizes that training compiles for, and which of them each image is assigned to.
 
 All images of one batch share one size. SDXL trains its last stage on 40 sizes of about 1024² pixels (Podell et al.
-2023, arXiv:2307.01952, section 2.3 and appendix I), and an image goes to the one whose aspect ratio is nearest to its
-own. Nearness is |ln(h/w) − ln(H/W)|, in which 1:2 and 2:1 are equally far from square.
+2023, arXiv:2307.01952, section 2.3 and appendix I), and an image is assigned to the bucket of the nearest aspect ratio.
+The distance is |ln(h/w) − ln(H/W)|, by which 1:2 and 2:1 are equally far from square.
 
 Sizes are (height, width) in pixels. Not here: resizing and cropping (transforms), batching (pipeline).
 """
@@ -17,11 +17,11 @@ from sdxl_jax.arrays import Size
 from sdxl_jax.errors import InputError
 
 LATENT_FACTOR = 8
-"""Pixels along one axis for one latent pixel: bucket sides are multiples of it."""
+"""Image pixels per latent pixel along one axis: bucket sides are multiples of it."""
 
 
 Bucket = Size
-"""One size that batches come in."""
+"""One size (height, width) that batches come in."""
 
 
 _SDXL_WIDTHS = {
@@ -57,7 +57,7 @@ SDXL_BUCKETS = tuple(Bucket(height, width) for height, widths in _SDXL_WIDTHS.it
 
 
 def generate_buckets(pixels: int, multiple: int = 64, max_aspect: float = 4.0) -> tuple[Bucket, ...]:
-    """Buckets for another pixel count, in the order of the paper's list.
+    """Buckets for another number of pixels, in the order of the paper's list.
 
     Rule: both sides are multiples of `multiple`, the area is between 0.9 · pixels and pixels, and neither side is more
     than `max_aspect` times the other. The paper states no rule; for 1024² pixels this one gives its 40 sizes and one
@@ -69,7 +69,7 @@ def generate_buckets(pixels: int, multiple: int = 64, max_aspect: float = 4.0) -
         raise InputError(
             f"Cannot generate buckets of pixels={pixels}, multiple={multiple}, max_aspect={max_aspect}. Expected a "
             f"positive number of pixels, a multiple of {LATENT_FACTOR}, and an aspect of 1 or more, "
-            "e.g. 512 * 512, 64, 4.0."
+            "e.g. 512 * 512, 64, 4.0"
         )
     sides = range(multiple, int((pixels * max_aspect) ** 0.5) + multiple, multiple)
     buckets = tuple(
@@ -80,36 +80,36 @@ def generate_buckets(pixels: int, multiple: int = 64, max_aspect: float = 4.0) -
     )
     if not buckets:
         raise InputError(
-            f"No bucket with sides in multiples of {multiple}, an aspect up to {max_aspect}, and 0.9 to 1 times "
-            f"{pixels} pixels. Use a smaller multiple (of {LATENT_FACTOR}), or a square of one for the pixels."
+            f"No bucket has sides in multiples of {multiple}, an aspect up to {max_aspect}, and 0.9 to 1 times "
+            f"{pixels} pixels. Use a smaller multiple (of {LATENT_FACTOR}), or as many pixels as a square of such sides"
         )
     return buckets
 
 
 def check_buckets(buckets: Sequence[tuple[int, int]]) -> tuple[Bucket, ...]:
-    """The same list as Buckets. Raises InputError where it is empty, or a side is no positive multiple of 8."""
+    """The same sizes as `Bucket`s. Raises InputError where there is none, or a side is not a positive multiple of 8."""
     if not buckets:
-        raise InputError("data.buckets is empty. Give one (height, width) or more, e.g. ((1024, 1024),).")
+        raise InputError("data.buckets is empty. Give one (height, width) or more, e.g. ((1024, 1024),)")
     for height, width in buckets:
         if height < 1 or width < 1 or height % LATENT_FACTOR or width % LATENT_FACTOR:
-            near = tuple(max(LATENT_FACTOR, round(side / LATENT_FACTOR) * LATENT_FACTOR) for side in (height, width))
+            nearest = (max(LATENT_FACTOR, round(side / LATENT_FACTOR) * LATENT_FACTOR) for side in (height, width))
             raise InputError(
                 f"data.buckets has ({height}, {width}). A bucket is (height, width) in pixels, both positive multiples "
-                f"of {LATENT_FACTOR}, the autoencoder's reduction. Use {near}."
+                f"of {LATENT_FACTOR}, the autoencoder's downsampling factor. Use ({', '.join(map(str, nearest))})"
             )
     return tuple(Bucket(height, width) for height, width in buckets)
 
 
 class Nearest(NamedTuple):
-    """For each image, the bucket of the nearest aspect ratio, the first of equally near, and how far it is."""
+    """For each image, the bucket of the nearest aspect ratio (the first of several equally near) and its distance."""
 
     bucket: Int32[np.ndarray, " images"]
-    """Number in the list of buckets."""
+    """Index into the list of buckets."""
     distance: Float64[np.ndarray, " images"]
-    """|ln(h/w) − ln(H/W)|: ln 2 where one is twice as long as the other."""
+    """|ln(h/w) − ln(H/W)|: ln 2 where one aspect ratio is twice the other."""
 
 
-_EQUAL = 1e-9  # of two distances: rounding decides no tie
+_TIE = 1e-9  # distances that differ by less are equal, so that rounding never decides
 
 
 def _log_aspect(sizes: Int32[np.ndarray, "images 2"]) -> Float64[np.ndarray, " images"]:
@@ -117,16 +117,16 @@ def _log_aspect(sizes: Int32[np.ndarray, "images 2"]) -> Float64[np.ndarray, " i
 
 
 def assign(sizes: Int32[np.ndarray, "images 2"], buckets: Sequence[tuple[int, int]]) -> Nearest:
-    """The nearest bucket for each size (height, width).
+    """Assigns each size (height, width) to the bucket of the nearest aspect ratio.
 
-    Raises InputError for a bad list of buckets (check_buckets).
+    Raises InputError as `check_buckets`.
     """
     aspects = _log_aspect(np.array(check_buckets(buckets), np.int32))
-    ordered = np.argsort(aspects, kind="stable")  # of equal aspects, the first in the list is the first here
-    ordered = ordered[np.diff(aspects[ordered], prepend=-np.inf) > _EQUAL].astype(np.int32)
+    ordered = np.argsort(aspects, kind="stable")  # stable: of equal aspect ratios, the first in the list stays first
+    ordered = ordered[np.diff(aspects[ordered], prepend=-np.inf) > _TIE].astype(np.int32)
     between = (aspects[ordered][1:] + aspects[ordered][:-1]) / 2
-    own = _log_aspect(sizes)
-    # One search instead of a distance to each bucket: fifty million images take seconds.
-    lower, upper = (ordered[np.searchsorted(between, own + shift)] for shift in (-_EQUAL / 2, _EQUAL / 2))
-    number = np.minimum(lower, upper)
-    return Nearest(number, np.abs(own - aspects[number]))
+    of_images = _log_aspect(sizes)
+    # A binary search instead of the distance to every bucket: fifty million images take seconds.
+    lower, upper = (ordered[np.searchsorted(between, of_images + shift)] for shift in (-_TIE / 2, _TIE / 2))
+    bucket = np.minimum(lower, upper)
+    return Nearest(bucket, np.abs(of_images - aspects[bucket]))

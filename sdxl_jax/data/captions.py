@@ -1,27 +1,27 @@
-"""Captions and numbers out of fields, text and JSON; the same rules for every source.
+"""Captions and numeric fields from text files, JSON and tables; the same rules for every source.
 
-A `.txt` holds one caption on each line that is not empty, or one in all, as `CaptionLines` says. A field named "text",
-"caption" or "captions" (the first of them that is there) holds a text or a list of texts. Captions are stripped, empty
-ones left out; they may be of any length. Numeric fields are kept as they are, whatever they mean; those that are not
-finite are left out.
+A `.txt` holds one caption per line that is not empty, or one caption altogether (`CaptionLines`). A field named "text",
+"caption" or "captions" (the first of them that is present) holds a string or a list of strings. Captions are stripped,
+empty ones left out; they may be of any length. Numeric fields keep their names and values; non-finite ones (NaN or inf)
+are left out.
 
-Not here: where the fields stand in each source (folders; tars, parquet and tfds of build/).
+Not here: where each source has its fields (folders; tars, parquet and tfds of build/).
 """
 
 import enum
 import json
 import math
-import numbers as abstract
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from sdxl_jax.data.sources import Unusable, printable
 from sdxl_jax.errors import InputError
-from sdxl_jax.files import text as texts
+from sdxl_jax.files.text import decode, lines
 
 CAPTION_FIELDS = ("text", "caption", "captions")
 NUMBERS_LIMIT = 256
-"""Most names of numbers that one source can have: each is a column of its own."""
+"""Largest number of numeric fields in one source: each is a column of its own."""
 NOT_TEXT = "caption is not UTF-8 text"
 
 
@@ -29,13 +29,13 @@ class CaptionLines(enum.Enum):
     """What the lines of a `.txt` beside an image are."""
 
     LINES = "lines"
-    """Captions, one each; training is told one of them each time."""
+    """One caption each; every training example takes one of them at random."""
     WHOLE = "whole"
-    """One caption together, e.g. a description in several paragraphs; its line ends are kept."""
+    """Together one caption, e.g. a description in several paragraphs; its line ends are kept."""
 
 
 def captions_of(value: Any) -> tuple[str, ...]:
-    """Captions of a text or a list of texts, as str or UTF-8 bytes. Unusable where there is none."""
+    """The captions in a string or a list of strings, each str or UTF-8 bytes. Raises Unusable where there is none."""
     if value is None:
         raise Unusable("no caption")
     values = [value] if isinstance(value, str | bytes) else value
@@ -43,10 +43,10 @@ def captions_of(value: Any) -> tuple[str, ...]:
     for text in values if isinstance(values, list | tuple) else [values]:
         try:
             if isinstance(text, bytes):
-                text = texts.decode(text)
+                text = decode(text)
             if not isinstance(text, str):
                 raise Unusable(f"caption is not text but {type(text).__name__}")
-            text.encode()  # half a surrogate pair, as JSON may spell it, is no text either
+            text.encode()  # fails for half a surrogate pair, which JSON can spell
         except UnicodeError:
             raise Unusable(NOT_TEXT) from None
         if text := text.strip():
@@ -57,16 +57,16 @@ def captions_of(value: Any) -> tuple[str, ...]:
 
 
 def caption_field(names: Iterable[str]) -> str | None:
-    """Which of the names is that of the captions."""
+    """The name of the field that holds the captions, None where there is none."""
     names = set(names)
     return next((name for name in CAPTION_FIELDS if name in names), None)
 
 
 def numbers_of(fields: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among the fields."""
+    """The numeric fields with finite values."""
     found = {}
     for name, value in fields.items():
-        if isinstance(value, abstract.Real) and not isinstance(value, bool):
+        if isinstance(value, Real) and not isinstance(value, bool):
             try:
                 number = float(value)
             except OverflowError:
@@ -77,19 +77,19 @@ def numbers_of(fields: Mapping[str, Any]) -> dict[str, float]:
 
 
 def check_number_names(names: Mapping[str, Any] | set[str]) -> None:
-    """InputError where there are too many for a column each."""
+    """Raises InputError where a source has more than NUMBERS_LIMIT numeric fields."""
     if len(names) > NUMBERS_LIMIT:
         some = ", ".join(sorted(names)[:5])
         raise InputError(
-            f"The source has numbers of more than {NUMBERS_LIMIT} names ({some}, …), and each would be a column of its "
-            "own. Use the same few names for all images, or remove the numbers."
+            f"The source has numeric fields of more than {NUMBERS_LIMIT} names ({some}, …), and each would be a column "
+            "of its own. Use the same few names for all images, or remove the numeric fields"
         )
 
 
 def json_fields(data: bytes, what: str) -> dict[str, Any]:
-    """The fields of a JSON object, which a refusal calls `what`. Unusable where it is none."""
+    """The fields of a JSON object. Raises Unusable, which calls it `what`, where it is not one."""
     try:
-        fields = json.loads(texts.decode(data))
+        fields = json.loads(decode(data))
     except UnicodeError:
         raise Unusable(f"{what} is not UTF-8 text") from None
     except (ValueError, RecursionError):
@@ -102,18 +102,19 @@ def json_fields(data: bytes, what: str) -> dict[str, Any]:
 def described(
     text: bytes | None, fields: bytes | None, caption_lines: CaptionLines = CaptionLines.LINES
 ) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Captions and numbers of the contents of an image's `.txt` and `.json`, None where there is no such file.
+    """Captions and numeric fields from the contents of an image's `.txt` and `.json`, None where there is no such file.
 
-    The `.txt` stands before the `.json`, which may still give numbers. Unusable where there is no caption in them.
+    Captions come from the `.txt` where there is one, and numeric fields always from the `.json`. Raises Unusable
+    where neither has a caption.
     """
     found = {} if fields is None else json_fields(fields, "its .json")
     name = caption_field(found)
     if text is not None:
         try:
-            lines = texts.lines(texts.decode(text))
+            of_text = lines(decode(text))
         except UnicodeError:
             raise Unusable(NOT_TEXT) from None
-        captions = captions_of("\n".join(lines) if caption_lines is CaptionLines.WHOLE else lines)
+        captions = captions_of("\n".join(of_text) if caption_lines is CaptionLines.WHOLE else of_text)
     elif name is not None:
         captions = captions_of(found[name])
     elif fields is not None:

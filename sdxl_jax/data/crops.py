@@ -1,8 +1,8 @@
-"""All crops of all images, once each, in the order of a cache: what `sdxl-jax data encode` encodes.
+"""All crops of all images, once each, in the order of the cache: the input of `sdxl-jax data encode`.
 
-The order is that of `Order.numbers`, bucket by bucket, so that what is encoded together has one size.
+The order is that of `Order.numbers`, bucket by bucket, so that an encoding batch has images of one size.
 
-Not here: encoding, and the cache's files.
+Not here: encoding, and the files of the cache.
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ from jaxtyping import UInt8
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.loader import Loader
-from sdxl_jax.data.pipeline import BucketedDataset, ahead
+from sdxl_jax.data.pipeline import BucketedDataset, prefetched
 from sdxl_jax.data.transforms import Example
 from sdxl_jax.errors import InputError
 
 
 class Group(NamedTuple):
-    """Images that follow each other in one bucket, by their places in `Order.numbers`."""
+    """Consecutive images of one bucket, by their positions in `Order.numbers`."""
 
     bucket: int
     positions: range
 
 
 class Crops(NamedTuple):
-    """What is to be encoded of a group."""
+    """The decoded crops of a group, and its captions."""
 
     bucket: Bucket
     examples: list[list[Example]]
@@ -36,16 +36,16 @@ class Crops(NamedTuple):
     reasons: list[str]
     """For each image, why it cannot be used; empty where it can."""
     captions: list[tuple[str, ...]]
-    """For each image, all that it has; none where it is damaged."""
+    """For each image, all its captions; none where it is damaged."""
 
     def pixels(self, crop: int) -> UInt8[np.ndarray, "images height width 3"]:
-        """That crop of each image; black for a damaged one."""
+        """Crop number `crop` of each image, 0..255; black for a damaged image."""
         black = np.zeros((*self.bucket, 3), np.uint8)
         return np.stack([examples[crop].image if examples else black for examples in self.examples])
 
 
 def groups(dataset: BucketedDataset, positions: range, size: int) -> list[Group]:
-    """The images at those places, cut into groups of at most `size`."""
+    """The images at those positions, split into groups of at most `size`."""
     found = []
     for bucket in range(len(dataset.buckets)):
         run = dataset.order.run(bucket)
@@ -58,16 +58,16 @@ def groups(dataset: BucketedDataset, positions: range, size: int) -> list[Group]
 class _CropLoader:
     """Decodes a group. Sent to worker processes."""
 
-    load: Loader
+    loader: Loader
     crops: int
 
     def __call__(self, group: Group) -> Crops:
-        bucket = self.load.buckets[group.bucket]
+        bucket = self.loader.buckets[group.bucket]
         crops = Crops(bucket, [], [], [])
-        for image in self.load.order.numbers[group.positions.start : group.positions.stop].tolist():
+        for image in self.loader.order.numbers[group.positions.start : group.positions.stop].tolist():
             try:
-                examples, reason = self.load.fixed(image, range(self.crops), bucket), ""
-                captions = self.load.source.captions(image)
+                examples, reason = self.loader.fixed_crops(image, range(self.crops), bucket), ""
+                captions = self.loader.source.captions(image)
             except InputError as problem:
                 examples, reason, captions = [], str(problem), ()
             crops.examples.append(examples)
@@ -76,8 +76,8 @@ class _CropLoader:
         return crops
 
 
-def load(dataset: BucketedDataset, positions: range, size: int) -> Iterator[Crops]:
-    """The crops at those places, in order, decoded ahead."""
+def load_crops(dataset: BucketedDataset, positions: range, size: int) -> Iterator[Crops]:
+    """The crops of the images at those positions, in order, in groups of at most `size`, prefetched."""
     assert dataset.config.crops_per_image is not None
     loader = _CropLoader(dataset.loader, dataset.config.crops_per_image)
-    yield from ahead(grain.MapDataset.source(groups(dataset, positions, size)).map(loader), dataset.config)
+    yield from prefetched(grain.MapDataset.source(groups(dataset, positions, size)).map(loader), dataset.config)

@@ -1,17 +1,17 @@
-"""A folder of captioned images: what is in it, how large, what cannot be used and why; for training and for a build.
+"""A folder of captioned images: its images and their sizes, captions and refusals; for training and for a shard build.
 
-Captions and numbers stand
+Captions and numeric fields come from
 
-- in `metadata.jsonl` in the folder, `{"file_name": ..., "text": ...}` a line, or in `metadata.csv` with such columns
-  (Hugging Face's imagefolder). Where there is one, it gives every caption, and nothing beside the images is read. In
-  CSV a file may have several lines, a caption each;
-- else in a `.txt` or `.json` beside each image, with the same stem.
+- `metadata.jsonl` in the folder, one `{"file_name": ..., "text": ...}` per line, or `metadata.csv` with such columns
+  (Hugging Face's imagefolder). Where there is one, all captions come from it, and no other files beside the images are
+  read. In CSV an image may have several lines, one caption each;
+- otherwise a `.txt` or `.json` beside each image, with the same stem.
 
-What they may hold is in `captions`. A metadata file further below is not read, and is named (`FolderSource.notes`).
-Whatever goes by the name of an image counts, in any format (formats). Listing reads names, the metadata file and the
-beginnings of files that might be anything. The images, and what lies beside them, are then read by the same rules,
-for training all at once in eight threads (`open_folder`), for a build a thousand at a time (`pieces`). Folders are read
-recursively, without hidden files; links to folders are followed.
+Their content is described in `captions`. A metadata file in a subfolder is not read, which a warning says
+(`FolderSource.notes`). Every file with an image's extension counts as an image, in any format (formats). Listing reads
+names, the metadata file, and the first bytes of files with unknown extensions. The images, and the files beside them,
+are then read by the same rules: for training all at once in eight threads (`open_folder`), for a build a thousand at a
+time (`pieces`). Folders are read recursively, without hidden files; links to folders are followed.
 
 Not here: decoding (images), folders of tars or of Parquet files (build/records).
 """
@@ -59,10 +59,10 @@ from sdxl_jax.data.sources import (
     summary,
 )
 from sdxl_jax.errors import InputError
-from sdxl_jax.files import text as texts
+from sdxl_jax.files.text import encoding_of, utf8_lines
 
-_FILES = 1000  # a piece of a folder: enough that starting one costs nothing, few enough to share out
-_THREADS = 8  # the wait is for the disk, and both decoders release the interpreter's lock
+_PIECE_IMAGES = 1000  # enough that starting a piece costs nothing, few enough to balance workers
+_THREADS = 8  # they wait for the disk, and both decoders release the interpreter's lock
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -70,18 +70,19 @@ _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
 class ListedImage(NamedTuple):
-    """What listing a folder says of one image: its captions, or where they are."""
+    """One image found by listing a folder: its captions, or the files that hold them."""
 
     name: str
     """Relative to the folder."""
     beside: tuple[str | None, str | None] = (None, None)
-    """Its .txt and its .json, where no metadata file speaks."""
+    """Its .txt and its .json, where there is no metadata file."""
     captions: tuple[str, ...] = ()
     numbers: Mapping[str, float] = {}
 
 
 def list_files(folder: Path) -> tuple[list[str], list[Refused]]:
-    """Every file below the folder, as sorted relative names, hidden ones left out; links to folders are followed."""
+    """All files in the folder and its subfolders, as sorted relative names, without hidden ones, and refusals of
+    folders that cannot be listed. Links to folders are followed."""
     names, seen, refused = [], set(), []
 
     def unreadable(problem: OSError) -> None:
@@ -97,14 +98,14 @@ def list_files(folder: Path) -> tuple[list[str], list[Refused]]:
 
 
 def images_among(names: list[str]) -> list[str]:
-    """The names that are those of image files, in formats that are read and in others."""
+    """The names with an image's extension, in formats that are read and in others."""
     return [name for name in names if formats.is_image_name(name)]
 
 
 def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, its fields or the reason why there are none) of `metadata.jsonl` or `metadata.csv`."""
+    """(line number, fields or the reason for a refusal) for each line of `metadata.jsonl` or `metadata.csv`."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(texts.utf8_lines(path), start=1):
+        for number, line in enumerate(utf8_lines(path), start=1):
             if line.strip():
                 try:
                     yield number, json_fields(line, "the line")
@@ -112,21 +113,21 @@ def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                     yield number, str(problem)
         return
     with path.open("rb") as file:
-        encoding = texts.encoding_of(file.read(4))
+        encoding = encoding_of(file.read(4))
     with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         if "file_name" not in header or caption_field(header) is None:
             raise InputError(
                 f"{path} has the columns {', '.join(header) or '(none)'}. Expected file_name and one of "
-                f"{', '.join(CAPTION_FIELDS)}. Rename the columns in its first line."
+                f"{', '.join(CAPTION_FIELDS)}. Rename the columns in its first line"
             )
         while True:
             try:
                 if (row := next(rows, None)) is None:
                     return
-            except csv.Error as problem:  # a field too long, for one
-                yield rows.line_num, f"the line is no CSV ({problem})"
+            except csv.Error as problem:  # e.g. a field that is too long
+                yield rows.line_num, f"the line is not CSV ({problem})"
                 continue
             if len(row) != len(header):
                 if row:
@@ -142,11 +143,12 @@ def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield rows.line_num, fields
 
 
-def _images_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, ListedImage], list[Refused]]:
-    several = path.suffix == ".csv"  # it has no lists
-    pictures: dict[str, ListedImage] = {}
+def _images_in_metadata(path: Path, images: set[str]) -> tuple[dict[str, ListedImage], list[Refused]]:
+    """The images of a metadata file by name, and refused lines and images. images: the names of those in the folder."""
+    several_lines = path.suffix == ".csv"  # which has no lists
+    listed: dict[str, ListedImage] = {}
     refused = []
-    spoilt = set()
+    bad_captions = set()
     for number, fields in _metadata_lines(path):
         where = f"{path.name} line {number}"
         if isinstance(fields, str):
@@ -155,74 +157,77 @@ def _images_of_metadata(path: Path, images: set[str]) -> tuple[dict[str, ListedI
             refused.append(Refused(where, 'expected fields like {"file_name": ..., "text": ...}'))
         elif (name := posixpath.normpath(fields["file_name"])) not in images:
             refused.append(Refused(where, f"no image {fields['file_name']} in the folder ({formats.EXAMPLES})"))
-        elif name in pictures and not several:
+        elif name in listed and not several_lines:
             refused.append(Refused(where, f"{name} has a caption from an earlier line, which stands"))
         else:
             try:
                 captions = captions_of(fields[column])
             except Unusable as problem:
                 refused.append(Refused(where, f"{name}: {problem}"))
-                spoilt.add(name)
+                bad_captions.add(name)
                 continue
-            earlier = pictures.get(name, ListedImage(name))
-            pictures[name] = earlier._replace(
+            earlier = listed.get(name, ListedImage(name))
+            listed[name] = earlier._replace(
                 captions=earlier.captions + captions, numbers={**numbers_of(fields), **earlier.numbers}
             )
-    missing = images - set(pictures) - spoilt
+    missing = images - set(listed) - bad_captions
     refused += [
         Refused(name, f"image without a caption: no usable line in {path.name} names it") for name in sorted(missing)
     ]
-    return pictures, refused
+    return listed, refused
 
 
 def _images_with_files_beside(
     names: list[str], images: list[str], others: list[str]
 ) -> tuple[dict[str, ListedImage], list[Refused]]:
-    """others: images that are refused already, whose captions are not alone."""
+    """The images by name, with their caption files, and refused captions.
+
+    others: images that are refused already, whose captions are therefore not without an image.
+    """
     beside: dict[str, list[str | None]] = {}
     for name in names:
         stem, suffix = posixpath.splitext(name)
         if suffix.lower() in (".txt", ".json"):
             beside.setdefault(stem, [None, None])[suffix.lower() == ".json"] = name
-    pictures = {}
+    listed = {}
     for name in images:
         text, fields = beside.get(posixpath.splitext(name)[0], (None, None))
-        pictures[name] = ListedImage(name, (text, fields))
+        listed[name] = ListedImage(name, (text, fields))
     stems = {posixpath.splitext(name)[0] for name in (*images, *others)}
-    alone = [found[0] for stem, found in beside.items() if stem not in stems]  # a .json may be about anything
-    return pictures, [Refused(name, "caption without an image of the same name") for name in alone if name]
+    alone = [files[0] for stem, files in beside.items() if stem not in stems]  # .txt only: a .json may hold anything
+    return listed, [Refused(name, "caption without an image of the same name") for name in alone if name]
 
 
 class Listing(NamedTuple):
-    """What names, metadata and the beginnings of odd files say of a folder."""
+    """The images of a folder by names, metadata and first bytes, before any image is opened."""
 
-    pictures: list[ListedImage]
-    """In the order of the names."""
+    images: list[ListedImage]
+    """Sorted by name."""
     refused: list[Refused]
     found: int
-    """Images, usable or not."""
+    """Number of images, usable or not."""
 
 
 def list_images(folder: Path, names: list[str]) -> Listing:
-    """The images among the files of a folder, and what is refused already.
+    """The images among the files of a folder, and the refusals so far.
 
     Raises InputError: both kinds of metadata; a metadata.csv without the columns.
     """
-    odd = _refused_by_name_or_beginning(folder, names)
-    images = [name for name in images_among(names) if name not in odd]
+    refused_images = _refused_by_name_or_content(folder, names)
+    images = [name for name in images_among(names) if name not in refused_images]
     metadata = [name for name in _METADATA if name in names]
     if len(metadata) > 1:
-        raise InputError(f"{folder} holds both {' and '.join(metadata)}. Expected one of them. Remove the other.")
+        raise InputError(f"{folder} holds both {' and '.join(metadata)}. Expected one of them. Remove the other")
     if metadata:
-        pictures, refused = _images_of_metadata(folder / metadata[0], set(images))
+        listed, refused = _images_in_metadata(folder / metadata[0], set(images))
     else:
-        pictures, refused = _images_with_files_beside(names, images, list(odd))
-    usable = [pictures[name] for name in images if name in pictures]
-    return Listing(usable, [*refused, *odd.values()], len(images) + len(odd))
+        listed, refused = _images_with_files_beside(names, images, list(refused_images))
+    usable = [listed[name] for name in images if name in listed]
+    return Listing(usable, [*refused, *refused_images.values()], len(images) + len(refused_images))
 
 
-def _refused_by_name_or_beginning(folder: Path, names: list[str]) -> dict[str, Refused]:
-    """By name: images of formats that are known not to be read, and files that are images though not by their name."""
+def _refused_by_name_or_content(folder: Path, names: list[str]) -> dict[str, Refused]:
+    """Refusals by name: images whose extension is never read, and images by content without an image's extension."""
     refused = {}
     for name in names:
         if formats.is_image_name(name):
@@ -230,8 +235,8 @@ def _refused_by_name_or_beginning(folder: Path, names: list[str]) -> dict[str, R
         elif formats.may_be_image(name):
             try:
                 with _open(str(folder / name)) as file:
-                    reason = formats.refused_all_the_same(file.peek())
-            except (Unusable, InputError):  # what it is, nobody asked
+                    reason = formats.refused_by_content(file.peek())
+            except (Unusable, InputError):  # not an image by its name, so that it need not be readable
                 continue
         else:
             continue
@@ -241,7 +246,7 @@ def _refused_by_name_or_beginning(folder: Path, names: list[str]) -> dict[str, R
 
 
 def metadata_below(names: list[str]) -> list[str]:
-    """Metadata files that are not read, since they are not in the folder itself."""
+    """Metadata files in subfolders, which are not read."""
     return [name for name in names if "/" in name and posixpath.basename(name) in _METADATA]
 
 
@@ -249,7 +254,8 @@ def metadata_below(names: list[str]) -> list[str]:
 
 
 def _open(path: str) -> io.BufferedReader:
-    """A file, its beginning read. Unusable where it never could be read, InputError where it no longer can."""
+    """An open file, its first bytes buffered. Raises Unusable where it cannot be read, and InputError or MachineError
+    where it disappeared or its storage failed since it was listed."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
@@ -261,7 +267,7 @@ def _open(path: str) -> io.BufferedReader:
         raise Unusable(f"cannot be opened ({problem.strerror})") from None
     except OSError as problem:
         if os.path.islink(path):
-            raise Unusable("a link to nothing") from None
+            raise Unusable("a broken link") from None
         raise gone(path, problem) from problem
     try:
         file.peek()
@@ -279,47 +285,46 @@ def _file_bytes(path: str) -> bytes:
             raise gone(path, problem) from problem
 
 
-def _captions(
-    folder: str, picture: ListedImage, caption_lines: CaptionLines
-) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Captions and numbers. Unusable where there is no caption."""
-    if picture.captions:
-        return picture.captions, dict(picture.numbers)
-    text, fields = (None if name is None else _file_bytes(f"{folder}/{name}") for name in picture.beside)
+def _captions(folder: str, image: ListedImage, caption_lines: CaptionLines) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Captions and numeric fields of one image. Raises Unusable where there is no caption."""
+    if image.captions:
+        return image.captions, dict(image.numbers)
+    text, fields = (None if name is None else _file_bytes(f"{folder}/{name}") for name in image.beside)
     return described(text, fields, caption_lines)
 
 
-# For a build
+# For a shard build
 
 
 class FolderPiece(NamedTuple):
-    """Some images of a folder."""
+    """Some images of a folder, read on their own."""
 
     folder: str
-    pictures: tuple[ListedImage, ...]
+    images: tuple[ListedImage, ...]
 
     @property
     def reads_text_files(self) -> bool:
-        """Whether `CaptionLines` concerns it."""
-        return any(picture.beside[0] is not None for picture in self.pictures)
+        """Whether `CaptionLines` has an effect on it."""
+        return any(image.beside[0] is not None for image in self.images)
 
     def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
-        for picture in self.pictures:
+        """The images with their captions, in order, or their refusals. Raises as `_open`."""
+        for image in self.images:
             try:
-                captions, numbers = _captions(self.folder, picture, caption_lines)
-                yield RawExample(picture.name, _file_bytes(f"{self.folder}/{picture.name}"), captions, numbers)
+                captions, numbers = _captions(self.folder, image, caption_lines)
+                yield RawExample(image.name, _file_bytes(f"{self.folder}/{image.name}"), captions, numbers)
             except Unusable as problem:
-                yield Refused(picture.name, str(problem))
+                yield Refused(image.name, str(problem))
 
 
 def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
     """The pieces of a folder, each with its name. Raises InputError as `list_images`."""
-    pictures, refused, _ = list_images(folder, names)
+    images, refused, _ = list_images(folder, names)
     if refused:
         yield "refused when listed", Refusals(tuple(refused))
-    for start in range(0, len(pictures), _FILES):
-        chosen = tuple(pictures[start : start + _FILES])
-        yield f"images {start}-{start + len(chosen) - 1}", FolderPiece(str(folder), chosen)
+    for start in range(0, len(images), _PIECE_IMAGES):
+        piece = FolderPiece(str(folder), tuple(images[start : start + _PIECE_IMAGES]))
+        yield f"images {start}-{start + len(piece.images) - 1}", piece
 
 
 # For training
@@ -327,21 +332,21 @@ def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """The usable images of a folder as `Images`, sorted by name; made by `open_folder`."""
+    """The usable images of a folder as an `ImageSource`, sorted by name. Made by `open_folder`."""
 
     path: Path
     found: int
-    """Image files in the folder, usable or not."""
+    """Number of image files in the folder, usable or not."""
     paths: list[Path]
-    """Of the usable ones: an image's number is its place here."""
+    """Paths of the usable images, indexed by an image's number."""
     sizes: Int32[np.ndarray, "images 2"]
     """(height, width) in pixels, upright."""
     numbers: Mapping[str, Float32[np.ndarray, " images"]]
-    """By name, of metadata or .json; NaN where an image has none."""
+    """Numeric fields of metadata or .json, by name; NaN where an image has none."""
     reads_text_files: bool
-    """Whether captions stand in .txt files, which `CaptionLines` concerns."""
+    """Whether captions come from .txt files, so that `CaptionLines` has an effect."""
     notes: tuple[str, ...]
-    """What of the folder somebody may not expect."""
+    """Warnings about the folder, one sentence each."""
     _captions: list[tuple[str, ...]] = dataclasses.field(repr=False)
     _lengths: list[int] = dataclasses.field(repr=False)
     """Bytes of the image files."""
@@ -351,11 +356,11 @@ class FolderSource:
         return self.paths[image].relative_to(self.path).as_posix()
 
     def name(self, image: int) -> str:
-        """Path of one image relative to the folder, what is not UTF-8 in it spelt out."""
+        """Path of one image relative to the folder, with all that is not UTF-8 escaped."""
         return printable(self._file_name(image))
 
     def captions(self, image: int) -> tuple[str, ...]:
-        """One or several."""
+        """Captions of one image, one or several."""
         return self._captions[image]
 
     def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
@@ -363,18 +368,18 @@ class FolderSource:
         return read_image(self.paths[image], at_least)
 
     def refused(self) -> Iterator[Refused]:
-        """All that is left out."""
+        """Everything that is left out, with the reasons."""
         return iter(self._refused)
 
     @property
     def built(self) -> bool:
-        """False: what is refused here was found just now."""
+        """False: refusals were found when the folder was opened, and nobody has reported them yet."""
         return False
 
     @property
     def fingerprint(self) -> str:
-        """A hash of names, captions, sizes, numbers and file lengths of all images; not of their pixels, which would
-        have to be read."""
+        """A hash of the names, captions, sizes, numeric fields and file lengths of all images, but not of their pixels,
+        which would have to be read."""
         rows: list[Any] = [
             [self._file_name(image), captions, *self.sizes[image].tolist(), length]
             for image, (captions, length) in enumerate(zip(self._captions, self._lengths, strict=True))
@@ -383,26 +388,26 @@ class FolderSource:
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _notes(names: list[str], found: list["_Found"], caption_lines: CaptionLines) -> tuple[str, ...]:
+def _notes(names: list[str], usable: list["_UsableImage"], caption_lines: CaptionLines) -> tuple[str, ...]:
     notes = []
-    several = sum(picture.of_text_file and len(picture.captions) > 1 for picture in found)
+    several = sum(image.of_text_file and len(image.captions) > 1 for image in usable)
     if several:
         assert caption_lines is CaptionLines.LINES
         notes.append(
-            f"{several} of {len(found)} images have several captions, one for each line of their .txt, of which "
-            "training is told one each time (data.caption_lines=whole makes one caption of a .txt)"
+            f"{several} of {len(usable)} images have several captions, one for each line of their .txt, and each "
+            "example takes one of them at random (data.caption_lines=whole makes one caption of a .txt)"
         )
     if below := metadata_below(names):
         more = f" and {len(below) - 3} more" if len(below) > 3 else ""
         notes.append(
-            f"{', '.join(map(printable, below[:3]))}{more} not read: metadata counts in the folder itself. To use it, "
-            f"give the folder that it is in, or several in data.sources"
+            f"{', '.join(map(printable, below[:3]))}{more} not read: metadata is read only in data.folder itself. To "
+            "use it, give the folder that it is in, or several folders in data.sources"
         )
     return tuple(notes)
 
 
-class _Found(NamedTuple):
-    """One image that can be used."""
+class _UsableImage(NamedTuple):
+    """One image that can be used, with all that `FolderSource` stores of it."""
 
     path: Path
     length: int
@@ -411,53 +416,57 @@ class _Found(NamedTuple):
     captions: tuple[str, ...]
     numbers: Mapping[str, float]
     of_text_file: bool
-    """The captions stand in a .txt."""
+    """Whether the captions come from a .txt."""
 
 
-def _in_threads(function: Callable[[ListedImage], Any], pictures: list[ListedImage], what: str) -> list[Any]:
-    """function(image) of each, in order; a bar where it takes more than two seconds at a terminal."""
+def _in_threads(
+    function: Callable[[ListedImage], "_UsableImage | Refused"], images: list[ListedImage], title: str
+) -> list["_UsableImage | Refused"]:
+    """function(image) for each image, in order; with a progress bar at a terminal after two seconds."""
     with ThreadPool(_THREADS) as pool:
-        return list(tqdm(pool.imap(function, pictures, chunksize=16), what, len(pictures), delay=2, disable=None))
+        return list(tqdm(pool.imap(function, images, chunksize=16), title, len(images), delay=2, disable=None))
 
 
 def _columns(numbers: list[Mapping[str, float]]) -> dict[str, Float32[np.ndarray, " images"]]:
-    """The numbers of all images by name, sorted; NaN where an image has none."""
+    """The numeric fields of all images by name, sorted; NaN where an image has none."""
     names = {name for of_image in numbers for name in of_image}
     check_number_names(names)
-    with np.errstate(over="ignore"):  # beyond float32 is infinite
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         return {name: np.array([each.get(name, np.nan) for each in numbers], np.float32) for name in sorted(names)}
 
 
 _EXPECTED = f"Expected a folder of images ({formats.EXAMPLES}) with captions"
 
 
-def _listed(folder: Path) -> tuple[list[str], list[Refused], Listing]:
-    """Names, what could not be listed, and what is known already. InputError where there is no folder or no image."""
+def _list_folder(folder: Path) -> tuple[list[str], list[Refused], Listing]:
+    """Names of all files, refusals of subfolders, and the images. Raises InputError where there are no images."""
     if not folder.exists():
-        raise InputError(f"data.folder={folder} does not exist. {_EXPECTED}. Check the path, seen from {Path.cwd()}.")
+        raise InputError(f"data.folder={folder} does not exist. {_EXPECTED}. Check the path, seen from {Path.cwd()}")
     if not folder.is_dir():
-        raise InputError(f"data.folder={folder} is not a folder. {_EXPECTED}. Give the folder that holds the images.")
+        raise InputError(f"data.folder={folder} is not a folder. {_EXPECTED}. Give the folder that holds the images")
     names, unlisted = list_files(folder)
-    listed = list_images(folder, names)
-    if not listed.found:
+    listing = list_images(folder, names)
+    if not listing.found:
         raise InputError(
             f"data.folder={folder} holds no images among its {len(names)} files. {_EXPECTED}. "
-            "Convert other formats, or give another folder."
+            "Convert other formats, or give another folder"
         )
-    return names, unlisted, listed
+    return names, unlisted, listing
 
 
-def _look(folder: Path, verify: bool, caption_lines: CaptionLines | None, picture: ListedImage) -> _Found | Refused:
-    """What `open_folder` must know of one image. caption_lines: None where nobody wants captions."""
-    path = folder / picture.name
+def _read_header(
+    folder: Path, verify: bool, caption_lines: CaptionLines | None, image: ListedImage
+) -> _UsableImage | Refused:
+    """Captions and size of one image. verify: decodes it too. caption_lines: None where captions are not used."""
+    path = folder / image.name
     try:
-        captions, numbers = (("",), {}) if caption_lines is None else _captions(str(folder), picture, caption_lines)
+        captions, numbers = (("",), {}) if caption_lines is None else _captions(str(folder), image, caption_lines)
         with _open(str(path)) as file:
             length = os.fstat(file.fileno()).st_size
             size = usable_size(file, verify=verify)
-        return _Found(path, length, size, captions, numbers, picture.beside[0] is not None)
+        return _UsableImage(path, length, size, captions, numbers, image.beside[0] is not None)
     except Unusable as problem:
-        return Refused(printable(picture.name), printable(str(problem)))
+        return Refused(printable(image.name), printable(str(problem)))
 
 
 def open_folder(
@@ -468,43 +477,42 @@ def open_folder(
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
 ) -> FolderSource:
-    """Lists a folder of captioned images, recursively, hidden files left out; captions stay in memory.
+    """Opens a folder of captioned images, recursively, without hidden files; captions stay in memory.
 
-    Reads each image's header. With `verify` it decodes every image too, so that damaged pixels show now instead of
-    during training; that costs one full pass over the images: reading them all, and some 15 ms of one core a megapixel
-    of JPEG, in eight threads. captioned=False: nobody wants captions; every image has "".
-    Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a
-    caption without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file;
-    an image by its name in a format that is not read, and a file that begins as an image though not named as one.
+    Reads each image's header. With `verify` it decodes every image too, so that damaged pixels are found now instead of
+    during training; that costs one full pass over the images: reading them all, and some 15 ms of one core per
+    megapixel of JPEG, in eight threads. captioned=False: captions are not used, and every image has "". Refused are: an
+    image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a caption without
+    its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file; an image by its
+    extension in a format that is not read, and an image by its content without an image's extension.
 
-    Raises InputError: no such folder; no image in it; none usable; metadata as in `list_images`; numbers of too many
-    names; an image that disappears meanwhile; any refusal where on_refused is ERROR.
+    Raises InputError: no such folder; no image in it; none usable; metadata as in `list_images`; too many numeric
+    fields; an image that disappears meanwhile; any refusal where on_refused is ERROR.
     """
     folder = Path(folder)
-    names, unlisted, listed = _listed(folder)
-    look = functools.partial(_look, folder, verify, caption_lines if captioned else None)
-    looked_at = _in_threads(
-        look, listed.pictures, "Decoding every image" if verify else "Reading captions and image headers"
-    )
-    usable = [found for found in looked_at if isinstance(found, _Found)]
-    refused = [Refused(*map(printable, entry)) for entry in (*unlisted, *listed.refused)]
-    refused += [found for found in looked_at if isinstance(found, Refused)]
+    names, unlisted, listing = _list_folder(folder)
+    read = functools.partial(_read_header, folder, verify, caption_lines if captioned else None)
+    title = "Decoding every image" if verify else "Reading captions and image headers"
+    images = _in_threads(read, listing.images, title)
+    usable = [image for image in images if isinstance(image, _UsableImage)]
+    refused = [Refused(*map(printable, entry)) for entry in (*unlisted, *listing.refused)]
+    refused += [image for image in images if isinstance(image, Refused)]
     if not usable:
         raise InputError(
-            f"None of the {listed.found} images in data.folder={folder} can be used:\n"
+            f"None of the {listing.found} images in data.folder={folder} can be used:\n"
             f"{summary(refused, len(refused))}\n"
-            f'{_EXPECTED}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} a line, or a .txt beside each image.'
+            f'{_EXPECTED}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} per line, or a .txt beside each image'
         )
     stop_if_refused(folder, refused, len(refused), on_refused)
     return FolderSource(
         path=folder,
-        found=listed.found,
-        paths=[found.path for found in usable],
-        sizes=np.array([found.size for found in usable], np.int32),
-        numbers=_columns([found.numbers for found in usable]),
-        reads_text_files=any(found.of_text_file for found in usable),
+        found=listing.found,
+        paths=[image.path for image in usable],
+        sizes=np.array([image.size for image in usable], np.int32),
+        numbers=_columns([image.numbers for image in usable]),
+        reads_text_files=any(image.of_text_file for image in usable),
         notes=_notes(names, usable, caption_lines),
-        _captions=[found.captions for found in usable],
-        _lengths=[found.length for found in usable],
+        _captions=[image.captions for image in usable],
+        _lengths=[image.length for image in usable],
         _refused=refused,
     )

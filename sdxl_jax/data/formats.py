@@ -1,7 +1,7 @@
-"""Image formats: which are read, by which names image files go, and what a file is by its first bytes.
+"""Image formats: which are read, the file name extensions of images, and detection of a format by its first bytes.
 
-What a file is called decides whether it is looked at as an image, and counted; what it holds decides whether it can be
-read. So an image under a wrong name is used, and one in a format that is not read is refused by the format's name.
+The extension decides whether a file is treated as an image, and counted; the content decides whether it can be read. So
+an image under a wrong extension is used, and one in a format that is not read is refused by the format's name.
 
 Not here: decoding (images).
 """
@@ -15,42 +15,42 @@ READ_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jif", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".gif", ".tif", ".tiff"),
     *(".bmp", ".dib", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".qoi", ".tga"),
 )
-"""Names of images that are read, in lower case."""
+"""Extensions of images that are read, in lower case."""
 OTHER_SUFFIXES = (
     *(".heic", ".heif", ".hif", ".heics", ".avifs", ".jxl", ".jxr", ".wdp", ".hdp", ".bpg", ".flif", ".svg", ".svgz"),
     *(".psd", ".psb", ".xcf", ".kra", ".ora", ".clip", ".ai", ".eps", ".wmf", ".emf", ".exr", ".hdr", ".pfm", ".dds"),
     *(".ico", ".icns", ".cur", ".ani", ".pcx", ".sgi", ".rgb", ".ras", ".xbm", ".xpm", ".pict", ".pct", ".mng", ".jng"),
     *(".jps", ".pns", ".fits", ".icb", ".vda", ".vst", ".iff", ".lbm", ".ilbm", ".cin", ".dpx", ".djvu", ".wbmp"),
 )
-"""Names of images that are not read, unless they hold a format that is."""
+"""Extensions of images that are not read, unless their content is in a format that is."""
 RAW_SUFFIXES = (
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".fff", ".iiq", ".kdc", ".mef", ".mos", ".mrw"),
     *(".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
 )
-"""Names of cameras' raw files. Most hold a small preview as TIFF, which must not be taken for the image."""
+"""Extensions of cameras' raw files. Most hold a small preview as TIFF, which must not be taken for the image."""
 IMAGE_SUFFIXES = (*READ_SUFFIXES, *OTHER_SUFFIXES, *RAW_SUFFIXES)
-"""Names by which a file counts as an image."""
+"""Extensions of all files that count as images."""
 EXAMPLES = ".jpg, .png, .webp, .avif, .gif, .tiff, .bmp, …"
-"""Of names that are read, for messages."""
-READ = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, QOI, TGA"
+"""Extensions that are read, for messages."""
+READ = "JPEG, PNG, WebP, AVIF, GIF, TIFF, BMP, JPEG 2000, PPM, QOI or TGA"
 """The formats that are read, for messages."""
 NEVER_READ = ("HEIF", "SVG", "JPEG XL", "JPEG XR", "a camera's raw format", "OpenEXR", "GIMP", "PostScript")
-"""Of `kind_of`: what Pillow reads none of, also where any of its formats will do."""
+"""Results of `kind_of` that Pillow never reads, even where all its formats are allowed."""
 NEVER_IMAGES = (
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".html", ".htm", ".yaml", ".yml", ".toml", ".ini", ".log"),
     *(".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".ckpt", ".parquet", ".arrow", ".tar", ".gz", ".tgz"),
     *(".zip", ".7z", ".rar", ".db", ".caption", ".py", ".sh", ".pdf", ".mp3", ".wav", ".flac", ".cls", ".index"),
 )
-"""Names of files that are not opened to see whether they are images after all."""
+"""Extensions of files that are not opened to detect an image by its content."""
 
 PEEK = 300
-"""Bytes that `kind_of` looks at."""
+"""Bytes that `kind_of` needs."""
 _BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"), "HEIF"),
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     b"crx ": "a camera's raw format",
 }
-_BEGINNINGS = {
+_SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"GIF87a": "GIF",
@@ -84,52 +84,54 @@ _BEGINNINGS = {
 
 
 def kind_of(beginning: bytes) -> str | None:
-    """The image format that a file's first bytes show, None where they show none. Formats without a mark, such as TGA,
-    and those with one of two letters, BMP and PPM, are not told."""
+    """The image format detected from a file's first bytes, None where there is none.
+
+    Formats without a signature, such as TGA, and those with one of two letters, BMP and PPM, are not detected.
+    """
     if beginning[:4] == b"RIFF" and beginning[8:12] == b"WEBP":
         return "WebP"
     if beginning[4:8] == b"ftyp":
         return _BRANDS.get(beginning[8:12])
-    for mark, name in _BEGINNINGS.items():
-        if beginning.startswith(mark):
+    for signature, name in _SIGNATURES.items():
+        if beginning.startswith(signature):
             return name
     start = beginning[:PEEK].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     return "SVG" if start.startswith(b"<svg") or (start.startswith(b"<?xml") and b"<svg" in start) else None
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of that name is looked at as an image."""
+    """Whether a file of that name counts as an image."""
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_read_name(name: str) -> bool:
-    """Whether it is the name of an image in a format that is read."""
+    """Whether the extension is that of a format that is read."""
     return name.lower().endswith(READ_SUFFIXES)
 
 
 def refused_by_name(name: str) -> str | None:
-    """Why an image of that name is not even opened."""
+    """The reason to refuse an image by its extension alone, without opening it; None where there is none."""
     suffix = posixpath.splitext(name)[1].lower()
     if suffix in RAW_SUFFIXES:
         return f"a camera's raw file ({suffix}), which is not read; develop it to JPEG or PNG"
     return None
 
 
-def refused_all_the_same(beginning: bytes) -> str | None:
-    """Why a file is refused whose name is not that of an image, though it begins as one; None where it does not."""
+def refused_by_content(beginning: bytes) -> str | None:
+    """The reason to refuse a file that is an image by its first bytes but not by its extension; None for others."""
     if (kind := kind_of(beginning)) is None:
         return None
     return f"begins as an image ({kind}), but its name is not one's; rename it, e.g. to .jpg, or remove it"
 
 
 def may_be_image(name: str) -> bool:
-    """Whether a file whose name is not that of an image is worth a look at its beginning."""
+    """Whether a file without an image's extension is opened to detect an image by its first bytes."""
     return posixpath.splitext(name)[1].lower() not in NEVER_IMAGES
 
 
 @cache
 def readable() -> tuple[str, ...]:
-    """The formats of training images, as the installed Pillow names them; without what it was built without."""
+    """The formats of training images by Pillow's names, without those that the installed Pillow lacks."""
     optional = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
     Image.init()
     names = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "QOI")

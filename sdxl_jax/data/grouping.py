@@ -1,7 +1,7 @@
-"""Which images are trained on, and in which bucket: by size, aspect ratio and score, from the index alone.
+"""Assigns all images to buckets, and filters them by size, aspect ratio and score, from the index alone.
 
 Left out are images with a shorter side below the minimum, those whose aspect ratio is too far from every bucket's, and,
-where the model is told a score, those without one. Each is counted, and can be listed.
+where the model is conditioned on a score, those without one. Each is counted, and can be listed.
 
 Not here: their order (order), reading them.
 """
@@ -23,39 +23,47 @@ from sdxl_jax.errors import InputError, nearest_first
 
 _THREADS = 8
 _CHUNK = 1 << 20
-"""Images looked at together: fifty million at once would take gigabytes."""
+"""Images per chunk: fifty million at once would take gigabytes."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Grouping:
-    """Images by what becomes of them, numbered as in the mixture."""
+    """The images of each bucket and those that are left out, by their numbers in the mixture."""
 
     members: list[list[Int32[np.ndarray, " _"]]]
     """For each bucket, for each source, its images."""
     misfits: Int32[np.ndarray, " _"]
-    """Too far from the aspect ratio of every bucket."""
+    """Images too far from the aspect ratio of every bucket."""
     nearest: Int32[np.ndarray, " _"]
-    """The bucket that is nearest to each of the misfits."""
+    """The nearest bucket of each of the misfits."""
     unrated: Int32[np.ndarray, " _"]
-    """Without the score that is asked for."""
+    """Images without the score that is required."""
     too_small: Int32[np.ndarray, " _"]
-    """With a shorter side below the minimum."""
+    """Images with a shorter side below the minimum."""
     closest: float
-    """Distance of the image that is nearest to a bucket; infinite where none was looked at."""
+    """Smallest distance of any image to a bucket; infinite where there is no image."""
 
     def counts(self) -> list[int]:
-        """Images of each bucket."""
+        """Number of images in each bucket."""
         return [sum(map(len, bucket)) for bucket in self.members]
 
 
 class _Chunk(NamedTuple):
-    """Consecutive images of one source."""
+    """The grouping of some consecutive images of one source."""
 
     members: list[Int32[np.ndarray, " _"]]
     """By bucket."""
     left_out: dict[str, Int32[np.ndarray, " _"]]
-    """By the names of Grouping."""
+    """By field of Grouping."""
     closest: float
+
+
+def _check_score(mixture: Mixture, score: str) -> None:
+    for source in mixture.sources:
+        if score not in source.numbers:
+            fields = ", ".join(nearest_first(score, source.numbers))
+            known = f"Give one that it has, nearest first: {fields}" if fields else "It has none. Use another source"
+            raise InputError(f"data.aesthetic={score}: {source.path} has no numeric field of that name. {known}")
 
 
 def group(
@@ -66,16 +74,16 @@ def group(
     min_size: int = 1,
     score: str | None = None,
 ) -> Grouping:
-    """Puts every image into the bucket of the nearest aspect ratio, or among those that are left out.
+    """Assigns every image to the bucket of the nearest aspect ratio, or to those that are left out.
 
-    max_aspect_distance: of |ln aspect|. min_size: pixels of the shorter side. score: the name of a number that every
-    image must have.
+    max_aspect_distance: largest |ln(h/w) − ln(H/W)|. min_size: pixels of the shorter side. score: name of a numeric
+    field that every image must have.
 
-    Raises InputError where a source has no number of that name.
+    Raises InputError where a source has no numeric field of that name.
     """
 
-    def look(place: tuple[ImageSource, int, int]) -> _Chunk:
-        source, start, first = place
+    def group_chunk(chunk: tuple[ImageSource, int, int]) -> _Chunk:
+        source, start, first = chunk
         sizes = source.sizes[first : first + _CHUNK]
         numbers = np.arange(start + first, start + first + len(sizes), dtype=np.int32)
         left_out = {}
@@ -91,28 +99,28 @@ def group(
         if not fits.all():
             left_out |= {"misfits": numbers[~fits], "nearest": nearest[~fits]}
             numbers, nearest = numbers[fits], nearest[fits]
-        by_bucket = np.argsort(nearest.astype(np.uint16), kind="stable")  # by counting: quicker than comparing
+        # uint16 is sorted by counting, which is faster.
+        by_bucket = np.argsort(nearest.astype(np.uint16), kind="stable")
         ends = np.cumsum(np.bincount(nearest, minlength=len(buckets)))[:-1]
         return _Chunk(np.split(numbers[by_bucket], ends), left_out, closest)
 
+    if score is not None:
+        _check_score(mixture, score)
     of_sources = []
-    with ThreadPool(_THREADS) as pool:  # numpy lets go of the interpreter's lock
+    with ThreadPool(_THREADS) as pool:  # numpy releases the interpreter's lock
         for source, start in zip(mixture.sources, mixture.starts, strict=False):
-            if score is not None and score not in source.numbers:
-                known = ", ".join(nearest_first(score, source.numbers)) or "none"
-                raise InputError(
-                    f"data.aesthetic={score}: {source.path} has no number of that name. It has, nearest first: {known}"
-                )
-            of_sources.append(pool.map(look, [(source, start, at) for at in range(0, len(source.sizes), _CHUNK)]))
-    nothing = np.zeros(0, np.int32)
+            of_sources.append(
+                pool.map(group_chunk, [(source, start, at) for at in range(0, len(source.sizes), _CHUNK)])
+            )
+    empty = np.zeros(0, np.int32)
     chunks = [chunk for of_source in of_sources for chunk in of_source]
     return Grouping(
         members=[
-            [np.concatenate([nothing, *(chunk.members[number] for chunk in of_source)]) for of_source in of_sources]
+            [np.concatenate([empty, *(chunk.members[number] for chunk in of_source)]) for of_source in of_sources]
             for number in range(len(buckets))
         ],
         **{
-            name: np.concatenate([nothing, *(chunk.left_out.get(name, nothing) for chunk in chunks)])
+            name: np.concatenate([empty, *(chunk.left_out.get(name, empty) for chunk in chunks)])
             for name in ("misfits", "nearest", "unrated", "too_small")
         },
         closest=min((chunk.closest for chunk in chunks), default=math.inf),
@@ -122,10 +130,10 @@ def group(
 def merge_small(
     grouping: Grouping, buckets: Sequence[Bucket], batch_sizes: Sequence[int], weights: Sequence[float]
 ) -> tuple[Grouping, dict[int, int]]:
-    """Moves the images of each bucket with fewer places in an epoch than a batch to the one of the nearest aspect ratio
-    that has any, smallest bucket first, until every bucket fills a batch or one alone is left.
+    """Moves the images of each bucket with fewer places per epoch than a batch to the bucket of the nearest aspect
+    ratio that has images, smallest bucket first, until every bucket fills a batch or only one is left.
 
-    Returns the new grouping, and for each emptied bucket the one that has its images now.
+    Returns the new grouping, and for each emptied bucket the one that its images were moved to.
     """
     members, moved = [list(bucket) for bucket in grouping.members], dict[int, int]()
     while True:
@@ -146,7 +154,7 @@ def merge_small(
 
 
 def refusals(grouping: Grouping, mixture: Mixture, buckets: Sequence[Bucket], score: str | None) -> Iterator[Refused]:
-    """The misfits and the unrated, with reasons."""
+    """The misfits and the unrated images, with the reasons."""
     for image, nearest in zip(grouping.misfits.tolist(), grouping.nearest.tolist(), strict=True):
         height, width = mixture.size(image)
         bucket = buckets[nearest]
@@ -156,11 +164,11 @@ def refusals(grouping: Grouping, mixture: Mixture, buckets: Sequence[Bucket], sc
             f"{bucket.height}×{bucket.width}, would take more than data.max_aspect_distance allows",
         )
     for image in grouping.unrated.tolist():
-        yield Refused(mixture.name(image), f"has no {score}, which data.aesthetic asks for")
+        yield Refused(mixture.name(image), f"has no {score}, which data.aesthetic requires")
 
 
 def too_small(grouping: Grouping, mixture: Mixture, min_size: int) -> Iterator[Refused]:
-    """The images below the minimum size."""
+    """The images below the minimum size, with the reasons."""
     for image in grouping.too_small.tolist():
         height, width = mixture.size(image)
         yield Refused(mixture.name(image), f"{height}×{width} (height × width), below data.min_size={min_size}")

@@ -1,7 +1,7 @@
-"""What training will really see: the counts of `sdxl-jax data inspect --json`, and its `--dump`.
+"""What training will see: the counts of `sdxl-jax data inspect --json`, and its `--dump`.
 
-Both go through the training pipeline itself, so what they show is what training gets. Refused files are left out and
-listed, whatever `data.on_refused` says: to list them is what an inspection is for.
+Both go through the training pipeline itself, so that they show what training gets. Refused files are left out and
+listed, whatever `data.on_refused` is: listing them is the purpose of an inspection.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ def _no_tokens(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
 
 
 def open_dataset(config: DataConfig, captioned: bool = True) -> BucketedDataset:
-    """What training would read, with refused files left out, and without tokens. captioned: whether it wants
+    """The data set that training would read, without refused files and without tokens. captioned: whether training uses
     captions."""
     return BucketedDataset(dataclasses.replace(config, on_refused=OnRefused.SKIP), _no_tokens if captioned else None)
 
 
 def inspect(dataset: BucketedDataset) -> dict[str, Any]:
-    """Counts of what training would use, ready for JSON.
+    """Counts of the images that training would use, ready for JSON.
 
-    `images_found` counts image files; `refused` also has captions and lines of metadata that have no image. `too_small`
-    counts what `data.min_size` leaves out. `notes` are sentences on what somebody may not expect of the sources. Each
-    of `buckets` is a pipeline.BucketReport, each of `sources` a mixture.Share. `numbers` are the names of what every
-    source counts. `epoch_steps` sums the batches.
+    `images_found` counts image files; `refused` also has captions and lines of metadata without an image. `too_small`
+    counts the images that `data.min_size` leaves out. `notes` are the warnings of the sources. Each of `buckets` is a
+    pipeline.BucketReport, each of `sources` a mixture.Share. `numbers` are the names of the numeric fields that every
+    source has. `epoch_steps` sums the batches.
     """
     buckets = [bucket._asdict() for bucket in dataset.report()]
     refused = itertools.chain(dataset.source.refused(built=True), dataset.refused())
@@ -64,9 +64,9 @@ def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
     """
     directory = Path(directory)
     if count < 1:
-        raise InputError(f"Cannot dump {count} examples. Give 1 or more.")
+        raise InputError(f"Cannot dump {count} examples. Give 1 or more")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} is not an empty folder. Give a new or an empty one for the dump.")
+        raise InputError(f"{directory} is not an empty folder. Give a new or an empty one for the dump")
     directory.mkdir(parents=True, exist_ok=True)
     examples = itertools.islice(dataset.examples(), count)
     for number, (image, caption, example) in enumerate(

@@ -1,21 +1,21 @@
-"""JPEG files: pixels of all that are whole, however far they depart from the format, and of none that are damaged.
+"""Decodes JPEG files: all that are complete, however far they depart from the standard, and none that are damaged.
 
-libjpeg tells both by warnings, and of several it reports the first alone. So a file that a strict decoder takes is
-taken as it is. Of another, a copy is made that keeps to the standard wherever libjpeg pays no heed to a departure:
+libjpeg reports both as warnings, and of several only the first. So a file that a strict decoder accepts is decoded as
+it is. Of any other, a copy is made that conforms to the standard wherever libjpeg tolerates a departure:
 
-- comments, thumbnails, colour profiles and all that no pixel depends on are left out, and bytes between the segments;
+- comments, thumbnails, colour profiles and whatever else no pixel depends on are left out, and bytes between segments;
 - the spectral selection of sequential scans is 0 to 63, JFIF's version is known, Adobe's colour transform too;
-- restart markers are numbered in their order, and segments after those that the image's size asks for left out;
-- the end marker is there.
+- restart markers are numbered in order, and segments beyond those that the image's size needs are left out;
+- the end marker is present.
 
 What the strict decoder still refuses is damage, with one exception: bytes that are left over when every block of the
 image is decoded. Cameras pad with them, scanners write rows that the header does not count. In the middle of an image,
-before a restart marker or another scan, they are what remains where data went missing; there only padding with zeros
-is taken. Zeros themselves are never taken for data, as libjpeg does: they are what a copy that broke off leaves.
+before a restart marker or another scan, they are what remains where data is missing; only padding with zeros is
+accepted there. Zeros themselves are not decoded as data, unlike in libjpeg: they are what an interrupted copy leaves.
 
 The pixels are those of libjpeg without these corrections, and of Pillow with it. Standard: ITU-T T.81; libjpeg-turbo.
 
-Not here: colour spaces other than grey and RGB, orientation, what is no JPEG (images).
+Not here: colour spaces other than grey and RGB, orientation, other formats (images).
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ _END_OF_SCAN = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # a marker, neither a 
 _RESTART = re.compile(rb"\xff+([\xd0-\xd7])")
 _LEFT_OVER = re.compile(r"(\d+) extraneous bytes before marker 0x([0-9a-f]{2})")
 _FEW = 64
-"""Bytes left over at the end of a file of several scans that are no sign of damage; where data is lost it is more."""
+"""Bytes left over at the end of a file of several scans that do not indicate damage; lost data leaves more."""
 
 _ZEROS = (0, 2)
-"""Zeros at the end of a scan that are tried as its data: it may end in some, though encoders fill up with ones."""
+"""Zeros at the end of a scan that are tried as data: a scan may end in some, though encoders pad with ones."""
 
 
 class Unsupported(Exception):
-    """A JPEG of a kind that this decoder does not read; damaged or not."""
+    """A kind of JPEG that this decoder does not read, damaged or not."""
 
 
 # Segments
@@ -57,7 +57,7 @@ def _segment(marker: int, body: bytes) -> bytes:
 
 
 def _next_segment(file: io.BytesIO | io.BufferedReader) -> tuple[int, bytes] | None:
-    """(marker, what stands in its segment), None where the file ends. Bytes between segments are passed by."""
+    """(marker, body of its segment), None at the end of the file. Bytes between segments are skipped."""
     while byte := file.read(1):
         if byte != b"\xff":
             continue
@@ -85,52 +85,52 @@ def _is_adobe(body: bytes) -> bool:
 
 
 def without_metadata(file: io.BytesIO | io.BufferedReader, *, whole: bool) -> io.BytesIO:
-    """The file from its beginning, with of all metadata only EXIF and XMP, which may say the orientation, and what
-    colours depend on. Not whole, it ends before the first scan's data: enough to know its size."""
+    """The file without metadata, except EXIF and XMP, which may hold the orientation, and segments that colours depend
+    on. Not whole: it ends before the data of the first scan, enough for the image's size."""
     file.seek(len(SIGNATURE))
-    kept = [SIGNATURE]
+    segments = [SIGNATURE]
     while (found := _next_segment(file)) is not None:
         marker, body = found
         if _APP0 <= marker < _APP0 + 16 or marker == _COMMENT:
-            of_app1 = marker == _APP1 and body.startswith(_READ_OF_APP1)
-            if not (of_app1 or (marker == _APP0 and _is_jfif(body)) or (marker == _APP14 and _is_adobe(body))):
+            orients = marker == _APP1 and body.startswith(_READ_OF_APP1)
+            if not (orients or (marker == _APP0 and _is_jfif(body)) or (marker == _APP14 and _is_adobe(body))):
                 continue
-        kept.append(_segment(marker, body) if marker != _EOI else b"\xff\xd9")
+        segments.append(_segment(marker, body) if marker != _EOI else b"\xff\xd9")
         if marker in (_SOS, _EOI):
             break
     if whole:
-        kept.append(file.read())
-    return io.BytesIO(b"".join(kept))
+        segments.append(file.read())
+    return io.BytesIO(b"".join(segments))
 
 
-# The copy that keeps to the standard
+# The copy that conforms to the standard
 
 
 @dataclasses.dataclass
 class _Copy:
-    """A file taken apart, with what departs from the standard corrected."""
+    """A file split into parts, with departures from the standard corrected."""
 
     parts: list[bytes]
     """Segments and the data of scans, in order."""
     scans: list[int]
-    """Which of the parts are data."""
+    """Indices of the parts that are data of scans."""
     ended: bool = False
     """It had an end marker."""
     every_restart: bool = True
-    """Every scan has as many restart markers as its size asks for."""
+    """Every scan has as many restart markers as its size requires."""
     renumbered: bool = False
-    """Restart markers had other numbers."""
+    """Restart markers had to be renumbered."""
     complete: bool = False
-    """Its scans hold every component, and every bit of it."""
+    """Its scans hold every component with all its bits."""
 
     def data(self, zeros: int) -> bytes:
-        """The copy, with at most so many zeros at the ends of scans."""
+        """The bytes of the copy, with at most `zeros` zeros at the end of each scan."""
         parts = list(self.parts)
         for number in self.scans:
-            kept = parts[number].rstrip(b"\0")
-            if kept.endswith(b"\xff"):  # FF 00 is one byte, FF
-                kept += b"\0"
-            parts[number] = kept + bytes(min(zeros, len(parts[number]) - len(kept)))
+            scan = parts[number].rstrip(b"\0")
+            if scan.endswith(b"\xff"):  # FF 00 is one byte, FF
+                scan += b"\0"
+            parts[number] = scan + bytes(min(zeros, len(parts[number]) - len(scan)))
         return b"".join([SIGNATURE, *parts, b"\xff\xd9"])
 
 
@@ -145,11 +145,11 @@ class _Frame:
     @classmethod
     def of(cls, marker: int, body: bytes) -> "_Frame":
         _, height, width, count = struct.unpack(">BHHB", body[:6])
-        rows = [body[6 + 3 * number : 9 + 3 * number] for number in range(count)]
-        return cls(marker, height, width, {row[0]: (row[1] >> 4, row[1] & 15) for row in rows})
+        components = [body[6 + 3 * number : 9 + 3 * number] for number in range(count)]
+        return cls(marker, height, width, {each[0]: (each[1] >> 4, each[1] & 15) for each in components})
 
     def units(self, components: list[int]) -> int:
-        """Minimum coded units of a scan of these components, T.81 A.2."""
+        """Number of minimum coded units in a scan of these components, T.81 A.2."""
         across, down = (max(pair[axis] for pair in self.sampling.values()) for axis in (0, 1))
         if len(components) > 1:
             return -(-self.width // (8 * across)) * -(-self.height // (8 * down))
@@ -159,11 +159,11 @@ class _Frame:
 
 
 def _corrected(marker: int, body: bytes, frame: _Frame | None) -> bytes | None:
-    """What stands in a segment, as the standard and libjpeg know it; None for what no pixel depends on."""
+    """The body of a segment, as the standard and libjpeg define it; None for a segment that no pixel depends on."""
     if marker == _APP0:
         return b"JFIF\0\1\1" + body[7:12] + b"\0\0" if _is_jfif(body) else None
     if marker == _APP14:
-        # libjpeg takes a transform that it does not know for YCbCr
+        # libjpeg reads an unknown transform as YCbCr
         return body[:11] + bytes([min(body[11], 1)]) if _is_adobe(body) else None
     if _APP0 <= marker < _APP0 + 16 or marker == _COMMENT:
         return None
@@ -173,11 +173,11 @@ def _corrected(marker: int, body: bytes, frame: _Frame | None) -> bytes | None:
 
 
 def _copy(data: bytes) -> _Copy | None:
-    """None for what has no scan. Raises struct.error, IndexError, KeyError, ValueError for headers that are cut off."""
+    """None for a file without a scan. Raises struct.error, IndexError, KeyError, ValueError for truncated headers."""
     file = io.BytesIO(data)
     file.seek(len(SIGNATURE))
     copy, frame, interval = _Copy([], []), None, 0
-    lowest: dict[tuple[int, int], int] = {}  # of each component and coefficient, the lowest bit that a scan has
+    lowest: dict[tuple[int, int], int] = {}  # for each component and coefficient, the lowest bit that a scan holds
     while (found := _next_segment(file)) is not None:
         marker, body = found
         if marker == _EOI:
@@ -206,12 +206,12 @@ def _copy(data: bytes) -> _Copy | None:
 
 
 def _scan(data: bytes, file: io.BytesIO, copy: _Copy, restarts: int) -> bytes:
-    """The data of one scan, which begins here, in so many segments; leaves the file after it."""
+    """The data of the scan that begins here, in `restarts` segments; leaves the file after the scan."""
     start = file.tell()
     end = found.start() if (found := _END_OF_SCAN.search(data, start)) else len(data)
     file.seek(end)
-    pieces = _RESTART.split(data[start:end])  # data, number, data, number, …, data
-    segments, numbers = pieces[::2][:restarts], pieces[1::2][: restarts - 1]
+    parts = _RESTART.split(data[start:end])  # data, number, data, number, …, data
+    segments, numbers = parts[::2][:restarts], parts[1::2][: restarts - 1]
     copy.every_restart &= len(segments) == restarts
     expected = [bytes([0xD0 + number % 8]) for number in range(len(numbers))]
     copy.renumbered |= numbers != expected
@@ -222,14 +222,16 @@ def _scan(data: bytes, file: io.BytesIO, copy: _Copy, restarts: int) -> bytes:
 # Decoding
 
 
-def decode(data: bytes, height: int = 0, width: int = 0) -> UInt8[np.ndarray, "rows columns 3"]:
-    """RGB, 0..255, as stored, of a JPEG in grey, YCbCr or RGB; shrunk while both sides are at least so long, 0: whole.
+def decode(data: bytes, height: int = 0, width: int = 0) -> UInt8[np.ndarray, "_height _width 3"]:
+    """RGB, 0..255, not rotated, of a JPEG in grey, YCbCr or RGB.
 
-    Raises ValueError, with libjpeg's words, where it is truncated or damaged; Unsupported where the decoder does not
+    It is downscaled as far as its sides stay at least `height` and `width`; 0: full size.
+
+    Raises ValueError, with libjpeg's message, where it is truncated or damaged; Unsupported where the decoder does not
     read such files at all.
     """
 
-    def pixels(data: bytes, strict: bool) -> UInt8[np.ndarray, "rows columns 3"]:
+    def pixels(data: bytes, strict: bool) -> UInt8[np.ndarray, "_height _width 3"]:
         # Not strict, a truncated file comes out grey at the bottom.
         return simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=2, strict=strict)
 
@@ -243,13 +245,13 @@ def decode(data: bytes, height: int = 0, width: int = 0) -> UInt8[np.ndarray, "r
         copy = None
     if copy is None or not (copy.ended or copy.complete):
         raise damage
-    said = damage
+    warning = damage
     for attempt in map(copy.data, _ZEROS):
         try:
             found = pixels(attempt, True)
             break
         except ValueError as error:
-            said = error
+            warning = error
             if _only_left_over(str(error), copy):
                 found = pixels(attempt, False)
                 break
@@ -258,14 +260,15 @@ def decode(data: bytes, height: int = 0, width: int = 0) -> UInt8[np.ndarray, "r
             pixels(copy.data(0), False)
         except ValueError as error:
             raise Unsupported(str(error)) from error
-        raise damage if "Premature end of JPEG file" in str(damage) else said  # the first word may be a harmless one
+        # The first warning may be a harmless one.
+        raise damage if "Premature end of JPEG file" in str(damage) else warning
     if copy.renumbered and not np.array_equal(found, pixels(data, False)):
-        raise damage  # libjpeg takes some numbers for data that is missing
+        raise damage  # libjpeg reads some numbers as missing data
     return found
 
 
 def _only_left_over(warning: str, copy: _Copy) -> bool:
-    """Whether the first warning of a copy is the only one, and of bytes after the last block of the image."""
+    """Whether the first warning of a copy is the only one, and is about bytes after the last block of the image."""
     if (found := _LEFT_OVER.search(warning)) is None or int(found[2], 16) != _EOI or not copy.every_restart:
         return False
     return len(copy.scans) == 1 or int(found[1]) <= _FEW

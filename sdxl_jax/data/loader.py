@@ -1,15 +1,15 @@
-"""One step's examples of one process: read, decoded, cropped; or, of a cache, read.
+"""Loads one process's examples of a step: images are read, decoded and cropped; examples of a cache are read.
 
-Every choice has a generator of its own, seeded with the user's seed, what it is for (order.CROP and so on), and (step,
-row of the global batch); where each image has a fixed number of crops, these with (image, crop). An image that turns
-out to be damaged is replaced by the one that follows it in its bucket's order.
+Every random choice has a generator of its own, seeded with the user's seed, its purpose (order.CROP and so on), and
+(step, row of the global batch); fixed crops are seeded with (image, crop) instead. An image that turns out to be
+damaged is replaced by the one that follows it in its bucket's order.
 
-Not here: the order (order), running ahead in threads and processes (pipeline).
+Not here: the order (order), prefetching in threads and processes (pipeline).
 """
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float32
@@ -24,43 +24,43 @@ from sdxl_jax.data.transforms import Example, cover_crop, cover_size
 from sdxl_jax.errors import InputError, MachineError
 
 _T = TypeVar("_T")
-_IN_A_ROW = 100
-"""Bad images that follow each other in a bucket's order: then it is the source that is bad."""
+_MAX_CONSECUTIVE_BAD = 100
+"""Damaged images in a row in a bucket's order: with that many, the source is to blame."""
 
 
 class DecodedExample(NamedTuple):
-    """One example, with where it is from."""
+    """One decoded training example, with its image's number and a caption."""
 
     image: int
-    """Its number."""
+    """Number of the image."""
     caption: str
-    """The one of its captions that is told this time."""
+    """The caption chosen from those of the image."""
     example: Example
 
 
 class CachedExample(NamedTuple):
-    """One example of a cache."""
+    """One training example read from a cache."""
 
     image: int
-    """Its number."""
+    """Number of the image."""
     crop: Crop
     text: Text
 
 
 class Loaded(NamedTuple):
-    """What a worker makes of a step. Tokens come later: a tokenizer's imports would be each worker's own."""
+    """A worker's result for one step. The main process tokenises: every worker would import the tokenizers."""
 
     batch: Batch
-    """Without tokens, unless a cache has them."""
+    """Without tokens, unless they come from a cache."""
     captions: tuple[str, ...]
-    """One a row, unless a cache has their tokens."""
+    """One per row; empty where the tokens come from a cache."""
     bad: tuple[str, ...]
-    """Why images were replaced."""
+    """The reasons why images were replaced."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Decodes one process's rows of a global batch. Sent to worker processes."""
+    """Loads one process's rows of a global batch. It is sent to worker processes."""
 
     source: Mixture
     order: Order
@@ -69,16 +69,16 @@ class Loader:
     process_index: int
     process_count: int
     cache: Cache | None = None
-    """Read instead of the source's images and captions."""
+    """Where given, latents and text states are read from it instead of images and captions from the source."""
 
     def _examples(self, image: int, bucket: Bucket, seeds: Iterable[tuple[int, ...]]) -> list[Example]:
-        """The image, resized, cropped and flipped as each of the seeds says. InputError where it is damaged."""
+        """The image, resized, cropped and flipped once per seed. Raises InputError where it is damaged."""
         size = self.source.size(image)
         pixels = self.source.pixels(image, cover_size(*size, bucket))
-        if not _same_image(size, pixels.shape):
+        if not _can_be_decoded_to(size, pixels.shape):
             raise InputError(
-                f"{self.source.name(image)} has the shape {pixels.shape[:2]} now, and had {tuple(size)} when it was "
-                "listed"
+                f"{self.source.name(image)} is decoded to {pixels.shape[0]}×{pixels.shape[1]} (height × width), and "
+                f"was {size.height}×{size.width} when it was listed. Bring that file back, or start a new run"
             )
         return [
             cover_crop(
@@ -92,23 +92,26 @@ class Loader:
             for seed in seeds
         ]
 
-    def fixed(self, image: int, crops: Iterable[int], bucket: Bucket) -> list[Example]:
-        """Some of the crops that the image has where their number is fixed."""
+    def fixed_crops(self, image: int, crops: Iterable[int], bucket: Bucket) -> list[Example]:
+        """Those of the image's fixed crops (data.crops_per_image), by their numbers."""
         return self._examples(image, bucket, [(FIXED_CROP, image, crop) for crop in crops])
 
-    def draw(self, step: int, row: int, position: int) -> DecodedExample:
-        """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row."""
+    def decode_example(self, step: int, row: int, position: int) -> DecodedExample:
+        """The example of one row of a step: crop, flip and caption follow from the seed, the step and the row.
+
+        position: of the image in `order.numbers`. Raises InputError where it is damaged.
+        """
         image, bucket = int(self.order.numbers[position]), self.buckets[self.order.bucket(step)]
         crops = self.config.crops_per_image
         if crops is None:
             (example,) = self._examples(image, bucket, [(CROP, step, row)])
         else:
-            (example,) = self.fixed(image, [self._choose(crops, CHOICE_OF_CROP, step, row)], bucket)
+            (example,) = self.fixed_crops(image, [self._choose(crops, CHOICE_OF_CROP, step, row)], bucket)
         captions = self.source.captions(image)
         return DecodedExample(image, captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)], example)
 
-    def read(self, step: int, row: int, position: int) -> CachedExample:
-        """The same of the cache."""
+    def read_cached(self, step: int, row: int, position: int) -> CachedExample:
+        """As `decode_example`, from the cache."""
         assert self.cache is not None
         crop, captions = self.cache.crop(position, self._choose(self.cache.crops, CHOICE_OF_CROP, step, row))
         text = captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)]
@@ -120,25 +123,29 @@ class Loader:
     def _choose(self, count: int, *seed: int) -> int:
         return int(self._rng(*seed).integers(count))
 
-    def good(self, step: int, row: int, bad: list[str], draw: Callable[[int, int, int], _T]) -> _T:
-        """draw(step, row, position) of the first of the row's image, and those that follow it in the bucket's order,
-        that is not bad; why the others are goes into `bad`."""
+    def load_or_replace(self, step: int, row: int, bad: list[str], load: Callable[[int, int, int], _T]) -> _T:
+        """load(step, row, position) of the row's image or, where it is damaged, of the next usable one in its bucket's
+        order. Appends the reason for each damaged image to `bad`.
+
+        Raises InputError or MachineError, as the last image did, where too many in a row are damaged.
+        """
         bucket = self.order.bucket(step)
-        before, kind = len(bad), InputError
-        for instead in range(min(self.order.buckets[bucket].places, _IN_A_ROW)):
+        bad_before, kind = len(bad), InputError
+        for instead in range(min(self.order.buckets[bucket].places, _MAX_CONSECUTIVE_BAD)):
             position = self.order.position(step, row, instead=instead)
             try:
-                return draw(step, row, position)
+                return load(step, row, position)
             except (InputError, MachineError) as problem:
                 kind = type(problem)
                 bad.append(str(problem))
         height, width = self.buckets[bucket]
         raise kind(
-            f"{len(bad) - before} images of the bucket {height}×{width} in a row are bad. The last one: {bad[-1]}"
+            f"{len(bad) - bad_before} images of the bucket {height}×{width} in a row are damaged. The last one: "
+            f"{bad[-1]}"
         )
 
     def rows(self, step: int) -> range:
-        """This process's rows of a step's global batch."""
+        """The rows of a step's global batch that this process loads."""
         share = self.order.buckets[self.order.bucket(step)].batch_size // self.process_count
         return range(self.process_index * share, (self.process_index + 1) * share)
 
@@ -146,31 +153,30 @@ class Loader:
         bad: list[str] = []
         replaced = []
 
-        def all_rows(draw: Callable[[int, int, int], _T]) -> list[_T]:
-            found = []
+        def load_rows(load: Callable[[int, int, int], _T]) -> list[_T]:
+            examples = []
             for row in self.rows(step):
-                before = len(bad)
-                found.append(self.good(step, row, bad, draw))
-                replaced.append(len(bad) > before)
-            return found
+                bad_before = len(bad)
+                examples.append(self.load_or_replace(step, row, bad, load))
+                replaced.append(len(bad) > bad_before)
+            return examples
 
         if self.cache is None:
-            drawn = all_rows(self.draw)
-            batch, captions = self._decoded(drawn), tuple(one.caption for one in drawn)
+            decoded = load_rows(self.decode_example)
+            batch, captions = self._decoded_batch(decoded), tuple(one.caption for one in decoded)
         else:
-            batch, captions = self._encoded(all_rows(self.read)), ()
+            batch, captions = self._cached_batch(load_rows(self.read_cached)), ()
         return Loaded(batch._replace(replaced=np.array(replaced)), captions, tuple(bad))
 
-    def _decoded(self, drawn: list[DecodedExample]) -> Batch:
-        examples = [one.example for one in drawn]
+    def _decoded_batch(self, decoded: list[DecodedExample]) -> Batch:
+        examples = [one.example for one in decoded]
         images = np.stack([example.image for example in examples])
-        return Batch(image=images, tokens={}, **self._told([one.image for one in drawn], examples))
+        return self._empty_batch([one.image for one in decoded], examples)._replace(image=images)
 
-    def _encoded(self, read: list[CachedExample]) -> Batch:
-        crops, texts = [one.crop for one in read], [one.text for one in read]
+    def _cached_batch(self, cached: list[CachedExample]) -> Batch:
+        crops, texts = [one.crop for one in cached], [one.text for one in cached]
         pooled = [text.pooled for text in texts if text.pooled is not None]
-        return Batch(
-            image=None,
+        return self._empty_batch([one.image for one in cached], crops)._replace(
             tokens={name: np.stack([text.tokens[name] for text in texts]) for name in texts[0].tokens},
             encoded=EncodedBatch(
                 mean=np.stack([crop.mean for crop in crops]),
@@ -178,24 +184,29 @@ class Loader:
                 context=np.stack([text.context for text in texts]),
                 pooled=np.stack(pooled) if pooled else None,
             ),
-            **self._told([one.image for one in read], crops),
         )
 
-    def _told(self, images: list[int], examples: Sequence[Example | Crop]) -> dict[str, Any]:
-        """What else a batch holds of its examples."""
+    def _empty_batch(self, images: list[int], examples: Sequence[Example | Crop]) -> Batch:
+        """A batch with micro-conditioning and the images' numbers, without images, tokens and latents."""
         micro = MicroConditioning(
             original_size=np.stack([example.original_size for example in examples]),
             crop_top_left=np.stack([example.crop_top_left for example in examples]),
             target_size=np.stack([example.target_size for example in examples]),
             aesthetic_score=self._scores(images),
         )
-        return {"micro": micro, "example": np.array(images, np.int32), "replaced": np.zeros(len(images), bool)}
+        return Batch(
+            image=None,
+            tokens={},
+            micro=micro,
+            example=np.array(images, np.int32),
+            replaced=np.zeros(len(images), bool),
+        )
 
     def _scores(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
         name = self.config.aesthetic
         return None if name is None else np.array([self.source.number(image, name) for image in images], np.float32)
 
 
-def _same_image(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
-    """Whether an image of that size can have been decoded to that shape: whole, or shrunk as `images.decode` does."""
+def _can_be_decoded_to(size: tuple[int, int], shape: tuple[int, ...]) -> bool:
+    """Whether `images.decode` can give that shape for an image of that size, at full size or downscaled."""
     return any(shape[:2] == tuple(-(-side * eighths // 8) for side in size) for eighths in (8, 4, 3, 2, 1))

@@ -1,14 +1,15 @@
-"""Which images make up which step: the order of training, a pure function of the step.
+"""The order of training: which images each batch holds, a pure function of the step.
 
-One epoch: the places of each bucket are shuffled and cut into batches, then all batches are shuffled. The next epoch
-shuffles again. An image of weight 1 has one place in its bucket, of weight 2 two; of weight 0.3, three in ten images
-have one in each epoch, other ones each time, until all had theirs. What is left over when a bucket is cut into batches
-waits, other images each epoch. A bucket with fewer places than a batch collects those of several epochs until they fill
-one, so that its images come no more often than others: with 3 images and batches of 8, its batches are in the epochs 3,
-6, 8, 11, … and epochs differ in length by the batches of such buckets.
+In one epoch, the places of each bucket are shuffled and cut into batches, then all batches are shuffled. The next epoch
+is shuffled differently. An image of weight 1 has one place in its bucket, of weight 2 two; of weight 0.3, three in ten
+images have one in each epoch, different ones each time, until all had theirs. Places that are left over when a bucket
+is cut into batches are dropped for that epoch, different ones each time. A bucket with fewer places than a batch
+collects those of several epochs until they fill one, so that its images are seen no more often than others: with 3
+images and batches of 8, its batches are in the epochs 3, 6, 8, 11, … and epochs differ in length by the batches of such
+buckets.
 
-A large shuffle is Grain's, which gives any element of any epoch without making the rest; a small one is numpy's. So
-a step far from the start costs what the first one costs, and memory is that of the image numbers: 4 bytes each.
+Large permutations are Grain's, which computes any element of any epoch without the others; small ones are numpy's. So
+random access to a step far from the start costs the same as the first one, and memory is 4 bytes per image number.
 
 Not here: which bucket an image belongs to (grouping), reading images.
 """
@@ -28,28 +29,29 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Shaped
 
 
 class SharedArray:
-    """An array that worker processes map from a file, where else each would be sent a copy. The first pickle writes the
-    file; it goes with this object, which must outlive the start of the workers."""
+    """An array that worker processes map from a temporary file, so that none receives a copy. The first pickle writes
+    the file; it is removed with this object, which must outlive the start of the workers."""
 
-    def __init__(self, values: np.ndarray, path: str | None = None):
+    def __init__(self, values: Shaped[np.ndarray, "..."], path: str | None = None):
         self.values = values
         self._path = path
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        with self._lock:  # Grain pickles for several workers at a time: none may be told of a file that is half written
+        # Grain pickles for several workers at a time: none may receive the path of a half-written file.
+        with self._lock:
             if self._path is None:
-                # Where the system lets it, without a name: nothing of it stays, however this process ends.
-                nameless = os.path.isdir("/proc/self/fd")
-                file = tempfile.TemporaryFile() if nameless else tempfile.NamedTemporaryFile()  # noqa: SIM115
+                # Unnamed where the system allows it: it disappears however this process ends.
+                unnamed = os.path.isdir("/proc/self/fd")
+                file = tempfile.TemporaryFile() if unnamed else tempfile.NamedTemporaryFile()  # noqa: SIM115
                 weakref.finalize(self, file.close)
                 np.save(file, self.values)
                 file.flush()
-                self._path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if nameless else file.name
+                self._path = f"/proc/{os.getpid()}/fd/{file.fileno()}" if unnamed else file.name
         return _map, (self._path,)
 
 
@@ -58,8 +60,7 @@ def _map(path: str) -> SharedArray:
 
 
 BATCHES, PLACES, TURNS, CROP, FIXED_CROP, CHOICE_OF_CROP, CHOICE_OF_CAPTION = range(1, 8)
-"""What random numbers are for: the second number of every seed, after the user's, so that no two uses share a stream.
-"""
+"""Purposes of random numbers: the second number of every seed, after the user's, so that no two share a stream."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -68,7 +69,7 @@ def _permutation(count: int, *seed: int) -> Int32[np.ndarray, " count"]:
 
 
 class _Shuffled:
-    """Element i is element i % count of the shuffle of epoch i // count."""
+    """An endless sequence: element i is element i % count of the permutation of epoch i // count."""
 
     def __init__(self, count: int, *seed: int):
         self._count, self._seed, self._large = count, seed, None
@@ -86,48 +87,48 @@ class _Shuffled:
 
 
 _LARGE = 1 << 14
-"""Elements from which on Grain shuffles, which takes 4 µs an element; of 16 elements it takes 1 ms each."""
+"""Number of elements above which Grain shuffles, at 4 µs per element; with 16 elements it would take 1 ms for each."""
 
 
 def places(images: int, weight: float) -> int:
-    """How many places an epoch has for so many images of one source and bucket; a part of one is rounded up."""
-    # Of the decimal number: 2.2 − 2 is a bit more than 0.2, and 5 times that would be rounded up to 2.
+    """Places per epoch for that many images of one source and bucket; a fraction of a place is rounded up."""
+    # From the decimal number: 2.2 − 2 is slightly more than 0.2, and 5 times that would be rounded up to 2.
     return math.ceil(Fraction(str(weight)) * images)
 
 
-class _Bucket:
-    """The images of one bucket, by source, and their places in an epoch."""
+class _BucketOrder:
+    """The order of one bucket: its images, by source, and their places in an epoch."""
 
     def __init__(self, members: Sequence[tuple[int, int, float]], batch_size: int, seed: int, number: int):
-        """members: (where its numbers begin, how many, weight) of each source that has any. number: the bucket's."""
+        """members: (position of its first image, images, weight) of each source that has any. number: the bucket's."""
         self._members = members
-        # For each source: places that every image has, then places for a part of the images.
+        # For each source: first the places that every image has, then places that the images take in turns.
         self._whole = [math.floor(weight) * count for _, count, weight in members]
         self.lengths = [places(count, weight) for _, count, weight in members]
-        """Places of each of the members."""
+        """Places per epoch of each member."""
         self._ends = list(itertools.accumulate(self.lengths))
         self._turns = [_Shuffled(count, seed, TURNS, number, n) for n, (_, count, _) in enumerate(members)]
         self.images = sum(count for _, count, _ in members)
         self.places = sum(self.lengths)
-        """In an epoch."""
+        """Places per epoch."""
         self.batch_size = batch_size
         self.small = self.places < batch_size
-        """Whether its batches hold the places of several epochs."""
+        """Whether a batch holds the places of several epochs."""
         self.batches = Fraction(self.places, batch_size) if self.small else Fraction(self.places // batch_size)
-        """An epoch, on average."""
+        """Batches per epoch, on average."""
         self.remainder = 0 if self.small else self.places % batch_size
-        """Places left out of each epoch."""
+        """Places that are left out of each epoch."""
         self._places = _Shuffled(self.places, seed, PLACES, number) if self.places else None
 
     def batches_before(self, epoch: int) -> int:
-        """How many of its batches the epochs before that one have."""
+        """Number of its batches in all epochs before that one."""
         return epoch * self.places // self.batch_size if self.small else epoch * (self.places // self.batch_size)
 
     def position(self, epoch: int, batch: int, row: int, instead: int) -> int:
-        """Where the number of the image stands that one row of one of the epoch's batches has; with `instead` that of
-        the image whose place follows so many places later."""
+        """The position, in `Order.numbers`, of the image for one row of one of the epoch's batches; with `instead`, of
+        the image that many places later."""
         assert self._places is not None
-        if self.small:  # its places of all epochs in a row
+        if self.small:  # the places of all epochs, one after the other
             index = (self.batches_before(epoch) + batch) * self.batch_size + row
             epoch = index // self.places
         else:
@@ -144,15 +145,15 @@ class _Bucket:
         return first + self._turns[source][epoch * (self.lengths[source] - whole) + turn - whole]
 
 
-_KEPT = 64
-"""Steps remembered: more than are made ahead at a time."""
+_CACHED_STEPS = 64
+"""Steps that are remembered, more than are prefetched at a time."""
 
 
 class _Step(NamedTuple):
     epoch: int
     bucket: int
     batch: int
-    """Which of the bucket's batches of that epoch."""
+    """Number among the bucket's batches of that epoch."""
 
 
 class Order:
@@ -160,8 +161,8 @@ class Order:
 
     Args:
         members: for each bucket, for each source, the numbers of its images.
-        weights: one a source, above 0.
-        batch_sizes: images a step of each bucket.
+        weights: one per source, above 0.
+        batch_sizes: images per step of each bucket.
         seed: 0 to 2³² − 1.
     """
 
@@ -176,47 +177,47 @@ class Order:
         self._numbers = SharedArray(np.concatenate(flat).astype(np.int32, copy=False))
         self._seed = seed
         first = 0
-        self.buckets: list[_Bucket] = []
+        self.buckets: list[_BucketOrder] = []
         self.source_images, self.source_places = [0] * len(weights), [0] * len(weights)
-        """Of each source: images, and their places in an epoch, before buckets are cut into batches."""
+        """For each source, its images and their places per epoch, before buckets are cut into batches."""
         for number, (bucket, batch_size) in enumerate(zip(members, batch_sizes, strict=True)):
             of_sources = {}
             for source, (numbers, weight) in enumerate(zip(bucket, weights, strict=True)):
                 if len(numbers):
                     of_sources[source] = (first, len(numbers), weight)
                 first += len(numbers)
-            self.buckets.append(_Bucket(list(of_sources.values()), batch_size, seed, number))
+            self.buckets.append(_BucketOrder(list(of_sources.values()), batch_size, seed, number))
             for source, length in zip(of_sources, self.buckets[-1].lengths, strict=True):
                 self.source_images[source] += len(bucket[source])
                 self.source_places[source] += length
         self._batches: dict[int, _Shuffled] = {}
-        self._found: dict[int, _Step] = {}  # the steps asked for last: each row of a batch asks for the same one
+        self._steps: dict[int, _Step] = {}  # the last steps: every row of a batch needs the same one
         self._epoch_steps = sum((bucket.batches for bucket in self.buckets), Fraction())
 
     @property
     def epoch_steps(self) -> float:
-        """Steps an epoch, on average."""
+        """Steps per epoch, on average."""
         return float(self._epoch_steps)
 
     def steps_before(self, epoch: int) -> int:
-        """Steps of all epochs before that one."""
+        """Number of steps in all epochs before that one."""
         return sum(bucket.batches_before(epoch) for bucket in self.buckets)
 
     def _step(self, step: int) -> _Step:
-        if (found := self._found.get(step)) is None:
-            if len(self._found) >= _KEPT:
-                self._found.clear()
-            found = self._found[step] = self._find(step)
+        if (found := self._steps.get(step)) is None:
+            if len(self._steps) >= _CACHED_STEPS:
+                self._steps.clear()
+            found = self._steps[step] = self._find(step)
         return found
 
     def _find(self, step: int) -> _Step:
-        # Each small bucket may be less than one batch after its average.
-        first, behind = int(step / self._epoch_steps), sum(bucket.small for bucket in self.buckets)
-        epochs = range(first, int((step + behind) / self._epoch_steps) + 2)
+        # Each small bucket may be up to one batch short of its average.
+        first, missing = int(step / self._epoch_steps), sum(bucket.small for bucket in self.buckets)
+        epochs = range(first, int((step + missing) / self._epoch_steps) + 2)
         epoch = first + bisect.bisect_right(epochs, step, key=self.steps_before) - 1
         counts = [bucket.batches_before(epoch + 1) - bucket.batches_before(epoch) for bucket in self.buckets]
         ends = list(itertools.accumulate(counts))
-        if (shuffled := self._batches.get(ends[-1])) is None:  # a shuffle for each length that epochs have
+        if (shuffled := self._batches.get(ends[-1])) is None:  # one permutation for each length of an epoch
             shuffled = self._batches[ends[-1]] = _Shuffled(ends[-1], self._seed, BATCHES, ends[-1])
         batch = shuffled[epoch * ends[-1] + step - self.steps_before(epoch)]
         bucket = bisect.bisect_right(ends, batch)
@@ -227,24 +228,24 @@ class Order:
         return self._step(step).bucket
 
     def position(self, step: int, row: int, *, instead: int = 0) -> int:
-        """Where in `numbers` the image of one row of a global batch stands.
+        """The position, in `numbers`, of the image for one row of a global batch.
 
-        instead: 1 for the image that takes its place where it is bad, 2 for the next one: those whose places follow in
-        the bucket.
+        instead: 1 for the image that replaces it where it is damaged, 2 for the next one, and so on: those in the next
+        places of the bucket.
         """
         epoch, bucket, batch = self._step(step)
         return self.buckets[bucket].position(epoch, batch, row, instead)
 
     @property
     def numbers(self) -> Int32[np.ndarray, " _"]:
-        """The images in use, bucket by bucket, in each source by source."""
+        """Numbers of the images in use, bucket by bucket, and within a bucket source by source."""
         return self._numbers.values
 
     def run(self, bucket: int) -> range:
-        """Where in `numbers` the images of one bucket stand."""
+        """The positions, in `numbers`, of the images of one bucket."""
         first = sum(other.images for other in self.buckets[:bucket])
         return range(first, first + self.buckets[bucket].images)
 
 
 LAST_STEP = sys.maxsize - 1
-"""Of the endless sequence."""
+"""The largest step of the endless sequence."""

@@ -1,14 +1,13 @@
-"""Training batches of captioned images, of folders or shard sets, in an order that is a pure function of the step.
+"""Training batches of captioned images, from folders or shard sets, in an order that is a pure function of the step.
 
-The order (order.Order) is laid out in global batches of image numbers; only then does a process take its rows and decode
-them. So
+The order (order.Order) consists of global batches of image numbers; each process then decodes its rows of a batch. So
 
 - processes agree on every step's bucket, and together they read what one process would;
-- **the position is the step**: `iterate(step)` gives what an uninterrupted run would have had from there on, with any
+- **the position is the step**: `iterate(step)` gives the batches of an uninterrupted run from that step on, with any
   number of workers or processes, and there is no iterator state to save.
 
-An image that turned out to be damaged, and was replaced (loader), is named once and counted in `Batch.replaced`; more
-of them than `max_bad_share` stop the run.
+An image that turns out to be damaged, and is replaced (loader), is reported once and counted in `Batch.replaced`; a
+larger share than `max_bad_share` stops the run.
 
 Not here: tokenizers (passed in), placing arrays on devices, normalisation, caption dropout.
 """
@@ -33,11 +32,11 @@ from jaxtyping import Int32
 from tqdm import tqdm
 
 from sdxl_jax.arrays import Batch
-from sdxl_jax.data import grouping as groupings
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.cache import Cache
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.folders import open_folder
+from sdxl_jax.data.grouping import Grouping, group, merge_small, refusals, too_small
 from sdxl_jax.data.loader import DecodedExample, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.order import LAST_STEP, Order
@@ -50,27 +49,27 @@ from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.files.paths import local
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
-"""Captions to token numbers, one entry a tokenizer."""
+"""Captions to token numbers, one entry per tokenizer."""
 
 FEW = 1000
-"""Examples that bad ones are a share of, until as many were read."""
+"""The share of damaged images is one of at least this many examples, so that the first few do not stop a run."""
 
 
 class BucketReport(NamedTuple):
-    """What one epoch takes from one bucket."""
+    """The images and batches of one bucket in an epoch."""
 
     height: int
     width: int
     images: int
     batch_size: int
     batches: float
-    """An epoch, on average: a bucket smaller than a batch has one in several epochs."""
+    """Per epoch, on average: a bucket with fewer images than a batch has one batch in several epochs."""
     remainder: int
-    """Places left out of each epoch, other ones each time; a place is an image, unless a weight says otherwise."""
+    """Places left out of each epoch, different ones each time; with weight 1, a place is an image."""
     repeated: int
-    """Rows of each batch of a small bucket that hold an image of the same epoch, or of an earlier one, again."""
+    """Rows of each batch of a small bucket that repeat an image of the batch."""
     merged_into: Bucket | None
-    """The bucket that has its images, where it had too few."""
+    """The bucket that its images were moved to, where it had too few."""
 
     @property
     def size(self) -> Bucket:
@@ -81,7 +80,7 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
     if config.batch_size < 1 or config.batch_size % process_count:
         raise InputError(
             f"data.batch_size={config.batch_size} cannot be split over {process_count} processes. Use a multiple of "
-            f"{process_count}, e.g. {max(1, math.ceil(config.batch_size / process_count)) * process_count}."
+            f"{process_count}, e.g. {max(1, math.ceil(config.batch_size / process_count)) * process_count}"
         )
     check_ranges(
         [
@@ -99,16 +98,16 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
     )
     if config.crop is CropMode.CENTRE and config.flip_probability in (0, 1) and (config.crops_per_image or 1) > 1:
         raise InputError(
-            f"data.crops_per_image={config.crops_per_image} would be as many times the same crop: data.crop=centre and "
-            f"data.flip_probability={config.flip_probability:g} leave nothing to chance. Set it to 1, or data.crop to "
-            "random."
+            f"data.crops_per_image={config.crops_per_image} would be as many times the same crop, because "
+            f"data.crop=centre and data.flip_probability={config.flip_probability:g} are deterministic. Set "
+            "data.crops_per_image=1 or data.crop=random"
         )
     if config.cache_of_other_code and config.cache is None:
-        raise InputError("data.cache_of_other_code has no effect without data.cache. Remove it, or give the cache.")
+        raise InputError("data.cache_of_other_code has no effect without data.cache. Remove it, or set data.cache")
 
 
 def batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
-    """Images a step of each bucket."""
+    """Images per step of each bucket. Raises InputError where data.batch_pixels is below data.batch_size images."""
     if config.batch_pixels is None:
         return [config.batch_size] * len(buckets)
     sizes = [
@@ -120,30 +119,37 @@ def batch_sizes(config: DataConfig, buckets: tuple[Bucket, ...]) -> list[int]:
         raise InputError(
             f"data.batch_pixels={config.batch_pixels} holds no batch of {config.batch_size} images of "
             f"{largest.height}×{largest.width}. Give {config.batch_size * math.prod(largest)} or more, or a smaller "
-            "data.batch_size, of which batches are multiples then."
+            "data.batch_size, which batch sizes are multiples of"
         )
     return sizes
 
 
 def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
-    """The sources of a configuration. Raises InputError for none, for both a folder and sources, and as
-    `open_images`; a bad weight; caption_lines where no caption stands in a .txt."""
+    """Opens the sources of a configuration.
+
+    captioned: whether training uses captions.
+
+    Raises InputError: neither a folder nor sources, or both; a weight that is not positive and finite; caption_lines
+    where no caption is read from a .txt; and as `open_images`.
+    """
     if (config.folder is None) == (not config.sources):
         given = "neither" if config.folder is None else "both"
         raise InputError(
-            f"data.folder and data.sources: {given} given. Give one folder, or several sources with weights."
+            f"data.folder and data.sources: {given} given. Give one folder, or several sources with weights"
         )
     sources = config.sources or (Source(config.folder or ""),)
     for source in sources:
         if not 0 < source.weight < math.inf:
             raise InputError(
-                f"data.sources gives {source.folder} the weight {source.weight}. Expected more than 0; 1 is each image "
-                "once an epoch. To leave a source out, remove it."
+                f"data.sources gives {source.folder} the weight {source.weight}. Give a finite number above 0: with 1, "
+                "each image is seen once per epoch. To leave a source out, remove it"
             )
-    # What cannot be decoded is found when a cache is made, which says so itself.
+    # An image that cannot be decoded is found, and recorded, when the cache is made.
     verify = config.verify_images and config.cache is None
-    lines = config.caption_lines
-    opened = [open_images(each.folder, verify=verify, caption_lines=lines, captioned=captioned) for each in sources]
+    opened = [
+        open_images(each.folder, verify=verify, caption_lines=config.caption_lines, captioned=captioned)
+        for each in sources
+    ]
     if config.caption_lines is not CaptionLines.LINES and not any(each.reads_text_files for each in opened):
         folders = ", ".join(each.folder for each in sources)
         raise InputError(
@@ -153,72 +159,90 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     return Mixture(opened, [source.weight for source in sources])
 
 
-def _name_and_count(dataset: "BucketedDataset", source: list[grain.DatasetIterator]) -> Generator[Batch, None, None]:
-    """The batches; names what was replaced, once each, and stops at too many. Keeps the data set until it ends."""
+def _tokenise_and_report_bad(
+    dataset: "BucketedDataset", iterator: list[grain.DatasetIterator]
+) -> Generator[Batch, None, None]:
+    """Yields the batches of the iterator, whose captions it tokenises here, in the main process.
+
+    Prints the reason for each damaged image that was replaced, once each, and raises InputError where their share
+    exceeds `data.max_bad_share`. iterator: a list of one, which the generator empties when it ends, so that no
+    reference to Grain's workers is left. The data set is referenced until then.
+    """
     config = dataset.config
     examples = bad = 0
-    named = set[str]()
+    reported = set[str]()
     try:
-        while source:
-            loaded = next(source[0])
+        while iterator:
+            loaded = next(iterator[0])
             examples, bad = examples + len(loaded.batch.example), bad + int(loaded.batch.replaced.sum())
             for reason in loaded.bad:
-                if reason not in named:
+                if reason not in reported:
                     tqdm.write(f"  replaced while training: {reason}")
-                    named.add(reason)
+                    reported.add(reason)
             if bad > config.max_bad_share * max(examples, FEW):
                 raise InputError(
                     f"{bad} of the {examples} examples since the start had a damaged image, more than "
-                    f"data.max_bad_share={config.max_bad_share} allows. The last: {loaded.bad[-1]}\nTo go on with "
-                    "this run, bring the files back as they were, or raise data.max_bad_share. A new run can do "
-                    "without them: remove them, or build a shard set, which decodes every image once."
+                    f"data.max_bad_share={config.max_bad_share} allows. The last one: {loaded.bad[-1]}\nTo resume "
+                    "this run, bring the files back as they were, or raise data.max_bad_share. For a new run, remove "
+                    "them, or build a shard set, which decodes every image once"
                 )
             if loaded.captions and dataset.tokenize is not None:
                 yield loaded.batch._replace(tokens=dict(dataset.tokenize(list(loaded.captions))))
             else:
                 yield loaded.batch
     finally:
-        source.clear()
+        iterator.clear()
 
 
-def _worker_starts(worker: int, workers: int) -> None:
-    """Grain's would wait for ever where the process that reads from them is killed. A terminal's Ctrl-C reaches them
-    too, while the run still needs their batches to stop where it should."""
+def _init_worker(worker: int, workers: int) -> None:
+    """Runs in each of Grain's workers. Without it they would wait forever when their parent process is killed; and
+    Ctrl-C in a terminal would end them, while the run still needs their batches up to the step where it stops."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def ahead(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
-    """The elements in order, made ahead in threads, and in processes where the configuration has any."""
-    grain.config.update("py_traceback_filtering", "off")  # which else rewrites the message of every error
+def prefetched(dataset: grain.MapDataset, config: DataConfig) -> grain.IterDataset:
+    """The elements in order, prefetched in threads, and in worker processes where data.workers is not 0."""
+    grain.config.update("py_traceback_filtering", "off")  # otherwise it rewrites the message of every error
     threads = grain.ReadOptions(num_threads=config.read_ahead, prefetch_buffer_size=config.read_ahead)
     elements = dataset.to_iter_dataset(threads)
     if not config.workers:
         return elements
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only absl's own programs parse
-    return elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers), _worker_starts)
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl's flags, which only programs of absl parse
+    return elements.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers), _init_worker)
 
 
-def _plain(number: Fraction | float) -> int | float:
-    """An integer where it is one."""
+def _integer_or_float(number: Fraction | float) -> int | float:
+    """The number as an int where it is an integer, else as a float."""
     return int(number) if number == int(number) else float(number)
 
 
+def _remedy(grouping: Grouping, config: DataConfig) -> str:
+    """The remedy where no image fits a bucket."""
+    if math.isinf(grouping.closest):  # all images were left out for other reasons than their aspect ratio
+        score = f", or use images with {config.aesthetic} (data.aesthetic)" if config.aesthetic else ""
+        return f"Lower data.min_size (now {config.min_size}){score}"
+    return (
+        f"Add buckets of such aspect ratios, raise data.max_aspect_distance (now {config.max_aspect_distance:.3g}; the "
+        f"nearest image is at {grouping.closest:.3g}), or lower data.min_size (now {config.min_size})"
+    )
+
+
 class BucketedDataset:
-    """Batches for one process, and what an epoch of them takes.
+    """The training data as bucketed batches for one process, with counts per epoch.
 
     Opening a folder reads every image's header (folders.open_folder). All processes must see the same files.
 
     Args:
-        config: what to read; batch sizes count all processes.
-        tokenize: captions to token numbers, in this process. None: nobody wants captions; batches have no tokens, and
-            images of a folder need no caption.
-        host_index, host_count: this process takes rows host_index · n to (host_index + 1) · n of each global batch, with
-            n = batch size / host_count.
+        config: what to read; batch sizes are over all processes.
+        tokenize: captions to token numbers, called in the main process. None: captions are not used; batches have no
+            tokens, and images of a folder need no caption.
+        process_index, process_count: this process takes rows process_index · n to (process_index + 1) · n of each
+            global batch, with n = batch size / process_count.
 
-    Raises InputError: a setting out of range, a batch that does not split over the processes, a bad folder, files refused
-    while `config.on_refused` is ERROR, buckets that no image fits.
+    Raises InputError: a setting out of range, a batch size that cannot be split over the processes, a bad folder, files
+    refused while `config.on_refused` is ERROR, buckets that no image fits.
     """
 
     def __init__(
@@ -231,9 +255,9 @@ class BucketedDataset:
         self.tokenize = tokenize
         self.buckets = check_buckets(config.buckets)
         sizes = batch_sizes(config, self.buckets)
-        # Refusals are settled below, so that one message names those of the sources and those of the buckets.
+        # Refusals are reported below, so that one message has those of the sources and those of the buckets.
         self.source = open_mixture(config, captioned=tokenize is not None)
-        self._grouping = groupings.group(
+        self._grouping = group(
             self.source,
             self.buckets,
             max_aspect_distance=config.max_aspect_distance,
@@ -245,57 +269,57 @@ class BucketedDataset:
             count = self.refused_count() + self.too_small_count()
             raise InputError(
                 f"None of the {len(self.source)} images in {self.where} fits a bucket of data.buckets:\n"
-                f"{summary(left_out, count)}\nAdd buckets of such shapes, raise data.max_aspect_distance (now "
-                f"{config.max_aspect_distance:.3g}; the nearest image is at {self._grouping.closest:.3g}), or lower "
-                f"data.min_size (now {config.min_size})."
+                f"{summary(left_out, count)}\n{_remedy(self._grouping, config)}"
             )
         stop_if_refused(self.where, self.refused(), self.refused_count(), config.on_refused)
         self._merged: dict[int, int] = {}
         weights = self.source.weights
         if config.small_buckets is SmallBuckets.MERGE:
-            self._grouping, self._merged = groupings.merge_small(self._grouping, self.buckets, sizes, weights)
+            self._grouping, self._merged = merge_small(self._grouping, self.buckets, sizes, weights)
         self.order = Order(self._grouping.members, weights, sizes, config.seed)
-        self._grouping = dataclasses.replace(self._grouping, members=[])  # the order has them now
-        self.epoch_steps = _plain(self.order.epoch_steps)
-        """Steps an epoch, on average: buckets smaller than a batch have one in several epochs."""
+        self._grouping = dataclasses.replace(self._grouping, members=[])  # the order holds them now
+        self.epoch_steps = _integer_or_float(self.order.epoch_steps)
+        """Steps per epoch, on average: buckets with fewer images than a batch have one batch in several epochs."""
         self.loader = Loader(self.source, self.order, self.buckets, config, process_index, process_count)
 
     @property
     def where(self) -> str:
-        """The folders, for messages."""
+        """The paths of the sources, for messages."""
         return ", ".join(str(source.path) for source in self.source.sources)
 
     def refused(self) -> Iterator[Refused]:
-        """What cannot be used, and was not said before: when a shard set was built."""
+        """The images that cannot be used, except those that were reported when a shard set was built."""
         yield from self.source.refused(built=False)
-        yield from groupings.refusals(self._grouping, self.source, self.buckets, self.config.aesthetic)
+        yield from refusals(self._grouping, self.source, self.buckets, self.config.aesthetic)
 
     def refused_count(self) -> int:
+        """Length of `refused`."""
         sources = sum(1 for _ in self.source.refused(built=False))
         return sources + len(self._grouping.misfits) + len(self._grouping.unrated)
 
     def too_small(self) -> Iterator[Refused]:
-        """What the minimum size leaves out."""
-        return groupings.too_small(self._grouping, self.source, self.config.min_size)
+        """The images that `data.min_size` leaves out."""
+        return too_small(self._grouping, self.source, self.config.min_size)
 
     def too_small_count(self) -> int:
+        """Length of `too_small`."""
         return len(self._grouping.too_small)
 
     def reading(self, cache: Cache) -> "BucketedDataset":
-        """The same, from a cache that was made from it."""
+        """The same data set, read from a cache that was made from it."""
         assert len(cache) == len(self.order.numbers) and cache.crops == self.config.crops_per_image
         cached = copy.copy(self)
         cached.loader = dataclasses.replace(self.loader, cache=cache)
         return cached
 
     def report(self) -> list[BucketReport]:
-        """What an epoch takes from each bucket, in the order of the buckets, empty ones included."""
+        """The images and batches of each bucket in an epoch, in the order of the buckets, empty ones included."""
         return [
             BucketReport(
                 *bucket,
                 images=order.images,
                 batch_size=order.batch_size,
-                batches=_plain(order.batches),
+                batches=_integer_or_float(order.batches),
                 remainder=order.remainder,
                 repeated=order.batch_size - order.images if 0 < order.images < order.batch_size else 0,
                 merged_into=self.buckets[self._merged[number]] if number in self._merged else None,
@@ -304,58 +328,59 @@ class BucketedDataset:
         ]
 
     def shares(self) -> list[Share]:
-        """What each source gives to an epoch."""
+        """The share of each source in an epoch."""
         folders = [str(source.path) for source in self.source.sources]
         shares = [count / sum(self.order.source_places) for count in self.order.source_places]
         return list(map(Share, folders, self.source.weights, self.order.source_images, shares))
 
     @property
     def assignment(self) -> str:
-        """Names which images are in which buckets, in which order."""
-        named = hashlib.blake2b(json.dumps(self.buckets).encode(), digest_size=16)
-        named.update(json.dumps([bucket.images for bucket in self.order.buckets]).encode())
-        named.update(np.ascontiguousarray(self.order.numbers).data)
-        return named.hexdigest()
+        """A hash of which images are in which buckets, in which order."""
+        digest = hashlib.blake2b(json.dumps(self.buckets).encode(), digest_size=16)
+        digest.update(json.dumps([bucket.images for bucket in self.order.buckets]).encode())
+        digest.update(np.ascontiguousarray(self.order.numbers).data)
+        return digest.hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """Names what is trained on, and how many of it in which buckets; not the pixels."""
+        """A hash of the sources' fingerprints and of the number of images in each bucket."""
         content = [self.source.fingerprint, [bucket.images for bucket in self.order.buckets]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def bucket_of(self, step: int) -> Bucket:
-        """The bucket of one step, without reading an image: which compiled step it needs."""
+        """The bucket of one step, known without reading an image: it determines which compiled step is needed."""
         return self.buckets[self.order.bucket(step)]
 
     def batch_size_of(self, step: int) -> int:
-        """Images of one step, over all processes."""
+        """Images per step in the bucket of that step, over all processes."""
         return self.order.buckets[self.order.bucket(step)].batch_size
 
     def examples(self, start_step: int = 0) -> Iterator[DecodedExample]:
-        """All processes' examples one by one, in training order. Without end; decodes lazily; says what it replaces."""
+        """The examples of all processes one by one, in training order, endless and decoded lazily. Prints the reason
+        for each image that it replaces."""
         for step in itertools.count(start_step):
             for row in range(self.batch_size_of(step)):
                 bad: list[str] = []
-                drawn = self.loader.good(step, row, bad, self.loader.draw)
+                example = self.loader.load_or_replace(step, row, bad, self.loader.decode_example)
                 for reason in bad:
                     tqdm.write(f"  replaced: {reason}")
-                yield drawn
+                yield example
 
     def iter_dataset(self, start_step: int = 0, stop_step: int = LAST_STEP) -> grain.IterDataset:
-        """This process's batches of those steps as Grain's dataset, each as `Loaded`."""
-        return ahead(grain.MapDataset.range(start_step, stop_step).map(self.loader), self.config)
+        """This process's batches of those steps as a Grain dataset of `Loaded`."""
+        return prefetched(grain.MapDataset.range(start_step, stop_step).map(self.loader), self.config)
 
     def iterate(self, start_step: int = 0) -> Generator[Batch, None, None]:
-        """This process's batches from `start_step` on, without end, decoded ahead.
+        """This process's batches from `start_step` on, endless and prefetched.
 
-        `close()` of what is returned ends the threads or processes; so does letting go of it.
+        The generator's `close()` ends the threads or worker processes; so does dropping the last reference to it.
 
-        Raises InputError, at the batch that holds it, for more damaged images than `max_bad_share`.
+        Raises InputError, at the batch where it happens, when the share of damaged images exceeds `max_bad_share`.
         """
-        source = [iter(self.iter_dataset(start_step))]
-        generator = _name_and_count(self, source)
+        iterator = [iter(self.iter_dataset(start_step))]
+        generator = _tokenise_and_report_bad(self, iterator)
         # Grain's workers must end before the interpreter does, or they fail noisily and leak shared memory.
-        weakref.finalize(generator, source.clear)
+        weakref.finalize(generator, iterator.clear)
         return generator
 
 
@@ -366,11 +391,11 @@ def open_images(
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
 ) -> ImageSource:
-    """A folder of images, or a shard set. What is refused is left out and listed.
+    """Opens a folder of images or a shard set. Refused images are left out and listed.
 
-    verify: decode every image of a folder now; those of a shard set were, when it was built.
-    caption_lines: what the lines of a `.txt` in a folder are; a shard set has its captions.
-    captioned: whether captions are wanted.
+    verify: decode every image of a folder now; those of a shard set were decoded when it was built.
+    caption_lines: what the lines of a `.txt` in a folder are; a shard set already has its captions.
+    captioned: whether captions are used.
 
     Raises InputError as `open_folder` and `open_shards`.
     """

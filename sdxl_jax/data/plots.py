@@ -1,11 +1,11 @@
-"""What training will really see, as one image: `sdxl-jax data inspect --plot`.
+"""A chart of the training data as training sees it: `sdxl-jax data inspect --plot`.
 
-From top to bottom: height against width of the original images, with what a minimum size would discard (figure 2 of
-Podell et al. 2023, arXiv:2307.01952); how many images each bucket gets; some training examples of the fullest
-buckets as the model sees them, with the six numbers that it is told and the caption.
+From top to bottom: a histogram of original sizes, with the share that a minimum size would discard (figure 2 of Podell
+et al. 2023, arXiv:2307.01952); the number of images per bucket; some training examples of the fullest buckets as the
+model sees them, with their micro-conditioning and captions.
 
-As in `inspection`, refused files are left out. matplotlib is needed only here, and imported only to draw: without
-pyplot, so that nothing global changes and no screen is needed.
+As in `inspection`, refused files are left out. matplotlib is needed only here, and imported only when a chart is drawn:
+without pyplot, so that no global state changes and no display is needed.
 """
 
 import itertools
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".pdf", ".svg")
 PAPER_MINIMUM_PX = 256
-"""Of the paper's data, 39 % have a side shorter than this."""
+"""39 % of the paper's images have a side shorter than this."""
 
 _CHUNK = 1_000_000
-"""Sizes looked at at a time: they may be a memory map of fifty million."""
+"""Sizes per chunk: they may be a memory map of fifty million."""
 _OCTAVES, _BINS_PER_OCTAVE = 18, 16
 _BARS = 48
 """Buckets that the bar chart has room for."""
@@ -56,14 +56,14 @@ def _chunks(sizes: Int32[np.ndarray, "images 2"]) -> list[Int32[np.ndarray, "_ch
 
 
 def share_discarded(sizes: Int32[np.ndarray, "images 2"], minimum_px: int) -> float:
-    """Share of images, 0 to 1, with a side below the minimum: what training without them would lose."""
+    """Share of images, 0 to 1, with a side below the minimum: the loss if training left them out."""
     return sum(int((chunk < minimum_px).any(axis=1).sum()) for chunk in _chunks(sizes)) / max(1, len(sizes))
 
 
 def size_histogram(sizes: Int32[np.ndarray, "images 2"]) -> Int64[np.ndarray, "heights widths"]:
-    """Images by height (rows) and width (columns); bin k holds sides of 2^(k/16) up to 2^((k+1)/16) pixels.
+    """Number of images by height (rows) and width (columns); bin k holds sides of 2^(k/16) up to 2^((k+1)/16) pixels.
 
-    The paper's axes are linear. Logarithmic ones show small images and large ones alike, and need no upper limit.
+    The paper's axes are linear. Logarithmic ones show small and large images equally well, and need no upper limit.
     """
     bins = _OCTAVES * _BINS_PER_OCTAVE
     counts = np.zeros(bins * bins, np.int64)
@@ -74,22 +74,25 @@ def size_histogram(sizes: Int32[np.ndarray, "images 2"]) -> Int64[np.ndarray, "h
 
 
 def check(path: Path) -> None:
-    """Raises InputError where nothing can be drawn into that file: its suffix is none of SUFFIXES, it is a folder, or
-    matplotlib is missing."""
+    """Raises InputError where the chart cannot be written to that file: its suffix is not one of SUFFIXES, it is a
+    folder, or matplotlib is missing."""
     if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"Cannot draw into {path}. Give a file that ends in {', '.join(SUFFIXES)}, e.g. data.png.")
+        suffixes = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        raise InputError(f"Cannot write a chart to {path}. Give a file that ends in {suffixes}, e.g. data.png")
     if path.is_dir():
-        raise InputError(f"Cannot draw into {path}: it is a folder. Give a file, new or old.")
+        raise InputError(f"Cannot write a chart to {path}: it is a folder. Give a file, which is replaced if it exists")
     try:
         import matplotlib.figure  # noqa: F401 (drawing needs it)
     except ImportError as problem:
-        raise InputError("Drawing needs matplotlib, which is not installed. Run `pip install matplotlib`.") from problem
+        raise InputError(
+            f"A chart needs matplotlib, which cannot be imported ({problem}). Run `pip install matplotlib`"
+        ) from problem
 
 
 def plot(dataset: BucketedDataset, path: Path) -> None:
-    """Draws sizes, buckets and some training examples into one file, written whole or not at all.
+    """Writes one chart of sizes, buckets and some training examples, atomically.
 
-    The minimum size that is drawn is the configuration's, or the paper's where it has none. Raises InputError as
+    The minimum size that it shows is the configuration's, or the paper's where it has none. Raises InputError as
     `check`.
     """
     check(path)
@@ -121,39 +124,39 @@ def plot(dataset: BucketedDataset, path: Path) -> None:
 def _sheet(dataset: BucketedDataset, report: list[BucketReport]) -> list[tuple[BucketReport, list[DecodedExample]]]:
     """The first training examples of the fullest buckets, fullest first; no more than their batches hold."""
     fullest = sorted(report, key=lambda bucket: -bucket.images)[:_SHEET_BUCKETS]
-    missing = {bucket.size: _examples_of(bucket) for bucket in fullest}
-    drawn: dict[Size, list[DecodedExample]] = {key: [] for key in missing}
-    # A bucket smaller than a batch has its first one when it has filled it.
+    missing = {bucket.size: _example_count(bucket) for bucket in fullest}
+    examples: dict[Size, list[DecodedExample]] = {size: [] for size in missing}
+    # A bucket with fewer images than a batch has its first batch in the epoch that fills it.
     last = dataset.order.steps_before(max(math.ceil(1 / bucket.batches) for bucket in fullest))
     for step in range(last):
-        key = dataset.bucket_of(step)
-        if count := min(missing.get(key, 0), dataset.batch_size_of(step)):
-            drawn[key] += itertools.islice(dataset.examples(step), count)
-            missing[key] -= count
+        size = dataset.bucket_of(step)
+        if count := min(missing.get(size, 0), dataset.batch_size_of(step)):
+            examples[size] += itertools.islice(dataset.examples(step), count)
+            missing[size] -= count
         if not any(missing.values()):
             break
-    return [(bucket, drawn[bucket.size]) for bucket in fullest]
+    return [(bucket, examples[bucket.size]) for bucket in fullest]
 
 
-def _examples_of(bucket: BucketReport) -> int:
+def _example_count(bucket: BucketReport) -> int:
     return min(_SHEET_EXAMPLES, math.ceil(bucket.batches) * bucket.batch_size)
 
 
 def _axes(page: "Figure", left: float, top: float, width: float, height: float) -> "Axes":
-    """Axes by their upper left corner, from the lower left of the page, and their extent, all in inches."""
+    """Axes at an upper left corner, measured from the lower left of the page, of that size; all in inches."""
     across, up = page.get_size_inches()
     return page.add_axes((left / across, (top - height) / up, width / across, height / up))
 
 
 def _write(page: "Figure", left: float, top: float, text: str, points: int, weight: str = "normal") -> None:
-    """Text hanging from its upper left corner, in inches. Dollars are dollars, not formulae."""
+    """Writes text below its upper left corner, in inches. Dollar signs do not start formulae."""
     across, up = page.get_size_inches()
-    text = text.encode("utf-8", "replace").decode()  # JSON can hold halves of characters, which cannot be drawn
+    text = text.encode("utf-8", "replace").decode()  # JSON can hold half surrogate pairs, which cannot be drawn
     page.text(left / across, top / up, text, size=points, weight=weight, va="top", parse_math=False, linespacing=1.25)
 
 
 def _title(page: "Figure", dataset: BucketedDataset) -> float:
-    """Returns where the next thing may begin."""
+    """Writes the title and the counts. Returns the height, in inches, at which the charts begin."""
     top = page.get_size_inches()[1] - 0.2
     name = dataset.where
     name = name if len(name) <= 80 else "…" + name[-79:]
@@ -164,7 +167,7 @@ def _title(page: "Figure", dataset: BucketedDataset) -> float:
         counts += f", {dataset.too_small_count():,} below {dataset.config.min_size} px"
     sizes = sorted({bucket.batch_size for bucket in dataset.report() if bucket.images})
     batches = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
-    steps = f"{dataset.epoch_steps:.6g} steps of {batches} an epoch"
+    steps = f"{dataset.epoch_steps:.6g} steps of {batches} images per epoch"
     _write(page, _MARGIN, top, name, 14, "bold")
     _write(page, _MARGIN, top - 0.28, f"{counts}; {steps}", 10)
     return top - 0.9
@@ -207,23 +210,23 @@ def _draw_sizes(page: "Figure", sizes: Int32[np.ndarray, "images 2"], minimum_px
 
 
 def _draw_buckets(page: "Figure", report: list[BucketReport], dataset: BucketedDataset, top: float) -> None:
-    """Bars from the widest bucket to the tallest."""
+    """A bar chart of images per bucket, from the widest bucket to the tallest."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    kept = sorted(report, key=lambda bucket: -bucket.images)[:_BARS]
-    kept.sort(key=lambda bucket: bucket.height / bucket.width)
+    shown = sorted(report, key=lambda bucket: -bucket.images)[:_BARS]
+    shown.sort(key=lambda bucket: bucket.height / bucket.width)
     left = _MARGIN + _CHARTS + 2.4
     axes = _axes(page, left, top, _WIDTH - left - _MARGIN, _CHARTS - 0.55)
-    places = np.arange(len(kept))
-    small = np.array([bucket.repeated > 0 for bucket in kept])
-    images = np.array([bucket.images for bucket in kept])
+    places = np.arange(len(shown))
+    small = np.array([bucket.repeated > 0 for bucket in shown])
+    images = np.array([bucket.images for bucket in shown])
     for chosen, colour, label in (
         (~small, "#31688e", None),
         (small, "#d95f02", "fewer than a batch: collected over several epochs"),
     ):
         if chosen.any():
             axes.bar(places[chosen], images[chosen], color=colour, label=label, width=0.8)
-    crowded = len(kept) > 16
+    crowded = len(shown) > 16
     for place, count in zip(places, images, strict=True):
         axes.annotate(
             *(f"{count:,}", (place, count), (0, 3)),
@@ -233,17 +236,20 @@ def _draw_buckets(page: "Figure", report: list[BucketReport], dataset: BucketedD
             size=8,
             rotation=90 if crowded else 0,
         )
-    axes.set_xlim(-0.8, max(len(kept), 6) - 0.2)
+    axes.set_xlim(-0.8, max(len(shown), 6) - 0.2)
     axes.set_ylim(0, images.max() * 1.22)
     axes.set_xticks(
-        places, [f"{b.height}×{b.width}" for b in kept], size=8, rotation=90 if crowded else 45 if len(kept) > 8 else 0
+        places,
+        [f"{b.height}×{b.width}" for b in shown],
+        size=8,
+        rotation=90 if crowded else 45 if len(shown) > 8 else 0,
     )
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
-    empty, beyond = len(dataset.buckets) - len(report), len(report) - len(kept)
+    empty, beyond = len(dataset.buckets) - len(report), len(report) - len(shown)
     notes = [f"{empty} others get none"] * bool(empty) + [f"the {beyond} least full are not shown"] * bool(beyond)
     axes.set_xlabel("; ".join(["bucket, height×width in px", *notes]))
-    axes.set_title("Images a bucket", size=11, loc="left")
+    axes.set_title("Images per bucket", size=11, loc="left")
     if small.any():
         axes.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -257,7 +263,7 @@ def _draw_examples(
     page: "Figure", bucket: BucketReport, examples: list[DecodedExample], left: float, top: float
 ) -> None:
     """One bucket's examples side by side."""
-    counts = f"images {bucket.images:,}, batches an epoch {bucket.batches:.4g}"
+    counts = f"images {bucket.images:,}, batches per epoch {bucket.batches:.4g}"
     heading = f"Bucket {bucket.height}×{bucket.width}: {counts}"
     _write(page, left, top, heading, 10, "bold")
     top -= _HEADING

@@ -1,4 +1,4 @@
-"""What worker processes share, whoever starts them."""
+"""The lifetime of worker processes, whoever starts them."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -7,8 +7,8 @@ import threading
 
 
 def end_with_parent() -> None:
-    """In a worker process: ends it when the one that started it ends, however that ends. Then nobody goes on writing,
-    and nobody holds shared memory any more, which its tracker then removes."""
+    """Called in a worker process: ends it when its parent process ends, however that ends. Then no orphan continues to
+    write, and none holds shared memory, which its tracker then removes."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

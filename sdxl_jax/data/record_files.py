@@ -1,8 +1,8 @@
-"""Files of records (ArrayRecord): writing one, and reading many, by path, of which a process keeps open the last.
+"""ArrayRecord files: a writer of one, and a reader of many by path, which keeps the last used ones open.
 
-Records are not compressed, and each is a group of its own, so that it costs one read.
+Records are not compressed, and each is a group of its own, so that reading one costs one read of the file.
 
-Not here: what the records hold, and when a file counts as finished.
+Not here: the content of records, and when a file counts as finished.
 """
 
 import os
@@ -17,34 +17,35 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from sdxl_jax.errors import InputError, fault
 
-_OPEN_FILES = 256  # of 0.04 MB and one file each; to open one again takes 0.4 ms
-_NO_COUNT = 1 << 62  # told as a file's records, it need not be opened to count them; what is beyond the last is refused
+_OPEN_FILES = 256  # of 0.04 MB and one file descriptor each; opening one again takes 0.4 ms
+# Given as the number of records, so that a file need not be opened to count them; reading beyond the last one fails.
+_NO_COUNT = 1 << 62
 
 
 class RecordWriter:
-    """Writes one file of records. OSError where the disk does not take it."""
+    """Writes one ArrayRecord file. Raises OSError where writing to the disk fails."""
 
     def __init__(self, path: Path):
-        self._writer: Any = _disk(ArrayRecordWriter, str(path), "group_size:1,uncompressed")
+        self._writer: Any = _with_os_error(ArrayRecordWriter, str(path), "group_size:1,uncompressed")
 
     def write(self, record: bytes) -> None:
-        _disk(self._writer.write, record)
+        _with_os_error(self._writer.write, record)
 
     def close(self) -> None:
         """Completes the file."""
-        _disk(self._writer.close)
+        _with_os_error(self._writer.close)
 
 
-def _disk(call: Callable[..., Any], *arguments: Any) -> Any:
-    """ArrayRecord says by RuntimeError that the disk fails."""
+def _with_os_error(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls ArrayRecord, whose RuntimeError for a failing disk is raised as OSError."""
     try:
         return call(*arguments)
     except RuntimeError as problem:
         raise OSError(str(problem)) from problem
 
 
-class _OfProcess:
-    """What one process has open, never shared with another: neither a reader nor a lock survives a fork."""
+class _ProcessState:
+    """The files that one process has open. Never shared with another: neither a reader nor a lock survives a fork."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -53,23 +54,24 @@ class _OfProcess:
 
 
 class RecordFiles:
-    """ArrayRecord files, opened when they are read from. Any number of threads may read, also after a fork.
+    """A reader of ArrayRecord files, which are opened when they are first read. Any number of threads may read, also
+    after a fork.
 
-    `remedy` ends the message of every InputError: what to do about a file that cannot be read. Not more than
-    `open_files` stay open. A pickle holds no open file.
+    `remedy` ends the message of every InputError: what to do about a file that cannot be read. At most `open_files`
+    stay open. A pickle holds no open file.
     """
 
     def __init__(self, remedy: str, open_files: int = _OPEN_FILES):
         self._remedy, self._limit = remedy, open_files
-        self._state = _OfProcess()
+        self._state = _ProcessState()
 
     def __reduce__(self) -> tuple[type["RecordFiles"], tuple[str, int]]:
         return RecordFiles, (self._remedy, self._limit)
 
-    def _here(self) -> _OfProcess:
+    def _own_state(self) -> _ProcessState:
         state = self._state
-        if state.process != os.getpid():  # forked; where two threads find out at once, one opens its file for nothing
-            state = self._state = _OfProcess()
+        if state.process != os.getpid():  # forked; where two threads notice at once, one file is opened twice
+            state = self._state = _ProcessState()
         return state
 
     def _open(self, path: Path, size: int | None) -> ArrayRecordDataSource:
@@ -84,16 +86,16 @@ class RecordFiles:
         return ArrayRecordDataSource([f"{path}[0:{_NO_COUNT}]"])
 
     def damaged(self, path: Path, record: int, why: object) -> InputError:
-        """The error to raise about a record that cannot be used."""
+        """The error for a record that cannot be used."""
         return InputError(f"Record {record} of {path} is damaged ({why}). {self._remedy}")
 
     def read(self, path: Path, record: int, size: int | None = None) -> bytes:
-        """One record of a file, which is checked to have `size` bytes when it is opened, if that is told.
+        """One record of a file, which is checked to have `size` bytes when it is opened, if that is given.
 
         Raises InputError, naming the file, where it is missing, not of that size, damaged, or ends before that record.
-        A file that was cut off may open all the same and give other bytes: check the record where `size` is not told.
+        A file that was cut off may still open and give wrong bytes: check the record where `size` is not given.
         """
-        state = self._here()
+        state = self._own_state()
         with state.lock:
             reader = state.readers.get(path)
         reader = reader or self._open(path, size)
@@ -101,7 +103,7 @@ class RecordFiles:
             state.readers[path] = reader
             state.readers.move_to_end(path)
             while len(state.readers) > self._limit:
-                state.readers.popitem(last=False)  # closes when the last thread has read
+                state.readers.popitem(last=False)  # closed when the last thread that reads it is done
         try:
             return reader[record]
         except (RuntimeError, ValueError) as problem:

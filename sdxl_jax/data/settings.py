@@ -1,4 +1,4 @@
-"""The settings of the data: what is trained on, and in which shapes and order."""
+"""The configuration section `data`: what is trained on, and in which sizes and order."""
 
 import dataclasses
 import enum
@@ -12,66 +12,72 @@ from sdxl_jax.data.transforms import CropMode
 
 
 class SmallBuckets(enum.Enum):
-    """What becomes of a bucket with fewer images than a batch."""
+    """What to do with a bucket that has fewer images than a batch."""
 
     PAD = "pad"
-    """It collects those of several epochs until they fill one, which holds each image several times."""
+    """Collect the images of several epochs until they fill a batch, which then holds each image several times."""
     MERGE = "merge"
-    """They go to the bucket of the nearest aspect ratio, cropped harder."""
+    """Move its images to the bucket of the nearest aspect ratio, where they are cropped harder."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is trained on, and in which shapes and order."""
+    """What is trained on, and in which sizes and order."""
 
     folder: str | None = None
-    """Folder of images with captions, or a shard set of `sdxl-jax data build`."""
+    """Folder of captioned images, or a shard set of `sdxl-jax data build`."""
     sources: tuple[Source, ...] = ()
-    """Several of them, with weights, in place of `folder`."""
+    """Several folders or shard sets, each with a weight, in place of `folder`."""
     caption_lines: CaptionLines = CaptionLines.LINES
-    """What the lines of a `.txt` beside an image are: captions, one each, or one caption together. Of shards it is said
-    when they are built."""
+    """What the lines of a `.txt` beside an image are: one caption each, or together one caption. A shard set takes this
+    from its build (`sdxl-jax data build --caption-lines`)."""
     buckets: tuple[tuple[int, int], ...] = SDXL_BUCKETS
-    """Sizes (height, width) that batches come in. More: less is cropped away, more is compiled and left over."""
+    """Sizes (height, width) in pixels that batches come in. More buckets: less is cropped away, more is compiled, and
+    more images are left over when buckets are cut into batches."""
     max_aspect_distance: float = math.log(2)
-    """Images whose |ln aspect| is farther than this from the nearest bucket are refused: at ln 2 the crop would take
-    half of them. Higher: stranger shapes are trained on, cropped harder."""
+    """Images whose ln(aspect ratio) is farther than this from the nearest bucket's are refused: at ln 2 the crop would
+    take half of the image. Higher: more extreme aspect ratios are trained on, cropped harder."""
     small_buckets: SmallBuckets = SmallBuckets.PAD
-    """What becomes of a bucket with fewer images than a batch: it collects those of several epochs until they fill one,
-    which holds each image several times; or they go to the bucket of the nearest aspect ratio, cropped harder."""
+    """What to do with a bucket that has fewer images than a batch: collect the images of several epochs until they fill
+    a batch, which then holds each image several times; or move them to the bucket of the nearest aspect ratio, where
+    they are cropped harder."""
     min_size: int = 1
-    """Images whose shorter side has fewer pixels are left out, and counted. Higher: less is trained on, nothing
-    blurred by enlarging; the model is told each image's size, so that it need not be high."""
+    """Images whose shorter side has fewer pixels are left out, and counted. Higher: fewer images, none blurred by
+    upscaling. It need not be high: the UNet is conditioned on each image's original size."""
     batch_size: int = 8
-    """Images a step, over all processes. Higher: fewer, steadier, costlier steps, more left over in each bucket."""
+    """Images per step, over all processes. Higher: fewer and costlier steps with less gradient noise, and more images
+    left over in each bucket."""
     batch_pixels: int | None = None
-    """Pixels a step: a bucket's batches have as many images as fit, in multiples of batch_size. None: batch_size."""
+    """Pixels per step: each bucket's batches have as many images as fit, in multiples of batch_size. None: batch_size
+    images in every bucket. Higher: as for batch_size."""
     crop: CropMode = CropMode.RANDOM
-    """Where the crop lies along the axis that the resize leaves too long."""
+    """Where the crop lies along the axis on which the resized image is longer than the bucket."""
     crops_per_image: int | None = None
-    """How many crops (with their flips) there are of an image, one of which is drawn each time, as from a cache. None:
-    a new one each time. Higher: more variety, a larger cache."""
+    """Fixed crops (with their flips) per image, one of which is chosen at random each time, as a cache holds them.
+    None: a new random crop each time. Higher: more variety, a larger cache."""
     flip_probability: float = 0.0
-    """Share of images mirrored left to right, 0 to 1. Higher: more variety, wrong letters, left and right mixed up."""
+    """Probability that an image is mirrored left to right, 0 to 1. Higher: more variety, but mirrored letters, and left
+    and right mixed up."""
     aesthetic: str | None = None
-    """Name of the number that is each image's aesthetic score, which the refiner is told. Images without it are
-    refused."""
+    """Name of the numeric field that holds each image's aesthetic score, on which the refiner is conditioned. Images
+    without it are refused."""
     cache: str | None = None
-    """Folder of `sdxl-jax data encode`: latents and text states are read from it, and no image is decoded."""
+    """Cache written by `sdxl-jax data encode`: latents and text states are read from it, and no image is decoded."""
     cache_of_other_code: bool = False
-    """Read a cache that another version of this code has written: after an update that changes nothing of it."""
+    """Read a cache that another version of this code wrote: after an update that does not change what is encoded."""
     on_refused: OnRefused = OnRefused.ERROR
-    """Files that cannot be used: stop and name them, or skip them (counted and listed)."""
+    """What to do with files that cannot be used: stop and name them, or skip them (counted and listed)."""
     verify_images: bool = True
-    """Decode every image before the work starts, so that damaged ones are refused and not met during training. Costs a
-    pass over all images: turn it off for a large folder that is known to be good."""
+    """Decode every image before training starts, so that damaged ones are refused then, and not found during training.
+    Costs one pass over all images: turn it off for a large folder that is known to be good."""
     max_bad_share: float = 0.01
-    """Images that turn out to be damaged while training are named and replaced. A run with a larger share of them among
-    its examples, of 1000 at least, stops; every process counts its own. 0: the first one stops it."""
+    """Largest share of damaged images among the training examples, 0 to 1. Images that turn out damaged during training
+    are named and replaced; beyond this share (of 1000 examples at least; every process counts its own) the run stops.
+    0: the first damaged image stops it."""
     seed: int = 0
-    """Order, crops and flips follow from it, 0 to 2³² − 1."""
+    """Seed of the order, crops, flips and choice of captions, 0 to 2³² − 1."""
     workers: int = 0
-    """Processes that decode; 0 decodes in threads of this one. Higher: more images a second until the cores are busy,
-    more memory."""
+    """Worker processes that decode; 0: decode in threads of the training process. Higher: more images per second until
+    the cores are busy, more memory."""
     read_ahead: int = 4
-    """Batches decoded ahead, one thread each, in each process. Higher: more images a second, more memory."""
+    """Batches prefetched by each process, decoded in one thread each. Higher: more images per second, more memory."""

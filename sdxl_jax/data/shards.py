@@ -1,17 +1,17 @@
-"""A shard set: captioned images in a few large files, and a compact index of them that opens at once at any size.
+"""A shard set: captioned images in a few large files, with a compact index that opens in constant time.
 
-    shards/00000.array_record …   the image files' bytes as they were, one shard for each piece of the source
-    index/*.npy                   one column a file, a row an image (or a caption), in the order of the source
-    captions.bin, names.bin       UTF-8, one after the other without separators; offsets stand in the index
-    refused.jsonl                 {"file": …, "reason": …} a line
+    shards/00000.array_record …   the image files' bytes, unchanged, one shard per piece of the source
+    index/*.npy                   one column per file, one row per image (or caption), in the order of the source
+    captions.bin, names.bin       UTF-8, one after the other without separators; offsets are in the index
+    refused.jsonl                 {"file": …, "reason": …} per line
     shards.json                   counts, the source, and the fingerprint of the index; written last
 
 Columns: `size` (height, width; upright, pixels), `shard` and `record` (where the bytes are), `first_caption` and
 `caption_start` (image to captions, caption to bytes), `name_start`, `hash` (blake2b of the bytes, 128 bits), and
-`number_000` … for what the source counts (shards.json has their names; NaN where an image has none).
+`number_000` … for numeric fields (shards.json has their names; NaN where an image has none).
 
-`open_shards` maps the columns into memory and reads nothing but their ends. Each shard is an ArrayRecord file of
-groups of one record, so that any image costs one read, and it is checked when it is first read from.
+`open_shards` memory-maps the columns and reads only their ends. Each shard is an ArrayRecord file of groups of one
+record, so that reading an image costs one read, and is checked when it is first read.
 
 Not here: writing one (build/shard_writing), reading sources (build/records), the parallel build (build/build).
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import decode, why_unreadable
@@ -36,7 +36,7 @@ FORMAT = 1
 """Version of the layout, in shards.json."""
 HASH_BYTES = 16
 
-DESCRIPTION, UNFINISHED = "shards.json", "build.json"  # a folder has the second alone until its build is complete
+DESCRIPTION, UNFINISHED = "shards.json", "build.json"  # until its build is complete, a folder has only the second
 REFUSED, CAPTIONS, NAMES, INDEX, SHARDS = "refused.jsonl", "captions.bin", "names.bin", "index", "shards"
 
 COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -49,40 +49,41 @@ COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
     "hash": ("|u1", (HASH_BYTES,)),
     "shard_extent": ("<i8", (2,)),
 }
-"""dtype and shape of a row of each column of the index."""
+"""For each column of the index, the dtype and the shape of a row."""
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where the shard of that number lies in the shard set `folder`."""
+    """Path of the shard of that number in the shard set `folder`."""
     return folder / SHARDS / f"{shard:05d}.array_record"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShardSet:
-    """An open shard set as `Images`; an image's number is its row in the index. Made by `open_shards`.
+    """An open shard set as an `ImageSource`; an image's number is its row in the index. Made by `open_shards`.
 
-    The index is mapped, not read. A pickle holds the path alone: a worker process opens the set again, and refuses one
-    that was replaced in between. Methods raise IndexError for an image below 0 or beyond the last.
+    The index is memory-mapped, not read. A pickle holds the path and the fingerprint: a worker process opens the set
+    again, and refuses one that was replaced in the meantime. Methods raise IndexError for an image below 0 or beyond
+    the last.
     """
 
     path: Path
     fingerprint: str
-    """Names the content of the index, and with it that of every image: for caches and resuming."""
+    """A hash of the index, and so of the content of every image, which caches and resumed runs compare."""
     source: str
-    """What it was built from, as given."""
+    """The source that it was built from, as given to the build."""
     whole_captions: bool
     """Built with `--caption-lines whole`: a `.txt` is one caption."""
     captions_count: int
     refused_count: int
     duplicates: int
-    """Images whose bytes an earlier one has too, whether they were dropped or not."""
+    """Number of images with the same bytes as an earlier one, whether they were dropped or not."""
     sizes: Int32[np.ndarray, "images 2"]
-    """(height, width) in pixels, upright. Mapped, read only, as all arrays here."""
+    """(height, width) in pixels, upright. Memory-mapped, read only, as all arrays here."""
     hashes: UInt8[np.ndarray, "images 16"]
     """blake2b of each image file's bytes, 128 bits."""
     numbers: Mapping[str, Float32[np.ndarray, " images"]]
-    """What the source counts, by name. NaN where an image has none."""
-    _columns: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+    """Numeric fields by name. NaN where an image has none."""
+    _columns: Mapping[str, Shaped[np.ndarray, "..."]] = dataclasses.field(repr=False)
     _files: RecordFiles = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -90,28 +91,29 @@ class ShardSet:
 
     @property
     def found(self) -> int:
-        """Images, usable or not."""
+        """Number of images, usable or not."""
         return len(self) + self.refused_count
 
     @property
     def built(self) -> bool:
-        """True: the build said and listed what it refused."""
+        """True: the build reported and listed its refusals."""
         return True
 
     @property
     def reads_text_files(self) -> bool:
-        """Whether `data.caption_lines=whole` is what was built."""
+        """Whether it was built with whole captions, so that `data.caption_lines=whole` agrees with it."""
         return self.whole_captions
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """None: a build says what it finds."""
+        """Empty: the build printed its warnings."""
         return ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _open_again, (self.path, self.fingerprint)
 
-    def _texts(self, starts: np.ndarray, texts: str, first: int, last: int) -> list[bytes]:
+    def _texts(self, starts: Int64[np.ndarray, "_rows"], texts: str, first: int, last: int) -> list[bytes]:
+        """Texts first to last − 1 of a file of texts. starts: where each of them begins there."""
         offsets = starts[first : last + 1].tolist()
         blob = self._columns[texts][offsets[0] : offsets[-1]].tobytes()
         return [blob[a - offsets[0] : b - offsets[0]] for a, b in itertools.pairwise(offsets)]
@@ -130,16 +132,16 @@ class ShardSet:
         except UnicodeDecodeError as problem:
             raise InputError(
                 f"The captions of {self.name(image)} in {self.path / CAPTIONS} are damaged ({problem}). Copy that file "
-                "again from where the shard set was built, or build the shard set again."
+                "again from where the shard set was built, or build the shard set again"
             ) from problem
 
     def name(self, image: int) -> str:
-        """The image's name in the source."""
+        """Path or name of one image in the source."""
         self._check(image)
         return self._texts(self._columns["name_start"], NAMES, image, image + 1)[0].decode(errors="surrogateescape")
 
     def read(self, image: int) -> bytes:
-        """The image file, as the source had it.
+        """The bytes of one image file, as in the source.
 
         Raises InputError, naming the shard, where it is missing, cut off or damaged.
         """
@@ -149,7 +151,7 @@ class ShardSet:
         return self._files.read(shard_path(self.path, shard), int(self._columns["record"][image]), size)
 
     def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
-        """RGB, 0..255, upright; with `at_least` perhaps shrunk, as in `images.decode`.
+        """RGB, 0..255, upright; with `at_least` it may be downscaled while decoding, as in `images.decode`.
 
         Raises InputError, naming the image, where it is damaged, and as `read` does.
         """
@@ -159,11 +161,11 @@ class ShardSet:
         except Exception as problem:  # decoders raise many types on damaged files; each means the same here
             raise InputError(
                 f"The image {self.name(image)} of the shard set {self.path} {why_unreadable(problem)}. Build the shard "
-                "set again, which leaves such images out."
+                "set again, which leaves such images out"
             ) from problem
 
     def refused(self) -> Iterator[Refused]:
-        """What the build left out, with the reasons."""
+        """The images that the build left out, with the reasons."""
         with (self.path / REFUSED).open(encoding="utf-8") as lines:
             for line in lines:
                 yield Refused(**json.loads(line))
@@ -172,80 +174,87 @@ class ShardSet:
 def _open_again(path: Path, fingerprint: str) -> ShardSet:
     shards = open_shards(path)
     if shards.fingerprint != fingerprint:
-        raise InputError(f"The shard set {path} was replaced while it was in use. Start again.")
+        raise InputError(f"The shard set {path} was replaced while it was in use. Start again")
     return shards
 
 
 def is_shard_set(path: str | Path) -> bool:
-    """Whether a folder is, or is to become, a shard set."""
+    """Whether a folder holds a shard set or an unfinished build of one."""
     return any((Path(path) / name).exists() for name in (DESCRIPTION, UNFINISHED))
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """shards.json of a complete shard set. Raises InputError as `open_shards` does, short of looking at the index."""
+    """The content of shards.json of a complete shard set. Raises InputError as `open_shards`, except for the index."""
     expected = "Expected a folder that `sdxl-jax data build SRC DST` has written"
     if not path.is_dir():
-        raise InputError(f"There is no folder {path}. {expected}. Check the path, seen from {Path.cwd()}.")
+        raise InputError(f"There is no folder {path}. {expected}. Check the path, seen from {Path.cwd()}")
     try:
         description = json.loads((path / DESCRIPTION).read_bytes())
     except FileNotFoundError:
         if (path / UNFINISHED).exists():
             raise InputError(
                 f"The shard set {path} is not finished: run the same command again (`sdxl-jax data build SRC {path}`), "
-                "it goes on where it stopped."
+                "it resumes where it stopped"
             ) from None
-        raise InputError(f"{path} is no shard set: it has no {DESCRIPTION}. {expected}.") from None
+        raise InputError(f"{path} is not a shard set: it has no {DESCRIPTION}. {expected}") from None
     except (OSError, ValueError) as problem:
         raise fault(problem)(
-            f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build again."
+            f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build the shard set again"
         ) from problem
     version = description.get("format") if isinstance(description, dict) else None
     if version != FORMAT:
+        given = "no format number" if version is None else f"format {version}"
         raise InputError(
-            f"{path / DESCRIPTION} says format {version}, this version of sdxl-jax reads {FORMAT}. Build the shard set "
-            "again, or use the version that wrote it."
+            f"{path / DESCRIPTION} has {given}, this version of sdxl-jax reads format {FORMAT}. Build the shard set "
+            "again, or use the version that wrote it"
         )
     return description
 
 
-def _map(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of a .npy file, mapped. ValueError where it is not of that type and shape."""
+def _map(path: Path, dtype: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
+    """The array of a .npy file, memory-mapped. Raises ValueError where it is not of that dtype and shape."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype != np.dtype(dtype) or array.shape != shape:
-        raise ValueError(f"it has {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}")
+        raise ValueError(
+            f"it has {_described(array.dtype, array.shape)}, expected {_described(np.dtype(dtype), shape)}"
+        )
     return array
 
 
-def _map_text(path: Path, size: int) -> np.ndarray:
-    """The bytes of a file, mapped. ValueError where it is not of that size."""
+def _described(dtype: np.dtype, shape: tuple[int, ...]) -> str:
+    return f"{dtype} of shape {'×'.join(map(str, shape))}"
+
+
+def _map_text(path: Path, size: int) -> UInt8[np.ndarray, " size"]:
+    """The bytes of a file, memory-mapped. Raises ValueError where it is not of that size."""
     if (found := path.stat().st_size) != size:
         raise ValueError(f"it has {found} bytes, expected {size}")
     return np.memmap(path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
 
 
 def open_shards(path: str | Path) -> ShardSet:
-    """Opens a shard set. The index is mapped, so that this takes no longer for many images; no shard is touched.
+    """Opens a shard set. The index is memory-mapped, so that this takes the same time for any number of images.
 
     Raises InputError: no such folder; not a shard set; not finished; another format; an index that does not fit
     shards.json (a file of it is missing, cut off, or of another build).
     """
     path = Path(path)
-    said = read_description(path)
+    description = read_description(path)
     file = path / DESCRIPTION
     try:
-        images, captions = said["images"], said["captions"]
+        images, captions = description["images"], description["captions"]
         rows: dict[str, int] = {name: images for name in COLUMN_TYPES} | {
             "first_caption": images + 1,
             "caption_start": captions + 1,
             "name_start": images + 1,
-            "shard_extent": said["shards"],
+            "shard_extent": description["shards"],
         }
         columns: dict[str, np.ndarray] = {}
         for name, (dtype, row) in COLUMN_TYPES.items():
             file = path / INDEX / f"{name}.npy"
             columns[name] = _map(file, dtype, (rows[name], *row))
         numbers: dict[str, np.ndarray] = {}
-        for number, name in enumerate(said["numbers"]):
+        for number, name in enumerate(description["numbers"]):
             file = path / INDEX / f"number_{number:03d}.npy"
             numbers[name] = _map(file, "<f4", (images,))
         for name, starts in ((CAPTIONS, "caption_start"), (NAMES, "name_start")):
@@ -257,20 +266,20 @@ def open_shards(path: str | Path) -> ShardSet:
         file = path / DESCRIPTION
         return ShardSet(
             path=path,
-            fingerprint=said["fingerprint"],
-            source=said["source"],
-            whole_captions=said.get("caption_lines") == CaptionLines.WHOLE.value,
+            fingerprint=description["fingerprint"],
+            source=description["source"],
+            whole_captions=description.get("caption_lines") == CaptionLines.WHOLE.value,
             captions_count=captions,
-            refused_count=said["refused"],
-            duplicates=said["duplicates"],
+            refused_count=description["refused"],
+            duplicates=description["duplicates"],
             sizes=columns["size"],
             hashes=columns["hash"],
             numbers=numbers,
             _columns=columns,
-            _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set again."),
+            _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set again"),
         )
     except (OSError, ValueError, EOFError, KeyError, TypeError) as problem:
         raise fault(problem)(
             f"The index of the shard set {path} does not fit its {DESCRIPTION}: {file} cannot be used "
-            f"({type(problem).__name__}: {problem}). Copy the whole folder again, or build the shard set again."
+            f"({type(problem).__name__}: {problem}). Copy the whole folder again, or build the shard set again"
         ) from problem

@@ -1,10 +1,10 @@
-"""What all sources of captioned images share.
+"""The interfaces of all sources of captioned images, and their refusals.
 
-Two sides: `Images` is what training reads, a folder or a shard set, opened whole and numbered. `Sample`, out of a
-`Piece`, is what a build reads, from any source, one after the other. On both, whatever cannot be used becomes a
-`Refused` with its reason, so that nothing is left out in silence.
+Two interfaces: an `ImageSource` is what training reads, a folder or a shard set, opened as a whole, with numbered
+images. A `Piece` yields `RawExample`s one after the other; it is what a shard build reads, from any source. In both,
+whatever cannot be used becomes a `Refused` with its reason, so that nothing is left out silently.
 
-Not here: any source. A plain folder is in `folders`, a shard set in `shards`; what else a build reads is listed in
+Not here: any source. Folders of images are in `folders`, shard sets in `shards`; what else a build reads is listed in
 `build/records`. `pipeline` chooses between the two for training.
 """
 
@@ -21,25 +21,25 @@ from sdxl_jax.errors import InputError, MachineError, fault
 
 
 class OnRefused(enum.Enum):
-    """What to do about files that cannot be used."""
+    """What to do with files that cannot be used."""
 
     ERROR = "error"
-    """Stop with one message."""
+    """Stop with one error message."""
     SKIP = "skip"
-    """Go on without them."""
+    """Continue without them."""
 
 
 BYTES_LIMIT = 512 << 20
 """Bytes of one file, tar member or Parquet value; larger ones are refused before they are read."""
 
-_LISTED = 5  # refusals spelt out in a message
+_LISTED = 5  # refusals that an error message lists
 
 
 class Refused(NamedTuple):
     """One image, caption or line of metadata that cannot be used."""
 
     file: str
-    """Where it is in the source; in a folder, relative to it."""
+    """Its path or name in the source; in a folder, relative to it."""
     reason: str
 
 
@@ -52,7 +52,7 @@ class Unusable(Exception):
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """What is trained on: images that can be used, numbered from 0. Sent to worker processes, so it must pickle."""
+    """Captioned images that training can use, numbered from 0. It is sent to worker processes, so it can be pickled."""
 
     @property
     def path(self) -> Path:
@@ -61,61 +61,61 @@ class ImageSource(Protocol):
 
     @property
     def found(self) -> int:
-        """Images, usable or not."""
+        """Number of images, usable or not."""
         ...
 
     @property
     def sizes(self) -> Int32[np.ndarray, "images 2"]:
-        """(height, width) in pixels, upright, of those that can be used."""
+        """(height, width) in pixels, upright, of the usable images."""
         ...
 
     @property
     def numbers(self) -> Mapping[str, Float32[np.ndarray, " images"]]:
-        """What the source counts or measures, e.g. an aesthetic score, by name; NaN where an image has none."""
+        """Numeric fields by name, e.g. an aesthetic score; NaN where an image has none."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Names the content, for resuming."""
+        """A hash of the content, which a resumed run compares."""
         ...
 
     @property
     def built(self) -> bool:
-        """Whether what is refused was said and listed when it was built, so that training need not stop for it."""
+        """Whether its refusals were reported and listed when it was built, so that training need not stop for them."""
         ...
 
     @property
     def reads_text_files(self) -> bool:
-        """Whether `data.caption_lines` has, or had, an effect on its captions."""
+        """Whether `data.caption_lines` has an effect on its captions, or had one when it was built."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of it somebody may not expect, a sentence each; an inspection and the start of a run say it."""
+        """Warnings about the source, one sentence each, which `data inspect` and the start of a run print."""
         ...
 
     def name(self, image: int) -> str:
-        """Where one image is in the source."""
+        """Path or name of one image in the source."""
         ...
 
     def captions(self, image: int) -> tuple[str, ...]:
-        """One or several, in the order of the source."""
+        """Captions of one image, one or several, in the order of the source."""
         ...
 
     def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
-        """RGB, 0..255, upright; with `at_least` perhaps shrunk, as in `images.decode`.
+        """RGB, 0..255, upright; with `at_least` it may be downscaled while decoding, as in `images.decode`.
 
         Raises InputError where the image is damaged.
         """
         ...
 
     def refused(self) -> Iterator[Refused]:
-        """All that is left out."""
+        """Everything that is left out, with the reasons."""
         ...
 
 
 def summary(refused: Iterable[Refused], count: int) -> str:
-    """The first refusals, one a line, and how many more of the `count` there are."""
+    """The first refusals, one per line, and how many more of the `count` there are."""
     lines = [f"  {file}: {reason}" for file, reason in itertools.islice(refused, _LISTED)]
     if count > _LISTED:
         lines.append(f"  and {count - _LISTED} more")
@@ -123,19 +123,19 @@ def summary(refused: Iterable[Refused], count: int) -> str:
 
 
 def stop_if_refused(folder: str | Path, refused: Iterable[Refused], count: int, on_refused: OnRefused) -> None:
-    """Raises one InputError for all `count` refusals, of which it looks at some, unless they are to be skipped."""
+    """Raises one InputError for all `count` refusals, of which it lists the first, unless they are to be skipped."""
     if count and on_refused is OnRefused.ERROR:
         raise InputError(
             f"{count} entries of {folder} cannot be used:\n{summary(refused, count)}\nFix or remove them, or set "
-            "data.on_refused=skip to train without them (`sdxl-jax data inspect` counts and lists them)."
+            "data.on_refused=skip to train without them (`sdxl-jax data inspect` counts and lists them)"
         )
 
 
-# What a build reads
+# What a shard build reads
 
 
 class RawExample(NamedTuple):
-    """An image with captions, before anyone has looked at the image."""
+    """An encoded image with its captions and numeric fields, before the image is checked."""
 
     name: str
     image: bytes
@@ -144,15 +144,15 @@ class RawExample(NamedTuple):
 
 
 class Piece(Protocol):
-    """A part of a source that is read alone. It can be pickled, and is equal to another that says the same."""
+    """A part of a source that is read on its own. It can be pickled, and two of equal content are equal."""
 
     def samples(self) -> Iterator[RawExample | Refused]:
-        """Its images in their order. Raises InputError where the source disappears, or its storage fails."""
+        """Its images, in order. Raises InputError where the source disappears, MachineError where its storage fails."""
         ...
 
 
 class Refusals(NamedTuple):
-    """What listing the source found already, as a piece of it."""
+    """The refusals that listing a source found, as a piece of the source."""
 
     refused: tuple[Refused, ...]
 
@@ -161,13 +161,14 @@ class Refusals(NamedTuple):
 
 
 def printable(name: str) -> str:
-    """Names that are not UTF-8 reach Python as half surrogate pairs, which no file takes."""
+    """The name with all that is not UTF-8 escaped: Python holds that as half surrogate pairs, which cannot be
+    written."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def gone(path: str, problem: OSError) -> InputError | MachineError:
-    """The error of a file that was there when the source was listed."""
+    """The error for a file that was there when the source was listed, and cannot be read any more."""
     return fault(problem)(
         f"{path} cannot be read any more ({problem.strerror or problem}); it was there when the source was listed. "
-        "Bring it back, or leave it out of the source, and run the same command again."
+        "Bring it back, or leave it out of the source, and run the same command again"
     )

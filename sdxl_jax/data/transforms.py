@@ -1,17 +1,19 @@
-"""From a decoded image to a training example: cover, crop, flip, and the true record of all three.
+"""From a decoded image to a training example: resize, crop, flip, and the micro-conditioning that records all three.
 
-SDXL is told what happened to each image (Podell et al. 2023, arXiv:2307.01952, algorithm 1 and section 2.3): its size
-before any resize, where the crop begins, and the size it ends with. With an image h × w and a bucket H × W,
+The UNet is conditioned on the geometry of each image (Podell et al. 2023, arXiv:2307.01952, algorithm 1 and section
+2.3): its original size before any resize, where the crop begins, and the target size. With an image h × w and a bucket
+H × W,
 
     s = max(H / h, W / w)          the resized image s·h × s·w covers the bucket and touches it on one axis at least
-    top  ~ U{0 … s·h − H}          one of the two ranges holds 0 alone
+    top  ~ U{0 … s·h − H}          one of the two ranges is {0}
     left ~ U{0 … s·w − W}
 
 A flip mirrors the finished crop. That is the crop at s·w − W − left of the mirrored image, and this is what is
-recorded: the record always describes the image whose pixels the model sees.
+recorded: crop coordinates always describe the image whose pixels the model sees.
 
-OpenCV resizes: bicubic to enlarge, and to shrink by up to 5/4; beyond that by area, the mean of all pixels that fall
-into one, so that nothing aliases. Against Pillow's Lanczos, on photographs: 41 to 53 dB, at a tenth of the time.
+OpenCV resizes: bicubic for upsampling, and for downsampling by up to 5/4; beyond that the area filter, the mean of all
+pixels that fall into one, so that nothing aliases. Against Pillow's Lanczos, on photographs: 41 to 53 dB, at a tenth
+of the time.
 
 Not here: reading files (sources), normalisation to −1..1 (on the device).
 """
@@ -26,20 +28,20 @@ from jaxtyping import Int32, UInt8
 from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket
 
-cv2.setNumThreads(1)  # images are resized in many threads at a time already
+cv2.setNumThreads(1)  # many threads resize at a time already
 
 
 class CropMode(enum.Enum):
-    """Where the crop lies on the axis that has something left over."""
+    """Where the crop lies along the axis on which the resized image is longer than the bucket."""
 
     RANDOM = "random"
-    """Anywhere, each place as likely."""
+    """At a random position, uniformly."""
     CENTRE = "centre"
-    """In the middle."""
+    """In the centre."""
 
 
 class Example(NamedTuple):
-    """One image as the model sees it, and what the model is told about it."""
+    """One image as the model sees it, and its micro-conditioning."""
 
     image: UInt8[np.ndarray, "height width 3"]
     """0..255, of the bucket's size."""
@@ -53,19 +55,19 @@ class Example(NamedTuple):
 
 
 def cover_size(height: int, width: int, bucket: Bucket) -> Size:
-    """Size after the resize that covers the bucket: one side is the bucket's, the other rounded and never below it."""
+    """Size after the resize that covers the bucket: one side is the bucket's, the other is rounded, never below it."""
     scale = max(bucket.height / height, bucket.width / width)
     return Size(max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale)))
 
 
-def _resize(image: UInt8[np.ndarray, "rows columns 3"], size: Size) -> UInt8[np.ndarray, "height width 3"]:
-    shrinks_by = image.shape[0] / size.height
-    filtering = cv2.INTER_CUBIC if shrinks_by <= 1.25 else cv2.INTER_AREA
-    return cv2.resize(image, (size.width, size.height), interpolation=filtering)  # pyright: ignore[reportReturnType]
+def _resize(image: UInt8[np.ndarray, "_height _width 3"], size: Size) -> UInt8[np.ndarray, "height width 3"]:
+    factor = image.shape[0] / size.height
+    interpolation = cv2.INTER_CUBIC if factor <= 1.25 else cv2.INTER_AREA
+    return cv2.resize(image, (size.width, size.height), interpolation=interpolation)  # pyright: ignore[reportReturnType]
 
 
 def cover_crop(
-    image: UInt8[np.ndarray, "rows columns 3"],
+    image: UInt8[np.ndarray, "_height _width 3"],
     bucket: Bucket,
     *,
     rng: np.random.Generator,
@@ -73,17 +75,17 @@ def cover_crop(
     crop: CropMode = CropMode.RANDOM,
     flip_probability: float = 0.0,
 ) -> Example:
-    """Resizes the image (0..255) to cover the bucket, crops it to the bucket, perhaps flips it; algorithm 1.
+    """Resizes the image (0..255) to cover the bucket, crops it, and flips it with that probability (0..1); algorithm 1.
 
-    What `rng` draws does not depend on the options. `flip_probability` is 0..1.
-    `original_size` (height, width) is that of an image which was shrunk while it was decoded; None: its own.
+    The random numbers taken from `rng` do not depend on the options.
+    `original_size` (height, width): for an image that was downscaled while it was decoded; None: the image's own.
     """
     height, width = original_size or image.shape[:2]
     resized = cover_size(height, width, bucket)
     spare = np.array(resized) - np.array(bucket)
-    anywhere = rng.integers(0, spare, endpoint=True)
+    random_corner = rng.integers(0, spare, endpoint=True)
     flipped = bool(rng.random() < flip_probability)
-    top, left = anywhere if crop is CropMode.RANDOM else spare // 2
+    top, left = random_corner if crop is CropMode.RANDOM else spare // 2
 
     pixels = _resize(image, resized)[top : top + bucket.height, left : left + bucket.width]
     if flipped:
@@ -97,7 +99,7 @@ def cover_crop(
     )
 
 
-def centred_crop(image: UInt8[np.ndarray, "rows columns 3"], bucket: Bucket) -> UInt8[np.ndarray, "height width 3"]:
-    """The middle of the image that covers the bucket, 0..255: the same each time, for what is looked at or measured."""
-    rng = np.random.default_rng(0)  # nothing that it draws shows
+def centred_crop(image: UInt8[np.ndarray, "_height _width 3"], bucket: Bucket) -> UInt8[np.ndarray, "height width 3"]:
+    """The centre crop of the image that covers the bucket, 0..255. Deterministic: for validation and metrics."""
+    rng = np.random.default_rng(0)  # a centred crop without flips uses none of its numbers
     return cover_crop(image, bucket, rng=rng, crop=CropMode.CENTRE).image
