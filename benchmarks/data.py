@@ -1,37 +1,39 @@
-"""What the data pipeline costs: images a second of one core, memory over a long run, and fifty million images.
+"""Benchmark of the data pipeline: throughput of one core, memory over a long run, and scaling to fifty million images.
 
-    python benchmarks/data.py --photos DIR          # speed, beside torch's and bare decoding
+    python benchmarks/data.py --photos DIR          # throughput, against torch and bare decoding
     python benchmarks/data.py --memory              # resident memory over 10,000 batches
     python benchmarks/data.py --scale               # an index of 50,000,000 images: opening, resuming, memory
 
-Speed. From JPEG files, which the kernel has cached, to finished batches of eight: float32, −1..1, with token numbers.
+Throughput. From JPEG files in the kernel's page cache to finished batches of eight: float32, −1..1, with token ids.
 
 - sdxl_jax: `BucketedDataset.iterate` (the 40 buckets of SDXL, random crop, flip) and `normalise`, compiled for the CPU.
-  Training normalises on the accelerator; here its cost is in. One batch is decoded ahead: with one core more gains
-  nothing, and none is half done when the clock starts and stops.
-- torch: `DataLoader` with what diffusers' `examples/text_to_image/train_text_to_image_sdxl.py` does to an image before
+  Training normalises on the accelerator; here the cost is included. One batch is decoded ahead: with one core more gain
+  nothing, and no batch is half done when the clock starts and stops.
+- torch: `DataLoader` with the preprocessing of diffusers' `examples/text_to_image/train_text_to_image_sdxl.py` before
   its VAE: Pillow, RGB, Resize of the shorter side to 1024 (Lanczos, its default), flip, random crop, ToTensor,
-  Normalize. It knows no buckets: all of its batches are 1024×1024, of about as many pixels as the buckets have. Its
-  tokens come from our tokenizer, so that text costs the same.
-- simplejpeg, Pillow: the file to RGB pixels of the full size and nothing else. simplejpeg is the limit that the shares
-  are of; what decodes at a smaller scale can exceed it.
+  Normalize. It has no buckets: all its batches are 1024×1024, with about as many pixels as the buckets have. Its tokens
+  come from our tokeniser, so that text costs the same.
+- simplejpeg, Pillow: decoding a file to RGB pixels of the full size and nothing else. simplejpeg is the reference of
+  the percentages; a pipeline that decodes at a smaller scale can exceed it.
 
-Each runs in a process of its own, all on the same single core, one after the other in each round; the table has medians
-over the rounds, and ratios are taken within a round. CPU time stands beside: where it is well below 1000 / (images/s),
-the core was not ours alone and the run is worth little.
+Each runs in its own process, all on the same single core, one after the other in each round; the table has medians over
+the rounds, and ratios are taken within a round. CPU time is reported as well: where it is well below 1000 / (images/s),
+other programs used the core and the run is worth little.
 
 The images are made from the JPEGs of --photos, enlarged and cropped with Lanczos, or else from coloured 1/f noise.
-Sensor noise (σ 3) is added to either, since decoding costs by the byte; quality 92, 4:2:0.
+Sensor noise (σ 3) is added to either, since the cost of decoding grows with the bytes; quality 92, 4:2:0.
 
-Memory. Batches of small images of a shard set, with no and with two workers. Resident is VmRSS of /proc/PID/status:
-what is mapped from files or shared counts, in each process that has it. Growth is from the second tenth to the last.
+Memory. Batches of small images of a shard set, without workers and with two. Resident memory is VmRSS of
+/proc/PID/status: pages mapped from files or shared count in each process that has them. Growth is from the second tenth
+of the run to the last.
 
 Scale. An index as `sdxl-jax data build` writes it, of that many images with captions, which all point to the records of
-one small shard. Each row is of a fresh process, its seconds from the process's start; once after the kernel forgot the
-index's files, then with them cached. Own memory is what is not backed by files (RssAnon), which nobody can take away.
+one small shard. Each row is of a new process, its seconds from the process's start; first with the index's files
+dropped from the page cache, then with them cached. Own memory is not backed by files (RssAnon), so that the kernel
+cannot reclaim it.
 
-Needs Linux; for torch's figures torch and the torchvision that belongs to it (0.28.0 to 2.13.0), without which they are
-left out; for the scale, 7 GB of disk for 50,000,000 images.
+Needs Linux; for torch's figures torch and the matching torchvision (0.28.0 for 2.13.0), without which they are left
+out; for the scale, 7 GB of disk for 50,000,000 images.
 """
 
 import argparse
@@ -55,23 +57,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 BATCH = 8
 SPAWN = multiprocessing.get_context("spawn")
 PHOTOGRAPHS, SMALL = ((2048, 3072), (3072, 2048)), ((480, 640), (640, 480))
-"""(height, width) of the images of a set, equally many of each."""
+"""(height, width) of the images of a set, in equal numbers."""
 LIBRARIES = ("sdxl_jax", "jax", "grain", "numpy", "simplejpeg", "Pillow", "tokenizers", "torch", "torchvision")
 WORDS = ("the", "old", "red", "car", "dog", "house", "near", "two", "trees", "on", "green", "hill", "people", "sky")
-"""Of the captions."""
+"""Words of the captions."""
 
 
 # Images
 
 
-def synthetic(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """1/f noise, as photographs have it, float32 0..255: strong in brightness, weak in two directions of colour."""
+def synthetic(size: tuple[int, int], rng: np.random.Generator) -> Float32[np.ndarray, "height width 3"]:
+    """1/f noise, the spectrum of photographs, 0..255: strong in brightness, weak in two directions of colour."""
     height, width = size
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequency[0, 0] = np.inf  # no mean
@@ -95,7 +98,7 @@ def make_image(path: Path, size: tuple[int, int], photo: Path | None, seed: int)
 
 
 def orientations(photos: Path | None) -> dict[bool, list[Path]]:
-    """The photographs, by whether they are upright; all of them under both where one kind is missing."""
+    """The photographs, by whether they are portrait; all of them under both keys where one kind is missing."""
     found: dict[bool, list[Path]] = {True: [], False: []}
     for path in sorted(photos.rglob("*")) if photos else []:
         if path.suffix.lower() in (".jpg", ".jpeg"):
@@ -103,7 +106,7 @@ def orientations(photos: Path | None) -> dict[bool, list[Path]]:
                 found[image.height > image.width].append(path)
     every = found[True] + found[False]
     if photos and not every:
-        sys.exit(f"{photos} holds no .jpg or .jpeg")
+        sys.exit(f"--photos {photos} holds no .jpg or .jpeg. Give a folder of photographs, or omit the option")
     return {upright: paths or every for upright, paths in found.items()}
 
 
@@ -111,25 +114,25 @@ def make_images(folder: Path, sizes: tuple[tuple[int, int], ...], count: int, ph
     folder.mkdir()
     sources = orientations(photos)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), SPAWN) as pool:
-        made = []
+        futures = []
         for number in range(count):
             height, width = size = sizes[number % len(sizes)]
             choice = sources[height > width]
             photo = choice[number // len(sizes) % len(choice)] if choice else None
-            made.append(pool.submit(make_image, folder / f"{number:06d}.jpg", size, photo, number))
-        for future in tqdm(made, "Making images", leave=False, disable=None):
+            futures.append(pool.submit(make_image, folder / f"{number:06d}.jpg", size, photo, number))
+        for future in tqdm(futures, "Making images", leave=False, disable=None):
             future.result()
     return sorted(folder.glob("*.jpg"))
 
 
-# Speed
+# Throughput
 
 Pass = Callable[[], Iterator[int]]
-"""One pass over all files: how many images came, again and again; 0 first, when the clock may start."""
+"""One pass over all files: yields the number of images of each batch; first 0, when the clock may start."""
 
 
-def checked(image: Any) -> None:
-    """Whether it is what the network gets: batch, channels in either place, float32, −1..1."""
+def check_batch(image: Any) -> None:
+    """Asserts a batch as the network takes it: float32, −1..1, channels first or last."""
     assert len(image) == BATCH and str(image.dtype).removeprefix("torch.") == "float32", (image.shape, image.dtype)
     low, high = float(image.min()), float(image.max())
     assert -1 <= low < -0.2 and 0.2 < high < 1 + 1e-6, (low, high)  # 1 + 1.2e-7 where 1 / 127.5 is multiplied by
@@ -149,8 +152,8 @@ def ours(folder: Path) -> Pass:
     epoch = data.order.steps_before(1)
 
     def one_pass() -> Iterator[int]:
-        batches = data.iterate(epoch - 1)  # one batch, for the threads to be running, and then the second epoch
-        checked(finish(next(batches).image))
+        batches = data.iterate(epoch - 1)  # one batch, so that the threads are running, and then the second epoch
+        check_batch(finish(next(batches).image))
         yield 0
         for _ in range(epoch):
             batch = next(batches)
@@ -161,10 +164,10 @@ def ours(folder: Path) -> Pass:
 
 
 def torchvision_transforms() -> Any:
-    """torchvision's transforms, also where its compiled operators do not load: on images of Pillow none is used.
+    """torchvision's transforms, also where its compiled operators do not load: for images of Pillow none is used.
 
-    PyPI's torchvision is built for CUDA, so that it does not fit a torch for the CPU alone. It then fails to describe
-    two operators that are not there; they are declared for it.
+    PyPI's torchvision is built for CUDA, and does not match a torch built for the CPU alone: importing it fails, since
+    two operators are missing. They are declared here.
     """
     try:
         from torchvision import transforms  # pyright: ignore[reportMissingImports] (it may be missing)
@@ -178,7 +181,7 @@ def torchvision_transforms() -> Any:
             declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         from torchvision import transforms  # pyright: ignore[reportMissingImports] (as above)
 
-        transforms.declared = declared  # lives as long as they are needed
+        transforms.declared = declared  # keeps the declarations alive
     return transforms
 
 
@@ -197,7 +200,7 @@ def of_torch(folder: Path) -> Pass:
     tokenize = Tokenizer.of(SDXL_BASE_TEXT)
 
     class ImageSource(Dataset):
-        """As `preprocess_train` of the script does it: resize, perhaps flip, crop, number by number."""
+        """As `preprocess_train` of the script: resize, flip with probability 0.5, crop, to a tensor."""
 
         def __init__(self) -> None:
             self.paths = sorted(folder.glob("*.jpg"))
@@ -228,7 +231,7 @@ def of_torch(folder: Path) -> Pass:
         return {"pixels": pixels} | {name: torch.from_numpy(rows) for name, rows in tokens.items()} | sizes
 
     loader = DataLoader(ImageSource(), BATCH, shuffle=True, num_workers=0, collate_fn=collate, drop_last=True)
-    checked(next(iter(loader))["pixels"])
+    check_batch(next(iter(loader))["pixels"])
 
     def one_pass() -> Iterator[int]:
         yield 0
@@ -269,16 +272,18 @@ SYSTEMS: dict[str, Callable[[Path], Pass]] = {
 
 
 class Round(NamedTuple):
+    """One measured pass."""
+
     images: int
     seconds: float
     cpu_seconds: float
 
 
-_passes: dict[str, Pass] = {}  # of the process that measures
+_passes: dict[str, Pass] = {}  # in a measuring process
 
 
 def prepare(system: str, folder: Path) -> None:
-    """Opens the files and makes a first pass: what is compiled or read once is so before a clock runs."""
+    """Opens the files and runs a first pass, so that compilation and caches are not measured."""
     _passes[folder.name] = SYSTEMS[system](folder)
     measure(folder.name)
 
@@ -288,18 +293,18 @@ def measure(name: str) -> Round:
     next(counts)
     start, cpu = time.perf_counter(), time.process_time()
     images = sum(counts)
-    took = Round(images, time.perf_counter() - start, time.process_time() - cpu)
+    measured = Round(images, time.perf_counter() - start, time.process_time() - cpu)
     before = -1.0
     while time.process_time() - before > 0.002:  # threads still decode ahead: the next process would wait for them
         before = time.process_time()
         time.sleep(0.05)
-    return took
+    return measured
 
 
 def measure_set(folder: Path, rounds: int, systems: list[str]) -> dict[str, list[Round]]:
     with ExitStack() as open_until_done:
         pools = {name: open_until_done.enter_context(ProcessPoolExecutor(1, SPAWN)) for name in systems}
-        took: dict[str, list[Round]] = {name: [] for name in systems}
+        measured: dict[str, list[Round]] = {name: [] for name in systems}
         bar = open_until_done.enter_context(
             tqdm(desc=folder.name, total=len(systems) * (rounds + 1), leave=False, disable=None)
         )
@@ -308,38 +313,40 @@ def measure_set(folder: Path, rounds: int, systems: list[str]) -> dict[str, list
             bar.update()
         for _ in range(rounds):
             for name, pool in pools.items():
-                took[name].append(pool.submit(measure, folder.name).result())
+                measured[name].append(pool.submit(measure, folder.name).result())
                 bar.update()
-    return took
+    return measured
 
 
-def speed(work: Path, images: int, rounds: int, photos: Path | None) -> dict[str, Any]:
+def throughput(work: Path, images: int, rounds: int, photos: Path | None) -> dict[str, Any]:
     systems = list(SYSTEMS)
     if not all(map(importlib.util.find_spec, ("torch", "torchvision"))):
-        print("torch or torchvision is not installed: its row is left out.\n")
+        print("torch or torchvision is not installed: no row for torch.\n")
         systems.remove("torch")
     sets = {"photographs": (PHOTOGRAPHS, images), "small": (SMALL, 4 * images)}
     files = {name: make_images(work / name, sizes, count, photos) for name, (sizes, count) in sets.items()}
     everywhere = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(everywhere)})  # the processes inherit it from their first instruction on
+    os.sched_setaffinity(0, {max(everywhere)})  # which the measuring processes inherit
     results = {}
     for name, (sizes, count) in sets.items():
         size = statistics.mean(file.stat().st_size for file in files[name])
         shapes = " and ".join(f"{height}×{width}" for height, width in sizes)
-        made = "photographs, resized" if photos else "SYNTHETIC images: 1/f noise"
-        print(f"{count} {made}, {shapes} (height × width), {size / 1e6:.2f} MB each; {rounds} rounds\n")
-        took = measure_set(work / name, rounds, systems)
-        print("| | images/s a core | of torch | of bare decoding | CPU ms an image |\n|---|---|---|---|---|")
-        rates = {system: [one.images / one.seconds for one in of] for system, of in took.items()}
+        kind = "photographs, resized" if photos else "SYNTHETIC images: 1/f noise"
+        print(f"{count} {kind}, {shapes} (height × width), {size / 1e6:.2f} MB each; {rounds} rounds\n")
+        measured = measure_set(work / name, rounds, systems)
+        print("| | images/s per core | of torch | of bare decoding | CPU ms per image |\n|---|---|---|---|---|")
+        rates = {system: [each.images / each.seconds for each in of] for system, of in measured.items()}
         rows = {}
         for system in systems:
             row = {
                 "images_per_second": statistics.median(rates[system]),
                 "of_torch": _ratio(rates[system], rates["torch"]) if "torch" in rates else None,
                 "of_bare_decoding": _ratio(rates[system], rates["simplejpeg"]),
-                "cpu_ms_per_image": statistics.median(1000 * one.cpu_seconds / one.images for one in took[system]),
+                "cpu_ms_per_image": statistics.median(
+                    1000 * each.cpu_seconds / each.images for each in measured[system]
+                ),
             }
-            rows[system] = row | {"rounds": [one._asdict() for one in took[system]]}
+            rows[system] = row | {"rounds": [each._asdict() for each in measured[system]]}
             of_torch = "" if row["of_torch"] is None else f"{row['of_torch']:.2f}×"
             print(
                 f"| {system} | {row['images_per_second']:.1f} | {of_torch} | {row['of_bare_decoding']:.0%} | "
@@ -373,22 +380,22 @@ def status(process: int | str = "self") -> dict[str, float]:
 
 
 def workers_of(parent: int) -> list[int]:
-    """Processes below that one which work; Python's own, which counts what is shared, is left out."""
+    """The descendants of a process, without Python's own resource tracker."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
         except OSError:  # it ended
             continue
-    below, found = [parent], []
-    while below:
-        below = [process for process, of in parents.items() if of in below]
-        found += below
+    children, found = [parent], []
+    while children:
+        children = [process for process, parent in parents.items() if parent in children]
+        found += children
     return [process for process in found if b"resource_tracker" not in Path(f"/proc/{process}/cmdline").read_bytes()]
 
 
 def run_long(folder: Path, batches: int, workers: int) -> list[dict[str, float]]:
-    """Samples, 100 in all: the batch, and MiB resident here and in all workers together."""
+    """100 samples: the batch, and resident MiB of this process and of all workers together."""
     from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, Tokenizer
     from sdxl_jax.data.buckets import generate_buckets
     from sdxl_jax.data.pipeline import BucketedDataset
@@ -407,9 +414,9 @@ def run_long(folder: Path, batches: int, workers: int) -> list[dict[str, float]]
     for batch in tqdm(range(1, batches + 1), f"Batches, {workers} workers", leave=False, disable=None):
         next(stream)
         if batch % every == 0:
-            at_work = [status(process)["VmRSS"] for process in workers_of(os.getpid())]
+            resident = sum(status(process)["VmRSS"] for process in workers_of(os.getpid()))
             now = status()
-            samples.append({"batch": batch, "main": now["VmRSS"], "main_own": now["RssAnon"], "workers": sum(at_work)})
+            samples.append({"batch": batch, "main": now["VmRSS"], "main_own": now["RssAnon"], "workers": resident})
     stream.close()
     return samples
 
@@ -421,7 +428,7 @@ def memory(work: Path, batches: int, photos: Path | None) -> dict[str, Any]:
     build(str(work / "images"), work / "shards", workers=0, progress=False)
     results = {}
     for workers in (0, 2):
-        samples = apart(run_long, work / "shards", batches, workers)
+        samples = in_process(run_long, work / "shards", batches, workers)
         total = [sample["main"] + sample["workers"] for sample in samples]
         tenth = max(1, len(total) // 10)
         second, last = statistics.mean(total[tenth : 2 * tenth] or total), statistics.mean(total[-tenth:])
@@ -452,7 +459,7 @@ def plot_memory(results: dict[str, Any], path: Path) -> None:
 
 
 def write_index(folder: Path, shards: Path, images: int) -> None:
-    """An index of so many images, whose sizes and bytes are those of a small shard set's records, drawn at random."""
+    """An index of `images` images, whose sizes and records are drawn at random from a small shard set."""
     from sdxl_jax.data.build.shard_writing import Columns, IndexWriter
     from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
 
@@ -466,11 +473,8 @@ def write_index(folder: Path, shards: Path, images: int) -> None:
             numbers = np.arange(first, first + block)[:, None]
             digits = (numbers // 10 ** np.arange(9, -1, -1) % 10 + ord("0")).astype(np.uint8)
 
-            def text(before: bytes, after: bytes, digits: np.ndarray = digits) -> np.ndarray:
-                parts = [np.frombuffer(part, np.uint8)[None].repeat(len(digits), 0) for part in (before, after)]
-                return np.concatenate([parts[0], digits, parts[1]], axis=1)
-
-            name, caption = text(b"", b".jpg"), text(b"a photo of an old red car near the house, number ", b"")
+            name = numbered(b"", digits, b".jpg")
+            caption = numbered(b"a photo of an old red car near the house, number ", digits, b"")
             record = rng.integers(0, len(small), block).astype(np.uint32)
             columns = Columns(
                 size=small.sizes[record],
@@ -484,36 +488,43 @@ def write_index(folder: Path, shards: Path, images: int) -> None:
             )
             index.append(columns, np.zeros(block, np.uint32), record)
         index.append_shard(len(small), real.stat().st_size)
-        said = index.finish() | {"format": FORMAT, "source": "synthetic", "refused": 0, "duplicates": 0}
-    (folder / DESCRIPTION).write_text(json.dumps(said))
+        description = index.finish() | {"format": FORMAT, "source": "synthetic", "refused": 0, "duplicates": 0}
+    (folder / DESCRIPTION).write_text(json.dumps(description))
+
+
+def numbered(
+    before: bytes, digits: UInt8[np.ndarray, "images digits"], after: bytes
+) -> UInt8[np.ndarray, "images characters"]:
+    """A string per image, in ASCII: before, its digits, after."""
+    parts = [np.frombuffer(part, np.uint8)[None].repeat(len(digits), 0) for part in (before, after)]
+    return np.concatenate([parts[0], digits, parts[1]], axis=1)
 
 
 def resume(folder: Path, whole_batch: bool, workers: int, start: float) -> dict[str, Any]:
-    """What a process that began at `start` took until it had a random step's order, or its whole batch."""
+    """Seconds from `start`, when the process began, until the order of a random step, or its batch, is there."""
     from sdxl_jax.conditioning.text import SDXL_BASE_TEXT, Tokenizer
     from sdxl_jax.data.pipeline import BucketedDataset
     from sdxl_jax.data.settings import DataConfig
 
     def since() -> float:
-        return time.time() - start  # of the clock that processes share
+        return time.time() - start  # not time.monotonic(), whose zero another process may not share
 
     tokenize = Tokenizer.of(SDXL_BASE_TEXT)
     tokenize(["once"])
-    took: dict[str, Any] = {"imported": since()}
+    measured: dict[str, Any] = {"imported": since()}
     config = DataConfig(str(folder), batch_size=BATCH, workers=workers, verify_images=False)
     data = BucketedDataset(config, tokenize)
-    took |= {"opened": since(), "peak_opened": status()["VmHWM"]}
+    measured |= {"opened": since(), "peak_opened": status()["VmHWM"]}
     step = int(np.random.default_rng(workers).integers(1, int(data.epoch_steps)))
     if not whole_batch:
         bucket, first = data.bucket_of(step), next(data.examples(step))
-        took |= {"first": since(), "step": step, "bucket": bucket, "image": first.image}
+        measured |= {"first": since(), "step": step, "bucket": bucket, "image": first.image}
     else:
         stream = data.iterate(step)
-        took |= {"images": next(stream).example.tolist(), "first": since(), "step": step}
-        at_work = workers_of(os.getpid())
-        took["workers"] = [status(process) for process in at_work]
+        measured |= {"images": next(stream).example.tolist(), "first": since(), "step": step}
+        measured["workers"] = [status(process) for process in workers_of(os.getpid())]
         stream.close()
-    return took | {"main": status()}
+    return measured | {"main": status()}
 
 
 def scale(work: Path, images: int, photos: Path | None) -> dict[str, Any]:
@@ -525,35 +536,37 @@ def scale(work: Path, images: int, photos: Path | None) -> dict[str, Any]:
     build(str(work / "images"), work / "shards", workers=0, progress=False)
     folder = work / "large"
     start = time.perf_counter()
-    apart(write_index, folder, work / "shards", images)
+    in_process(write_index, folder, work / "shards", images)
     files = [file for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     print(
         f"{images} images, {size / 1e9:.2f} GB of index and captions, written in {time.perf_counter() - start:.0f} s\n"
     )
-    print("| until | files | libraries, s | opened, s | there, s | peak when opened, MiB | main, MiB (own) | workers |")
+    print("| until | files | imports, s | opened, s | done, s | peak when opened, MiB | main, MiB (own) | workers |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     results = {}
     tasks = {"the order": (False, 0), "a batch, 0 workers": (True, 0), "a batch, 2 workers": (True, 2)}
-    for what, (whole_batch, workers) in tasks.items():
+    for task, (whole_batch, workers) in tasks.items():
         for state in ("forgotten", "cached"):
             if state == "forgotten":
-                forget(files)
-            took = apart(resume, folder, whole_batch, workers, time.time())
-            results[f"{what}, {state}"] = took
+                drop_from_cache(files)
+            measured = in_process(resume, folder, whole_batch, workers, time.time())
+            results[f"{task}, {state}"] = measured
             resident = [
-                f"{one['VmRSS']:.0f} ({one['RssAnon']:.0f})" for one in (took["main"], *took.get("workers", []))
+                f"{each['VmRSS']:.0f} ({each['RssAnon']:.0f})"
+                for each in (measured["main"], *measured.get("workers", []))
             ]
             print(
-                f"| {what} | {state} | {took['imported']:.1f} | {took['opened']:.1f} | {took['first']:.1f} | "
-                f"{took['peak_opened']:.0f} | {resident[0]} | {', '.join(resident[1:])} |",
+                f"| {task} | {state} | {measured['imported']:.1f} | {measured['opened']:.1f} | "
+                f"{measured['first']:.1f} | {measured['peak_opened']:.0f} | {resident[0]} | "
+                f"{', '.join(resident[1:])} |",
                 flush=True,
             )
     return {"images": images, "bytes": size, "rows": results}
 
 
-def forget(files: list[Path]) -> None:
-    """Out of the kernel's cache."""
+def drop_from_cache(files: list[Path]) -> None:
+    """Drops the files from the kernel's page cache."""
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
@@ -563,8 +576,8 @@ def forget(files: list[Path]) -> None:
 # Command
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own."""
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls the function in a new process."""
     with ProcessPoolExecutor(1, SPAWN) as process:
         return process.submit(function, *arguments).result()
 
@@ -586,20 +599,23 @@ def main() -> None:
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--memory", type=int, nargs="?", const=10_000, metavar="BATCHES", help="memory over a long run")
     modes.add_argument("--scale", type=int, nargs="?", const=50_000_000, metavar="IMAGES", help="a large index")
-    parser.add_argument("--photos", type=Path, metavar="DIR", help="JPEGs to make the images from")
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of JPEGs from which the images are made")
     parser.add_argument(
-        "--images", type=int, default=64, help="large images of speed, in 16s; four times as many small"
+        "--images",
+        type=int,
+        default=64,
+        help="large images for throughput, a multiple of 16; four times as many small ones",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of speed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the memory there")
-    parser.add_argument("--work-dir", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--rounds", type=int, default=5, help="measured passes per system for throughput")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all figures")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="file for a plot of the memory, with --memory")
+    parser.add_argument("--work-dir", type=Path, help="parent of the temporary folder")
     options = parser.parse_args()
     if options.images < 16 or options.images % 16:
-        parser.error(f"--images={options.images} does not fill batches of {BATCH} of both shapes: use a multiple of 16")
+        parser.error(f"--images={options.images} does not fill batches of {BATCH} of both sizes: use a multiple of 16")
     os.environ["JAX_PLATFORMS"] = "cpu"
-    said = machine()
-    print(f"{said['cpu']}, {said['cores']} cores; {', '.join(f'{k} {v}' for k, v in said['versions'].items())}\n")
+    info = machine()
+    print(f"{info['cpu']}, {info['cores']} cores; {', '.join(f'{k} {v}' for k, v in info['versions'].items())}\n")
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         if options.memory:
             results = {"memory": memory(Path(folder), options.memory, options.photos)}
@@ -608,9 +624,9 @@ def main() -> None:
         elif options.scale:
             results = {"scale": scale(Path(folder), options.scale, options.photos)}
         else:
-            results = {"speed": speed(Path(folder), options.images, options.rounds, options.photos)}
+            results = {"speed": throughput(Path(folder), options.images, options.rounds, options.photos)}
     if options.json:
-        options.json.write_text(json.dumps(said | results, indent=2) + "\n")
+        options.json.write_text(json.dumps(info | results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,31 +1,33 @@
-"""Text to image, side by side with diffusers' `StableDiffusionXLPipeline`, on the same device in one run.
+"""Benchmark of text-to-image throughput against diffusers' `StableDiffusionXLPipeline`, on the same device in one run.
 
     python benchmarks/sample.py                                              # a small SDXL, 256², float32: for CPUs
-    python benchmarks/sample.py --size tiny --eager                          # does it run at all
-    python benchmarks/sample.py --size full --side 256 --steps 4             # the 2.6 billion of the base, on a CPU
+    python benchmarks/sample.py --size tiny --eager                          # a quick test that it runs
+    python benchmarks/sample.py --size full --side 256 --steps 4             # the base's 2.6 billion, on a CPU
     python benchmarks/sample.py --size full --side 1024 --batch 8 --guidance 8 --dtype bfloat16          # for GPUs
 
-Both sides load the same folder of random weights, made in torch, and draw the same prompts from the same noise: text
-encoders, Euler with guidance, autoencoder, images as bytes on the host. Same steps, same number format, in which the
-weights are too. The UNet there is under torch.compile, unless --eager. That both did the same work is checked by their
-images: the largest difference is shown (it is one level or so in float32).
+Both sides load the same folder of random weights, initialised by torch, and sample the same prompts from the same
+noise: text encoders, Euler with guidance, autoencoder, images as bytes on the host. Steps and dtype, also of the
+weights, are the same. Torch's UNet is compiled with torch.compile, unless --eager. The report compares the images, to
+check that both sides did the same work: in float32 they differ by at most about one level.
 
-Each side has a process of its own, so that memory can be told apart: on a GPU the most that was allocated, else the
-most that the process occupied, loading included. After their first images, compilation included, one after the other,
-they take turns, so that whatever else the machine does falls on both; given is the median of the rounds. Where memory
-does not hold both (--apart, and always at full size on a CPU) one side has all its rounds before the other is loaded:
-what else the machine does may then fall on one of them.
+Each side runs in its own process, so that memory is measured separately: on a GPU the peak of the allocator, else the
+peak resident memory of the process, loading included. After the first images, which include compilation, the sides
+alternate, so that other load on the machine affects both; the report has the median over the rounds. Where memory does
+not hold both (--apart, and always at full size on a CPU) one side runs all its rounds before the other is loaded: other
+load may then affect one side only.
 
-On a CPU figures are worth something where nothing else runs; the load is shown, of which one side's own threads are a
-part. Torch's threads wait for each other in a loop, and lose much more than ours where others use the same processors:
-`taskset -c 0` before the command gives each side one thread. CPU seconds are those of all threads of a process.
+CPU figures are meaningful only on an otherwise idle machine; the report has the load average, which includes the
+benchmark's own threads. Torch's threads busy-wait for each other, and slow down much more than ours where others use
+the same processors: `taskset -c 0` before the command gives each side one thread. CPU seconds are those of all threads
+of a process.
 
-Share of peak: products of matrices and convolutions, of 2·steps evaluations of the UNet, the text encoders for both
-prompts and one decode, counted in our traced functions, over the device's bfloat16 peak, where that is known.
+MFU: FLOPs of matrix products and convolutions (2·steps evaluations of the UNet, the text encoders for both prompts, one
+decode), counted in our traced functions, over the device's bfloat16 peak, where that is known.
 """
 
 import argparse
 import dataclasses
+import importlib
 import multiprocessing
 import os
 import resource
@@ -39,8 +41,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
-if TYPE_CHECKING:  # a process imports what its own side needs, or the memory of both would be counted
+if TYPE_CHECKING:  # each process imports only what its side needs, or its peak memory would include the other's
     from sdxl_jax.model import ModelConfig
 
 PROMPTS = ("a photograph of a lighthouse above a stormy sea", "a red bicycle before a yellow wall, oil painting")
@@ -50,24 +53,24 @@ MLPERF = "TensorRT on H200: 2.40 images/s (MLPerf Inference 5.1, 8-bit, not meas
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="small", help="of the model")
-    parser.add_argument("--batch", type=int, default=1, help="images at a time")
-    parser.add_argument("--side", type=int, help="pixels; default 256, of a tiny model 64")
-    parser.add_argument("--steps", type=int, default=20, help="of Euler")
-    parser.add_argument("--guidance", type=float, default=5.0, help="its strength; above 1, or there is none")
+    parser.add_argument("--batch", type=int, default=1, help="images per call")
+    parser.add_argument("--side", type=int, help="side of the images in pixels; default 256, of a tiny model 64")
+    parser.add_argument("--steps", type=int, default=20, help="Euler steps per image")
+    parser.add_argument("--guidance", type=float, default=5.0, help="guidance scale, more than 1")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights and activations"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="calls of each side that are measured")
+    parser.add_argument("--rounds", type=int, default=5, help="measured calls per side")
     parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
-    parser.add_argument("--one-program", action="store_true", help="ours as one program, not one each for the parts")
-    parser.add_argument("--apart", action="store_true", help="one side after the other, for want of memory")
+    parser.add_argument("--one-program", action="store_true", help="our sampler as one program, not one per part")
+    parser.add_argument("--apart", action="store_true", help="one side after the other, to halve the memory")
     options = parser.parse_args(given)
     options.side = options.side or (64 if options.size == "tiny" else 256)
     return options
 
 
 def model_config(size: str) -> "ModelConfig":
-    """tiny: every kind of part, for seconds. small: a hundredth of the base's operations, of the same kinds."""
+    """tiny: all kinds of layers, runs in seconds. small: the base's kinds of operations, a hundredth of the FLOPs."""
     from sdxl_jax.conditioning.micro import MicroConfig
     from sdxl_jax.model import SDXL_BASE, ModelConfig
     from sdxl_jax.models.unet import UNetConfig
@@ -97,37 +100,39 @@ def model_config(size: str) -> "ModelConfig":
     return ModelConfig(unet, VaeConfig((32, 32, 32, 32), 1), text, MicroConfig(embedding_dim=16))
 
 
-# The two sides, each in a process of its own
+# The two sides, each in its own process
 
 
 class Side(NamedTuple):
-    draw: Callable[[], np.ndarray]
-    """One call: uint8 images, on the host."""
+    """One implementation under test."""
+
+    sample: Callable[[], UInt8[np.ndarray, "images height width 3"]]
+    """One call: images, on the host."""
     peak_bytes: Callable[[], int]
-    """The most memory until now."""
+    """Peak memory so far."""
     device: str
     on_cpu: bool
     tflop: Callable[[], float]
-    """Of one image."""
+    """TFLOP per image."""
     flops_per_second: float | None
-    """Of the device, where it is known."""
+    """Peak of the device, where it is known."""
 
 
 def prompts(options: argparse.Namespace) -> list[str]:
     return [PROMPTS[number % len(PROMPTS)] for number in range(options.batch)]
 
 
-def noise(options: argparse.Namespace) -> np.ndarray:
+def noise(options: argparse.Namespace) -> Float[np.ndarray, "images height width 4"]:
     side = options.side // 8
     return np.random.default_rng(0).standard_normal((options.batch, side, side, 4), np.float32)
 
 
-def occupied() -> int:
+def peak_resident_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def quiet() -> None:
-    """No progress bars of diffusers and transformers, and not what is for their users alone."""
+    """Switches off the progress bars and warnings of diffusers and transformers."""
     import diffusers
     import transformers
 
@@ -138,23 +143,23 @@ def quiet() -> None:
 
 
 def write_weights(folder: Path, options: argparse.Namespace) -> None:
-    """A folder in diffusers' layout, every weight as torch initialises it."""
-    import diffusers
+    """A folder in diffusers' layout, with all weights as torch initialises them."""
     import torch
     import transformers
 
-    from sdxl_jax.weights.formats import diffusers as folders
     from sdxl_jax.weights.formats import diffusers_fields
+    from sdxl_jax.weights.formats.diffusers import write_folder
 
+    diffusers: Any = importlib.import_module("diffusers")  # its classes are lazy attributes, which pyright refuses
     config = model_config(options.size)
-    folders.write_folder(config, folder)
+    write_folder(config, folder)
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, options.dtype))
     quiet()
-    network: Any = diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(config.unet, config.micro))
+    network = diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(config.unet, config.micro))
     network.save_pretrained(folder / "unet", max_shard_size="100GB")
     del network
-    autoencoder: Any = diffusers.AutoencoderKL.from_config(diffusers_fields.vae_fields(config.vae))
+    autoencoder = diffusers.AutoencoderKL.from_config(diffusers_fields.vae_fields(config.vae))
     autoencoder.save_pretrained(folder / "vae")
     for tower in config.text:
         fields = diffusers_fields.clip_fields(tower.clip)
@@ -166,7 +171,7 @@ def ours(folder: Path, options: argparse.Namespace) -> Side:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs its share of the GPU
     import jax
 
-    from sdxl_jax import flops
+    from sdxl_jax.flops import chip_of
     from sdxl_jax.models.layers import Compute, Dtype
     from sdxl_jax.sampling.generate import text_to_image
     from sdxl_jax.weights.load import load_model
@@ -174,9 +179,9 @@ def ours(folder: Path, options: argparse.Namespace) -> Side:
     model = load_model(folder, progress=False)
     compute = Compute(dtype=Dtype(options.dtype))
     device = jax.devices()[0]
-    chip = flops.chip_of(device.device_kind)
+    chip = chip_of(device.device_kind)
 
-    def draw() -> np.ndarray:
+    def sample() -> UInt8[np.ndarray, "images height width 3"]:
         return text_to_image(
             model,
             prompts(options),
@@ -192,17 +197,17 @@ def ours(folder: Path, options: argparse.Namespace) -> Side:
 
     def peak_bytes() -> int:
         statistics = device.memory_stats() or {}
-        return statistics.get("peak_bytes_in_use") or occupied()
+        return statistics.get("peak_bytes_in_use") or peak_resident_bytes()
 
     def tflop() -> float:
-        return flops(model.config, options) / 1e12
+        return image_flops(model.config, options) / 1e12
 
-    speed = None if chip is None else chip.flops_per_second
-    return Side(draw, peak_bytes, device.device_kind, device.platform == "cpu", tflop, speed)
+    peak = None if chip is None else chip.flops_per_second
+    return Side(sample, peak_bytes, device.device_kind, device.platform == "cpu", tflop, peak)
 
 
-def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
-    """Of one image."""
+def image_flops(config: "ModelConfig", options: argparse.Namespace) -> float:
+    """FLOPs per image."""
     import jax
     import jax.numpy as jnp
 
@@ -212,7 +217,7 @@ def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
     from sdxl_jax.models import layers, unet, vae
     from sdxl_jax.models.layers import Attention, Compute
 
-    compute = Compute(attention=Attention.XLA)  # the same products, and a kernel might not be looked into
+    compute = Compute(attention=Attention.XLA)  # the same FLOPs, and those of a kernel may be unknown
     params = layers.abstract(lambda key: model.init(key, config))
     both, side = 2, options.side // 8
 
@@ -220,9 +225,9 @@ def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     tokens = Tokenizer.of(config.text)([""] * both)
-    read = flops.count(lambda params, tokens: text.encode(config.text, params, tokens, compute), params, tokens)
+    encoded = flops.count(lambda params, tokens: text.encode(config.text, params, tokens, compute), params, tokens)
     conditioning = array(both, text.TOKENS, config.unet.context_dim), array(both, config.unet.vector_dim or 0)
-    asked = flops.count(
+    evaluated = flops.count(
         lambda params, *rest: unet.apply(config.unet, params, *rest, compute=compute),
         params["unet"],
         array(both, side, side, config.unet.in_channels),
@@ -231,16 +236,16 @@ def flops(config: "ModelConfig", options: argparse.Namespace) -> float:
     )
     latent = array(1, side, side, config.vae.latent_channels)
     decoded = flops.count(lambda params, latent: vae.decode(config.vae, params, latent), params["vae"], latent)
-    return read.total + options.steps * asked.total + decoded.total
+    return encoded.total + options.steps * evaluated.total + decoded.total
 
 
 def theirs(folder: Path, options: argparse.Namespace) -> Side:
-    import diffusers
     import torch
 
+    diffusers: Any = importlib.import_module("diffusers")
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on GPUs, as XLA has it by itself
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 on GPUs, as in XLA by default
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(
         folder, torch_dtype=getattr(torch, options.dtype), add_watermarker=False, local_files_only=True
     )
@@ -251,70 +256,72 @@ def theirs(folder: Path, options: argparse.Namespace) -> Side:
             part.to(memory_format=torch.channels_last)
     if not options.eager:
         pipeline.unet.compile()
-    begun = torch.from_numpy(noise(options).transpose(0, 3, 1, 2).copy()).to(device, getattr(torch, options.dtype))
+    latents = torch.from_numpy(noise(options).transpose(0, 3, 1, 2).copy()).to(device, getattr(torch, options.dtype))
 
-    def draw() -> np.ndarray:
-        made: Any = pipeline(
+    def sample() -> UInt8[np.ndarray, "images height width 3"]:
+        output = pipeline(
             prompts(options),
             height=options.side,
             width=options.side,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance,
-            latents=begun,
+            latents=latents,
         )
-        return np.stack([np.asarray(image) for image in made.images])
+        return np.stack([np.asarray(image) for image in output.images])
 
     def peak_bytes() -> int:
-        return torch.cuda.max_memory_allocated() if device == "cuda" else occupied()
+        return torch.cuda.max_memory_allocated() if device == "cuda" else peak_resident_bytes()
 
-    return Side(draw, peak_bytes, device, device == "cpu", lambda: 0.0, None)
+    return Side(sample, peak_bytes, device, device == "cpu", lambda: 0.0, None)
 
 
-# The conversation with them
+# Remote calls to them
 
 
 class Answer(NamedTuple):
+    """The result of one call in the process of a side."""
+
     result: Any
     seconds: float
     cpu_seconds: float
     """Of all threads of the process."""
 
 
-def serve(connection: Connection, start_segment: Callable[[Path, argparse.Namespace], Any], *given: Any) -> None:
-    """In the process of a side: does what it is asked until it is asked nothing more."""
-    side = start_segment(*given)
+def serve(connection: Connection, make_side: Callable[..., Any], *given: Any) -> None:
+    """The loop of a side's process: evaluates the fields of `Side` that it receives, until it receives None."""
+    side = make_side(*given)
     connection.send(None)
-    while (asked := connection.recv()) is not None:
+    while (field := connection.recv()) is not None:
         began, work = time.monotonic(), time.process_time()
-        result = getattr(side, asked)
+        result = getattr(side, field)
         result = result() if callable(result) else result
         connection.send(Answer(result, time.monotonic() - began, time.process_time() - work))
 
 
 class Process:
-    """A function in a process of its own, and what it gives."""
+    """A `Side` in its own process."""
 
-    def __init__(self, name: str, start_segment: Callable[[Path, argparse.Namespace], Any], *given: Any):
+    def __init__(self, name: str, make_side: Callable[..., Any], *given: Any):
         self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, start_segment, *given))
+        self._process = context.Process(target=serve, args=(other, make_side, *given))
         self._process.start()
         other.close()
-        self._answer()
+        self._receive()
 
-    def ask(self, what: str) -> Answer:
+    def call(self, field: str) -> Answer:
         """A field of `Side`, called if it is a function."""
-        self._connection.send(what)
-        return self._answer()
+        self._connection.send(field)
+        return self._receive()
 
-    def _answer(self) -> Any:
+    def _receive(self) -> Any:
         try:
             return self._connection.recv()
         except EOFError:
             self._process.join()
             raise SystemExit(
-                f"{self.name} ended with exit code {self._process.exitcode} (-9: killed, mostly for want of memory; "
+                f"{self.name} ended with exit code {self._process.exitcode} (-9: killed, mostly for lack of memory; "
                 "then choose a smaller --size or --batch, --dtype bfloat16, or --apart)"
             ) from None
 
@@ -325,24 +332,24 @@ class Process:
 
 @dataclasses.dataclass
 class Row:
-    """What was seen of one side."""
+    """Measurements of one side."""
 
     first_seconds: float
-    images: np.ndarray
+    images: UInt8[np.ndarray, "images height width 3"]
     rounds: list[Answer] = dataclasses.field(default_factory=list)
     peak_bytes: int = 0
 
     def seconds(self) -> float:
-        """Of one image."""
+        """Per image."""
         return statistics.median(each.seconds for each in self.rounds) / len(self.images)
 
     def cpu_seconds(self) -> float:
-        """Of one image."""
+        """Per image."""
         return statistics.median(each.cpu_seconds for each in self.rounds) / len(self.images)
 
 
 class Machine(NamedTuple):
-    """What our side knows of the device, and of the work."""
+    """The device, and the FLOPs of the work, as our side reports them."""
 
     device: str
     on_cpu: bool
@@ -351,50 +358,50 @@ class Machine(NamedTuple):
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Row], Machine]:
-    begins = {
+    sides = {
         f"sdxl_jax, {'one program' if options.one_program else 'three programs'}": ours,
         f"diffusers, {'eager' if options.eager else 'torch.compile'}": theirs,
     }
     rows: dict[str, Row] = {}
     running: list[Process] = []
     machine = None
-    for name, start_segment in begins.items():
-        process = Process(name, start_segment, folder, options)
-        machine = machine or Machine(*(process.ask(field).result for field in Machine._fields))
-        first = process.ask("draw")
+    for name, make_side in sides.items():
+        process = Process(name, make_side, folder, options)
+        machine = machine or Machine(*(process.call(field).result for field in Machine._fields))
+        first = process.call("sample")
         rows[name] = Row(first.seconds, first.result)
         print(f"{name}: first images after {first.seconds:.1f} s", flush=True)
         running.append(process)
         if options.apart or (options.size == "full" and machine.on_cpu):
-            take_turns(running, rows, options.rounds)
+            alternate(running, rows, options.rounds)
             running = []
-    take_turns(running, rows, options.rounds)
+    alternate(running, rows, options.rounds)
     assert machine is not None
     return rows, machine
 
 
-def take_turns(running: list[Process], rows: dict[str, Row], rounds: int) -> None:
-    """All rounds of the processes, and their end."""
+def alternate(running: list[Process], rows: dict[str, Row], rounds: int) -> None:
+    """Runs all rounds, the processes in turn, and ends the processes."""
     for _ in range(rounds):
         for process in running:
-            rows[process.name].rounds.append(process.ask("draw"))
+            rows[process.name].rounds.append(process.call("sample"))
     for process in running:
-        rows[process.name].peak_bytes = process.ask("peak_bytes").result
+        rows[process.name].peak_bytes = process.call("peak_bytes").result
         process.end()
 
 
-# What is shown
+# The report
 
 
 def report(options: argparse.Namespace, rows: dict[str, Row], machine: Machine) -> Iterator[str]:
     yield (
         f"{machine.device}, {options.size}, batch {options.batch}, {options.side}², {options.steps} steps, guidance "
-        f"{options.guidance:g}, {options.dtype}; {machine.tflop:.3f} TFLOP an image; load {os.getloadavg()[0]:.1f} on "
+        f"{options.guidance:g}, {options.dtype}; {machine.tflop:.3f} TFLOP per image; load {os.getloadavg()[0]:.1f} on "
         f"{os.cpu_count()} processors"
     )
     peak = machine.flops_per_second
-    shown = ("first images s", "s an image", "CPU s an image", "images/s", "TFLOP/s", "memory GiB")
-    columns = ["", *shown, *(["share of peak"] if peak else [])]
+    figures = ("first images s", "s per image", "CPU s per image", "images/s", "TFLOP/s", "memory GiB")
+    columns = ["", *figures, *(["MFU"] if peak else [])]
     yield f"| {' | '.join(columns)} |"
     yield "|---" * len(columns) + "|"
     for name, row in rows.items():
@@ -403,24 +410,24 @@ def report(options: argparse.Namespace, rows: dict[str, Row], machine: Machine) 
         cells += [f"{tflops:.3f}", f"{row.peak_bytes / 2**30:.2f}", *([f"{1e12 * tflops / peak:.1%}"] if peak else [])]
         yield f"| {name} | {' | '.join(cells)} |"
     own, other = rows.values()
-    yield f"ratio: {other.seconds() / own.seconds():.2f} times diffusers' images a second"
-    apart = np.abs(own.images.astype(int) - other.images.astype(int))
-    yield f"images: at most {apart.max()} of 255 levels apart, {np.mean(apart > 0):.2%} of the bytes at all"
+    yield f"ratio: {other.seconds() / own.seconds():.2f} times diffusers' images per second"
+    difference = np.abs(own.images.astype(int) - other.images.astype(int))
+    yield f"images: at most {difference.max()} of 255 levels apart, {np.mean(difference > 0):.2%} of the bytes differ"
     if not machine.on_cpu and comparable(options):
         yield f"published: {MLPERF}"
 
 
 def comparable(options: argparse.Namespace) -> bool:
-    """Whether the settings are those of MLPerf's text to image."""
+    """Whether the settings are those of MLPerf's text-to-image benchmark."""
     return options.size == "full" and options.side == 1024 and options.steps == 20 and options.guidance > 1
 
 
 def main() -> None:
     options = arguments()
     if options.guidance <= 1:
-        raise SystemExit(f"--guidance {options.guidance:g}: expected more than 1, since guidance is what is measured")
+        raise SystemExit(f"--guidance {options.guidance:g}: give more than 1, since sampling with guidance is measured")
     with tempfile.TemporaryDirectory() as folder:
-        Process("making the weights", write_weights, Path(folder), options).end()
+        Process("initialising the weights", write_weights, Path(folder), options).end()
         rows, machine = measure(options, Path(folder))
     print("\n" + "\n".join(report(options, rows, machine)))
 

@@ -1,19 +1,20 @@
-"""The train step, side by side with diffusers' UNet under torch.compile, on the same device in one run.
+"""Benchmark of the train step against diffusers' UNet under torch.compile, on the same device in one run.
 
     python benchmarks/train_step.py                                    # a small SDXL, float32: for CPUs
     python benchmarks/train_step.py --size full --batch 4 --side 1024 --dtype bfloat16      # for GPUs
 
 Both sides do the same work from cached latents and text states: noise the latents, predict, squared error, gradient,
-clip by the global norm, AdamW. Neither keeps an average. Same batch, same number format (bfloat16: activations; the
-parameters stay float32, by autocast there), same initial weights. After warming up, the two take turns, so that
-whatever else the machine does falls on both; given is the median of the rounds.
+clip by the global norm, AdamW, without EMA. Batch, initial weights and dtype are the same (bfloat16: activations only;
+the parameters stay float32, in torch by autocast). After a warm-up the sides alternate, so that other load on the
+machine affects both; the report has the median over the rounds.
 
-Share of peak: model FLOPs (products of matrices and convolutions, forward and backward, counted in our traced program)
-over the device's bfloat16 peak, where that is known. --profile DIR writes a trace of our steps for xprof.
+MFU: model FLOPs (matrix products and convolutions, forward and backward, counted in our traced program) over the
+device's bfloat16 peak, where that is known. --profile DIR writes a trace of our steps for xprof.
 """
 
 import argparse
 import dataclasses
+import importlib
 import statistics
 import time
 from collections.abc import Callable
@@ -22,11 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import BFloat16
 
 from sdxl_jax import sharding
-from sdxl_jax.arrays import Batch, Encoded, MicroConditioning
+from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning
 from sdxl_jax.config import TrainConfig, TrainingConfig
 from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.flops import chip_of
 from sdxl_jax.model import SDXL_BASE, ModelConfig
 from sdxl_jax.models.layers import Compute, Dtype, Remat
 from sdxl_jax.models.unet import UNetConfig
@@ -42,22 +45,22 @@ from sdxl_jax.weights.names import Dialect, Naming
 SMALL = UNetConfig(
     block_channels=(128, 256, 512), transformer_depth=(0, 1, 4), middle_depth=4, heads=(2, 4, 8), context_dim=2048
 )
-"""A hundredth of the base's operations, of the same kinds."""
+"""The same kinds of operations as the base, with a hundredth of the FLOPs."""
 TEXT = tuple(
     dataclasses.replace(tower, clip=dataclasses.replace(tower.clip, layers=1, mlp_width=64)) for tower in SDXL_BASE.text
 )
-"""What the batch has of them is not computed; their widths are all that is asked of them."""
+"""Text encoders, of which only the widths are used: the batch has their outputs."""
 RATE, EPSILON, DECAY, CLIP = 1e-4, 1e-8, 1e-2, 1.0
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", "full"], default="small", help="of the UNet")
-    parser.add_argument("--batch", type=int, default=2, help="images a step")
-    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--batch", type=int, default=2, help="images per step")
+    parser.add_argument("--side", type=int, default=256, help="side of the images in pixels")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of activations")
-    parser.add_argument("--remat", choices=[each.value for each in Remat], default="none", help="ours alone")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each side that are measured")
+    parser.add_argument("--remat", choices=[each.value for each in Remat], default="none", help="of our step only")
+    parser.add_argument("--rounds", type=int, default=7, help="measured steps per side")
     parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
     parser.add_argument("--profile", help="folder for a trace of our steps")
     return parser.parse_args()
@@ -67,19 +70,19 @@ def batch(options: argparse.Namespace) -> Batch:
     rng = np.random.default_rng(0)
     count, side = options.batch, options.side // 8
 
-    def normal(*shape: int) -> jax.Array:
+    def normal(*shape: int) -> BFloat16[jax.Array, "batch ..."]:
         return jnp.asarray(rng.standard_normal((count, *shape)), jnp.bfloat16)
 
     size = np.full((count, 2), options.side, np.int32)
     latent = (side, side, 4)
-    encoded = Encoded(normal(*latent), normal(*latent) - 20, normal(77, 2048), normal(1280))
+    encoded = EncodedBatch(normal(*latent), normal(*latent) - 20, normal(77, 2048), normal(1280))
     tokens: Any = {tower.name: np.zeros((count, 77), np.int32) for tower in SDXL_BASE.text}
     micro = MicroConditioning(size, np.zeros_like(size), size)
     return Batch(None, tokens, micro, np.arange(count, dtype=np.int32), np.zeros(count, bool), encoded)
 
 
 def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Callable[[], float], float]:
-    """(one step, which gives the loss; its model FLOPs)."""
+    """(a function that runs one step and returns the loss; its model FLOPs)."""
     model = ModelConfig(unet=unet, text=TEXT)
     config = TrainConfig(
         data=DataConfig("unused", batch_size=options.batch),
@@ -93,36 +96,36 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
     objective = Denoising(config)
     abstract, abstract_frozen = objective.abstract_state(mesh)
     with jax.set_mesh(mesh):
-        given = sharding.put_batch(mesh, batch(options))
+        inputs = sharding.put_batch(mesh, batch(options))
         step = setup.jitted(objective, mesh, abstract)
         frozen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_frozen)  # not read
         state = jax.jit(lambda params: create(params, objective.optimiser, config.ema), donate_argnums=0)(
             {"unet": params}
         )
-        program = step.lower(abstract, frozen, given).compile()
+        program = step.lower(abstract, frozen, inputs).compile()
 
     def run() -> float:
         nonlocal state
-        state, metrics = program(state, frozen, given)
+        state, metrics = program(state, frozen, inputs)
         return float(metrics["loss"])
 
-    return run, objective.model_flops((abstract, frozen, given))
+    return run, objective.model_flops((abstract, frozen, inputs))
 
 
 def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], float], Any]:
-    """(one step, which gives the loss; our parameters of the same values)."""
-    import diffusers
+    """(a function that runs one step and returns the loss; the same initial weights as our parameters)."""
     import torch
 
+    diffusers: Any = importlib.import_module("diffusers")  # its classes are lazy attributes, which pyright refuses
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(unet))
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     params = names.from_tensors(names.table(unet, Naming(Dialect.DIFFUSERS)), tensors)
-    params = jax.tree.map(jnp.array, params)  # copies: torch goes on to change its own
+    params = jax.tree.map(jnp.array, params)  # copies: torch updates its own in place
     model = model.to(device).train()
     if device == "cuda":
-        model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model = model.to(memory_format=torch.channels_last)
     network = model if options.eager else torch.compile(model)
     optimiser = torch.optim.AdamW(model.parameters(), RATE, eps=EPSILON, weight_decay=DECAY, fused=True)
     rng = np.random.default_rng(0)
@@ -136,14 +139,14 @@ def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], 
     alpha_bar = diffusers.DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     ).alphas_cumprod.to(device)
-    half = torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=options.dtype == "bfloat16")
 
     def run() -> float:
         timestep = torch.randint(0, 1000, (options.batch,), device=device)
         noise = torch.randn_like(latent)
         level = alpha_bar[timestep].reshape(-1, 1, 1, 1)
         noised = level.sqrt() * latent + (1 - level).sqrt() * noise
-        with half:
+        with autocast:
             conditions = {"text_embeds": pooled, "time_ids": sizes}
             out = network(noised, timestep, context, added_cond_kwargs=conditions, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(out.float(), noise)
@@ -151,7 +154,7 @@ def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], 
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
+        return loss.item()  # synchronises with the device
 
     return run, params
 
@@ -160,7 +163,7 @@ def main() -> None:
     options = arguments()
     unet = SMALL if options.size == "small" else SDXL_BASE.unet
     their_step, params = theirs(options, unet)
-    our_step, flops = ours(options, unet, params)
+    our_step, step_flops = ours(options, unet, params)
     sides = {"diffusers, torch.compile" if not options.eager else "diffusers, eager": their_step, "sdxl_jax": our_step}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for name, step in sides.items():
@@ -176,16 +179,16 @@ def main() -> None:
             step()
             seconds[name].append(time.monotonic() - began)
     device = jax.devices()[0]
-    chip = flops.chip_of(device.device_kind)
+    chip = chip_of(device.device_kind)
     print(f"\n{device.device_kind}, {options.size}, batch {options.batch}, {options.side}², {options.dtype}")
-    print(f"| | seconds a step | images/s | TFLOP/s{' | share of peak ' if chip else ''} |")
+    print(f"| | seconds per step | images/s | TFLOP/s{' | MFU ' if chip else ''} |")
     print(f"|---|---|---|---{'|---' if chip else ''}|")
     for name, each in seconds.items():
         median = statistics.median(each)
-        share = f" | {flops / median / chip.flops_per_second:.1%}" if chip else ""
-        print(f"| {name} | {median:.3f} | {options.batch / median:.3f} | {flops / median / 1e12:.3f}{share} |")
+        mfu = f" | {step_flops / median / chip.flops_per_second:.1%}" if chip else ""
+        print(f"| {name} | {median:.3f} | {options.batch / median:.3f} | {step_flops / median / 1e12:.3f}{mfu} |")
     first, second = (statistics.median(each) for each in seconds.values())
-    print(f"\nratio: {first / second:.2f} times diffusers' images a second")
+    print(f"\nratio: {first / second:.2f} times diffusers' images per second")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""SDXL base 1.0, trained on with your own images, in 40 shapes of about 1024×1024 pixels.
+"""Fine-tuning of SDXL base 1.0 on your own images, in 40 aspect-ratio buckets of about 1024×1024 pixels.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
-command    sdxl-jax train configs/finetune_1024.py --run-dir runs/finetune_1024 --data.folder PICTURES
-last run   never at full size; the tests run its smoke configuration, configs/smoke/finetune_1024.py
+command    sdxl-jax train configs/finetune_1024.py --run-dir runs/finetune_1024 --data.folder IMAGES
+last run   never at full size; the tests run the smoke configuration configs/smoke/finetune_1024.py
 
 Starts from the published file, or from any model (`--training.init-from PATH`), such as
-runs/sdxl_base_1024_multi_aspect. All numbers are ours: a tenth of the recipe's rate, so that what it knows is kept,
-and an average over fewer steps, because the run is short. Offset noise is stage 3's (arXiv:2307.01952, section 2.5).
+runs/sdxl_base_1024_multi_aspect. All numbers are ours: a tenth of the recipe's learning rate, against forgetting, and
+an EMA over fewer steps, because the run is short. Offset noise is stage 3's (arXiv:2307.01952, section 2.5).
 """
 
 from sdxl_jax.config import CheckpointConfig, CompileAhead, TrainConfig, TrainingConfig, ValidationConfig
@@ -27,7 +27,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             folder="data/shards",
             buckets=SDXL_BUCKETS,
-            small_buckets=SmallBuckets.MERGE,  # of a few thousand images most buckets have few
+            small_buckets=SmallBuckets.MERGE,  # with a few thousand images most buckets have few
             batch_size=64,
         ),
         model=SDXL_BASE,

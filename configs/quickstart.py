@@ -1,4 +1,4 @@
-"""SDXL in small, as `sdxl-jax quickstart` trains it.
+"""A small SDXL, as `sdxl-jax quickstart` trains it.
 
 hardware   two CPU cores, 3 GB of memory
 hours      0.17

@@ -2,7 +2,7 @@
 
 hardware   two CPU cores
 hours      not measured; about one is expected
-metric     PSNR of all images: not measured. The autoencoder that is shipped, of 64×64 crops, has 29.7 dB
+metric     PSNR of all images: not measured. The shipped autoencoder, trained on 64×64 crops, has 29.7 dB
 command    sdxl-jax quickstart --train-autoencoder     (or, once the quickstart has unpacked its images:
            sdxl-jax train configs/quickstart_autoencoder.py)
 """

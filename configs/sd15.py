@@ -1,15 +1,15 @@
-"""Stable Diffusion 1.5: the last stage of SD 1, 512×512, predicts ε.
+"""Stable Diffusion 1.5: the last stage of SD 1, 512×512, ε-prediction.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sd15.py --run-dir runs/sd15
-last run   never at full size; the tests run its smoke configuration, configs/smoke/sd15.py
+last run   never at full size; the tests run the smoke configuration configs/smoke/sd15.py
 
-Starts from SD 1.2, a diffusers directory. 595,000 steps, 10 % of texts left out: the model card of
-stable-diffusion-v1-5. AdamW, 2048 images a step, a rate of 1e-4 after 10,000 steps of warm-up: the model card of SD 1
-(CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md). The smallest size of images is ours: this model is
-not told their size, and would learn what enlarged ones look like.
+Starts from SD 1.2, a diffusers directory. 595,000 steps, 10 % caption dropout: the model card of
+stable-diffusion-v1-5. AdamW, batch size 2048, a learning rate of 1e-4 after 10,000 steps of warm-up: the model card of
+SD 1 (CompVis/stable-diffusion, Stable_Diffusion_v1_Model_Card.md). min_size is ours: this model is not conditioned on
+the original size of images, and would learn to generate upscaled ones.
 """
 
 import math

@@ -1,14 +1,14 @@
-"""Stable Diffusion 2.1: the last stage of SD 2, 768×768, predicts v.
+"""Stable Diffusion 2.1: the last stage of SD 2, 768×768, v-prediction.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sd21_v.py --run-dir runs/sd21_v
-last run   never at full size; the tests run its smoke configuration, configs/smoke/sd21_v.py
+last run   never at full size; the tests run the smoke configuration configs/smoke/sd21_v.py
 
 Starts from SD 2.0 for 768×768, a diffusers directory. 55,000 steps, then 155,000 with other images: the model card
-of stable-diffusion-2-1; here they are one run. Batch size, rate and warm-up are SD 1's, as in configs/sd15.py.
-Left-out texts and the smallest size of images are ours.
+of stable-diffusion-2-1; here they are one run. Batch size, learning rate and warm-up are SD 1's, as in configs/sd15.py.
+Caption dropout and min_size are ours.
 """
 
 import dataclasses

@@ -1,13 +1,13 @@
-"""SDXL base, stage 3 of 3: on from stage 2, in 40 shapes of about 1024×1024 pixels, with offset noise.
+"""SDXL base, stage 3 of 3: continues stage 2 in 40 aspect-ratio buckets of about 1024×1024 pixels, with offset noise.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_base_1024_multi_aspect.py --run-dir runs/sdxl_base_1024_multi_aspect
-last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_base_1024_multi_aspect.py
+last run   never at full size; the tests run the smoke configuration configs/smoke/sdxl_base_1024_multi_aspect.py
 
-Starts from the averaged weights of runs/sdxl_base_512. Buckets and offset noise 0.05: arXiv:2307.01952, sections 2.3
-and 2.5, appendix I. The paper tells neither steps nor batch size; 100,000 of 1024 images are ours:
+Starts from the EMA weights of runs/sdxl_base_512. Buckets and offset noise 0.05: arXiv:2307.01952, sections 2.3 and
+2.5, appendix I. The paper gives neither steps nor batch size; 100,000 steps of 1024 images are ours:
 docs/guides/recipe.md.
 """
 

@@ -1,15 +1,15 @@
 """SDXL base, stage 1 of 3: the UNet from random weights, 256×256.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_base_256.py --run-dir runs/sdxl_base_256
-last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_base_256.py
+last run   never at full size; the tests run the smoke configuration configs/smoke/sdxl_base_256.py
 
-Needs shards at data/shards (`sdxl-jax data build`), and the published model's file, of which the autoencoder and the
-text encoders are taken. 600,000 steps of 2048 images, told their size and crop: arXiv:2307.01952, section 2.5. The
-rate, its warm-up, and the text left out in 10 % are those of sgm's `configs/example_training/txt2img-clipl.yaml`; the
-paper tells none. The rest is ours: docs/guides/recipe.md.
+Needs shards at data/shards (`sdxl-jax data build`), and the published model's file, for its autoencoder and text
+encoders. 600,000 steps of 2048 images, conditioned on original size and crop: arXiv:2307.01952, section 2.5. Learning
+rate, warm-up and caption dropout of 10 % are those of sgm's `configs/example_training/txt2img-clipl.yaml`; the paper
+gives none. The rest is ours: docs/guides/recipe.md.
 """
 
 import math
@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             folder="data/shards",
             buckets=((256, 256),),
-            max_aspect_distance=math.inf,  # algorithm 1: all shapes, cropped to the square
+            max_aspect_distance=math.inf,  # algorithm 1: all aspect ratios, cropped to the square
             batch_size=2048,
         ),
         model=SDXL_BASE,

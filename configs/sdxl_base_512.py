@@ -1,13 +1,13 @@
-"""SDXL base, stage 2 of 3: on from stage 1, 512×512.
+"""SDXL base, stage 2 of 3: continues stage 1 at 512×512.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_base_512.py --run-dir runs/sdxl_base_512
-last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_base_512.py
+last run   never at full size; the tests run the smoke configuration configs/smoke/sdxl_base_512.py
 
-Starts from the averaged weights of runs/sdxl_base_256. 200,000 steps: arXiv:2307.01952, section 2.5, which does not
-tell the batch size; 2048 is stage 1's. The optimiser starts again, hence the short warm-up. What is ours:
+Starts from the EMA weights of runs/sdxl_base_256. 200,000 steps: arXiv:2307.01952, section 2.5, which does not give the
+batch size; 2048 is stage 1's. The optimiser state is new, hence the short warm-up. Our own choices:
 docs/guides/recipe.md.
 """
 
@@ -29,7 +29,7 @@ def get_config() -> TrainConfig:
         data=DataConfig(
             folder="data/shards",
             buckets=((512, 512),),
-            max_aspect_distance=math.inf,  # algorithm 1: all shapes, cropped to the square
+            max_aspect_distance=math.inf,  # algorithm 1: all aspect ratios, cropped to the square
             batch_size=2048,
         ),
         model=SDXL_BASE,

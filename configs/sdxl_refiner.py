@@ -1,15 +1,16 @@
-"""SDXL refiner: another network, for the 200 lowest timesteps, which is told an aesthetic score.
+"""SDXL refiner: a separate network for the 200 lowest timesteps, conditioned on an aesthetic score.
 
-hardware   none tried at full size; the mesh wants a multiple of 8 devices, which share a copy of the state eight ways
+hardware   none tried at full size; the mesh needs a multiple of 8 devices: each copy of the state is split over 8
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_refiner.py --run-dir runs/sdxl_refiner
-last run   never at full size; the tests run its smoke configuration, configs/smoke/sdxl_refiner.py
+last run   never at full size; the tests run the smoke configuration configs/smoke/sdxl_refiner.py
 
 Works on the latents of the base: it takes autoencoder and text encoder of runs/sdxl_base_1024_multi_aspect. Its UNet
-has other shapes (384 channels, one text encoder), so nothing of the base's fits and it starts from random weights, as
-the separate model of arXiv:2307.01952, section 2.5. Every image needs a number `aesthetic` (`sdxl-jax data inspect`
-lists what there is). The paper tells neither steps, batch size nor rate; those here are ours: docs/guides/recipe.md.
+has other shapes (384 channels, one text encoder), so that it cannot start from the base's weights and starts from
+random ones, as the separate model of arXiv:2307.01952, section 2.5. Every image needs the numeric field `aesthetic`
+(`sdxl-jax data inspect` lists the fields of the data). The paper gives neither steps, batch size nor learning rate;
+those here are ours: docs/guides/recipe.md.
 """
 
 from sdxl_jax.config import CheckpointConfig, CompileAhead, TrainConfig, TrainingConfig, ValidationConfig
@@ -40,6 +41,6 @@ def get_config() -> TrainConfig:
             compile_ahead=CompileAhead.BACKGROUND,
         ),
         checkpoint=CheckpointConfig(every_steps=2000, keep=3),
-        # From pure noise it draws nothing: it has never seen any. It is judged on what the base has drawn.
+        # It cannot sample from pure noise, which it is not trained on: evaluate it on latents of the base.
         validation=ValidationConfig(every_steps=None),
     )

@@ -1,10 +1,10 @@
-"""The arrays of the domain: their names, axes, types and ranges, written once.
+"""The array types of the domain: names, axes, dtypes and ranges, defined once.
 
-Axis words are whole words and always the same: batch height width channels tokens features heads. Layout is
-batch height width channels (NHWC) everywhere; torch's layout lives in `weights/` alone.
+Axis names are whole words and always the same: batch height width channels tokens features heads. The layout is
+batch height width channels (NHWC) everywhere; torch's layout is confined to `weights/`.
 
 A size or a position is an integer pair in the order (height, width) or (top, left), in pixels. It stays an integer
-until the Fourier embedding, because bfloat16 holds integers exactly only up to 256.
+until the Fourier embedding, because bfloat16 represents integers exactly only up to 256.
 """
 
 import enum
@@ -22,12 +22,12 @@ Params = dict[str, Any]
 
 
 class AccumulatorDtype(enum.Enum):
-    """Dtype in which a step leaves an average of the parameters, or of the gradient, for the next."""
+    """Dtype of an accumulator that is carried from step to step: an average of the parameters or of the gradient."""
 
     FLOAT32 = "float32"
-    """4 bytes a parameter."""
+    """4 bytes per parameter."""
     BFLOAT16 = "bfloat16"
-    """2 bytes a parameter."""
+    """2 bytes per parameter."""
 
     @property
     def dtype(self) -> Any:
@@ -35,7 +35,7 @@ class AccumulatorDtype(enum.Enum):
 
 
 class Size(NamedTuple):
-    """Of one image, in pixels: the one type of a (height, width)."""
+    """Size of one image, in pixels: the one type of a (height, width)."""
 
     height: int
     width: int
@@ -48,10 +48,10 @@ ImageBytes = UInt8[type_of_array, "batch height width 3"]
 """Image as decoded, 0..255, before normalisation."""
 
 TokenIds = Int32[type_of_array, "batch 77"]
-"""Token numbers of one tokenizer, with start, end and padding."""
+"""Token ids of one tokeniser, with start, end and padding."""
 
 Pixels = Int32[type_of_array, "batch 2"]
-"""One size (height, width) or position (top, left) an image, in pixels."""
+"""One size (height, width) or position (top, left) per image, in pixels."""
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -75,50 +75,53 @@ def unflatten(flat: dict[str, Any]) -> Params:
 
 
 def normalise(image: ImageBytes) -> Float[jax.Array, "batch height width 3"]:
-    """0..255 to −1..1. The only place where an image changes its range on the way in."""
+    """0..255 to −1..1. The only place where the range of an input image changes."""
     return jnp.asarray(image, jnp.float32) / 127.5 - 1
 
 
 def to_bytes(image: Image) -> UInt8[jax.Array, "batch height width 3"]:
-    """The way out: −1..1, clipped, rounded to 0..255."""
+    """−1..1, clipped, rounded to 0..255: the reverse of `normalise`, for output."""
     return jnp.round((jnp.clip(image, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 class MicroConditioning(NamedTuple):
-    """What the UNet is told about the geometry of each image. SDXL (arXiv:2307.01952), section 2.2 and 2.3."""
+    """Micro-conditioning: the geometry of each image that the UNet is conditioned on. SDXL (arXiv:2307.01952), sections
+    2.2 and 2.3."""
 
     original_size: Pixels
     """Size before any resize (height, width)."""
     crop_top_left: Pixels
-    """Where the crop begins, in pixels of the image after the resize and after any flip (top, left)."""
+    """Top left corner of the crop, in pixels of the image after the resize and after any flip (top, left)."""
     target_size: Pixels
-    """Size that the model sees: the bucket's (height, width)."""
+    """Size of the training image after the crop: the bucket's (height, width)."""
     aesthetic_score: Float[type_of_array, "batch"] | None = None
-    """Rating of the image, about 1 to 10. The refiner alone is told it."""
+    """Rating of the image, about 1 to 10. Only the refiner is conditioned on it."""
 
 
 class EncodedBatch(NamedTuple):
-    """What frozen encoders made of a batch's images and captions beforehand, in bfloat16."""
+    """Precomputed outputs of the frozen encoders for a batch's images and captions, in bfloat16."""
 
     mean: Float[type_of_array, "batch latent_height latent_width channels"]
-    """Of the autoencoder's posterior, unscaled: the sample is drawn again each time."""
+    """Mean of the autoencoder's posterior, unscaled: each epoch draws a new sample from it."""
     log_variance: Float[type_of_array, "batch latent_height latent_width channels"]
+    """Logarithm of the posterior's variance."""
     context: Float[type_of_array, "batch 77 features"]
-    """Text states that the UNet attends to."""
+    """Text states for the UNet's cross-attention."""
     pooled: Float[type_of_array, "batch projection"] | None
+    """Pooled text embedding; None for models without one."""
 
 
 class Batch(NamedTuple):
-    """One training step's examples, all of one bucket, as the data pipeline hands them over (numpy) or on devices."""
+    """The examples of one training step, all of one bucket: numpy from the data pipeline, or jax on devices."""
 
     image: ImageBytes | None
-    """None where `encoded` stands for it."""
+    """None where `encoded` takes its place."""
     tokens: dict[str, TokenIds]
-    """One entry a tokenizer, keyed as the conditioning asks for it."""
+    """Token ids by the name of the text encoder."""
     micro: MicroConditioning
     example: Int32[type_of_array, "batch"]
-    """The examples' numbers in the data, all sources in a row: for logs and tests, the model never sees them."""
+    """The examples' numbers in the data, counted over all sources: for logs and tests, not an input of the model."""
     replaced: Bool[type_of_array, "batch"]
-    """Which examples stand in for a damaged image: for logs."""
+    """Which examples replace a damaged image: for logs."""
     encoded: EncodedBatch | None = None
-    """What was read from a cache."""
+    """Precomputed encodings from a cache."""

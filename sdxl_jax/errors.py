@@ -1,12 +1,14 @@
-"""Errors that are told in one message, without a traceback, and the exit code that each ends a command with.
+"""Errors that are reported as one message without a traceback, and the exit code of each.
 
-    InputError    2    what the user gave cannot be used: trying again will not help
-    MachineError  1    the machine or the network failed: trying again may help
-    ProcessFailed its  another process of the run failed, with its message and its code
-    Interrupted   143, 130    stopped by SIGTERM or Ctrl-C with work left
+| error | exit code | cause |
+|---|---|---|
+| InputError | 2 | the user's input is at fault: trying again will not help |
+| MachineError | 1 | the machine or the network failed: trying again may help |
+| ProcessFailed | that process's | another process of the run failed; the message is its message |
+| Interrupted | 143, 130 | stopped by SIGTERM or Ctrl-C with work left |
 
 A message says what was given, what was expected and what to do. Our own mistakes are `assert`s and ordinary exceptions:
-they keep their traceback, and end with 1.
+they keep their traceback, and have exit code 1.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message names the remedy."""
+    """The user's input is at fault; the message names the remedy."""
 
     code = 2
 
@@ -32,7 +34,7 @@ class MachineError(RuntimeError):
 
 
 class ProcessFailed(Exception):
-    """Another process stopped; the message is its own, and so is the exit code."""
+    """Another process of the run failed; the message and the exit code are those of that process."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -40,9 +42,9 @@ class ProcessFailed(Exception):
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGINT stopped what has work left: leaves the process with exit code 143 or 130, unless it is caught.
+    """SIGTERM or SIGINT stopped a command with work left. Ends the process with exit code 143 or 130 unless caught.
 
-    signal_name: SIGTERM or SIGINT, and after it where it was heard.
+    signal_name: "SIGTERM" or "SIGINT", optionally followed by the process that received it.
     """
 
     def __init__(self, signal_name: str):
@@ -50,31 +52,31 @@ class Interrupted(SystemExit):
         self.signal_name = signal_name
 
 
-TOLD = (InputError, MachineError, ProcessFailed)
-"""What the command line prints as one message."""
+REPORTED = (InputError, MachineError, ProcessFailed)
+"""Errors that the command line prints as one message."""
 
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EFBIG}
-_FAULTS_OF_THE_MACHINE = {
+_MACHINE_ERRNOS = {
     *_STORAGE,
     *(errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.ENODEV, errno.ENXIO, errno.ENOLCK),
     *(errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EPIPE),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED),
 }
-_SAID = tuple(map(os.strerror, _STORAGE))
-"""How libraries say it that raise no OSError: Orbax, ArrayRecord."""
+_STORAGE_MESSAGES = tuple(map(os.strerror, _STORAGE))
+"""In the messages of libraries that do not raise OSError: Orbax, ArrayRecord."""
 
 
 def fault(error: BaseException) -> type[InputError] | type[MachineError]:
-    """Which of the two a failed reading or writing is told as: a full or failing disk is the machine's, a path that
-    does not exist or may not be written to, and a damaged file, are the user's."""
+    """The error that a failed read or write is reported as: MachineError for a full or failing disk; InputError for a
+    path that does not exist or is not writable, and for a damaged file."""
     number = getattr(error, "errno", None)
     if number is None:
-        return MachineError if any(text in str(error) for text in _SAID) else InputError
-    return MachineError if number in _FAULTS_OF_THE_MACHINE else InputError
+        return MachineError if any(text in str(error) for text in _STORAGE_MESSAGES) else InputError
+    return MachineError if number in _MACHINE_ERRNOS else InputError
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code that an exception ends the process with."""
+    """The exit code of a process that an exception ends."""
     match error:
         case InputError() | MachineError() | ProcessFailed():
             return error.code
@@ -90,16 +92,16 @@ def exit_code(error: BaseException) -> int:
 
 
 def nearest_first(given: str, known: Iterable[str]) -> list[str]:
-    """The known names, those most like `given` first. For messages about an unknown name."""
+    """The known names, those most similar to `given` first. For messages about an unknown name."""
     return sorted(known, key=lambda name: -difflib.SequenceMatcher(None, given, name).ratio())
 
 
 RENAMED = "renamed"
-"""Key of a dataclass field's metadata; its value is the field's old name."""
+"""Key in the metadata of a dataclass field; the value is the field's old name."""
 
 
 def old_names(kind: type) -> dict[str, str]:
-    """The old names of a dataclass's renamed fields, and their names now."""
+    """The old names of a dataclass's renamed fields, each with the new name."""
     return {each.metadata[RENAMED]: each.name for each in dataclasses.fields(kind) if RENAMED in each.metadata}
 
 
@@ -109,9 +111,10 @@ def check_ranges(
     above_low: bool = False,
     below_high: bool = False,
 ) -> None:
-    """Raises InputError for the first (name, value, low, high) whose value is not within low to high; None is.
+    """Raises InputError for the first (name, value, low, high) whose value is outside low to high. None is inside, NaN
+    is outside.
 
-    above_low, below_high: the end itself is outside too. NaN is never within.
+    above_low, below_high: the interval is open at that end.
     """
     for name, value, low, high in ranges:
         if value is None:
@@ -131,7 +134,7 @@ def check_ranges(
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """The line in which jax says that the devices' memory does not suffice, that about HBM if any; None of other
+    """The line of jax's error that reports that the devices ran out of memory, the one about HBM if any; None for other
     errors."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "out of memory" not in text.lower():

@@ -1,16 +1,16 @@
-"""Floating-point operations of a traced program, and what chips can do at most.
+"""FLOPs of a traced program, and the peak FLOPS of chips: together they give the MFU (model FLOPs utilisation).
 
-Counted are products of matrices and convolutions, loops as often as they run. What is elementwise is not, as is usual
-where a share of peak is given.
+Counted are matrix products and convolutions, in loops once per iteration. Elementwise operations are not, as is usual
+for an MFU.
 
-Of chips: bfloat16 operations a second and bytes of memory, by jax's name of the device. Peaks are dense (no sparsity)
-and of one chip, as its maker publishes them:
+Chips: peak bfloat16 FLOPs per second and bytes of memory, by jax's name of the device. Peaks are dense (no sparsity)
+and per chip, as its maker publishes them:
 
 - TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e ("peak compute per chip (bf16)", "HBM capacity"). The makers'
   GB are GiB there: a compiler for v5e reports 15.75 GiB that programs may use, for v5p 95.74.
 - H100: NVIDIA H100 data sheet, SXM; H200: NVIDIA H200 data sheet, SXM; A100: NVIDIA A100 data sheet, 80 GB and 40 GB.
 
-A device that is not listed, as any CPU, has no known peak: then no share of it is shown.
+A device that is not listed, such as any CPU, has no known peak: then no MFU is reported.
 """
 
 import math
@@ -57,15 +57,17 @@ _KINDS: tuple[tuple[str, Chip], ...] = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that `jax.Device.device_kind` names; None where its figures are not known here."""
+    """The chip that `jax.Device.device_kind` names; None where it is not in the table."""
     return dict(_KINDS).get(device_kind)
 
 
 class Flops(NamedTuple):
+    """Floating-point operations, by kind."""
+
     products: float
-    """Of matrix products and convolutions, over all devices."""
+    """Matrix products and convolutions, over all devices."""
     kernels: float
-    """Of attention kernels, whose padding counts."""
+    """Attention kernels, including padding."""
 
     @property
     def total(self) -> float:
@@ -73,14 +75,15 @@ class Flops(NamedTuple):
 
 
 def count(function: Any, *arguments: Any) -> Flops:
-    """FLOPs of one call. function: traceable; arguments: abstract arrays do.
+    """FLOPs of one call. function: traceable; arguments: arrays or their `jax.ShapeDtypeStruct`.
 
-    Raises NotImplementedError for a kernel that is not known here, rather than leave it out.
+    Raises NotImplementedError for a Pallas kernel whose FLOPs are not defined in this module.
     """
     return of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def of_jaxpr(jaxpr: Any) -> Flops:
+    """FLOPs of one run of a `jax.extend.core.Jaxpr`."""
     products = kernels = 0.0
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
@@ -92,7 +95,7 @@ def of_jaxpr(jaxpr: Any) -> Flops:
             kernels += _kernel(equation)
         else:
             times = parameters["length"] if name == "scan" else 1
-            if name == "shard_map":  # its body is what one device does
+            if name == "shard_map":  # its body is the work of one device
                 times = math.prod(parameters["mesh"].shape[axis] for axis in parameters["newly_manual_axes"])
             inner = [of_jaxpr(body) for body in _bodies(parameters)]
             if name == "cond":
@@ -103,7 +106,7 @@ def of_jaxpr(jaxpr: Any) -> Flops:
 
 
 def _bodies(parameters: dict[str, Any]) -> Iterator[Any]:
-    """The programs that an equation runs."""
+    """The jaxprs that an equation runs."""
     for value in parameters.values():
         for each in value if isinstance(value, tuple | list) else (value,):
             if isinstance(each, core.ClosedJaxpr):
@@ -121,7 +124,7 @@ def _dot(equation: Any) -> float:
 def _convolution(equation: Any) -> float:
     kernel, (out,) = equation.invars[1].aval, equation.outvars
     features = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
-    # The gradient of a strided convolution has zeros between its inputs, which cost nothing by right.
+    # The gradient of a strided convolution has zeros between its inputs, which are not counted.
     zeros = math.prod(equation.params["lhs_dilation"])
     return 2.0 * out.aval.size * kernel.size / features / zeros
 
@@ -130,10 +133,10 @@ def _kernel(equation: Any) -> float:
     name = equation.params["name"]
     if name.startswith("splash_mha_fwd"):
         products = 2  # scores, result
-    elif name.startswith("splash_mha_dkv") and len(equation.outvars) > 4:  # fused: it returns that of the queries too
+    elif name.startswith("splash_mha_dkv") and len(equation.outvars) > 4:  # fused: it also returns the query gradient
         products = 5  # scores again, and the gradients of weights, queries, keys and values
     else:
-        raise NotImplementedError(f"The operations of the kernel {name} are unknown. Add them to sdxl_jax/flops.py")
+        raise NotImplementedError(f"The FLOPs of the kernel {name} are unknown. Add them to sdxl_jax/flops.py")
     query = next(v.aval for v in equation.invars if jnp.issubdtype(v.aval.dtype, jnp.floating))
     *outer, tokens, dim = query.shape
     return 2.0 * products * math.prod(outer) * tokens * tokens * dim

@@ -1,8 +1,8 @@
-"""Configuration values as JSON and back: what config.json of a run and the metadata of a checkpoint hold.
+"""Configurations to JSON and back: the format of a run's config.json and of a checkpoint's metadata.
 
-Dataclasses become objects, enums their values, tuples lists. An unknown or mistyped field is an error; a field that was
-added later has its default, which is what the code of before did. A field that was renamed says its old name in its
-metadata, `field(default=…, metadata={RENAMED: "old_name"})`: saved configurations are read with either.
+Dataclasses become objects, enums their values, tuples lists. An unknown or mistyped field is an error. A missing field
+has its default, so that a field added later must default to the earlier behaviour. A renamed field has its old name in
+its metadata, `field(default=…, metadata={RENAMED: "old_name"})`: saved configurations are read with either.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ _converter.register_unstructure_hook(enum.Enum, lambda given: given.value if isi
 
 
 def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
-    """The kind is not written beside the fields, which tell it."""
+    """The kind of autoencoder is not stored: its fields determine it."""
     kind = TinyVaeConfig if isinstance(value, dict) and "decoder_blocks" in value else VaeConfig
     return _converter.structure(value, kind)
 
 
 def _reader(kind: type[_T]) -> Callable[[Any, Any], _T]:
-    """The cattrs hook of a dataclass, which also takes the old names of its renamed fields."""
+    """The cattrs hook of a dataclass, which also accepts the old names of its renamed fields."""
     read: Any = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=True)
     renamed = old_names(kind)
 
@@ -60,18 +60,27 @@ def from_json(value: Any, kind: type[_T]) -> _T:
         return _converter.structure(value, kind)
     except (cattrs.BaseValidationError, ValueError, TypeError, AttributeError) as error:
         problems = "; ".join(cattrs.transform_error(error))
-        raise InputError(f"This is not a {kind.__name__} that this version can read: {problems}") from error
+        raise InputError(
+            f"This is not a {kind.__name__} of this version of sdxl_jax: {problems}. Correct these fields, or use the "
+            "version that wrote them"
+        ) from error
 
 
 def read_saved(path: Path) -> dict[str, Any]:
-    """What a run keeps in its config.json; "config" is in it. Raises InputError if it cannot be read."""
+    """The content of a run's config.json, which has the key "config". Raises InputError if it cannot be read."""
     try:
         saved = json.loads(path.read_text())
         if not isinstance(saved["config"], dict):
-            raise TypeError(f"it has config={saved['config']!r}")
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise fault(error)(
-            f"{path} is not the configuration of a run ({error}). Restore it, or choose another run "
-            "(with train: another --run-dir)"
-        ) from error
+            raise TypeError(f"its config is {json.dumps(saved['config'])}, not an object")
+    except KeyError as error:
+        raise fault(error)(_unreadable(path, f"it has no key {error}")) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise fault(error)(_unreadable(path, str(error))) from error
     return saved
+
+
+def _unreadable(path: Path, reason: str) -> str:
+    return (
+        f"{path} is not the configuration of a run ({reason}). Restore it, or choose another run (with train: another "
+        "--run-dir)"
+    )

@@ -1,8 +1,8 @@
-"""The smoke configuration of another: the same run, tiny, in seconds on a CPU, to see that all of it fits together.
+"""Smoke configurations: a small version of a training configuration that runs in seconds on a CPU, to test that
+everything fits together.
 
-Only what `SHRUNK` lists is changed: sizes of the networks and of images, how many of everything, the mesh, and where
-files are. What is learnt and how stays: prediction, loss, conditioning, precision, rematerialisation, optimiser,
-average.
+Only the fields in `SHRUNK` change: sizes of networks and images, counts, the mesh, and paths. All others stay, among
+them prediction, loss, conditioning, precision, rematerialisation, optimiser and EMA.
 """
 
 import math
@@ -17,7 +17,7 @@ from sdxl_jax.models.vae import AnyVaeConfig
 from sdxl_jax.sharding import MeshConfig
 
 SMALLER = 8
-"""How many times smaller sides of images are."""
+"""Divisor of image sides."""
 STEPS = 3
 
 SHRUNK = (
@@ -34,30 +34,30 @@ SHRUNK = (
     *("checkpoint.every_steps", "checkpoint.keep"),
     *("validation.every_steps", "validation.prompts", "validation.sizes", "validation.steps"),
 )
-"""Fields that a smoke configuration may have otherwise; all others are the same. Of `model.text` the towers' widths,
-layers, heads and projections."""
+"""Fields in which a smoke configuration may differ. In `model.text` these are the towers' widths, layers, heads and
+projections."""
 
 
 def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
-    """The smoke configuration of another.
+    """The smoke configuration of a training configuration.
 
-    root: folder that takes the place of the current one in all its paths, so that those of stages find each other's
-    runs, and no run at full size: runs/sdxl_base_256 becomes smoke/runs/sdxl_base_256.
+    root: folder that all its relative paths are put into, so that each stage finds the smoke run of the stage before
+    it, not the run at full size: runs/sdxl_base_256 becomes smoke/runs/sdxl_base_256.
 
-    Of many buckets there are left the widest, the squarest and the tallest.
+    Of the buckets it keeps the widest, the squarest and the tallest.
     """
     data, training, validation = config.data, config.training, config.validation
 
-    def place(path: str) -> str:
+    def inside(path: str) -> str:
         return str(PurePosixPath(root, path))
 
     return replace(
         config,
         data=replace(
             data,
-            folder=None if data.folder is None else place(data.folder),
-            sources=tuple(replace(source, folder=place(source.folder)) for source in data.sources),
-            cache=None if data.cache is None else place(data.cache),
+            folder=None if data.folder is None else inside(data.folder),
+            sources=tuple(replace(source, folder=inside(source.folder)) for source in data.sources),
+            cache=None if data.cache is None else inside(data.cache),
             buckets=tuple(_smaller(size) for size in _extremes(data.buckets)),
             min_size=max(1, data.min_size // SMALLER),
             batch_size=8,
@@ -69,8 +69,8 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
         training=replace(
             training,
             steps=STEPS,
-            init_from=tuple(map(place, training.init_from)),
-            compilation_cache=None if training.compilation_cache is None else place(training.compilation_cache),
+            init_from=tuple(map(inside, training.init_from)),
+            compilation_cache=None if training.compilation_cache is None else inside(training.compilation_cache),
         ),
         checkpoint=replace(config.checkpoint, every_steps=1, keep=STEPS),
         validation=replace(
@@ -84,7 +84,7 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
 
 
 def _smaller(size: tuple[int, int]) -> tuple[int, int]:
-    """A size in multiples of 64, which buckets have, to one in multiples of 8, which the autoencoder needs."""
+    """A size in multiples of 64, as buckets have, divided to multiples of 8, which the autoencoder needs."""
     height, width = size
     return height // SMALLER, width // SMALLER
 
@@ -98,7 +98,7 @@ def _extremes(buckets: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ..
 
 
 def _small_model(config: ModelConfig) -> ModelConfig:
-    """The same levels, blocks of the same kinds, and widths in about the same proportions."""
+    """A model with the same levels, the same kinds of blocks, and widths in about the same proportions."""
     towers = tuple(map(_small_tower, config.text))
     micro = None if config.micro is None else replace(config.micro, embedding_dim=4)
     pooled, unet = towers[-1].clip.projection_dim, config.unet

@@ -1,4 +1,4 @@
-"""A command of `sdxl-jax`, run in this process."""
+"""Runs a command of `sdxl-jax` in this process."""
 
 import contextlib
 import io
@@ -8,18 +8,20 @@ from sdxl_jax.__main__ import main
 
 
 class Outcome(NamedTuple):
+    """Exit code, stdout and stderr."""
+
     code: int
     out: str
     err: str
 
 
 def call(*arguments: object) -> Outcome:
-    """One command. An argument parser that exits counts with its exit code."""
+    """Runs one command. SystemExit, as of the argument parser, becomes its exit code."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main([str(argument) for argument in arguments])
-        except SystemExit as leaving:
-            code = leaving.code
+        except SystemExit as stopped:
+            code = stopped.code
     assert isinstance(code, int)
     return Outcome(code, out.getvalue(), err.getvalue())

@@ -1,7 +1,8 @@
-"""Tiny models of every family that is read, and their files as other people write them.
+"""Tiny models of every supported family, and their files in the layouts of other projects.
 
-For tests of reading and converting. Numbers depend on model and seed alone, so that the same model in two layouts has
-the same parameters. Sizes are such that a file tells them: norms of 32 groups, heads of 64 features or one.
+For tests of reading and converting. Values depend on model and seed alone, so that the same model in two layouts has
+the same parameters. Sizes are such that they can be detected from a file: norms of 32 groups, heads of 64 features or
+a single head.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ def part_params(config: PartConfig, dtype: Any = np.float32, seed: int = 0) -> P
 
 
 def tensors(config: PartConfig, naming: Naming, dtype: Any = np.float32, seed: int = 0) -> Arrays:
-    """Random weights of one part, as a file has them."""
+    """Random weights of one part, in the layout of a file."""
     return names.to_tensors(names.table(config, naming), part_params(config, dtype, seed))
 
 
@@ -90,7 +91,7 @@ def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] 
 
 
 def original(config: ModelConfig) -> dict[str, Naming]:
-    """How Stability's files name the parts."""
+    """The parts' names in Stability's files."""
     clip, openclip = (Dialect.TRANSFORMERS, "transformer."), (Dialect.OPENCLIP, "model.")
     match list(part_configs(config)):
         case ["unet", "vae", "text_encoder", "text_encoder_2"]:
@@ -114,7 +115,7 @@ BESIDE_DIFFUSERS = {"text_model.embeddings.position_ids": POSITION_IDS}
 
 
 def beside_original(config: ModelConfig, dtype: Any = np.float32) -> Arrays:
-    """What published single files hold beside the weights."""
+    """Tensors other than weights in published single files."""
     found = {
         "alphas_cumprod": np.linspace(1, 0, 1000, dtype=np.float32),
         "model_ema.decay": np.array(0.9999, np.float32),
@@ -140,7 +141,7 @@ def single_file(
     seed: int = 0,
     **metadata: str,
 ) -> Path:
-    """A model as Stability writes it."""
+    """A model in Stability's layout. beside: with the tensors of `beside_original`."""
     arrays = beside_original(config, dtype) if beside else {}
     for part, naming in original(config).items():
         arrays |= tensors(part_configs(config)[part], naming, dtype, seed)
@@ -161,7 +162,7 @@ def weights_name(part: str) -> str:
 def diffusers_folder(
     path: Path, config: ModelConfig, dtype: Any = np.float32, seed: int = 0, namings: Mapping[str, Naming] | None = None
 ) -> Path:
-    """A model as diffusers writes it. namings: of parts that have others than today's."""
+    """A model in diffusers' layout. namings: of parts with other names than today's."""
     diffusers.write_folder(config, path)
     config = diffusers.as_diffusers_has_it(config)
     for part, naming in (diffusers_namings(config) | dict(namings or {})).items():
@@ -173,7 +174,7 @@ def diffusers_folder(
 
 
 def shard(path: Path, count: int = 2, variant: str = "") -> Path:
-    """Splits a file into shards with an index, as diffusers and transformers do; gives the index."""
+    """Splits a file into shards with an index, as diffusers and transformers do. Returns the path of the index."""
     arrays, places = read(path), {}
     dot = f".{variant}" if variant else ""
     stem = path.name.removesuffix(".safetensors").removesuffix(dot)
@@ -189,7 +190,7 @@ def shard(path: Path, count: int = 2, variant: str = "") -> Path:
 
 
 def _header(path: Path) -> tuple[dict[str, Any], bytes]:
-    """By the format's description, without the library."""
+    """Metadata and data of a safetensors file, read without the library."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -230,6 +231,6 @@ Edit = Callable[[Arrays], object]
 
 def edit(path: Path, change: Edit) -> None:
     """Changes a file's tensors in place."""
-    arrays, described = read(path), metadata(path)
+    arrays, saved = read(path), metadata(path)
     change(arrays)
-    save(path, arrays, described)
+    save(path, arrays, saved)

@@ -1,7 +1,7 @@
 """One process of a tiny training run, for tests that kill it: `python killed_run.py CONFIG_JSON RUN_DIR PHASE_FILE`.
 
-It writes to PHASE_FILE in which phase its main thread is, so that a test knows where its kill fell: start-up (imports,
-opening the data, restoring), compiling, step, save, evaluation, end. Before any of it, the interpreter starts.
+It writes the phase of its main thread to PHASE_FILE, so that a test knows in which phase it was killed: start-up
+(imports, opening the data, restoring), compiling, step, save, evaluation, end. The phase before is "interpreter".
 """
 
 import json
@@ -32,22 +32,22 @@ def within(phase: str, function: Any, after: str | None = None) -> Any:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as the command does, before there is anything to save
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as the command does while there is nothing to save
     enter("start-up")
     sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    import tensorboardX  # noqa: F401  # which imports torch where it is there: two seconds
+    import tensorboardX  # noqa: F401  # imports torch if it is installed, which takes two seconds
 
     del sys.modules["torch"]
     from sdxl_jax.config import TrainConfig, from_json
     from sdxl_jax.training import checkpoint, compilation, loop
     from sdxl_jax.training.observe import validation
 
-    validation.look = within("evaluation", validation.look, "step")
+    validation.write_grid = within("evaluation", validation.write_grid, "step")
     wait = compilation.CompiledSteps.of
     waiting = within("compiling", wait, "step")
 
     def of(steps: Any, bucket: Any, *rest: Any) -> Any:
-        """It is asked for every step, and waits for the first of a bucket."""
+        """Called for every step; waits for compilation at the first step of a bucket."""
         return (wait if steps.ready(bucket) else waiting)(steps, bucket, *rest)
 
     compilation.CompiledSteps.of = of  # pyright: ignore[reportAttributeAccessIssue]

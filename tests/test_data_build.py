@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.build: killed and run again, the same bytes; nothing left out in silence."""
+"""sdxl_jax.data.build: an interrupted build that is run again gives the same bytes; nothing is left out silently."""
 
 import contextlib
 import fcntl
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from sdxl_jax.data.build import build as build_module
-from sdxl_jax.data.build.build import Built, _build, _identity, build, find_repeats
+from sdxl_jax.data.build.build import Built, _build, _identity, build, find_duplicates
 from sdxl_jax.data.build.records import Record, Unit, units
 from sdxl_jax.data.shards import open_shards
 from sdxl_jax.data.sources import Refused
@@ -29,7 +29,7 @@ COLUMNS = "caption_start first_caption hash name_start number_000 record shard s
 
 
 class Fake:
-    """A source of so many pieces of so many images, picklable. Piece 1 is empty, piece 2 has refusals alone.
+    """A source of `pieces` pieces of `images` images, picklable. Piece 1 is empty, piece 2 has refusals alone.
 
     The first image of every piece from 3 on has the bytes of the first image of piece 0.
     """
@@ -38,11 +38,11 @@ class Fake:
         self.pieces, self.images, self.seconds, self.image_bytes, self.mark = pieces, images, seconds, image_bytes, mark
 
     def units(self, source: str) -> list[Unit]:
-        what = (self.images, self.seconds, self.image_bytes, self.mark)
-        return [Unit(number, f"piece {number}", what) for number in range(self.pieces)]
+        piece = (self.images, self.seconds, self.image_bytes, self.mark)
+        return [Unit(number, f"piece {number}", piece) for number in range(self.pieces)]
 
     def read(self, unit: Unit):
-        images, seconds, image_bytes, _ = unit.what
+        images, seconds, image_bytes, _ = unit.piece
         for image in range(0 if unit.number == 1 else images):
             time.sleep(seconds)
             name = f"{unit.number}/{image}"
@@ -109,7 +109,7 @@ def test_any_number_of_workers_builds_the_same_bytes(finished, tmp_path, workers
     assert files(tmp_path / "shards") == files(finished)
 
 
-def test_duplicates_are_dropped_only_where_asked_and_the_first_stays(finished, tmp_path):
+def test_duplicates_are_dropped_only_on_request_and_the_first_stays(finished, tmp_path):
     built = Fake().build(tmp_path / "shards", drop_duplicates=True)
     assert (built.images, built.duplicates) == (10, 2)
     every, fewer = open_shards(finished), open_shards(tmp_path / "shards")
@@ -123,7 +123,7 @@ def test_duplicates_are_dropped_only_where_asked_and_the_first_stays(finished, t
     assert fewer.fingerprint != every.fingerprint and fewer.duplicates == every.duplicates == 2
 
 
-def test_repeats_are_found_across_blocks_and_rounds(monkeypatch):
+def test_duplicates_are_found_across_blocks_and_rounds(monkeypatch):
     monkeypatch.setattr(build_module, "_BLOCK", 64)
     hashes = np.random.default_rng(0).integers(0, 256, (3000, 16), np.uint8)
     hashes[:, 1:] = 0
@@ -132,7 +132,7 @@ def test_repeats_are_found_across_blocks_and_rounds(monkeypatch):
     for row in hashes:
         expected.append(row.tobytes() in seen)
         seen.add(row.tobytes())
-    np.testing.assert_array_equal(find_repeats(hashes), expected)
+    np.testing.assert_array_equal(find_duplicates(hashes), expected)
 
 
 # Killed
@@ -166,7 +166,7 @@ while True:
     destination = f"{folder}/{moment}"
     if in_child(destination, moment) == 0:
         break
-    if moment // step % 2:  # and once more on the way
+    if moment // step % 2:  # and a second time during the resume
         in_child(destination, moment // 2)
     unfinished += not os.path.exists(f"{destination}/shards.json")
     assert in_child(destination, None) == 0, moment
@@ -183,13 +183,13 @@ def kill_anywhere(finished, tmp_path, step):
     return map(int, run.stdout.split())
 
 
-def test_killed_at_some_moments_it_comes_to_the_same_bytes(finished, tmp_path):
+def test_a_build_killed_at_some_moments_resumes_to_the_same_bytes(finished, tmp_path):
     moments, unfinished = kill_anywhere(finished, tmp_path, 17)
     assert moments > 100 and unfinished > 5
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_comes_to_the_same_bytes(finished, tmp_path):
+def test_a_build_killed_at_any_moment_resumes_to_the_same_bytes(finished, tmp_path):
     """Before each time that the build opens, makes, renames or removes a file."""
     moments, unfinished = kill_anywhere(finished, tmp_path, 1)
     print(f"killed at {moments} moments, {unfinished} of them before the end")
@@ -225,7 +225,7 @@ def wait_until(condition, seconds=60):
 
 
 def others_of(session: int) -> list[int]:
-    """Processes of that session that still run."""
+    """Processes of the session that still run."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -235,7 +235,7 @@ def others_of(session: int) -> list[int]:
     return found
 
 
-def test_killed_with_its_workers_at_work_it_comes_to_the_same_bytes(tmp_path):
+def test_a_build_killed_with_its_workers_running_resumes_to_the_same_bytes(tmp_path):
     Fake(12, 20, 0.005).build(tmp_path / "reference")
     destination = tmp_path / "shards"
     for parts in (1, 6):
@@ -244,7 +244,7 @@ def test_killed_with_its_workers_at_work_it_comes_to_the_same_bytes(tmp_path):
         wait_until(lambda done=done, parts=parts: len([*done.glob("[0-9]????")]) >= parts)
         process.kill()
         process.communicate()
-        wait_until(lambda process=process: not others_of(process.pid))  # the workers end with it
+        wait_until(lambda process=process: not others_of(process.pid))  # the workers end with their parent
         assert not (destination / "shards.json").exists()
         with pytest.raises(InputError, match="not finished: run the same command again"):
             open_shards(destination)
@@ -275,7 +275,7 @@ def test_finished_pieces_are_not_read_again(tmp_path):
             read.append(unit.number)
             yield from super().read(unit)
 
-    with pytest.raises(InputError, match=r"cannot be read any more, at piece 3: the disk is away.*same command again"):
+    with pytest.raises(InputError, match=r"can no longer be read, at piece 3 \(the disk is away\).*same command again"):
         Noting().build(tmp_path / "shards")
     Noting().build(tmp_path / "shards")
     assert read == [0, 1, 2, 3, 3, 4]
@@ -284,7 +284,7 @@ def test_finished_pieces_are_not_read_again(tmp_path):
 # Refused
 
 
-def test_a_finished_one_says_so_and_stays_as_it_is(finished):
+def test_a_finished_build_reports_it_and_changes_nothing(finished):
     before = files(finished)
     built = Fake().build(finished)
     assert built.was_finished and built.images == 12
@@ -298,7 +298,7 @@ def test_another_build_in_the_same_folder_is_refused(tmp_path, state):
     if state == "an unfinished":
         (folder / "shards.json").rename(folder / "build.json")
     before = files(folder)
-    with pytest.raises(InputError, match=f"holds {state} build with source='fake', and now 'other' is given"):
+    with pytest.raises(InputError, match=f"holds {state} build with source=fake, and now other is given"):
         Fake().build(folder, source="other")
     with pytest.raises(InputError, match=f"holds {state} build with drop_duplicates=False, and now True is given"):
         Fake().build(folder, drop_duplicates=True)
@@ -323,7 +323,7 @@ def test_two_builds_at_once_in_one_folder_are_refused(tmp_path):
     folder.mkdir()
     other = os.open(folder, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(MachineError, match="Another process is building"):
+    with pytest.raises(MachineError, match=r"Another process is building.*give another folder"):
         Fake().build(folder)
     os.close(other)
     Fake().build(folder)
@@ -355,7 +355,7 @@ def test_a_source_that_disappears_loses_nothing_finished(tmp_path, workers):
 
 
 class Vanishing(Fake):
-    """Its folder goes while piece 3 is read."""
+    """Its folder is removed while piece 3 is read."""
 
     def units(self, source):
         self.folder = source
@@ -371,7 +371,7 @@ class Vanishing(Fake):
 
 @pytest.mark.parametrize("limit", [100_000, 1_000], ids=["records", "columns"])
 def test_a_full_disk_is_reported_and_loses_nothing_finished(tmp_path, limit):
-    """A limit on the size of a file stands in for the disk's end."""
+    """A limit on the size of a file stands in for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     fake = Fake(4, 300)
@@ -393,7 +393,7 @@ class Dying(Fake):
 
 
 def test_a_worker_that_dies_is_reported(tmp_path):
-    with pytest.raises(MachineError, match=r"A worker process died.*fewer workers"):
+    with pytest.raises(MachineError, match=r"A worker process died.*fewer than 2 workers"):
         Dying().build(tmp_path / "shards", workers=2)
     Fake().build(tmp_path / "shards", workers=2)
     assert len(open_shards(tmp_path / "shards")) == 12
@@ -404,7 +404,7 @@ def test_a_source_without_a_usable_image_is_refused_and_read_again(tmp_path):
         def read(self, unit):
             yield Refused(f"{unit.number}.jpg", "zero bytes")
 
-    with pytest.raises(InputError, match=r"(?s)has no image that can be used:.*0.jpg.*zero bytes"):
+    with pytest.raises(InputError, match=r"(?s)has no usable image.*0.jpg.*zero bytes.*Fix the source"):
         Empty().build(tmp_path / "shards")
     assert not files(tmp_path / "shards")
     assert Fake().build(tmp_path / "shards").images == 12
@@ -421,8 +421,8 @@ def test_a_folder_of_images_is_built_in_processes(tmp_path):
     source.mkdir()
     rng = np.random.default_rng(0)
     for number, suffix in zip(range(9), itertools.cycle([".png", ".jpg", ".webp"]), strict=False):
-        picture = Image.fromarray(rng.integers(0, 256, (10 + number, 30, 3), np.uint8))
-        picture.save(source / f"{number}{suffix}")
+        image = Image.fromarray(rng.integers(0, 256, (10 + number, 30, 3), np.uint8))
+        image.save(source / f"{number}{suffix}")
         (source / f"{number}.txt").write_text(f"number {number} – naïve")
     (source / "cut.png").write_bytes((source / "0.png").read_bytes()[:100])
     (source / "cut.txt").write_text("cut")
@@ -431,15 +431,15 @@ def test_a_folder_of_images_is_built_in_processes(tmp_path):
         assert (built.images, built.captions, built.refused, built.duplicates) == (9, 9, 1, 0)
     assert files(tmp_path / "one") == files(tmp_path / "two")
     shards = open_shards(tmp_path / "one")
-    for image in range(len(shards)):
-        assert shards.read(image) == (source / shards.name(image)).read_bytes()
-        with Image.open(io.BytesIO(shards.read(image))) as picture:
-            assert tuple(shards.sizes[image]) == (picture.height, picture.width)
-        assert shards.captions(image) == (f"number {shards.name(image)[0]} – naïve",)
+    for number in range(len(shards)):
+        assert shards.read(number) == (source / shards.name(number)).read_bytes()
+        with Image.open(io.BytesIO(shards.read(number))) as image:
+            assert tuple(shards.sizes[number]) == (image.height, image.width)
+        assert shards.captions(number) == (f"number {shards.name(number)[0]} – naïve",)
     assert json.loads((tmp_path / "one" / "refused.jsonl").read_bytes())["file"] == "cut.png"
-    told = set()  # whether it is the same source, in processes that hash texts differently
+    identities = set()  # of the same source, in processes that hash strings differently
     for seed in "12":
         command = [sys.executable, "-c", IDENTITY, str(source)]
         environment = os.environ | {"PYTHONHASHSEED": seed}
-        told.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert told == {f"{_identity(units(str(source)))}\n"}
+        identities.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert identities == {f"{_identity(units(str(source)))}\n"}

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.build.parquet: rows keep their numbers, and what cannot be read is named."""
+"""sdxl_jax.data.build.parquet: rows keep their numbers, and what cannot be read is reported."""
 
 from typing import Any
 
@@ -48,8 +48,8 @@ def test_parquet_captions_may_be_lists_and_bytes_that_are_not_utf8_are_refused(t
     ("columns", "expected"),
     [
         (
-            {"image": [b"x"], "text": ["a"]},
-            r"has the columns image \(binary\), text \(string\)\. Expected an image",
+            {"photo": [b"x"], "text": ["a"]},
+            r"has the columns photo \(binary\), text \(string\)\. Expected an image",
         ),
         ({"image": [b"x"], "words": ["a"]}, "a caption column named one of text, caption, captions"),
         ({"image": ["https://a.b/c.jpg"], "text": ["a"]}, r"image \(string\), text"),

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.build.records: each source gives the same records, and names what it cannot give."""
+"""sdxl_jax.data.build.records: each kind of source gives the same records, and names the images that are refused."""
 
 import os
 import pickle
@@ -27,21 +27,21 @@ from sdxl_jax.errors import InputError
 
 
 @pytest.mark.parametrize("make", [as_folder, as_tar, as_parquet])
-def test_every_odd_image_is_taken_upright_or_refused_with_its_reason(tmp_path, make):
+def test_every_odd_image_is_read_upright_or_refused_with_its_reason(tmp_path, make):
     images = every_image()
     source, form = make(tmp_path / "source", {name: data for name, (data, _) in images.items()})
     good, bad = split(source)
     for number, (name, (data, outcome)) in enumerate(images.items()):
-        place = form.format(number if make is as_parquet else name)
+        record = form.format(number if make is as_parquet else name)
         if isinstance(outcome, str):
-            assert outcome in bad.pop(place), name
+            assert outcome in bad.pop(record), name
         else:
-            assert good.pop(place) == Record(place, data, outcome, ("a caption",), {}), name
+            assert good.pop(record) == Record(record, data, outcome, ("a caption",), {}), name
     assert (good, bad) == ({}, {})
 
 
 @pytest.mark.parametrize("make", [as_folder, as_tar, as_parquet])
-def test_without_verify_headers_alone_are_read(tmp_path, make):
+def test_without_verify_only_headers_are_read(tmp_path, make):
     source, _ = make(tmp_path / "source", {"cut.jpg": every_image()["truncated.jpg"][0]})
     (record,) = everything(source, verify=False)
     assert isinstance(record, Record) and record.size == (64, 64)
@@ -58,7 +58,7 @@ def test_a_source_that_disappears_is_named(tmp_path, make):
 
 
 def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_FILES", 2)
+    monkeypatch.setattr(folders, "_PIECE_IMAGES", 2)
     images = {f"{number}.jpg": encoded(seed=number) for number in range(5)}
     sources = [make(tmp_path / make.__name__, images)[0] for make in (as_folder, as_tar, as_parquet)]
     for source in sources:
@@ -75,8 +75,8 @@ def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({}, "holds none of these among its 0 files"),
-        ({"a.cls": b""}, "holds none of these among its 1 files"),
+        ({}, "has no such files among its 0. Expected a folder of images"),
+        ({"a.cls": b""}, "has no such files among its 1. Expected a folder of images"),
         (
             {"a.jpg": b"", "metadata.csv": b"image,words\n"},
             "has the columns image, words. Expected file_name and one of",
@@ -84,23 +84,23 @@ def test_units_and_records_are_the_same_every_time_and_units_can_be_pickled(tmp_
         ({"a.jpg": b"", "metadata.csv": b""}, r"has the columns \(none\)"),
         ({"a.jpg": b"", "metadata.csv": b"", "metadata.jsonl": b""}, "holds both metadata.jsonl and metadata.csv"),
         ({"a.jpg": b"", "b.tar": b""}, r"1 images \(a.jpg, …\) and 1 tars \(b.tar, …\)"),
-        ({"a.parquet": b"PAR1"}, "No Parquet file can be read: a.parquet"),
+        ({"a.parquet": b"PAR1"}, "No Parquet file of 1 can be read: a.parquet"),
     ],
 )
-def test_a_folder_that_is_no_source_says_what_is_expected(tmp_path, files, expected):
+def test_a_folder_that_is_not_a_source_says_what_is_expected(tmp_path, files, expected):
     with pytest.raises(InputError, match=expected):
         units(write_folder(tmp_path, files))
 
 
-def test_a_path_that_is_no_source_says_what_is_expected(tmp_path):
+def test_a_path_that_is_not_a_source_says_what_is_expected(tmp_path):
     with pytest.raises(InputError, match=r"gone does not exist\. Expected a folder of images"):
         units(tmp_path / "gone")
     (tmp_path / "a.jpg").write_bytes(encoded())
-    with pytest.raises(InputError, match=r"a\.jpg holds none of these"):
+    with pytest.raises(InputError, match=r"a\.jpg is a file of another kind\. Expected a folder of images"):
         units(tmp_path / "a.jpg")
 
 
-def test_names_that_are_not_utf8_are_spelt_so_that_every_file_takes_them(tmp_path):
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
     name = os.fsdecode(b"caf\xe9.jpg")
     tar = write_tar(tmp_path / "t" / "a.tar", {name: encoded(), os.fsdecode(b"caf\xe9.txt"): b"a"})
     folder = write_folder(tmp_path / "f", {name: encoded(), os.fsdecode(b"caf\xe9.txt"): b"a"})
@@ -121,7 +121,7 @@ def samples() -> Path:
     """Output of img2dataset and others in $SDXL_JAX_TEST_DATA/webdataset_samples."""
     root = Path(os.environ.get("SDXL_JAX_TEST_DATA", "")) / "webdataset_samples"
     if not (root / "dalle2pytorch_0.tar").is_file():
-        pytest.skip("SDXL_JAX_TEST_DATA names no folder with webdataset_samples/dalle2pytorch_0.tar")
+        pytest.skip("SDXL_JAX_TEST_DATA is not a folder with webdataset_samples/dalle2pytorch_0.tar")
     return root
 
 

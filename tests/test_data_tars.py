@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.build.tars: a stream, a few images at a time, and damage is named."""
+"""sdxl_jax.data.build.tars: a tar is streamed, with a few images in memory, and damage is reported."""
 
 import io
 import tarfile
@@ -11,7 +11,7 @@ from sdxl_jax.data.build.records import Record, read, units
 from sdxl_jax.data.sources import Refused
 
 
-def test_a_folder_of_tars_is_read_in_order_and_img2dataset_parquet_beside_is_passed_by(tmp_path):
+def test_a_folder_of_tars_is_read_in_order_and_img2dataset_parquet_beside_is_ignored(tmp_path):
     for name in ("b/1.tar", "a.tar"):
         write_tar(tmp_path / name, {"./x/0.jpg": encoded(), "./x/0.txt": name.encode()})
     write_tar(tmp_path / "c.tgz", {"0.webp": encoded("WEBP"), "0.json": b'{"caption": "c"}'}, "w:gz")
@@ -36,7 +36,7 @@ def test_members_that_lead_out_of_the_tar_are_refused_by_name_and_nothing_is_wri
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_tar_cut_off_gives_what_stands_before_the_cut_and_says_so(tmp_path, mode):
+def test_a_tar_cut_off_gives_the_images_before_the_cut_and_reports_it(tmp_path, mode):
     files = {f"{n}.{kind}": encoded(seed=n) if kind == "jpg" else b"x" for n in range(6) for kind in ("jpg", "txt")}
     whole = write_tar(tmp_path / "whole.tar", files, mode).read_bytes()
     lengths = {len(whole) * share // 8 for share in range(8)} if mode == "w:gz" else range(0, 6 * 2560, 256)
@@ -45,7 +45,7 @@ def test_a_tar_cut_off_gives_what_stands_before_the_cut_and_says_so(tmp_path, mo
         (tmp_path / "a.tar").write_bytes(whole[:length])
         *before, cut = everything(tmp_path / "a.tar")
         assert isinstance(cut, Refused) and cut.file == "a.tar"
-        assert "cut off or damaged after" in cut.reason and "what comes after is lost" in cut.reason
+        assert "cut off or damaged after" in cut.reason and "what follows is lost" in cut.reason
         assert [record.image for record in before if isinstance(record, Record)] == [
             encoded(seed=n) for n in range(len(before))
         ]
@@ -54,7 +54,7 @@ def test_a_tar_cut_off_gives_what_stands_before_the_cut_and_says_so(tmp_path, mo
     assert len(everything(tmp_path / "whole.tar")) == 6
 
 
-def test_a_tar_damaged_in_the_middle_says_so_instead_of_ending(tmp_path):
+def test_a_tar_damaged_in_the_middle_is_reported(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{n}.{kind}": b"x" for n in range(4) for kind in ("jpg", "txt")})
     data = bytearray(path.read_bytes())
     data[4096 : 4096 + 512] = b"\xff" * 512  # the third image's header
@@ -64,7 +64,7 @@ def test_a_tar_damaged_in_the_middle_says_so_instead_of_ending(tmp_path):
     assert last.reason.startswith("cut off or damaged after 1.txt")
 
 
-def test_a_tar_without_images_says_so(tmp_path):
+def test_a_tar_without_images_is_reported(tmp_path):
     assert everything(write_tar(tmp_path / "a.tar", {"a.cls": b"1", "b.npy": b"2"})) == [
         Refused("a.tar", "no image (.jpg, .png, .webp, .avif, .gif, .tiff, .bmp, …) among its 2 members")
     ]
@@ -132,11 +132,11 @@ def test_members_that_cannot_be_used_are_refused(tmp_path, monkeypatch):
     first, *_ = good
     assert first == "a.tar/a.jpg"
     assert bad == {
-        "a.tar/a.png": "a second image of the same stem; a.jpg stands",
+        "a.tar/a.png": "a second image of the same stem; a.jpg is used",
         "a.tar/link.jpg": "a link or a device, not a file",
         "a.tar/large.jpg": "10001 bytes, the limit is 10000",
         "a.tar/a.seg.png": "image without a caption: no .txt or .json of the same name, close to it in the tar "
         "(`tar --sort=name` writes them so)",
         "a.tar/alone.txt": "caption without an image of the same name close to it in the tar",
-        "a.tar/twice.jpg": "a second image of this name; the first stands",
+        "a.tar/twice.jpg": "a second image of this name; the first is used",
     }

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.data.build.tfds: read without TensorFlow, problems with their remedy."""
+"""sdxl_jax.data.build.tfds: data sets are read without TensorFlow, and errors name their remedy."""
 
 import pickle
 import sys
@@ -61,9 +61,9 @@ def test_tfds_problems_name_their_remedy(tfds_folder, tmp_path, monkeypatch):
         units("tfds:no_such_thing:1.0.0:train")
     with pytest.raises(InputError, match=r"no prepared data set .*download_and_prepare"):
         units(f"tfds:{tmp_path}")
-    with pytest.raises(InputError, match=r"has no split test .*Expected one of train"):
+    with pytest.raises(InputError, match=r"has no split test .*Give one of train"):
         units(f"tfds:{tfds_folder}:test")
-    with pytest.raises(InputError, match=r"is not understood\. Expected tfds:NAME"):
+    with pytest.raises(InputError, match=r"is not the name of a TFDS data set\. Expected tfds:NAME"):
         units("tfds:")
     for module in (captions, tfds_module):
         monkeypatch.setattr(module, "CAPTION_FIELDS", ("title",))

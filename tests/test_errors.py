@@ -1,4 +1,4 @@
-"""What messages about bad input promise."""
+"""Messages about invalid input."""
 
 import math
 
@@ -23,7 +23,7 @@ from sdxl_jax.errors import InputError, check_ranges, out_of_memory
         (0.25, 0, 0.25, {"above_low": True, "below_high": True}, "more than 0, less than 0.25"),
     ],
 )
-def test_a_number_out_of_range_is_refused_with_what_to_give(
+def test_error_for_a_number_out_of_range_gives_the_range(
     value: float, low: float, high: float, ends: dict[str, bool], expected: str
 ) -> None:
     with pytest.raises(InputError) as raised:
@@ -31,7 +31,7 @@ def test_a_number_out_of_range_is_refused_with_what_to_give(
     assert str(raised.value) == f"a.name={value} is out of range. Give {expected}"
 
 
-def test_the_ends_of_a_range_and_what_is_not_given_are_within() -> None:
+def test_the_ends_of_a_range_and_none_are_inside() -> None:
     check_ranges([("low", 0, 0, 1), ("high", 1, 0, 1), ("far", math.inf, 0, math.inf), ("none", None, 0, 1)])
     check_ranges([("value", 0.5, 0, 1)], above_low=True, below_high=True)
 
@@ -49,6 +49,6 @@ def test_the_ends_of_a_range_and_what_is_not_given_are_within() -> None:
         ("", None),
     ],
 )
-def test_too_little_memory_is_told_from_other_errors(text: str, line: str | None) -> None:
-    said = out_of_memory(RuntimeError(text))
-    assert said is None if line is None else said is not None and said.startswith(line)
+def test_out_of_memory_is_distinguished_from_other_errors(text: str, line: str | None) -> None:
+    found = out_of_memory(RuntimeError(text))
+    assert found is None if line is None else found is not None and found.startswith(line)

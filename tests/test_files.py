@@ -1,4 +1,4 @@
-"""What `sdxl_jax.files` promises: whole files or the old ones, one process at a time, one list of differences."""
+"""sdxl_jax.files: atomic writes, locks between processes, differences of trees."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("kind", [Path, epath.Path])
 @pytest.mark.parametrize("durable", [False, True])
-def test_a_file_is_written_whole_and_alone(tmp_path: Path, kind: type, durable: bool) -> None:
+def test_a_file_is_written_whole_without_a_partial_file(tmp_path: Path, kind: type, durable: bool) -> None:
     path = kind(tmp_path / "a.json")
     atomic.write_text(path, "før", durable=durable)
     assert (tmp_path / "a.json").read_bytes() == "før".encode()
@@ -41,7 +41,7 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_file_whole_and_nothing_
     assert names(tmp_path) == ["a.json"]
 
 
-def test_a_rename_that_fails_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_a_rename_that_fails_leaves_no_partial_file(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError):
         atomic.write_text(tmp_path / "a", "text")
@@ -55,13 +55,13 @@ def test_processes_with_a_tag_each_may_write_at_the_same_time(tmp_path: Path) ->
         first.write_text("of the first")
         second.write_text("of the second")
         assert all(name.endswith(atomic.PARTIAL) for name in names(tmp_path))
-    assert path.read_text() == "of the first"  # which was left last
+    assert path.read_text() == "of the first"  # whose block ended last
     assert names(tmp_path) == ["a.json"]
 
 
-def test_what_a_killed_process_left_is_overwritten(tmp_path: Path) -> None:
+def test_the_partial_file_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    atomic.partial_path(path).write_text("longer than what comes")
+    atomic.partial_path(path).write_text("longer than what follows")
     atomic.write_text(path, "short")
     assert path.read_text() == "short"
     assert names(tmp_path) == ["a.json"]
@@ -83,7 +83,7 @@ def test_durable_waits_for_the_file_before_the_rename_and_for_the_folder_after(
     assert waited == [["a", "b.partial"], ["a", "b"]]
 
 
-def test_a_locked_file_says_who_has_it_and_is_gone_afterwards(tmp_path: Path) -> None:
+def test_a_lock_file_names_its_holder_and_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with locks.locked_file(path):
         with pytest.raises(locks.Busy, match=f"^process {os.getpid()} on .+ since 20"), locks.locked_file(path):
@@ -94,7 +94,7 @@ def test_a_locked_file_says_who_has_it_and_is_gone_afterwards(tmp_path: Path) ->
         pass
 
 
-def test_a_file_that_is_removed_between_opening_and_locking_is_not_taken(
+def test_a_lock_file_that_is_removed_between_opening_and_locking_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, flock = tmp_path / "lock", fcntl.flock
@@ -108,7 +108,7 @@ def test_a_file_that_is_removed_between_opening_and_locking_is_not_taken(
         pass
 
 
-def test_a_locked_folder_is_left_as_it_was_and_is_had_by_one_at_a_time(tmp_path: Path) -> None:
+def test_a_locked_folder_is_unchanged_and_has_one_holder_at_a_time(tmp_path: Path) -> None:
     with locks.locked_folder(tmp_path):
         assert names(tmp_path) == []
         with pytest.raises(locks.Busy), locks.locked_folder(tmp_path):
@@ -117,7 +117,7 @@ def test_a_locked_folder_is_left_as_it_was_and_is_had_by_one_at_a_time(tmp_path:
         pass
 
 
-def test_a_folder_on_a_file_system_without_locks_is_used_without(
+def test_a_folder_on_a_file_system_without_locks_is_used_unlocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: object) -> None:
@@ -145,7 +145,7 @@ def test_every_value_that_differs_is_named(old: object, new: object, lines: list
     assert differences(old, new, longest=20) == lines
 
 
-def test_of_long_values_that_part_is_shown_in_which_they_differ() -> None:
+def test_long_values_are_shown_where_they_differ() -> None:
     old, new = "a" * 500 + "b" * 500, "a" * 500 + "c" * 500
     assert differences({"x": old}, {"x": new}) == [f"x: {old} -> {new}"]
     (line,) = differences({"x": old}, {"x": new}, longest=9)

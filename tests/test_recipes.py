@@ -1,6 +1,6 @@
-"""The promises of configs/: every recipe loads, fits its mesh, and runs; each stage goes on from the one before.
+"""configs/: every recipe loads, fits its mesh, and runs; each stage starts from the weights of the stage before it.
 
-What runs are the smoke configurations, which differ in sizes alone. The recipes are traced, never made.
+The smoke configurations are run, which differ in sizes only. The recipes themselves are only traced.
 """
 
 import dataclasses
@@ -16,20 +16,21 @@ import pytest
 from jax.sharding import AbstractMesh
 from PIL import Image
 
-from sdxl_jax import config as configuration
-from sdxl_jax import model, sharding
+from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
 from sdxl_jax.conditioning.micro import Numbers
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import TrainConfig, load
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.files.trees import differences
+from sdxl_jax.jsontree import to_json
+from sdxl_jax.model import Model, ModelConfig, init
 from sdxl_jax.models.layers import Dtype, Remat
 from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import AXES, MeshConfig
 from sdxl_jax.smoke import SHRUNK, STEPS, smoke_config
-from sdxl_jax.training import loop
+from sdxl_jax.training.loop import train
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.state import create, partition
 from sdxl_jax.weights.convert import convert
@@ -43,7 +44,7 @@ OTHERS = ("finetune_1024", "sd15", "sd21_v")
 NAMES = STAGES + OTHERS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
 PUBLISHED |= {"stable-diffusion-2": "sd21_v"}
-"""Weights that recipes start from, and the recipe whose model they are of."""
+"""The published weights that recipes start from, each with a recipe that has the same model."""
 UNET_PARAMETERS = {
     "sdxl_refiner": 2_259_526_660,
     "sd15": 859_520_964,
@@ -54,7 +55,7 @@ SDXL_BASE_PARAMETERS = 2_567_463_684
 
 @functools.cache
 def recipe(name: str) -> TrainConfig:
-    return configuration.load(CONFIGS / f"{name}.py", TrainConfig)
+    return load(CONFIGS / f"{name}.py", TrainConfig)
 
 
 def test_every_recipe_is_tested_and_has_its_smoke_configuration() -> None:
@@ -63,7 +64,7 @@ def test_every_recipe_is_tested_and_has_its_smoke_configuration() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_header_says_what_the_recipe_needs_and_reaches(name: str) -> None:
+def test_header_has_hardware_hours_metric_command_and_last_run(name: str) -> None:
     header = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     rows = dict(line.split(maxsplit=1) for line in header.split("\n\n")[1].replace("last run", "last_run").splitlines())
     assert list(rows) == ["hardware", "hours", "metric", "command", "last_run"]
@@ -72,29 +73,29 @@ def test_header_says_what_the_recipe_needs_and_reaches(name: str) -> None:
 
 @functools.cache
 def abstract_parameters(config: ModelConfig) -> Params:
-    return jax.eval_shape(functools.partial(model.init, config=config), jax.random.key(0))
+    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
 
 
 SIZES = [pytest.param(name, marks=() if name in (STAGES[2], "sdxl_refiner") else pytest.mark.slow) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_recipe_is_of_the_published_size_and_fits_its_mesh(name: str) -> None:
+def test_recipe_has_the_published_size_and_fits_its_mesh(name: str) -> None:
     config = recipe(name)
     config.check()
     params = abstract_parameters(config.model)
     size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params["unet"]))
     assert size == UNET_PARAMETERS.get(name, SDXL_BASE_PARAMETERS)
     trained, frozen = partition(params, config.training.trainable)
-    update = optimiser.make(config.optimiser, config.training.steps)
+    update = optimiser.make_optimiser(config.optimiser, config.training.steps)
     state = jax.eval_shape(functools.partial(create, optimiser=update, config=config.ema), trained)
-    arranged = config.mesh
-    assert arranged.data == -1
+    axes = config.mesh
+    assert axes.data == -1
     for devices in (8, 64, 256):
-        data = devices // (arranged.fsdp * arranged.tensor * arranged.slices)
-        mesh = AbstractMesh((arranged.slices, data, arranged.fsdp, arranged.tensor), AXES)
+        data = devices // (axes.fsdp * axes.tensor * axes.slices)
+        mesh = AbstractMesh((axes.slices, data, axes.fsdp, axes.tensor), AXES)
         sharding.place(mesh, (state, frozen))  # raises where an axis does not divide
-        if devices <= config.data.batch_size:  # a fine-tune's batch is for fewer devices
+        if devices <= config.data.batch_size:  # the batch of a fine-tuning is for fewer devices
             sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
 
 
@@ -113,13 +114,13 @@ def test_numbers_are_those_of_the_paper() -> None:
 
 
 def changed(name: str) -> set[str]:
-    full, smoke = recipe(name), configuration.load(CONFIGS / "smoke" / f"{name}.py")
-    lines = configuration.differences(configuration.to_json(full), configuration.to_json(smoke))
+    full, smoke = recipe(name), load(CONFIGS / "smoke" / f"{name}.py")
+    lines = differences(to_json(full), to_json(smoke))
     return {line.split(":", 1)[0] for line in lines}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke_configuration_differs_in_sizes_alone(name: str) -> None:
+def test_smoke_configuration_differs_in_sizes_only(name: str) -> None:
     assert changed(name) <= set(SHRUNK)
     full, smoke = recipe(name), smoke_config(recipe(name))
     assert (smoke.compute, smoke.loss, smoke.ema) == (full.compute, full.loss, full.ema)
@@ -141,7 +142,7 @@ class Chain(NamedTuple):
 
 
 def make_images(folder: Path) -> None:
-    """Eight in each of three shapes, two of the shapes long, with a score."""
+    """Eight images of each of three sizes, two of them elongated, with a score."""
     folder.mkdir(parents=True)
     rng, lines = np.random.default_rng(0), []
     for number in range(24):
@@ -153,21 +154,22 @@ def make_images(folder: Path) -> None:
 
 
 def smoke(name: str, root: Path) -> TrainConfig:
-    """Small images are kept, and none are drawn: the sampler has its own tests, and costs as much to compile."""
+    """Keeps small images, and samples no validation images: the sampler has its own tests, and takes as long to
+    compile."""
     config = smoke_config(recipe(name), str(root))
     validation = dataclasses.replace(config.validation, every_steps=None)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, min_size=1), validation=validation)
 
 
 def random_parameters(config: ModelConfig, rng: np.random.Generator) -> Params:
-    """Nothing to compile; small, so that no prediction overflows."""
+    """Random parameters without compilation; small, so that no prediction overflows."""
     abstract = abstract_parameters(config)
     return jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(np.float32), abstract)
 
 
 @pytest.fixture(scope="module")
 def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
-    """Data and weights where the smoke configurations look for them."""
+    """Data and weights at the paths of the smoke configurations."""
     root = tmp_path_factory.mktemp("recipes")
     make_images(root / "data" / "shards")
     (root / "weights").mkdir()
@@ -180,17 +182,17 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def trained(chain: Chain, name: str) -> Path:
-    """The run of a smoke configuration, which is trained when first asked for, and those before it."""
+    """The run of a smoke configuration, trained at the first call, after the stages before it."""
     run_dir = chain.root / "runs" / name
     if not run_dir.exists():
         if name in STAGES[1:]:
             trained(chain, STAGES[STAGES.index(name) - 1])
-        loop.train(chain.configs[name], run_dir, progress=False)
+        train(chain.configs[name], run_dir, progress=False)
     return run_dir
 
 
 RUN = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-"""Each compiles a step and the initial weights, about a minute each."""
+"""Each compiles a step and the initial weights, which takes about a minute."""
 
 
 def lines_of(chain: Chain, name: str) -> list[dict[str, float]]:
@@ -212,8 +214,8 @@ def checkpoint(chain: Chain, name: str, step: int) -> Path:
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_stage_starts_from_what_it_names_bit_for_bit(chain: Chain, name: str) -> None:
-    """The averaged weights. That training takes what this function gives is tested in test_training.py."""
+def test_stage_starts_from_the_weights_of_init_from_bit_for_bit(chain: Chain, name: str) -> None:
+    """The EMA weights. test_training.py tests that training uses the result of this function."""
     config = chain.configs[name]
     if name in STAGES[1:]:
         trained(chain, STAGES[STAGES.index(name) - 1])
@@ -237,7 +239,7 @@ def test_stages_form_a_chain(name: str) -> None:
 
 def refusal(config: TrainConfig, run_dir: Path) -> str:
     with pytest.raises(InputError) as refused:
-        loop.train(config, run_dir, progress=False)
+        train(config, run_dir, progress=False)
     assert not run_dir.exists()
     return str(refused.value)
 
@@ -260,7 +262,10 @@ def test_stage_from_a_model_of_other_shapes_is_refused(chain: Chain, tmp_path: P
     refiner = chain.configs["sdxl_refiner"]
     everything = with_training(refiner, init_from=(source,), init_parts=None)
     message = refusal(everything, tmp_path / "run")
-    assert "holds text_encoder, which this model does not have. Choose with training.init_parts" in message
+    assert (
+        "holds text_encoder, which this model does not have. Select the parts to load with training.init_parts"
+        in message
+    )
     unet = with_training(refiner, init_from=(source,), init_parts=("unet",))
     message = refusal(unet, tmp_path / "run")
     assert "The unet in" in message
@@ -271,7 +276,7 @@ def test_stage_from_a_model_of_other_shapes_is_refused(chain: Chain, tmp_path: P
     ("source", "parts", "expected"),
     [
         ("stable-diffusion-v1-2", ("text_encoder_2",), "init_parts has text_encoder_2, which this model does not have"),
-        ("stable-diffusion-v1-2/vae", ("vae", "unet"), "init_parts wants unet, which none of training.init_from="),
+        ("stable-diffusion-v1-2/vae", ("vae", "unet"), "init_parts has unet, which is not in training.init_from="),
         (None, ("vae",), "has no effect without training.init_from"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The smallest configuration in which every part of the system is present, for tests that train or sample."""
+"""The smallest configuration with every part of the system, for tests that train or sample."""
 
 import json
 import math
@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdxl_jax import model as models
 from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.model import Model, ModelConfig, init
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.layers import abstract
 from sdxl_jax.models.unet import UNetConfig
@@ -46,8 +45,8 @@ BUCKETS = ((32, 32), (24, 40))
 
 
 def random_model(config: ModelConfig, seed: int) -> Model:
-    """Every parameter random, so that everything the network is told has a say; a fresh UNet says 0. Images must not
-    be all black or white: the last convolutions are made small."""
+    """A model with random values for every parameter, so that its output depends on all conditioning; that of a newly
+    initialised UNet is 0. The last convolutions are small, so that images are not all black or white."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -59,11 +58,11 @@ def random_model(config: ModelConfig, seed: int) -> Model:
         embedding = names[-1] in ("embedding", "position_embedding")
         return jnp.asarray((1.0 if embedding else 0.1) * noise + (names[-1] == "scale"))
 
-    return Model(config, jax.tree_util.tree_map_with_path(draw, abstract(lambda key: models.init(key, config))))
+    return Model(config, jax.tree_util.tree_map_with_path(draw, abstract(lambda key: init(key, config))))
 
 
 def make_folder(folder: Path, images: int = 16) -> Path:
-    """A folder of captioned random images, half of them for each bucket."""
+    """A folder of captioned random images, half of them for each of the two buckets."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []

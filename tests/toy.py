@@ -1,4 +1,4 @@
-"""The step's machinery with a loss of two parameters, for tests of what surrounds the networks."""
+"""The train step with a loss of two parameters, for tests of everything but the networks."""
 
 import dataclasses
 from pathlib import Path
@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tiny
+from jaxtyping import Float
 
 from sdxl_jax.arrays import Batch, MicroConditioning, Params
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.optim import optimiser
-from sdxl_jax.training import step as stepping
 from sdxl_jax.training.state import TrainState, create
+from sdxl_jax.training.step import Loss, Metrics, make_step
 
 STEPS = 6
 PARAMS = {"unet": {"kernel": jnp.array([1.0, -2.0, 0.5]), "bias": jnp.array(3.0)}}
 
 
-def loss(trained: Params, frozen: Params, batch: Any, keys: Any) -> tuple[jax.Array, stepping.Metrics]:
-    """Each example has its own noise, as in the real one."""
+def loss(trained: Params, frozen: Params, batch: Any, keys: Any) -> tuple[Float[jax.Array, ""], Metrics]:
+    """Mean squared error with noise of its own per example, as in the real loss."""
     noise = jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
     x = jnp.asarray(batch.example, jnp.float32)[:, None] + noise
     return jnp.mean((x * trained["unet"]["kernel"] + trained["unet"]["bias"] - 1) ** 2), {}
@@ -34,17 +35,15 @@ def batch() -> Batch:
 
 
 def config(**options: Any) -> TrainConfig:
-    """The tiny model's, with options of the optimiser."""
+    """The configuration of `tiny`, with these options of the optimiser."""
     base = tiny.train_config(Path("unused"))
     return dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, **options))
 
 
-def stepped(
-    config: TrainConfig, count: int = 1, loss: stepping.Loss = loss
-) -> tuple[list[TrainState], list[stepping.Metrics]]:
+def stepped(config: TrainConfig, count: int = 1, loss: Loss = loss) -> tuple[list[TrainState], list[Metrics]]:
     """The states before and after each step, and the metrics of each."""
-    update = optimiser.make(config.optimiser, STEPS)
-    step = jax.jit(stepping.make_step(config, update, loss))
+    update = optimiser.make_optimiser(config.optimiser, STEPS)
+    step = jax.jit(make_step(config, update, loss))
     states, metrics = [create(PARAMS, update, config.ema)], []
     for _ in range(count):
         state, numbers = step(states[-1], {}, batch())

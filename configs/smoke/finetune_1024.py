@@ -1,4 +1,4 @@
-"""The smoke configuration of configs/finetune_1024.py: the same run, tiny. See sdxl_jax/smoke.py.
+"""Smoke configuration of configs/finetune_1024.py: the same run, small. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/smoke/finetune_1024.py --run-dir smoke/runs/finetune_1024
 """

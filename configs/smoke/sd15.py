@@ -1,4 +1,4 @@
-"""The smoke configuration of configs/sd15.py: the same run, tiny. See sdxl_jax/smoke.py.
+"""Smoke configuration of configs/sd15.py: the same run, small. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/smoke/sd15.py --run-dir smoke/runs/sd15
 """

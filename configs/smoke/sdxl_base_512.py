@@ -1,4 +1,4 @@
-"""The smoke configuration of configs/sdxl_base_512.py: the same run, tiny. See sdxl_jax/smoke.py.
+"""Smoke configuration of configs/sdxl_base_512.py: the same run, small. See sdxl_jax/smoke.py.
 
 command    sdxl-jax train configs/smoke/sdxl_base_512.py --run-dir smoke/runs/sdxl_base_512
 """

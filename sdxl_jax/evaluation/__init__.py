@@ -1,1 +1,1 @@
-"""Scores of models and images. Uses sampling, never training."""
+"""Metrics of models and images. Uses sampling, never training."""

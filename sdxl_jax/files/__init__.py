@@ -1,1 +1,1 @@
-"""Paths, atomic writes, tree differences, text files, locks: nothing of the domain."""
+"""Paths, atomic writes, tree differences, text files, locks. Independent of images and models."""

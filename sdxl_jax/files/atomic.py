@@ -1,6 +1,7 @@
-"""Atomic writes: a file is written beside its place and renamed, so that it is there whole, as it was, or not at all.
+"""Atomic writes: a file is written under another name in the same folder and renamed, so that at any moment the path
+holds the complete new file or the old state.
 
-Paths are `pathlib`'s, or `etils.epath`'s for a bucket (gs://…).
+Paths are `pathlib.Path`, or `etils.epath.Path` for a bucket (gs://…).
 """
 
 import contextlib
@@ -9,23 +10,25 @@ from collections.abc import Iterator
 from typing import Any
 
 PARTIAL = ".partial"
-"""How the name of a file ends that is not complete."""
+"""Suffix of an incomplete file or folder."""
 
 AnyPath = Any
 """A `pathlib.Path`, or an `epath.Path`."""
 
 
 def partial_path(path: AnyPath, tag: str = "") -> AnyPath:
-    """Where a file is written before it is renamed. tag: what tells apart those who write it at the same time."""
+    """The temporary path of an atomic write. tag: distinguishes processes that write the file at the same time."""
     return path.with_name(f"{path.name}.{tag}{PARTIAL}" if tag else f"{path.name}{PARTIAL}")
 
 
 @contextlib.contextmanager
 def replacing(path: AnyPath, *, tag: str = "", durable: bool = False) -> Iterator[AnyPath]:
-    """Yields a path beside `path`, to be written to. It is renamed at the end; after an error, `path` is as it was.
+    """Atomic write: yields a temporary path to write to, which is renamed to `path` at the end. After an error `path`
+    is unchanged.
 
     tag: as in `partial_path`; without it, one process at a time may write. A killed process leaves its partial file,
-    which the next one with that tag overwrites. durable: what was written survives a power cut; not in a bucket.
+    which the next one with that tag overwrites. durable: synced, so that the file survives a power cut; not for
+    buckets.
     """
     partial = partial_path(path, tag)
     try:
@@ -34,7 +37,7 @@ def replacing(path: AnyPath, *, tag: str = "", durable: bool = False) -> Iterato
             sync(partial)
         partial.replace(path)
     except BaseException:
-        with contextlib.suppress(OSError):  # the error of before matters more
+        with contextlib.suppress(OSError):  # the first error is raised, not one of the clean-up
             partial.unlink(missing_ok=True)
         raise
     if durable:
@@ -42,18 +45,18 @@ def replacing(path: AnyPath, *, tag: str = "", durable: bool = False) -> Iterato
 
 
 def write_bytes(path: AnyPath, content: bytes, *, tag: str = "", durable: bool = False) -> None:
-    """Writes a file whole or not at all, as `replacing`."""
+    """Atomic write of bytes, as `replacing`."""
     with replacing(path, tag=tag, durable=durable) as partial:
         partial.write_bytes(content)
 
 
 def write_text(path: AnyPath, content: str, *, tag: str = "", durable: bool = False) -> None:
-    """Writes a file in UTF-8 whole or not at all, as `replacing`."""
+    """Atomic write of text in UTF-8, as `replacing`."""
     write_bytes(path, content.encode(), tag=tag, durable=durable)
 
 
 def sync(path: AnyPath) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk: what counts as finished survives a power cut."""
+    """Waits until a file, or the list of names of a folder, is on the disk (fsync) and so survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Locks between processes, which the system lets go of however a process ends.
+"""Locks between processes (flock), which the system releases however a process ends.
 
-On network file systems it depends on the server whether other machines see them: NFS 4 does that, object stores
-mounted as a folder mostly do not.
+On a network file system it depends on the server whether other machines see a lock: with NFS 4 they do, with object
+stores mounted as a folder mostly not.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ from pathlib import Path
 
 
 class Busy(OSError):
-    """Another process has the lock; the message is what it said about itself, empty where that is nothing."""
+    """Another process holds the lock; the message is that process's own description, or empty."""
 
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[None]:
-    """A file made for this, for this process alone, which says in it who it is. Removed at the end.
+    """Creates and holds a lock file that describes this process (number, machine, time). Removed at the end.
 
-    Raises Busy where another process has it, or where it cannot be locked; OSError where it cannot be written.
+    Raises Busy where another process holds it, or where it cannot be locked; OSError where it cannot be written.
     """
     with path.open("a+") as file:
         try:
             _lock(file.fileno())
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # which raises where there is none
-                raise OSError("the file was removed by the process that had it")
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # stat raises where the file is gone
+                raise OSError("the file was removed by the process that held it")
         except OSError as error:
             file.seek(0)
             raise Busy(file.read().strip()) from error
@@ -37,15 +37,15 @@ def locked_file(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Whoever opened this file and gets its lock after us sees that it is no longer there, and gives up.
+            # A process that opened this file before and locks it after us finds that it was removed, and gives up.
             path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """A folder for this process alone; nothing is written. Unlocked where the file system has no locks.
+    """Holds a lock on a folder; writes nothing. Without effect where the file system has no locks.
 
-    Raises Busy where another process has it.
+    Raises Busy where another process holds it.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -61,5 +61,5 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> None:
-    """Raises BlockingIOError where another process has it, OSError where the file system has no locks."""
+    """Raises BlockingIOError where another process holds the lock, OSError where the file system has no locks."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

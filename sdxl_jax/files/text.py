@@ -1,12 +1,12 @@
-"""Text that people write: prompts, captions, JSON of other programs. One reader, so that all of it is read by one rule.
+"""Text files from users: prompts, captions, JSON of other programs. All are decoded by the same rules.
 
-Text is UTF-8, with or without the byte order mark that Windows puts before it, which is no part of the text. UTF-16,
-and UTF-32, are read where their mark says so (Notepad's "Unicode"). Anything else is refused, not guessed.
+The encoding is UTF-8, with or without a byte order mark, which is removed. UTF-16 and UTF-32 are read where they begin
+with their byte order mark (Notepad's "Unicode"). Any other encoding is refused, not guessed.
 
-A line ends at LF, CR LF or CR, as in any text editor, and nowhere else: `str.splitlines` also cuts at form feeds,
-U+0085 and U+2028, which stand inside captions, and inside valid lines of JSON.
+A line ends at LF, CR LF or CR, as in any text editor, and nowhere else: `str.splitlines` also splits at form feeds,
+U+0085 and U+2028, which occur inside captions and inside valid lines of JSON.
 
-Not here: what the text means.
+Not here: the meaning of the text.
 """
 
 import codecs
@@ -25,14 +25,14 @@ _MARKS = (
 
 
 def encoding_of(beginning: bytes) -> str:
-    """The encoding, as Python names it, of a text that begins with these bytes, four at least."""
+    """Python's name of the encoding of a text that begins with these bytes, at least four."""
     return next((name for mark, name in _MARKS if beginning.startswith(mark)), "utf-8")
 
 
 def decode(data: bytes) -> str:
-    """The text of a file's bytes, without its byte order mark, line ends as they are. UnicodeError for no text.
+    """The text of a file's bytes, without its byte order mark, with its line ends. UnicodeError where it is not text.
 
-    NUL is no text: it is what UTF-16 without a mark looks like when it is read as UTF-8.
+    NUL characters are refused: UTF-16 without a byte order mark, read as UTF-8, has them.
     """
     text = data.decode(encoding_of(data))
     if "\0" in text:
@@ -41,14 +41,18 @@ def decode(data: bytes) -> str:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text without their ends: LF, CR LF or CR. A text that ends with a line's end has no line more."""
+    """The lines of a text without their ends (LF, CR LF or CR). A line end at the end of the text begins no further
+    line."""
     found = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return found[:-1] if found[-1] == "" else found
 
 
 def utf8_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file that may be long, each as UTF-8 that is still to be decoded: one that is no text spoils no
-    other. They end at LF alone: what else ends lines is space to JSON. OSError as of any file."""
+    """Streams the lines of a file as undecoded UTF-8, so that a line that is not valid does not affect the others.
+
+    Lines end at LF alone, since CR is white space in JSON. Raises InputError where the byte order mark is that of
+    UTF-16 or UTF-32 and the rest is not; OSError where the file cannot be read.
+    """
     with path.open("rb") as file:
         encoding = encoding_of(file.read(4))
         file.seek(0)
@@ -58,13 +62,17 @@ def utf8_lines(path: Path) -> Iterator[bytes]:
         try:
             text = decode(file.read())
         except UnicodeError as problem:
-            raise InputError(f"{path} is not text, as its first bytes say ({problem}). Save it as UTF-8") from problem
+            raise InputError(
+                f"{path} is not text of the encoding that its byte order mark names ({problem}). Save it as UTF-8"
+            ) from problem
         yield from (line.encode(errors="replace") for line in lines(text))
 
 
 def read_text(path: Path, *, remedy: str = "Save it as UTF-8") -> str:
-    """The text of a file, as `decode`. Raises InputError, which ends with the remedy, for one that cannot be read and
-    for one that is no text."""
+    """The text of a file, as `decode`. Raises InputError for a file that cannot be read and for one that is not text.
+
+    remedy: last sentence of the error for a file that is not text.
+    """
     try:
         return decode(path.read_bytes())
     except UnicodeError as problem:

@@ -1,4 +1,4 @@
-"""What differs between two trees of JSON values: nested dicts, compared key by key."""
+"""Differences between two trees of JSON values: nested dicts, compared key by key."""
 
 import itertools
 from collections.abc import Iterator
@@ -6,10 +6,9 @@ from typing import Any
 
 
 def differences(old: Any, new: Any, *, longest: int | None = None) -> list[str]:
-    """`name: old -> new` for every value that differs, names joined by dots. What is missing is None, and so is a null.
+    """`name: old -> new` for every value that differs, with keys joined by dots. A missing key counts as null.
 
-    longest: characters that are shown of a value, from shortly before the place where the two begin to differ; None:
-    all.
+    longest: characters shown of each value, from shortly before the first difference; None: all.
     """
     return [
         f"{name}: {' -> '.join(_shortened((str(before), str(after)), longest))}"
@@ -21,13 +20,13 @@ def _different(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for name in [*old, *(name for name in new if name not in old)]:
             yield from _different(old.get(name), new.get(name), f"{prefix}{name}.")
-    elif old != new and repr(old) != repr(new):  # as texts, NaN is equal to NaN
+    elif old != new and repr(old) != repr(new):  # NaN differs from itself, its repr does not
         yield prefix.rstrip("."), old, new
 
 
 def _shortened(texts: tuple[str, str], longest: int | None) -> Iterator[str]:
     start = 0
-    if longest is not None and max(map(len, texts)) > longest:  # what is equal at their beginning says least
+    if longest is not None and max(map(len, texts)) > longest:  # leave out most of the common prefix
         equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
         start = max(0, len(list(equal)) - longest // 3)
     for text in texts:

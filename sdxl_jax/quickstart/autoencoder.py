@@ -1,7 +1,7 @@
-"""The quickstart's small autoencoder: the real architecture with few channels, trained on the embedded images.
+"""The quickstart's small autoencoder: SDXL's architecture with few channels, trained on the embedded images.
 
-Its configuration, its shipped weights, and what is done after its training: the scale of its latents is measured. What
-is learnt, and how, is training/objectives/autoencoding.
+Here are its configuration, its shipped weights, and the measurement of its latent scale after training. The objective
+is training/objectives/autoencoding.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
-from sdxl_jax.training.loop import train as run
+from sdxl_jax.training.loop import train
 from sdxl_jax.training.objectives.autoencoding import (
     AutoencoderConfig,
     AutoencodingLoopConfig,
@@ -32,17 +32,17 @@ from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.open import open_model
 
 WEIGHTS = Path(__file__).with_name("autoencoder.safetensors")
-"""Our own trained weights, float16, shipped with the package. `quickstart --train-autoencoder` makes others."""
+"""Our own trained weights, float16, shipped with the package. `quickstart --train-autoencoder` trains others."""
 
 BUCKETS = ((96, 160), (128, 128), (160, 96))
 CONFIG = VaeConfig(block_channels=(16, 32, 64, 64), resnets_per_block=1, groups=8, scale=1.0)
 STEPS = 4000
 
 
-def get_config(pictures: str = "runs/quickstart/pictures", seed: int = 0, steps: int = STEPS) -> AutoencoderConfig:
-    """images: the folder that `quickstart` unpacks."""
+def get_config(images: str = "runs/quickstart/pictures", seed: int = 0, steps: int = STEPS) -> AutoencoderConfig:
+    """images: the folder into which `quickstart` unpacks its images."""
     return AutoencoderConfig(
-        data=DataConfig(folder=pictures, buckets=BUCKETS, batch_size=4, flip_probability=0.5, seed=seed),
+        data=DataConfig(folder=images, buckets=BUCKETS, batch_size=4, flip_probability=0.5, seed=seed),
         vae=CONFIG,
         loss=AutoencodingLossConfig(edge_weight=1.0, kl_weight=1e-3),
         optimiser=OptimiserConfig(
@@ -55,22 +55,22 @@ def get_config(pictures: str = "runs/quickstart/pictures", seed: int = 0, steps:
     )
 
 
-def train(pictures: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = STEPS) -> VaeConfig:
-    """Trains on a folder of images, going on where an earlier call was cut off, and writes `out`, float16; returns
-    its configuration, with the scale that was measured."""
-    model = run(get_config(str(pictures), seed, steps), run_dir)
+def train_autoencoder(images: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = STEPS) -> VaeConfig:
+    """Trains on a folder of images, or resumes, and writes the weights to `out` in float16. Returns the configuration,
+    with the measured latent scale."""
+    model = train(get_config(str(images), seed, steps), run_dir)
     assert isinstance(model.config.vae, VaeConfig)
-    config = dataclasses.replace(model.config.vae, scale=_scale(pictures, model))
+    config = dataclasses.replace(model.config.vae, scale=_scale(images, model))
     half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), model.params)
     out.unlink(missing_ok=True)
     convert(Model(ModelConfig(vae=config), half), out, "single-file", progress=False)
     return config
 
 
-def _scale(pictures: Path, model: Model) -> float:
-    """What latents are multiplied by so that, over all images, they have unit variance: the noise schedule counts on
-    that."""
-    source, buckets = open_folder(pictures), tuple(Bucket(*bucket) for bucket in BUCKETS)
+def _scale(images: Path, model: Model) -> float:
+    """The latent scale factor: 1 / standard deviation of the latents of all images, since the noise schedule assumes
+    unit variance."""
+    source, buckets = open_folder(images), tuple(Bucket(*bucket) for bucket in BUCKETS)
     config, params, latents = model.config.vae, model.params["vae"], []
     for image, number in enumerate(assign(source.sizes, buckets).bucket):
         pixels = centred_crop(source.pixels(image), buckets[number])

@@ -3,10 +3,10 @@
 Source: the npm package `@lobehub/fluent-emoji-3d` (Microsoft's Fluent Emoji as 256 x 256 WebP images with
 transparency, named by code point). Each subject is trimmed to its visible part, laid on a pastel canvas whose aspect
 ratio lies near one of three buckets, and stored as JPEG at one of many sizes; some subjects have a second, much smaller
-image. `PICTURES.md` tells where the images come from and under which licence.
+image. `PICTURES.md` describes the origin of the images and their licence.
 
 Run: `python -m sdxl_jax.quickstart.make_images PATH_TO_PACKAGE OUT.zip`
-(PATH_TO_PACKAGE is the unpacked package, the folder which holds `assets/`). Needs Pillow with WebP.
+(PATH_TO_PACKAGE is the unpacked package, the folder with `assets/`). Needs Pillow with WebP.
 """
 
 import io
@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image
 
 SEED = 7
-MARGIN = 0.035  # kept free on each side of the subject, as a share of the subject's side, after any crop
+MARGIN = 0.035  # free space on each side of the subject after any crop, as a fraction of the subject's side
 ALPHA_FLOOR = 8  # alpha at or below this counts as empty when trimming
 MAIN_SIDES = (128, 256)  # long side of the main images, smallest and largest
 SMALL_SIDES = (36, 56)  # the same for the second, small images
@@ -126,7 +126,8 @@ def canvas_size(width: int, height: int, bucket_aspect: float, jitter: float) ->
     aspect = (width / height) ** 0.3 * bucket_aspect**0.7 * jitter
     aspect = min(max(aspect, bucket_aspect / 1.14), bucket_aspect * 1.14)
     padded_width, padded_height = width * (1 + 2 * MARGIN), height * (1 + 2 * MARGIN)
-    # A crop window may slide by the left-over length, so what every window holds is twice the window less the canvas.
+    # A crop window may slide by the left-over length, so the part inside every window is twice the window less the
+    # canvas.
     if aspect < bucket_aspect:  # the crop takes the full width and cuts above and below
         crop_height = max(padded_width / bucket_aspect, padded_height / (2 - bucket_aspect / aspect))
         canvas_width = crop_height * bucket_aspect
@@ -194,7 +195,7 @@ def write_zip(out: Path, files: dict[str, bytes]) -> None:
 
 
 def licence_text() -> str:
-    """The licence of the images, as it stands in PICTURES.md (its last fenced block)."""
+    """The licence of the images: the last fenced block of PICTURES.md."""
     notes = Path(__file__).with_name("PICTURES.md").read_text(encoding="utf-8")
     return notes.rsplit("```", 2)[1].removeprefix("text").strip() + "\n"
 

@@ -1,9 +1,9 @@
-"""The quickstart's configuration: SDXL base in small, for two cores and a few minutes.
+"""The quickstart's configuration: a small SDXL base, for two CPU cores and a few minutes.
 
-Everything SDXL has is there: two text encoders, pooled text, size, crop and target size, three levels of which the
-finest has no attention, three aspect-ratio buckets, EMA. Two things differ, because minutes must do: the network
-predicts v instead of ε, whose error counts for little where most of the image is still undecided; and the text
-encoders start from random weights and learn along.
+All parts of SDXL are there: two text encoders, pooled text, size, crop and target size, three levels of which the
+finest has no attention, three aspect-ratio buckets, EMA. Two things differ, because training takes minutes only: the
+network predicts v instead of ε, because the loss of ε has little weight at high noise levels, where the composition of
+the image is decided; and the text encoders start from random weights and are trained as well.
 """
 
 from pathlib import Path
@@ -27,11 +27,11 @@ _TEXT = (
 )
 
 _TRAINABLE = ("^unet/", r"^text_encoder(_2)?/(?!token_embedding)")
-"""The UNet, and of the text encoders all but the random token embeddings, which only need to tell words apart."""
+"""The UNet, and the text encoders without their token embeddings: random ones are enough to distinguish words."""
 
 
 def model_config(vae_weights: Path = autoencoder.WEIGHTS) -> ModelConfig:
-    """The small model, around an autoencoder of the quickstart."""
+    """The small model, with the autoencoder at `vae_weights`."""
     return ModelConfig(
         unet=UNetConfig(
             block_channels=(64, 128, 192),
@@ -53,7 +53,7 @@ def model_config(vae_weights: Path = autoencoder.WEIGHTS) -> ModelConfig:
 def get_config(
     images: str = "runs/quickstart/pictures", vae_weights: Path = autoencoder.WEIGHTS, seed: int = 0
 ) -> TrainConfig:
-    """images: the folder that `quickstart` unpacks."""
+    """images: the folder into which `quickstart` unpacks its images."""
     return TrainConfig(
         data=DataConfig(folder=images, buckets=BUCKETS, batch_size=16, seed=seed),
         model=model_config(vae_weights),

@@ -1,83 +1,94 @@
-"""`sdxl-jax quickstart`: everything in small: unpack, train, checkpoint, sample, score, a contact sheet.
+"""`sdxl-jax quickstart`: the whole workflow in small: unpack images, train, checkpoint, sample, a contact sheet, score.
 
-The work is done by the code that the full model uses; here is only the order of it, and the table at the end.
+All of it calls the same code as the full model; this module has the order of the steps, and the table at the end.
 """
 
 import json
 import time
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sdxl_jax import model as models
 from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.evaluation.prompt_accuracy import hits
-from sdxl_jax.model import Model
+from sdxl_jax.model import Model, init
 from sdxl_jax.quickstart import autoencoder, recipe
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
-from sdxl_jax.sampling.generate import text_to_image
+from sdxl_jax.sampling.generate import Images, text_to_image
 from sdxl_jax.training.loop import check_run, train
 
-PICTURES = Path(__file__).with_name("pictures.zip")
+IMAGES_ZIP = Path(__file__).with_name("pictures.zip")
 SEEDS = 4
+"""Samples per caption for prompt accuracy."""
 SCORED = {Bucket(96, 160): 6, Bucket(128, 128): 5, Bucket(160, 96): 5}
-"""Captions of each bucket that prompt accuracy is measured on: 16."""
+"""Captions per bucket for prompt accuracy: 16 in all."""
 SHOWN = 8
-"""Captions of each bucket on the contact sheet."""
+"""Captions per bucket on the contact sheet."""
 STEPS, GUIDANCE = 20, 3.0
 
 
+class Examples(NamedTuple):
+    """The training images of one bucket, centre-cropped, and their captions."""
+
+    images: UInt8[np.ndarray, "images height width 3"]
+    captions: list[str]
+
+
 def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) -> Path:
-    """Does it all in `run_dir`, going on where an earlier call was cut off; returns the contact sheet's path."""
+    """Runs all steps in `run_dir`, resuming an interrupted call. Returns the path of the contact sheet."""
     began = time.monotonic()
     folder = run_dir / "pictures"
     weights = run_dir / "autoencoder.safetensors" if train_autoencoder else autoencoder.WEIGHTS
     if weights.exists():
         check_run(recipe.get_config(str(folder), weights, seed), run_dir)
-    _say("1/5  Unpacking 96 captioned images (Fluent Emoji by Microsoft, MIT)")
-    with zipfile.ZipFile(PICTURES) as archive:
+    _print("1/5  Unpacking 96 captioned images (Fluent Emoji by Microsoft, MIT)")
+    with zipfile.ZipFile(IMAGES_ZIP) as archive:
         archive.extractall(folder)
 
     if weights.exists():
-        _say(f"2/5  Taking the autoencoder in {weights.name}")
+        _print(f"2/5  Using the autoencoder in {weights.name}")
     else:
-        _say("2/5  Training the autoencoder again, about an hour")
-        autoencoder.train(folder, run_dir / "autoencoder", weights, seed)
+        _print("2/5  Training the autoencoder, about an hour")
+        autoencoder.train_autoencoder(folder, run_dir / "autoencoder", weights, seed)
 
-    _say("3/5  Training a small SDXL: compiling for three aspect ratios takes a minute or two before it moves")
+    _print(
+        "3/5  Training a small SDXL. Before the first steps, compiling for three aspect ratios takes a minute or two"
+    )
     config = recipe.get_config(str(folder), weights, seed)
     model = train(config, run_dir)
-    fresh = models.init(jax.random.key(seed + 1), config.model)
-    untrained = Model(config.model, fresh | {"vae": model.params["vae"]})
+    random = init(jax.random.key(seed + 1), config.model)
+    untrained = Model(config.model, random | {"vae": model.params["vae"]})
 
-    _say("4/5  Drawing the contact sheet")
+    _print("4/5  Sampling the contact sheet")
     examples = _examples(folder)
     images, captions = [], []
-    for size, (_, texts) in examples.items():
-        chosen = sorted(set(texts))[:: max(1, len(set(texts)) // SHOWN)][:SHOWN]
-        images += list(_draw(model, chosen, size, seed))
-        captions += chosen
+    for size, (_, known) in examples.items():
+        prompts = sorted(set(known))[:: max(1, len(set(known)) // SHOWN)][:SHOWN]
+        images += list(_sample(model, prompts, size, seed))
+        captions += prompts
     sheet = run_dir / "quickstart.png"
     save_png(contact_sheet(images, captions, columns=SHOWN), sheet)
 
-    _say("5/5  Measuring prompt accuracy: 16 captions × 4 seeds, trained and untrained")
-    trained_score, untrained_score = (_accuracy(which, examples, seed) for which in (model, untrained))
+    _print("5/5  Measuring prompt accuracy: 16 captions × 4 seeds, trained and untrained")
+    trained_score, untrained_score = (_accuracy(each, examples, seed) for each in (model, untrained))
 
-    _table(run_dir, trained_score, untrained_score, time.monotonic() - began)
+    _print_summary(run_dir, trained_score, untrained_score, time.monotonic() - began)
     return sheet
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     tqdm.write(f"\n{line}")
 
 
-def _draw(model: Model, prompts: list[str], size: Size, seed: int, num_images: int = 1) -> np.ndarray:
+def _sample(model: Model, prompts: list[str], size: Size, seed: int, num_images: int = 1) -> Images:
     return text_to_image(
         model,
         prompts,
@@ -91,8 +102,8 @@ def _draw(model: Model, prompts: list[str], size: Size, seed: int, num_images: i
     )
 
 
-def _examples(folder: Path) -> dict[Bucket, tuple[np.ndarray, list[str]]]:
-    """For each bucket, the training images as a centred crop shows them, and their captions."""
+def _examples(folder: Path) -> dict[Bucket, Examples]:
+    """The training images and captions of each bucket."""
     source = open_folder(folder)
     buckets = [Bucket(*bucket) for bucket in recipe.BUCKETS]
     nearest = assign(source.sizes, tuple(buckets)).bucket
@@ -100,21 +111,22 @@ def _examples(folder: Path) -> dict[Bucket, tuple[np.ndarray, list[str]]]:
     for number, bucket in enumerate(buckets):
         images = np.flatnonzero(nearest == number).tolist()
         crops = [centred_crop(source.pixels(i), bucket) for i in images]
-        examples[bucket] = np.stack(crops), [source.captions(i)[0] for i in images]
+        examples[bucket] = Examples(np.stack(crops), [source.captions(i)[0] for i in images])
     return examples
 
 
-def _accuracy(model: Model, examples: dict[Bucket, tuple[np.ndarray, list[str]]], seed: int) -> float:
-    right: list[bool] = []
+def _accuracy(model: Model, examples: dict[Bucket, Examples], seed: int) -> float:
+    """Prompt accuracy over the `SCORED` captions, 0 to 1."""
+    correct: list[bool] = []
     for size, (training, captions) in examples.items():
         distinct = sorted(set(captions))
         prompts = np.random.default_rng(0).choice(distinct, SCORED[size], replace=False).tolist()
-        samples = _draw(model, prompts, size, seed + 1, SEEDS)
-        right += hits(samples, [prompt for prompt in prompts for _ in range(SEEDS)], training, captions)
-    return float(np.mean(right))
+        samples = _sample(model, prompts, size, seed + 1, SEEDS)
+        correct += hits(samples, [prompt for prompt in prompts for _ in range(SEEDS)], training, captions)
+    return float(np.mean(correct))
 
 
-def _table(run_dir: Path, trained: float, untrained: float, seconds: float) -> None:
+def _print_summary(run_dir: Path, trained: float, untrained: float, seconds: float) -> None:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = {
         "steps": f"{len(lines)}",
@@ -124,14 +136,14 @@ def _table(run_dir: Path, trained: float, untrained: float, seconds: float) -> N
         "prompt accuracy": f"{trained:.0%} (untrained weights: {untrained:.0%})",
     }
     width = max(map(len, rows))
-    _say("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
-    places = {
+    _print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
+    paths = {
         "contact sheet": run_dir / "quickstart.png",
-        "while training": run_dir / "samples",
+        "validation": run_dir / "samples",
         "checkpoints": run_dir / "checkpoints",
-        "numbers": run_dir / "metrics.jsonl",
+        "metrics": run_dir / "metrics.jsonl",
         "TensorBoard": run_dir / "tensorboard",
-        "pictures": run_dir / "pictures",
+        "training images": run_dir / "pictures",
     }
-    _say("\n".join(f"  {name:<{width}}  {path}" for name, path in places.items()))
-    _say(f'Draw more:  sdxl-jax sample {run_dir} --prompt "a green turtle" --height 96 --width 160 --out images')
+    _print("\n".join(f"  {name:<{width}}  {path}" for name, path in paths.items()))
+    _print(f'Sample more:  sdxl-jax sample {run_dir} --prompt "a green turtle" --height 96 --width 160 --out images')

@@ -1,8 +1,8 @@
-"""Parquet files with captioned images in them: Hugging Face's `image` column, or img2dataset's `jpg`.
+"""Parquet files of captioned images: Hugging Face's `image` column, or img2dataset's `jpg`.
 
-A column of images holds their files' bytes, or a struct with such a field; addresses are not downloaded. Columns of
-captions are as in `captions`, and every numeric column is kept. A file is cut between its row groups; rows are read a
-page at a time, of up to 1024 rows or a row group, as the writer chose. Needs pyarrow, imported only here.
+An image column holds the bytes of image files, or a struct with a binary field `bytes`; URLs are not downloaded.
+Caption columns are as in `captions`, and every numeric column is kept. A piece is a range of row groups; rows are read
+page by page, and a page has up to 1024 rows or a row group, as its writer chose. Needs pyarrow, imported only here.
 
 Formats: the Image feature, huggingface.co/docs/datasets/image_dataset; img2dataset, github.com/rom1504/img2dataset.
 
@@ -19,7 +19,7 @@ from sdxl_jax.errors import InputError
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 
-_PIECE_BYTES = 256 << 20  # a piece of a file, if its row groups are smaller
+_PIECE_BYTES = 256 << 20  # of a piece, at least, unless the file ends
 _ROWS = 16  # in memory at once
 
 
@@ -40,7 +40,7 @@ def _is_image(arrow: Any, kind: Any) -> bool:
 
 
 def _columns(arrow: Any, schema: Any) -> tuple[str | None, str | None, tuple[str, ...]]:
-    """The columns of images and captions, None where there is none, and those of numbers."""
+    """The names of the image column, the caption column (None where there is none), and the numeric columns."""
     kinds = {field.name: field.type for field in schema}
     image = next((name for name in IMAGE_COLUMNS if name in kinds and _is_image(arrow, kinds[name])), None)
     numeric = (arrow.types.is_integer, arrow.types.is_floating)
@@ -49,7 +49,7 @@ def _columns(arrow: Any, schema: Any) -> tuple[str | None, str | None, tuple[str
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a Parquet file has a column of images; img2dataset writes one without beside each tar."""
+    """Whether a Parquet file has an image column; img2dataset writes a file without one beside each tar."""
     arrow, parquet = _pyarrow()
     try:
         return _columns(arrow, parquet.read_schema(path))[0] is not None
@@ -57,7 +57,8 @@ def holds_images(path: Path) -> bool:
         return False
 
 
-def _sample(name: str, columns: Mapping[str, Any], row: int, piece: "ParquetPiece") -> RawExample | Refused:
+def _example(name: str, columns: Mapping[str, Any], row: int, piece: "ParquetPiece") -> RawExample | Refused:
+    """One row of a batch of columns."""
     try:
         image = columns[piece.image][row].as_py()
         image = image.get("bytes") if isinstance(image, dict) else image
@@ -91,7 +92,7 @@ class ParquetPiece(NamedTuple):
         arrow, parquet = _pyarrow()
         row = self.row
         try:
-            # With a buffer size it reads page by page, without one a whole column of a row group.
+            # With a buffer size pyarrow reads page by page, without one a whole column of a row group.
             with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 nested = arrow.types.is_struct(file.schema_arrow.field(self.image).type)
                 columns = [f"{self.image}.bytes" if nested else self.image, self.caption, *self.numbers]
@@ -99,26 +100,31 @@ class ParquetPiece(NamedTuple):
                     end = row + file.metadata.row_group(group).num_rows
                     try:
                         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
-                            found = {name: batch.column(name) for name in {self.image, self.caption, *self.numbers}}
+                            values = {name: batch.column(name) for name in {self.image, self.caption, *self.numbers}}
                             for number in range(batch.num_rows):
-                                yield _sample(f"{self.name}:{row + number}", found, number, self)
+                                yield _example(f"{self.name}:{row + number}", values, number, self)
                             row += batch.num_rows
                     except (arrow.ArrowException, OSError) as problem:
-                        if isinstance(problem, OSError) and problem.errno:  # the file system's; damage has no number
+                        if isinstance(problem, OSError) and problem.errno:  # the file system's; damage has no errno
                             raise
                         reason = f"rows {row} to {end - 1} cannot be read ({' '.join(str(problem).split())})"
                         yield Refused(self.name, reason)
                     row = end
         except OSError as problem:
             raise gone(self.path, problem) from problem
-        except arrow.ArrowException as problem:  # its end, which was read when the source was listed
-            raise InputError(f"{self.path} has changed since it was listed ({problem}). Start again.") from problem
+        except arrow.ArrowException as problem:  # its footer, which was readable when the source was listed
+            raise InputError(
+                f"{self.path} has changed since the source was listed ({problem}). Restore it, or remove the "
+                "unfinished shard set to build it again"
+            ) from problem
 
 
 def pieces(paths: list[tuple[Path, str]]) -> Iterator[tuple[str, ParquetPiece | Refusals]]:
-    """The pieces of files, each given with its name in the source; their footers are read.
+    """The pieces of Parquet files, each with its name. Reads the files' footers alone.
 
-    Raises InputError: no pyarrow; a file without a column of images or of captions; none that can be read.
+    paths: of the files, each with its name in the source.
+
+    Raises InputError: no pyarrow; a file without an image or a caption column; no file that can be read.
     """
     arrow, parquet = _pyarrow()
     damaged = []
@@ -135,7 +141,7 @@ def pieces(paths: list[tuple[Path, str]]) -> Iterator[tuple[str, ParquetPiece | 
             raise InputError(
                 f"{path} has the columns {columns or '(none)'}. Expected an image column named one of "
                 f"{', '.join(IMAGE_COLUMNS)} (binary, or a struct with binary bytes) and a caption column named one of "
-                f"{', '.join(CAPTION_FIELDS)}. Rename the columns, or give another file."
+                f"{', '.join(CAPTION_FIELDS)}. Rename the columns, or give another file"
             )
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         first = first_row = row = size = 0
@@ -147,6 +153,8 @@ def pieces(paths: list[tuple[Path, str]]) -> Iterator[tuple[str, ParquetPiece | 
                 yield (name if whole else f"{name}:{first_row}-{row - 1}"), piece
                 first, first_row, size = number + 1, row, 0
     if len(damaged) == len(paths):
-        raise InputError(f"No Parquet file can be read: {damaged[0].file} {damaged[0].reason}. Copy it again.")
+        raise InputError(
+            f"No Parquet file of {len(paths)} can be read: {damaged[0].file} {damaged[0].reason}. Copy them again"
+        )
     if damaged:
         yield "refused when listed", Refusals(tuple(damaged))

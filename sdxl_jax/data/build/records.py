@@ -1,21 +1,21 @@
-"""Captioned images of any source, one after the other, with their bytes as they are: what a build packs into shards.
+"""Captioned images of any source, one after the other, with their bytes unchanged: what a build packs into shards.
 
-`units` finds out what a source is and cuts it into pieces; `read` reads one piece, in a process of its own if need be,
-holding a few images at a time; of Parquet a page, which may be up to 1024 rows or a row group, as the writer chose.
-The order is the same every time.
+`units` detects the kind of a source and cuts it into pieces; `read` streams one piece, in any process, with a few
+images in memory at a time (Parquet: a page, which may be up to 1024 rows or a row group, as its writer chose). The
+order is the same every time.
 
-| source | a piece | images and captions |
+| source | one piece | images and captions |
 |---|---|---|
 | folder of images | 1000 files | `metadata.jsonl` or `.csv` where there is one, else `.txt`, `.json` beside |
-| `.tar` (also `.tar.gz`, `.tgz`), or a folder of them | a tar | WebDataset: members of the same stem, close together |
+| `.tar` (also `.tar.gz`, `.tgz`), or a folder of them | one tar | WebDataset: members of one stem, close together |
 | `.parquet`, or a folder of them | row groups | Hugging Face's `image` column, or img2dataset's `jpg` |
-| a shard set, built before | 10,000 images | as they are in it |
-| `tfds:NAME[:SPLIT]` | a shard | tensorflow-datasets prepared as ArrayRecord; read without TensorFlow |
+| a shard set | 10,000 images | as they are in it |
+| `tfds:NAME[:SPLIT]` | one shard | tensorflow-datasets prepared as ArrayRecord; read without TensorFlow |
 
-Each has a module of its own, `folders`, `tars`, `parquet` and `tfds`; `captions` says what captions and numbers are.
-Whatever cannot be used becomes a `Refused` with its reason. Files that are neither images nor captions are passed by.
+Each kind has its module, `folders`, `tars`, `parquet` and `tfds`; `captions` defines captions and numeric fields.
+Whatever cannot be used becomes a `Refused` with its reason. Files that are neither images nor captions are ignored.
 
-Not here: addresses to download, resizing, looking for duplicates; fields that are neither captions nor numbers.
+Not here: downloading URLs, resizing, finding duplicates; fields that are neither captions nor numbers.
 """
 
 import math
@@ -32,7 +32,7 @@ from sdxl_jax.data.sources import Piece, RawExample, Refusals, Refused, Unusable
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import local
 
-_SHARD_SET_IMAGES = 10_000  # a piece of a shard set
+_SHARD_SET_IMAGES = 10_000  # per piece of a shard set
 
 
 class Record(NamedTuple):
@@ -41,7 +41,7 @@ class Record(NamedTuple):
     name: str
     """Where it is in the source, unique: `00000.tar/000000123.jpg`, `train.parquet:17` (the row, from 0)."""
     image: bytes
-    """As in the source, in one of the formats that are read (formats), whatever its name says."""
+    """The file's bytes, in one of the formats that are read (formats), whatever its suffix says."""
     size: tuple[int, int]
     """(height, width) in pixels, upright, that is after EXIF orientation."""
     captions: tuple[str, ...]
@@ -51,17 +51,17 @@ class Record(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A piece of a source that is read alone. It can be pickled."""
+    """A numbered piece of a source, read independently of the others. It can be pickled."""
 
     number: int
     name: str
     """Unique in the source."""
-    what: Any
-    """A `Piece`: what `read` reads."""
+    piece: Any
+    """A `Piece`, which `read` reads."""
 
 
 class ShardSetPiece(NamedTuple):
-    """Some images of a shard set that was built before."""
+    """A range of images of an existing shard set."""
 
     path: str
     first: int
@@ -89,7 +89,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
         yield from _shard_set_pieces(path)
         return
     if not path.exists():
-        raise InputError(f"{path} does not exist. {expected}. Check the path, seen from {Path.cwd()}.")
+        raise InputError(f"{path} does not exist. {expected}. Check the path, relative to {Path.cwd()}")
     if path.is_dir():
         names, refused = folders.list_files(path)
         root = path
@@ -99,18 +99,19 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
     archives = [name for name in names if name.lower().endswith(tars.TAR_SUFFIXES)]
     tables = [name for name in names if name.lower().endswith(".parquet")]
     images = folders.images_among(names) if path.is_dir() else []
-    if archives or tables:  # a drawing beside tars is no source of its own, and is named
+    if archives or tables:  # beside them an image of an unread format is refused, and is not a second kind
         others = [name for name in images if not formats.is_read_name(name)]
         images = [name for name in images if formats.is_read_name(name)]
         refused += [Refused(name, "an image beside tars or tables, in a format that is not read") for name in others]
     if tables and (archives or images) and not any(parquet.holds_images(root / name) for name in tables):
-        tables = []  # img2dataset's notes on what it wrote
+        tables = []  # img2dataset's metadata of the images that it wrote
     kinds = {"images": images, "tars": archives, "Parquet files": tables}
     present = [f"{len(found)} {kind} ({found[0]}, …)" for kind, found in kinds.items() if found]
     if not present:
-        raise InputError(f"{path} holds none of these among its {len(names)} files. {expected}.")
+        given = f"has no such files among its {len(names)}" if path.is_dir() else "is a file of another kind"
+        raise InputError(f"{path} {given}. {expected}")
     if len(present) > 1:
-        raise InputError(f"{path} holds {' and '.join(present)}. {expected}, of one kind: give them one at a time.")
+        raise InputError(f"{path} holds {' and '.join(present)}. {expected}, of one kind. Build a shard set of each")
     if refused:
         yield "refused when listed", Refusals(tuple(refused))
     if archives:
@@ -123,27 +124,27 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
 
 
 def units(source: str | Path) -> list[Unit]:
-    """The pieces of a source, always in the same order; their contents are not read yet.
+    """The pieces of a source, always in the same order; images are not read yet.
 
-    Of a folder the names are listed, with its metadata file; of Parquet files the footers are read.
+    Reads the file names of a folder and its metadata file, the footers of Parquet files.
 
-    Raises InputError: no such source; not one of the known kinds, or several kinds in one folder; no column of images
-    or of captions, a package that is missing, a TFDS data set that is not prepared.
+    Raises InputError: no such source; not one of the known kinds, or several kinds in one folder; no image or caption
+    column; a package that is missing; a TFDS data set that is not prepared.
     """
     found = list(
         tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(local(source, "the source"))
     )
     if not found:
-        raise InputError(f"{source} holds no records at all. Give another source.")
-    return [Unit(number, printable(name), what) for number, (name, what) in enumerate(found)]
+        raise InputError(f"{source} is empty. Expected a source with at least one image. Give another source")
+    return [Unit(number, printable(name), piece) for number, (name, piece) in enumerate(found)]
 
 
 def check_caption_lines(source: str | Path, found: list[Unit], caption_lines: CaptionLines) -> None:
     """InputError where the setting would have no effect: no `.txt` is read."""
-    if caption_lines is not CaptionLines.LINES and not any(_reads_text_files(unit.what) for unit in found):
+    if caption_lines is not CaptionLines.LINES and not any(_reads_text_files(unit.piece) for unit in found):
         raise InputError(
-            f"--caption-lines {caption_lines.value} has no effect: no caption of {source} stands in a .txt. Leave it "
-            "out"
+            f"--caption-lines {caption_lines.value} has no effect: {source} has no captions in .txt files. Omit the "
+            "option"
         )
 
 
@@ -154,14 +155,14 @@ def _reads_text_files(piece: Any) -> TypeGuard[folders.FolderPiece | tars.TarPie
 def read(
     unit: Unit, *, verify: bool = True, caption_lines: CaptionLines = CaptionLines.LINES
 ) -> Iterator[Record | Refused]:
-    """The images of one piece in their order, and what cannot be used, where it stood.
+    """The images of one piece in their order, with a `Refused` in the place of each entry that cannot be used.
 
-    `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, some 15 ms of one core a
-    megapixel of JPEG: damage after the header shows in no other way. Without, headers alone are read.
+    `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, which takes one core about
+    15 ms per megapixel of JPEG and is the only way to find damage after the header. Without, only headers are read.
 
-    Raises InputError where the source disappears, or its storage fails, while it is read.
+    Raises InputError where the source disappears while it is read, MachineError where its storage fails.
     """
-    piece: Piece = unit.what
+    piece: Piece = unit.piece
     samples = piece.samples(caption_lines) if _reads_text_files(piece) else piece.samples()
     for sample in samples:
         if isinstance(sample, Refused):

@@ -1,9 +1,9 @@
-"""Writes a shard set: pieces of a source each into a folder of its own, then one index over all pieces.
+"""Writes a shard set: each piece of a source into its own folder (a part), then one index over all parts.
 
-`PartWriter` writes one piece, `Part` reads it again, `IndexWriter` puts the columns of all parts after each other.
-What counts as finished is on the disk before the next thing begins.
+`PartWriter` writes a part, `FinishedPart` reads it, `IndexWriter` concatenates the columns of all parts. Whatever
+counts as finished is synced to the disk before the next step begins.
 
-Not here: the layout of what comes out and reading it (shards); in which order all this happens (build).
+Not here: the layout of a shard set and reading it (shards); the order of these steps (build).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8, UInt32
+from jaxtyping import Bool, Float32, Int32, Int64, Shaped, UInt8, UInt32
 
 from sdxl_jax.data.captions import check_number_names
 from sdxl_jax.data.record_files import RecordWriter
@@ -26,12 +26,12 @@ _RECORDS, _COLUMNS = "records.array_record", "columns.npz"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
+    """Atomic write of a JSON file."""
     write_text(path, json.dumps(content, indent=2) + "\n", durable=True)
 
 
 class Columns(NamedTuple):
-    """What the index keeps of consecutive images, texts as bytes with their lengths."""
+    """The columns of the index for consecutive images, strings as concatenated bytes with their lengths."""
 
     size: Int32[np.ndarray, "images 2"]
     hash: UInt8[np.ndarray, "images 16"]
@@ -47,7 +47,7 @@ class Columns(NamedTuple):
 
 
 def select(columns: Columns, keep: Bool[np.ndarray, " images"]) -> Columns:
-    """The columns of the images that `keep` marks."""
+    """The columns of the images for which `keep` is true."""
     captions = np.repeat(keep, columns.caption_counts)
     return Columns(
         size=columns.size[keep],
@@ -62,10 +62,10 @@ def select(columns: Columns, keep: Bool[np.ndarray, " images"]) -> Columns:
 
 
 class PartWriter:
-    """Writes one piece of a source into an empty folder: its records, its columns, what it refused.
+    """Writes one piece of a source into an empty folder: its records, its columns, its refusals.
 
-    Holds the columns in memory and no image. To be used in a `with`; what is not finished is worth nothing.
-    OSError where the disk does not take it.
+    Holds the columns in memory and no image. A context manager; without `finish` the folder is not usable. OSError
+    where the disk is full or fails.
     """
 
     def __init__(self, folder: Path):
@@ -83,7 +83,8 @@ class PartWriter:
     def add(
         self, name: str, image: bytes, size: tuple[int, int], captions: tuple[str, ...], numbers: Mapping[str, float]
     ) -> None:
-        """One image: its file's bytes, (height, width) upright. An unpaired surrogate in a caption refuses it."""
+        """Appends one image: its file's bytes, (height, width) upright. Refused where a caption has an unpaired
+        surrogate."""
         try:
             texts = [caption.encode() for caption in captions]
         except UnicodeEncodeError:
@@ -106,7 +107,7 @@ class PartWriter:
         self.images += 1
 
     def refuse(self, refused: Refused) -> None:
-        """One entry of the source that is left out."""
+        """Records one entry of the source that is left out."""
         self._refused.write(json.dumps(refused._asdict(), ensure_ascii=False) + "\n")
 
     def __enter__(self) -> "PartWriter":
@@ -122,7 +123,7 @@ class PartWriter:
             self._records.close()
         matrix = np.full((len(self._numbers), self.images), np.nan, np.float32)
         for row, values in zip(matrix, self._numbers.values(), strict=True):
-            with np.errstate(over="ignore"):  # beyond float32 is infinite
+            with np.errstate(over="ignore"):  # beyond the range of float32 a number becomes infinite
                 row[list(values)] = list(values.values())
         np.savez(
             self.folder / _COLUMNS,
@@ -142,19 +143,19 @@ class PartWriter:
 
 
 class FinishedPart:
-    """A finished piece, as PartWriter left it. Each array is read when it is asked for."""
+    """A finished part, as PartWriter wrote it. Each array is read on demand."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.records = folder / _RECORDS
-        """Exists where the piece has a usable image, until the build moves it."""
+        """Exists where the part has a usable image, until the build moves it."""
 
-    def _read(self, *names: str) -> list[np.ndarray]:
+    def _read(self, *names: str) -> list[Shaped[np.ndarray, "..."]]:
         with np.load(self.folder / _COLUMNS) as arrays:
             return [arrays[name] for name in names]
 
     def count(self) -> int:
-        """Images."""
+        """The number of images."""
         return len(self._read("size")[0])
 
     def hashes(self) -> UInt8[np.ndarray, "images 16"]:
@@ -173,7 +174,7 @@ class FinishedPart:
 
 
 class _Appended:
-    """A file that grows at its end, hashed as it grows; with a dtype it is a .npy array that gains rows."""
+    """An append-only file, hashed as it grows; with npy a .npy array of this dtype, with rows of shape `row`."""
 
     def __init__(self, path: Path, dtype: str = "|u1", row: tuple[int, ...] = (), *, npy: bool = True):
         self.path, self.rows, self._dtype, self._row, self._npy = path, 0, np.dtype(dtype), row, npy
@@ -187,7 +188,7 @@ class _Appended:
             header = {"descr": descr, "fortran_order": False, "shape": (self.rows, *self._row)}
             np.lib.format.write_array_header_1_0(self._file, header)
 
-    def append(self, values: np.ndarray) -> None:
+    def append(self, values: Shaped[np.ndarray, "rows ..."]) -> None:
         values = np.ascontiguousarray(values, self._dtype)
         assert values.shape[1:] == self._row
         flat = values.reshape(-1).view(np.uint8).data
@@ -196,7 +197,7 @@ class _Appended:
         self.rows += len(values)
 
     def close(self) -> str:
-        """Completes the file and waits until it is on the disk; a text that names its content."""
+        """Completes the file and syncs it to the disk. Returns its name, rows and hash, which identify its content."""
         self._file.seek(0)
         self._write_header()
         self._file.close()
@@ -210,10 +211,10 @@ class _Appended:
 
 
 class IndexWriter:
-    """Writes the index of a shard set from columns of consecutive images, in memory for one append.
+    """Writes the index of a shard set from columns of consecutive images; memory holds those of one append.
 
-    `number_names` are all that will come, sorted. Overwrites what an interrupted writer left. To be used in
-    a `with`. OSError where the disk does not take it.
+    number_names: the names of all numeric columns of the set, sorted. Overwrites the files of an interrupted writer. A
+    context manager. OSError where the disk is full or fails.
     """
 
     def __init__(self, folder: Path, number_names: list[str]):
@@ -236,15 +237,15 @@ class IndexWriter:
     def append(
         self, columns: Columns, shard: UInt32[np.ndarray, " images"], record: UInt32[np.ndarray, " images"]
     ) -> None:
-        """Images that follow those so far, with the number of each one's shard and of its record in the shard."""
-        to = self._columns
-        to["size"].append(columns.size)
-        to["hash"].append(columns.hash)
-        to["shard"].append(shard)
-        to["record"].append(record)
-        to["first_caption"].append(self._captions + np.cumsum(columns.caption_counts))
-        to["caption_start"].append(self._texts[CAPTIONS].rows + np.cumsum(columns.caption_lengths))
-        to["name_start"].append(self._texts[NAMES].rows + np.cumsum(columns.name_lengths))
+        """Appends images, with the number of each one's shard and of its record in the shard."""
+        files = self._columns
+        files["size"].append(columns.size)
+        files["hash"].append(columns.hash)
+        files["shard"].append(shard)
+        files["record"].append(record)
+        files["first_caption"].append(self._captions + np.cumsum(columns.caption_counts))
+        files["caption_start"].append(self._texts[CAPTIONS].rows + np.cumsum(columns.caption_lengths))
+        files["name_start"].append(self._texts[NAMES].rows + np.cumsum(columns.name_lengths))
         self._texts[CAPTIONS].append(columns.caption_bytes)
         self._texts[NAMES].append(columns.name_bytes)
         for name, file in self._numbers.items():
@@ -261,11 +262,11 @@ class IndexWriter:
             file.release()
 
     def append_shard(self, records: int, size: int) -> None:
-        """The next shard has that many records and is a file of `size` bytes; (0, 0) where there is none."""
+        """Appends a shard of `records` records whose file has `size` bytes; (0, 0) for a piece without images."""
         self._columns["shard_extent"].append(np.array([[records, size]]))
 
     def finish(self) -> dict[str, Any]:
-        """Closes the files. What shards.json says of them: images, captions, shards, numbers, fingerprint."""
+        """Closes the files. Returns their entries of shards.json: images, captions, shards, numbers, fingerprint."""
         content = [file.close() for file in self._files]
         identity = json.dumps([FORMAT, self.number_names, content])
         return {

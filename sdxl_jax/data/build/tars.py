@@ -1,8 +1,8 @@
 """Tars of captioned images, as WebDataset has them: members of the same stem, close together, are one image.
 
-A tar is read as a stream, front to back, a few images at a time; nothing is unpacked to disk. `.txt` and `.json`
-beside an image hold what they hold in a folder (captions). What goes by the name of an image counts, in any format
-(formats), and so does what begins as one; other members are passed by.
+A tar is streamed, front to back, with a few images in memory; nothing is unpacked to disk. `.txt` and `.json` beside an
+image mean what they mean in a folder (captions). A member counts as an image by its suffix, in any format (formats), or
+by its first bytes; other members are ignored.
 
 Format: WebDataset, github.com/webdataset/webdataset.
 
@@ -25,7 +25,7 @@ _OPEN_STEMS = 4  # images whose captions may still come
 
 
 class _Member(tarfile.TarInfo):
-    """tarfile takes a damaged header for the end of the archive, and says nothing."""
+    """Raises ReadError for a damaged header, which tarfile itself silently takes for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_Member":
@@ -42,15 +42,15 @@ _HEADER_ERROR, _READ_ERROR = tarfile.HeaderError, tarfile.ReadError
 
 
 class _Stem:
-    """What has come of the members with one stem."""
+    """The members with one stem that were read so far."""
 
     def __init__(self) -> None:
         self.image: tuple[str, bytes] | None = None
         self.captions: dict[str, tuple[str, bytes]] = {}  # by suffix
-        self.refused = False  # an image of them is, which says enough of captions without one
+        self.refused = False  # whether an image of this stem was, so that its captions are not reported as well
 
     def add(self, name: str, suffix: str, archive: Any, member: tarfile.TarInfo) -> Iterator[Refused]:
-        """Takes a member in, or refuses it."""
+        """Adds a member, or yields its refusal."""
         is_image = suffix not in _BESIDE
         if not member.isfile():
             reason = "a link or a device, not a file"
@@ -59,7 +59,7 @@ class _Stem:
         elif is_image and (by_name := formats.refused_by_name(name)):
             reason = by_name
         elif is_image and self.image is not None:
-            reason = f"a second image of the same stem; {posixpath.basename(self.image[0])} stands"
+            reason = f"a second image of the same stem; {posixpath.basename(self.image[0])} is used"
         else:
             data = archive.extractfile(member).read()
             if is_image:
@@ -71,25 +71,27 @@ class _Stem:
         yield Refused(name, reason)
 
     def close(self, used: set[str], caption_lines: CaptionLines) -> RawExample | Refused | None:
+        """The image with its captions, or its refusal; None where there is nothing to report. `used`: names of images
+        so far, to which its own is added."""
         if self.image is None:
-            if self.refused or not self.captions:  # empty where the tar is cut off
+            if self.refused or not self.captions:  # no captions where the tar is cut off
                 return None
             name, _ = next(iter(self.captions.values()))
             return Refused(name, "caption without an image of the same name close to it in the tar")
         name, image = self.image
         if name in used:
-            return Refused(name, "a second image of this name; the first stands")
+            return Refused(name, "a second image of this name; the first is used")
         used.add(name)
         try:
             text, fields = (self.captions[suffix][1] if suffix in self.captions else None for suffix in _BESIDE)
             return RawExample(name, image, *described(text, fields, caption_lines))
         except Unusable as problem:
-            far = ", close to it in the tar (`tar --sort=name` writes them so)"
-            return Refused(name, f"{problem}{far if text is None and fields is None else ''}")
+            near = ", close to it in the tar (`tar --sort=name` writes them so)"
+            return Refused(name, f"{problem}{near if text is None and fields is None else ''}")
 
 
 class _Stems:
-    """The stems that may still get members, in the order of their first."""
+    """The stems to which members may still be added, in the order of their first member."""
 
     def __init__(self, caption_lines: CaptionLines) -> None:
         self.open: dict[str, _Stem] = {}
@@ -97,7 +99,7 @@ class _Stems:
         self._caption_lines = caption_lines
 
     def close(self, count: int) -> Iterator[RawExample | Refused]:
-        """Closes the oldest until so many are left."""
+        """Closes the oldest until `count` are left."""
         while len(self.open) > count:
             if (closed := self.open.pop(next(iter(self.open))).close(self._used, self._caption_lines)) is not None:
                 yield closed
@@ -105,7 +107,7 @@ class _Stems:
     def add(
         self, path: str, name: str, archive: Any, member: tarfile.TarInfo, refused: str | None = None
     ) -> Iterator[RawExample | Refused]:
-        """Takes a member in, or refuses it, for that reason or another; first closes what may be closed."""
+        """Adds a member, or refuses it, for the reason `refused` or another; first closes the oldest stems."""
         stem, suffix = posixpath.splitext(path)
         yield from self.close(_OPEN_STEMS if stem in self.open else _OPEN_STEMS - 1)
         if stem not in self.open:
@@ -117,11 +119,11 @@ class _Stems:
             yield from self.open[stem].add(name, suffix.lower(), archive, member)
 
 
-def _refused_all_the_same(path: str, archive: Any, member: tarfile.TarInfo) -> str | None:
-    """Why a member is refused that is named neither as an image nor as a caption; None where it is neither indeed."""
+def _refused_by_content(path: str, archive: Any, member: tarfile.TarInfo) -> str | None:
+    """Why a member is refused whose first bytes are those of an image, though its suffix is not; None for others."""
     if not member.isfile() or not formats.may_be_image(path):
         return None
-    return formats.refused_all_the_same(archive.extractfile(member).read(formats.PEEK))
+    return formats.refused_by_content(archive.extractfile(member).read(formats.PEEK))
 
 
 class TarPiece(NamedTuple):
@@ -133,7 +135,7 @@ class TarPiece(NamedTuple):
 
     @property
     def reads_text_files(self) -> bool:
-        """Whether `CaptionLines` may concern it."""
+        """Whether `CaptionLines` may have an effect."""
         return True
 
     def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
@@ -144,7 +146,7 @@ class TarPiece(NamedTuple):
             with tarfile.open(self.path, "r|*", tarinfo=_Member) as opened:
                 archive: Any = opened
                 while (member := archive.next()) is not None:
-                    archive.members.clear()  # else it keeps every header of a tar of any length
+                    archive.members.clear()  # tarfile would keep every header in memory
                     seen += 1
                     path = posixpath.normpath(member.name)
                     name = f"{self.name}/{path}"
@@ -157,13 +159,13 @@ class TarPiece(NamedTuple):
                         yield from stems.add(path, name, archive, member)
                         images += formats.is_image_name(path)
                         last = path
-                    elif reason := _refused_all_the_same(path, archive, member):
+                    elif reason := _refused_by_content(path, archive, member):
                         yield from stems.add(path, name, archive, member, reason)
                         images += 1
         except (tarfile.TarError, EOFError) as problem:
-            # Others miss what the cut took.
+            # Those without a caption may have lost it to the cut: they are not reported.
             yield from (closed for closed in stems.close(0) if isinstance(closed, RawExample))
-            yield Refused(self.name, f"cut off or damaged after {last} ({problem}); what comes after is lost")
+            yield Refused(self.name, f"cut off or damaged after {last} ({problem}); what follows is lost")
         except OSError as problem:
             raise gone(self.path, problem) from problem
         else:

@@ -1,12 +1,11 @@
 """Data sets of tensorflow-datasets, prepared as ArrayRecord: `tfds:NAME[:SPLIT]`. Read without TensorFlow.
 
-Their first Image feature (the one called "image", if there is one) gives the images, a text feature the captions,
-which may be nested as those of coco_captions are; every numeric feature is kept. Needs tensorflow-datasets, imported
-only here.
+The images are the Image feature called "image", or else the first one; the captions are a text feature, which may be
+nested as in coco_captions; every numeric feature is kept. Needs tensorflow-datasets, imported only here.
 
 Format: tensorflow.org/datasets/data_source.
 
-Not here: preparing a data set, which an error says how to do.
+Not here: preparing a data set; an error says how to do it.
 """
 
 import os
@@ -28,13 +27,13 @@ def _tfds() -> Any:
         import tensorflow_datasets
     except ImportError:
         raise InputError(
-            "tfds:… needs tensorflow-datasets, which is not installed. Run: pip install tensorflow-datasets"
+            "A source tfds:… needs tensorflow-datasets, which is not installed. Run: pip install tensorflow-datasets"
         ) from None
     return tensorflow_datasets
 
 
 class TfdsPiece(NamedTuple):
-    """Some records of one shard."""
+    """A range of records of one shard."""
 
     directory: str
     shard: str
@@ -67,9 +66,9 @@ class TfdsPiece(NamedTuple):
                     yield Refused(name, str(problem))
         except OSError as problem:
             raise gone(path, problem) from problem
-        except (RuntimeError, ValueError, IndexError) as problem:  # array_record's: a missing shard, a cut one
+        except (RuntimeError, ValueError, IndexError) as problem:  # array_record's: a shard missing or cut off
             raise InputError(
-                f"{path} cannot be read ({' '.join(str(problem).split())}). Prepare it again."
+                f"{path} cannot be read ({' '.join(str(problem).split())}). Prepare the data set again"
             ) from problem
 
 
@@ -83,7 +82,8 @@ def pieces(source: str) -> Iterator[tuple[str, TfdsPiece]]:
     match = re.fullmatch(rf"tfds:([^:]+{version})(?::(.+))?", source)
     if match is None:
         raise InputError(
-            f"{source} is not understood. Expected tfds:NAME[:SPLIT], e.g. tfds:coco_captions:train[:10%]."
+            f"{source} is not the name of a TFDS data set. Expected tfds:NAME[:SPLIT], e.g. "
+            "tfds:coco_captions:train[:10%]. Correct it"
         )
     name, split = match[1], match[2] or "train"
     prepare = (
@@ -98,12 +98,12 @@ def pieces(source: str) -> Iterator[tuple[str, TfdsPiece]]:
             builder = tfds.core.read_only_builder.builder_from_files(name)
     except (tfds.core.DatasetNotFoundError, OSError) as problem:
         raise InputError(
-            f"{source}: no prepared data set {name} found ({' '.join(str(problem).split())}). {prepare}. If it lies "
-            "elsewhere, set TFDS_DATA_DIR, or give its folder: tfds:/path/to/NAME/VERSION."
+            f"{source}: no prepared data set {name} found ({' '.join(str(problem).split())}). {prepare}. If it is in "
+            "another folder, set TFDS_DATA_DIR, or give that folder: tfds:/path/to/NAME/VERSION"
         ) from None
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         found = builder.info.file_format and builder.info.file_format.value
-        raise InputError(f"{source} is prepared as {found}, expected array_record. {prepare}.")
+        raise InputError(f"{source} is prepared as {found}. Expected array_record. {prepare}")
     features = builder.info.features
     images = [key for key in sorted(features) if type(features[key]) is tfds.features.Image]
     image = "image" if "image" in images else next(iter(images), None)
@@ -112,14 +112,14 @@ def pieces(source: str) -> Iterator[tuple[str, TfdsPiece]]:
         known = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
         raise InputError(
             f"{source} has the features {known}. Expected an Image, and one of {', '.join(CAPTION_FIELDS)}. "
-            "Give a data set with captions."
+            "Give a data set with captions"
         )
     try:
         instructions = builder.info.splits[split].file_instructions
     except (KeyError, ValueError) as problem:
         known = ", ".join(builder.info.splits)
         raise InputError(
-            f"{source} has no split {split} ({problem}). Expected one of {known}, or part of one."
+            f"{source} has no split {split} ({problem}). Give one of {known}, or a part of one, e.g. train[:10%]"
         ) from None
     for part in instructions:
         shard = os.path.basename(part.filename)
