@@ -1,10 +1,10 @@
-"""The configuration of a training run: the dataclasses that stand beside the code, gathered into one tree.
+"""The configuration of a training run: the dataclasses that are defined beside the code, gathered into one tree.
 
-    RunConfig          what every run has, whatever is learnt: data, mesh, optimiser, average, checkpoints
-    └ TrainConfig      a latent diffusion model learns to denoise
-    └ …                other objectives have theirs beside them: sdxl_jax/training/objectives/
+    RunConfig          common to every objective: data, mesh, optimiser, average, checkpoints
+    └ TrainConfig      denoising: a latent diffusion model
+    └ …                other objectives define theirs: sdxl_jax/training/objectives/
 
-A configuration file is Python with a function `get_config()` that returns one of them: its type says what is learnt.
+A configuration file is Python with a function `get_config()` that returns one of them: its type chooses the objective.
 Every field can be overridden on the command line (`--data.batch-size 64`). The resolved configuration is saved with the
 run as JSON and compared when the run is resumed.
 """
@@ -32,144 +32,148 @@ from sdxl_jax.sharding import MeshConfig
 
 
 class OnNonfinite(enum.Enum):
-    """What a step does whose loss or gradient is no finite number."""
+    """What happens at a step with a non-finite loss or gradient (NaN or inf)."""
 
     STOP = "stop"
-    """The run ends, before anything of it is saved."""
+    """The run ends before that step is saved."""
     SKIP = "skip"
-    """The step counts, and changes nothing: neither parameters nor average nor optimiser, whose schedule waits too."""
+    """The step is counted but changes nothing: neither parameters, average nor optimiser; the learning rate schedule
+    does not advance either."""
 
 
 class CompileAhead(enum.Enum):
     """When the steps of the buckets are compiled."""
 
     BACKGROUND = "background"
-    """Beside training, in the order in which the data needs them: the first step waits for its own program alone."""
+    """During training, in the order in which the data needs them: the first step waits only for its own program."""
     BEFORE = "before"
-    """All of them before the first step: no step waits, and the compiler takes no core from the data."""
+    """All before the first step: no later step waits, and the compiler does not compete with data loading for cores."""
     ON_DEMAND = "on_demand"
-    """Each when a step needs it: nothing is compiled in vain, and training stops for each."""
+    """Each when a step first needs it: nothing is compiled unnecessarily, and training pauses for each."""
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What the loop does, whatever is learnt."""
+    """The training loop, for every objective."""
 
     steps: int = 600_000
-    """Updates. Higher: longer."""
+    """Number of updates. Higher: longer training."""
     seed: int = 0
-    """All random numbers on the device follow from it: initial weights, noise, timesteps, dropout."""
+    """Seed of all random numbers on the device: initial weights, noise, timesteps, dropout."""
     trainable: tuple[str, ...] = field(default=("^unet/",), metadata={RENAMED: "trains"})
-    """Patterns of the paths of trainable parameters; the others are frozen."""
+    """Regular expressions found in the paths of trainable parameters; the others are frozen."""
     on_nonfinite: OnNonfinite = OnNonfinite.STOP
-    """What happens at a loss or gradient that is no finite number."""
+    """What happens at a step with a non-finite loss or gradient (NaN or inf)."""
     init_from: tuple[str, ...] = ()
-    """Models, or networks alone, in any layout, whose weights a new run starts from; the last one wins. A part that is
-    in none of them starts from random weights."""
+    """Models or single networks, in any layout, from whose weights a new run starts; for a part in several of them, the
+    last one is used. A part in none of them starts from random weights."""
     init_parts: tuple[str, ...] | None = None
-    """Parts of the model that are taken of `init_from`, e.g. ("vae", "text_encoder"); None: all that are there."""
+    """Parts of the model to load from `init_from`, e.g. ("vae", "text_encoder"); None: all parts found there."""
     init_changes: tuple[str, ...] = ()
-    """What the UNet of `init_from` may have been trained with otherwise than it is trained on here, of prediction,
-    schedule, unconditional and distilled, e.g. ("prediction",) to make a v-prediction model of an ε-prediction one."""
+    """Fields in which this run may differ from the UNet's training in `init_from`: prediction, schedule, unconditional,
+    distilled; e.g. ("prediction",) to turn an ε-prediction model into a v-prediction one."""
     compile_ahead: CompileAhead = CompileAhead.BACKGROUND
-    """When the steps of the buckets are compiled: beside training, before it, or each when it is needed."""
+    """When the steps of the buckets are compiled: during training, before it, or on demand."""
     compile_threads: int = 1
-    """Buckets compiled at once. Higher: all are there sooner; each takes cores and memory of every process (at full size
-    about 10 GiB), which reading the data may need too."""
+    """Buckets compiled at once. Higher: all are ready sooner; each takes cores and memory on every process (about 10
+    GiB at full size), which data loading may need too."""
     compilation_cache: str | None = None
-    """Folder that compiled programs are kept in and read from; several runs may share it. Those of
-    `sdxl-jax compile` are read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every
-    start compiles again."""
+    """Folder of compiled programs, read and written; several runs may share it. AOT programs of `sdxl-jax compile` are
+    read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every start compiles again."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig(LoopConfig):
-    """What the loop does, of a model that learns to denoise."""
+    """The training loop of a latent diffusion model."""
 
     caption_dropout: float = 0.1
-    """Share of examples whose text is replaced by no text, 0 to 1. Higher: better guidance, weaker prompts."""
+    """Share of examples trained unconditionally, their text replaced by the null embedding, 0 to 1. Higher: better
+    guidance, weaker prompts."""
 
 
 class OnFailedSave(enum.Enum):
-    """What a checkpoint that could not be written does to the run."""
+    """What happens if a checkpoint cannot be written."""
 
     STOP = "stop"
+    """The run ends with an error."""
     GO_ON = "go_on"
+    """Training continues, with a note."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which are kept: those that one of the three fields asks for."""
+    """When checkpoints are written, and which are kept: those that any of the three fields selects."""
 
     every_steps: int = 1000
     """Steps between checkpoints. Lower: less is lost to a crash, more is written."""
     keep: int = 3
-    """Newest checkpoints that are kept. Higher: more room is taken."""
+    """Number of newest checkpoints to keep. Higher: more disk space."""
     keep_every_hours: float | None = None
-    """Besides, one of so many hours is kept for ever. Higher: fewer. None: none."""
+    """Also keep one checkpoint per so many hours, for ever. Higher: fewer. None: none."""
     keep_best: str | None = None
-    """Besides, that one is kept whose mean of this metric since the checkpoint before it is lowest, e.g. loss. None:
+    """Also keep the checkpoint with the lowest mean of this metric since the previous checkpoint, e.g. loss. None:
     none."""
     on_failed_save: OnFailedSave = OnFailedSave.STOP
-    """A full disk, for example: STOP ends the run with an error, GO_ON says so and trains on. The checkpoints of before
-    stay whole either way."""
+    """If a checkpoint cannot be written, e.g. to a full disk: STOP ends the run with an error, GO_ON prints a note and
+    continues training. Earlier checkpoints stay complete either way."""
 
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """The processes that train together, one a machine; the environment says which they are (training/processes.py)."""
+    """The processes that train together, one per machine; the environment describes them (training/processes.py)."""
 
     join_timeout_seconds: float = 300.0
-    """Until a process that has not joined is given up. Higher: slower machines may come later."""
+    """How long to wait for all processes to join. Higher: slower machines may start later."""
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """The images in RUN/samples."""
+    """The validation grids in RUN/samples."""
 
     every_steps: int | None = 5000
-    """Steps between grids; None: none."""
+    """Steps between grids; None: no grids. Lower: more often, slower training."""
     prompts: tuple[str, ...] = ()
-    """One image a prompt and size."""
+    """Prompts to sample; one image per prompt and size."""
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
-    """(height, width) of the images."""
+    """(height, width) of the images, in pixels."""
     steps: int = 30
-    """Euler steps an image."""
+    """Euler steps per image. Higher: more detail, slower validation."""
     guidance: float = 5.0
-    """Strength of classifier-free guidance, 0 to 1000; none up to 1, as in `sample`."""
+    """Scale of classifier-free guidance, 0 to 1000; up to 1: no guidance, as in `sample`. Higher: closer to the prompt,
+    less varied."""
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where else the numbers go; RUN/metrics.jsonl and RUN/tensorboard have them always."""
+    """Additional metrics logging; RUN/metrics.jsonl and RUN/tensorboard are always written."""
 
     wandb_project: str | None = None
-    """Project of Weights & Biases; None: nothing is sent. Needs the package wandb."""
+    """Project of Weights & Biases to log to; None: nothing is sent. Needs the package wandb."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run depends on, whatever is learnt. The type of what stands in a configuration file, one of
-    those that extend this one, chooses that (sdxl_jax/training/objectives/)."""
+    """Everything that a run depends on, for every objective. A configuration file returns a subclass of it, whose type
+    chooses the objective (sdxl_jax/training/objectives/)."""
 
     data: DataConfig
-    """What is trained on, and in which shapes and order."""
+    """The images and captions, their buckets, batch size and order."""
     compute: Compute = field(default_factory=Compute)
-    """How the networks are computed."""
+    """How the networks are computed: dtype, attention, rematerialisation."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices share the work."""
+    """How devices share the work: parallelism and sharding."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    """How the parameters follow the gradient."""
+    """The optimiser and its learning rate."""
     ema: EmaConfig = field(default_factory=EmaConfig)
-    """Their moving average, which is sampled from."""
+    """The moving average of the parameters (EMA), which is sampled from."""
     training: LoopConfig = field(default_factory=LoopConfig)
-    """What the loop does."""
+    """The training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When and how many."""
+    """When checkpoints are written, and which are kept."""
     processes: ProcessesConfig = field(default_factory=ProcessesConfig, metadata={RENAMED: "hosts"})
     """The processes that train together."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Where else the numbers go."""
+    """Additional metrics logging."""
 
     @property
     def wants_captions(self) -> bool:
@@ -178,17 +182,17 @@ class RunConfig:
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """The terms of the loss that a step reports besides the loss itself."""
+        """The terms of the loss that a step reports in addition to the loss."""
         return ()
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What a step reports (training/step.py)."""
+        """The names of the metrics of a step (training/step.py)."""
         skips = self.training.on_nonfinite is OnNonfinite.SKIP
         return ("loss", *self.losses, "learning_rate", "grad_norm", "replaced", *(("skipped",) if skips else ()))
 
     def check(self) -> None:
-        """Raises InputError for numbers out of range, and for what does not fit together."""
+        """Raises InputError for numbers out of range, and for fields that do not fit together."""
         check_ranges(
             [
                 ("training.steps", self.training.steps, 0, math.inf),
@@ -204,39 +208,42 @@ class RunConfig:
         best = self.checkpoint.keep_best
         if best is not None and best not in (metrics := self.metrics):
             known = ", ".join(nearest_first(best, metrics))
-            raise InputError(f"checkpoint.keep_best={best} is no metric. Known, nearest first: {known}")
+            raise InputError(
+                f"checkpoint.keep_best={best} is not a logged metric. Give one of these, nearest first: {known}"
+            )
         if self.training.init_parts is not None and not self.training.init_from:
             raise InputError(
                 f"training.init_parts={','.join(self.training.init_parts)} has no effect without training.init_from. "
-                "Name the models to take them of, or leave it out (None)"
+                "Give the models to load them from, or leave it out (None)"
             )
         if unknown := [name for name in self.training.init_changes if name not in MEANING]:
             raise InputError(
-                f"training.init_changes has {unknown[0]}. Known, nearest first: "
+                f"training.init_changes has {unknown[0]}, which is not one of its names. Known, nearest first: "
                 f"{', '.join(nearest_first(unknown[0], MEANING))}"
             )
         self.optimiser.check()
         self.ema.check()
-        averages = self.optimiser.kind is OptimiserKind.SCHEDULE_FREE
-        if averages != (self.ema.kind is EmaKind.OPTIMISER):
+        has_average = self.optimiser.kind is OptimiserKind.SCHEDULE_FREE
+        if has_average != (self.ema.kind is EmaKind.OPTIMISER):
             raise InputError(
-                f"optimiser.kind={self.optimiser.kind.value} {'makes' if averages else 'does not make'} an average of "
-                f"its own, and ema.kind={self.ema.kind.value}. Set ema.kind={'optimiser' if averages else 'warmup'}"
+                f"optimiser.kind={self.optimiser.kind.value} {'has' if has_average else 'does not have'} an average of "
+                f"its own, which does not fit ema.kind={self.ema.kind.value}. Set "
+                f"ema.kind={'optimiser' if has_average else 'warmup'}"
             )
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """Everything that the training of a latent diffusion model depends on (training/objectives/denoising.py)."""
+    """Everything that training a latent diffusion model depends on (training/objectives/denoising.py)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    """What the weights depend on."""
+    """The model: networks, noise schedule, prediction, conditioning."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """How the error is weighed."""
+    """The loss: weights, noise and timesteps."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """What the loop does."""
+    """The training loop."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """The images in RUN/samples."""
+    """The validation grids in RUN/samples."""
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
@@ -253,45 +260,50 @@ class TrainConfig(RunConfig):
         self.loss.check(self.model.schedule.timesteps)
         if self.model.unet.in_channels != self.model.vae.latent_channels:
             raise InputError(
-                f"model.unet.in_channels={self.model.unet.in_channels}: training feeds the latent's "
-                f"{self.model.vae.latent_channels} channels and nothing else. Set it to that"
+                f"model.unet.in_channels={self.model.unet.in_channels} is not model.vae.latent_channels="
+                f"{self.model.vae.latent_channels}: in training the UNet receives the latent alone. Set it to "
+                f"{self.model.vae.latent_channels}"
             )
         self._check_data()
         check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
         for number, prompt in enumerate(self.validation.prompts, 1):
             check_text(prompt, f"Prompt {number} of validation.prompts")
         if self.validation.prompts and not self.validation.sizes:
-            raise InputError("validation.prompts are given but no validation.sizes. Give at least one (height, width)")
+            raise InputError(
+                "validation.prompts has no effect without validation.sizes. Give at least one (height, width), or "
+                "leave out the prompts"
+            )
 
     def _check_data(self) -> None:
-        told = self.model.is_refiner
-        if told and self.data.aesthetic is None:
+        needs_score = self.model.is_refiner
+        if needs_score and self.data.aesthetic is None:
             raise InputError(
                 "model.micro.numbers=size_crop_aesthetic needs an aesthetic score for every image. Set "
-                "data.aesthetic to the name of that number in the data (`sdxl-jax data inspect` lists them), or train "
-                "with size_crop_target"
+                "data.aesthetic to the name of the score in the data (sdxl-jax data inspect lists the names), or set "
+                "model.micro.numbers=size_crop_target"
             )
-        if self.data.aesthetic is not None and not told:
+        if self.data.aesthetic is not None and not needs_score:
             raise InputError(
-                f"data.aesthetic={self.data.aesthetic} has no effect: this model is told no score. Remove it, or train "
-                "one with model.micro.numbers=size_crop_aesthetic, as the refiner"
+                f"data.aesthetic={self.data.aesthetic} has no effect: this model is not conditioned on a score. Leave "
+                "it out (None), or set model.micro.numbers=size_crop_aesthetic, as in the refiner"
             )
         if self.data.cache is not None and self.data.crops_per_image is None:
             raise InputError(
-                f"data.cache={self.data.cache} holds a fixed number of crops an image. Set data.crops_per_image to it, "
-                "e.g. 4 (1 shows each image in one crop for ever)"
+                f"data.cache={self.data.cache} holds a fixed number of crops per image. Set data.crops_per_image to "
+                "that number, e.g. 4 (with 1, training sees a single crop of each image)"
             )
 
 
 def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> None:
-    """Raises InputError for a (height, width) that the autoencoder, which reduces both by `factor`, cannot take."""
+    """Raises InputError for a (height, width) that is not a multiple of the autoencoder's downsampling `factor`."""
     for height, width in sizes:
         if height < 1 or width < 1 or height % factor or width % factor:
             raise InputError(f"{name} has ({height}, {width}). Give positive multiples of {factor}")
 
 
 MEANING = ("prediction", "schedule", "unconditional", "distilled")
-"""Fields of a model's configuration that say what its UNet's weights mean: another value makes others of them."""
+"""Fields of a model's configuration that its UNet's weights are trained for: with other values, they mean something
+else."""
 
 _Config = TypeVar("_Config", bound=RunConfig)
 
@@ -317,44 +329,45 @@ MAY_CHANGE = (
     "training.init_parts",
     "validation",
 )
-"""Fields, or groups of them, that a resumed run may set again: they do not change what is learnt. Folders may have
-moved, their contents are compared, with the weights of several sources; the frozen weights are in the run."""
+"""Fields, or groups of them, that may change on resume: they do not affect what is learnt. Folders may have moved;
+their contents are compared, with the weights of several sources. The frozen weights are in the run directory."""
 
 SAME_WITHIN_ROUNDING = ("compute.attention", "compute.compiler_options", "compute.remat", "compute.unroll", "mesh")
-"""Those that may change too, and change the order of additions: a resumed run says so."""
+"""Fields that may change on resume as well, with a note: they change the order of float additions."""
 
 
 def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
-    """Runs a configuration file and returns what its `get_config()` gives, which must be of a kind.
+    """Runs a configuration file and returns the result of its `get_config()`, which must be an instance of `kind`.
 
-    Raises InputError for a missing file, a file without `get_config`, another kind of configuration, unknown fields,
-    and whatever the file raises.
+    Raises InputError for a missing file, a file without `get_config`, another type of configuration, unknown fields,
+    and any error that the file raises.
     """
     if not path.is_file():
-        raise InputError(f"There is no configuration file {path}. Give a Python file with get_config(), see configs/")
+        raise InputError(
+            f"There is no configuration file {path}. Give a Python file with a function get_config(), as in configs/"
+        )
     try:
         functions = runpy.run_path(str(path))
         if "get_config" not in functions:
-            raise InputError(f"{path} has no get_config(). Define it; it returns a sdxl_jax.config.TrainConfig")
+            raise InputError(f"{path} has no get_config(). Define it, and return an sdxl_jax.config.TrainConfig")
         config = functions["get_config"]()
     except InputError:
         raise
-    except Exception as error:  # the file is the user's program: what it raises is about their input
+    except Exception as error:  # the file is the user's program: its errors are about their input
         raise InputError(
-            f"{path} fails with {type(error).__name__}: {error}{_nearest_field(str(error))}. Fix it; --debug shows "
-            "where"
+            f"{path} fails with {type(error).__name__}: {str(error).rstrip('.')}{_nearest_field(str(error))}. Fix it; "
+            "--debug shows where"
         ) from error
     if not isinstance(config, kind) or type(config) is RunConfig:
-        expected = "TrainConfig, or the configuration of another objective (sdxl_jax/training/objectives/)"
-        raise InputError(
-            f"get_config() of {path} returned {type(config).__name__}, expected a "
-            f"{expected if kind is RunConfig else kind.__name__}"
-        )
-    return from_json(to_json(config), type(config))  # a list where a tuple belongs becomes one; a wrong type is named
+        expected = kind.__name__
+        if kind is RunConfig:
+            expected = "TrainConfig, or the configuration of another objective (sdxl_jax/training/objectives/)"
+        raise InputError(f"get_config() of {path} returned {type(config).__name__}. Return a {expected}")
+    return from_json(to_json(config), type(config))  # turns lists into tuples, and refuses values of a wrong type
 
 
 def _nearest_field(message: str) -> str:
-    """For Python's message about an unknown keyword: the dataclass's fields, nearest first."""
+    """A remedy to append to Python's message about an unknown keyword: the dataclass's fields, nearest first."""
     if "unexpected keyword argument" not in message:
         return ""
     class_name, unknown = message.split(".", 1)[0], message.split("'")[1]
@@ -369,7 +382,7 @@ def _nearest_field(message: str) -> str:
 
 
 def _dataclasses(kind: type) -> list[type]:
-    """A dataclass and those of its fields, from their defaults."""
+    """A dataclass and the dataclasses of its fields, found from their defaults."""
     found = [kind]
     for entry in dataclasses.fields(kind):
         inner = entry.default_factory() if callable(entry.default_factory) else entry.default
@@ -380,14 +393,14 @@ def _dataclasses(kind: type) -> list[type]:
 
 
 def is_within(line: str, names: Collection[str]) -> bool:
-    """Whether a line of `differences` is about one of the fields, or fields of one of the groups, that are named."""
+    """Whether a line of `differences` is about one of the named fields, or a field of one of the named groups."""
     name = line.split(":", 1)[0]
     return any(name == allowed or name.startswith(f"{allowed}.") for allowed in names)
 
 
 def blocking_differences(old: Any, new: Any) -> list[str]:
-    """The differences that a resumed run may not have."""
+    """The differences with which a run must not be resumed."""
     allowed = [*MAY_CHANGE, *SAME_WITHIN_ROUNDING]
     if new.get("optimiser", {}).get("decay") != Decay.COSINE.value:
-        allowed.append("training.steps")  # no other schedule depends on where the end is
+        allowed.append("training.steps")  # only the cosine schedule depends on the last step
     return [line for line in differences(old, new) if not is_within(line, allowed)]

@@ -1,28 +1,32 @@
-"""The whole parallel plan on one page: the mesh, and which axis of which array lies along which of its axes.
+"""All parallelism on one page: the mesh, and which axis of which array is sharded over which of its axes.
 
     mesh axes   slice    TPU slices, joined by the data-centre network: copies of the parameters; the batch is split
                 data     copies of the parameters within a slice; the batch is split
                 fsdp     the batch is split, and so is every large parameter, gathered where it is used
-                tensor   heads and hidden features are split, and with them the kernels that make and take them
+                tensor   heads and hidden features are split, and with them the kernels that produce and consume them
+                         (tensor parallelism)
 
 A batch is split over the first three. Parameters, their moving average and the optimiser's moments follow the same
-rules, because they have the same paths. Activations are constrained at the joints of the networks (`constrain`), so
-that XLA's partitioner gathers parameters and never moves a batch; the rest is left to it.
+rules, because they have the same paths. Activations are constrained between the blocks of the networks (`constrain`),
+so that XLA's partitioner gathers parameters and never moves a batch; the rest is left to it.
 """
 
 import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Shaped
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
+
+_Rows = TypeVar("_Rows")
 
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = ("slice", "data", "fsdp")
@@ -30,7 +34,8 @@ BATCH = ("slice", "data", "fsdp")
 
 
 class Rule(NamedTuple):
-    """How parameters whose path matches lie; axes count from the end, None: not split that way."""
+    """The sharding of parameters whose path matches: the axis that is split over fsdp and over tensor, counted from the
+    end; None: not split."""
 
     pattern: str
     fsdp: int | None
@@ -40,37 +45,39 @@ class Rule(NamedTuple):
 RULES = (
     Rule(r"quant_conv/kernel$", None),  # 4 × 4 or 8 × 8 numbers
     Rule(r"conv_out/kernel$", -2),  # few output channels: split the input channels
-    # What makes heads and hidden features, and what takes them: one sum over `tensor` closes each pair.
+    # Kernels that produce heads and hidden features, and those that consume them: one all-reduce over `tensor` a pair.
     Rule(r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|ff/proj_in)/kernel$", -2, -1),
     Rule(r"(to_out|out_proj|fc2|ff/proj_out)/kernel$", -1, -2),
-    Rule(r"(bias|scale|position_embedding)$", None),  # small: every device has them whole
+    Rule(r"(bias|scale|position_embedding)$", None),  # small: replicated
     Rule(r"(kernel|embedding)$", -1),
 )
-"""The first rule that matches decides."""
+"""The first matching rule applies."""
 
 _SMALL = re.compile(r"(^|/)(v_row|v_col)/|(^|/)ns_coeffs$")
-"""What optimisers keep that is small beside the parameter whose path it has: Adafactor's means over rows and columns, a
-thousandth of it, and Muon's three numbers. Every device has them whole."""
+"""Optimiser state that is small compared with the parameter whose path it has, and is replicated: Adafactor's means
+over rows and columns, a thousandth of the parameter, and Muon's three numbers."""
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged; −1 fills one axis with the devices that are left."""
+    """The device mesh; −1 fills one axis with the remaining devices."""
 
     data: int = -1
-    """Copies of the parameters within a slice. Higher: more images a step, the same memory on each device."""
+    """Data parallelism: copies of the parameters within a slice. Higher: more images per step, the same memory on each
+    device."""
     fsdp: int = 1
-    """Devices that share one copy. Higher: less memory on each device, more communication."""
+    """Devices that one copy of the parameters is sharded over. Higher: less memory on each device, more
+    communication."""
     tensor: int = 1
-    """Devices that share the heads and hidden features of one image's transformers. Higher: batches smaller than the
-    number of devices become possible; communication in every layer."""
+    """Tensor parallelism: devices that share the heads and hidden features of one image's transformers. Higher: batches
+    smaller than the number of devices become possible; communication in every layer."""
     slices: int = 1
-    """TPU slices (or groups of processes) that are joined by a slow network. Higher: more images a step; between slices go
-    the gradients alone, once a step."""
+    """TPU slices (or groups of processes) connected by a slow network. Higher: more images per step; only the gradients
+    are exchanged between slices, once per step."""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """A mesh with the axes `AXES` over all devices. Raises InputError if they do not multiply up."""
+    """A mesh with the axes `AXES` over all devices. Raises InputError if its size is not the number of devices."""
     devices = list(jax.devices()) if devices is None else devices
     shape, count = [config.slices, config.data, config.fsdp, config.tensor], len(devices)
     if shape.count(-1) == 1:
@@ -90,40 +97,42 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Every device has the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The first axis over all devices but those that share a batch's images."""
+    """The first axis is split over the mesh axes in `BATCH`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """How many parts a batch is cut into."""
+    """The number of parts that a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def process_part(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): into how many parts the processes cut a batch, and which of them this one's devices take.
+    """(index, count): the part of a batch that this process loads for its devices, and the number of such parts.
 
-    It is the process's own index and the number of processes, unless devices of several processes share images (along
-    `tensor`): those take the same part. Raises InputError where parts would overlap.
+    They are the process's index and the number of processes, unless devices of several processes share images (along
+    `tensor`): those processes load the same part. Raises InputError if parts would overlap.
     """
-    rows: dict[int, set[int]] = {}
-    parts = batch_parts(mesh)
-    for device, (place,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
-        rows.setdefault(device.process_index, set()).add(place.indices(parts)[0])
-    taken = sorted({tuple(sorted(some)) for some in rows.values()})
-    if sum(map(len, taken)) != parts or len(set(map(len, taken))) != 1:
+    rows_of_process: dict[int, set[int]] = {}
+    row_count = batch_parts(mesh)
+    for device, (rows,) in batch_sharding(mesh).devices_indices_map((row_count,)).items():
+        rows_of_process.setdefault(device.process_index, set()).add(rows.indices(row_count)[0])
+    parts = sorted({tuple(sorted(rows)) for rows in rows_of_process.values()})
+    if sum(map(len, parts)) != row_count or len(set(map(len, parts))) != 1:
+        arranged = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         raise InputError(
-            f"The {len(rows)} processes cannot cut a batch into equal parts, as the mesh {dict(mesh.shape)} lies over "
-            "their devices. Set mesh.tensor to a divisor, or a multiple, of the devices of a process"
+            f"The {len(rows_of_process)} processes cannot split a batch into equal parts with this mesh ({arranged}). "
+            "Set mesh.tensor to a divisor, or a multiple, of the number of devices per process"
         )
-    return taken.index(tuple(sorted(rows[jax.process_index()]))), len(taken)
+    return parts.index(tuple(sorted(rows_of_process[jax.process_index()]))), len(parts)
 
 
 def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> None:
-    """Raises InputError if a batch does not split over the devices, `accumulate` times."""
+    """Raises InputError if `accumulate` micro-batches of a batch cannot be split evenly over the devices."""
     multiple = batch_parts(mesh) * accumulate
     if batch_size % multiple:
         arranged = " × ".join(f"{axis} {mesh.shape[axis]}" for axis in BATCH)
@@ -135,21 +144,21 @@ def check_batch(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int) -> 
 
 
 def check_heads(mesh: Mesh | AbstractMesh, heads: Collection[int]) -> None:
-    """Raises InputError if the devices along `tensor` cannot share the heads of the UNet's transformers evenly."""
-    tensor, shared = mesh.shape["tensor"], math.gcd(*heads)
-    if shared % tensor:
-        ways = [str(number) for number in range(1, shared + 1) if not shared % number]
+    """Raises InputError if the size of the `tensor` axis does not divide the UNet's attention heads on every level."""
+    tensor, common = mesh.shape["tensor"], math.gcd(*heads)
+    if common % tensor:
+        divisors = [str(number) for number in range(1, common + 1) if not common % number]
         raise InputError(
             f"mesh.tensor={tensor} does not divide the UNet's attention heads, of which its levels have "
-            f"{', '.join(map(str, sorted({*heads})))}. Use {' or '.join(ways)}"
+            f"{', '.join(map(str, sorted({*heads})))}. Use {' or '.join(divisors)}"
         )
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Says where an activation lies: one name an axis, "batch", "tensor" or None for not split.
+def constrain(x: Shaped[jax.Array, "*shape"], *axes: str | None) -> Shaped[jax.Array, "*shape"]:
+    """Constrains the sharding of an activation: one name per axis, "batch", "tensor" or None for not split.
 
-    An axis that its part of the mesh does not divide stays whole, as in sampling one image on many devices. Without a
-    mesh (`jax.set_mesh`), and within `jax.shard_map`, it does nothing.
+    An axis whose size is not a multiple of its mesh axes is not split, as when one image is sampled on many devices.
+    Without a mesh (`jax.set_mesh`), and within `jax.shard_map`, it does nothing.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes or not set(AXES) <= set(mesh.axis_names):
@@ -158,14 +167,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def activation(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], *axes: str | None) -> PartitionSpec:
-    """How an activation lies. See `constrain`."""
+    """The PartitionSpec of an activation of that shape. See `constrain`."""
 
-    def one(size: int, axis: str | None) -> tuple[str, ...] | None:
-        along = BATCH if axis == "batch" else () if axis is None else (axis,)
-        parts = math.prod(mesh.shape[name] for name in along)
-        return along if along and size % parts == 0 else None
+    def mesh_axes(size: int, axis: str | None) -> tuple[str, ...] | None:
+        names = BATCH if axis == "batch" else () if axis is None else (axis,)
+        parts = math.prod(mesh.shape[name] for name in names)
+        return names if names and size % parts == 0 else None
 
-    return PartitionSpec(*map(one, shape, axes))
+    return PartitionSpec(*map(mesh_axes, shape, axes))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -179,41 +188,43 @@ def place(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     Raises InputError for a parameter that no rule matches, or whose axis does not divide.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
         if math.prod(leaf.shape) == 1 or _SMALL.search(name):
             return replicated(mesh)
         rule = next((rule for rule in RULES if re.search(rule.pattern, name)), None)
         if rule is None:
-            raise InputError(f"No sharding rule matches {name} {leaf.shape}. Add one to sdxl_jax/sharding.py")
+            shape = ", ".join(map(str, leaf.shape))
+            raise InputError(f"No sharding rule matches {name} ({shape}). Add one to RULES in sdxl_jax/sharding.py")
         spec: list[str | None] = [None] * len(leaf.shape)
         for mesh_axis, axis in (("fsdp", rule.fsdp), ("tensor", rule.tensor)):
             if axis is None:
                 continue
             if leaf.shape[axis] % mesh.shape[mesh_axis]:
                 raise InputError(
-                    f"{name} has shape {leaf.shape}, whose axis {axis} cannot be split over mesh.{mesh_axis}="
-                    f"{mesh.shape[mesh_axis]}. Choose a divisor of {leaf.shape[axis]}"
+                    f"{name} has shape ({', '.join(map(str, leaf.shape))}), whose axis {axis} cannot be split over "
+                    f"mesh.{mesh_axis}={mesh.shape[mesh_axis]}. Set mesh.{mesh_axis} to a divisor of {leaf.shape[axis]}"
                 )
             spec[axis] = mesh_axis
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def placed(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """A tree of abstract arrays that say where they belong, by the rules: what is asked of a restored tree."""
+    """The tree's abstract arrays (ShapeDtypeStruct) with their shardings by `RULES`, e.g. to restore a checkpoint."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, place(mesh, tree)
     )
 
 
 def put(mesh: Mesh, params: Params) -> Params:
-    """Host arrays, placed by the rules."""
+    """Host arrays on the devices, sharded by `RULES`."""
     return jax.tree.map(jax.device_put, params, place(mesh, params))
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """This process's rows of a batch as its part of a global array, split as `batch_sharding` says."""
+def put_batch(mesh: Mesh, batch: _Rows) -> _Rows:
+    """This process's rows of a batch (a tree of numpy arrays) as its part of global arrays, sharded as
+    `batch_sharding`."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)

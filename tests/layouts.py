@@ -1,6 +1,6 @@
-"""Trains a tiny model under several layouts, on batches of the data pipeline; says how they differ from one device.
+"""Trains a tiny model under several layouts, on batches of the data pipeline; reports the difference from one device.
 
-    python layouts.py OPTIONS_JSON      (see `Options`; prints a JSON object for each layout, a line each)
+    python layouts.py OPTIONS_JSON      (see `Options`; prints one line of JSON per layout)
 
 A process of its own, because the number of devices is fixed when jax starts: eight simulated ones with
 XLA_FLAGS=--xla_force_host_platform_device_count=8, or several processes, with JAX_COORDINATOR_ADDRESS,
@@ -40,7 +40,7 @@ from sdxl_jax.training.state import TrainState
 
 
 class Layout(NamedTuple):
-    """How a step is spread and computed: none of it may change what is learnt."""
+    """The parallelism and computation of a step: none of it may change what is learnt."""
 
     mesh: MeshConfig
     compute: Compute = Compute()
@@ -72,7 +72,7 @@ LAYOUTS = {
 }
 BUCKETS = ((16, 16), (16, 24))
 STEPS = 20
-"""Of a whole run."""
+"""Steps of a whole run."""
 MODEL = ModelConfig(
     unet=UNetConfig((8,), 1, (2,), 1, (2,), context_dim=8, vector_dim=8 + 6 * 4, groups=4),
     vae=VaeConfig(block_channels=(8, 8), resnets_per_block=1, groups=2),
@@ -80,7 +80,7 @@ MODEL = ModelConfig(
     micro=tiny.MODEL.micro,
     default_size=(16, 16),
 )
-"""The least that has every kind of parameter and both kinds of conditioning."""
+"""The smallest model with every kind of parameter and both kinds of conditioning."""
 
 
 @dataclasses.dataclass
@@ -88,17 +88,17 @@ class Options:
     folder: str
     """The images."""
     layouts: list[str]
-    """Names in `LAYOUTS`, one after the other."""
+    """Names in `LAYOUTS`, run in this order."""
     steps: int
-    """Where to stop, of `STEPS`."""
+    """The last step, up to `STEPS`."""
     reference: str
-    """A file: written by the layout "single", read by all that come later."""
+    """A file, written by the layout "single" and read by all later ones."""
     save: tuple[str, int] | None = None
-    """Folder and step of a checkpoint to write, of the last layout."""
+    """Folder and step of a checkpoint to write, by the last layout."""
     restore: tuple[str, int] | None = None
-    """Folder and step of a checkpoint to go on from."""
+    """Folder and step of a checkpoint to resume from."""
     buckets: int = len(BUCKETS)
-    """How many of `BUCKETS`, each of which compiles a step."""
+    """The number of `BUCKETS` to use; each needs a compiled step."""
 
 
 def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS)) -> TrainConfig:
@@ -116,7 +116,7 @@ def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS)) -> Tr
 
 
 def initial(abstract: TrainState, abstract_frozen: Params) -> tuple[TrainState, Params]:
-    """On the process: kernels of about the usual size, none of them zero, so that every gradient counts from the start;
+    """Host arrays: kernels of about the usual size, none of them zero, so that every gradient matters from the start;
     scales one; moments zero."""
     rng = np.random.default_rng(0)
 
@@ -132,13 +132,13 @@ def initial(abstract: TrainState, abstract_frozen: Params) -> tuple[TrainState, 
     return TrainState(np.zeros((), np.int32), params, params, moments), frozen  # pyright: ignore[reportArgumentType]
 
 
-def placed(process: Any, abstract: Any) -> Any:
-    """Host arrays where they belong; each process has all of them, and each device a copy of its part."""
+def placed(host: Any, abstract: Any) -> Any:
+    """Host arrays with their shardings; each process has all of them, and each device a copy of its part."""
 
     def put(leaf: np.ndarray, place: Any) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, place.sharding, lambda index: np.array(leaf[index]))
 
-    return jax.tree.map(put, process, abstract)
+    return jax.tree.map(put, host, abstract)
 
 
 class Trained(NamedTuple):
@@ -159,9 +159,9 @@ def train(name: str, options: Options) -> Trained:
     dataset = BucketedDataset(config.data, objective.tokenizer, process_index=index, process_count=count)
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = objective.abstract_state(mesh)
-        process, frozen = initial(abstract, abstract_frozen)
+        host, frozen = initial(abstract, abstract_frozen)
         state = (
-            placed(process, abstract)
+            placed(host, abstract)
             if options.restore is None
             else restore(Path(options.restore[0]), options.restore[1], abstract)
         )
@@ -179,12 +179,12 @@ def train(name: str, options: Options) -> Trained:
 
 
 def on_host(state: Any) -> dict[str, np.ndarray]:
-    """By path; of a state that one device has."""
+    """By path; for a state on one device."""
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
 def largest_difference(state: Any, reference: dict[str, np.ndarray]) -> float:
-    """Between the parts that this process's devices have and those of a state on a process."""
+    """Between the shards of this process's devices and the same parts of host arrays."""
     return max(
         float(np.abs(np.asarray(shard.data, np.float64) - reference[path_name(path)][shard.index]).max())
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
@@ -193,7 +193,7 @@ def largest_difference(state: Any, reference: dict[str, np.ndarray]) -> float:
 
 
 def misplaced(state: TrainState, abstract: TrainState) -> list[str]:
-    """Leaves that do not lie as the rules say."""
+    """Leaves whose sharding is not that of the rules."""
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
     return [
         path_name(path)
@@ -203,7 +203,7 @@ def misplaced(state: TrainState, abstract: TrainState) -> list[str]:
 
 
 def main(options: Options) -> None:
-    """For each layout: losses, buckets, the largest difference of the state after the last step, what is misplaced."""
+    """For each layout: losses, buckets, the largest difference of the state after the last step, misplaced leaves."""
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])

@@ -1,8 +1,8 @@
-"""What test_sharding.py needs eight devices for; prints it as JSON.
+"""The part of test_sharding.py that needs eight devices; prints its results as JSON.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 python sharded_step.py SCRATCH_FOLDER
 
-The least that compiles little: one short run under each of three layouts (all of them: test_layouts.py).
+Kept small to compile little: one short run under each of three layouts (all layouts: test_layouts.py).
 """
 
 import dataclasses
@@ -35,8 +35,9 @@ def mesh_of(name: str) -> Any:
 
 
 def fresh(name: str) -> tuple[Any, Any]:
-    """(state and frozen parameters, their places) of a new run. To compile the random numbers of all of them would take
-    as long as all the rest: those of the middle block are drawn, the others given, as from a file of weights."""
+    """((state, frozen parameters), their abstract arrays) of a new run. Compiling the random initialisation of all of
+    them would take as long as everything else: only the middle block is initialised, the rest is given, as from a file
+    of weights."""
     config, mesh = layouts.train_config("unused", LAYOUTS[name]), mesh_of(name)
     objective = Denoising(config)
     with jax.set_mesh(mesh):
@@ -49,14 +50,14 @@ def fresh(name: str) -> tuple[Any, Any]:
 
 
 def split_share(state: Any, parts: int) -> float:
-    """How much of the state's bytes lies on each device in `parts` parts or more."""
+    """The share of the state's bytes that is split into `parts` parts or more."""
     leaves = jax.tree.leaves(state)
     split = [leaf for leaf in leaves if leaf.addressable_shards[0].data.size * parts <= leaf.size]
     return sum(leaf.nbytes for leaf in split) / sum(leaf.nbytes for leaf in leaves)
 
 
 def middle(state: TrainState) -> TrainState:
-    """A part that has every kind of parameter, and reads and writes faster than the whole."""
+    """A part with every kind of parameter, which is read and written faster than the whole."""
     return TrainState(state.step, {"unet": {"mid_block": state.params["unet"]["mid_block"]}}, None, ())
 
 
@@ -66,7 +67,7 @@ def identical(one: Any, other: Any) -> bool:
 
 
 def restored(scratch: Path, state: TrainState) -> dict[str, Any]:
-    """For each layout, whether a checkpoint comes back with every bit and at its place."""
+    """For each layout, whether a checkpoint is restored bit for bit and with its sharding."""
     with Checkpoints(scratch, keep=1) as checkpoints:
         checkpoints.save(3, state, {})
     results = {}

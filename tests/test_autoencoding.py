@@ -1,5 +1,5 @@
-"""The promises of training/objectives/autoencoding: the loss is what it says, and the loop gives it all that denoising
-has: resume to the bit, EMA, checkpoints that open, validation images, refusals before work starts."""
+"""The promises of training/objectives/autoencoding: the loss follows its definition, and the loop provides what
+denoising has: bit-for-bit resume, EMA, checkpoints that open, validation images, refusals before work starts."""
 
 import dataclasses
 import json
@@ -37,8 +37,6 @@ from sdxl_jax.training.objectives.autoencoding import (
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import open_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 4
 VAE = VaeConfig(block_channels=(4, 4, 4, 4), resnets_per_block=1, groups=2)
 
@@ -74,12 +72,12 @@ def whole(config: AutoencoderConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_resumed_run_repeats_every_loss_bit_for_bit(config: AutoencoderConfig, whole: Path, tmp_path: Path) -> None:
-    made = 0
+    steps = 0
 
     def put(mesh: Any, batch: Any, original: Any = sharding.put_batch) -> Any:
-        nonlocal made
-        made += 1
-        if made == 4:
+        nonlocal steps
+        steps += 1
+        if steps == 4:
             raise Crash
         return original(mesh, batch)
 
@@ -88,9 +86,9 @@ def test_resumed_run_repeats_every_loss_bit_for_bit(config: AutoencoderConfig, w
         with pytest.raises(Crash):
             loop.train(config, tmp_path / "run", progress=False)
     model = loop.train(config, tmp_path / "run", progress=False)
-    kept = ("step", "loss", "l1", "edges", "kl", "grad_norm", "learning_rate", "bucket", "images_seen")
+    repeated = ("step", "loss", "l1", "edges", "kl", "grad_norm", "learning_rate", "bucket", "images_seen")
     for one, other in zip(lines(whole), lines(tmp_path / "run"), strict=True):
-        assert {name: one[name] for name in kept} == {name: other[name] for name in kept}
+        assert {name: one[name] for name in repeated} == {name: other[name] for name in repeated}
     expected = flatten(load_model(whole, progress=False).params)
     for path, leaf in flatten(model.params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
@@ -102,8 +100,8 @@ def test_loss_is_the_weighted_sum_of_its_terms(config: AutoencoderConfig, whole:
     assert set(config.metrics) <= set(lines(whole)[0])
 
 
-def test_terms_are_those_of_their_definitions(config: AutoencoderConfig) -> None:
-    """In numpy, of what the networks give."""
+def test_terms_of_the_loss_follow_their_definitions(config: AutoencoderConfig) -> None:
+    """Computed in numpy from the networks' outputs."""
     params = vae.init(jax.random.key(1), VAE)
     rng = np.random.default_rng(0)
     zeros, image = np.zeros((2, 2), np.int32), rng.integers(0, 256, (2, 16, 24, 3), np.uint8)
@@ -124,7 +122,7 @@ def test_terms_are_those_of_their_definitions(config: AutoencoderConfig) -> None
     assert float(value) == pytest.approx(expected["l1"] + 0.5 * expected["edges"] + 0.25 * expected["kl"], rel=1e-5)
 
 
-def test_divergence_is_none_for_the_standard_normal_distribution_and_known_beside_it() -> None:
+def test_divergence_is_zero_for_the_standard_normal_distribution_and_known_for_another() -> None:
     zeros = jnp.zeros((1, 2, 2, 4))
     assert float(autoencoding.kl_divergence(Posterior(zeros, zeros))) == 0
     # N(1, e): ½ (1 + e − 1 − 1)
@@ -154,7 +152,7 @@ def test_validation_shows_originals_over_reconstructions(whole: Path, config: Au
     assert width > 3 * min(bucket[1] for bucket in config.data.buckets)
 
 
-def test_psnr_is_that_of_its_definition() -> None:
+def test_psnr_follows_its_definition() -> None:
     one, other = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
     assert autoencoding.psnr(one, one) == math.inf
     assert autoencoding.psnr(one, other) == 0
@@ -173,7 +171,10 @@ def test_decoder_alone_can_be_trained(config: AutoencoderConfig) -> None:
     [
         ({"data": {"cache": "somewhere"}}, "data.cache=somewhere has no effect: an autoencoder learns from"),
         ({"data": {"aesthetic": "score"}}, "data.aesthetic=score has no effect"),
-        ({"data": {"buckets": ((32, 36),)}}, "data.buckets has 32×36. This autoencoder takes multiples of 8"),
+        (
+            {"data": {"buckets": ((32, 36),)}},
+            "data.buckets has 32×36. This autoencoder takes multiples of 8. Use 32×32",
+        ),
         ({"loss": {"kl_weight": -1.0}}, "loss.kl_weight=-1.0 is out of range. Give 0 or more"),
         ({"loss": {"edge_weight": math.nan}}, "loss.edge_weight=nan is out of range"),
         ({"vae": {"groups": 3}}, "vae.block_channels has 4, which vae.groups=3 does not divide"),
@@ -214,7 +215,7 @@ def get_config():
 
 
 def given(folder: Path) -> AutoencoderConfig:
-    """What a configuration file of these tests returns."""
+    """The configuration that the files of these tests return."""
     base = tiny.train_config(folder)
     return AutoencoderConfig(
         data=dataclasses.replace(base.data, batch_size=4),
@@ -249,7 +250,7 @@ def test_data_inspect_shows_what_it_will_see(file: Path) -> None:
 
 
 def test_images_need_no_caption(config: AutoencoderConfig, tmp_path: Path) -> None:
-    """For training, and for what shows what training will see; for a model that learns from captions they do."""
+    """In training and in `data inspect`; a model that learns from captions needs them."""
     folder = tmp_path / "bare"
     folder.mkdir()
     for number in range(4):

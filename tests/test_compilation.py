@@ -1,4 +1,5 @@
-"""The promises of compiling ahead: in the order of need, to the same bits, no failure lost, ended when it must be."""
+"""The promises of compiling in the background: in the order of need, bit for bit like jit, no failure lost, a prompt
+exit."""
 
 import contextlib
 import dataclasses
@@ -37,18 +38,18 @@ MESH = sharding.make_mesh(MeshConfig())
 
 
 class Compiler:
-    """In place of a jitted step: notes what it compiles, and compiles nothing before it may."""
+    """In place of a jitted step: records what it compiles, and waits for `may` before compiling."""
 
     def __init__(self, may: int = 0, fails: Bucket | None = None):
-        self.begun: list[Bucket] = []
+        self.started: list[Bucket] = []
         self.may, self.fails = threading.Semaphore(may), fails
 
     def lower(self, bucket: Bucket) -> "Compiler":
-        self.begun.append(bucket)
+        self.started.append(bucket)
         return self
 
     def compile(self) -> Any:
-        bucket = self.begun[-1]
+        bucket = self.started[-1]
         self.may.acquire()
         if bucket == self.fails:
             raise MemoryError("too large")
@@ -57,9 +58,9 @@ class Compiler:
 
 @pytest.fixture
 def compiler() -> Iterator[Compiler]:
-    made = Compiler()
-    yield made
-    made.may.release(len(BUCKETS))  # or its thread outlives the test
+    fake = Compiler()
+    yield fake
+    fake.may.release(len(BUCKETS))  # or its thread outlives the test
 
 
 def eventually(condition: Any) -> None:
@@ -75,34 +76,34 @@ def test_programs_are_compiled_in_the_order_of_need(compiler: Compiler) -> None:
         assert steps.of(BUCKETS[4])() == BUCKETS[4]
         eventually(lambda: steps.progress() == (5, 5))
         assert [steps.of(bucket)() for bucket in BUCKETS] == BUCKETS
-    # The first is begun at once; the last may have been asked for, and then goes first, before the second is begun.
-    assert [bucket for bucket in compiler.begun if bucket != BUCKETS[4]] == BUCKETS[:4]
+    # The first is started at once; the last may be needed before the second is started, and then goes first.
+    assert [bucket for bucket in compiler.started if bucket != BUCKETS[4]] == BUCKETS[:4]
 
 
 def test_what_is_needed_now_goes_before_what_is_needed_later(compiler: Compiler) -> None:
     with CompiledSteps(compiler, ARGUMENTS, MESH) as steps:
-        eventually(lambda: compiler.begun)  # and it holds the one thread
+        eventually(lambda: compiler.started)  # and it holds the one thread
         calls = []
         assert steps.of(BUCKETS[3], lambda: calls.append(compiler.may.release()))() == BUCKETS[3]
-        assert calls, "the waiting was told"
+        assert calls, "the callback was called while waiting"
         compiler.may.release(5)
         eventually(lambda: steps.progress() == (5, 5))
-    assert compiler.begun == [BUCKETS[number] for number in (0, 3, 1, 2, 4)]
+    assert compiler.started == [BUCKETS[number] for number in (0, 3, 1, 2, 4)]
 
 
 def test_two_threads_compile_two_programs_at_once(compiler: Compiler) -> None:
     with CompiledSteps(compiler, ARGUMENTS, MESH, threads=2):
-        eventually(lambda: len(compiler.begun) == 2)
+        eventually(lambda: len(compiler.started) == 2)
         time.sleep(0.05)
-        assert set(compiler.begun) == set(BUCKETS[:2])
+        assert set(compiler.started) == set(BUCKETS[:2])
 
 
-def test_on_demand_compiles_nothing_in_vain(compiler: Compiler) -> None:
+def test_on_demand_compiles_only_what_is_needed(compiler: Compiler) -> None:
     compiler.may.release(5)
     with CompiledSteps(compiler, ARGUMENTS, MESH, CompileAhead.ON_DEMAND) as steps:
         assert steps.of(BUCKETS[2])() == BUCKETS[2]
         time.sleep(0.05)
-    assert compiler.begun == [BUCKETS[2]]
+    assert compiler.started == [BUCKETS[2]]
 
 
 def test_before_training_waits_for_all(compiler: Compiler) -> None:
@@ -114,19 +115,19 @@ def test_before_training_waits_for_all(compiler: Compiler) -> None:
         assert steps.progress() == (5, 5)
 
 
-def test_nothing_is_begun_after_the_end(compiler: Compiler) -> None:
+def test_nothing_is_started_after_leaving(compiler: Compiler) -> None:
     with CompiledSteps(compiler, ARGUMENTS, MESH):
-        eventually(lambda: compiler.begun)
+        eventually(lambda: compiler.started)
     compiler.may.release(5)
     time.sleep(0.1)
-    assert compiler.begun == BUCKETS[:1]
+    assert compiler.started == BUCKETS[:1]
 
 
 @pytest.mark.parametrize("ahead", [CompileAhead.BACKGROUND, CompileAhead.BEFORE])
-def test_failure_is_raised_where_a_program_is_asked_for_that_is_not_there(ahead: CompileAhead) -> None:
+def test_failure_is_raised_to_whoever_needs_a_program_that_is_not_ready(ahead: CompileAhead) -> None:
     compiler = Compiler(may=5, fails=BUCKETS[1])
     with CompiledSteps(compiler, ARGUMENTS, MESH, ahead) as steps:
-        eventually(lambda: len(compiler.begun) == 5)
+        eventually(lambda: len(compiler.started) == 5)
         if ahead is CompileAhead.BACKGROUND:
             assert steps.of(BUCKETS[0])
         with pytest.raises(MemoryError, match="too large") as raised:
@@ -135,7 +136,7 @@ def test_failure_is_raised_where_a_program_is_asked_for_that_is_not_there(ahead:
     assert raised.value.__notes__ == ["(while the step of the bucket 16×8 was compiled)"]
 
 
-def test_what_is_done_after_a_program_holds_up_nobody(compiler: Compiler) -> None:
+def test_work_after_a_program_does_not_delay_the_program(compiler: Compiler) -> None:
     may, done = threading.Event(), list[Bucket]()
 
     def then(bucket: Bucket) -> None:
@@ -150,20 +151,20 @@ def test_what_is_done_after_a_program_holds_up_nobody(compiler: Compiler) -> Non
         eventually(lambda: done == BUCKETS)
 
 
-class ConditioningPair(Exception):
+class Signalled(Exception):
     pass
 
 
 def test_signal_interrupts_the_waiting(compiler: Compiler) -> None:
-    def tell(*_: object) -> None:
-        raise ConditioningPair
+    def handler(*_: object) -> None:
+        raise Signalled
 
-    before = signal.signal(signal.SIGTERM, tell)
+    before = signal.signal(signal.SIGTERM, handler)
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     began = time.monotonic()
     try:
-        with CompiledSteps(compiler, ARGUMENTS, MESH) as steps, pytest.raises(ConditioningPair):
+        with CompiledSteps(compiler, ARGUMENTS, MESH) as steps, pytest.raises(Signalled):
             steps.of(BUCKETS[0])
     finally:
         timer.join()
@@ -199,7 +200,7 @@ arguments = {Bucket(8, 8): (jax.ShapeDtypeStruct((8, 8), jnp.float32),)}
 with compilation.CompiledSteps(Step(), arguments, sharding.make_mesh(sharding.MeshConfig())):
     Step.compiling.wait()
     time.sleep(0.2)
-    print("said", flush=True)
+    print("compiling", flush=True)
 
 def main():
     {ending}
@@ -216,10 +217,10 @@ def test_process_ends_while_a_step_is_compiled(ending: str, code: int) -> None:
     """Without `leave`, Python aborts (exit code 134): seen with jax 0.10.2."""
     program = LEAVING.replace("{ending}", ending)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout) == (code, "said\n"), done.stderr[-2000:]
+    assert (done.returncode, done.stdout) == (code, "compiling\n"), done.stderr[-2000:]
 
 
-def test_compiled_ahead_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None:
+def test_step_compiled_in_the_background_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None:
     place = sharding.replicated(MESH)
 
     def step(state: dict[str, jax.Array], x: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
@@ -234,7 +235,7 @@ def test_compiled_ahead_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), (state(), x)
     )
-    with compiling.quick(tmp_path / "of before"):
+    with compiling.quick(tmp_path / "previous"):
         compilation.use_cache(tmp_path / "cache")
         expected = jitted(state(), x)
         programs = set((tmp_path / "cache").glob("jit_step-*-cache"))
@@ -245,7 +246,7 @@ def test_compiled_ahead_is_what_jit_compiles_bit_for_bit(tmp_path: Path) -> None
         assert set((tmp_path / "cache").glob("jit_step-*-cache")) == programs, "it was read from the cache"
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-    assert given["w"].is_deleted(), "the state's memory was taken, as by jit"
+    assert given["w"].is_deleted(), "the state is donated, as by jit"
 
 
 @pytest.fixture(scope="module")
@@ -255,8 +256,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> BucketedDataset:
     return BucketedDataset(dataclasses.replace(config, batch_size=4, buckets=buckets), Tokenizer.of(tiny.MODEL.text))
 
 
-def test_batch_that_is_compiled_for_is_that_of_the_data(dataset: BucketedDataset) -> None:
-    """That of a cache is compared where one is trained from: in test_encoding."""
+def test_abstract_batch_is_that_of_the_data(dataset: BucketedDataset) -> None:
+    """For a cache: test_encoding."""
     batches = dataset.iterate()
     for step in range(4):
         batch = sharding.put_batch(MESH, next(batches))
@@ -274,13 +275,13 @@ def test_order_of_need_is_that_of_the_data(dataset: BucketedDataset, monkeypatch
         assert list(compilation.order_of_need(dataset, first, 9)) == list(dict.fromkeys(buckets))
     assert compilation.order_of_need(dataset, 3, 4) == {dataset.bucket_of(3): 4}, "no other step is left"
     assert compilation.order_of_need(dataset, 4, 4) == {}
-    monkeypatch.setattr(compilation, "_LOOKED_AHEAD", 1)
+    monkeypatch.setattr(compilation, "_LOOKAHEAD_STEPS", 1)
     all_buckets = compilation.order_of_need(dataset, 3, 9)
     assert set(all_buckets) == set(tiny.BUCKETS)
     assert next(iter(all_buckets)) == dataset.bucket_of(3)
 
 
-def test_what_the_compiler_says_of_the_configuration_names_the_remedy() -> None:
+def test_errors_of_the_compiler_about_the_configuration_name_the_remedy() -> None:
     function = jax.jit(jnp.sin, compiler_options={"xla_misspelt": "1"})
     with (
         CompiledSteps(function, {BUCKETS[0]: (1.0,)}, MESH) as steps,
@@ -288,51 +289,51 @@ def test_what_the_compiler_says_of_the_configuration_names_the_remedy() -> None:
     ):
         steps.of(BUCKETS[0])
     full = RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nRan out of memory: 20G of 16G hbm")
-    said = compilation.explained("the step", full)
-    assert isinstance(said, InputError) and "20G of 16G hbm. To need less memory: raise mesh.fsdp" in str(said)
+    error = compilation.explained("the step", full)
+    assert isinstance(error, InputError) and "20G of 16G hbm. To need less memory: raise mesh.fsdp" in str(error)
     assert compilation.explained("the step", other := ValueError("")) is other
 
 
 def refuse(_: Any) -> Any:
-    raise AssertionError("it was to be read, not compiled")
+    raise AssertionError("it should be read, not compiled")
 
 
-def test_step_compiled_ahead_is_read_not_compiled(
+def test_aot_compiled_step_is_read_not_compiled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = jax.jit(lambda x: {"sum": x["a"].sum(), "more": jnp.cos(x["a"])})
     given = {"a": jnp.arange(6.0)}
-    made_ahead = Programs(folder(str(tmp_path)), MESH, {"option": 1})
+    aot_programs = Programs(folder(str(tmp_path)), MESH, {"option": 1})
     lowered = function.lower(given)
     compiled = lowered.compile()
     for _ in range(2):  # the second time in place of the first
-        made_ahead.write(lowered, compiled)
+        aot_programs.write(lowered, compiled)
 
-    def run(made_ahead: Programs) -> Any:
-        with CompiledSteps(function, {BUCKETS[0]: (given,)}, MESH, made_ahead=made_ahead) as steps:
+    def run(aot_programs: Programs) -> Any:
+        with CompiledSteps(function, {BUCKETS[0]: (given,)}, MESH, aot_programs=aot_programs) as steps:
             return steps.of(BUCKETS[0])(given)
 
     with monkeypatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", refuse)
-        jax.tree.map(np.testing.assert_array_equal, run(made_ahead), compiled(given))
+        jax.tree.map(np.testing.assert_array_equal, run(aot_programs), compiled(given))
         assert capsys.readouterr().out == ""
-        with pytest.raises(AssertionError, match="to be read, not compiled"):
-            run(made_ahead._replace(options={"option": 2}))
-    said = capsys.readouterr().out
-    assert "the step of 8×8 in" in said and "is none of the 1 there (of another configuration" in said
+        with pytest.raises(AssertionError, match="should be read, not compiled"):
+            run(aot_programs._replace(options={"option": 2}))
+    output = capsys.readouterr().out
+    assert "the step of 8×8 in" in output and "is not among the 1 programs (of another configuration" in output
 
     (file,) = (tmp_path / "ahead").iterdir()
     file.write_bytes(file.read_bytes()[:50])
-    jax.tree.map(np.testing.assert_array_equal, run(made_ahead), compiled(given))
+    jax.tree.map(np.testing.assert_array_equal, run(aot_programs), compiled(given))
     assert "could not be read: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("taken", [58_978, 100])
-def test_cpu_without_room_for_another_program_is_told_before_it_ends_the_process(tmp_path: Path, taken: int) -> None:
+def test_too_few_memory_mappings_are_refused_before_xla_crashes(tmp_path: Path, taken: int) -> None:
     for name, text in (("sys/vm/max_map_count", "65530\n"), ("self/maps", "7f00 r-xp\n" * taken)):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text(text)
-    expected = pytest.raises(InputError, match=r"58978 .* of the 65530.* sysctl -w vm.max_map_count=1048480")
+    expected = pytest.raises(InputError, match=r"58978 .* of the 65530.*sysctl -w vm.max_map_count=1048480")
     with expected if taken > 58_977 else contextlib.nullcontext():
         compilation.check_mappings(tmp_path)
     compilation.check_mappings(tmp_path / "no Linux")

@@ -1,7 +1,7 @@
-"""The promises of sdxl_jax.training.encoding: from a cache is learnt what is learnt from the images, and a cache of
-anything else is refused.
+"""The promises of sdxl_jax.training.encoding: training from a cache learns what training from the images learns, and a
+cache of another provenance is refused.
 
-A tiny model at random weights encodes twelve images in two buckets, three crops each, in three pieces; the last
+A tiny model with random weights encodes twelve images in two buckets, three crops each, in three pieces; the last
 groups of a bucket and of a piece are smaller than a batch.
 """
 
@@ -63,7 +63,7 @@ def make_images(folder: Path) -> Path:
         height, width = ((34, 41), (24, 45))[number % 2]
         pixels = rng.integers(0, 256, (height + number, width + number, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-        captions = [f"image {number}, told in way {way}" for way in range(1 + number % 3)]
+        captions = [f"image {number}, caption {variant}" for variant in range(1 + number % 3)]
         lines.append({"file_name": f"{number:03d}.png", "text": captions, "score": 4 + number / 4})
     write_lines(folder, lines)
     return folder
@@ -106,7 +106,7 @@ def losses(config: TrainConfig, run: Path) -> list[float]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All that count of a cache, by name."""
+    """The files of a cache that matter, by name."""
     every = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".partial"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in every}
 
@@ -118,7 +118,7 @@ def assert_identical(one: Any, other: Any) -> None:
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
-def assert_same_but_for_rounding(one: Any, other: Any) -> None:
+def assert_same_up_to_rounding(one: Any, other: Any) -> None:
     """In a batch of another size float32 adds up in another order: 1e-6 for sums of numbers up to 1. Where that is
     about the middle between two bfloat16 numbers, which are 2⁻⁷ of themselves apart, the other one is taken; rarely,
     as between two of them are 2¹⁶ of float32."""
@@ -132,7 +132,7 @@ def assert_same_but_for_rounding(one: Any, other: Any) -> None:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """Steps of four images, two an epoch, from a cache."""
+    """Steps of four images, two steps per epoch, from a cache."""
     home = tmp_path_factory.mktemp("home")
     base = dataclasses.replace(tiny.train_config(make_images(home / "images"), STEPS), model=MODEL)
     base = with_data(
@@ -143,7 +143,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def pixels(config: TrainConfig) -> TrainConfig:
-    """The same from the images."""
+    """The same, from the images."""
     return with_data(config, cache=None)
 
 
@@ -154,7 +154,7 @@ def encoders(config: TrainConfig) -> Params:
 
 @pytest.fixture(scope="module")
 def folder(config: TrainConfig) -> Path:
-    """The cache, written at one go."""
+    """The cache, written in one run."""
     plan = encode(config)
     assert not plan.missing() and plan.pieces == 3
     return plan.folder
@@ -219,10 +219,10 @@ def test_batches_of_a_cache_are_those_of_the_images(
         expected.append(jax.device_get(encoded(decoded)))
     assert buckets == set(tiny.BUCKETS)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(bfloat16)}
-    assert_same_but_for_rounding(found, expected)
+    assert_same_up_to_rounding(found, expected)
 
 
-def test_batch_that_is_compiled_for_is_that_of_the_cache(config: TrainConfig, dataset: BucketedDataset) -> None:
+def test_abstract_batch_is_that_of_the_cache(config: TrainConfig, dataset: BucketedDataset) -> None:
     mesh = sharding.make_mesh(config.mesh)
     for step, batch in enumerate(take(dataset, 2)):
         bucket = dataset.bucket_of(step)
@@ -252,38 +252,40 @@ def test_cached_run_needs_neither_encoder_nor_images(dataset: BucketedDataset, m
     assert len(take(dataset, 2)) == 2
 
 
-def seen_by_the_network(
+def inputs_of_the_network(
     config: TrainConfig, encoders: Params, batch: Batch, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(latents, text states) that come to the loss in that step."""
-    seen: list[Any] = []
+    """(latents, text states) of that step."""
+    inputs, contexts = list[Any](), list[Any]()
 
     def error(network: Callable[..., Any], latent: Any, *_: Any) -> jax.Array:
-        seen.append((latent, network(latent, jnp.zeros(len(latent)))))
+        network(latent, jnp.zeros(len(latent), jnp.int32))
+        inputs.append((latent, contexts.pop()))
         return jnp.zeros(())
 
-    def show_context(_config: Any, _params: Any, _latent: Any, _timestep: Any, context: Any, *_: Any) -> Any:
-        return context
+    def record_context(_config: Any, _params: Any, latent: Any, _timestep: Any, context: Any, *_: Any) -> Any:
+        contexts.append(context)
+        return latent
 
     @jax.jit
     def traced(keys: jax.Array, batch: Batch) -> Any:
         empty = Tokenizer.of(config.model.text)([""])
         denoising.batch_loss({"unet": {"unused": keys}}, encoders, batch, keys, config, empty)
-        return seen.pop()
+        return inputs.pop()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoising.loss, "diffusion_loss", error)
-        patch.setattr(denoising.unet, "apply", show_context)
+        patch.setattr(denoising.unet, "apply", record_context)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(batch.example))
         return jax.device_get(traced(keys, batch))
 
 
-def test_latents_of_a_cache_are_drawn_again_each_step(
+def test_latents_of_a_cache_are_sampled_again_each_step(
     config: TrainConfig, encoders: Params, dataset: BucketedDataset
 ) -> None:
     batch = take(dataset, 1)[0]
     assert batch.encoded is not None
-    latents = [seen_by_the_network(config, encoders, batch, step)[0] for step in (0, 0, 1)]
+    latents = [inputs_of_the_network(config, encoders, batch, step)[0] for step in (0, 0, 1)]
     np.testing.assert_array_equal(latents[0], latents[1])
     mean, deviation = batch.encoded.mean.astype(np.float32), np.exp(batch.encoded.log_variance.astype(np.float32) / 2)
     noise = [(latent / config.model.vae.scale - mean) / deviation for latent in latents[1:]]
@@ -301,7 +303,7 @@ def test_captions_of_a_cache_are_dropped_again_each_step(
     dropping = dataclasses.replace(config, training=training)
     dropped = []
     for step in range(5):
-        context = seen_by_the_network(dropping, encoders, batch, step)[1]
+        context = inputs_of_the_network(dropping, encoders, batch, step)[1]
         gone = ~context.any(axis=(1, 2))
         np.testing.assert_array_equal(context[~gone], batch.encoded.context[~gone].astype(np.float32))
         dropped.append(gone)
@@ -319,7 +321,7 @@ def test_every_crop_has_the_numbers_that_made_it(
     for bucket, size in enumerate(dataset.buckets):
         for position in dataset.order.run(bucket):
             image = int(dataset.order.numbers[position])
-            examples = dataset.loader.fixed(image, range(CROPS), size)
+            examples = dataset.loader.fixed_crops(image, range(CROPS), size)
             crops = [cache.crop(position, crop)[0] for crop in range(CROPS)]
             for example, crop in zip(examples, crops, strict=True):
                 for name in ("original_size", "crop_top_left", "target_size"):
@@ -330,13 +332,13 @@ def test_every_crop_has_the_numbers_that_made_it(
             made = posterior(np.stack([example.image for example in [*examples, examples[0]]]))
             expected = [np.asarray(moment[:CROPS], bfloat16) for moment in made]
             moments = [np.stack([getattr(crop, name) for crop in crops]) for name in ("mean", "log_variance")]
-            assert_same_but_for_rounding(moments, expected)
+            assert_same_up_to_rounding(moments, expected)
             different += len({crop.mean.tobytes() for crop in crops})
     assert flips == {False, True}
     assert different > 2 * IMAGES, "most images have crops that differ"
 
 
-def test_batch_size_of_encoding_changes_nothing_but_rounding(
+def test_batch_size_of_encoding_changes_only_rounding(
     config: TrainConfig, cache: Cache, folder: Path, tmp_path: Path
 ) -> None:
     plan = encode(with_data(config, cache=str(tmp_path / "cache")), batch_size=BATCH + 1)
@@ -347,10 +349,10 @@ def test_batch_size_of_encoding_changes_nothing_but_rounding(
     for image, crop in itertools.product(range(IMAGES), range(CROPS)):
         (one, captions), (two, same_captions) = cache.crop(image, crop), other.crop(image, crop)
         assert_identical([*one[2:5], one.flipped * np.ones(1)], [*two[2:5], two.flipped * np.ones(1)])
-        assert_same_but_for_rounding(one[:2], two[:2])
+        assert_same_up_to_rounding(one[:2], two[:2])
         texts = list(zip(captions, same_captions, strict=True))
         assert_identical([text.tokens for text, _ in texts], [text.tokens for _, text in texts])
-        assert_same_but_for_rounding([text[1:] for text, _ in texts], [text[1:] for _, text in texts])
+        assert_same_up_to_rounding([text[1:] for text, _ in texts], [text[1:] for _, text in texts])
 
 
 # What a cache was made from
@@ -456,16 +458,16 @@ def test_cache_of_other_code_is_refused_unless_allowed(
 
 
 @pytest.mark.parametrize("part", ["vae/encoder/conv_in", "text_encoder_2"])
-def test_encoder_that_trains_is_refused_by_encoding_and_training(config: TrainConfig, folder: Path, part: str) -> None:
+def test_trainable_encoder_is_refused_by_encoding_and_training(config: TrainConfig, folder: Path, part: str) -> None:
     given = dataclasses.replace(config.training, trainable=(f"^{part}/", "^unet/"))
     for command in (encode, loop.train):
-        with pytest.raises(InputError, match=rf"what the {part.split('/')[0]} made .* training\.trains changes it"):
+        with pytest.raises(
+            InputError, match=rf"holds the outputs of {part.split('/')[0]} .* training\.trainable makes it trainable"
+        ):
             command(dataclasses.replace(config, training=given))
 
 
-def test_run_of_a_cache_goes_on_with_it_and_no_other_does(
-    config: TrainConfig, pixels: TrainConfig, tmp_path: Path
-) -> None:
+def test_run_from_a_cache_resumes_only_from_a_cache(config: TrainConfig, pixels: TrainConfig, tmp_path: Path) -> None:
     runs = {}
     for name, begun in (("cached", with_data(config, cache="elsewhere/cache")), ("pixels", pixels)):
         runs[name] = tmp_path / name
@@ -487,7 +489,7 @@ def test_cache_needs_a_number_of_crops(config: TrainConfig) -> None:
 def test_run_from_weights_reads_the_cache_of_their_encoders(
     trainable: TrainConfig, cached_losses: list[float], pixel_run: Path
 ) -> None:
-    """The run's UNet has been trained; its encoders are those of the cache."""
+    """That run's UNet has been trained; its encoders are those of the cache."""
     training = dataclasses.replace(trainable.training, init_from=(str(pixel_run),), seed=9)
     other = dataclasses.replace(trainable, training=training)
     assert not encode(other).missing()  # it is the same cache, and complete
@@ -497,7 +499,7 @@ def test_run_from_weights_reads_the_cache_of_their_encoders(
 # Fingerprints
 
 
-def test_fingerprint_sees_every_bit_and_place() -> None:
+def test_fingerprint_depends_on_every_bit_and_position() -> None:
     numbers = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
     numbers[1, 1] = 0
 
@@ -518,7 +520,7 @@ def test_fingerprint_sees_every_bit_and_place() -> None:
     assert len({same, *found}) == 1 + len(found)
 
 
-def test_fingerprint_names_what_is_kept_in_other_precision_by_its_values() -> None:
+def test_fingerprint_depends_on_values_and_not_on_their_dtype() -> None:
     rounded = jnp.asarray(np.random.default_rng(0).normal(size=7), jnp.bfloat16)
     assert encoding.fingerprint({"a": rounded}) == encoding.fingerprint({"a": rounded.astype(jnp.float32)})
 
@@ -530,7 +532,7 @@ class Crash(Exception):
     pass
 
 
-def test_interrupted_encoding_goes_on_with_the_missing_pieces(
+def test_interrupted_encoding_resumes_with_the_missing_pieces(
     config: TrainConfig, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted, written = with_data(config, cache=str(tmp_path / "cache")), []
@@ -573,7 +575,7 @@ encoding.encode(config, batch_size=int(sys.argv[2]), piece_images=int(sys.argv[3
 
 
 @pytest.mark.slow
-def test_killed_encoding_goes_on_with_the_missing_pieces(
+def test_killed_encoding_resumes_with_the_missing_pieces(
     config: TrainConfig, encoders: Params, folder: Path, tmp_path: Path
 ) -> None:
     """Killed between the two files of a piece."""
@@ -598,7 +600,7 @@ def test_shares_together_write_what_one_writes(
 ) -> None:
     shared = with_data(config, cache=str(tmp_path / "cache"))
     assert encode(shared, share=(0, 2)).missing() == [1]
-    with pytest.raises(InputError, match=r"1 of its 3 pieces are missing.*goes on where it stopped"):
+    with pytest.raises(InputError, match=r"1 of its 3 pieces are missing.*resumes where it stopped"):
         encoding.from_cache(shared, open_dataset(shared), encoders)
     assert encode(shared, share=(1, 2)).missing() == []
     assert files(tmp_path / "cache") == files(folder)
@@ -606,19 +608,19 @@ def test_shares_together_write_what_one_writes(
 
 @pytest.mark.parametrize("share", [(2, 2), (-1, 2), (0, 0)])
 def test_impossible_share_is_refused(config: TrainConfig, tmp_path: Path, share: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=rf"share {share[0]} of {share[1]}\. Expected"):
+    with pytest.raises(InputError, match=rf"share={share[0]},{share[1]} cannot be used\. Give"):
         encode(with_data(config, cache=str(tmp_path / "cache")), share=share)
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("batch_size", [0, -4])
 def test_impossible_batch_is_refused(config: TrainConfig, tmp_path: Path, batch_size: int) -> None:
-    with pytest.raises(InputError, match=rf"batch_size={batch_size}, .* Expected a batch of 1 or more"):
+    with pytest.raises(InputError, match=rf"batch_size={batch_size} .* Give a batch_size of 1 or more"):
         encode(with_data(config, cache=str(tmp_path / "cache")), batch_size=batch_size)
     assert not (tmp_path / "cache").exists()
 
 
-def test_cache_of_something_else_is_not_gone_on_with(config: TrainConfig, folder: Path) -> None:
+def test_cache_of_another_provenance_is_not_resumed(config: TrainConfig, folder: Path) -> None:
     before = files(folder)
     with pytest.raises(InputError, match=r"(?s)holds a cache of something else.*crops\.seed: 3 -> 5"):
         encode(with_data(config, seed=5))
@@ -656,10 +658,10 @@ def test_unreadable_image_is_named_once_and_replaced_by_the_next(
     damaged: TrainConfig, encoders: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encode(damaged)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for number in DAMAGED:
-        assert said.count(f"{number:03d}.png") == 1, said
-    assert said.count("cannot be encoded: ") == len(DAMAGED)
+        assert output.count(f"{number:03d}.png") == 1, output
+    assert output.count("cannot be encoded: ") == len(DAMAGED)
 
     data = encoding.from_cache(damaged, open_dataset(damaged), encoders)
     cache = data.loader.cache
@@ -678,8 +680,8 @@ def test_unreadable_image_is_named_once_and_replaced_by_the_next(
     )
     assert 0 < sum(int(batch.replaced.sum()) for batch in batches) < 9 * BATCH
     assert not {int(image) for batch in batches for image in batch.example}.intersection(DAMAGED)
-    said = capsys.readouterr().out
-    assert said.count("replaced while training: ") == 3 * len(DAMAGED), said  # once in each of three passes
+    output = capsys.readouterr().out
+    assert output.count("replaced while training: ") == 3 * len(DAMAGED), output  # once in each of three passes
 
 
 # Other models
@@ -692,7 +694,7 @@ def of_model(trainable: TrainConfig, parts: ModelConfig, cache: Path, steps: int
 
 @pytest.mark.slow
 def test_model_without_pooled_text_trains_from_its_cache(trainable: TrainConfig, tmp_path: Path) -> None:
-    """As SD 1: one tower, no sizes."""
+    """Like SD 1: one tower, no sizes."""
     parts = ModelConfig(
         unet=dataclasses.replace(UNET, context_dim=8, vector_dim=None),
         vae=MODEL.vae,
@@ -711,8 +713,8 @@ def test_model_without_pooled_text_trains_from_its_cache(trainable: TrainConfig,
 
 
 @pytest.mark.slow
-def test_model_that_is_told_scores_trains_from_its_cache(trainable: TrainConfig, tmp_path: Path) -> None:
-    """As the refiner: one tower with pooled text, scores."""
+def test_model_conditioned_on_scores_trains_from_its_cache(trainable: TrainConfig, tmp_path: Path) -> None:
+    """Like the refiner: one tower with pooled text, scores."""
     parts = dataclasses.replace(
         MODEL,
         unet=dataclasses.replace(UNET, context_dim=8, vector_dim=8 + 5 * 4),

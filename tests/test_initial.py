@@ -1,4 +1,5 @@
-"""What a run starts from: all that a file says of what its weights mean is compared, and nothing changes unnamed."""
+"""The initial weights of a run: everything that a file records about their training is compared, and only named fields
+may change."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +16,7 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Spacing
-from sdxl_jax.training.initial import _other_meaning, _other_sampling, check_initial
+from sdxl_jax.training.initial import _meaning_differences, _sampling_differences, check_initial
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.lazy import part_configs
 from sdxl_jax.weights.open import open_model
@@ -28,7 +29,7 @@ V = dataclasses.replace(
 
 
 def change(config: ModelConfig, field: str) -> ModelConfig:
-    """With another value of a field."""
+    """With another value of one field."""
     values: dict[str, Any] = {
         "prediction": Prediction.EPSILON if config.prediction is Prediction.V else Prediction.V,
         "schedule": dataclasses.replace(config.schedule, beta_end=0.02),
@@ -51,7 +52,7 @@ def start(path: Path, model: ModelConfig, **options: Any) -> None:
 
 def test_model_of_the_same_meaning_is_taken(saved: Path) -> None:
     start(saved, V)
-    assert _other_meaning(open_model(saved), V) == []
+    assert _meaning_differences(open_model(saved), V) == []
 
 
 @pytest.mark.parametrize("field", MEANING)
@@ -75,22 +76,25 @@ def test_parts_without_the_unet_mean_the_same_under_any_noise(saved: Path) -> No
 
 
 def test_network_that_does_not_say_how_it_was_trained_is_taken(saved: Path) -> None:
-    """As a UNet's directory alone: nothing is known of its noise, and nothing is claimed."""
-    assert _other_meaning(open_model(saved), tiny.MODEL) != []
-    assert _other_meaning(dataclasses.replace(open_model(saved), tells_noise=False), tiny.MODEL) == []
+    """Such as the directory of a UNet alone: its noise schedule is unknown, so nothing is compared."""
+    assert _meaning_differences(open_model(saved), tiny.MODEL) != []
+    assert _meaning_differences(dataclasses.replace(open_model(saved), noise_is_known=False), tiny.MODEL) == []
 
 
-def test_another_way_of_sampling_is_found_and_keeps_no_run_from_starting(saved: Path) -> None:
+def test_other_sampling_defaults_are_found_and_do_not_refuse_the_run(saved: Path) -> None:
     weights = open_model(saved)
-    assert _other_sampling(weights, V) == []
+    assert _sampling_differences(weights, V) == []
     turbo = dataclasses.replace(V, sampling=SamplingDefaults("euler_ancestral", Spacing.LEADING))
     start(saved, turbo)
-    assert _other_sampling(weights, turbo) == ["sampler: None -> euler_ancestral", "spacing: None -> leading"]
+    assert _sampling_differences(weights, turbo) == ["sampler: None -> euler_ancestral", "spacing: None -> leading"]
     old, new = ({"model": {"sampling": to_json(sampling)}} for sampling in (None, turbo.sampling))
     assert blocking_differences(old, new) == [], "a resumed run may set it"
 
 
-def test_name_that_is_no_such_field_is_refused() -> None:
+def test_unknown_name_in_init_changes_is_refused() -> None:
     training = TrainingConfig(init_from=("unused",), init_changes=("shedule",))
-    with pytest.raises(InputError, match=r"training\.init_changes has shedule\. Known, nearest first: schedule, "):
+    with pytest.raises(
+        InputError,
+        match=r"training\.init_changes has shedule, which is not one of its names\. Known, nearest first: schedule, ",
+    ):
         TrainConfig(data=DataConfig("unused"), training=training).check()

@@ -1,10 +1,10 @@
-"""What is learnt does not depend on how it is spread: 20 steps, bucket changes included, under every layout.
+"""What is learnt does not depend on the parallelism: 20 steps, bucket changes included, under every layout.
 
 On eight simulated devices in one process, and on real processes that talk over loopback. The harness is layouts.py.
 
 Tolerance: devices add up in another order, a float32 rounding (6e-8 of a number's size) here and there in each sum, and
-20 steps carry it on. Adam's epsilon is 1e-3 in these runs, so that an update follows its gradient: the usual 1e-8 makes
-a step of full length of the rounding of a gradient near zero.
+20 steps carry it on. Adam's epsilon is 1e-3 in these runs, so that an update follows its gradient: with the default
+1e-8, the rounding of a gradient near zero becomes a step of full length.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 LOSS_TOLERANCE = 1e-5
 """Relative."""
 STATE_TOLERANCE = 1e-5
-"""Absolute, for parameters, average and moments; parameters are of size 1 and move by 1e-3 a step at most."""
+"""Absolute, for parameters, average and moments; parameters are of size 1 and move by at most 1e-3 per step."""
 HALFWAY = 10
 EIGHT = list(LAYOUTS)[1 : list(LAYOUTS).index("data 2")]
 
@@ -43,15 +43,15 @@ def options(scratch: Path, names: list[str], **others: Any) -> Options:
     return Options(str(scratch / "images"), names, STEPS, str(scratch / "reference"), **others)
 
 
-def run(scratch: Path, asked: Options, processes: int = 1, devices: int = 8) -> list[list[dict[str, Any]]]:
-    """What each process prints, a line for each layout. devices: of each process, simulated."""
+def run(scratch: Path, given: Options, processes: int = 1, devices: int = 8) -> list[list[dict[str, Any]]]:
+    """What each process prints, one result per layout. devices: simulated devices per process."""
     environment = compiling.environment(scratch / "compiled", devices=devices)
     if processes > 1:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
         environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    command = [sys.executable, layouts.__file__, json.dumps(dataclasses.asdict(asked))]
+    command = [sys.executable, layouts.__file__, json.dumps(dataclasses.asdict(given))]
     children, logs = [], [scratch / f"log_{number}" for number in range(processes)]
     try:
         for number, log in enumerate(logs):
@@ -72,13 +72,13 @@ def run(scratch: Path, asked: Options, processes: int = 1, devices: int = 8) -> 
 
 @pytest.fixture(scope="module")
 def single(scratch: Path) -> dict[str, Any]:
-    """The run on one device, with a checkpoint halfway; what all others are compared with."""
-    asked = options(scratch, ["single"], save=(str(scratch / "single"), HALFWAY))
-    [[result]] = run(scratch, asked)
+    """The run on one device, with a checkpoint halfway; the reference for all others."""
+    given = options(scratch, ["single"], save=(str(scratch / "single"), HALFWAY))
+    [[result]] = run(scratch, given)
     assert len(result["losses"]) == STEPS
     changes = sum(one != other for one, other in zip(result["buckets"], result["buckets"][1:], strict=False))
     assert changes >= 3
-    assert np.ptp(result["losses"]) > 1e-2  # a hundred times the tolerance and more: steps are not alike
+    assert np.ptp(result["losses"]) > 1e-2  # a hundred times the tolerance and more: steps differ
     return result
 
 
@@ -136,7 +136,7 @@ def test_real_processes_learn_as_one_device(
         ("single", 2, 1, "fsdp 2"),
     ],
 )
-def test_run_goes_on_under_another_layout(
+def test_run_resumes_under_another_layout(
     scratch: Path, single: dict[str, Any], before: str, processes: int, devices: int, after: str
 ) -> None:
     where = scratch / before.replace(" ", "_")
@@ -148,7 +148,7 @@ def test_run_goes_on_under_another_layout(
     check(results, single, HALFWAY)
 
 
-def test_run_of_two_processes_goes_on_in_one(scratch: Path, single: dict[str, Any]) -> None:
+def test_run_of_two_processes_resumes_in_one(scratch: Path, single: dict[str, Any]) -> None:
     where = str(scratch / "of_two")
     check(run(scratch, options(scratch, ["fsdp 2"], save=(where, HALFWAY)), 2, 1), single)
     check(run(scratch, options(scratch, ["data 8"], restore=(where, HALFWAY))), single, HALFWAY)

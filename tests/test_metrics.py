@@ -1,4 +1,4 @@
-"""The promises of what a run tells about itself: lines, bar, Weights & Biases, and where the time went."""
+"""The promises of metrics logging: lines, bar, Weights & Biases, and where the time went."""
 
 import json
 import resource
@@ -18,9 +18,8 @@ from sdxl_jax import config as configuration
 from sdxl_jax import flops
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
-from sdxl_jax.training.observe import clock as clocks
 from sdxl_jax.training.observe import metrics, profiling
-from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart
+from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart, read_starts, time_table, totals
 from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter, WandbBoard
 from sdxl_jax.training.observe.mfu import MfuMeter
 
@@ -28,7 +27,7 @@ BUCKET = Bucket(32, 32)
 
 
 class Time:
-    """Seconds that pass when they are told to."""
+    """A clock that advances only by `sleep`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -54,8 +53,8 @@ def numbers(step: int) -> dict[str, Any]:
     return {"loss": jnp.float32(1 / step), "grad_norm": jnp.float32(2), "learning_rate": jnp.float32(0.5)}
 
 
-def make_steps(writer: MetricsWriter, clock: Clock, time: Time, steps: range, compiling: tuple[int, ...] = ()) -> None:
-    """Each takes 2 s, of which 0.5 are for data, and before some of them 7 s are for their program; then 4 are for a
+def run_steps(writer: MetricsWriter, clock: Clock, time: Time, steps: range, compiling: tuple[int, ...] = ()) -> None:
+    """Each takes 2 s, of which 0.5 s for data; some wait 7 s for compilation first; each is followed by 4 s for a
     checkpoint."""
     for step in steps:
         if step in compiling:
@@ -82,7 +81,7 @@ def test_step_seconds_are_without_compiling_and_saving(tmp_path: Path, clock: Cl
     mfu_meter = MfuMeter(lambda _: 3e12, peak=10e12)
     mfu_meter.count(BUCKET)
     with MetricsWriter(tmp_path, 0, 4, False, clock, mfu_meter) as writer:
-        make_steps(writer, clock, time, range(1, 5), compiling=(1, 3))
+        run_steps(writer, clock, time, range(1, 5), compiling=(1, 3))
     for line in lines(tmp_path):
         assert line["step_seconds"] == 2
         assert line["images_per_second"] == 4
@@ -92,18 +91,18 @@ def test_step_seconds_are_without_compiling_and_saving(tmp_path: Path, clock: Cl
         assert {*TIMES} - line.keys() <= {"compile_seconds"}
 
 
-def test_resumed_lines_are_the_same_but_for_times(tmp_path: Path, clock: Clock, time: Time) -> None:
+def test_resumed_lines_are_the_same_except_for_times(tmp_path: Path, clock: Clock, time: Time) -> None:
     folders = tmp_path / "whole", tmp_path / "resumed"
     for folder in folders:
         folder.mkdir()
     with MetricsWriter(folders[0], 0, 4, False, clock) as writer:
-        make_steps(writer, clock, time, range(1, 5))
+        run_steps(writer, clock, time, range(1, 5))
     with MetricsWriter(folders[1], 0, 4, False, clock) as writer:
-        assert writer.made_before == 0
-        make_steps(writer, clock, time, range(1, 4))
+        assert writer.recomputed_until == 0
+        run_steps(writer, clock, time, range(1, 4))
     with MetricsWriter(folders[1], 2, 4, False, clock) as writer:
-        assert writer.made_before == 3
-        make_steps(writer, clock, time, range(3, 5), compiling=(3,))
+        assert writer.recomputed_until == 3
+        run_steps(writer, clock, time, range(3, 5), compiling=(3,))
     whole, resumed = ([{k: v for k, v in line.items() if k not in TIMES} for line in lines(each)] for each in folders)
     assert whole == resumed
 
@@ -125,47 +124,47 @@ def test_skipped_step_is_a_line_of_strict_json_and_counted_in_the_bar(
 def test_bar_shows_loss_throughput_mfu_data_and_compiling(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mfu_meter, there = MfuMeter(lambda _: 3e12, 10e12), 3
-    with MetricsWriter(tmp_path, 0, 4, True, clock, mfu_meter, programs=lambda: (there, 40)) as writer:
-        make_steps(writer, clock, time, range(1, 4), compiling=(3,))
-        beside = writer._bar.postfix
+    mfu_meter, compiled = MfuMeter(lambda _: 3e12, 10e12), 3
+    with MetricsWriter(tmp_path, 0, 4, True, clock, mfu_meter, programs=lambda: (compiled, 40)) as writer:
+        run_steps(writer, clock, time, range(1, 4), compiling=(3,))
+        before = writer._bar.postfix
         mfu_meter.count(BUCKET)
-        there = 40
-        make_steps(writer, clock, time, range(4, 5))
+        compiled = 40
+        run_steps(writer, clock, time, range(4, 5))
     shown = capsys.readouterr().err
     assert "compiling 3/40" in shown  # while it waits
-    assert beside == "loss 0.3333, 4.0 images/s, 2 s waiting for data, compiled 3/40"
+    assert before == "loss 0.3333, 4.0 images/s, 2 s waiting for data, compiled 3/40"
     assert "loss 0.2500, 4.0 images/s, MFU 15%, 2 s waiting for data]" in shown
     assert [line.get("mfu") for line in lines(tmp_path)] == [None, None, None, pytest.approx(0.15)]
 
 
-def test_full_disk_costs_no_line_and_does_not_end_the_run(
+def test_full_disk_loses_no_line_and_does_not_end_the_run(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files is as good as a full disk: a part of a line is written, then comes the error."""
+    """A file size limit behaves like a full disk: a part of a line is written, then comes the error."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with MetricsWriter(tmp_path, 0, 6, False, clock) as writer, TimeLog(tmp_path, clock) as times:
-        make_steps(writer, clock, time, range(1, 3))
+        run_steps(writer, clock, time, range(1, 3))
         resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 20, before[1]))
         try:
-            make_steps(writer, clock, time, range(3, 6))
-            times.note(5, recomputed=False)
+            run_steps(writer, clock, time, range(3, 6))
+            times.count_step(5, recomputed=False)
             assert [line["step"] for line in lines(tmp_path)] == [1, 2]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        make_steps(writer, clock, time, range(6, 7))
+        run_steps(writer, clock, time, range(6, 7))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6]
-    said = capsys.readouterr().out
-    assert said.count("metrics.jsonl takes no more lines (File too large); they are kept until it does") == 1
-    assert said.count("TensorBoard gets no more numbers until the next start: File too large") == 1
+    output = capsys.readouterr().out
+    assert output.count("metrics.jsonl cannot be written (File too large); its lines are kept until it can") == 1
+    assert output.count("TensorBoard gets no more scalars until the next start: File too large") == 1
 
 
-def test_time_left_does_not_follow_from_compiling(tmp_path: Path, clock: Clock, time: Time) -> None:
+def test_estimated_time_left_ignores_compilation(tmp_path: Path, clock: Clock, time: Time) -> None:
     with MetricsWriter(tmp_path, 0, 8, True, clock) as writer:
         bar = writer._bar
         bar.start_t = bar.last_print_t = time.now
         bar._time = time  # pyright: ignore[reportAttributeAccessIssue] (tqdm's own)
-        make_steps(writer, clock, time, range(1, 5), compiling=(3,))
+        run_steps(writer, clock, time, range(1, 5), compiling=(3,))
         assert bar.format_dict["elapsed"] == 4 * (2 + 4)
 
 
@@ -190,7 +189,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[dict[str, Any], FakeRun]]]:
-    """What was begun with the package."""
+    """(options, run) of every `wandb.init`."""
     runs = []
 
     def init(**options: Any) -> FakeRun:
@@ -203,30 +202,30 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[dict[str, Any]
     yield runs
 
 
-def test_wandb_gets_every_line_and_goes_on_with_its_run(
+def test_wandb_gets_every_line_and_resumes_its_run(
     tmp_path: Path, clock: Clock, time: Time, wandb: list[tuple[dict[str, Any], FakeRun]]
 ) -> None:
     metrics.check("a project")
     with MetricsWriter(tmp_path, 0, 4, False, clock, board=WandbBoard("a project", tmp_path, {"seed": 0})) as writer:
-        make_steps(writer, clock, time, range(1, 4))
+        run_steps(writer, clock, time, range(1, 4))
     with (
         pytest.raises(KeyboardInterrupt),
         MetricsWriter(tmp_path, 2, 4, False, clock, board=WandbBoard("a project", tmp_path, {"seed": 0})) as writer,
     ):
-        make_steps(writer, clock, time, range(3, 5))
+        run_steps(writer, clock, time, range(3, 5))
         raise KeyboardInterrupt
-    (options, first), (again, second) = wandb
+    (options, first), (resumed, second) = wandb
     assert options["project"] == "a project"
     assert options["config"] == {"seed": 0}
     assert options["resume"] == "allow"
-    assert options["id"] and again["id"] == options["id"]
+    assert options["id"] and resumed["id"] == options["id"]
     assert [values["step"] for values in first.logged + second.logged] == [1, 2, 3, 3, 4]
     assert first.logged[0]["loss"] == 1 and first.logged[0]["bucket_height"] == 32
     assert first.defined == [("step", None), ("*", "step")]
     assert (first.exit_codes, second.exit_codes) == ([0], [1])
 
 
-def test_missing_wandb_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb_is_refused_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
     metrics.check(None)
     outcome = command.call(
@@ -264,20 +263,20 @@ def test_table_adds_up_all_starts(tmp_path: Path) -> None:
                 recomputed = number > 0 and step < 4 * number + 2
                 with clock.during(TimePart.RECOMPUTED if recomputed else TimePart.STEP):
                     time.sleep(20)
-                log.note(step, recomputed)
+                log.count_step(step, recomputed)
         assert sum(clock.seconds().values()) == time.now - began == 130
     with (tmp_path / "time.jsonl").open("a") as file:
         file.write('{"start": 4, "st')  # what a kill leaves
-    starts = clocks.read(tmp_path)
+    starts = read_starts(tmp_path)
     assert [(start.number, start.step, start.recomputed_steps) for start in starts] == [
         (1, 5, 0),
         (2, 9, 2),
         (3, 13, 2),
     ]
-    rows = clocks.totals(starts)
+    rows = totals(starts)
     assert (rows["start"], rows["restart"], rows["step"]) == (10, 2 * 10 + 4 * 20, 14 * 20)
     assert sum(rows.values()) == 3 * 130
-    shown = [line.split() for line in clocks.table(starts).splitlines()]
+    shown = [line.split() for line in time_table(starts).splitlines()]
     assert ["restart", "100.0", "25.6%", "2", "restarts,", "4", "steps", "recomputed"] in shown
     assert shown[-1] == ["all", "390.0", "100.0%"]
 
@@ -286,8 +285,8 @@ def test_killed_start_is_in_the_table_up_to_its_last_line(tmp_path: Path, clock:
     log = TimeLog(tmp_path, clock).__enter__()
     for step in range(1, 7):
         time.sleep(20)
-        log.note(step, recomputed=False)
-    ((_, step, _, seconds),) = clocks.read(tmp_path)  # nothing more was written
+        log.count_step(step, recomputed=False)
+    ((_, step, _, seconds),) = read_starts(tmp_path)  # nothing more was written
     assert (step, sum(seconds.values())) == (6, 130)
 
 
@@ -307,7 +306,7 @@ def get_config():
 
 
 @pytest.mark.parametrize(
-    ("given", "message"), [("10", "expected FIRST:LAST"), ("2:9", "makes the steps 1 to 4"), ("0:1", "makes the steps")]
+    ("given", "message"), [("10", "expected FIRST:LAST"), ("2:9", "runs the steps 1 to 4"), ("0:1", "runs the steps")]
 )
 def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, given: str, message: str) -> None:
     outcome = command.call("train", config_file(tmp_path), "--run-dir", tmp_path / "run", "--profile", given)
@@ -316,8 +315,8 @@ def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, given: str, mes
     assert not (tmp_path / "run").exists()
 
 
-def test_a_trace_that_would_end_the_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "breaks", lambda: True)
+def test_a_trace_that_would_crash_the_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "crashes", lambda: True)
     with pytest.raises(InputError, match=r"libtpu is installed.*pip uninstall libtpu"):
         profiling.check((3, 3), first=2, stop=3)
     assert profiling.check(None, first=2, stop=3) is None
@@ -326,14 +325,14 @@ def test_a_trace_that_would_end_the_process_is_refused(monkeypatch: pytest.Monke
 def test_steps_before_the_checkpoint_are_not_traced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profiling, "breaks", lambda: False)
+    monkeypatch.setattr(profiling, "crashes", lambda: False)
     assert profiling.check((3, 3), first=2, stop=3) == (3, 3)
     assert profiling.check(None, first=2, stop=3) is None
-    with pytest.raises(InputError, match=r"makes the steps 3 to 3\. Give FIRST:LAST among them, e\.g\. 3:3"):
+    with pytest.raises(InputError, match=r"runs the steps 3 to 3\. Give FIRST:LAST among them, e\.g\. 3:3"):
         profiling.check((3, 4), first=2, stop=3)
     capsys.readouterr()
     assert profiling.check((2, 3), first=2, stop=3) is None
-    assert "an earlier start has made step 2; nothing is traced" in capsys.readouterr().out
+    assert "an earlier start has run step 2; nothing is traced" in capsys.readouterr().out
 
 
 def test_compiling_and_logging_may_change_on_resume() -> None:
@@ -343,11 +342,11 @@ def test_compiling_and_logging_may_change_on_resume() -> None:
     new["logging"] = {"wandb_project": "x"}
     assert len(configuration.differences(old, new)) == 4
     assert not configuration.blocking_differences(old, new)
-    del old["logging"], old["training"]["compile_ahead"]  # of a run that is older than these fields
+    del old["logging"], old["training"]["compile_ahead"]  # saved before these fields existed
     assert not configuration.blocking_differences(old, new)
 
 
-def test_chips_are_known_by_jax_names() -> None:
+def test_chips_are_recognised_by_jax_names() -> None:
     v5p = flops.chip_of("TPU v5")
     assert v5p is not None and v5p is flops.V5P and v5p.flops_per_second == 459e12
     assert flops.chip_of("TPU v5 lite") is flops.V5E
@@ -363,5 +362,5 @@ def test_times_of_runs_of_version_0_1_are_read(tmp_path: Path) -> None:
     """They have `again` for steps that were recomputed."""
     line = {"start": 2, "step": 9, "steps_again": 3, "seconds": {"start": 1.0, "again": 4.0}}
     (tmp_path / "time.jsonl").write_text(json.dumps(line) + "\n")
-    (start,) = clocks.read(tmp_path)
+    (start,) = read_starts(tmp_path)
     assert (start.recomputed_steps, start.seconds) == (3, {"start": 1.0, "recomputed": 4.0})

@@ -1,4 +1,4 @@
-"""The promises of the optimisers and of the moving average: each does what its paper says, and every number counts."""
+"""The promises of optimisers and moving averages: each follows its paper, and every hyperparameter matters."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from sdxl_jax.arrays import AccumulatorDtype, Params
 from sdxl_jax.config import OnNonfinite, TrainConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.optim import optimiser
-from sdxl_jax.optim.ema import EmaConfig, EmaKind, power_of, round_at_random, start, update, weight_at
+from sdxl_jax.optim.ema import EmaConfig, EmaKind, power_of, round_stochastically, start, update, weight_at
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.checkpoint import Checkpoints, restore
@@ -32,7 +32,7 @@ KINDS_WITH_MOMENT = [OptimiserKind.ADAMW, OptimiserKind.ADAFACTOR, OptimiserKind
 
 
 def config_of(kind: OptimiserKind, **options: Any) -> OptimiserConfig:
-    """Without a warm-up, at a rate that the optimiser takes well."""
+    """Without a warm-up, at a learning rate that suits the optimiser."""
     rate = 1.0 if kind is OptimiserKind.PRODIGY else 0.02
     return OptimiserConfig(kind, **{"learning_rate": rate, "warmup_steps": 0, **options})
 
@@ -42,7 +42,7 @@ def ema_of(kind: OptimiserKind) -> EmaConfig:
 
 
 def network(seed: int = 0) -> Params:
-    """One parameter of every kind and rank that there is; the second dense kernel is large enough for Adafactor."""
+    """One parameter of every kind and rank; the second dense kernel is large enough for Adafactor."""
     rng = np.random.default_rng(seed)
     shapes = {
         "conv_in": {"kernel": (3, 3, 4, 8), "bias": (8,)},
@@ -68,7 +68,7 @@ def identical(one: Any, other: Any) -> bool:
 @functools.cache
 def first_update(config: OptimiserConfig) -> Callable[[Params, Params], Params]:
     """update(parameters, gradient)"""
-    rule = optimiser.make(config, 100)
+    rule = optimiser.make_optimiser(config, 100)
     return jax.jit(lambda p, g: rule.update(g, rule.init(p), p)[0])
 
 
@@ -79,12 +79,13 @@ def plain(kind: OptimiserKind, **options: Any) -> OptimiserConfig:
 
 @pytest.mark.slow
 @EVERY_KIND
-def test_every_optimiser_goes_downhill(kind: OptimiserKind) -> None:
-    rule = optimiser.make(config_of(kind, weight_decay=0.0), 200)
+def test_every_optimiser_reduces_the_loss(kind: OptimiserKind) -> None:
+    rule = optimiser.make_optimiser(config_of(kind, weight_decay=0.0), 200)
     goal, params = network(0), network(1)
 
     def loss(params: Params) -> jax.Array:
-        return sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(goal), strict=True))  # pyright: ignore
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(goal), strict=True)
+        return sum((jnp.sum((a - b) ** 2) for a, b in pairs), jnp.zeros(()))
 
     @jax.jit
     def step(carry: Any, _: None) -> Any:
@@ -98,7 +99,7 @@ def test_every_optimiser_goes_downhill(kind: OptimiserKind) -> None:
 
 
 @EVERY_KIND
-def test_weight_decay_takes_its_share_of_kernels_and_embeddings_alone(kind: OptimiserKind) -> None:
+def test_weight_decay_shrinks_kernels_and_embeddings_alone(kind: OptimiserKind) -> None:
     params, gradient = network(0), network(1)
     without, with_decay = (first_update(plain(kind, weight_decay=decay))(params, gradient) for decay in (0.0, 0.5))
     # Prodigy's rate begins at 1e-6, times Adam's corrections, √(1 − 0.999) / (1 − 0.9). The first average of
@@ -127,12 +128,12 @@ def test_gradient_is_clipped_before_it_reaches_the_optimiser(kind: OptimiserKind
 
 
 @EVERY_KIND
-def test_state_of_every_optimiser_comes_back_bit_for_bit(kind: OptimiserKind, tmp_path: Path) -> None:
+def test_state_of_every_optimiser_is_restored_bit_for_bit(kind: OptimiserKind, tmp_path: Path) -> None:
     beta1 = 0.9 if kind is OptimiserKind.ADAFACTOR else None
     stored = AccumulatorDtype.BFLOAT16 if kind in KINDS_WITH_MOMENT else AccumulatorDtype.FLOAT32
     config = config_of(kind, beta1=beta1, first_moment=stored)
     config.check()
-    rule, params = optimiser.make(config, 100), network()
+    rule, params = optimiser.make_optimiser(config, 100), network()
     averaged = EmaConfig(EmaKind.NONE) if kind is OptimiserKind.LION else ema_of(kind)  # both forms of a state
     state = create(params, rule, averaged)
     rng = np.random.default_rng(0)
@@ -143,7 +144,9 @@ def test_state_of_every_optimiser_comes_back_bit_for_bit(kind: OptimiserKind, tm
     assert identical(restore(tmp_path, 1, abstract), state)
     if kind is OptimiserKind.ADAMW:
         other = create(
-            params, optimiser.make(dataclasses.replace(config, first_moment=AccumulatorDtype.FLOAT32), 100), averaged
+            params,
+            optimiser.make_optimiser(dataclasses.replace(config, first_moment=AccumulatorDtype.FLOAT32), 100),
+            averaged,
         )
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), other
@@ -153,16 +156,16 @@ def test_state_of_every_optimiser_comes_back_bit_for_bit(kind: OptimiserKind, tm
 
 
 @pytest.mark.parametrize("kind", KINDS_WITH_MOMENT)
-def test_first_moment_is_kept_as_told(kind: OptimiserKind) -> None:
+def test_first_moment_has_the_configured_dtype(kind: OptimiserKind) -> None:
     for stored in AccumulatorDtype:
-        rule = optimiser.make(config_of(kind, beta1=0.9, first_moment=stored), 100)
+        rule = optimiser.make_optimiser(config_of(kind, beta1=0.9, first_moment=stored), 100)
         flat = jax.tree_util.tree_flatten_with_path(rule.init(network()))[0]  # pyright: ignore[reportArgumentType]
         moments = [leaf.dtype for path, leaf in flat if {"mu", "ema"} & set(path_name(path).split("/"))]
         assert moments == [stored.dtype] * len(jax.tree.leaves(network()))
         assert all(leaf.dtype != jnp.bfloat16 for path, leaf in flat if {"nu", "v"} & set(path_name(path).split("/")))
 
 
-def test_adamw_is_that_of_optax() -> None:
+def test_adamw_matches_optax() -> None:
     params, gradient = network(0)["unet"]["blocks"], network(1)["unet"]["blocks"]
     theirs = optax.adamw(1e-3, 0.8, 0.9, 1e-6, weight_decay=0.0)
     expected = theirs.update(gradient, theirs.init(params), params)[0]
@@ -226,27 +229,30 @@ def test_schedule_free_samples_from_the_average_of_its_paper() -> None:
 
 
 def test_rate_falls_as_the_root_of_the_step_after_its_warm_up() -> None:
-    rate = optimiser.learning_rate(OptimiserConfig(learning_rate=0.5, warmup_steps=100, decay=Decay.RSQRT), 10)
-    np.testing.assert_allclose([rate(step) for step in (0, 49, 99)], [0.005, 0.25, 0.5], rtol=1e-6)  # pyright: ignore
-    np.testing.assert_allclose([rate(step) for step in (100, 400, 10_000)], [0.5, 0.25, 0.05], rtol=1e-6)  # pyright: ignore
+    rate: Any = optimiser.learning_rate(OptimiserConfig(learning_rate=0.5, warmup_steps=100, decay=Decay.RSQRT), 10)
+    np.testing.assert_allclose([rate(step) for step in (0, 49, 99)], [0.005, 0.25, 0.5], rtol=1e-6)
+    np.testing.assert_allclose([rate(step) for step in (100, 400, 10_000)], [0.5, 0.25, 0.05], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"kind": OptimiserKind.LION, "epsilon": 1e-6},
-            r"epsilon=1e-06 has no effect: lion .* one of adamw, muon, sch",
+            r"epsilon=1e-06 has no effect: lion .* set optimiser.kind to adamw, muon, sch",
         ),
         ({"kind": OptimiserKind.ADAFACTOR, "beta2": 0.9}, "beta2=0.9 has no effect: adafactor"),
-        ({"kind": OptimiserKind.PRODIGY, "learning_rate": 1e-4}, "learning_rate=0.0001: prodigy finds .* Set it to 1"),
+        (
+            {"kind": OptimiserKind.PRODIGY, "learning_rate": 1e-4},
+            "learning_rate=0.0001 is out of range: prodigy estimates .* Set it to 1",
+        ),
         (
             {"kind": OptimiserKind.SCHEDULE_FREE, "first_moment": AccumulatorDtype.BFLOAT16},
             "first_moment=bfloat16 has no effect",
         ),
         ({"kind": OptimiserKind.ADAFACTOR, "first_moment": AccumulatorDtype.BFLOAT16}, "or optimiser.beta1 to 0.9"),
-        ({"kind": OptimiserKind.SCHEDULE_FREE, "decay": Decay.COSINE}, "decay=cosine: schedule_free"),
-        ({"kind": OptimiserKind.SCHEDULE_FREE, "beta1": 0.0}, "beta1=0: schedule_free"),
+        ({"kind": OptimiserKind.SCHEDULE_FREE, "decay": Decay.COSINE}, "decay=cosine does not fit schedule_free"),
+        ({"kind": OptimiserKind.SCHEDULE_FREE, "beta1": 0.0}, "beta1=0 is out of range: schedule_free"),
         ({"beta1": 1.0}, "beta1=1.0 is out of range"),
         ({"beta2": -0.1}, "beta2=-0.1 is out of range"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 is out of range"),
@@ -255,14 +261,14 @@ def test_rate_falls_as_the_root_of_the_step_after_its_warm_up() -> None:
         ({"decay": Decay.RSQRT, "warmup_steps": 0}, "rsqrt falls from the end of the warm-up"),
     ],
 )
-def test_number_that_an_optimiser_does_not_take_is_refused_with_a_remedy(options: Any, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_hyperparameter_that_an_optimiser_does_not_take_is_refused_with_a_remedy(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         OptimiserConfig(**options).check()
 
 
 @pytest.mark.slow
 @EVERY_KIND
-def test_every_number_that_an_optimiser_takes_has_an_effect(kind: OptimiserKind) -> None:
+def test_every_hyperparameter_of_an_optimiser_has_an_effect(kind: OptimiserKind) -> None:
     given = {"beta1": 0.5, "beta2": 0.5, "epsilon": 0.1, "weight_decay": 0.5}
     given = {name: value for name, value in given.items() if optimiser.DEFAULTS[kind]._asdict()[name] is not None}
     dataclasses.replace(config_of(kind), **given).check()
@@ -270,7 +276,7 @@ def test_every_number_that_an_optimiser_takes_has_an_effect(kind: OptimiserKind)
     numbers = jnp.array([0.1, 0.2, 0.3])
 
     def two_updates(**options: float) -> np.ndarray:
-        rule = optimiser.make(config_of(kind, **options), 100)
+        rule = optimiser.make_optimiser(config_of(kind, **options), 100)
         params, *gradients = ({"kernel": network(n)["unet"]["conv"]["kernel"][0, 0], "bias": numbers} for n in range(3))
         state = rule.init(params)
         for gradient, scale in zip(gradients, (1.0, 0.1), strict=True):
@@ -278,24 +284,24 @@ def test_every_number_that_an_optimiser_takes_has_an_effect(kind: OptimiserKind)
             params = optax.apply_updates(params, updates)
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(params)])
 
-    usual = two_updates()
+    default = two_updates()
     for name, value in given.items():
-        assert (two_updates(**{name: value}) != usual).any(), name
+        assert (two_updates(**{name: value}) != default).any(), name
 
 
 def test_optimiser_and_average_must_fit() -> None:
     free = toy.config(kind=OptimiserKind.SCHEDULE_FREE)
-    with pytest.raises(InputError, match=r"schedule_free makes an average of its own, .* Set ema.kind=optimiser"):
+    with pytest.raises(InputError, match=r"schedule_free has an average of its own, .* Set ema.kind=optimiser"):
         free.check()
-    with pytest.raises(InputError, match=r"adamw does not make an average of its own, .* Set ema.kind=warmup"):
+    with pytest.raises(InputError, match=r"adamw does not have an average of its own, .* Set ema.kind=warmup"):
         dataclasses.replace(toy.config(), ema=EmaConfig(EmaKind.OPTIMISER)).check()
 
 
-# Steps that are not finite
+# Non-finite steps
 
 
-def stumbling(trained: Params, frozen: Params, batch: Any, keys: Any) -> tuple[jax.Array, Metrics]:
-    """Not a number in steps 2 and 3, as told by their keys."""
+def sometimes_nan(trained: Params, frozen: Params, batch: Any, keys: Any) -> tuple[jax.Array, Metrics]:
+    """NaN in steps 2 and 3, recognised by their keys."""
     steps = [jax.random.split(jax.random.fold_in(jax.random.key(0), step), 8)[0] for step in (2, 3)]
     bad = jnp.array([jax.random.key_data(keys[0]) == jax.random.key_data(key) for key in steps]).all(axis=1).any()
     return toy.loss(trained, frozen, batch, keys)[0] * jnp.where(bad, jnp.nan, 1.0), {}
@@ -310,18 +316,18 @@ def skipping(**options: Any) -> TrainConfig:
     )
 
 
-def test_skipped_step_changes_nothing_but_the_number_of_the_step() -> None:
-    states, metrics = toy.stepped(skipping(), count=6, loss=stumbling)
+def test_skipped_step_changes_only_the_step_count() -> None:
+    states, metrics = toy.stepped(skipping(), count=6, loss=sometimes_nan)
     assert [int(numbers["skipped"]) for numbers in metrics] == [0, 0, 1, 1, 0, 0]
     assert [int(state.step) for state in states] == list(range(7))
-    assert identical(states[2]._replace(step=None), states[4]._replace(step=None))  # pyright: ignore
+    assert identical(states[2]._replace(step=states[0].step), states[4]._replace(step=states[0].step))
     for before, after, skipped in zip(states, states[1:], (0, 0, 1, 1, 0, 0), strict=False):
         assert identical(before.params, after.params) == bool(skipped)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[-1]))
     # Up to there, it is the run that does not skip.
     config = skipping()
     stopping = dataclasses.replace(config, training=dataclasses.replace(config.training, on_nonfinite=OnNonfinite.STOP))
-    stopped, numbers = toy.stepped(stopping, count=3, loss=stumbling)
+    stopped, numbers = toy.stepped(stopping, count=3, loss=sometimes_nan)
     assert identical(stopped[:3], states[:3])
     assert set(numbers[0]) == set(stopping.metrics)
     assert set(metrics[0]) == set(config.metrics) == {*stopping.metrics, "skipped"}
@@ -331,7 +337,7 @@ def test_skipped_step_changes_nothing_but_the_number_of_the_step() -> None:
     np.testing.assert_allclose(rates, [0.25e-3, 0.5e-3, 0.75e-3, 0.75e-3, 0.75e-3, 1e-3], rtol=1e-5)
 
 
-def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is() -> None:
+def test_step_with_a_non_finite_gradient_is_skipped_though_its_loss_is_finite() -> None:
     def steep(trained: Params, *_: Any) -> tuple[jax.Array, Metrics]:
         return jnp.sqrt(jnp.sum(jnp.abs(trained["unet"]["kernel"] * 0))) + jnp.sum(trained["unet"]["bias"]), {}
 
@@ -345,7 +351,7 @@ def test_gradient_that_is_not_finite_is_skipped_though_the_loss_is() -> None:
 # The moving average
 
 
-def test_constant_average_keeps_its_share_from_the_first_update_on() -> None:
+def test_constant_average_has_its_decay_from_the_first_update_on() -> None:
     config = EmaConfig(EmaKind.CONSTANT, decay=0.75)
     np.testing.assert_allclose([weight_at(config, jnp.int32(step)) for step in (0, 1, 10**6)], 0.25)
     assert float(weight_at(EmaConfig(EmaKind.CONSTANT), jnp.int32(0))) == pytest.approx(1e-4)
@@ -353,11 +359,12 @@ def test_constant_average_keeps_its_share_from_the_first_update_on() -> None:
 
 @pytest.mark.parametrize("relative_std", [0.05, 0.1, 0.28])
 def test_power_average_weighs_update_t_by_a_power_of_t(relative_std: float) -> None:
-    """arXiv:2312.02696, section 3.1: after n updates, step t has the weight t^γ, and the weights' spread is as told."""
+    """arXiv:2312.02696, section 3.1: after n updates, step t has the weight t^γ, and the weights have
+    the configured spread."""
     config, count = EmaConfig(EmaKind.POWER, relative_std=relative_std), 2000
-    kept = np.array([weight_at(config, jnp.int32(step)) for step in range(count)], np.float64)
-    assert kept[0] == 1  # nothing is left of the initial parameters
-    weights = kept * np.append(np.cumprod((1 - kept)[:0:-1])[::-1], 1.0)
+    new = np.array([weight_at(config, jnp.int32(step)) for step in range(count)], np.float64)
+    assert new[0] == 1  # nothing is left of the initial parameters
+    weights = new * np.append(np.cumprod((1 - new)[:0:-1])[::-1], 1.0)
     assert weights.sum() == pytest.approx(1, abs=1e-4)
     t = np.arange(1, count + 1)
     mean = (weights * t).sum()
@@ -375,27 +382,27 @@ def test_power_average_is_exact_late_in_a_long_run() -> None:
 
 
 def test_published_widths_of_the_power_function() -> None:
-    """Of arXiv:2312.02696, section 3.1: γ = 6.94 for 10 % and 16.97 for 5 %."""
+    """arXiv:2312.02696, section 3.1: γ = 6.94 for 10 % and 16.97 for 5 %."""
     assert power_of(0.10) == pytest.approx(6.94, abs=0.005)
     assert power_of(0.05) == pytest.approx(16.97, abs=0.005)
     assert power_of(math.sqrt(1 / 12)) == pytest.approx(0, abs=1e-6)
 
 
-def test_rounding_at_random_is_right_on_average_and_to_a_neighbour() -> None:
+def test_stochastic_rounding_is_unbiased_and_to_a_neighbour() -> None:
     value = jnp.float32(1.0 + 0.3 * 2**-7)  # 0.3 of the way between two neighbours
-    rounded = np.asarray(round_at_random(jnp.full(20_000, value), jax.random.key(0)), np.float64)
+    rounded = np.asarray(round_stochastically(jnp.full(20_000, value), jax.random.key(0)), np.float64)
     assert set(rounded) == {1.0, 1.0 + 2**-7}
     # The standard error of the share is 0.3 %; five of those.
     assert np.mean(rounded > 1) == pytest.approx(0.3, abs=0.016)
     exact = jnp.array([0.0, -0.0, 1.5, -2.0, jnp.inf, -jnp.inf, 1e-40])
-    back = np.asarray(round_at_random(exact, jax.random.key(1)), np.float32)
+    back = np.asarray(round_stochastically(exact, jax.random.key(1)), np.float32)
     np.testing.assert_array_equal(back[:6], exact[:6])
     assert abs(back[6]) <= 2e-40
-    assert np.isnan(float(round_at_random(jnp.float32(jnp.nan), jax.random.key(2))))
+    assert np.isnan(float(round_stochastically(jnp.float32(jnp.nan), jax.random.key(2))))
 
 
 def test_bfloat16_average_follows_changes_far_below_its_digits() -> None:
-    """Rounded to the nearest it would never move: 1e-3 of the way from 1 to 2 is an eighth of its last digit."""
+    """Rounded to nearest, it would never move: 1e-3 of the way from 1 to 2 is an eighth of its last digit."""
     config = EmaConfig(EmaKind.CONSTANT, decay=0.999, dtype=AccumulatorDtype.BFLOAT16)
     params = {"kernel": jnp.full(2000, 2.0)}
     average = start(config, {"kernel": jnp.ones(2000)})
@@ -413,8 +420,8 @@ def test_bfloat16_average_follows_changes_far_below_its_digits() -> None:
     assert float(average["kernel"].astype(jnp.float32).mean()) == pytest.approx(2 - 0.999**1000, abs=0.01)
 
 
-def test_bfloat16_average_leaves_the_parameters_as_they_are() -> None:
-    """Its rounding draws from a key of its own."""
+def test_bfloat16_average_does_not_affect_the_parameters() -> None:
+    """Its rounding has its own random key."""
     exact, rounded = (
         toy.steps(dataclasses.replace(toy.config(), ema=EmaConfig(dtype=stored)), count=3)[-1]
         for stored in AccumulatorDtype
@@ -433,7 +440,7 @@ def test_without_an_average_the_parameters_are_sampled_from() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         (EmaConfig(decay=1.0), r"ema.decay=1.0 is out of range. Give 0 to below 1"),
         (EmaConfig(EmaKind.POWER, decay=0.9), r"ema.decay=0.9 has no effect with ema.kind=power"),
@@ -443,6 +450,6 @@ def test_without_an_average_the_parameters_are_sampled_from() -> None:
         (EmaConfig(EmaKind.NONE, dtype=AccumulatorDtype.BFLOAT16), "dtype=bfloat16 has no effect"),
     ],
 )
-def test_average_that_makes_no_sense_is_refused(config: EmaConfig, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_invalid_average_is_refused(config: EmaConfig, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         config.check()

@@ -1,4 +1,4 @@
-"""What processes promise each other: to stop at the same place, to name who differs, not to wait for ever.
+"""The promises of processes: to stop at the same barrier, to name the one that differs, never to wait for ever.
 
 Several processes are threads here, around a coordination service of a few lines; real processes are in test_killing.py.
 """
@@ -23,13 +23,12 @@ import tiny
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, MachineError
-from sdxl_jax.training import processes as hosting
-from sdxl_jax.training import setup
+from sdxl_jax.training import processes, setup
 from sdxl_jax.training.processes import Interrupted, Processes, ProcessFailed
 
 
 class Service:
-    """What Processes uses of jax's client of the coordination service."""
+    """The part of jax's coordination service client that Processes uses."""
 
     def __init__(self) -> None:
         self.values: dict[str, str] = {}
@@ -57,9 +56,9 @@ class Service:
 def three(monkeypatch: pytest.MonkeyPatch) -> list[Processes]:
     """Processes of one run, not entered: entering is done in their threads."""
     service = Service()
-    made = []
-    monkeypatch.setattr(hosting.jax.distributed, "shutdown", lambda: None)
-    monkeypatch.setattr(hosting.atexit, "register", lambda *_: None)
+    members = []
+    monkeypatch.setattr(processes.jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(processes.atexit, "register", lambda *_: None)
 
     def join(self: Processes) -> None:
         threading.Thread(target=self._listen, daemon=True).start()
@@ -68,8 +67,8 @@ def three(monkeypatch: pytest.MonkeyPatch) -> list[Processes]:
     for index in range(3):
         process = Processes(1.0)
         process.index, process.count, process._client, process._prefix = index, 3, service, "test"
-        made.append(process)
-    return made
+        members.append(process)
+    return members
 
 
 @pytest.fixture
@@ -77,11 +76,11 @@ def codes(three: list[Processes], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """What the processes would exit with."""
     del three  # which registers nothing
     found = list[int]()
-    monkeypatch.setattr(hosting.atexit, "register", lambda _, code: found.append(code))
+    monkeypatch.setattr(processes.atexit, "register", lambda _, code: found.append(code))
     return found
 
 
-def together(processes: list[Processes], program: Any) -> list[Any]:
+def together(members: list[Processes], program: Any) -> list[Any]:
     """What program(process) returns, or raises, for each process in a thread of its own."""
 
     def run(process: Processes) -> Any:
@@ -91,46 +90,46 @@ def together(processes: list[Processes], program: Any) -> list[Any]:
         except BaseException as error:
             return error
 
-    with ThreadPoolExecutor(len(processes)) as pool:
-        return list(pool.map(run, processes))
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(run, members))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_signal_on_any_process_stops_all_after_the_same_step(three: list[Processes], seed: int) -> None:
     rng = np.random.default_rng(seed)
     pauses = rng.uniform(0, 0.02, (3, 1000))
-    told, at = int(rng.integers(3)), int(rng.integers(5, 30))
-    made = [0, 0, 0]
+    signalled, at = int(rng.integers(3)), int(rng.integers(5, 30))
+    steps = [0, 0, 0]
 
     def program(process: Processes) -> int:
         try:
             for step in range(1000):
                 time.sleep(pauses[process.index, step])
-                if process.index == told and step == at:
-                    process._signalled = "SIGTERM"
-                process.point()
-                made[process.index] += 1
+                if process.index == signalled and step == at:
+                    process._received_signal = "SIGTERM"
+                process.barrier()
+                steps[process.index] += 1
         except Interrupted as stopped:
-            assert f"SIGTERM on process {told}" == stopped.signal_name
-        return made[process.index]
+            assert f"SIGTERM on process {signalled}" == stopped.signal_name
+        return steps[process.index]
 
     assert len(set(together(three, program))) == 1
-    assert at <= made[0] < 1000
+    assert at <= steps[0] < 1000
 
 
-def test_a_signal_is_heard_while_work_is_waited_for_unless_another_process_is_past_it(three: list[Processes]) -> None:
-    """Two processes are compiling what the third has compiled: they finish. After it, all leave their work where it is."""
+def test_a_signal_ends_the_wait_for_work_unless_another_process_is_past_it(three: list[Processes]) -> None:
+    """Two processes are compiling what the third has compiled: they finish. After it, all abandon their work."""
     past = threading.Event()
 
     def program(process: Processes) -> float:
         if process.index == 0:
-            process.point()
+            process.barrier()
             past.set()
-            process._signalled = "SIGTERM"
+            process._received_signal = "SIGTERM"
         else:
             past.wait()
             process.wait(lambda: time.sleep(1))
-            process.point()
+            process.barrier()
         began = time.monotonic()
         with pytest.raises(Interrupted):
             process.wait(lambda: time.sleep(5))
@@ -140,32 +139,32 @@ def test_a_signal_is_heard_while_work_is_waited_for_unless_another_process_is_pa
 
 
 def test_what_is_waited_for_after_the_stop_is_not_interrupted_again(three: list[Processes]) -> None:
-    """The last checkpoint: processes agree on it, and one is slow; its helper is still busy with what it left."""
+    """The last checkpoint: processes agree on it, and one is slow; its thread is still busy with abandoned work."""
 
     def program(process: Processes) -> list[str]:
         if process.index == 0:
-            process._signalled = "SIGTERM"
+            process._received_signal = "SIGTERM"
         with pytest.raises(Interrupted):
             process.wait(lambda: time.sleep(4))
         time.sleep(process.index)
         began = time.monotonic()
-        said = process.gather(f"saved by {process.index}")
+        gathered = process.gather(f"saved by {process.index}")
         assert time.monotonic() - began < 3
-        return said
+        return gathered
 
     assert together(three, program) == [["saved by 0", "saved by 1", "saved by 2"]] * 3
 
 
-def test_what_a_process_told_before_the_stop_is_not_taken_for_what_it_tells_after(three: list[Processes]) -> None:
-    """One has compiled the next bucket's step and has said so, the others are stopped compiling; then all save."""
+def test_texts_gathered_before_the_stop_are_not_taken_for_those_after_it(three: list[Processes]) -> None:
+    """One has compiled the next bucket's step and gathers, the others are stopped while compiling; then all save."""
 
     def program(process: Processes) -> list[str]:
-        process.point()
+        process.barrier()
         with pytest.raises(Interrupted):
             if process.index:
                 process.wait(lambda: time.sleep(4))
             else:
-                process._signalled = "SIGTERM"
+                process._received_signal = "SIGTERM"
                 process.gather("compiled")
         return process.gather(f"saved by {process.index}", stops=False)
 
@@ -173,15 +172,15 @@ def test_what_a_process_told_before_the_stop_is_not_taken_for_what_it_tells_afte
 
 
 def test_processes_that_agree_on_a_checkpoint_are_not_stopped_within(three: list[Processes]) -> None:
-    """Else one process would begin it again while another has it."""
+    """Otherwise one process would begin it again while another has written it."""
 
     def program(process: Processes) -> int:
         if process.index == 0:
-            process._signalled = "SIGTERM"
+            process._received_signal = "SIGTERM"
         time.sleep(process.index)
         written = len(process.gather("", stops=False))
         with pytest.raises(Interrupted):
-            process.point()
+            process.barrier()
         return written
 
     assert together(three, program) == [3] * 3
@@ -233,7 +232,7 @@ FAULTS = [
 def test_all_processes_end_with_the_code_of_the_one_whose_fault_it_was(
     three: list[Processes], codes: list[int], fault: Exception, code: int
 ) -> None:
-    """Also one that learns of it by an error of its own: its collective fails when the other one has gone."""
+    """Also one that notices it by an error of its own: its collective fails when the other process has gone."""
     gone = threading.Event()
 
     def program(process: Processes) -> None:
@@ -260,12 +259,12 @@ def test_all_processes_end_with_the_code_of_the_one_whose_fault_it_was(
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_all_processes_end_with_the_code_of_the_signal_that_one_has_heard(
+def test_all_processes_end_with_the_code_of_the_signal_that_one_has_received(
     three: list[Processes], codes: list[int], name: str, code: int
 ) -> None:
     def program(process: Processes) -> None:
         if process.index == 2:
-            process._signalled = name
+            process._received_signal = name
         process.wait(lambda: time.sleep(8))
 
     outcomes = together(three, program)
@@ -277,47 +276,47 @@ def test_a_process_that_does_not_react_is_ended_with_the_others_code(
     three: list[Processes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = list[int]()
-    monkeypatch.setattr(hosting, "_GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(hosting.os, "_exit", ended.append)
-    three[0]._hear({"failed/1": "2 InputError: no such bucket"})
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(processes.os, "_exit", ended.append)
+    three[0]._poll({"failed/1": "2 InputError: no such bucket"})
     deadline = time.monotonic() + 10
     while not ended and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ended == [2]
 
 
-def test_one_process_stops_at_its_next_point_and_gets_its_handlers_back() -> None:
+def test_one_process_stops_at_its_next_barrier_and_gets_its_handlers_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with pytest.raises(Interrupted) as stopped, Processes(1.0) as processes:
-        assert (processes.is_first, processes.count, processes.gather("alone")) == (True, 1, ["alone"])
-        processes.point()
+    with pytest.raises(Interrupted) as stopped, Processes(1.0) as alone:
+        assert (alone.is_first, alone.count, alone.gather("alone")) == (True, 1, ["alone"])
+        alone.barrier()
         os.kill(os.getpid(), signal.SIGTERM)
-        processes.point()
+        alone.barrier()
     assert (stopped.value.code, stopped.value.signal_name) == (143, "SIGTERM")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_a_signal_after_the_last_step_stops_nothing() -> None:
     """No work is left: the last checkpoint is written, and the process ends with 0."""
-    with Processes(1.0) as processes:
-        processes.point()
+    with Processes(1.0) as alone:
+        alone.barrier()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert processes.wait(lambda: "saved", stops=False) == "saved"
+        assert alone.wait(lambda: "saved", stops=False) == "saved"
 
 
 def test_an_error_in_what_is_waited_for_is_raised() -> None:
-    with pytest.raises(ZeroDivisionError), Processes(1.0) as processes:
-        processes.wait(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError), Processes(1.0) as alone:
+        alone.wait(lambda: 1 / 0)
 
 
 ALONE = """
 import sys
-from sdxl_jax.errors import TOLD
+from sdxl_jax.errors import REPORTED
 from sdxl_jax.training.processes import Processes
 try:
     with Processes(1.0):
         pass
-except TOLD as error:
+except REPORTED as error:
     print(f"refused: {error}", file=sys.stderr)
     sys.exit(error.code)
 """
@@ -337,7 +336,7 @@ except TOLD as error:
             2,
             "refused: The processes cannot be joined: The process id of the current process must be defined",
         ),
-        ({"JAX_NUM_PROCESSES": "two"}, 2, "refused: The environment has JAX_NUM_PROCESSES='two'. Give a whole number"),
+        ({"JAX_NUM_PROCESSES": "two"}, 2, "refused: The environment has JAX_NUM_PROCESSES=two. Give a whole number"),
     ],
 )
 def test_processes_that_cannot_join_say_why(environment: dict[str, str], code: int, message: str) -> None:

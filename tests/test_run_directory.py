@@ -1,4 +1,4 @@
-"""RUN is one run's, one process's, and can be written; what is in it is checked before it is believed."""
+"""The run directory belongs to one run and one process, and is writable; checkpoints are checked when restored."""
 
 import dataclasses
 import errno
@@ -53,20 +53,20 @@ def steps_in(directory: Path) -> list[str]:
 # The lock
 
 
-def test_directory_in_use_is_refused_with_who_uses_it(tmp_path: Path) -> None:
-    said = rf"in use by another process \(process {os.getpid()} on "
+def test_directory_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path) -> None:
+    message = rf"in use by another process \(process {os.getpid()} on "
     with locked(tmp_path / "run"):
-        with pytest.raises(MachineError, match=said), locked(tmp_path / "run"):
+        with pytest.raises(MachineError, match=message), locked(tmp_path / "run"):
             pass
         assert (tmp_path / "run" / "lock").exists()
-    assert not (tmp_path / "run").exists()  # nothing came of it
+    assert not (tmp_path / "run").exists()  # nothing was written into it
 
 
 HOLDS = "import sys, time; from pathlib import Path; from sdxl_jax.training.run_directory import locked\n"
 HOLDS += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
 
 
-def test_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path / "run")], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
     )
@@ -84,7 +84,7 @@ def test_lock_of_a_killed_process_is_no_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, MachineError), (errno.EACCES, InputError)])
-def test_directory_without_room_is_the_machines_fault(
+def test_full_disk_is_a_machine_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
 ) -> None:
     def fails(folder: Path) -> None:
@@ -98,8 +98,8 @@ def test_directory_without_room_is_the_machines_fault(
 
 def test_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    said = r"Nothing can be written in .*file/run .*Choose another --run-dir"
-    with pytest.raises(InputError, match=said), locked(tmp_path / "file" / "run"):
+    message = r"Nothing can be written in .*file/run .*choose another --run-dir"
+    with pytest.raises(InputError, match=message), locked(tmp_path / "file" / "run"):
         pass
     with pytest.raises(InputError, match="Nothing can be written in /proc/run"), locked(Path("/proc/run")):
         pass
@@ -110,7 +110,7 @@ def test_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, BucketedDataset, Path]:
-    """A run's configuration, data and directory, of which there is config.json alone."""
+    """A run's configuration, data and directory, which holds only config.json."""
     folder = tmp_path_factory.mktemp("data")
     config = tiny.train_config(tiny.make_folder(folder / "images"))
     dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
@@ -119,7 +119,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Buck
     return config, dataset, folder / "run"
 
 
-def test_changes_of_what_is_learnt_are_refused_unless_they_are_named(
+def test_changes_that_alter_what_is_learnt_are_refused_unless_named(
     started: tuple[TrainConfig, BucketedDataset, Path], tmp_path: Path
 ) -> None:
     config, dataset, folder = started
@@ -142,9 +142,7 @@ def test_changes_of_what_is_learnt_are_refused_unless_they_are_named(
     assert check_run(new, run, dataset) == []  # the same command again
 
 
-def test_other_data_is_refused_unless_it_is_named(
-    started: tuple[TrainConfig, BucketedDataset, Path], tmp_path: Path
-) -> None:
+def test_other_data_is_refused_unless_named(started: tuple[TrainConfig, BucketedDataset, Path], tmp_path: Path) -> None:
     config, _, run = started
     other = dataclasses.replace(config.data, folder=str(tiny.make_folder(tmp_path / "other", images=12)))
     dataset = BucketedDataset(other, Tokenizer.of(config.model.text))
@@ -155,7 +153,7 @@ def test_other_data_is_refused_unless_it_is_named(
 
 
 @pytest.mark.parametrize(("decay", "refused"), [(Decay.CONSTANT, False), (Decay.RSQRT, False), (Decay.COSINE, True)])
-def test_more_steps_are_free_where_no_schedule_depends_on_the_end(decay: Decay, refused: bool) -> None:
+def test_more_steps_are_allowed_unless_the_schedule_depends_on_the_end(decay: Decay, refused: bool) -> None:
     base = tiny.train_config(Path("unused"))
     base = dataclasses.replace(base, optimiser=dataclasses.replace(base.optimiser, decay=decay))
     longer = dataclasses.replace(base, training=dataclasses.replace(base.training, steps=99))
@@ -171,7 +169,7 @@ def test_checkpoints_are_kept_by_number_and_by_metric(tmp_path: Path) -> None:
     directory = saved(tmp_path / "best", [1, 2, 3, 4, 5], keep=2, keep_best="loss", metrics=losses)
     assert steps_in(directory) == ["2", "4", "5"]
     assert steps_in(saved(tmp_path / "newest", [1, 2, 3], keep=2)) == ["2", "3"]
-    # On resume by another metric, which those before do not have; or by one where there was none.
+    # On resume with another metric, which earlier checkpoints do not have; or with one where there was none.
     for place in (directory, tmp_path / "newest"):
         others = [{"grad_norm": value} for value in (3.0, 4.0, 5.0)]
         saved(place, [6, 7, 8], keep=2, keep_best="grad_norm", metrics=others)
@@ -187,10 +185,10 @@ def test_checkpoints_are_kept_by_the_hour(tmp_path: Path) -> None:
             checkpoints.finish()
             if step == 3:
                 time.sleep(1.1)
-    kept = steps_in(directory)
-    assert kept[0] == "1"
-    assert kept[-1] == "5"
-    assert 3 <= len(kept) <= 4  # the first, one after the pause, the newest, and one more where saving is slow
+    remaining = steps_in(directory)
+    assert remaining[0] == "1"
+    assert remaining[-1] == "5"
+    assert 3 <= len(remaining) <= 4  # the first, one after the pause, the newest, and one more if saving is slow
 
 
 def placed() -> TrainState:
@@ -206,7 +204,7 @@ def edit_metadata(path: Path, change: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_is_offered(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_an_earlier_one_is_offered(tmp_path: Path) -> None:
     directory = saved(tmp_path / "checkpoints", [2, 4])
     assert int(checkpoint.restore(directory, 4, placed()).step) == 4
 
@@ -219,13 +217,15 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_offered(tmp_path: Pat
         custom["array_checksums"] = custom["array_checksums"][:-8] + "00000000"
 
     edit_metadata(directory / "4", other_checksum)
-    with pytest.raises(InputError, match=r"damaged \(1 arrays are not what was written, the first is ema/unet/kernel"):
+    with pytest.raises(
+        InputError, match=r"damaged \(1 arrays do not match their checksums, the first is ema/unet/kernel"
+    ):
         checkpoint.restore(directory, 4, placed())
     assert int(checkpoint.restore(directory, 2, placed()).step) == 2
     assert steps_in(directory) == ["2", "4"]  # nothing was changed
 
 
-def test_checksum_sees_every_element_and_no_layout() -> None:
+def test_checksum_depends_on_every_element_and_its_position() -> None:
     rng = np.random.default_rng(0)
     for dtype in (np.float32, jnp.bfloat16, np.int32):
         values = (100 * rng.standard_normal((3, 5, 2))).astype(dtype)
@@ -239,7 +239,7 @@ def test_checksum_sees_every_element_and_no_layout() -> None:
         assert len(seen) == values.size + 2
 
 
-def test_checksums_are_those_that_checkpoints_on_the_disk_carry() -> None:
+def test_checksums_are_those_of_checkpoints_on_disk() -> None:
     values = np.arange(24, dtype=np.float32).reshape(2, 3, 4) - 7
     leaves = [jnp.asarray(values), jnp.asarray(values, jnp.bfloat16), jnp.asarray(values, jnp.int32), jnp.float32(3)]
     assert checksums(leaves) == ["ba000000", "44feba00", "bf7919f0", "40400000"]
@@ -251,7 +251,7 @@ def test_newer_checkpoints_are_set_aside_not_deleted(tmp_path: Path) -> None:
         directory = saved(tmp_path / "checkpoints", [1, 2, 3][-2 - (not (tmp_path / "checkpoints").exists()) :])
         assert checkpoint.step_to_start_from(directory, None) == 3
         assert checkpoint.step_to_start_from(directory, 1) == 1
-        with pytest.raises(InputError, match=r"no checkpoint of step 9 .*: 1, 2, 3"):
+        with pytest.raises(InputError, match=r"no checkpoint of step 9 .* one of 1, 2, 3"):
             checkpoint.step_to_start_from(directory, 9)
         checkpoint.set_aside_after(tmp_path, 1)
         assert steps_in(directory) == ["1"]
@@ -280,7 +280,7 @@ def test_full_disk_in_the_middle_of_a_save_leaves_the_checkpoints_before(
     small_disk: Path, go_on: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = small_disk / "checkpoints"
-    message = r"checkpoint of step 2 could not be written \(.*\)\. That of step 1 is whole.*That of step 3, after it"
+    message = r"step 2 could not be written \(.*\)\. That of step 1 is complete.*The checkpoint of step 3, after it"
 
     def train() -> None:
         with Checkpoints(directory, keep=3, go_on=go_on) as checkpoints:
@@ -308,25 +308,25 @@ def full(*_: Any, **__: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_last_checkpoint_that_fails_is_an_error_even_if_the_run_may_go_on(
+def test_last_checkpoint_that_fails_is_an_error_even_with_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = r"step 2 could not be written \(.*No space left.*There is none before it"
+    message = r"step 2 could not be written \(.*No space left.*There is no earlier one"
     with (
-        pytest.raises(MachineError, match=said),
+        pytest.raises(MachineError, match=message),
         Checkpoints(tmp_path / "checkpoints", keep=3, go_on=True) as checkpoints,
     ):
         monkeypatch.setattr(checkpoints._checkpointer, "wait", full)
         checkpoints._writing = 2
     with (
-        pytest.raises(MachineError, match=said),
+        pytest.raises(MachineError, match=message),
         Checkpoints(tmp_path / "refused", keep=3, go_on=True) as checkpoints,
     ):
         monkeypatch.setattr(checkpoints._checkpointer, "save_async", full)
         assert not checkpoints.save(2, state(2), {})
 
 
-def test_a_good_checkpoint_makes_up_for_a_lost_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_checkpoint_clears_the_error_of_a_lost_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=3, go_on=True) as checkpoints:
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints._checkpointer, "save_async", full)
@@ -335,12 +335,14 @@ def test_a_good_checkpoint_makes_up_for_a_lost_one(tmp_path: Path, monkeypatch: 
     assert steps_in(tmp_path / "checkpoints") == ["2"]
 
 
-def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
+def test_run_that_ends_with_a_lost_checkpoint_saves_its_state_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It was lost in the background, and is found out when the next one is due; there is room by then."""
+    """The save failed in the background, which is noticed when the next one is due; by then there is space."""
     with (
-        pytest.raises(MachineError, match=r"step 1 could not be written.*That of step 2, after it, was written"),
+        pytest.raises(
+            MachineError, match=r"step 1 could not be written.*The checkpoint of step 2, after it, was written"
+        ),
         Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints,
     ):
         checkpoints.save(1, state(1), {})
@@ -351,7 +353,7 @@ def test_run_that_ends_with_a_lost_checkpoint_saves_what_it_has_learnt_since(
     assert steps_in(tmp_path / "checkpoints") == ["2"]
 
 
-def test_checkpoint_that_another_process_lost_is_lost_on_all(tmp_path: Path) -> None:
+def test_checkpoint_that_fails_on_another_process_fails_on_all(tmp_path: Path) -> None:
     theirs = ""
     with (
         pytest.raises(MachineError, match=r"step 2 could not be written on process 1 \(disk full\)"),

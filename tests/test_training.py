@@ -1,7 +1,7 @@
-"""The promises of training: what was interrupted goes on as if nothing had happened, and a step does what it says.
+"""The promises of training: an interrupted run resumes as if nothing had happened, and a step does what it says.
 
-Whole runs are of a tiny model; one is never interrupted, the others are, and must have come to the same. What concerns
-the step's machinery alone (micro-batches, clipping, average) is tested with a loss of two parameters.
+Whole runs train a tiny model; one is never interrupted, the others are, and must end with the same state. The parts of
+the step itself (micro-batches, clipping, average) are tested with a loss of two parameters.
 """
 
 import contextlib
@@ -28,7 +28,6 @@ from PIL.PngImagePlugin import PngImageFile
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (generated)
 
 from sdxl_jax import config as configuration
-from sdxl_jax import model as models
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten
 from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
@@ -36,6 +35,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion.loss import LossConfig, Weighting
+from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import UnconditionalKind
 from sdxl_jax.models.layers import Compute, Dtype
@@ -45,24 +45,21 @@ from sdxl_jax.optim.ema import EmaConfig, weight_at
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import checkpoint, compilation, loop, run_directory, setup
-from sdxl_jax.training import step as stepping
 from sdxl_jax.training.objectives import denoising, objective_of
 from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.observe import clock, profiling
 from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter
 from sdxl_jax.training.state import TrainState, create, merge, partition
+from sdxl_jax.training.step import Metrics, Step, make_step
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import open_model
 
 STEPS, EPOCH = 6, 4
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    """Six steps of four images: an epoch and a half, in two buckets. One convolution of the UNet stays frozen."""
+    """Six steps of four images: one and a half epochs, in two buckets. One convolution of the UNet stays frozen."""
     base = tiny.train_config(tiny.make_folder(tmp_path_factory.mktemp("data") / "images"), STEPS)
     return dataclasses.replace(
         base,
@@ -80,7 +77,7 @@ class Crash(Exception):
 class Run(NamedTuple):
     folder: Path
     examples: list[np.ndarray]
-    """The images' numbers, for each step that was made."""
+    """The images' numbers, for each step."""
 
     def state(self, step: int, abstract: TrainState) -> TrainState:
         return checkpoint.restore(self.folder / "checkpoints", step, abstract)
@@ -119,18 +116,18 @@ def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def crashed(config: TrainConfig, whole: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Ended before step 4: the checkpoint is of step 2, the log goes on beyond it."""
+    """Ended before step 4: the checkpoint is of step 2, the log has one step more."""
     ended = run(config, tmp_path_factory.mktemp("crashed") / "run", crash_before=4)
     with (ended.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "loss": 99.0}\n')  # whether step 3 was written already depends on the device's speed
+        file.write('{"step": 3, "loss": 99.0}\n')  # whether step 3 is in the log already depends on the device's speed
     return ended
 
 
 @pytest.fixture(scope="module")
 def resumed(config: TrainConfig, crashed: Run) -> Run:
-    """A copy of `crashed`, gone on with, while steps 4 and 5 are traced."""
+    """A copy of `crashed`, resumed, with steps 4 and 5 traced."""
     shutil.copytree(crashed.folder, folder := crashed.folder.with_name("resumed"))
-    return run(config, folder, profile=None if profiling.breaks() else (4, 5))
+    return run(config, folder, profile=None if profiling.crashes() else (4, 5))
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +164,8 @@ def test_resumed_run_has_the_same_parameters_average_and_moments(
 def test_resume_does_not_restart_the_epoch(whole: Run, crashed: Run, resumed: Run) -> None:
     """Seen in diffusers and sd-scripts."""
     assert len(resumed.examples) == STEPS - 2
-    for again, once in zip(resumed.examples, whole.examples[2:], strict=True):
-        np.testing.assert_array_equal(again, once)
+    for recomputed, once in zip(resumed.examples, whole.examples[2:], strict=True):
+        np.testing.assert_array_equal(recomputed, once)
     epoch = np.concatenate([*crashed.examples[:2], *resumed.examples[: EPOCH - 2]])
     assert sorted(epoch) == list(range(16))
 
@@ -188,7 +185,7 @@ def test_line_that_was_cut_off_is_written_again(crashed: Run, resumed: Run, conf
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["4", "6"]
 
 
-def test_images_that_a_stop_left_out_are_drawn_when_the_run_goes_on(config: TrainConfig, resumed: Run) -> None:
+def test_validation_images_that_a_stop_left_out_are_generated_on_resume(config: TrainConfig, resumed: Run) -> None:
     missing = resumed.folder / "samples" / "step_00000006.png"
     before = missing.read_bytes()
     missing.unlink()
@@ -196,7 +193,7 @@ def test_images_that_a_stop_left_out_are_drawn_when_the_run_goes_on(config: Trai
     assert missing.read_bytes() == before
 
 
-def test_loss_that_is_not_finite_names_what_the_step_was_given(
+def test_inputs_of_a_step_with_a_non_finite_loss_are_written_to_a_file(
     config: TrainConfig, resumed: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(resumed.folder, folder := resumed.folder.with_name("not_finite"))
@@ -213,14 +210,14 @@ def test_loss_that_is_not_finite_names_what_the_step_was_given(
     with pytest.raises(InputError, match=r"loss of step 5 is nan.*key are in .*nonfinite_step_00000005\.json"):
         loop.train(config, folder, progress=False, from_step=4)
     assert checkpoint.latest_step(folder / "checkpoints") == 4, "nothing of it is saved"
-    told = json.loads((folder / "nonfinite_step_00000005.json").read_text())
-    assert [row["image"] for row in told["rows"]] == resumed.examples[-2].tolist()
-    assert told["rows"][0]["captions"] == [f"image number {told['rows'][0]['image']}"]
-    assert told["rows"][0]["source"].endswith(f"{told['rows'][0]['image']:03d}.png")
-    assert told["key"] == jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4)).tolist()
+    described = json.loads((folder / "nonfinite_step_00000005.json").read_text())
+    assert [row["image"] for row in described["rows"]] == resumed.examples[-2].tolist()
+    assert described["rows"][0]["captions"] == [f"image number {described['rows'][0]['image']}"]
+    assert described["rows"][0]["source"].endswith(f"{described['rows'][0]['image']:03d}.png")
+    assert described["key"] == jax.random.key_data(jax.random.fold_in(jax.random.key(0), 4)).tolist()
 
 
-def test_data_that_end_a_run_do_not_cost_what_it_has_learnt(
+def test_error_in_the_data_loses_no_finished_step(
     config: TrainConfig, whole: Run, resumed: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(resumed.folder, folder := resumed.folder.with_name("no_data"))
@@ -240,16 +237,16 @@ def test_data_that_end_a_run_do_not_cost_what_it_has_learnt(
 
 
 class OneStep(NamedTuple):
-    """Outside the loop: the compiled step, and what it was given after checkpoint 4."""
+    """Outside the loop: the compiled step, and its inputs after checkpoint 4."""
 
-    step: stepping.Step
+    step: Step
     state: TrainState
     frozen: Params
     batch: Batch
 
-    def __call__(self, **changes: Any) -> tuple[TrainState, stepping.Metrics]:
+    def __call__(self, **changes: Any) -> tuple[TrainState, Metrics]:
         given = self._replace(**changes)
-        return self.step(jax.tree.map(jnp.copy, given.state), given.frozen, given.batch)  # it takes the state's memory
+        return self.step(jax.tree.map(jnp.copy, given.state), given.frozen, given.batch)  # the state is donated
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +268,7 @@ def fifth(config: TrainConfig, whole: Run) -> Iterator[OneStep]:
 
 
 def test_step_is_a_pure_function_of_state_and_batch(whole: Run, fifth: OneStep) -> None:
-    """Outside the loop, whatever else was drawn, it makes line 5 of the log."""
+    """Outside the loop, whatever other random numbers were drawn, it reproduces line 5 of the log."""
     first = fifth()
     np.random.seed(5)  # global state, which must not matter
     jax.random.normal(jax.random.key(1))
@@ -282,14 +279,14 @@ def test_step_is_a_pure_function_of_state_and_batch(whole: Run, fifth: OneStep) 
     assert int(first[0].step) == 5
 
 
-def test_noise_goes_on_with_the_step_and_does_not_restart(fifth: OneStep) -> None:
+def test_noise_follows_from_the_step_and_does_not_restart(fifth: OneStep) -> None:
     """A restart from the seed on resume, seen in MaxDiffusion: the same batch at another step draws other noise."""
     losses = {step: float(fifth(state=fifth.state._replace(step=jnp.int32(step)))[1]["loss"]) for step in (0, 4, 5)}
     assert len(set(losses.values())) == 3
 
 
-def test_nan_latents_are_not_made_good_in_silence(fifth: OneStep) -> None:
-    """Replacing them by zeros, and training on, was seen in sd-scripts. Here the loss says it."""
+def test_nan_latents_are_not_replaced_silently(fifth: OneStep) -> None:
+    """Replacing them by zeros, and training on, was seen in sd-scripts. Here the loss is NaN."""
     vae = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), fifth.frozen["vae"])
     assert math.isnan(fifth(frozen=fifth.frozen | {"vae": vae})[1]["loss"])
 
@@ -329,7 +326,7 @@ def test_pattern_that_matches_nothing_lists_the_nearest_paths(config: TrainConfi
         config, training=dataclasses.replace(config.training, trainable=("unet/conv_inn/kernel",))
     )
     with pytest.raises(
-        InputError, match=r"'unet/conv_inn/kernel', which matches no parameter.*\['unet/conv_in/kernel'"
+        InputError, match=r'"unet/conv_inn/kernel", which matches no parameter\. Give .* such as unet/conv_in/kernel, '
     ):
         loop.train(wrong, tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
@@ -343,7 +340,7 @@ def test_everything_can_train(tmp_path: Path) -> None:
     assert_identical(merge(trained, checkpoint.restore_frozen(tmp_path, frozen)), params)
 
 
-def test_run_without_an_average_is_opened_with_its_parameters(
+def test_run_without_an_average_opens_with_its_parameters(
     config: TrainConfig, whole: Run, abstract: TrainState, tmp_path: Path
 ) -> None:
     state = whole.state(STEPS, abstract)
@@ -410,7 +407,7 @@ def test_validation_grid_is_written_when_due(whole: Run) -> None:
     assert [path.name for path in paths] == ["step_00000004.png", "step_00000006.png"]
     for path in paths:
         with Image.open(path) as sheet:
-            assert sheet.width > 2 * 32  # a column a prompt
+            assert sheet.width > 2 * 32  # one column per prompt
             assert sheet.height > 32
             assert isinstance(sheet, PngImageFile)
             assert sheet.text["step"] == str(int(path.stem.removeprefix("step_")))
@@ -443,9 +440,9 @@ def test_the_newest_checkpoints_are_kept(whole: Run) -> None:
     assert sorted(path.name for path in (whole.folder / "checkpoints").iterdir()) == ["4", "6"]
 
 
-@pytest.mark.skipif(profiling.breaks(), reason="libtpu is installed, with which jax's profiler fails")
+@pytest.mark.skipif(profiling.crashes(), reason="libtpu is installed, with which jax's profiler fails")
 def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
-    """That the trace changes no number is seen above: `resumed` was traced, and repeats `whole`."""
+    """That tracing changes no number is tested above: `resumed` was traced, and repeats `whole`."""
     assert not (whole.folder / "profile").exists()
     (trace,) = (resumed.folder / "profile").glob("plugins/profile/*/*.xplane.pb")
     lines = [line for plane in jax.profiler.ProfileData.from_file(str(trace)).planes for line in plane.lines]
@@ -454,7 +451,7 @@ def test_traced_steps_leave_a_trace_for_xprof(whole: Run, resumed: Run) -> None:
 
 
 def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None:
-    (before,), (first, second, *_) = clock.read(crashed.folder), clock.read(resumed.folder)
+    (before,), (first, second, *_) = clock.read_starts(crashed.folder), clock.read_starts(resumed.folder)
     assert first == before  # which an exception ended
     assert (second.step, second.recomputed_steps) == (STEPS, 1)  # step 3
     for part in (
@@ -465,8 +462,8 @@ def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None
         clock.TimePart.COMPILE,
     ):
         assert second.seconds[part.value] > 0
-    assert second.seconds["again"] > 0 == first.seconds["again"]
-    assert clock.totals([first, second])["restart"] == second.seconds["start"] + second.seconds["again"]
+    assert second.seconds["recomputed"] > 0 == first.seconds["recomputed"]
+    assert clock.totals([first, second])["restart"] == second.seconds["start"] + second.seconds["recomputed"]
 
 
 @pytest.mark.parametrize("step", [4, 6])
@@ -477,7 +474,7 @@ def test_load_model_gives_the_averaged_weights_of_a_step(whole: Run, abstract: T
     assert_identical({path: flat[path] for path in flatten(state.sampled)}, flatten(state.sampled))
     assert state.sampled is state.ema
     kernel = "unet/conv_out/kernel"
-    assert not np.array_equal(flat[kernel], flatten(state.params)[kernel])  # the average is not what trains
+    assert not np.array_equal(flat[kernel], flatten(state.params)[kernel])  # the average differs from the parameters
     newest = flatten(load_model(whole.folder).params)
     assert np.array_equal(flat[kernel], newest[kernel]) == (step == 6)
 
@@ -487,7 +484,7 @@ def test_missing_step_names_the_newest(whole: Run) -> None:
         load_model(whole.folder / "checkpoints" / "2")
 
 
-def test_run_that_is_not_at_its_end_says_so_unless_a_step_is_asked_for(crashed: Run, whole: Run) -> None:
+def test_unfinished_run_is_noted_unless_a_step_is_given(crashed: Run, whole: Run) -> None:
     assert open_model(crashed.folder).notes == (f"{crashed.folder} is at step 2 of 6",)
     assert open_model(crashed.folder / "checkpoints" / "2").notes == open_model(whole.folder).notes == ()
 
@@ -513,12 +510,10 @@ def test_number_out_of_range_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("metric", ["accuracy", "skipped"])  # the second is one where steps are skipped
-def test_metric_that_there_is_not_is_refused_before_anything_is_written(
-    config: TrainConfig, tmp_path: Path, metric: str
-) -> None:
+@pytest.mark.parametrize("metric", ["accuracy", "skipped"])  # the second is one if steps are skipped
+def test_unknown_metric_is_refused_before_anything_is_written(config: TrainConfig, tmp_path: Path, metric: str) -> None:
     part = dataclasses.replace(config.checkpoint, keep_best=metric)
-    with pytest.raises(InputError, match=rf"keep_best={metric} is no metric.*nearest first.*loss"):
+    with pytest.raises(InputError, match=rf"keep_best={metric} is not a logged metric.*nearest first.*loss"):
         loop.train(dataclasses.replace(config, checkpoint=part), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -546,7 +541,7 @@ def moment(state: TrainState, name: str) -> Params:
 
 
 def test_clipping_is_by_the_global_norm() -> None:
-    """Per parameter, where the setting promises the global norm: seen in sd-scripts."""
+    """sd-scripts was seen to clip per parameter, although its setting promises the global norm."""
     raw = moment(toy.steps(toy.config(clip_norm=None))[-1], "mu")
     clipped = moment(toy.steps(toy.config(clip_norm=0.5))[-1], "mu")
     norms = [float(jnp.linalg.norm(leaf)) / 0.1 for leaf in jax.tree.leaves(raw)]  # mu is 1 − β₁ of the first gradient
@@ -563,11 +558,9 @@ def test_gradient_below_the_limit_is_not_clipped() -> None:
 
 
 def test_logged_gradient_norm_is_that_before_clipping() -> None:
-    update = optimiser.make(OptimiserConfig(clip_norm=0.1), STEPS)
+    update = optimiser.make_optimiser(OptimiserConfig(clip_norm=0.1), STEPS)
     params = {"a": jnp.ones(1), "b": jnp.ones(1)}
-    step = stepping.make_step(
-        toy.config(), update, lambda trained, *_: (3 * trained["a"].sum() + 4 * trained["b"].sum(), {})
-    )
+    step = make_step(toy.config(), update, lambda trained, *_: (3 * trained["a"].sum() + 4 * trained["b"].sum(), {}))
     zeros = np.zeros((2, 2), np.int32)
     micro = MicroConditioning(zeros, zeros, zeros)
     batch = Batch(np.zeros((2, 1, 1, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
@@ -611,20 +604,20 @@ def test_first_update_is_as_long_as_its_rate() -> None:
 
 
 def test_weight_decay_spares_biases_and_scales() -> None:
-    update = optimiser.make(OptimiserConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), STEPS)
+    update = optimiser.make_optimiser(OptimiserConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.5), STEPS)
     params = {name: jnp.ones(2) for name in ("kernel", "embedding", "bias", "scale", "position_embedding")}
     gradient = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = update.update({"layer": gradient}, update.init({"layer": params}), {"layer": params})
-    shrunk = {name for name, change in updates["layer"].items() if change[0] == -0.5}  # pyright: ignore
+    updates: Any = update.update({"layer": gradient}, update.init({"layer": params}), {"layer": params})[0]
+    shrunk = {name for name, change in updates["layer"].items() if change[0] == -0.5}
     assert shrunk == {"kernel", "embedding"}
-    assert all(float(updates["layer"][name][0]) == 0 for name in params.keys() - shrunk)  # pyright: ignore
+    assert all(float(updates["layer"][name][0]) == 0 for name in params.keys() - shrunk)
 
 
 # What the loss depends on, with the tiny model
 
 
 class Given(NamedTuple):
-    """What batch_loss is given: nothing zero among the parameters, two examples."""
+    """The inputs of batch_loss: parameters without zeros, two examples."""
 
     params: Params
     batch: Batch
@@ -635,7 +628,7 @@ class Given(NamedTuple):
 @pytest.fixture(scope="module")
 def given(whole: Run) -> Given:
     rng = np.random.default_rng(0)
-    # Fresh and barely trained networks end in layers of about zero, which let nothing through.
+    # New and barely trained networks end in layers of about zero, which block every signal.
     params = jax.tree.map(
         lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape, np.float32), load_model(whole.folder).params
     )
@@ -678,7 +671,7 @@ def other_sizes(batch: Batch) -> Batch:
     return batch._replace(micro=batch.micro._replace(original_size=size))
 
 
-def test_captions_count_unless_all_are_dropped(
+def test_captions_affect_the_loss_unless_all_are_dropped(
     given: Given, loss_with_captions: Any, loss_without_captions: Any
 ) -> None:
     batch, keys = given.batch, given.keys
@@ -687,14 +680,14 @@ def test_captions_count_unless_all_are_dropped(
     assert loss_with_captions(batch, keys) != loss_without_captions(batch, keys)
 
 
-def test_dropping_captions_leaves_the_sizes(given: Given, loss_without_captions: Any) -> None:
+def test_dropping_captions_keeps_the_sizes(given: Given, loss_without_captions: Any) -> None:
     batch, keys = given.batch, given.keys
     assert tiny.MODEL.unconditional is UnconditionalKind.ZEROS
     assert loss_without_captions(batch, keys) != loss_without_captions(other_sizes(batch), keys)
 
 
 def test_loss_of_a_batch_is_the_mean_over_its_examples(given: Given, loss_with_captions: Any) -> None:
-    """So each example draws its own noise, whatever stands beside it: what micro-batches and devices rely on."""
+    """So an example's noise does not depend on the rest of its batch, on which micro-batches and devices rely."""
 
     def rows(*index: int) -> float:
         take = np.array(index)
@@ -715,11 +708,11 @@ def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: An
         training=dataclasses.replace(base.training, caption_dropout=0.0),
     )
     trained, frozen = partition(given.params, ("^unet/conv_out/",))  # little to differentiate: compiles sooner
-    update = optimiser.make(config.optimiser, STEPS)
-    step = jax.jit(stepping.make_step(config, update, Denoising(config).loss))
+    update = optimiser.make_optimiser(config.optimiser, STEPS)
+    step = jax.jit(make_step(config, update, Denoising(config).loss))
     before = create(trained, update, config.ema)
     after, metrics = step(before, frozen, given.batch)
-    _, told_otherwise = step(before, frozen, other_sizes(given.batch))
+    _, with_other_sizes = step(before, frozen, other_sizes(given.batch))
     for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert new.dtype == old.dtype == (jnp.float32 if new.ndim else jnp.int32)
     for old, new in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
@@ -728,24 +721,24 @@ def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: An
 
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), 0), 2)
     exact = float(loss_with_captions(given.batch, keys))
-    # bfloat16 has 8 bits: 0.4 % a rounding, averaged over many; more would be a mistake, none would be float32.
+    # bfloat16 has 8 bits: 0.4 % per rounding, averaged over many. More would be a mistake, none would mean float32.
     assert float(metrics["loss"]) == pytest.approx(exact, rel=0.03)
     assert float(metrics["loss"]) != exact
     # Sizes in bfloat16, before their embedding, were seen in diffusers and SimpleTuner.
-    assert metrics["loss"] != told_otherwise["loss"]
+    assert metrics["loss"] != with_other_sizes["loss"]
 
 
 def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings that training ignores were seen in MaxDiffusion."""
-    made: list[Any] = []
-    monkeypatch.setattr(denoising.loss, "diffusion_loss", lambda *given: (made.append(given[3:]), jnp.zeros(()))[1])
+    calls: list[Any] = []
+    monkeypatch.setattr(denoising.loss, "diffusion_loss", lambda *given: (calls.append(given[3:]), jnp.zeros(()))[1])
     latent = jnp.zeros((2, 4, 4, 4))
     prompt = TextConditioning(jnp.zeros((2, 77, 16)), None)
     monkeypatch.setattr(denoising.vae, "encode", lambda *_: Posterior(latent, latent))
     monkeypatch.setattr(denoising.text, "encode", lambda *_: prompt)
     monkeypatch.setattr(denoising.text, "drop", lambda *_: None)
-    monkeypatch.setattr(denoising.models, "unconditional_text", lambda *_: None)
-    monkeypatch.setattr(denoising.models, "condition", lambda *_: None)
+    monkeypatch.setattr(denoising, "unconditional_text", lambda *_: None)
+    monkeypatch.setattr(denoising, "condition", lambda *_: None)
     zeros = np.zeros((2, 2), np.int32)
     micro = MicroConditioning(zeros, zeros, zeros)
     batch = Batch(np.zeros((2, 8, 8, 3), np.uint8), {}, micro, np.zeros(2, np.int32), np.zeros(2, bool))
@@ -753,18 +746,18 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
     model = dataclasses.replace(
         tiny.MODEL,
         schedule=dataclasses.replace(tiny.MODEL.schedule, zero_terminal_snr=True),
-        prediction=models.Prediction.V,
+        prediction=Prediction.V,
     )
     config = dataclasses.replace(base, model=model, loss=LossConfig(Weighting.MIN_SNR, 5.0))
     monkeypatch.setattr(denoising, "merge", lambda *_: {"unet": {}, "vae": {}})
     denoising.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
-    ((schedule, prediction, options),) = made
+    ((schedule, prediction, options),) = calls
     assert schedule.alpha_bar[-1] == 0
-    assert prediction is models.Prediction.V
+    assert prediction is Prediction.V
     assert options == config.loss
 
 
-def test_mesh_of_the_configuration_is_the_one_in_use(config: TrainConfig, tmp_path: Path) -> None:
+def test_mesh_of_the_configuration_is_used(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"mesh\.data=3 × mesh\.fsdp=1 × mesh\.tensor=1 does not make"):
         loop.train(dataclasses.replace(config, mesh=MeshConfig(3, 1)), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

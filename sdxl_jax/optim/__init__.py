@@ -1,1 +1,1 @@
-"""How parameters follow the gradient: optimisers and the moving average."""
+"""The update of the parameters: optimisers, learning rate schedules, and the moving average (EMA)."""

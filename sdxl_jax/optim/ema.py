@@ -1,14 +1,14 @@
-"""Moving average of the parameters: what is sampled from.
+"""Moving average of the parameters (EMA), which is sampled from.
 
     average ← average + w · (parameters − average),    at update t = 1, 2, …
 
     CONSTANT  w = 1 − decay
     WARMUP    w = 1 − min(decay, t / (9 + t)), so that the first updates are not dominated by the initial parameters
               (as TensorFlow's `ExponentialMovingAverage`)
-    POWER     w = 1 − (1 − 1/t)^(γ + 1): averages over the same share of the run however long it is, and forgets the
-              initial parameters at once. Karras et al. 2023, arXiv:2312.02696, section 3.1
+    POWER     w = 1 − (1 − 1/t)^(γ + 1): averages over the same share of the run, however long it is, and discards the
+              initial parameters at the first update. Karras et al. 2023, arXiv:2312.02696, section 3.1
 
-It costs 4 bytes a parameter, in bfloat16 2.
+It takes 4 bytes per trainable parameter, 2 in bfloat16.
 """
 
 import enum
@@ -34,19 +34,19 @@ class EmaKind(enum.Enum):
     POWER = "power"
     """More and more: the average is over a share of the run, `relative_std`."""
     OPTIMISER = "optimiser"
-    """Nothing: the average is the optimiser's own, which schedule-free alone has."""
+    """Nothing: the average is the optimiser's own; only schedule-free has one."""
     NONE = "none"
-    """There is no average; the parameters themselves are sampled from."""
+    """No average is kept; the parameters themselves are sampled from."""
 
 
 _DECAY, _RELATIVE_STD = 0.9999, 0.1
 _WIDEST = math.sqrt(1 / 12)
-"""Relative standard deviation of γ = 0, where all parameters since the start weigh the same."""
+"""Relative standard deviation of γ = 0, where the parameters of all updates have the same weight."""
 
 
 @dataclass(frozen=True)
 class EmaConfig:
-    """What is sampled from."""
+    """The moving average of the parameters (EMA), which is sampled from."""
 
     kind: EmaKind = EmaKind.WARMUP
     """How much of the average an update keeps."""
@@ -57,11 +57,11 @@ class EmaConfig:
     """Width of what POWER averages over, as a share of the run so far, up to 0.288; None: 0.1. Higher: smoother, slower
     to follow."""
     dtype: AccumulatorDtype = AccumulatorDtype.FLOAT32
-    """How the average is kept. bfloat16 takes 2 bytes a parameter instead of 4 and is rounded at random, to either
-    neighbour, so that changes far below its 3 digits still add up; what is sampled has those 3 digits."""
+    """Dtype of the average. bfloat16 takes 2 bytes per parameter instead of 4 and is rounded stochastically, to either
+    neighbour, so that changes far below its 3 digits still accumulate; what is sampled has 3 digits."""
 
     def check(self) -> None:
-        """Raises InputError for numbers out of range and for those that would have no effect."""
+        """Raises InputError for numbers out of range, and for those that would have no effect."""
         for name, value, kinds in (
             ("decay", self.decay, (EmaKind.CONSTANT, EmaKind.WARMUP)),
             ("relative_std", self.relative_std, (EmaKind.POWER,)),
@@ -78,7 +78,7 @@ class EmaConfig:
 
 
 def power_of(relative_std: float) -> float:
-    """The γ of a power function t^γ whose relative standard deviation is this.
+    """The γ of the power function t^γ with this relative standard deviation.
 
     σ_rel = √(γ + 1) / ((γ + 2) √(γ + 3)), arXiv:2312.02696, section 3.1: the positive root of a cubic.
     """
@@ -88,7 +88,7 @@ def power_of(relative_std: float) -> float:
 
 
 def weight_at(config: EmaConfig, updates: Int[Array, ""]) -> Float[Array, ""]:
-    """The weight of the parameters in the average, of the update after `updates` updates."""
+    """The weight w of the parameters in the average, at the update that follows `updates` updates."""
     decay = _DECAY if config.decay is None else config.decay
     match config.kind:
         case EmaKind.CONSTANT:
@@ -104,32 +104,32 @@ def weight_at(config: EmaConfig, updates: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def start(config: EmaConfig, params: Params) -> Params | None:
-    """The average before the first update: the parameters. None where there is none."""
+    """The average before the first update: a copy of the parameters. None with EmaKind.NONE."""
     if config.kind is EmaKind.NONE:
         return None
     return jax.tree.map(lambda leaf: jnp.array(leaf, config.dtype.dtype, copy=True), params)
 
 
 def update(average: Params, params: Params, weight: Float[Array, ""], key: Key[Array, ""]) -> Params:
-    """The average after an update; each leaf keeps its dtype. key: of the step, for the rounding to bfloat16."""
+    """The average after an update; each leaf keeps its dtype. key: for the stochastic rounding to bfloat16."""
     leaves, structure = jax.tree.flatten(average)
-    kept = [
-        _stored(old + weight * (new - old), old.dtype, jax.random.fold_in(key, number))
+    updated = [
+        _cast(old + weight * (new - old), old.dtype, jax.random.fold_in(key, number))
         for number, (old, new) in enumerate(zip(leaves, jax.tree.leaves(params), strict=True))
     ]
-    return jax.tree.unflatten(structure, kept)
+    return jax.tree.unflatten(structure, updated)
 
 
-def _stored(value: Float[Array, "..."], dtype: jnp.dtype, key: Key[Array, ""]) -> Float[Array, "..."]:
-    return round_at_random(value, key) if dtype == jnp.bfloat16 else value
+def _cast(value: Float[Array, "*shape"], dtype: jnp.dtype, key: Key[Array, ""]) -> Float[Array, "*shape"]:
+    return round_stochastically(value, key) if dtype == jnp.bfloat16 else value
 
 
-def round_at_random(value: Float[Array, "*axes"], key: Key[Array, ""]) -> Float[Array, "*axes"]:
-    """float32 to one of its two neighbours in bfloat16, the nearer one more often: right on average.
+def round_stochastically(value: Float[Array, "*shape"], key: Key[Array, ""]) -> Float[Array, "*shape"]:
+    """Stochastic rounding of float32 to one of the two neighbours in bfloat16, the nearer one more often: unbiased.
 
-    To the nearest, a change below 0.4 % of a value would always be lost, and a decay of 0.9999 changes it by 0.01 %.
+    Rounded to nearest, a change below 0.4 % of a value would always be lost; a decay of 0.9999 changes it by 0.01 %.
     """
     bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + jax.random.bits(key, value.shape, jnp.uint16)
     high = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
-    # Adding to the bits of what is not a number may make one of it.
+    # Adding to the bits of a NaN may turn it into a number.
     return jnp.where(jnp.isfinite(value), high, value.astype(jnp.bfloat16))

@@ -1,8 +1,14 @@
-"""Checkpoints, with Orbax v1: `RUN/checkpoints/<step>/`, and `RUN/frozen/` for what does not train.
+"""Checkpoints, with Orbax v1: `RUN/checkpoints/<step>/`, and `RUN/frozen/` for frozen parameters.
 
 A checkpoint holds the state, whose `step` is also the position in the data and in the random numbers; its metadata
-holds the configuration with a checksum, the versions, and a checksum of every array, which is compared when it is read.
-Saving goes on in the background; `Checkpoints.finish` waits for it.
+holds the configuration with a checksum, the versions, and a checksum of every array, which is compared on restore.
+Saving is asynchronous: it continues in the background, and `Checkpoints.finish` waits for it. The states of
+`Checkpoints`, which all processes change together (`agree`):
+
+    idle ── save ──> writing ── finish, or the next save ──> idle        the checkpoint is complete
+                        │
+                        └── failed, on any process ──> reopened ── go_on ──> idle        training continues without it
+                                                          └── otherwise, or it is the last one ──> MachineError
 """
 
 import math
@@ -28,14 +34,15 @@ _CHECKSUMS = "array_checksums"
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run. A context manager: leaving it finishes what is being written.
+    """Writes the checkpoints of one run. A context manager: leaving it waits for the one that is being written.
 
     Args:
-        keep: newest checkpoints that are kept.
-        keep_every_hours: keeps one of so many hours besides, for ever.
-        keep_best: keeps the one with the lowest of this metric besides.
-        go_on: whether a failed save is told and the run goes on, or the run ends with it. The last one ends it always.
-        agree: what all processes say, given what this one says, so that they take one process's failure alike.
+        keep: number of newest checkpoints to keep.
+        keep_every_hours: also keeps one per so many hours, for ever.
+        keep_best: also keeps the one with the lowest value of this metric.
+        go_on: whether training continues after a failed save, with a note, or ends with an error. A failed last save
+            is always an error.
+        agree: gathers a text from all processes, so that all treat the failure of one in the same way.
     """
 
     def __init__(
@@ -49,30 +56,32 @@ class Checkpoints:
         agree: Callable[[str], Sequence[str]] = lambda text: [text],
     ):
         policies = ocp.training.preservation_policies
-        kept: list[Any] = [policies.LatestN(keep)]
+        preserved: list[Any] = [policies.LatestN(keep)]
         if keep_every_hours is not None:
-            kept.append(policies.EveryNSeconds(int(keep_every_hours * 3600)))
+            preserved.append(policies.EveryNSeconds(int(keep_every_hours * 3600)))
         if keep_best is not None:
             best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics.get(keep_best, math.inf),  # one of another metric is the worst
-                reverse=True,  # in falling order, and the last one stays: the lowest
+                get_metric_fn=lambda metrics: metrics.get(keep_best, math.inf),  # without this metric: the worst
+                reverse=True,  # descending, and Orbax keeps the last: the lowest
                 n=1,
                 keep_checkpoints_without_metrics=False,
             )
-            kept.append(best)
+            preserved.append(best)
         self._directory, self._go_on, self._agree = directory, go_on, agree
-        self._policy = policies.AnyPreservationPolicy(kept)
+        self._policy: Any = policies.AnyPreservationPolicy(preserved)  # Any: Orbax's protocol does not accept its class
         self._checkpointer = self._open()
         self._writing: int | None = None
+        """The step whose checkpoint is being written; None: idle."""
         self._lost = ""
-        """Why the last checkpoint was not written, if the run went on after it."""
+        """Why the last checkpoint was not written, if training continued without it."""
 
     def _open(self) -> ocp.training.Checkpointer:
+        # The loop decides when to save; Orbax's default silently skips a save while another is running.
+        always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         return ocp.training.Checkpointer(
             str(self._directory.absolute()),
-            # The loop decides when; Orbax's default skips a save while another is running, and says nothing.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
-            preservation_policy=self._policy,  # pyright: ignore
+            save_decision_policy=always,
+            preservation_policy=self._policy,
             cleanup_tmp_directories=True,
         )
 
@@ -86,30 +95,31 @@ class Checkpoints:
             return
         try:
             self._checkpointer.close()
-        except Exception as error:  # what ends the run is told already, and matters more
+        except Exception as error:  # the error that ends the run is reported already, and matters more
             tqdm.write(f"  the checkpoint of step {self._writing} was not finished: {_reason(error)}")
 
     def save(
         self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None = None
     ) -> bool:
-        """Starts writing; returns when the arrays are copied. Waits for an earlier save first. Whether it has begun.
+        """Starts an asynchronous save; returns once the arrays are copied. Waits for an earlier save first. Returns
+        whether writing has begun.
 
-        metrics: what `keep_best` goes by. Raises MachineError for a save that failed, or an earlier one, unless the run
-        goes on; what has been learnt since the earlier one is saved before, if it can be.
+        metrics: what `keep_best` compares. Raises MachineError if this save or an earlier one failed, unless `go_on`;
+        this state is saved first even if the earlier save failed, if possible.
         """
         try:
             self.finish()
         except MachineError as lost:
             self._begin(step, state, metadata, metrics)
             self.finish(last=True)
-            raise MachineError(f"{lost}. That of step {step}, after it, was written") from lost
+            raise MachineError(f"{lost}. The checkpoint of step {step}, after it, was written") from lost
         return self._begin(step, state, metadata, metrics)
 
     def _begin(
         self, step: int, state: TrainState, metadata: Mapping[str, Any], metrics: Mapping[str, float] | None
     ) -> bool:
         self._writing = step
-        described = {
+        custom_metadata = {
             **metadata,
             run.CONFIG_CHECKSUM: run.checksum_of(metadata.get(run.CONFIG)),
             _CHECKSUMS: _checksums(state),
@@ -117,18 +127,18 @@ class Checkpoints:
         failed = ""
         try:
             response = self._checkpointer.save_async(
-                step, state, custom_metadata=described, metrics=None if metrics is None else dict(metrics)
+                step, state, custom_metadata=custom_metadata, metrics=None if metrics is None else dict(metrics)
             )
             assert response is not None, f"Orbax skipped the checkpoint of step {step}"
-        except Exception as error:  # OSError, and what Orbax and tensorstore make of it
+        except Exception as error:  # OSError, or what Orbax and tensorstore wrap it in
             failed = _reason(error)
-        self._settle(failed)
+        self._agree_on_failure(failed)
         return self._writing is not None
 
     def finish(self, last: bool = False) -> None:
-        """Waits until all is written. Raises MachineError where that failed, unless the run goes on.
+        """Waits until the checkpoint is complete. Raises MachineError if writing failed, unless `go_on`.
 
-        last: no other comes after it, and it must have been written.
+        last: no further checkpoint follows, so this one must have been written.
         """
         if self._writing is None:
             if last and self._lost:
@@ -139,12 +149,12 @@ class Checkpoints:
             self._checkpointer.wait()
         except Exception as error:  # as above
             failed = _reason(error)
-        self._settle(failed, last)
-        if self._writing is not None:  # on no process has it failed
+        self._agree_on_failure(failed, last)
+        if self._writing is not None:  # it failed on no process
             self._lost, self._writing = "", None
 
-    def _settle(self, failed: str, last: bool = False) -> None:
-        """After a part of a save: has it failed, here or on another process?"""
+    def _agree_on_failure(self, failed: str, last: bool = False) -> None:
+        """After each part of a save: handles a failure, on this or on another process. failed: the reason; "": none."""
         reasons = self._agree(failed)
         if not any(reasons):
             return
@@ -153,21 +163,21 @@ class Checkpoints:
         step, self._writing = self._writing, None
         message = f"The checkpoint of step {step} could not be written{where} ({reasons[process]})."
         self._reopen()
-        before = latest_step(self._directory)
-        kept = "There is none before it" if before is None else f"That of step {before} is whole"
+        previous = latest_step(self._directory)
+        intact = "There is no earlier one" if previous is None else f"That of step {previous} is complete"
         self._lost = (
-            f"{message} {kept}. Make room or see to the folder, and run the same command again; "
-            "checkpoint.on_failed_save=go_on trains on after such a failure"
+            f"{message} {intact}. Free disk space or check the permissions of {self._directory}, and run the same "
+            "command again. With --checkpoint.on-failed-save go_on, training continues after such a failure"
         )
         if last or not self._go_on:
             raise MachineError(self._lost)
-        tqdm.write(f"  {message} {kept}; training goes on (checkpoint.on_failed_save)")
+        tqdm.write(f"  {message} {intact}; training continues (checkpoint.on_failed_save=go_on)")
 
     def _reopen(self) -> None:
-        """Orbax counts on what it began to write. A new one removes that."""
+        """Orbax still counts the checkpoint that it began to write. A new Checkpointer removes its temporary files."""
         try:
             self._checkpointer.close()
-        except Exception as error:  # the failure of before, once more
+        except Exception as error:  # the same failure again
             tqdm.write(f"  closing: {_reason(error)}")
         self._checkpointer = self._open()
 
@@ -177,20 +187,22 @@ def _reason(error: BaseException) -> str:
 
 
 def step_to_start_from(directory: Path, from_step: int | None) -> int | None:
-    """The newest checkpoint's step, or the one that is asked for. Raises InputError where that is not there."""
+    """The newest checkpoint's step, or `from_step`. Raises InputError if that checkpoint does not exist."""
     steps = run.steps(directory)
     if from_step is not None and from_step not in steps:
         raise InputError(
-            f"There is no checkpoint of step {from_step} in {directory}. Those that there are: "
-            f"{', '.join(map(str, steps)) or 'none'}"
+            f"There is no checkpoint of step {from_step} in {directory}. Give --from-step one of "
+            f"{', '.join(map(str, steps))}"
+            if steps
+            else f"There is no checkpoint of step {from_step}: {directory} has none. Leave out --from-step"
         )
     return (steps[-1] if steps else None) if from_step is None else from_step
 
 
 def set_aside_after(run_dir: Path, step: int) -> list[Path]:
-    """Moves the checkpoints after a step to RUN/set_aside/, out of the run; where they are now."""
+    """Moves the checkpoints after a step to RUN/set_aside/, out of the run. Returns their new paths."""
     moved = []
-    # The newest first: cut off in between, the next start does not take one of those that were to go.
+    # The newest first: if it is interrupted, the next start does not resume from one that was to be moved.
     for newer in reversed(run.steps(run_dir / "checkpoints")):
         if newer > step:
             place = run_dir / "set_aside" / str(newer)
@@ -205,52 +217,56 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
 
 
 def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
-    """The state of a step, placed as `abstract` says (shapes, dtypes, shardings).
+    """The state of a step, with the shapes, dtypes and shardings of `abstract`.
 
-    Raises InputError if the checkpoint cannot be read, is of another shape, or is not what was written; nothing is
-    changed.
+    Raises InputError if the checkpoint cannot be read, has other shapes or dtypes, or fails its checksums; nothing on
+    disk is changed.
     """
     try:
         return _load(directory / str(step), abstract)
     except Damaged as error:
-        before = [other for other in run.steps(directory) if other < step]
-        offer = f"go on from the one before it: --from-step {before[-1]}" if before else "start again in another folder"
-        raise InputError(f"{error}, or {offer}") from error
+        earlier = [other for other in run.steps(directory) if other < step]
+        remedy = (
+            f"resume from an earlier one: --from-step {earlier[-1]}"
+            if earlier
+            else "start again with another --run-dir"
+        )
+        raise InputError(f"{error}, or {remedy}") from error
 
 
 def save_frozen(run_dir: Path, params: Params) -> None:
-    """Writes the frozen parameters, at the start of a run. A start that left no checkpoint may have left others."""
-    if params:  # Orbax saves no empty tree; where everything trains, there is nothing to keep
+    """Writes the frozen parameters, at the start of a run. Replaces those of a start that left no checkpoint."""
+    if params:  # Orbax cannot save an empty tree; with everything trainable, there is nothing to save
         path = str((run_dir / "frozen").absolute())
         ocp.save(path, params, overwrite=True, custom_metadata={_CHECKSUMS: _checksums(params)})
 
 
 def restore_frozen(run_dir: Path, abstract: Params) -> Params:
-    """What `save_frozen` wrote, placed as `abstract` says. Raises InputError as `restore`."""
+    """The parameters that `save_frozen` wrote, with the shardings of `abstract`. Raises InputError like `restore`."""
     return _load(run_dir / "frozen", abstract) if abstract else {}
 
 
 def _load(path: Path, abstract: Any) -> Any:
-    stored, described = run.metadata(path)
+    stored, metadata = run.metadata(path)
     _compare(path, stored, abstract)
     try:
         tree = orbax.load(path, abstract)
     except InputError as error:
         raise Damaged(str(error)) from error
-    if _CHECKSUMS in described:
+    if _CHECKSUMS in metadata:
         names = [path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
         expected, found = (
             [text[start : start + 8] for start in range(0, len(text), 8)]
-            for text in (described[_CHECKSUMS], _checksums(tree))
+            for text in (metadata[_CHECKSUMS], _checksums(tree))
         )
         wrong = [name for name, one, other in zip(names, expected, found, strict=True) if one != other]
         if wrong:
-            raise run.damaged(path, f"{len(wrong)} arrays are not what was written, the first is {wrong[0]}")
+            raise run.damaged(path, f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
     return tree
 
 
 def _checksums(tree: Any) -> str:
-    """Eight hexadecimal digits an array, in the tree's order."""
+    """Eight hexadecimal digits per array, in the tree's order."""
     return "".join(checksums(jax.tree.leaves(tree)))
 
 
@@ -260,7 +276,8 @@ def _shapes(tree: Any) -> dict[str, str]:
 
 
 def _compare(path: Path, stored: Any, expected: Any) -> None:
-    """Orbax casts dtypes without a word and reports other differences at length; this names the first."""
+    """Raises InputError for other shapes or dtypes, and names the first. Orbax casts dtypes silently, and reports other
+    differences at length."""
     if lines := differences(_shapes(stored), _shapes(expected)):
         raise InputError(
             f"The checkpoint {path} does not fit this configuration: {len(lines)} arrays differ (stored -> expected), "

@@ -1,13 +1,13 @@
-"""The step of every bucket, compiled before it is needed: a program for each shape, each of which takes minutes.
+"""The step of every bucket, compiled before it is needed: one program per shape, each of which takes minutes.
 
     order of need ── threads ── trace, lower, compile (or read from the cache) ── steps.of(bucket)
 
-All processes compile the same programs in the same order, which is that of the data. What is compiled so is what `jax.jit`
-would have compiled when called, bit for bit. Compiled programs come back from the persistent cache, if there is one;
-what `sdxl-jax compile` made for such a machine is read from beside it.
+All processes compile the same programs in the same order, the order in which the data needs them. A program is, bit for
+bit, what `jax.jit` would have compiled when called. It is read from the persistent compilation cache if it is there, or
+from the AOT programs beside it (`programs`), which `sdxl-jax compile` wrote for such a machine.
 
-A thread that compiles cannot be stopped, and a Python that ends meanwhile aborts. So its end waits for the compiler, a
-minute at most; a program that must end in time, as the command line does, ends with `leave`.
+A thread that compiles cannot be stopped, and a Python that exits meanwhile aborts. So the exit waits for the compiler,
+a minute at most; a program that has to exit sooner, as the command line does, calls `leave`.
 """
 
 import atexit
@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -31,14 +31,16 @@ from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.files.paths import local
 from sdxl_jax.training.programs import Programs
 
-_LOOKED_AHEAD = 100_000
-"""Steps whose buckets are looked up, about a second's work: a bucket that none of them has is compiled last."""
-_PATIENCE = 0.2
-"""Seconds between looks at whether a program is there."""
-_PATIENCE_AT_EXIT = 60.0
-"""Seconds that the end of Python waits for the compiler."""
-_MAPPINGS_TAKEN = 0.9
-"""Share of the memory mappings that Linux allows a process; after it no further program is compiled for a CPU."""
+_Program = TypeVar("_Program", bound=Callable[..., Any])
+
+_LOOKAHEAD_STEPS = 100_000
+"""Steps whose buckets are looked up, about a second's work: a bucket that none of them needs is compiled last."""
+_POLL_SECONDS = 0.2
+"""Between two checks whether a program is ready."""
+_EXIT_TIMEOUT_SECONDS = 60.0
+"""How long the exit of Python waits for the compiler."""
+_MAPPINGS_LIMIT = 0.9
+"""Share of the memory mappings that Linux allows a process, above which no further program is compiled for a CPU."""
 
 REMEDIES = (
     "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
@@ -47,11 +49,13 @@ REMEDIES = (
 
 
 def explained(program: str, error: BaseException) -> BaseException:
-    """What the compiler raised, as an InputError where it is about the configuration: an option that it does not know,
-    or a program that does not fit into the memory."""
+    """The compiler's error, as an InputError if the configuration is at fault: an unknown compiler option, or a program
+    that does not fit into memory."""
     lines = str(error).splitlines() or [""]
     if "No such compile option" in lines[0] or "into flag" in lines[0]:
-        return InputError(f"compute.compiler_options: {lines[0]}. They are XLA's flags, in their spelling: NAME=VALUE")
+        return InputError(
+            f"compute.compiler_options: {lines[0].rstrip('.')}. Give XLA's flags in its spelling: NAME=VALUE"
+        )
     if (line := out_of_memory(error)) is None:
         return error
     return InputError(f"{program} does not fit: {line}. {REMEDIES}")
@@ -59,46 +63,47 @@ def explained(program: str, error: BaseException) -> BaseException:
 
 def check_mappings(proc: Path = Path("/proc")) -> None:
     """Raises InputError when too few memory mappings are left to compile another program for a CPU: each takes about
-    two thousand, and XLA ends the process with a segmentation fault when there are none. Linux only."""
+    two thousand, and without any left XLA ends the process with a segmentation fault. Linux only."""
     try:
         limit = int((proc / "sys/vm/max_map_count").read_text())
-        taken = (proc / "self/maps").read_bytes().count(b"\n")
+        used = (proc / "self/maps").read_bytes().count(b"\n")
     except OSError:
         return
-    if taken > _MAPPINGS_TAKEN * limit:
+    if used > _MAPPINGS_LIMIT * limit:
         raise InputError(
-            f"This process has {taken} memory mappings of the {limit} that Linux allows, and each further program for "
-            f"a CPU takes thousands. Raise the limit, sysctl -w vm.max_map_count={16 * limit}, or train fewer buckets"
+            f"This process has {used} memory mappings of the {limit} that Linux allows, and each further program for "
+            f"a CPU takes thousands. Raise the limit (sysctl -w vm.max_map_count={16 * limit}), or use fewer "
+            "data.buckets"
         )
 
 
 def use_cache(folder: str | Path) -> None:
-    """Keeps every program that this process compiles from now on in a folder, or reads it from there. It may be shared
-    by runs and processes. Raises InputError for a bucket's URL."""
+    """Sets jax's persistent compilation cache: programs are read from the folder, or compiled and written there. Runs
+    and processes may share it. Raises InputError for the URL of a storage bucket."""
     local(folder, "training.compilation_cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    compilation_cache.reset_cache()  # or the folder of before is kept
+    compilation_cache.reset_cache()  # or jax keeps using the previous folder
 
 
 def order_of_need(dataset: BucketedDataset, first: int, stop: int) -> dict[Bucket, int]:
-    """The buckets of the steps `first` to `stop` − 1 (from 0), in the order of their first use, with the images of a
-    batch over all processes."""
+    """The buckets of the steps `first` to `stop` − 1 (from 0), in the order of their first use, each with its batch
+    size over all processes."""
     all_buckets = {bucket.size: bucket.batch_size for bucket in dataset.report() if bucket.batches}
-    found = dict[Bucket, int]()
-    last = min(stop, first + _LOOKED_AHEAD)
+    needed = dict[Bucket, int]()
+    last = min(stop, first + _LOOKAHEAD_STEPS)
     for step in range(first, last):
         bucket = dataset.bucket_of(step)
-        found[bucket] = all_buckets[bucket]
-        if len(found) == len(all_buckets):
+        needed[bucket] = all_buckets[bucket]
+        if len(needed) == len(all_buckets):
             break
-    return found if last == stop else found | all_buckets
+    return needed if last == stop else needed | all_buckets
 
 
-class CompiledSteps:
-    """Programs by bucket, compiled in threads. A context manager: leaving it begins no other program, and does not wait
-    for those that are being compiled."""
+class CompiledSteps(Generic[_Program]):
+    """Programs by bucket, compiled in background threads. A context manager: after it is left, no further program is
+    started; those being compiled are not waited for."""
 
     def __init__(
         self,
@@ -107,23 +112,23 @@ class CompiledSteps:
         mesh: Mesh,
         ahead: CompileAhead = CompileAhead.BACKGROUND,
         threads: int = 1,
-        made_ahead: Programs | None = None,
+        aot_programs: Programs | None = None,
         then: Callable[[Bucket], None] | None = None,
     ):
-        """step: what `jax.jit` returned. arguments: for each bucket the abstract arguments, in the order of need.
+        """step: the jitted function. arguments: the abstract arguments of each bucket, in the order of need.
         threads: programs compiled at once; each takes cores and, for large models, many GiB of this process's memory.
-        made_ahead: where programs compiled on another machine may lie. then: what a thread does after each program,
-        which may be in use by then."""
-        self._step, self._arguments, self._mesh, self._made_ahead = step, arguments, mesh, made_ahead
+        aot_programs: programs compiled on another machine, which are read instead. then: called by a thread after each
+        of its programs, which may be in use by then."""
+        self._step, self._arguments, self._mesh, self._aot_programs = step, arguments, mesh, aot_programs
         self._then = then
         self._before = ahead is CompileAhead.BEFORE
         self._changed = threading.Condition()  # guards what follows
-        self._to_do = [] if ahead is CompileAhead.ON_DEMAND else list(arguments)
-        self._begun, self._closed = set[Bucket](), False
-        self._programs = dict[Bucket, Callable[..., Any]]()
+        self._queue = [] if ahead is CompileAhead.ON_DEMAND else list(arguments)
+        self._started, self._closed = set[Bucket](), False
+        self._programs = dict[Bucket, Any]()
         self._error: BaseException | None = None
         for number in range(min(threads, len(arguments))):
-            threading.Thread(target=self._work, name=f"compile-{number}", daemon=True).start()
+            threading.Thread(target=self._compile_queue, name=f"compile-{number}", daemon=True).start()
 
     def __enter__(self) -> "CompiledSteps":
         return self
@@ -134,49 +139,49 @@ class CompiledSteps:
             self._changed.notify_all()
 
     def progress(self) -> tuple[int, int]:
-        """(programs that are there, programs that the run needs)."""
+        """(programs that are ready, programs that the run needs)."""
         return len(self._programs), len(self._arguments)
 
     def ready(self, bucket: Bucket) -> bool:
         """Whether `of` would return at once."""
         return len(self._programs) == len(self._arguments) if self._before else bucket in self._programs
 
-    def of(self, bucket: Bucket, waiting: Callable[[], None] = lambda: None) -> Callable[..., Any]:
-        """The program of one bucket, waited for if need be; all of them, where they are compiled before training.
+    def of(self, bucket: Bucket, waiting: Callable[[], None] = lambda: None) -> _Program:
+        """The program of one bucket. Waits until it is ready; with CompileAhead.BEFORE, until all are.
 
-        waiting: called several times a second meanwhile; what it raises ends the waiting. Raises, with its traceback,
-        what compiling any of the programs has raised, unless this one is there.
+        waiting: called several times per second meanwhile; an exception in it ends the wait. Raises the error of any
+        program's compilation, with its traceback, unless this program is ready.
         """
         with self._changed:
-            if bucket not in self._begun:  # it is needed now: before all others
-                self._to_do = [bucket, *(other for other in self._to_do if other != bucket)]
+            if bucket not in self._started:  # it is needed now: to the front of the queue
+                self._queue = [bucket, *(other for other in self._queue if other != bucket)]
                 self._changed.notify_all()
         while not self.ready(bucket):
             waiting()
             with self._changed:
-                # In short turns, so that Python's signal handlers run.
-                self._changed.wait_for(lambda: self._error is not None or self.ready(bucket), _PATIENCE)
+                # In short intervals, so that Python's signal handlers run.
+                self._changed.wait_for(lambda: self._error is not None or self.ready(bucket), _POLL_SECONDS)
                 if self._error is not None:
                     raise self._error
         return self._programs[bucket]
 
-    def _work(self) -> None:
+    def _compile_queue(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._to_do)
+                self._changed.wait_for(lambda: self._closed or self._queue)
                 if self._closed:
                     return
-                bucket = self._to_do.pop(0)
-                self._begun.add(bucket)
+                bucket = self._queue.pop(0)
+                self._started.add(bucket)
             try:
-                with _in_flight.counted(), jax.set_mesh(self._mesh):  # a mesh is a thread's own
+                with _in_flight.counted(), jax.set_mesh(self._mesh):  # a thread-local setting
                     program = self._program(bucket)
                     with self._changed:
                         self._programs[bucket] = program
                         self._changed.notify_all()
                     if self._then is not None:
                         self._then(bucket)
-            except BaseException as problem:  # raised again where a program is asked for
+            except BaseException as problem:  # raised again by `of`
                 error = explained(f"the train step of {bucket.height}×{bucket.width}", problem)
                 error.add_note(f"(while the step of the bucket {bucket.height}×{bucket.width} was compiled)")
                 with self._changed:
@@ -187,20 +192,19 @@ class CompiledSteps:
         if jax.default_backend() == "cpu":
             check_mappings()
         lowered = self._step.lower(*self._arguments[bucket])
-        if self._made_ahead is not None and self._made_ahead.folder.is_dir():
+        if (aot := self._aot_programs) is not None and aot.folder.is_dir():
             try:
-                if (made := self._made_ahead.read(lowered)) is not None:
-                    return made
-                there = self._made_ahead.count()
-                why = f"is none of the {there} there (of another configuration, slice or version)"
+                if (compiled := aot.read(lowered)) is not None:
+                    return compiled
+                why = f"is not among the {aot.count()} programs (of another configuration, slice or version)"
             except Exception as error:  # whatever jax and the file system raise
-                why = f"could not be read: {str(error).splitlines()[0]}"
-            tqdm.write(f"  the step of {bucket.height}×{bucket.width} in {self._made_ahead.folder} {why}; compiling it")
+                why = f"could not be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+            tqdm.write(f"  the step of {bucket.height}×{bucket.width} in {aot.folder} {why}; compiling it")
         return lowered.compile()
 
 
 class _InFlight:
-    """How many threads of this process are compiling."""
+    """The number of threads of this process that are compiling."""
 
     def __init__(self) -> None:
         self.count, self._changed = 0, threading.Condition()
@@ -218,7 +222,7 @@ class _InFlight:
 
     def wait(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self.count, _PATIENCE_AT_EXIT)
+            self._changed.wait_for(lambda: not self.count, _EXIT_TIMEOUT_SECONDS)
 
 
 _in_flight = _InFlight()
@@ -226,8 +230,8 @@ atexit.register(_in_flight.wait)
 
 
 def leave(code: int) -> None:
-    """Ends the process at once if something is being compiled; returns otherwise. Python would abort: its thread comes
-    back from the compiler to an interpreter that is gone."""
+    """Exits at once if something is being compiled; returns otherwise. Python would abort: the thread would return from
+    the compiler to an interpreter that is finalised."""
     if _in_flight.count:
         sys.stdout.flush()
         sys.stderr.flush()

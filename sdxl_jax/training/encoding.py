@@ -1,13 +1,13 @@
-"""The program after `sdxl-jax data encode`: the frozen encoders' work done once, for every crop and caption.
+"""The program of `sdxl-jax data encode`: the frozen encoders run once, on every crop and caption.
 
     images ── K crops each ── autoencoder ── mean, log-variance ─┐
     captions ── tokens ── text towers ── states, pooled ─────────┴─ bfloat16 ── cache (data.cache)
 
-The posterior's moments are kept, not a sample, so that training draws its own each time. The cache says what it was
-made from: the images, their crops and buckets, the encoders' weights, and this code. Training makes the same statement
-about itself, and reads no cache that differs.
+The posterior's moments are stored, not a sample, so that training samples from it at every step. The cache records
+its provenance: the images, their crops and buckets, the encoders' weights, and this code. Training computes the same
+record, and refuses a cache with another one.
 
-Processes share the pieces out; one that was interrupted goes on with those that are missing.
+Processes divide the pieces among themselves; an interrupted one continues with the missing pieces.
 """
 
 import dataclasses
@@ -15,14 +15,15 @@ import functools
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Key
 from tqdm import tqdm
 
 from sdxl_jax import arrays, model, sharding
@@ -30,9 +31,8 @@ from sdxl_jax.arrays import ImageBytes, Params, TokenIds, flatten, unflatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
-from sdxl_jax.data import crops as cropping
 from sdxl_jax.data.cache import CachePlan, Crop, PieceWriter, Text, begin, open_cache
-from sdxl_jax.data.crops import Crops
+from sdxl_jax.data.crops import Crops, load_crops
 from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
@@ -48,16 +48,16 @@ _CODE = (
     *("data/loader.py", "data/transforms.py", "models/attention.py", "models/clip.py", "models/layers.py"),
     *("models/vae.py", "models/taesd.py", "training/encoding.py"),
 )
-"""Files that decide what is encoded."""
+"""Files that determine the content of a cache."""
 
 
 def encoder_parts(config: TrainConfig) -> list[str]:
-    """The parts of the model whose work a cache holds."""
+    """The parts of the model whose outputs a cache holds."""
     return [part for part in part_configs(config.model) if part != "unet"]
 
 
 def fingerprint(params: Params) -> str:
-    """Names the values of parameters, wherever they lie and in whatever precision they are kept."""
+    """A hash of the values of parameters, independent of their sharding and of the dtype that they are stored in."""
     leaves = dict(sorted(flatten(params).items()))
     sums = checksums(leaves.values(), jnp.float32)
     lines = [f"{path} {leaf.shape} {number}\n" for (path, leaf), number in zip(leaves.items(), sums, strict=True)]
@@ -71,12 +71,12 @@ def _code() -> str:
 
 
 def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> dict[str, Any]:
-    """What a cache of this configuration is made from. `params` hold the encoders, `dataset` the images."""
+    """The provenance of a cache of this configuration. `params` hold the encoders, `dataset` the images."""
     data = config.data
-    used = {part: params[part]["encoder"] if part == "vae" else params[part] for part in encoder_parts(config)}
+    encoders = {part: params[part]["encoder"] if part == "vae" else params[part] for part in encoder_parts(config)}
     weights = {
         part: {"config": to_json(part_configs(config.model)[part]), "values": fingerprint(values)}
-        for part, values in used.items()
+        for part, values in encoders.items()
     }
     return {
         "images": [source.fingerprint for source in dataset.source.sources],
@@ -95,42 +95,46 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
 
 
 def check_frozen(config: TrainConfig) -> None:
-    """Raises InputError where a cache is given and an encoder trains."""
+    """Raises InputError if a cache is given and an encoder is trainable."""
     if config.data.cache is None:
         return
     abstract = jax.eval_shape(functools.partial(model.init, config=config.model), jax.random.key(0))
     trained, _ = partition(abstract, config.training.trainable)
     if trainable := [part for part in encoder_parts(config) if part in trained]:
         raise InputError(
-            f"data.cache={config.data.cache} holds what the {', '.join(trainable)} made of the data before training, but "
-            "training.trainable changes it. Train the UNet alone, training.trainable=^unet/, or without data.cache"
+            f"data.cache={config.data.cache} holds the outputs of {', '.join(trainable)} before training, but "
+            'training.trainable makes it trainable. Train the UNet alone, training.trainable=("^unet/",), or leave out '
+            "data.cache"
         )
 
 
 def from_cache(config: TrainConfig, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
-    """The data set as the configuration wants it read: from `data.cache`, or as it is.
+    """The data set, reading from `data.cache` if there is one.
 
-    Raises InputError for a cache of something else (open_cache).
+    Raises InputError for a cache of another provenance (open_cache).
     """
     data = config.data
     if data.cache is None:
         return dataset
-    ignore = ["precision", "code"] if data.cache_of_other_code else ["precision"]  # training may have another
+    ignore = ["precision", "code"] if data.cache_of_other_code else ["precision"]  # training may use another
     return dataset.reading(open_cache(data.cache, made_from(config, dataset, frozen), ignore=ignore))
 
 
+_Rows = TypeVar("_Rows")
+
+
 class _Encoders(NamedTuple):
-    """Compiled for this process's devices, over which a batch is split."""
+    """The encoders, compiled for this process's devices, over which a batch is split."""
 
     mesh: Mesh
     batch_size: int
     images: Callable[[ImageBytes], vae.Posterior]
     captions: Callable[[dict[str, TokenIds]], text.TextConditioning]
 
-    def spread(self, rows: Any) -> Any:
-        """Rows up to a whole batch, on the devices; missing ones repeat the last."""
-        wanted = np.minimum(np.arange(self.batch_size), len(jax.tree.leaves(rows)[0]) - 1)
-        return sharding.put_batch(self.mesh, jax.tree.map(lambda array: array[wanted], rows))
+    def put(self, rows: _Rows) -> _Rows:
+        """Rows on the devices, padded to a whole batch by repeating the last one."""
+        index = np.minimum(np.arange(self.batch_size), len(jax.tree.leaves(rows)[0]) - 1)
+        return sharding.put_batch(self.mesh, jax.tree.map(lambda array: array[index], rows))
 
 
 def _encoders(config: TrainConfig, params: Params, mesh: Mesh, batch_size: int) -> _Encoders:
@@ -151,31 +155,31 @@ def _encoders(config: TrainConfig, params: Params, mesh: Mesh, batch_size: int) 
 
 
 class _Pending(NamedTuple):
-    """A group whose encoding has been started."""
+    """A group of crops whose encoding has been dispatched."""
 
     crops: Crops
     tokens: dict[str, TokenIds]
-    """Of all captions, by tower."""
+    """Token numbers of all captions, by tower."""
     posteriors: list[vae.Posterior]
-    """One a crop, batch of images."""
+    """One per crop, each of a batch of images."""
     conditions: list[text.TextConditioning]
-    """Batches of captions."""
+    """One per batch of captions."""
 
 
 def _start(encoders: _Encoders, tokenizer: Tokenizer, crops: Crops) -> _Pending:
     captions = [caption for captions in crops.captions for caption in captions]
     tokens: dict[str, Any] = dict(tokenizer(captions))
     count = max(map(len, crops.examples))
-    posteriors = [encoders.images(encoders.spread(crops.pixels(crop))) for crop in range(count)]
+    posteriors = [encoders.images(encoders.put(crops.pixels(crop))) for crop in range(count)]
     conditions = []
     for start in range(0, len(captions), encoders.batch_size):
         batch = {name: rows[start : start + encoders.batch_size] for name, rows in tokens.items()}
-        conditions.append(encoders.captions(encoders.spread(batch)))
+        conditions.append(encoders.captions(encoders.put(batch)))
     return _Pending(crops, tokens, posteriors, conditions)
 
 
 def _write(writer: PieceWriter, pending: _Pending) -> None:
-    """Waits for the devices."""
+    """Waits for the devices, and writes the group to the cache."""
     crops = pending.crops
     posteriors = jax.device_get(pending.posteriors)
     texts = _texts(pending.tokens, jax.device_get(pending.conditions))
@@ -197,20 +201,21 @@ def _write(writer: PieceWriter, pending: _Pending) -> None:
         writer.add(encoded, list(itertools.islice(texts, len(captions))))
 
 
-def _texts(tokens: Mapping[str, Any], conditions: Any) -> Iterator[Text]:
-    """One a caption, of batches of text.TextConditioning on the host; the last one is filled up."""
-    rows = ((condition, row) for condition in conditions for row in range(len(condition.context)))
+def _texts(tokens: Mapping[str, TokenIds], conditions: Sequence[text.TextConditioning]) -> Iterator[Text]:
+    """One per caption. conditions: batches on the host, of which the last is padded."""
+    caption_rows = ((condition, row) for condition in conditions for row in range(len(condition.context)))
     count = len(next(iter(tokens.values())))
-    for number, (condition, row) in enumerate(itertools.islice(rows, count)):
-        pooled = None if condition.pooled is None else condition.pooled[row]
-        yield Text({name: each[number] for name, each in tokens.items()}, condition.context[row], pooled)
+    for number, (condition, row) in enumerate(itertools.islice(caption_rows, count)):
+        pooled = None if condition.pooled is None else np.asarray(condition.pooled[row])
+        row_tokens = {name: np.asarray(rows[number]) for name, rows in tokens.items()}
+        yield Text(row_tokens, np.asarray(condition.context[row]), pooled)
 
 
 class EncodeReport(NamedTuple):
     plan: CachePlan
-    """Which knows what is missing still."""
+    """Says which pieces are still missing."""
     refused: int
-    """Images that could not be encoded this time."""
+    """Images that could not be encoded in this run."""
 
 
 def encode(
@@ -221,19 +226,19 @@ def encode(
     piece_images: int = 1024,
     progress: bool = True,
 ) -> EncodeReport:
-    """Writes `config.data.cache`, or what is missing of it.
+    """Writes `config.data.cache`, or the pieces of it that are missing.
 
     Args:
-        config: of the training that is to read the cache: its data, model, weights (`training.init_from`) and compute.
-        batch_size: images, or captions, encoded at once; rounded up to a multiple of this process's devices.
-        share: (i, n): of every n pieces, the i-th, 0 to n − 1. None: by jax's processes.
-        piece_images: images a piece. Higher: fewer files, more is lost to an interruption.
-        progress: show images and images a second at a terminal.
+        config: of the run that will read the cache: its data, model, weights (`training.init_from`) and compute.
+        batch_size: images, or captions, per batch; rounded up to a multiple of this process's devices.
+        share: (i, n): the i-th of every n pieces, 0 to n − 1. None: by jax's processes.
+        piece_images: images per piece. Higher: fewer files, more is lost to an interruption.
+        progress: show images and images per second at a terminal.
 
     An image that cannot be read is named and marked, and training replaces it.
 
-    Raises InputError: no `data.cache`; a folder that holds another cache or other files; more images that cannot be
-    read than `data.max_bad_share` allows; and as training does.
+    Raises InputError: no `data.cache`; a folder that holds another cache or other files; more unreadable images than
+    `data.max_bad_share` allows; and whatever training refuses.
     """
     config, index, count = _checked(config, batch_size, share)
     assert config.data.cache is not None and config.data.crops_per_image is not None
@@ -265,10 +270,10 @@ def encode(
 
 
 def _checked(config: RunConfig, batch_size: int, share: tuple[int, int] | None) -> tuple[TrainConfig, int, int]:
-    """(configuration, this process's share, of how many). Raises InputError as `encode`."""
+    """(configuration, index of this process's share, number of shares). Raises InputError as `encode` does."""
     if not isinstance(config, TrainConfig):
         raise InputError(
-            f"data encode is for runs that learn to denoise, whose encoders are frozen; this is an "
+            f"data encode expects the configuration of a diffusion model, whose encoders are frozen; this is an "
             f"{type(config).__name__}. Give a file whose get_config() returns a TrainConfig"
         )
     config.check()
@@ -278,22 +283,22 @@ def _checked(config: RunConfig, batch_size: int, share: tuple[int, int] | None) 
     index, count = share or (jax.process_index(), jax.process_count())
     if batch_size < 1 or not 0 <= index < count:
         raise InputError(
-            f"batch_size={batch_size}, share {index} of {count}. Expected a batch of 1 or more, and a share from 0 to "
-            "the last below their number"
+            f"batch_size={batch_size} and share={index},{count} cannot be used. Give a batch_size of 1 or more, and a "
+            f"share from 0 to below the number of shares, which is 1 or more"
         )
     return config, index, count
 
 
 @dataclasses.dataclass
 class _Tally:
-    """Images of this run so far."""
+    """Counts of images so far."""
 
     max_bad_share: float
     seen: int = 0
     refused: int = 0
 
     def add(self, crops: Crops) -> None:
-        """Names those that cannot be encoded. Raises InputError where they are too many."""
+        """Prints the images that cannot be encoded. Raises InputError for too many of them."""
         self.seen += len(crops.reasons)
         for reason in filter(None, crops.reasons):
             self.refused += 1
@@ -301,8 +306,8 @@ class _Tally:
             if self.refused > self.max_bad_share * max(self.seen, FEW):
                 raise InputError(
                     f"{self.refused} of the first {self.seen} images cannot be encoded, more than "
-                    f"data.max_bad_share={self.max_bad_share} allows. The last: {reason}\nMend what is wrong and run "
-                    "the same command again: it goes on, and this piece was not written. Or raise data.max_bad_share."
+                    f"data.max_bad_share={self.max_bad_share} allows. The last: {reason}\nFix the images and run the "
+                    "same command again: it resumes, and this piece was not written. Or raise data.max_bad_share"
                 )
 
 
@@ -317,7 +322,7 @@ def _encode_piece(
 ) -> None:
     pending = None
     with PieceWriter(plan, piece) as writer:
-        for crops in cropping.load(dataset, plan.images_of(piece), encoders.batch_size):
+        for crops in load_crops(dataset, plan.images_of(piece), encoders.batch_size):
             tally.add(crops)
             started = _start(encoders, tokenizer, crops)
             if pending is not None:
@@ -330,17 +335,17 @@ def _encode_piece(
 
 
 def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
-    """The encoders as a run of this configuration starts with them."""
+    """The encoders' parameters, as at the start of a run of this configuration."""
     parts = encoder_parts(config)
     initial = initial_weights(config.training, config.model, mesh, parts=parts, progress=progress)
 
-    def make(key: jax.Array) -> Params:
+    def make(key: Key[jax.Array, ""]) -> Params:
         fresh = flatten(model.init(key, config.model))
         return {path: leaf for path, leaf in fresh.items() if path not in initial and path.split("/")[0] in parts}
 
     missing = jax.eval_shape(make, jax.random.key(0))
     if progress and missing:
         random = sorted({path.split("/")[0] for path in missing})
-        tqdm.write(f"  at random weights, wholly or in part: {', '.join(random)}")
-    places = flatten(sharding.place(mesh, unflatten(missing)))
-    return unflatten(jax.jit(make, out_shardings=places)(jax.random.key(config.training.seed)) | initial)
+        tqdm.write(f"  at random weights, at least in part: {', '.join(random)}")
+    shardings = flatten(sharding.place(mesh, unflatten(missing)))
+    return unflatten(jax.jit(make, out_shardings=shardings)(jax.random.key(config.training.seed)) | initial)

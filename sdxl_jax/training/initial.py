@@ -1,4 +1,4 @@
-"""The weights that a run starts from: those of `training.init_from`, checked against the configuration."""
+"""The initial weights of a run, loaded from `training.init_from` and checked against the configuration."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ from collections.abc import Collection
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from sdxl_jax.arrays import flatten
@@ -22,68 +23,69 @@ from sdxl_jax.weights.open import OpenOptions, open_model
 
 
 def check_initial(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> None:
-    """Raises InputError where `initial_weights` would; only headers are read."""
+    """Raises InputError wherever `initial_weights` would; reads only the files' headers."""
     _opened(training, model, parts)
 
 
 def initial_weights(
     training: LoopConfig, model: ModelConfig, mesh: Mesh, *, parts: Collection[str], progress: bool = True
-) -> dict[str, jax.Array]:
-    """The parameters that `training.init_from` gives, by path, float32 and where they belong.
+) -> dict[str, Float32[jax.Array, "..."]]:
+    """The parameters that `training.init_from` gives, by path, with their shardings.
 
-    model: what is wanted, of which `parts` count. Raises InputError for a path without a model, and for a part that the
-    model lacks, or has otherwise.
+    model: the model to initialise; only its `parts` are used. Raises InputError for a path without a model, and for a
+    part that the model does not have, or has with another configuration.
     """
-    initial: dict[str, jax.Array] = {}
+    initial = dict[str, jax.Array]()
     for path, weights in zip(training.init_from, _opened(training, model, parts), strict=True):
-        for line in _other_meaning(weights, model):
+        for line in _meaning_differences(weights, model):
             tqdm.write(f"  note: the UNet of {path} was trained with another {line} (there -> in this run)")
-        if lines := _other_sampling(weights, model):
+        if lines := _sampling_differences(weights, model):
             tqdm.write(
-                f"  note: {path} says that it is sampled with another {'; '.join(lines)} (there -> in this run, and of "
-                "what it makes). model.sampling in the configuration keeps what is there"
+                f"  note: {path} has other sampling defaults, {'; '.join(lines)} (there -> in this run and the models "
+                "that it saves). Set model.sampling in the configuration to keep them"
             )
         initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
     return initial
 
 
 def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> list[Weights]:
-    """What is at each path of `training.init_from`, not read yet: of `parts` what is to be taken, and fits."""
+    """The weights at each path of `training.init_from`, opened but not read: those of `parts` that are to be loaded,
+    once checked that they fit."""
     opened: list[Weights] = []
-    wanted, taken = part_configs(model), training.init_parts
-    if unknown := [part for part in taken or () if part not in wanted]:
+    known, selected = part_configs(model), training.init_parts
+    if unknown := [part for part in selected or () if part not in known]:
         raise InputError(
-            f"training.init_parts has {', '.join(unknown)}, which this model does not have. Its parts are "
-            f"{', '.join(wanted)}"
+            f"training.init_parts has {', '.join(unknown)}, which this model does not have. Give some of "
+            f"{', '.join(known)}"
         )
-    missing = set(taken or ())
+    missing = set(selected or ())
     for path in training.init_from:
         try:
             weights = open_model(path, OpenOptions(has_options=False))
         except InputError as error:
             raise InputError(
-                f"training.init_from={path} cannot be opened: {error}. If it is the run of the stage before, train "
-                "that first (docs/guides/recipe.md); weights of others are downloaded first"
+                f"training.init_from={path} cannot be opened: {error}. If it is the run of an earlier stage, train "
+                "that first (docs/guides/recipe.md). Published weights have to be downloaded first"
             ) from error
-        if taken is not None:
-            weights = _only(weights, taken)
+        if selected is not None:
+            weights = _only(weights, selected)
             missing -= set(weights.parts)
-        if unknown := [part for part in weights.parts if part not in wanted]:
+        if unknown := [part for part in weights.parts if part not in known]:
             raise InputError(
-                f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have. Choose with "
-                f"training.init_parts what is to be taken of {', '.join(wanted)}"
+                f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have. Select the "
+                f"parts to load with training.init_parts, from {', '.join(known)}"
             )
         weights = _only(weights, parts)
         for part in weights.parts:
-            have, want = (to_json(configs[part]) for configs in (part_configs(weights.config), wanted))
-            if not weights.tells_scale:
+            have, want = (to_json(configs[part]) for configs in (part_configs(weights.config), known))
+            if not weights.scale_is_known:
                 have["scale"] = want["scale"]
             if part == "vae" and (half := lacking_half(weights)) is not None:
-                have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # which the other half's file does not tell
+                have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # not in the other half's file
             if different := differences(have, want):
                 raise InputError(
-                    f"The {part} in {path} (training.init_from) is not this model's: {'; '.join(different)} (in the "
-                    f"file -> in the model). Set {_field_of(part, model)} to the file's configuration, or leave the "
+                    f"The {part} in {path} (training.init_from) has another configuration: {'; '.join(different)} (in "
+                    f"the file -> in this run). Set {_field_of(part, model)} to the file's configuration, or leave the "
                     f"{part} out of training.init_parts"
                 )
         _check_meaning(path, weights, training, model)
@@ -91,43 +93,44 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
     lacking = [lacking_half(weights) for weights in opened if "vae" in weights.parts]
     if lacking and None not in lacking and len(set(lacking)) == 1:
         raise InputError(
-            f"training.init_from={training.init_from} holds a tiny autoencoder without its {lacking[0]}, which "
-            f"would have random weights. Add the {lacking[0]}'s file (taesdxl_{lacking[0]}.safetensors)"
+            f"training.init_from={','.join(training.init_from)} holds a tiny autoencoder without its {lacking[0]}, "
+            f"which would have random weights. Add the {lacking[0]}'s file (taesdxl_{lacking[0]}.safetensors)"
         )
     if missing:
         raise InputError(
-            f"training.init_parts wants {', '.join(sorted(missing))}, which none of training.init_from="
-            f"{training.init_from} holds. Add a model with it, or leave it out"
+            f"training.init_parts has {', '.join(sorted(missing))}, which is not in training.init_from="
+            f"{','.join(training.init_from)}. Add a model that has it, or leave it out"
         )
     return opened
 
 
-def _other_meaning(weights: Weights, model: ModelConfig) -> list[str]:
-    """`field: there -> here` of all that the UNet's weights were trained with otherwise, as far as the file tells."""
-    if "unet" not in weights.parts or not weights.tells_noise:
+def _meaning_differences(weights: Weights, model: ModelConfig) -> list[str]:
+    """`field: there -> here` for every field in `MEANING` with which the UNet was trained differently, as far as the
+    file records it."""
+    if "unet" not in weights.parts or not weights.noise_is_known:
         return []
     there, here = ({name: to_json(config)[name] for name in MEANING} for config in (weights.config, model))
     return differences(there, here)
 
 
-def _other_sampling(weights: Weights, model: ModelConfig) -> list[str]:
-    """`field: there -> here` of how the weights say that they are sampled, where their UNet is taken."""
-    if "unet" not in weights.parts or not weights.tells_noise:
+def _sampling_differences(weights: Weights, model: ModelConfig) -> list[str]:
+    """`field: there -> here` for the weights' own sampling defaults, if their UNet is loaded."""
+    if "unet" not in weights.parts or not weights.noise_is_known:
         return []
     there, here = (to_json(each.sampling or SamplingDefaults()) for each in (weights.config, model))
     return differences(there, here)
 
 
 def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: ModelConfig) -> None:
-    """Raises InputError where the weights mean something else than this run would take them for, unless that is
-    named."""
-    changed = [line for line in _other_meaning(weights, model) if not is_within(line, training.init_changes)]
+    """Raises InputError if the UNet was trained with another prediction, schedule or the like than this run's, unless
+    `training.init_changes` names it."""
+    changed = [line for line in _meaning_differences(weights, model) if not is_within(line, training.init_changes)]
     if changed:
         names = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)
         raise InputError(
             f"The UNet of {path} (training.init_from) was trained with another {'; '.join(changed)} (there -> in this "
-            f"run). Set {' and '.join(f'model.{name}' for name in names)} to what is there. To make another model of "
-            f"it on purpose: --training.init-changes {' '.join(names)}"
+            f"run). Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
+            f"purpose: --training.init-changes {' '.join(names)}"
         )
 
 
@@ -137,6 +140,6 @@ def _only(weights: Weights, parts: Collection[str]) -> Weights:
 
 
 def _field_of(part: str, model: ModelConfig) -> str:
-    """Where a part's configuration stands."""
+    """The configuration field of a part."""
     names = [tower.name for tower in model.text]
     return f"model.text[{names.index(part)}].clip" if part in names else f"model.{part}"

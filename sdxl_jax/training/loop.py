@@ -1,19 +1,20 @@
 """The training program: prepare, then for each step: batch, step, log, save, evaluate. It knows no objective.
 
-Nothing but logging waits for the device, and logging lags one step after, so that the device always has work. A run is
-repeated exactly by its configuration; interrupted, it goes on from its last checkpoint as if nothing had happened.
+Nothing but logging waits for the device, and logging lags one step, so that the device always has work: dispatch is
+asynchronous. A run is reproduced bit for bit from its configuration; interrupted, it resumes from its last checkpoint
+as if nothing had happened.
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Num
 from tqdm import tqdm
 
 from sdxl_jax import sharding
@@ -25,14 +26,14 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
 from sdxl_jax.training import run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
-from sdxl_jax.training.observe import clock as clocks
 from sdxl_jax.training.observe import profiling, validation
-from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart
+from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart, read_starts, time_table
 from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, WandbBoard
 from sdxl_jax.training.processes import Interrupted, Processes
 from sdxl_jax.training.run_directory import check_run
 from sdxl_jax.training.setup import Run, StartOptions, prepare
 from sdxl_jax.training.state import TrainState
+from sdxl_jax.training.step import Metrics, Step
 
 __all__ = ["check_run", "train"]
 
@@ -47,18 +48,18 @@ def train(
     profile: tuple[int, int] | None = None,
     began: float | None = None,
 ) -> Model:
-    """Trains until `config.training.steps`, from the last checkpoint in `run_dir` if there is one; returns the model,
-    with its averaged weights. The configuration's type says what is learnt (sdxl_jax/training/objectives/).
+    """Trains until `config.training.steps`, resuming from the last checkpoint in `run_dir` if there is one; returns the
+    model with its averaged weights. The configuration's type chooses the objective (sdxl_jax/training/objectives/).
 
-    from_step: the checkpoint to go on from instead of the last; those after it are moved to RUN/set_aside.
+    from_step: the checkpoint to resume from instead of the last; later ones are moved to RUN/set_aside.
     allow_changes: fields of the configuration, or groups of them, that may differ from the run's although they alter
-    what is learnt; it is noted in config.json.
+    what is learnt; the changes are recorded in config.json.
     profile: the first and the last step of a trace in RUN/profile. began: when the program started, by
     `time.monotonic()`, for the table of where the time went; None: now.
 
-    Raises InputError before anything is written: for data, batch or mesh that do not fit, a run directory of another
-    configuration, or in use, a checkpoint that cannot be read, processes that differ. SIGTERM or SIGINT end it with
-    `Interrupted`, a SystemExit, once what was done is saved.
+    Raises InputError before anything is written: for data, a batch size or a mesh that do not fit, a run directory of
+    another configuration, a checkpoint that cannot be read, processes that disagree; MachineError for a run directory
+    that is in use. SIGTERM or SIGINT end it with `Interrupted`, a SystemExit, once the finished steps are saved.
     """
     options, clock = StartOptions(from_step, allow_changes, profile, progress), Clock(began)
     with (
@@ -68,35 +69,35 @@ def train(
         with _tools(run, clock) as tools:
             state = _loop(run, tools)
         if run.progress:
-            tqdm.write(f"where the time went\n{clocks.table(clocks.read(run.run_dir))}")
+            tqdm.write(f"where the time went\n{time_table(read_starts(run.run_dir))}")
     return run.objective.model(state, run.frozen)
 
 
 def _loop(run: Run, tools: "Tools") -> TrainState:
-    """Batch, step, log, save, evaluate, until all steps are made. Returns the last state."""
+    """Batch, step, log, save, validate, until all steps are done. Returns the last state."""
     state, step = run.state, run.first
     try:
-        tools.evaluation.catch_up(step, state)
+        tools.validator.write_missing_grid(step, state)
         while step < run.stop:
-            with tools.saving.before_failing(step, state):
+            with tools.saver.save_on_error(step, state):
                 rows = tools.batches.next(step)
             program, batch = tools.batches.placed(step, rows)
             with tools.step(step):
                 state, metrics = program(state, run.frozen, batch)
                 step += 1
                 tools.log(step, metrics)
-            tools.note(step)
-            tools.saving.if_due(step, state)
-            tools.evaluation.if_due(step, state)
-    except Interrupted as stopped:
-        tools.saving.before_leaving(step, state, stopped)
+            tools.count_step(step)
+            tools.saver.if_due(step, state)
+            tools.validator.if_due(step, state)
+    except Interrupted as interrupted:
+        tools.saver.save_on_interrupt(step, state, interrupted)
         raise
     return state
 
 
 @dataclasses.dataclass
 class Tools:
-    """What the loop works with: each owns its part of the time."""
+    """What the loop uses; each accounts for its own part of the time."""
 
     run: Run
     clock: Clock
@@ -104,36 +105,36 @@ class Tools:
     writer: MetricsWriter
     profiler: profiling.Profile
     batches: "Batches"
-    saving: "Saving"
-    evaluation: "Evaluation"
+    saver: "Saver"
+    validator: "Validator"
 
     @contextlib.contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Around the step after `step`."""
-        part = TimePart.RECOMPUTED if step < self.writer.made_before else TimePart.STEP
+        """Times, and maybe traces, the step after `step`."""
+        part = TimePart.RECOMPUTED if step < self.writer.recomputed_until else TimePart.STEP
         with self.clock.during(part), self.profiler.step(step + 1, self.writer.settle):
             yield
 
-    def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that has been started."""
-        self.saving.add(metrics)
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of a step that has been dispatched; they may not be computed yet."""
+        self.saver.add(metrics)
         dataset = self.run.dataset
         self.writer.log(step, dataset.bucket_of(step - 1), dataset.batch_size_of(step - 1), metrics)
 
-    def note(self, step: int) -> None:
-        """A step was made."""
-        self.times.note(step, step <= self.writer.made_before)
+    def count_step(self, step: int) -> None:
+        """Counts a step in RUN/time.jsonl."""
+        self.times.count_step(step, step <= self.writer.recomputed_until)
 
 
 @contextlib.contextmanager
 def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
-    """Everything that is to be closed in the end, in the order that its closing needs."""
+    """Opens everything that has to be closed at the end, in the order that closing needs."""
     processes, run_dir, progress = run.processes, run.run_dir, run.steps.progress
     board = _wandb(run.config, run_dir) if processes.is_first else None
     with (
         jax.set_mesh(run.mesh),
         TimeLog(run_dir, clock, writes=processes.is_first) as times,
-        clock.during(TimePart.SAVE),  # leaving Checkpoints finishes what is being written
+        clock.during(TimePart.SAVE),  # leaving Checkpoints waits for the one being written
         _checkpoints(run) as checkpoints,
         clock.during(TimePart.OTHER),
         MetricsWriter(
@@ -141,117 +142,117 @@ def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
         ) as writer,
         profiling.Profile(run_dir / "profile", run.profile) as profiler,
         _closing(run.dataset.iterate(run.first)) as rows,
-        _naming_what_is_not_finite(run),
+        _describing_nonfinite_step(run),
     ):
-        batches, evaluation = Batches(run, clock, writer, rows), Evaluation(run, clock, writer)
-        saving = Saving(run, clock, writer, checkpoints)
-        yield Tools(run, clock, times, writer, profiler, batches, saving, evaluation)
+        batches, validator = Batches(run, clock, writer, rows), Validator(run, clock, writer)
+        saver = Saver(run, clock, writer, checkpoints)
+        yield Tools(run, clock, times, writer, profiler, batches, saver, validator)
 
 
 class Batches:
-    """The batches in order, each with the program of its bucket."""
+    """The batches in order, each with the compiled step of its bucket."""
 
     def __init__(self, run: Run, clock: Clock, writer: MetricsWriter, rows: Iterator[Batch]):
         self._run, self._clock, self._writer, self._rows = run, clock, writer, rows
-        self._met = set[Bucket]()
+        self._compiled = set[Bucket]()
 
     def next(self, step: int) -> Batch:
-        """This process's rows of the step after `step`, whose program is there."""
+        """This process's rows for the step after `step`, once its program is compiled."""
         bucket = self._run.dataset.bucket_of(step)
-        if bucket not in self._met:
-            self._meet(bucket)
+        if bucket not in self._compiled:
+            self._wait_for_program(bucket)
         with self._clock.during(TimePart.DATA):
             return self._run.processes.wait(lambda: next(self._rows))
 
-    def placed(self, step: int, rows: Batch) -> tuple[Callable[..., Any], Batch]:
-        """(program, batch on the devices). All processes pass here together, or stop here together."""
+    def placed(self, step: int, rows: Batch) -> tuple[Step, Batch]:
+        """(compiled step, batch on the devices). A barrier: all processes go on to the step, or all stop here."""
         run = self._run
         with self._clock.during(TimePart.DATA):
             batch = sharding.put_batch(run.mesh, rows)
-        run.processes.point()
+        run.processes.barrier()
         return run.steps.of(run.dataset.bucket_of(step)), batch
 
-    def _meet(self, bucket: Bucket) -> None:
-        """Waits for a bucket's program, where it is needed for the first time."""
+    def _wait_for_program(self, bucket: Bucket) -> None:
+        """The first time that a bucket's program is needed."""
         processes, writer = self._run.processes, self._writer
         with self._clock.during(TimePart.COMPILE):
             writer.settle()
             processes.wait(lambda: self._run.steps.of(bucket, writer.compiling))
-            # No process begins the step while another may yet be stopped compiling it.
+            # No process starts the step while another may still be interrupted compiling it.
             processes.gather("compiled")
             writer.compiled()
-        self._met.add(bucket)
+        self._compiled.add(bucket)
 
 
-class Saving:
-    """When checkpoints are written."""
+class Saver:
+    """Decides when checkpoints are written."""
 
     def __init__(self, run: Run, clock: Clock, writer: MetricsWriter, checkpoints: Checkpoints):
         self._run, self._clock, self._writer, self._checkpoints = run, clock, writer, checkpoints
         self._saved = run.first
-        self._since = _Mean(run.config.checkpoint.keep_best)
+        self._mean = _MeanMetric(run.config.checkpoint.keep_best)
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step, one of which may decide which checkpoint is the best."""
-        self._since.add(metrics)
+    def add(self, metrics: Metrics) -> None:
+        """Takes the metrics of a step; `checkpoint.keep_best` compares one of them."""
+        self._mean.add(metrics)
 
     def if_due(self, step: int, state: TrainState) -> None:
         if _due(step, self._run.config.checkpoint.every_steps, self._run.stop):
             self._save(step, state)
 
     @contextlib.contextmanager
-    def before_failing(self, step: int, state: TrainState) -> Iterator[None]:
-        """Saves where what is done inside fails: no program, or no batch. What was learnt stays."""
+    def save_on_error(self, step: int, state: TrainState) -> Iterator[None]:
+        """Saves the state if the block raises, because there is no program or no batch: no finished step is lost."""
         try:
             yield
         except Exception as error:
-            # Of several processes, the others do not know.
+            # With several processes, the others do not take part in saving.
             if self._run.processes.count == 1 and step > self._saved and not isinstance(error, NonFinite):
                 self._save(step, state)
             raise
 
-    def before_leaving(self, step: int, state: TrainState, stopped: Interrupted) -> None:
-        """Saves what a stopped run has learnt, and says so."""
+    def save_on_interrupt(self, step: int, state: TrainState, interrupted: Interrupted) -> None:
+        """Saves the state of an interrupted run, and reports it."""
         if step > self._saved:
             self._save(step, state)
         self._checkpoints.finish(last=True)
         if self._run.processes.is_first:
-            done = "saved; run the same command to go on" if step else "before anything was to be saved"
-            tqdm.write(f"stopped by {stopped.signal_name} after step {step}, {done}")
+            done = "saved; run the same command to resume" if step else "nothing to save yet"
+            tqdm.write(f"stopped by {interrupted.signal_name} after step {step}, {done}")
 
     def _save(self, step: int, state: TrainState) -> None:
-        """Begins to write; after a failure, the run may go on."""
+        """Starts an asynchronous save; training may continue after a failed one."""
         with self._clock.during(TimePart.SAVE):
             self._writer.flush()
-            if self._checkpoints.save(step, state, run_directory.described(self._run.objective), self._since.take()):
+            if self._checkpoints.save(step, state, run_directory.metadata_of(self._run.objective), self._mean.take()):
                 self._saved = step
 
 
-class Evaluation:
-    """When validation images are made."""
+class Validator:
+    """Decides when validation images are generated."""
 
     def __init__(self, run: Run, clock: Clock, writer: MetricsWriter):
         self._run, self._clock, self._writer = run, clock, writer
 
     def if_due(self, step: int, state: TrainState) -> None:
         if _due(step, self._run.objective.validates_every, self._run.stop):
-            self._look(step, state)
+            self._validate(step, state)
 
-    def catch_up(self, step: int, state: TrainState) -> None:
-        """The images that are missing where a run was stopped between a checkpoint and its images."""
+    def write_missing_grid(self, step: int, state: TrainState) -> None:
+        """On resume, if the run was stopped between a checkpoint and the grid of the same step."""
         run = self._run
         if step and _due(step, run.objective.validates_every, run.stop):
-            # What the first process sees counts: what the others see may be older.
-            there = int(validation.grid_path(run.run_dir, step).exists())
-            if not int(run.processes.gather(str(there))[0]):
-                self._look(step, state)
+            # The first process decides: the others may see an older state of a network file system.
+            exists = int(validation.grid_path(run.run_dir, step).exists())
+            if not int(run.processes.gather(str(exists))[0]):
+                self._validate(step, state)
 
-    def _look(self, step: int, state: TrainState) -> None:
+    def _validate(self, step: int, state: TrainState) -> None:
         run = self._run
         with self._clock.during(TimePart.EVALUATION):
             self._writer.flush()
             model = run.objective.model(state, run.frozen)
-            validation.look(run.objective, run.dataset, run.processes, run.run_dir, step, model, run.mesh)
+            validation.write_grid(run.objective, run.dataset, run.processes, run.run_dir, step, model, run.mesh)
 
 
 def _checkpoints(run: Run) -> Checkpoints:
@@ -262,19 +263,18 @@ def _checkpoints(run: Run) -> Checkpoints:
         keep_every_hours=options.keep_every_hours,
         keep_best=options.keep_best,
         go_on=options.on_failed_save is OnFailedSave.GO_ON,
-        agree=functools.partial(
-            run.processes.gather, stops=False
-        ),  # a checkpoint is written by all processes, or by none
+        # A checkpoint is written by all processes or by none, so no stop comes in between.
+        agree=functools.partial(run.processes.gather, stops=False),
     )
 
 
-class _Mean:
-    """Of one metric over the steps since it was last taken, read when it is taken."""
+class _MeanMetric:
+    """The mean of one metric over the steps since it was last taken; read from the device when it is taken."""
 
     def __init__(self, name: str | None):
-        self._name, self._values = name, list[jax.Array]()
+        self._name, self._values = name, list[Num[jax.Array, ""]]()
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
+    def add(self, metrics: Metrics) -> None:
         if self._name is not None:
             self._values.append(metrics[self._name])
 
@@ -283,13 +283,13 @@ class _Mean:
             return None
         values = np.asarray(jax.device_get(self._values))
         self._values = []
-        values = values[np.isfinite(values)]  # those of skipped steps are not
+        values = values[np.isfinite(values)]  # a skipped step's may be NaN or inf
         return {self._name: float(np.mean(values)) if len(values) else math.inf}
 
 
 @contextlib.contextmanager
-def _closing(batches: Any) -> Iterator[Any]:
-    """Ends the workers, unless the thread that waits for a batch was left there: it ends with the process."""
+def _closing(batches: Generator[Batch, None, None]) -> Iterator[Iterator[Batch]]:
+    """Ends the loader's workers, unless an abandoned thread still waits for a batch: it ends with the process."""
     try:
         yield batches
     finally:
@@ -298,18 +298,19 @@ def _closing(batches: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _naming_what_is_not_finite(run: Run) -> Iterator[None]:
+def _describing_nonfinite_step(run: Run) -> Iterator[None]:
+    """For a step whose loss or gradient is not finite, writes its images, captions and key to a file."""
     try:
         yield
     except NonFinite as error:
         path = run.run_dir / f"nonfinite_step_{error.step:08d}.json"
-        # Each process that comes here: the first may hear of it from another, and not come.
+        # On every process that raises it: the first may get another's failure instead.
         validation.describe_nonfinite(run.config, path, error.step, run.dataset, run.processes.index)
         raise InputError(f"{error}. Its images, captions and key are in {path}") from error
 
 
 def _due(step: int, every: int | None, stop: int) -> bool:
-    """Whether something that is done every so many steps, and at the end, is to be done after this step."""
+    """Whether something done every so many steps, and at the end, is due after this step."""
     return every is not None and (step % every == 0 or step == stop)
 
 

@@ -1,10 +1,10 @@
-"""Steps compiled on another machine, in files: `sdxl-jax compile` writes them, training reads them.
+"""AOT-compiled programs in files: `sdxl-jax compile` writes them on another machine, training reads them.
 
     CACHE/ahead/<key>.program
 
-jax's own cache, which lies beside them in `training.compilation_cache`, keeps nothing that was compiled for devices
-that are not here. The key is a checksum of all that a program depends on, so that no other program is ever taken for
-it. Reading one runs code (it is a pickle): whoever may write the folder may do what the run may do.
+jax's own compilation cache, beside them in `training.compilation_cache`, keeps no program that was compiled for devices
+of another machine. The key is a checksum of everything that a program depends on, so that no other program is ever
+mistaken for it. Reading one executes code (it is a pickle): whoever can write to the folder can do what the run can do.
 """
 
 import hashlib
@@ -24,29 +24,30 @@ from sdxl_jax.files.paths import local
 
 
 def folder(cache: str) -> epath.Path:
-    """Where they lie in `training.compilation_cache`. Raises InputError for a bucket's URL."""
+    """Their folder in `training.compilation_cache`. Raises InputError for the URL of a storage bucket."""
     return epath.Path(local(cache, "training.compilation_cache")) / "ahead"
 
 
 class Programs(NamedTuple):
-    """The programs in a folder, for one mesh and the compiler's options."""
+    """The programs in a folder, for one mesh and one set of compiler options."""
 
     folder: epath.Path
     mesh: Mesh
     options: Mapping[str, Any]
 
     def count(self) -> int:
-        """Programs that are there, for whatever machine."""
+        """Programs in the folder, for any machine."""
         return len(list(self.folder.glob("*.program")))
 
     def write(self, lowered: jax.stages.Lowered, compiled: jax.stages.Compiled) -> None:
-        """Keeps a program."""
+        """Writes a program."""
         data, _, _ = serialize_executable.serialize(compiled)
         self.folder.mkdir(parents=True, exist_ok=True)
-        atomic.write_bytes(self._path(lowered), zlib.compress(data, 1))  # to a quarter: of the full model, a gigabyte
+        atomic.write_bytes(self._path(lowered), zlib.compress(data, 1))  # to a quarter: 1 GB for the full model
 
     def read(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled | None:
-        """The program of what was lowered, None if it is not there. Raises what jax raises for a damaged one."""
+        """The compiled program of a lowered function; None if it is not in the folder. Raises jax's error for a damaged
+        file."""
         path = self._path(lowered)
         if not path.exists():
             return None
@@ -58,11 +59,11 @@ class Programs(NamedTuple):
     def _path(self, lowered: jax.stages.Lowered) -> epath.Path:
         devices = list(self.mesh.devices.flat)
         packages = ["jax", "jaxlib", *(["libtpu"] if devices[0].platform == "tpu" else [])]
-        given = {
+        key = {
             "program": hashlib.sha256(lowered.as_text().encode()).hexdigest(),
             "options": {name: str(value) for name, value in self.options.items()},
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "device": devices[0].device_kind,
             "devices": [device.id for device in devices],
         }
-        return self.folder / f"{hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()}.program"
+        return self.folder / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.program"

@@ -1,8 +1,8 @@
-"""What stands before the first step: `prepare` checks everything, agrees with the other processes, and makes the state.
+"""Start-up: `prepare` checks everything, compares it between processes, and initialises or restores the state.
 
     configuration ── mesh ── data ── lock ── programs ── state or checkpoint ── config.json
 
-Nothing is written, and nothing takes long, before all that can be refused has been checked.
+Nothing is written, and nothing takes long, before everything that can be refused has been checked.
 """
 
 import contextlib
@@ -32,12 +32,13 @@ from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.programs import Programs, folder
 from sdxl_jax.training.run_directory import check_run
 from sdxl_jax.training.state import TrainState
+from sdxl_jax.training.step import Step
 
 _T = TypeVar("_T")
 
 
 class StartOptions(NamedTuple):
-    """What one start is asked for besides the configuration; `loop.train` says what each is."""
+    """The options of one start that are not part of the configuration; `loop.train` documents them."""
 
     from_step: int | None = None
     allow_changes: Collection[str] = ()
@@ -47,20 +48,20 @@ class StartOptions(NamedTuple):
 
 @dataclasses.dataclass
 class Run:
-    """A run that can begin: everything that its loop needs."""
+    """A prepared run: everything that its loop needs."""
 
     objective: Objective[Any]
     run_dir: Path
     processes: Processes
     mesh: Mesh
     dataset: BucketedDataset
-    steps: CompiledSteps
+    steps: CompiledSteps[Step]
     mfu_meter: MfuMeter | None
     state: TrainState
     """Before the first step of this start."""
     frozen: Params
     first: int
-    """Steps made before this start."""
+    """Steps done before this start."""
     profile: tuple[int, int] | None
     progress: bool
 
@@ -76,9 +77,9 @@ class Run:
 
 @contextlib.contextmanager
 def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: StartOptions) -> Iterator[Run]:
-    """The run, while its directory is locked and its programs are compiled.
+    """The run. Its directory is locked, and its programs are being compiled, until the context is left.
 
-    Raises InputError before anything is written, as `loop.train` says.
+    Raises InputError and MachineError before anything is written, as `loop.train` documents.
     """
     options = options._replace(progress=options.progress and processes.is_first)
     objective = _checked(config, run_dir, options)
@@ -87,15 +88,15 @@ def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: Sta
     dataset = _dataset(objective, processes, mesh)
     changed = check_run(config, run_dir, dataset, options.allow_changes)
     abstract, abstract_frozen = objective.abstract_state(mesh)
-    with contextlib.ExitStack() as leaving:
+    with contextlib.ExitStack() as stack:
         if processes.is_first:
-            leaving.enter_context(run_directory.locked(run_dir))
+            stack.enter_context(run_directory.locked(run_dir))
         last = checkpoint.step_to_start_from(run_dir / "checkpoints", options.from_step)
         profile = profiling.check(options.profile, last or 0, config.training.steps)
         processes.gather("the directory is locked")
         processes.compare(_facts(config, run_dir, dataset, last))
         steps, mfu_meter = _programs(objective, mesh, dataset, last or 0, abstract, abstract_frozen)
-        leaving.enter_context(steps)
+        stack.enter_context(steps)
         state, frozen, random = _state(objective, run_dir, processes, mesh, last, abstract, abstract_frozen, options)
         dataset = objective.batches(dataset, frozen)
         first = int(state.step)
@@ -109,7 +110,7 @@ def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: Sta
         if options.progress:
             validation.announce(dataset, objective.tokenizer, run_dir, first, changed)
             if random:
-                tqdm.write(f"  frozen, wholly or in part, at random weights: {', '.join(random)}")
+                tqdm.write(f"  frozen at random weights, at least in part: {', '.join(random)}")
         yield Run(
             objective=objective,
             run_dir=run_dir,
@@ -127,7 +128,7 @@ def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: Sta
 
 
 def _checked(config: RunConfig, run_dir: Path, options: StartOptions) -> Objective[Any]:
-    """The objective of a configuration that may be trained in this directory. No data is read."""
+    """The objective of a configuration, once checked that it can be trained in this directory. No data is read."""
     objective = objective_of(config)
     objective.check()
     metrics.check(config.logging.wandb_project)
@@ -153,18 +154,19 @@ def _programs(
     first: int,
     abstract: TrainState,
     abstract_frozen: Params,
-) -> tuple[CompiledSteps, MfuMeter | None]:
-    """The steps of the buckets that the run still needs, compiled in the order of need."""
+) -> tuple[CompiledSteps[Step], MfuMeter | None]:
+    """(the steps of the buckets that the run still needs, compiled in the order of need; the MFU meter, if the chip's
+    peak is known)."""
     training = objective.config.training
     needed = compilation.order_of_need(dataset, first, training.steps)
-    given = {
+    arguments = {
         bucket: (abstract, abstract_frozen, objective.abstract_batch(mesh, bucket, batch_size))
         for bucket, batch_size in needed.items()
     }
-    mfu_meter = MfuMeter.of(lambda bucket: objective.model_flops(given[bucket]), jax.devices())
-    steps = CompiledSteps(
+    mfu_meter = MfuMeter.of(lambda bucket: objective.model_flops(arguments[bucket]), jax.devices())
+    steps: CompiledSteps[Step] = CompiledSteps(
         jitted(objective, mesh, abstract),
-        given,
+        arguments,
         mesh,
         training.compile_ahead,
         training.compile_threads,
@@ -175,19 +177,19 @@ def _programs(
 
 
 def jitted(objective: Objective[Any], mesh: Mesh, abstract: TrainState) -> Any:
-    """The step, to be compiled. Its results stay where the state was: left to choose, XLA moves small arrays, so that
-    the next call compiles again, and a resumed run no longer repeats the last digits."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    """The jitted step. Its results keep the state's shardings: if XLA chooses, it moves small arrays, so that the next
+    call compiles again and a resumed run no longer repeats the last digits."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(
         objective.step(),
         donate_argnums=0,
-        out_shardings=(places, sharding.replicated(mesh)),
+        out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=_options(objective.config, mesh) or None,
     )
 
 
 def programs(config: RunConfig, mesh: Mesh) -> Programs | None:
-    """Where steps compiled ahead, on another machine, are kept; None without a folder for them."""
+    """The AOT-compiled programs in `training.compilation_cache`; None without such a folder."""
     cache = config.training.compilation_cache
     return None if cache is None else Programs(folder(cache), mesh, _options(config, mesh))
 
@@ -206,40 +208,41 @@ def _state(
     abstract_frozen: Params,
     options: StartOptions,
 ) -> tuple[TrainState, Params, list[str]]:
-    """The state to begin with, what is frozen, and the parts of it that have random weights."""
-    here = functools.partial(on_mesh, processes, mesh)
+    """(the first state, the frozen parameters, the names of their parts that have random weights)."""
+    on_this_mesh = functools.partial(on_mesh, processes, mesh)
     if last is not None:
-        state = here(lambda: restore(run_dir / "checkpoints", last, abstract))
-        return state, here(lambda: restore_frozen(run_dir, abstract_frozen)), []
-    initial = here(lambda: objective.initial_weights(mesh, options.progress))
-    state, frozen = here(lambda: objective.fresh_state(abstract, abstract_frozen, initial))
+        state = on_this_mesh(lambda: restore(run_dir / "checkpoints", last, abstract))
+        return state, on_this_mesh(lambda: restore_frozen(run_dir, abstract_frozen)), []
+    initial = on_this_mesh(lambda: objective.initial_weights(mesh, options.progress))
+    state, frozen = on_this_mesh(lambda: objective.fresh_state(abstract, abstract_frozen, initial))
     return state, frozen, sorted(set(frozen) - {path.split("/")[0] for path in initial})
 
 
 def on_mesh(processes: Processes, mesh: Mesh, work: Callable[[], _T]) -> _T:
-    """The work's result, for which a signal need not wait. The mesh is one of a thread's own settings."""
+    """The work's result, computed in another thread so that signals are handled meanwhile. A barrier comes first. The
+    mesh has to be set there: it is a thread-local setting."""
 
     def run() -> _T:
         with jax.set_mesh(mesh):
             return jax.block_until_ready(work())
 
-    processes.point()
+    processes.barrier()
     return processes.wait(run)
 
 
 def _facts(config: RunConfig, run_dir: Path, dataset: BucketedDataset, last: int | None) -> dict[str, Any]:
-    """What all processes must have in common."""
+    """What must be equal on all processes."""
     values = to_json(config)
     return {
         "configuration": {path.replace("/", "."): value for path, value in flatten(values).items()},
         "versions of the libraries": run_directory.versions(),
         "data": dataset.fingerprint,
         "order of the data": dataset.assignment,
-        "run directory in sight": (run_dir / "lock").read_text() if (run_dir / "lock").exists() else None,
+        "lock of the run directory": (run_dir / "lock").read_text() if (run_dir / "lock").exists() else None,
         "checkpoint to start from": last,
     }
 
 
 def _set_aside(run_dir: Path, step: int) -> None:
-    for place in checkpoint.set_aside_after(run_dir, step):
-        tqdm.write(f"  a checkpoint after step {step} is now in {place}")
+    for path in checkpoint.set_aside_after(run_dir, step):
+        tqdm.write(f"  a checkpoint after step {step} was moved to {path}")

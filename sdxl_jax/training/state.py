@@ -1,4 +1,4 @@
-"""The training state: one tree of arrays, all that a step changes. What is frozen is not in it."""
+"""The training state: one tree with every array that a step changes. Frozen parameters are not in it."""
 
 import re
 from typing import NamedTuple
@@ -16,17 +16,17 @@ from sdxl_jax.optim.ema import EmaConfig
 
 class TrainState(NamedTuple):
     step: Int[jax.Array, ""]
-    """Updates made so far: the position in the data, and what the next step's random keys derive from."""
+    """Steps done so far: the position in the data, and the seed of the next step's random keys."""
     params: Params
-    """The parameters that train."""
+    """The trainable parameters."""
     ema: Params | None
-    """Their moving average; None: there is none."""
+    """Their moving average; None: no average is kept."""
     optimiser: optax.OptState
     """The optimiser's moments."""
 
     @property
     def sampled(self) -> Params:
-        """What images are drawn with: the average if there is one."""
+        """The parameters to sample with: the average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -36,7 +36,7 @@ def create(params: Params, optimiser: optax.GradientTransformation, config: EmaC
 
 
 def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
-    """(what trains, what is frozen): a parameter trains if one of the patterns is found in its path.
+    """(trainable, frozen): a parameter is trainable if one of the patterns is found in its path.
 
     Raises InputError for a pattern that matches nothing.
     """
@@ -45,11 +45,14 @@ def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Param
         try:
             re.compile(pattern)
         except re.error as error:
-            raise InputError(f"training.trainable has {pattern!r}, which is no regular expression: {error}") from error
+            raise InputError(
+                f'training.trainable has "{pattern}", which is not a regular expression: {error}. Give patterns such '
+                'as "^unet/"'
+            ) from error
         if not any(re.search(pattern, path) for path in flat):
             raise InputError(
-                f"training.trainable has {pattern!r}, which matches no parameter. Paths look like "
-                f"{nearest_first(pattern, flat)[:3]}"
+                f'training.trainable has "{pattern}", which matches no parameter. Give patterns of paths such as '
+                f"{', '.join(nearest_first(pattern, flat)[:3])}"
             )
     chosen = {path for path in flat if any(re.search(pattern, path) for pattern in trainable)}
     return (

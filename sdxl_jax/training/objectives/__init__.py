@@ -1,6 +1,6 @@
-"""What can be learnt, one file each. This is where objectives are listed: the configuration's type chooses.
+"""Training objectives, one file each. They are listed here: the configuration's type chooses.
 
-`base` says what an objective is. Another one is a file beside these, and a line in `OBJECTIVES`.
+`base` defines what an objective is. To add one, add a file beside these, and a line in `OBJECTIVES`.
 """
 
 from typing import Any
@@ -17,5 +17,5 @@ OBJECTIVES: dict[type[RunConfig], type[Objective[Any]]] = {
 
 
 def objective_of(config: RunConfig) -> Objective[Any]:
-    """The objective that a configuration is of."""
+    """The objective of a configuration."""
     return OBJECTIVES[type(config)](config)

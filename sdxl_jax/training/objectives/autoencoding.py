@@ -1,13 +1,13 @@
-"""Autoencoding: an autoencoder learns to give an image back through a latent of few numbers.
+"""Autoencoding: an autoencoder learns to reconstruct an image from a small latent.
 
     image ── encode, sample ── latent ── decode ── |error| + |error of the edges| + KL of the posterior
 
-L1 of the pixels, L1 of the horizontal and vertical differences (edges: a stand-in for a perceptual loss, which needs a
-pretrained network), and the Kullback-Leibler divergence of the posterior from a standard normal distribution (Kingma &
-Welling, arXiv:1312.6114, appendix B), which keeps latents smooth enough to be generated. Adversarial and perceptual
-losses, as SDXL's own autoencoder was trained with, are not here.
+L1 of the pixels, L1 of the horizontal and vertical differences (edges: a substitute for a perceptual loss, which needs
+a pretrained network), and the Kullback-Leibler divergence of the posterior from a standard normal distribution (Kingma
+& Welling, arXiv:1312.6114, appendix B), which keeps latents smooth enough for a diffusion model. Not here: the
+adversarial and perceptual losses that SDXL's own autoencoder was trained with.
 
-It wants no captions, no conditioning and no cache: of a batch only the image is read, and images need no caption.
+It uses no captions, no conditioning and no cache: only the images of a batch are read, and images need no caption.
 """
 
 import functools
@@ -39,45 +39,46 @@ from sdxl_jax.training.step import Metrics
 
 @dataclass(frozen=True)
 class AutoencodingLossConfig:
-    """How the terms of the loss are weighted against the L1 distance of the pixels."""
+    """The weights of the terms of the loss, relative to the L1 distance of the pixels."""
 
     edge_weight: float = 1.0
-    """Of the L1 distance of differences between neighbouring pixels. Higher: sharper edges, rougher areas."""
+    """Weight of the L1 distance of differences between neighbouring pixels. Higher: sharper edges, rougher areas."""
     kl_weight: float = 1e-6
-    """Of the divergence of the posterior from a standard normal distribution. Higher: smoother latents, blurrier
-    images."""
+    """Weight of the KL divergence of the posterior from a standard normal distribution. Higher: smoother latents,
+    blurrier images."""
 
 
 @dataclass(frozen=True)
 class AutoencodingLoopConfig(LoopConfig):
-    """What the loop does, of an autoencoder."""
+    """The training loop of an autoencoder."""
 
     trainable: tuple[str, ...] = field(default=("^vae/",), metadata={RENAMED: "trains"})
-    """Patterns of the paths of trainable parameters; the others are frozen: ("^vae/decoder/",) keeps the latents."""
+    """Regular expressions found in the paths of trainable parameters; the others are frozen: ("^vae/decoder/",) keeps
+    the latents."""
 
 
 @dataclass(frozen=True)
 class AutoencodingValidationConfig:
-    """The images in RUN/samples: originals, and under each what the autoencoder gives back."""
+    """The validation grids in RUN/samples: originals, and under each its reconstruction."""
 
     every_steps: int | None = 1000
-    """Steps between grids; None: none."""
+    """Steps between grids; None: no grids. Lower: more often, slower training."""
     images: int = 8
-    """Images of the data that are shown, spread over all of it."""
+    """Images of the data to reconstruct, evenly spread over all of it. Higher: a larger grid, slower validation."""
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig(RunConfig):
-    """Everything that the training of an autoencoder depends on."""
+    """Everything that training an autoencoder depends on."""
 
     vae: VaeConfig = field(default_factory=VaeConfig)
-    """The autoencoder. Its `scale` has no effect on training; it is measured afterwards, over what was learnt."""
+    """The autoencoder. Its `scale` has no effect on training; it is to be measured on the trained model."""
     loss: AutoencodingLossConfig = field(default_factory=AutoencodingLossConfig)
-    """How the error is weighted."""
+    """The weights of the loss's terms."""
     training: AutoencodingLoopConfig = field(default_factory=AutoencodingLoopConfig)
-    """What the loop does."""
+    """The training loop."""
     validation: AutoencodingValidationConfig = field(default_factory=AutoencodingValidationConfig)
-    """The images in RUN/samples."""
+    """The validation grids in RUN/samples."""
 
     @property
     def wants_captions(self) -> bool:
@@ -88,7 +89,7 @@ class AutoencoderConfig(RunConfig):
         return ("l1", "edges", "kl")
 
     def check(self) -> None:
-        """Raises InputError for numbers out of range, and for fields of the data that have no effect here."""
+        """Raises InputError for numbers out of range, and for fields of `data` that have no effect here."""
         super().check()
         check_ranges(
             [
@@ -109,16 +110,24 @@ class AutoencoderConfig(RunConfig):
         for name in ("cache", "aesthetic"):
             if (value := getattr(self.data, name)) is not None:
                 raise InputError(
-                    f"data.{name}={value} has no effect: an autoencoder learns from the images alone. Leave it out"
+                    f"data.{name}={value} has no effect: an autoencoder learns from the images alone. Leave it out "
+                    "(None)"
                 )
         factor = self.vae.downsampling
         for height, width in self.data.buckets:
             if height % factor or width % factor:
-                raise InputError(f"data.buckets has {height}×{width}. This autoencoder takes multiples of {factor}")
+                raise InputError(
+                    f"data.buckets has {height}×{width}. This autoencoder takes multiples of {factor}. Use "
+                    f"{_nearest_multiple(height, factor)}×{_nearest_multiple(width, factor)}"
+                )
+
+
+def _nearest_multiple(pixels: int, factor: int) -> int:
+    return max(1, round(pixels / factor)) * factor
 
 
 class Autoencoding(Objective[AutoencoderConfig]):
-    """An autoencoder, or a half of it."""
+    """Trains an autoencoder, or its encoder or decoder alone."""
 
     name = "autoencoding"
 
@@ -155,30 +164,30 @@ class Autoencoding(Objective[AutoencoderConfig]):
         return self.config.validation.every_steps
 
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
-        """Images of the data, as a centred crop shows them, and under each its reconstruction with its PSNR."""
+        """Centred crops of images of the data, and under each its reconstruction with its PSNR."""
         originals = examples(dataset, self.config.validation.images)
         reconstruct = reconstructor(self.config, model.params["vae"], mesh)
-        given_back = list[UInt8[np.ndarray, "height width 3"]]()
+        reconstructions = list[UInt8[np.ndarray, "_height _width 3"]]()
         for original in originals:
-            processes.point()
-            given_back.append(reconstruct(original[None])[0])
-        ratios = [psnr(original, image) for original, image in zip(originals, given_back, strict=True)]
+            processes.barrier()
+            reconstructions.append(reconstruct(original[None])[0])
+        ratios = [psnr(original, image) for original, image in zip(originals, reconstructions, strict=True)]
         captions = ["original"] * len(originals) + [f"{ratio:.1f} dB" for ratio in ratios]
         text = {"psnr_db": f"{np.mean(ratios):.3f}", "images": len(originals)}
-        return Grid([*originals, *given_back], captions, len(originals), text)
+        return Grid([*originals, *reconstructions], captions, len(originals), text)
 
 
 def kl_divergence(posterior: vae.Posterior) -> Float[jax.Array, ""]:
-    """Of the posterior from a standard normal distribution, in nats, the mean over all elements of a latent.
+    """KL divergence of the posterior from a standard normal distribution, in nats, mean over all elements of a latent.
 
-    arXiv:1312.6114, appendix B. The sum over a latent, as others use it, is this times its number of elements.
+    arXiv:1312.6114, appendix B. The sum over a latent, which other code uses, is this times its number of elements.
     """
     variance = jnp.exp(posterior.log_variance)
     return 0.5 * (posterior.mean**2 + variance - 1 - posterior.log_variance).mean()
 
 
 def examples(dataset: BucketedDataset, count: int) -> list[UInt8[np.ndarray, "_height _width 3"]]:
-    """Images of the data, evenly spread over it, each as a centred crop of its bucket: the same each time."""
+    """Images evenly spread over the data, each as a centred crop of its bucket's size; the same ones each time."""
     source, buckets = dataset.source, dataset.buckets
     trained_on = np.unique(dataset.order.numbers)
     chosen = trained_on[np.linspace(0, len(trained_on) - 1, min(count, len(trained_on))).round().astype(int)]
@@ -186,20 +195,22 @@ def examples(dataset: BucketedDataset, count: int) -> list[UInt8[np.ndarray, "_h
     return [centred_crop(source.pixels(int(image), size), size) for image, size in zip(chosen, sizes, strict=True)]
 
 
-def reconstructor(config: AutoencoderConfig, params: Params, mesh: Mesh) -> Callable[[ImageBytes], np.ndarray]:
-    """The function from images to what the autoencoder makes of them, by way of the posterior's mean. All processes
-    give it the same images and have the same result."""
-    everywhere = sharding.replicated(mesh)
+def reconstructor(
+    config: AutoencoderConfig, params: Params, mesh: Mesh
+) -> Callable[[ImageBytes], UInt8[np.ndarray, "batch height width 3"]]:
+    """A function from images to their reconstructions, through the posterior's mean. All processes call it with the
+    same images, and all get the whole result."""
+    replicated = sharding.replicated(mesh)
 
-    @functools.partial(jax.jit, out_shardings=everywhere)
+    @functools.partial(jax.jit, out_shardings=replicated)
     def run(params: Params, image: ImageBytes) -> UInt8[jax.Array, "batch height width 3"]:
         latent = vae.encode(config.vae, params, normalise(image), config.compute).mean * config.vae.scale
         return to_bytes(vae.decode(config.vae, params, latent, config.compute))
 
-    def reconstruct(image: ImageBytes) -> np.ndarray:
+    def reconstruct(image: ImageBytes) -> UInt8[np.ndarray, "batch height width 3"]:
         with jax.set_mesh(mesh):
-            given = jax.make_array_from_callback(image.shape, everywhere, lambda index: np.asarray(image)[index])
-            return np.asarray(run(params, given).addressable_data(0))
+            on_devices = jax.make_array_from_callback(image.shape, replicated, lambda index: np.asarray(image)[index])
+            return np.asarray(run(params, on_devices).addressable_data(0))
 
     return reconstruct
 

@@ -1,15 +1,15 @@
-"""What an objective is: everything that the loop asks of what is learnt, and no more.
+"""The interface between the training loop and what is learnt: one `Objective` per kind of model.
 
-An objective is one file with a configuration (a `RunConfig`) and a class with the members below. Most of them have an
-implementation here, which is that of one tree of parameters, a part of which trains with one optimiser; an objective
-with several networks that train against each other brings its own state and its own step.
+An objective is one file with a configuration (a `RunConfig`) and a class with the members below. Most of them are
+implemented here for one tree of parameters, a part of which is trainable, with one optimiser; an objective with several
+networks that train against each other (adversarial training) overrides the state and the step.
 
-    which batches it wants         tokenize · batches · abstract_batch
-    state                          init · abstract_state · fresh_state
-    step                           loss · step
-    what others see of it          model_config · parts · model · validation
+    batches                        tokenizer · batches · abstract_batch
+    state                          init · abstract_state · initial_weights · fresh_state
+    step                           loss · step · model_flops
+    for sampling and export        model_config · parts · model · validation
 
-Not here: compilation, checkpoints, processes, metrics, signals. They come from the loop, once, for all objectives.
+Not here: compilation, checkpoints, processes, metrics, signals. The loop has them once, for all objectives.
 """
 
 import abc
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Key, UInt8
+from jaxtyping import Float, Float32, Key, UInt8
 
 from sdxl_jax import flops, sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten, unflatten
@@ -33,7 +33,7 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.optim import optimiser as optimisers
+from sdxl_jax.optim.optimiser import make_optimiser
 from sdxl_jax.training.initial import check_initial, initial_weights
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
@@ -44,45 +44,45 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 class Grid(NamedTuple):
-    """Validation images, to be written as one image with captions."""
+    """Validation images, to be written as one contact sheet with captions."""
 
     images: Sequence[UInt8[np.ndarray, "_height _width 3"]]
     captions: Sequence[str]
     columns: int
     text: Mapping[str, Any]
-    """How they were made, for the PNG's text."""
+    """The settings that they were generated with, for the PNG's text."""
 
 
 class Objective(abc.ABC, Generic[Config]):
-    """What is learnt from a configuration of its type. Holds no arrays."""
+    """Trains from configurations of one type. Holds no arrays."""
 
     name: ClassVar[str]
-    """As config.json and messages say it."""
+    """Used in config.json and in messages."""
     programs: ClassVar[tuple[str, ...]] = ("train",)
-    """What `sdxl-jax compile` can compile of it."""
+    """The programs that `sdxl-jax compile` can compile for it."""
 
     def __init__(self, config: Config):
         self.config = config
-        self.optimiser = optimisers.make(config.optimiser, config.training.steps)
+        self.optimiser = make_optimiser(config.optimiser, config.training.steps)
 
-    # What the model is
+    # The model
 
     @property
     @abc.abstractmethod
     def model_config(self) -> ModelConfig:
-        """Of the model that others sample from or export; only its `parts` count."""
+        """The configuration of the model that is sampled from or exported; only its `parts` are used."""
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of the model that there are, trained or frozen."""
+        """The parts of the model that the objective has, trainable or frozen."""
         return tuple(part_configs(self.model_config))
 
     @abc.abstractmethod
     def init(self, key: Key[jax.Array, ""]) -> Params:
-        """Fresh float32 parameters, {part: …}, of all that the step needs."""
+        """Randomly initialised float32 parameters, {part: …}, of every part that the step needs."""
 
     def model(self, state: TrainState, frozen: Params) -> Model:
-        """What others sample from or export: the averaged weights, with what is frozen."""
+        """The model to sample from or export: averaged weights and frozen parameters."""
         return Model(self.model_config, merge(state.sampled, frozen))
 
     # Checks, before work starts
@@ -92,31 +92,32 @@ class Objective(abc.ABC, Generic[Config]):
         self.config.check()
 
     def check_start(self) -> None:
-        """Raises InputError where a new run could not start: weights that are missing, or are another model's."""
+        """Raises InputError if a new run could not start: initial weights that are missing, or of another model."""
         check_initial(self.config.training, self.model_config, self.parts)
 
     def check_mesh(self, mesh: Mesh) -> None:
-        """Raises InputError for a mesh that cannot share the work."""
+        """Raises InputError for a mesh over which the batch or the attention heads cannot be split."""
         sharding.check_batch(mesh, self.config.data.batch_size, self.config.optimiser.accumulate)
         self.check_heads(mesh)
 
     def check_heads(self, mesh: Mesh) -> None:
-        """Raises InputError for a mesh whose `tensor` axis cannot share the attention heads. Here: nothing is split."""
+        """Raises InputError for a mesh whose `tensor` axis does not divide the attention heads. Here: no heads are
+        split, so nothing is checked."""
 
     # Batches
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """What captions become token numbers with; None: it wants no captions (`config.wants_captions`)."""
+        """Tokenises the captions; None: no captions are needed (`config.wants_captions`)."""
         return None
 
     def batches(self, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
-        """The data set as the configuration wants it read."""
+        """The data set, reading from a cache if the configuration has one. Here: unchanged."""
         del frozen
         return dataset
 
     def abstract_batch(self, mesh: Mesh | AbstractMesh, bucket: Bucket, batch_size: int) -> Batch:
-        """Shapes, dtypes and places of a batch of one bucket, over all processes: what a step is compiled for."""
+        """Shapes, dtypes and shardings of a batch of one bucket, over all processes, to compile a step for."""
         array = functools.partial(abstract_rows, mesh, batch_size)
         return Batch(
             image=array(jnp.uint8, *bucket, 3),
@@ -129,32 +130,32 @@ class Objective(abc.ABC, Generic[Config]):
     # State
 
     def abstract_state(self, mesh: Mesh) -> tuple[TrainState, Params]:
-        """Shapes, dtypes and places of the state and of the frozen parameters, without making any."""
+        """Shapes, dtypes and shardings of the state and of the frozen parameters; no array is created."""
         params = jax.eval_shape(self.init, jax.random.key(0))
         trained, frozen = partition(params, self.config.training.trainable)
         make = functools.partial(create, optimiser=self.optimiser, config=self.config.ema)
         return sharding.placed(mesh, jax.eval_shape(make, trained)), sharding.placed(mesh, frozen)
 
-    def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, jax.Array]:
-        """The parameters that do not start at random, by path, float32 and where they belong."""
+    def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float32[jax.Array, "..."]]:
+        """The parameters that are not initialised at random, by path, with their shardings."""
         return initial_weights(self.config.training, self.model_config, mesh, parts=self.parts, progress=progress)
 
     def fresh_state(
-        self, abstract: TrainState, abstract_frozen: Params, initial: dict[str, jax.Array]
+        self, abstract: TrainState, abstract_frozen: Params, initial: dict[str, Float32[jax.Array, "..."]]
     ) -> tuple[TrainState, Params]:
-        """The state before the first step and the frozen parameters; each array is made where it belongs, or is the
-        one that `initial` has by its path."""
+        """The state before the first step and the frozen parameters. Each array is created with its sharding, or taken
+        from `initial`, by path."""
 
-        def make(key: jax.Array, initial: dict[str, jax.Array]) -> tuple[TrainState, Params]:
+        def make(key: Key[jax.Array, ""], initial: dict[str, Float32[jax.Array, "..."]]) -> tuple[TrainState, Params]:
             params = unflatten(flatten(self.init(key)) | initial)
             trained, frozen = partition(params, self.config.training.trainable)
             return create(trained, self.optimiser, self.config.ema), frozen
 
-        places = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
         with warnings.catch_warnings():
-            # Of what trains, the average is a second copy: one of the two cannot be the array that was given.
+            # The average starts as a copy of the trainable parameters: only one of the two can reuse a donated buffer.
             warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-            start = jax.jit(make, out_shardings=places, donate_argnums=1)
+            start = jax.jit(make, out_shardings=shardings, donate_argnums=1)
             return start(jax.random.key(self.config.training.seed), initial)
 
     # Step
@@ -163,16 +164,16 @@ class Objective(abc.ABC, Generic[Config]):
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
     ) -> tuple[Float[jax.Array, ""], Metrics]:
-        """The mean loss of one (micro-)batch, and `config.losses` by name. keys: one an example."""
+        """The mean loss of one (micro-)batch, and `config.losses` by name. keys: one per example."""
 
     def step(self) -> Step:
         """The pure step for one batch."""
         return make_step(self.config, self.optimiser, self.loss)
 
     def model_flops(self, arguments: tuple[Any, ...]) -> float:
-        """FLOPs of one step, of the mathematics: with XLA's attention and nothing computed twice.
+        """Model FLOPs of one step, for MFU: those of the mathematics, with XLA's attention and no rematerialisation.
 
-        arguments: the step's abstract ones.
+        arguments: the step's abstract arguments.
         """
         plain = Compute(dtype=self.config.compute.dtype, attention=Attention.XLA, remat=Remat.NONE)
         return flops.count(type(self)(dataclasses.replace(self.config, compute=plain)).step(), *arguments).total
@@ -182,13 +183,13 @@ class Objective(abc.ABC, Generic[Config]):
     @property
     @abc.abstractmethod
     def validates_every(self) -> int | None:
-        """Steps between validation images; None: there are none."""
+        """Steps between validation grids; None: no validation."""
 
     @abc.abstractmethod
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
-        """The images that show what was learnt. All processes make them together."""
+        """Images that show what was learnt. All processes compute them together."""
 
 
 def abstract_rows(mesh: Mesh | AbstractMesh, batch_size: int, dtype: Any, *shape: int) -> Any:
-    """An abstract array [batch, *shape], split over the devices as a batch is."""
+    """An abstract array [batch, *shape] (a ShapeDtypeStruct), sharded as a batch. `Any`: it stands in for an array."""
     return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(mesh))

@@ -2,23 +2,21 @@
 
     image ── encode, sample ── latent ── add noise ── UNet(…, text, sizes) ── weighted error
 
-A batch of a cache begins at "sample": it has the posterior and the text states, and both encoders are left out. What
-trains of the model is `training.trainable`: the UNet, some layers of it, text encoders. Its configuration is `TrainConfig`
-(sdxl_jax/config.py).
+A batch from a cache starts at "sample": it has the posterior and the text states, and both encoders are skipped.
+`training.trainable` selects what is trained: the UNet, some of its layers, text encoders. The configuration is
+`TrainConfig` (sdxl_jax/config.py).
 """
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Int32, Key
+from jaxtyping import Float, Int, Int32, Key, UInt8
 
 from sdxl_jax import arrays, sharding
-from sdxl_jax import model as models
 from sdxl_jax.arrays import Batch, EncodedBatch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
@@ -26,7 +24,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion import loss, schedule
-from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.model import Model, ModelConfig, condition, init, unconditional_text
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
@@ -37,7 +35,8 @@ from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import merge
 from sdxl_jax.training.step import Metrics
 
-NoTokens = Int32[np.ndarray, "1 77"]
+EmptyTokens = Int32[np.ndarray, "1 77"]
+"""The token numbers of "", by one tower's tokenizer."""
 
 _GRID_SEED = 0
 
@@ -53,7 +52,7 @@ class Denoising(Objective[TrainConfig]):
         return self.config.model
 
     def init(self, key: Key[jax.Array, ""]) -> Params:
-        return models.init(key, self.config.model)
+        return init(key, self.config.model)
 
     def check(self) -> None:
         super().check()
@@ -67,12 +66,12 @@ class Denoising(Objective[TrainConfig]):
         return Tokenizer.of(self.config.model.text)
 
     @functools.cached_property
-    def _empty(self) -> Mapping[str, NoTokens]:
-        """The token numbers of [""]."""
+    def _empty(self) -> Mapping[str, EmptyTokens]:
+        """By tower."""
         return self.tokenizer([""])
 
     def batches(self, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
-        """From `data.cache`, if there is one. Raises InputError for a cache of something else."""
+        """Reading from `data.cache` if there is one. Raises InputError for a cache of another provenance."""
         return encoding.from_cache(self.config, dataset, frozen)
 
     def abstract_batch(self, mesh: Mesh | AbstractMesh, bucket: Bucket, batch_size: int) -> Batch:
@@ -103,25 +102,25 @@ class Denoising(Objective[TrainConfig]):
         return self.config.validation.every_steps if self.config.validation.prompts else None
 
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
-        """Images of `validation.prompts` in each size, from the same noise each time. A stop is heard between two
-        sizes, and of one process at any time."""
+        """Images of `validation.prompts` in each size, from the same noise each time. A stop takes effect between two
+        sizes; with a single process, at any time."""
         del dataset
         validation = self.config.validation
         options = {"seed": _GRID_SEED, "steps": validation.steps, "guidance": validation.guidance}
 
-        def draw(height: int, width: int) -> list[Any]:
+        def sample(height: int, width: int) -> list[UInt8[np.ndarray, "height width 3"]]:
             size = {"height": height, "width": width}
             with jax.set_mesh(mesh):
                 return list(
                     generate.text_to_image(model, validation.prompts, **size, **options, compute=self.config.compute)
                 )
 
-        images = list[Any]()
+        images = list[UInt8[np.ndarray, "_height _width 3"]]()
         for height, width in validation.sizes:
-            processes.point()
-            draw_size = functools.partial(draw, height, width)
-            # Other processes would wait inside for what one abandons, and the checkpoint after it.
-            images += processes.wait(draw_size) if processes.count == 1 else draw_size()
+            processes.barrier()
+            sample_size = functools.partial(sample, height, width)
+            # With several processes it must not be abandoned: the others would wait in its collectives.
+            images += processes.wait(sample_size) if processes.count == 1 else sample_size()
         weights = "parameters" if self.config.ema.kind is EmaKind.NONE else "ema"
         captions = list(validation.prompts) * len(validation.sizes)
         return Grid(images, captions, len(validation.prompts), {"weights": weights, **options})
@@ -133,20 +132,23 @@ def batch_loss(
     batch: Batch,
     keys: Key[jax.Array, " batch"],
     config: TrainConfig,
-    empty: Mapping[str, NoTokens],
+    empty: Mapping[str, EmptyTokens],
 ) -> Float[jax.Array, ""]:
-    """The loss of one (micro-)batch. keys: one an example; empty: the token numbers of [""]."""
+    """The loss of one (micro-)batch. keys: one per example; empty: tokens of "" by tower, for the null embedding."""
     params, parts, compute = merge(trained, frozen), config.model, config.compute
     latent_keys, dropout_keys, loss_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
 
     posterior, prompt = _encoded(batch, params, parts, compute)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
-    nothing = models.unconditional_text(parts, params, empty, compute)
-    prompt = text.drop(prompt, nothing, dropout_keys, config.training.caption_dropout)
-    condition = models.condition(parts, prompt, batch.micro)
+    unconditional = unconditional_text(parts, params, empty, compute)
+    prompt = text.drop(prompt, unconditional, dropout_keys, config.training.caption_dropout)
+    conditioning = condition(parts, prompt, batch.micro)
 
-    def network(x_t: jax.Array, timestep: jax.Array) -> jax.Array:
-        return unet.apply(parts.unet, params["unet"], x_t, timestep, condition.context, condition.vector, compute)
+    def network(
+        x_t: Float[jax.Array, "batch height width channels"], timestep: Int[jax.Array, " batch"]
+    ) -> Float[jax.Array, "batch height width channels"]:
+        context, vector = conditioning.context, conditioning.vector
+        return unet.apply(parts.unet, params["unet"], x_t, timestep, context, vector, compute)
 
     return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
 
@@ -154,7 +156,7 @@ def batch_loss(
 def _encoded(
     batch: Batch, params: Params, parts: ModelConfig, compute: Compute
 ) -> tuple[vae.Posterior, text.TextConditioning]:
-    """Posterior of the latents and states of the text: of the frozen encoders, now or when the cache was written."""
+    """(posterior of the latents, text states), from the encoders or from the cache."""
     if batch.encoded is not None:
         mean, log_variance, context, pooled = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch.encoded)
         return vae.Posterior(mean, log_variance), text.TextConditioning(context, pooled)

@@ -1,1 +1,1 @@
-"""What a run reports: numbers, where the time went, profiles, validation images."""
+"""Observability of a run: metrics, time accounting, MFU, profiler traces, validation images."""

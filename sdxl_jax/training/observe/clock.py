@@ -1,12 +1,12 @@
-"""Where the time of a run goes: every second of a process belongs to exactly one part, and a run's starts are added up.
+"""Time accounting, for goodput: every second of a process belongs to exactly one part, summed over a run's starts.
 
-    with clock.during(Part.SAVE): ...
+    with clock.during(TimePart.SAVE): ...
 
 A part inside another takes its time from the outer one, so that the parts add up to the wall time. Nothing here waits
-for a device: what the devices do shows as the waiting that logging does for them, which belongs to `Part.STEP`.
+for a device: device time shows up as the time that logging waits for results, which belongs to `TimePart.STEP`.
 
-RUN/time.jsonl has lines of every start, the last of which counts. A killed process is missing what came after its last
-line; machines that were gone in between are in no line.
+RUN/time.jsonl has several lines per start, the last of which counts. After a kill, the time since the last line is
+missing; the time between two starts is never in it.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ class TimePart(enum.Enum):
     START = "start"
     """From the start of the program to its first step: imports, data, weights or checkpoint."""
     COMPILE = "compile"
-    """Waiting for a compiled step. Compiling that goes on beside training is not waited for."""
+    """Waiting for a compiled step. Compilation in the background does not count."""
     DATA = "data"
-    """Waiting for a batch, and handing it to the devices."""
+    """Waiting for a batch, and transferring it to the devices."""
     STEP = "step"
-    """Starting steps, and waiting for the numbers of those before."""
+    """Dispatching steps, and waiting for the metrics of earlier ones."""
     RECOMPUTED = "recomputed"
-    """The same, for steps that an earlier start had made beyond its last checkpoint."""
+    """The same, for steps that an earlier start had done after its last checkpoint."""
     SAVE = "save"
     """Waiting for checkpoints."""
     EVALUATION = "evaluation"
@@ -45,41 +45,41 @@ class Clock:
     """Seconds of this process by part."""
 
     def __init__(self, began: float | None = None, now: Callable[[], float] = time.monotonic):
-        """began: when the program started, on the clock `now`; None: now. It is in `Part.START`."""
+        """began: when the program started, on the clock `now`; None: now. The part is `TimePart.START` first."""
         self._now = now
         self._seconds = dict.fromkeys(TimePart, 0.0)
         self._part = TimePart.START
         self._since = now() if began is None else began
 
-    def turn_to(self, part: TimePart) -> TimePart:
-        """What follows belongs to that part. Returns the one that ends."""
-        now, before = self._now(), self._part
-        self._seconds[before] += now - self._since
+    def switch_to(self, part: TimePart) -> TimePart:
+        """Counts the time from now on as `part`. Returns the previous part."""
+        now, previous = self._now(), self._part
+        self._seconds[previous] += now - self._since
         self._since, self._part = now, part
-        return before
+        return previous
 
     @contextlib.contextmanager
     def during(self, part: TimePart) -> Iterator[None]:
-        """What happens inside belongs to that part, and what follows to the one of before."""
-        before = self.turn_to(part)
+        """Counts the time inside the block as `part`, and afterwards as the previous part again."""
+        previous = self.switch_to(part)
         try:
             yield
         finally:
-            self.turn_to(before)
+            self.switch_to(previous)
 
     def seconds(self) -> dict[TimePart, float]:
-        """Of every part, up to now."""
-        self.turn_to(self._part)
+        """Seconds of every part, up to now."""
+        self.switch_to(self._part)
         return dict(self._seconds)
 
 
 class TimeLog:
-    """RUN/time.jsonl: one line now and then, and a last one. A context manager: leaving it writes that last one."""
+    """Writes RUN/time.jsonl: a line every 30 s, and a last one when the context is left."""
 
     def __init__(self, run_dir: Path, clock: Clock, writes: bool = True):
-        """writes: one process of several does."""
+        """writes: False on all processes but the first."""
         self._path, self._clock = run_dir / "time.jsonl" if writes else Path(os.devnull), clock
-        self._start = 1 + max((start.number for start in read(run_dir)), default=0)
+        self._start = 1 + max((start.number for start in read_starts(run_dir)), default=0)
         self._step, self._recomputed = 0, 0
         self._written = 0.0
 
@@ -90,8 +90,8 @@ class TimeLog:
     def __exit__(self, *_: object) -> None:
         self._write()
 
-    def note(self, step: int, recomputed: bool) -> None:
-        """A step was made; `recomputed`: an earlier start had made it before. Writes a line if the last one is old."""
+    def count_step(self, step: int, recomputed: bool) -> None:
+        """Counts a finished step. recomputed: an earlier start had done it. Writes a line if the last one is old."""
         self._step, self._recomputed = step, self._recomputed + recomputed
         if sum(self._clock.seconds().values()) >= self._written + _SECONDS_BETWEEN_LINES:
             self._write()
@@ -103,24 +103,24 @@ class TimeLog:
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # the next line says all of it again
-            tqdm.write(f"  {self._path} takes no line: {error.strerror}")
+        except OSError as error:  # the next line has the same totals
+            tqdm.write(f"  {self._path} cannot be written: {error.strerror}")
 
 
 class Start(NamedTuple):
-    """What the last line of one start says."""
+    """The last line of one start."""
 
     number: int
     """1 is the first."""
     step: int
-    """The last that it made, 0 if none."""
+    """The last step that it did, 0 if none."""
     recomputed_steps: int
-    """Of them, those that an earlier start had made."""
+    """Its steps that an earlier start had done already."""
     seconds: Mapping[str, float]
-    """By the values of `Part`."""
+    """By the values of `TimePart`."""
 
 
-def read(run_dir: Path) -> list[Start]:
+def read_starts(run_dir: Path) -> list[Start]:
     """The starts of a run so far, in order."""
     path, starts = run_dir / "time.jsonl", dict[int, Start]()
     for text in path.read_text().splitlines() if path.exists() else []:
@@ -136,7 +136,7 @@ def read(run_dir: Path) -> list[Start]:
 
 
 def totals(starts: list[Start]) -> dict[str, float]:
-    """Seconds by row of the table. What it cost to start again, recomputed steps included, is `restart`."""
+    """Seconds by row of the table. `restart` is the cost of restarts, recomputed steps included."""
     rows = {"start": 0.0, "restart": 0.0, **dict.fromkeys((part.value for part in TimePart), 0.0)}
     for start in starts:
         for part, seconds in start.seconds.items():
@@ -146,12 +146,12 @@ def totals(starts: list[Start]) -> dict[str, float]:
     return rows
 
 
-def table(starts: list[Start]) -> str:
-    """Where the time of all starts went, and the sum."""
+def time_table(starts: list[Start]) -> str:
+    """The table of seconds and shares by part, over all starts, with the sum."""
     rows, recomputed = totals(starts), sum(start.recomputed_steps for start in starts)
-    whole = sum(rows.values())
+    total = sum(rows.values())
     lines = [f"  {'':10}  {'seconds':>9}  {'share':>6}"]
-    for name, seconds in (*rows.items(), ("all", whole)):
+    for name, seconds in (*rows.items(), ("all", total)):
         notes = f"  {len(starts) - 1} restarts, {recomputed} steps recomputed" if name == "restart" else ""
-        lines.append(f"  {name:10}  {seconds:9.1f}  {seconds / max(whole, 1e-9):6.1%}{notes}")
+        lines.append(f"  {name:10}  {seconds:9.1f}  {seconds / max(total, 1e-9):6.1%}{notes}")
     return "\n".join(lines)

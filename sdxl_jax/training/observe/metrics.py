@@ -1,5 +1,5 @@
-"""Where a run's numbers go: RUN/metrics.jsonl with all digits, RUN/tensorboard, Weights & Biases if asked for, and the
-progress bar."""
+"""Metrics logging: RUN/metrics.jsonl with all digits, RUN/tensorboard, optionally Weights & Biases, and the progress
+bar with loss, throughput and MFU."""
 
 import contextlib
 import json
@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import Num
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore (generated)
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore (generated)
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (generated)
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (generated)
 from tqdm import tqdm
 
 from sdxl_jax.data.buckets import Bucket
@@ -24,31 +25,32 @@ from sdxl_jax.training.observe.clock import Clock, TimePart
 from sdxl_jax.training.observe.mfu import MfuMeter
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "mfu")
-"""Fields of a line that a resumed run does not repeat: they are about time."""
+"""Fields of a line that a resumed run does not reproduce: they measure time."""
 _SCALARS = ("loss", "grad_norm", "learning_rate", "skipped", *TIMES)
 _PAUSES = (TimePart.COMPILE, TimePart.SAVE, TimePart.EVALUATION)
-"""What is no step's time."""
+"""Parts that `step_seconds` leaves out."""
 
 
 class NonFinite(InputError):
-    """Raised when the numbers of that step are read; those of the steps before are written."""
+    """The loss or gradient norm of a step is NaN or inf. Raised when its metrics are read; the lines of earlier steps
+    are written."""
 
     def __init__(self, step: int, loss: float, grad_norm: float):
         super().__init__(
-            f"The loss of step {step} is {loss}, its gradient's norm {grad_norm}; step {step - 1} was the last with "
-            "finite ones. The run stops before this is saved. Go on from the last checkpoint with a lower rate "
-            "(--allow-changes optimiser.learning_rate --optimiser.learning-rate RATE), or skip such steps "
+            f"The loss of step {step} is {loss}, its gradient norm {grad_norm}, expected finite numbers as in step "
+            f"{step - 1}. The run stops before this is saved. Resume from the last checkpoint with a lower learning "
+            "rate (--allow-changes optimiser.learning_rate --optimiser.learning-rate RATE), or skip such steps "
             "(--allow-changes training.on_nonfinite --training.on-nonfinite skip)"
         )
         self.step = step
 
 
 class MetricsWriter:
-    """One line a step. A context manager: leaving it writes everything out.
+    """Writes one line per step. A context manager: leaving it writes the last lines.
 
-    A step's numbers are read when the next step has been started (`log` keeps them until then), so that the device is
-    never idle for their sake. Its `step_seconds` are those from the step before, without compiling, saving and
-    evaluation; `data_seconds` are those in which the program waited for its batch.
+    A step's metrics are read once the next step has been dispatched (`log` keeps them until then), so that the device
+    is never idle because of logging. `step_seconds` counts from the previous step, without compilation, saving and
+    validation; `data_seconds` is the time spent waiting for the batch.
     """
 
     def __init__(
@@ -63,21 +65,21 @@ class MetricsWriter:
         writes: bool = True,
         programs: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ):
-        """Removes the lines of steps after `start`, which are about to be made again. writes: one process of several
-        does; the others read the numbers all the same, and raise where it raises. programs: how many are compiled, of
-        how many."""
+        """Removes the lines of steps after `start`, which are about to be recomputed. writes: False on all processes
+        but the first; the others still read the metrics, and raise the same NonFinite. programs: (compiled programs,
+        programs that the run needs)."""
         self._path = run_dir / "metrics.jsonl" if writes else Path(os.devnull)
-        there = writes and self._path.exists()
-        self._images_seen, self.made_before = _cut_after(self._path, start) if there else (0, start)
-        """`made_before`: the last step that an earlier start had made."""
-        self._file = self._path.open("ab", buffering=0)  # a line at a time: a kill loses the last one or two
+        exists = writes and self._path.exists()
+        self._images_seen, self.recomputed_until = _truncate(self._path, start) if exists else (0, start)
+        """`recomputed_until`: the last step that an earlier start had done."""
+        self._file = self._path.open("ab", buffering=0)  # unbuffered: a kill loses the last line or two
         self._lines, self._full = list[str](), False
         self._board = TensorBoard(run_dir / "tensorboard", start + 1) if writes else None
         self._wandb, self._mfu_meter, self._clock, self._programs = board, mfu_meter, clock or Clock(), programs
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
-        self._pending: tuple[int, Bucket, int, dict[str, jax.Array], dict[str, float]] | None = None
-        self._noted = self._read = self._clock.seconds()
-        self._skipped, self._said = 0, -math.inf
+        self._pending: tuple[int, Bucket, int, dict[str, Num[jax.Array, ""]], dict[str, float]] | None = None
+        self._seconds_at_log = self._seconds_at_write = self._clock.seconds()
+        self._skipped, self._bar_updated = 0, -math.inf
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -94,54 +96,54 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None and not issubclass(kind, SystemExit))
 
-    def log(self, step: int, bucket: Bucket, batch_size: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the numbers of a step that has been started, and writes those of the one before."""
+    def log(self, step: int, bucket: Bucket, batch_size: int, metrics: dict[str, Num[jax.Array, ""]]) -> None:
+        """Takes the metrics of a step that has been dispatched, and writes those of the previous one."""
         self._write()
         seconds = self._clock.seconds()
-        waited = {part: seconds[part] - self._noted[part] for part in (TimePart.DATA, TimePart.COMPILE)}
-        self._noted = seconds
+        waited = {part: seconds[part] - self._seconds_at_log[part] for part in (TimePart.DATA, TimePart.COMPILE)}
+        self._seconds_at_log = seconds
         times = {f"{part.value}_seconds": value for part, value in waited.items() if value}
         self._pending = step, bucket, batch_size, metrics, times
         if all(value.is_ready() for value in metrics.values()):  # pyright: ignore[reportAttributeAccessIssue]
-            self._write()  # a device that has it already, as CPUs do, would find its time in the line before
+            self._write()  # synchronous devices (CPUs) have finished: their time would go to the wrong line
 
     def settle(self) -> None:
-        """Waits for the last step and writes its line. Before anything that is no step's time."""
+        """Waits for the last step and writes its line. Call it before anything that `step_seconds` leaves out."""
         with self._clock.during(TimePart.STEP):
             self._write()
 
     def flush(self) -> None:
-        """Waits for the last step and brings all lines to the disk."""
+        """Waits for the last step and writes all lines to disk."""
         self.settle()
-        self._bring()
+        self._write_lines()
         if self._board is not None:
             os.fsync(self._file.fileno())
 
-    def _bring(self) -> None:
-        """Lines to the disk. Where they cannot go, they stay here: a full disk is no reason to lose a run."""
+    def _write_lines(self) -> None:
+        """Writes the lines to disk. If that fails they stay in memory: a full disk does not end the run."""
         rest = memoryview("".join(self._lines).encode())
-        there = self._file.seek(0, os.SEEK_END)
+        end = self._file.seek(0, os.SEEK_END)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._file.truncate(there)
+            self._file.truncate(end)
             if not self._full:
-                tqdm.write(f"  {self._path} takes no more lines ({error.strerror}); they are kept until it does")
+                tqdm.write(f"  {self._path} cannot be written ({error.strerror}); its lines are kept until it can")
             self._full = True
         else:
             self._lines, self._full = [], False
 
     def compiling(self) -> None:
-        """Says in the bar that the next step waits for its program: once a second, however often it is called."""
-        if (now := time.monotonic()) >= self._said + 1:
-            self._said = now
+        """Shows in the bar that the next step waits for compilation; at most one update per second."""
+        if (now := time.monotonic()) >= self._bar_updated + 1:
+            self._bar_updated = now
             self._bar.set_postfix_str("compiling {}/{}".format(*self._programs()))
 
     def compiled(self) -> None:
-        """The waiting is over: the time left does not follow from it."""
+        """Ends the wait for compilation, which is left out of the bar's estimate of the time left."""
         if not self._bar.disable:
-            waited = self._clock.seconds()[TimePart.COMPILE] - self._noted[TimePart.COMPILE]
+            waited = self._clock.seconds()[TimePart.COMPILE] - self._seconds_at_log[TimePart.COMPILE]
             self._bar.start_t += waited
             self._bar.last_print_t += waited
 
@@ -151,9 +153,9 @@ class MetricsWriter:
         step, bucket, batch_size, metrics, times = self._pending
         self._pending = None
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
-        now, before = self._clock.seconds(), self._read
-        self._read = now
-        seconds = sum(now[part] - before[part] for part in now if part not in _PAUSES)
+        now, previous = self._clock.seconds(), self._seconds_at_write
+        self._seconds_at_write = now
+        seconds = sum(now[part] - previous[part] for part in now if part not in _PAUSES)
         self._images_seen += batch_size
         line: dict[str, Any] = {
             "step": step,
@@ -171,7 +173,7 @@ class MetricsWriter:
             raise NonFinite(step, values["loss"], values["grad_norm"])
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         self._lines.append(json.dumps(finite, allow_nan=False) + "\n")
-        self._bring()
+        self._write_lines()
         if self._board is not None:
             self._board.add({name: line[name] for name in _SCALARS if name in line}, step)
         if self._wandb is not None:
@@ -191,11 +193,11 @@ class MetricsWriter:
 
 
 class TensorBoard:
-    """Scalars in an event file. Written by this thread: tensorboardX's own ends at a full disk and tells nobody, and
-    who writes on waits for it for ever."""
+    """Scalars in an event file. Written synchronously: tensorboardX's background thread dies silently on a full disk,
+    and later writes then block for ever."""
 
     def __init__(self, folder: Path, purge_step: int):
-        """purge_step: from here on, what an earlier start has written does not count."""
+        """purge_step: TensorBoard discards events of earlier starts from this step on."""
         folder.mkdir(parents=True, exist_ok=True)
         self._events, self._full = EventsWriter(str(folder / "events")), False
         started = SessionLog(status=SessionLog.START)
@@ -206,7 +208,7 @@ class TensorBoard:
         self._write(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # that an event could not be written was said
+        with contextlib.suppress(OSError):  # reported already
             self._events.close()
 
     def _write(self, event: Event) -> None:
@@ -215,13 +217,13 @@ class TensorBoard:
         try:
             self._events.write_event(event)
             self._events.flush()
-        except OSError as error:  # a part of it may stand there, after which nothing could be read
-            tqdm.write(f"  TensorBoard gets no more numbers until the next start: {error.strerror}")
+        except OSError as error:  # a partial event makes everything after it unreadable
+            tqdm.write(f"  TensorBoard gets no more scalars until the next start: {error.strerror}")
             self._full = True
 
 
 class WandbBoard:
-    """A run of Weights & Biases, which goes on when training goes on: its name is kept in RUN/wandb_id."""
+    """A run of Weights & Biases, which is resumed with the training run: its id is kept in RUN/wandb_id."""
 
     def __init__(self, project: str, run_dir: Path, config: Mapping[str, Any]):
         """Raises InputError if the package is missing."""
@@ -236,16 +238,16 @@ class WandbBoard:
             config=dict(config),
             resume="allow",
         )
-        # Steps that are made again have been sent before: a step of W&B's own must not go back, and they would be lost.
+        # Recomputed steps are sent again: W&B's own step counter must not go back, and it would drop them.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+        """Sends a line of metrics.jsonl."""
         self._run.log({name: value for name, value in line.items() if name != "bucket"} | _sides(line["bucket"]))
 
     def finish(self, failed: bool) -> None:
-        """Sends what is left."""
+        """Sends the rest, and ends the run with exit code 0 or 1."""
         self._run.finish(exit_code=int(failed))
 
 
@@ -254,7 +256,7 @@ def _sides(bucket: list[int]) -> dict[str, int]:
 
 
 def check(wandb_project: str | None) -> None:
-    """Raises InputError where what the configuration asks for is not installed."""
+    """Raises InputError if a project is configured and the package wandb is not installed."""
     if wandb_project is not None:
         _wandb()
 
@@ -265,22 +267,22 @@ def _wandb() -> Any:
     except ImportError as error:
         raise InputError(
             "logging.wandb_project is given, but the package wandb is not installed. Install it with "
-            "`pip install 'sdxl_jax[wandb]'`, or remove the project"
+            "pip install 'sdxl_jax[wandb]', or leave out logging.wandb_project"
         ) from error
     return wandb
 
 
-def _cut_after(path: Path, step: int) -> tuple[int, int]:
-    """Removes the lines after that step; the images that it had seen, and the last step that there was."""
-    kept, images_seen, last = [], 0, step
+def _truncate(path: Path, step: int) -> tuple[int, int]:
+    """Removes the lines after a step. Returns (images seen until that step, the last step of the removed lines)."""
+    lines, images_seen, last = [], 0, step
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
-            break  # the line that a crash cut off; whatever it was, it is made again
+            break  # a line that a crash cut off; its step is recomputed
         last = max(last, line["step"])
         if line["step"] <= step:
-            kept.append(text + "\n")
+            lines.append(text + "\n")
             images_seen = line["images_seen"]
-    atomic.write_text(path, "".join(kept))
+    atomic.write_text(path, "".join(lines))
     return images_seen, last

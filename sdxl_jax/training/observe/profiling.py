@@ -1,5 +1,5 @@
-"""`--profile FIRST:LAST`: a trace of some steps in RUN/profile, which xprof shows (`xprof --logdir RUN/profile`, or
-TensorBoard with its profile plugin). What is learnt is the same with it and without; the steps are a little slower.
+"""`--profile FIRST:LAST`: a profiler trace of some steps in RUN/profile, to be viewed with xprof (`xprof --logdir
+RUN/profile`) or TensorBoard's profile plugin. Tracing changes no result; the traced steps are a little slower.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from sdxl_jax.errors import InputError
 
 
 class Profile:
-    """Traces steps. A context manager: leaving it ends a trace that is not finished."""
+    """Traces steps. A context manager: leaving it stops an unfinished trace."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None):
-        """steps: the first and the last, as metrics.jsonl numbers them; None: no trace."""
+        """steps: the first and the last, numbered as in metrics.jsonl; None: no trace."""
         self._folder, self._steps = folder, steps
         self._running = False
 
@@ -29,8 +29,8 @@ class Profile:
             jax.profiler.stop_trace()
 
     def step(self, step: int, settle: Callable[[], None]) -> contextlib.AbstractContextManager[object]:
-        """To be entered around a step. settle: waits until the devices have done what was started, so that the trace
-        has whole steps and no others."""
+        """The context to run a step in. settle: waits until the devices have finished all dispatched work, so that the
+        trace contains exactly these steps."""
         if self._steps is None:
             return contextlib.nullcontext()
         return self._traced(step, settle)
@@ -51,28 +51,29 @@ class Profile:
             self._running = False
 
 
-def breaks() -> bool:
-    """Whether a trace would end the process: jax 0.10.2 with libtpu 0.0.52 beside it does so without a TPU."""
+def crashes() -> bool:
+    """Whether tracing would crash the process: jax 0.10.2 does, if libtpu 0.0.52 is installed without a TPU."""
     return importlib.util.find_spec("libtpu") is not None and jax.default_backend() != "tpu"
 
 
 def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, int] | None:
-    """The steps, if they are among those that a run is about to make, first + 1 to stop. None, and said, where an
-    earlier start has made the first of them: the same command goes on. Raises InputError otherwise."""
+    """The steps to trace, if this start will run them: it runs first + 1 to stop. None, with a note, if an earlier
+    start has run the first of them, so that the same command resumes. Raises InputError otherwise."""
     if steps is None:
         return None
     begin, end = steps
     if 1 <= begin <= min(first, end):
-        tqdm.write(f"  --profile {begin}:{end}: an earlier start has made step {begin}; nothing is traced")
+        tqdm.write(f"  --profile {begin}:{end}: an earlier start has run step {begin}; nothing is traced")
         return None
     if not first < begin <= end <= stop:
         raise InputError(
-            f"--profile {begin}:{end}: this start makes the steps {first + 1} to {stop}. Give FIRST:LAST among "
-            f"them, e.g. {min(first + 10, stop)}:{min(first + 14, stop)}"
+            f"--profile {begin}:{end} is out of range: this start runs the steps {first + 1} to {stop}. Give "
+            f"FIRST:LAST among them, e.g. {min(first + 10, stop)}:{min(first + 14, stop)}"
         )
-    if breaks():
+    if crashes():
         raise InputError(
-            f"--profile would end this process: libtpu is installed, and this is a {jax.default_backend()}, where "
-            "jax's profiler then fails. Do: pip uninstall libtpu (the extra aot brings it), or leave --profile out"
+            f"--profile {begin}:{end} would crash this process: libtpu is installed, and the backend is "
+            f"{jax.default_backend()}, where jax's profiler then fails. Run pip uninstall libtpu (the extra aot "
+            "installs it), or leave out --profile"
         )
     return steps

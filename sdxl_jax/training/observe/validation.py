@@ -1,4 +1,4 @@
-"""What a run tells besides numbers: what it is about to train on, validation images, and what went wrong."""
+"""Reports of a run other than metrics: the summary of its data, validation grids, descriptions of non-finite steps."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,8 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sdxl_jax import config as configuration
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import RunConfig
+from sdxl_jax.config import SAME_WITHIN_ROUNDING, RunConfig, is_within
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.files import atomic
 from sdxl_jax.model import Model
@@ -19,22 +18,23 @@ from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.processes import Processes
 
-_CAPTIONS_LOOKED_AT = 10_000
-"""Images whose captions are counted for truncation at the start; all, where there are no more than twice as many."""
+_CAPTION_SAMPLE = 10_000
+"""Images whose captions are checked for truncation at the start; with fewer than twice as many, all are."""
 
 
 def announce(
     dataset: BucketedDataset, tokenizer: Tokenizer | None, run_dir: Path, first: int, changed: list[str]
 ) -> None:
-    tqdm.write(f"{run_dir}: {'starting' if not first else f'going on after step {first}'}")
+    """Prints what the run is about to train on. first: steps done; changed: configuration changes on resume."""
+    tqdm.write(f"{run_dir}: {'starting' if not first else f'resuming after step {first}'}")
     for line in changed:
-        same = configuration.is_within(line, configuration.SAME_WITHIN_ROUNDING)
+        same = is_within(line, SAME_WITHIN_ROUNDING)
         tqdm.write(f"  changed: {line}{', the same within rounding' if same else ''}")
     for bucket in dataset.report():
         if bucket.images:
             notes = f", {bucket.remainder} left out of each epoch" if bucket.remainder else ""
-            notes += ", which hold the same images several times" if bucket.repeated else ""
-            batches = f"{bucket.batches:.4g} batches of {bucket.batch_size} an epoch"
+            notes += ", images repeat within a batch" if bucket.repeated else ""
+            batches = f"{bucket.batches:.4g} batches of {bucket.batch_size} per epoch"
             tqdm.write(f"  bucket {bucket.height}×{bucket.width}: {bucket.images} images, {batches}{notes}")
         if bucket.merged_into is not None:
             height, width = bucket.merged_into
@@ -43,7 +43,7 @@ def announce(
         tqdm.write(f"  latents and text states are read from {dataset.config.cache}")
     if len(shares := dataset.shares()) > 1:
         for share in shares:
-            tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of an epoch")
+            tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of each epoch")
     for note in dataset.source.notes():
         tqdm.write(f"  {note}")
     if small := dataset.too_small_count():
@@ -56,18 +56,19 @@ def announce(
 
 def _announce_captions(dataset: BucketedDataset, tokenizer: Tokenizer) -> None:
     images = len(dataset.source)
-    looked_at = range(0, images, max(1, images // _CAPTIONS_LOOKED_AT))
-    captions = [caption for image in looked_at for caption in dataset.source.captions(image)]
-    if cut := sum(count > 0 for count in tokenizer.truncated(captions)):
-        of = f" of {len(captions)} looked at" if len(looked_at) < images else ""
-        tqdm.write(f"  {cut} captions{of} are longer than 75 tokens and lose their end")
+    sample = range(0, images, max(1, images // _CAPTION_SAMPLE))
+    captions = [caption for image in sample for caption in dataset.source.captions(image)]
+    if truncated := sum(count > 0 for count in tokenizer.truncated(captions)):
+        of = f" of a sample of {len(captions)}" if len(sample) < images else ""
+        tqdm.write(f"  {truncated} captions{of} are longer than 75 tokens and will be truncated")
 
 
 def grid_path(run_dir: Path, step: int) -> Path:
+    """RUN/samples/step_XXXXXXXX.png."""
     return run_dir / "samples" / f"step_{step:08d}.png"
 
 
-def look(
+def write_grid(
     objective: Objective[Any],
     dataset: BucketedDataset,
     processes: Processes,
@@ -76,11 +77,11 @@ def look(
     model: Model,
     mesh: Mesh,
 ) -> None:
-    """Writes the validation grid of a step: what the averaged weights make, the same way each time; or says why there
-    is none, where images are not finite."""
+    """Writes the validation grid of a step, generated with the averaged weights from the same noise each time. Prints a
+    note instead if images are not finite."""
     try:
         grid = objective.validation(model, dataset, mesh, processes)
-    except NonFiniteError as error:  # on all processes alike; whether the run goes on is for its loss to say
+    except NonFiniteError as error:  # raised on all processes; only a non-finite loss ends the run
         if processes.is_first:
             tqdm.write(f"note: no {grid_path(run_dir, step).name}: {error}")
         return
@@ -90,10 +91,11 @@ def look(
 
 
 def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: BucketedDataset, process: int) -> None:
-    """Writes what a step was given whose loss is no number: images, captions, and the key of its random numbers."""
+    """Writes the inputs of a step with a non-finite loss: images, captions, and the key of its random numbers."""
     loader, bad = dataset.loader, list[str]()
-    read = loader.draw if loader.cache is None else loader.read  # once more: damaged images were replaced
-    images = [loader.good(step - 1, row, bad, read).image for row in range(dataset.batch_size_of(step - 1))]
+    # Loaded once more: damaged images were replaced.
+    load = loader.decode_example if loader.cache is None else loader.read_cached
+    images = [loader.load_or_replace(step - 1, row, bad, load).image for row in range(dataset.batch_size_of(step - 1))]
     key = jax.random.fold_in(jax.random.key(config.training.seed), step - 1)
     content = {
         "step": step,
