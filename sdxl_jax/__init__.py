@@ -1,4 +1,4 @@
-"""SDXL, the latent diffusion model of arXiv:2307.01952, trained and sampled in JAX.
+"""SDXL, the latent diffusion model of arXiv:2307.01952, in JAX: training and sampling.
 
 The names below are the public interface. They are imported when first used, so that `import sdxl_jax` is quick.
 """

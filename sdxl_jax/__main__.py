@@ -1,5 +1,5 @@
-"""The command line: which command is meant, and the exit code that it ends with. What a command parses and does is in
-commands/.
+"""The command line: runs a command, and turns its errors into messages and exit codes. What a command parses and does
+is in commands/.
 
 Exit code 0 when done; 2 when the input is at fault, 1 when the machine is, with one message on stderr and no traceback
 unless --debug; 143 and 130 for `train`, `data encode` and `data build` that SIGTERM or Ctrl-C stopped with work left.
@@ -11,12 +11,12 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from sdxl_jax.commands import pipes, signals
-from sdxl_jax.errors import TOLD, InputError, exit_code, fault, nearest_first
+from sdxl_jax.errors import REPORTED, InputError, exit_code, fault, nearest_first
 
 _BEGAN = time.monotonic()
 
 
-# Each imports what it needs when it is called: `--help` answers at once.
+# Each imports what it needs when it is called, so that `--help` is quick.
 
 
 def _quickstart(arguments: list[str]) -> None:
@@ -63,13 +63,13 @@ def _data(arguments: list[str]) -> None:
 
 
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "quickstart": (_quickstart, "train a small SDXL on images that come along, and look at what it draws"),
-    "train": (_train, "train what a configuration file describes, or go on with it"),
-    "compile": (_compile, "compile it for TPU slices that are not here: does it fit, how fast will it go"),
-    "sample": (_sample, "draw images of prompts with a trained model"),
-    "serve": (_serve, "draw images on a web page"),
-    "convert": (_convert, "write a model in another layout: diffusers, a single file, Orbax"),
-    "data": (_data, "build: shards from folders, tars, tables; inspect: what training will see; encode: caches"),
+    "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
+    "train": (_train, "train a model from a configuration file, or resume a run"),
+    "compile": (_compile, "compile it ahead of time for TPU slices: memory per chip, estimated time"),
+    "sample": (_sample, "sample images from a model: text to image, image to image, inpainting"),
+    "serve": (_serve, "sample images on a web page"),
+    "convert": (_convert, "convert a model to another layout: diffusers, a single file, Orbax"),
+    "data": (_data, "build: shards from folders, tars, tables; inspect: what training sees; encode: latents once"),
 }
 
 
@@ -78,7 +78,7 @@ def _usage() -> str:
     commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in _COMMANDS.items())
     return (
         f"usage: sdxl-jax COMMAND ...\n\nSDXL, trained and sampled in JAX.\n\n{commands}\n\n"
-        "`sdxl-jax COMMAND --help` tells the options. --debug with any command shows the traceback of an error."
+        "`sdxl-jax COMMAND --help` lists its options. --debug with any command shows the traceback of an error."
     )
 
 
@@ -92,11 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0 if given else 2
     try:
         if given[0] not in _COMMANDS:
-            near = ", ".join(nearest_first(given[0], _COMMANDS))
-            raise InputError(f"There is no command {given[0]!r}. Known, nearest first: {near}")
+            nearest = ", ".join(nearest_first(given[0], _COMMANDS))
+            raise InputError(f"There is no command {given[0]!r}. Known, nearest first: {nearest}")
         _COMMANDS[given[0]][0](given[1:])
         sys.stdout.flush()
-    except TOLD as error:
+    except REPORTED as error:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -111,19 +111,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not isinstance(error, OSError) and fault(error) is InputError:
             raise  # our own mistake
-        if debug:  # of a full disk, libraries make many types
+        if debug:
             traceback.print_exc()
-        print(f"error: {error}. Check that the place exists, may be written to, and has room", file=sys.stderr)
+        # Libraries raise many types for a full disk.
+        print(f"error: {error}. Check that the path exists, is writable, and has free space", file=sys.stderr)
         return exit_code(error)
     return 0
 
 
 def program() -> None:
-    """`main` as a process of its own, which ends even while a step is being compiled beside training."""
+    """`main` as a process, which ends even while a step is being compiled in the background."""
     pipes.may_close()
     try:
         code = main()
-    except SystemExit as stopped:  # by SIGTERM or Ctrl-C, once all is saved; --help; what argparse refuses
+    except SystemExit as stopped:  # SIGTERM or Ctrl-C once all is saved; --help; invalid options
         code = exit_code(stopped)
     except (Exception, KeyboardInterrupt) as error:
         traceback.print_exc()

@@ -1,13 +1,13 @@
-"""One latent diffusion model, whole: autoencoder, text towers, UNet, and how they belong together.
+"""A complete latent diffusion model: autoencoder, text encoders, UNet, and how they fit together.
 
     ModelConfig   what the weights depend on and how they must be used; hashable, so that compiled functions key on it
     Model         a configuration with parameters: {"unet": …, "vae": …, "text_encoder": …, …}, named as in diffusers
 
-Also the one function that training and sampling share: what the UNet is told (`condition`).
+Also the function that training and sampling share: the UNet's conditioning (`condition`).
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,7 +33,8 @@ from sdxl_jax.samplers.guidance import Conditioning
 
 
 class UnconditionalKind(enum.Enum):
-    """The unconditional (null) embedding: for dropped captions, and for guidance without a negative prompt."""
+    """Which embedding is the unconditional (null) one: for dropped captions, and for guidance without a negative
+    prompt."""
 
     ZEROS = "zeros"
     """Embeddings of zeros: SDXL base."""
@@ -43,16 +44,17 @@ class UnconditionalKind(enum.Enum):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The defaults are SDXL base 1.0."""
+    """Architecture, noise schedule and prediction of a model. The defaults are SDXL base 1.0."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The denoising network."""
     vae: AnyVaeConfig = field(default_factory=VaeConfig)
-    """The autoencoder between images and latents: the large one, or a tiny one for its latents."""
+    """The autoencoder between images and latents: the full one, or a tiny one (TAESD) with the same latents."""
     text: tuple[Tower, ...] = text.SDXL_BASE_TEXT
     """The text encoders, in the order in which their states are concatenated."""
     micro: MicroConfig | None = field(default_factory=MicroConfig)
-    """Which sizes and positions the UNet is told; None for none (SD 1.x and 2.x)."""
+    """Micro-conditioning: the sizes and positions that the UNet is conditioned on; None: no micro-conditioning (SD 1.x
+    and 2.x)."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The noise schedule that the weights were trained with."""
     prediction: Prediction = Prediction.EPSILON
@@ -60,24 +62,24 @@ class ModelConfig:
     unconditional: UnconditionalKind = field(default=UnconditionalKind.ZEROS, metadata={RENAMED: "no_prompt"})
     """The unconditional embedding."""
     default_size: tuple[int, int] = (1024, 1024)
-    """(height, width) of images unless the user asks for another."""
+    """(height, width) in pixels of sampled images, by default."""
     distilled: bool = False
-    """Whether guidance is in the weights, as after consistency distillation: sampling then has none of its own."""
+    """Whether guidance is in the weights, as after consistency distillation: sampling then uses guidance 1."""
     sampling: SamplingDefaults | None = None
-    """How the model is sampled unless the user says otherwise; None: as SDXL's official files say."""
+    """Default sampler, spacing and noise levels; None: those of SDXL's official files."""
 
     @property
     def is_refiner(self) -> bool:
-        """Whether the UNet is told an aesthetic score, as SDXL's refiner alone is."""
+        """Whether the UNet is conditioned on an aesthetic score, as SDXL's refiner alone is."""
         return self.micro is not None and self.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
 
     @property
     def sees_mask(self) -> bool:
-        """Whether the UNet is one for inpainting: it sees latent, mask, and the latent of what is left."""
+        """Whether the UNet is one for inpainting: its input is latent, mask, and the latent of the masked image."""
         return self.unet.in_channels == 2 * self.vae.latent_channels + 1
 
     def check(self) -> None:
-        """Raises InputError for parts that do not fit together, or have no size."""
+        """Raises InputError for parts that do not fit together, and for sizes below 1."""
         self._check_text()
         for name in ("resnets_per_block", "middle_depth", "in_channels", "out_channels", "groups"):
             if (value := getattr(self.unet, name)) < 1:  # parameters without elements, which no checkpoint holds
@@ -85,21 +87,21 @@ class ModelConfig:
         context = sum(tower.clip.width for tower in self.text)
         if context != self.unet.context_dim:
             raise InputError(
-                f"model.unet.context_dim={self.unet.context_dim}, but the text encoders' states are {context} wide "
-                f"together. Set it to {context}"
+                f"model.unet.context_dim={self.unet.context_dim}, but the concatenated text states have a width of "
+                f"{context}. Set it to {context}"
             )
         pooled = self.text[-1].clip.projection_dim
         if self.micro is not None and pooled is None:
             raise InputError(
-                "model.micro needs a pooled text vector, and the last of model.text has projection_dim=None. Give it a "
-                "projection, or set model.micro=None"
+                "model.micro needs a pooled text vector, and the last encoder of model.text has clip.projection_dim="
+                "None. Set its projection_dim, or set model.micro=None"
             )
         expected = None if self.micro is None or pooled is None else pooled + self.micro.vector_dim
         if expected != self.unet.vector_dim:
-            raise InputError(
-                f"model.unet.vector_dim={self.unet.vector_dim}, but the pooled text and the sizes make {expected}. "
-                f"Set it to {expected}"
-            )
+            width = f"pooled text and micro-conditioning have a width of {expected} together"
+            if expected is None:
+                width = "model.micro=None: there is no micro-conditioning"
+            raise InputError(f"model.unet.vector_dim={self.unet.vector_dim}, but {width}. Set it to {expected}")
         if self.vae.latent_channels != self.unet.out_channels:
             raise InputError(
                 f"model.vae.latent_channels={self.vae.latent_channels} and model.unet.out_channels="
@@ -113,47 +115,49 @@ class ModelConfig:
         for name, part in grouped:
             if uneven := [channels for channels in part.block_channels if channels % part.groups]:
                 raise InputError(
-                    f"model.{name}.block_channels has {uneven}, which model.{name}.groups={part.groups} does not "
-                    f"divide. Use multiples of {part.groups}, or fewer groups"
+                    f"model.{name}.block_channels has {_listed(uneven)}, not divisible by model.{name}.groups="
+                    f"{part.groups}. Use multiples of {part.groups}, or fewer groups"
                 )
-        levels = {len(self.unet.block_channels), len(self.unet.transformer_depth), len(self.unet.heads)}
-        if len(levels) != 1:
+        lengths = [len(each) for each in (self.unet.block_channels, self.unet.transformer_depth, self.unet.heads)]
+        if len(set(lengths)) != 1:
             raise InputError(
-                "model.unet.block_channels, transformer_depth and heads differ in length; give one number a level each"
+                f"model.unet.block_channels, transformer_depth and heads have {_listed(lengths)} numbers. Give each of "
+                "them one number per level"
             )
         for channels, heads in zip(self.unet.block_channels, self.unet.heads, strict=True):
             if channels % heads:
                 raise InputError(
-                    f"model.unet.heads has {heads} for {channels} channels, which it does not divide. Use a divisor"
+                    f"model.unet.heads has {heads} heads for {channels} channels. Use a number that divides {channels}"
                 )
         if self.schedule.zero_terminal_snr and self.prediction is Prediction.EPSILON:
             raise InputError(
-                "model.schedule.zero_terminal_snr=True leaves nothing to predict noise from at the last timestep. "
-                "Set model.prediction=v_prediction"
+                "model.schedule.zero_terminal_snr=True with model.prediction=epsilon: the last timestep is noise "
+                "alone, from which noise cannot be predicted. Set model.prediction=v_prediction"
             )
 
     def _check_tiny(self, tiny: TinyVaeConfig) -> None:
         if tiny.channels < 1 or min(tiny.encoder_blocks + tiny.decoder_blocks, default=0) < 1:
             raise InputError(
-                f"model.vae has channels={tiny.channels}, encoder_blocks={tiny.encoder_blocks} and decoder_blocks="
-                f"{tiny.decoder_blocks}. Give 1 or more everywhere"
+                f"model.vae has channels={tiny.channels}, encoder_blocks={_listed(tiny.encoder_blocks)} and "
+                f"decoder_blocks={_listed(tiny.decoder_blocks)}. Give 1 or more everywhere"
             )
         if len(tiny.encoder_blocks) != len(tiny.decoder_blocks):
             raise InputError(
-                f"model.vae.encoder_blocks={tiny.encoder_blocks} and decoder_blocks={tiny.decoder_blocks} differ in "
-                "length. Give one number a level each"
+                f"model.vae.encoder_blocks={_listed(tiny.encoder_blocks)} and decoder_blocks="
+                f"{_listed(tiny.decoder_blocks)} differ in length. Give each of them one number per level"
             )
 
     def _check_text(self) -> None:
         names = [tower.name for tower in self.text]
         if not names or len(set(names)) < len(names):
-            raise InputError(f"model.text has the names {names}. Give at least one text encoder, each its own name")
+            given = f"the names {_listed(names)}" if names else "no text encoder"
+            raise InputError(f"model.text has {given}. Give at least one text encoder, each with its own name")
         for tower in self.text:
             clip_config = tower.clip
             if clip_config.tokens != text.TOKENS or clip_config.vocabulary <= text.END_OF_TEXT:
                 raise InputError(
-                    f"{tower.name} reads {clip_config.tokens} tokens of {clip_config.vocabulary}. CLIP's vocabulary "
-                    f"needs {text.TOKENS} of at least {text.END_OF_TEXT + 1}"
+                    f"{tower.name} has clip.tokens={clip_config.tokens} and clip.vocabulary={clip_config.vocabulary}. "
+                    f"CLIP's tokenizer needs {text.TOKENS} tokens and a vocabulary of {text.END_OF_TEXT + 1} or more"
                 )
             added = tower.added_tokens
             if clip_config.vocabulary < text.FIRST_ADDED + len(added):
@@ -163,14 +167,18 @@ class ModelConfig:
                 )
             if unusable := [word for n, word in enumerate(added) if word in added[:n] or not text.can_be_added(word)]:
                 raise InputError(
-                    f"{tower.name} has the added tokens {unusable}, which are repeated, CLIP's own, or begin or end in "
-                    "a space. Give each another name"
+                    f"{tower.name} has the added tokens {_listed(map(repr, unusable))}, which are repeated, CLIP's "
+                    "own, or begin or end in a space. Give each another name"
                 )
             if clip_config.width % clip_config.heads:
                 raise InputError(
-                    f"{tower.name} has {clip_config.heads} heads for a width of {clip_config.width}, which they do not "
-                    "divide. Use a divisor"
+                    f"{tower.name} has clip.heads={clip_config.heads} for clip.width={clip_config.width}. Use a number "
+                    f"of heads that divides {clip_config.width}"
                 )
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))
 
 
 SDXL_BASE = ModelConfig()
@@ -199,25 +207,25 @@ SD2 = ModelConfig(
 
 
 class Adapter(NamedTuple):
-    """A LoRA that a model's parameters contain."""
+    """A LoRA that is merged into a model's parameters."""
 
     name: str
     scale: float
     lora: Lora
-    """What was added, so that it can be listed and taken away again."""
+    """Its tensors, so that it can be listed and removed again."""
 
 
 class Model(NamedTuple):
-    """A model that can be sampled from."""
+    """A configuration with its parameters: what sampling needs."""
 
     config: ModelConfig
     params: Params
     adapters: tuple[Adapter, ...] = ()
-    """What `weights.lora.add` has merged into the parameters, in that order."""
+    """LoRAs that `weights.lora.add` has merged into the parameters, in that order."""
 
 
 def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:
-    """Fresh float32 parameters of every part."""
+    """Random initial parameters of every part, float32."""
     unet_key, vae_key, text_key = jax.random.split(key, 3)
     towers = {
         tower.name: clip.init(jax.random.fold_in(text_key, index), tower.clip)
@@ -229,13 +237,13 @@ def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:
 def unconditional_text(
     config: ModelConfig, params: Params, empty: Mapping[str, TokenIds], compute: Compute
 ) -> TextConditioning:
-    """What the UNet is told when there is no prompt, batch 1. empty: the token numbers of [""]."""
+    """The unconditional (null) embedding, batch 1. empty: the token numbers of [""]."""
     condition = text.encode(config.text, params, empty, compute)
     return text.zeros_like(condition) if config.unconditional is UnconditionalKind.ZEROS else condition
 
 
 def condition(config: ModelConfig, prompt: TextConditioning, micro: MicroConditioning) -> Conditioning:
-    """All that the UNet is told besides latent and timestep."""
+    """The UNet's conditioning: text states, and the vector of pooled text and micro-conditioning."""
     if config.micro is None:
         return Conditioning(prompt.context, None)
     assert prompt.pooled is not None, "the last text encoder of a model with a conditioning vector has a projection"

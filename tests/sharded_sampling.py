@@ -1,4 +1,4 @@
-"""Images on four simulated devices, in a process of its own: prints the largest difference from one device, as a
+"""Sampling on four simulated devices, run as a process: prints the largest difference from one device, as a
 share of the largest latent, for each mesh. Run by test_program.py."""
 
 import json
@@ -23,18 +23,20 @@ PROMPTS = ["a red cube", "two green birds", "a fish"]
 def main() -> dict[str, float]:
     model = random_model(MODEL, 0)
 
-    def draw(mesh: MeshConfig | None, **options: Any) -> Generated:
+    def sample(mesh: MeshConfig | None, **options: Any) -> Generated:
         placed = model
         if mesh is not None:
             placed = model._replace(params=sharding.put(sharding.make_mesh(mesh), model.params))
         settings: dict[str, Any] = {"height": 16, "width": 24, "steps": 3, "sampler": "dpmpp_2m_sde", "batch_size": 3}
         return generate(placed, PROMPTS, **settings, **options)
 
-    alone = draw(None)
-    largest = np.abs(alone.latents).max()
-    found = {name: float(np.abs(draw(mesh).latents - alone.latents).max() / largest) for name, mesh in MESHES.items()}
-    watched = draw(MESHES["data 4"], callback=lambda seen: None)
-    return {**found, "watched": float(np.abs(watched.latents - alone.latents).max() / largest)}
+    single = sample(None)
+    largest = np.abs(single.latents).max()
+    found = {
+        name: float(np.abs(sample(mesh).latents - single.latents).max() / largest) for name, mesh in MESHES.items()
+    }
+    stepwise = sample(MESHES["data 4"], callback=lambda seen: None)
+    return {**found, "stepwise": float(np.abs(stepwise.latents - single.latents).max() / largest)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The promises of the command line: what is refused says why and leaves the disk as it was; what works, repeats.
+"""The promises of the command line: refused commands say why and change nothing on disk; others give the same twice.
 
 Commands run in this process, on a tiny model that is trained once for two steps.
 """
@@ -44,15 +44,15 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 
 
 def assert_refused(folder: Path, arguments: list[object], *expected: str) -> None:
-    """Exit code 2, one message with the expected words, no traceback, and nothing below `folder` changed."""
+    """Exit code 2, one message that matches the patterns, no traceback, and nothing below `folder` changed."""
     before = listing(folder)
     outcome = call(*arguments)
     assert outcome.code == 2, outcome
     assert "Traceback" not in outcome.out + outcome.err
     assert len(outcome.err) < 2500, "short"
-    words = re.sub(r"[\s│╭╮╰╯─]+", " ", outcome.err)  # lines are wrapped, some in a box
+    message = re.sub(r"[\s│╭╮╰╯─]+", " ", outcome.err)  # lines are wrapped, some in a box
     for pattern in expected:
-        assert re.search(pattern, words), f"{pattern} not in {words}"
+        assert re.search(pattern, message), f"{pattern} not in {message}"
     assert listing(folder) == before
 
 
@@ -69,7 +69,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(home: Path, tmp_path: Path) -> Path:
-    """A copy of `home` that a test may spoil. The configuration names the original's images."""
+    """A copy of `home` that a test may change. The configuration names the original's images."""
     return Path(shutil.copytree(home, tmp_path / "home"))
 
 
@@ -116,10 +116,10 @@ def test_caption_without_image_is_refused_by_name(place: Path) -> None:
 
 def test_buckets_that_no_image_fits_are_refused(place: Path) -> None:
     refused = train(place, "--data.buckets", 8, 64, "--run-dir", place / "new")
-    assert_refused(place, refused, "None of the 8 images", "Add buckets of such shapes, raise data.max_aspect")
+    assert_refused(place, refused, "None of the 8 images", "Add buckets of such aspect ratios, raise data.max_aspect")
 
 
-def test_bucket_that_is_no_multiple_of_8_is_refused(place: Path) -> None:
+def test_bucket_that_is_not_a_multiple_of_8_is_refused(place: Path) -> None:
     refused = train(place, "--data.buckets", 30, 32, "--run-dir", place / "new")
     assert_refused(place, refused, r"data\.buckets has \(30, 32\)", r"Use \(32, 32\)")
 
@@ -173,13 +173,15 @@ def test_run_of_another_configuration_is_refused_with_the_differences(place: Pat
         r"belongs to a run with another configuration \(2 differences",
         r"optimiser\.learning_rate: 0\.001 -> 0\.5",
         r"training\.seed: 0 -> 7",
-        "or another --run-dir",
+        "choose another --run-dir",
     )
 
 
-def test_file_in_the_place_of_the_run_directory_is_refused(place: Path) -> None:
+def test_file_instead_of_the_run_directory_is_refused(place: Path) -> None:
     (place / "file").write_text("a file")
-    assert_refused(place, train(place, "--run-dir", place / "file"), "is no run directory", "Choose another --run-dir")
+    assert_refused(
+        place, train(place, "--run-dir", place / "file"), "is not a run directory", "Choose another --run-dir"
+    )
 
 
 def test_checkpoints_without_their_configuration_are_refused(place: Path) -> None:
@@ -234,18 +236,18 @@ SPOIL = [
 ]
 
 
-# Orbax leaves coroutines after when a read fails half-way; newer Pythons report them when they are collected.
+# Orbax leaves coroutines behind when a read fails half-way; newer Pythons report them when they are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("spoil", SPOIL)
-def test_incomplete_checkpoint_is_no_silent_fresh_start(place: Path, spoil: Callable[[Path], None]) -> None:
-    """Seen in MaxDiffusion."""
+def test_incomplete_checkpoint_is_not_silently_started_afresh(place: Path, spoil: Callable[[Path], None]) -> None:
+    """MaxDiffusion starts afresh."""
     spoil(place / "run" / "checkpoints" / "2")
     expected = (
         r"checkpoints/2 is incomplete or damaged",
         "Nothing was changed. Restore its files",
     )
     assert_refused(place, train(place), *expected)
-    if spoil is not halve_the_largest:  # sampling reads the average alone, which may lie in the other half
+    if spoil is not halve_the_largest:  # sampling reads the average alone, which may be in the other half
         assert_refused(place, sample(place), *expected)
     gc.collect()  # here, not in the next test
 
@@ -269,7 +271,7 @@ def test_initial_weights_of_another_configuration_are_refused(place: Path) -> No
 # Refused: sample
 
 
-def test_folder_that_is_no_model_is_refused(place: Path) -> None:
+def test_folder_that_is_not_a_model_is_refused(place: Path) -> None:
     rest = ["--prompt", "x", "--out", place / "out"]
     assert_refused(place, ["sample", place / "images", *rest], "There is no model at .*images", "Expected a run dir")
     assert_refused(place, ["sample", place / "absent", *rest], "There is nothing at .*absent", "Expected a run dir")
@@ -277,7 +279,7 @@ def test_folder_that_is_no_model_is_refused(place: Path) -> None:
 
 def test_run_without_checkpoint_is_refused(place: Path) -> None:
     shutil.rmtree(place / "run" / "checkpoints")
-    assert_refused(place, sample(place), "has no checkpoint yet", "Train on, or wait")
+    assert_refused(place, sample(place), "has no checkpoint yet", "Resume the run, or wait")
 
 
 @pytest.mark.parametrize(
@@ -312,15 +314,18 @@ def write_npz(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "expected"),
     [
-        (lambda path: None, "is no readable NPY file"),
-        (lambda path: path.write_bytes(b""), "is no readable NPY file"),
-        (lambda path: path.write_bytes(b"no array"), "is no readable NPY file"),
+        (lambda path: None, "cannot be read as NPY"),
+        (lambda path: path.write_bytes(b""), "cannot be read as NPY"),
+        (lambda path: path.write_bytes(b"no array"), "cannot be read as NPY"),
         (write_npz, "is an NPZ archive. Give an NPY file"),
         (
             lambda path: path.write_bytes(npy(np.zeros((2, 4, 4, 4), np.int32))),
-            "is of int32. Give an NPY file of float32",
+            "has the dtype int32. Give an NPY file of float32",
         ),
-        (lambda path: path.write_bytes(npy(np.zeros((1, 4, 4, 4)))), r"shape \(1, 4, 4, 4\), expected \(2, 4, 4, 4\)"),
+        (
+            lambda path: path.write_bytes(npy(np.zeros((1, 4, 4, 4)))),
+            "has the shape 1 × 4 × 4 × 4, expected 2 × 4 × 4 × 4",
+        ),
     ],
 )
 def test_unusable_initial_noise_is_refused(place: Path, write: Callable[[Path], object], expected: str) -> None:
@@ -334,14 +339,14 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def test_nothing_to_draw_is_refused(place: Path) -> None:
-    assert_refused(place, sample(place, prompt=None), "There is nothing to draw. Give --prompt TEXT")
+def test_sampling_without_a_prompt_is_refused(place: Path) -> None:
+    assert_refused(place, sample(place, prompt=None), "There is no prompt. Give --prompt TEXT")
     assert_refused(place, sample(place, "--prompts-file", place / "absent", prompt=None), "absent cannot be read")
     (place / "prompts.txt").write_text("\n \n")
-    assert_refused(place, sample(place, "--prompts-file", place / "prompts.txt", prompt=None), "nothing to draw")
+    assert_refused(place, sample(place, "--prompts-file", place / "prompts.txt", prompt=None), "There is no prompt")
 
 
-def test_file_in_the_place_of_the_output_folder_is_refused(place: Path) -> None:
+def test_file_instead_of_the_output_folder_is_refused(place: Path) -> None:
     (place / "out").write_text("a file")
     assert_refused(place, sample(place), "--out .*out is a file. Give a folder")
 
@@ -418,11 +423,11 @@ def test_help_of_train_lists_every_field_with_the_files_default(home: Path) -> N
 # What works: train
 
 
-def test_training_again_goes_on_and_finds_nothing_to_do(place: Path) -> None:
+def test_training_again_resumes_and_has_nothing_left_to_do(place: Path) -> None:
     before = listing(place / "run")
     outcome = call(*train(place))
     assert outcome.code == 0, outcome
-    assert "going on after step 2" in outcome.out
+    assert "resuming after step 2" in outcome.out
     after = listing(place / "run")
     kept = {name for name in before if name.split("/")[0] in ("checkpoints", "frozen", "metrics.jsonl")}
     assert {name: after.get(name) for name in kept} == {name: before[name] for name in kept}
@@ -445,9 +450,9 @@ def test_option_of_the_command_line_has_its_effect(place: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def drawn(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sampled(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two images with their latents."""
-    out = tmp_path_factory.mktemp("drawn") / "out"
+    out = tmp_path_factory.mktemp("sampled") / "out"
     outcome = call(*sample(home, "--save-latents", "--seed", 3, "--out", out))
     assert outcome.code == 0, outcome
     return out
@@ -458,10 +463,10 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def test_images_carry_prompt_seed_and_settings(home: Path, drawn: Path) -> None:
-    assert sorted(path.name for path in drawn.iterdir()) == ["000000.png", "000001.png", "latents.npy"]
+def test_images_carry_prompt_seed_and_settings(home: Path, sampled: Path) -> None:
+    assert sorted(path.name for path in sampled.iterdir()) == ["000000.png", "000001.png", "latents.npy"]
     for number in range(2):
-        with Image.open(drawn / f"{number:06d}.png") as image:
+        with Image.open(sampled / f"{number:06d}.png") as image:
             assert (image.height, image.width, image.mode) == (32, 32, "RGB")
             assert isinstance(image, PngImageFile)
             text = image.text
@@ -479,28 +484,28 @@ def test_images_carry_prompt_seed_and_settings(home: Path, drawn: Path) -> None:
         assert settings.items() <= text.items()
 
 
-def test_latents_are_float32_at_an_eighth(drawn: Path) -> None:
-    latents = np.load(drawn / "latents.npy")
+def test_latents_are_float32_at_an_eighth(sampled: Path) -> None:
+    latents = np.load(sampled / "latents.npy")
     assert latents.dtype == np.float32
     assert latents.shape == (2, 4, 4, 4)
     assert np.isfinite(latents).all()
     assert not np.array_equal(latents[0], latents[1])
 
 
-def test_same_command_writes_the_same_bytes(home: Path, drawn: Path, tmp_path: Path) -> None:
+def test_same_command_writes_the_same_bytes(home: Path, sampled: Path, tmp_path: Path) -> None:
     assert call(*sample(home, "--save-latents", "--seed", 3, "--out", tmp_path / "out")).code == 0
-    assert listing(tmp_path / "out") == listing(drawn)
+    assert listing(tmp_path / "out") == listing(sampled)
 
 
-def test_seed_zero_is_a_seed(home: Path, drawn: Path, tmp_path: Path) -> None:
-    """`if seed:` ignores it: seen in mosaicml/diffusion."""
+def test_seed_zero_is_a_seed(home: Path, sampled: Path, tmp_path: Path) -> None:
+    """mosaicml/diffusion ignores it (`if seed:`)."""
     for name in ("one", "two"):
         assert call(*sample(home, "--seed", 0, "--save-latents", "--out", tmp_path / name)).code == 0
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
-    assert not np.array_equal(np.load(tmp_path / "one" / "latents.npy"), np.load(drawn / "latents.npy"))
+    assert not np.array_equal(np.load(tmp_path / "one" / "latents.npy"), np.load(sampled / "latents.npy"))
 
 
-def test_initial_noise_takes_the_place_of_the_seeds(home: Path, tmp_path: Path) -> None:
+def test_initial_noise_replaces_the_seeded_noise(home: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)
     latents = []
     for name, used, seed in (("one", noise, 3), ("two", noise, 4), ("three", noise[::-1], 3)):
@@ -508,7 +513,7 @@ def test_initial_noise_takes_the_place_of_the_seeds(home: Path, tmp_path: Path) 
         options = ["--init-noise", tmp_path / f"{name}.npy", "--seed", seed, "--save-latents", "--out", tmp_path / name]
         assert call(*sample(home, *options)).code == 0
         latents.append(np.load(tmp_path / name / "latents.npy"))
-    np.testing.assert_array_equal(latents[0], latents[1])  # euler draws nothing more
+    np.testing.assert_array_equal(latents[0], latents[1])  # euler adds no fresh noise
     np.testing.assert_array_equal(latents[0], latents[2][::-1])
     assert not np.array_equal(latents[0][0], latents[0][1])
 
@@ -539,17 +544,15 @@ def test_images_come_in_order_of_prompts_then_images(home: Path, tmp_path: Path)
         ["--negative-prompt", "blurred"],
     ],
 )
-def test_what_the_model_is_told_changes_the_latents(
-    home: Path, drawn: Path, tmp_path: Path, options: list[str]
-) -> None:
+def test_conditioning_changes_the_latents(home: Path, sampled: Path, tmp_path: Path, options: list[str]) -> None:
     assert call(*sample(home, "--seed", 3, "--save-latents", "--out", tmp_path, *options)).code == 0
-    assert not np.array_equal(np.load(tmp_path / "latents.npy"), np.load(drawn / "latents.npy"))
+    assert not np.array_equal(np.load(tmp_path / "latents.npy"), np.load(sampled / "latents.npy"))
 
 
-def test_overlong_prompt_is_said_without_echoing_it(home: Path, drawn: Path, tmp_path: Path) -> None:
+def test_truncated_prompt_is_warned_of_without_echoing_it(home: Path, sampled: Path, tmp_path: Path) -> None:
     outcome = call(*sample(home, "--prompt", "secret " * 80, "--num-images", 1, "--out", tmp_path / "out"))
     assert outcome.code == 0
-    assert "warning: 5 tokens of prompt 2 are beyond the 75 that are read" in outcome.err
+    assert "warning: 5 tokens of prompt 2 beyond the first 75 are ignored" in outcome.err
     assert "secret" not in outcome.err + outcome.out
     assert "warning" not in call(*sample(home, "--out", tmp_path / "short")).err
 
@@ -562,8 +565,8 @@ def test_inspect_prints_a_table(home: Path) -> None:
     assert outcome.code == 0
     lines = outcome.out.splitlines()
     assert lines[0] == "8 images found, 8 usable, 0 refused"
-    assert lines[1] == "1 steps an epoch"
-    assert lines[2].split() == ["height", "width", "images", "batches", "of", "images", "left", "out", "repeated"]
+    assert lines[1] == "1 steps per epoch"
+    assert lines[2].split() == ["height", "width", "images", "batches", "batch", "size", "left", "out", "repeated"]
     assert lines[3].split() == ["32", "32", "8", "1", "8", "0", "0"]
     assert len(lines) == 4
 
@@ -613,13 +616,13 @@ def encode_into(place: Path) -> tuple[list[object], list[object]]:
 @pytest.mark.slow
 def test_encode_writes_its_share_and_then_the_rest(place: Path) -> None:
     _, encode = encode_into(place)
-    said = f"{place / 'cache'}: 8 images, 2 crops of each; "
+    start = f"{place / 'cache'}: 8 images, 2 crops of each; "
     begun = call(*encode, "--share", 1, 2)
     assert begun.code == 0, begun
-    assert begun.out.splitlines()[-1] == said + "1 of 1 pieces are missing, of other shares"
+    assert begun.out.splitlines()[-1] == start + "1 of 1 pieces are missing, of other shares"
     done = call(*encode, "--share", 0, 2)
     assert done.code == 0, done
-    assert done.out.splitlines()[-1] == said + "complete"
+    assert done.out.splitlines()[-1] == start + "complete"
     before = listing(place / "cache")
     assert call(*encode).code == 0
     assert listing(place / "cache") == before
@@ -641,11 +644,11 @@ def test_train_reads_the_cache_of_encode(place: Path) -> None:
     assert_refused(place, other, r"crops\.seed: 0 -> 5", "into a new folder")
 
 
-def test_encode_without_a_place_or_in_one_of_something_else_is_refused(place: Path) -> None:
+def test_encode_without_a_folder_or_into_one_of_other_files_is_refused(place: Path) -> None:
     encode: list[object] = ["data", "encode", place / "config.py", "--data.crops-per-image", 2]
     assert_refused(place, encode, "data.cache is not given", "--data.cache DIR")
     assert_refused(place, [*encode[:3], "--data.cache", place / "cache"], "Set data.crops_per_image", "e.g. 4")
-    assert_refused(place, [*encode, "--data.cache", place / "images"], "holds other files and is no cache", "Give")
+    assert_refused(place, [*encode, "--data.cache", place / "images"], "holds other files and is not a cache", "Give")
     assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", 2, 2], "share 2 of 2. Expected")
     assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", "first"], "share", "first")
     assert_refused(place, ["data", "encode"], "The first argument of data encode is a configuration file", "usage")

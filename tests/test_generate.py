@@ -1,6 +1,6 @@
-"""From prompts to images, on a tiny model with random weights; and what becomes of the images.
+"""From prompts to images and files, on a tiny model with random weights.
 
-Compiling is most of the time: the tests share sizes and settings, so that few programs are made.
+Compiling takes most of the time: the tests share sizes and settings, so that few programs are compiled.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 from tiny import MODEL, random_model, train_config
 
-from sdxl_jax import model as models
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Size
 from sdxl_jax.config import ValidationConfig
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, UnconditionalKind
@@ -34,7 +34,7 @@ from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.sampling.program import Inputs, Recipe, SampledBatch
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.objectives.denoising import Denoising
-from sdxl_jax.training.observe.validation import look
+from sdxl_jax.training.observe.validation import write_grid
 from sdxl_jax.training.processes import Processes
 
 PROMPTS = ["a red cube", "two green birds"]
@@ -44,16 +44,13 @@ SAMPLE: Any = program.STAGED.denoise
 DECODE: Any = program.STAGED.decode
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     return random_model(MODEL, 0)
 
 
 @pytest.fixture(scope="module")
-def pictures(model: Model) -> Generated:
+def reference(model: Model) -> Generated:
     """What the other tests compare with: two prompts, one image each, seed 0."""
     return generate(model, PROMPTS, seed=0, **SETTINGS)
 
@@ -78,13 +75,13 @@ def assert_same_images(ours: np.ndarray, expected: np.ndarray) -> None:
 # Images
 
 
-def test_images_are_bytes_of_the_size_that_was_asked_for(model: Model, pictures: Generated) -> None:
+def test_images_are_bytes_of_the_given_size(model: Model, reference: Generated) -> None:
     images = text_to_image(model, PROMPTS, **SETTINGS)
     assert images.dtype == np.uint8
     assert images.shape == (2, 16, 24, 3)
-    assert pictures.latents.shape == (2, *LATENT)
-    assert pictures.latents.dtype == np.float32
-    np.testing.assert_array_equal(images, pictures.images)
+    assert reference.latents.shape == (2, *LATENT)
+    assert reference.latents.dtype == np.float32
+    np.testing.assert_array_equal(images, reference.images)
     assert 20 < images.mean() < 235, "neither black nor white, where nothing could be compared"
     assert (images[0] != images[1]).mean() > 0.5
 
@@ -96,7 +93,7 @@ def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkey
         positive, negative = inputs.micro
         conditioning = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
         sizes.append((inputs.noise.shape[1:3], *conditioning))
-        return drawn(inputs, jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise)
+        return finite_batch(inputs, jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise)
 
     monkeypatch.setattr(program, "staged", spy)
     config = dataclasses.replace(MODEL, default_size=(16, 40))
@@ -106,15 +103,15 @@ def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkey
     assert sizes == [((h // 8, w // 8), [h, w], [h, w]) for h, w in ((16, 40), (24, 40), (16, 8))]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_seed_0_is_a_seed(model: Model, pictures: Generated) -> None:
+def test_the_same_seed_gives_the_same_bytes_and_seed_0_is_a_seed(model: Model, reference: Generated) -> None:
     # Elsewhere `if seed:` takes seed 0 for no seed, and every image of it is another.
-    np.testing.assert_array_equal(generate(model, PROMPTS, seed=0, **SETTINGS).images, pictures.images)
+    np.testing.assert_array_equal(generate(model, PROMPTS, seed=0, **SETTINGS).images, reference.images)
     other = [generate(model, PROMPTS, seed=seed, **SETTINGS) for seed in (1, 2)]
-    assert unlike(other[0], pictures) > 0.1
+    assert unlike(other[0], reference) > 0.1
     assert unlike(other[0], other[1]) > 0.1
 
 
-def test_an_image_does_not_depend_on_how_many_are_made_or_how_many_at_a_time(model: Model) -> None:
+def test_an_image_does_not_depend_on_the_number_of_images_or_the_batch_size(model: Model) -> None:
     four = generate(model, PROMPTS[:1], num_images=4, **SETTINGS)
     assert len({image.tobytes() for image in four.images}) == 4
     # Three in batches of two: the same program, the last batch filled up. Bit for bit.
@@ -136,7 +133,7 @@ def test_images_come_in_the_order_of_prompts_then_images(model: Model) -> None:
     np.testing.assert_array_equal(both.images[2:], again.images[2:])
 
 
-def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, pictures: Generated) -> None:
+def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, reference: Generated) -> None:
     before = SAMPLE._cache_size(), DECODE._cache_size()
     assert min(before) > 0
     changed = generate(
@@ -150,7 +147,7 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, picture
         target_size=Size(16, 24),
         **SETTINGS,
     )
-    assert unlike(changed, pictures) > EFFECT
+    assert unlike(changed, reference) > EFFECT
     assert (SAMPLE._cache_size(), DECODE._cache_size()) == before
 
 
@@ -158,13 +155,13 @@ def test_another_prompt_of_the_same_shape_compiles_nothing(model: Model, picture
 
 
 def traced(inputs: Inputs, recipe: Recipe, callback: Any = None) -> SampledBatch:
-    """Zeros in place of images and latents: the program is traced, not compiled."""
-    made = jax.eval_shape(functools.partial(program.draw, recipe=recipe), inputs)
-    return drawn(inputs, jnp.zeros(made.images.shape, made.images.dtype), jnp.zeros(made.latents.shape))
+    """Zeros instead of images and latents: the program is traced, not compiled."""
+    shapes = jax.eval_shape(functools.partial(program.generate_batch, recipe=recipe), inputs)
+    return finite_batch(inputs, jnp.zeros(shapes.images.shape, shapes.images.dtype), jnp.zeros(shapes.latents.shape))
 
 
-def drawn(inputs: Inputs, images: jax.Array, latents: jax.Array) -> SampledBatch:
-    """As of a program that met nothing but finite numbers."""
+def finite_batch(inputs: Inputs, images: jax.Array, latents: jax.Array) -> SampledBatch:
+    """As from a program in which all numbers are finite."""
     rows = sum(len(each.plan.timestep) for each in inputs.segment_arrays)
     return SampledBatch(images, latents, jnp.full(len(images), rows), jnp.ones(len(images), bool))
 
@@ -185,12 +182,12 @@ def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest
         assert set(batches) == {expected}, guidance
 
 
-def test_guidance_1_is_the_limit_of_guidance(model: Model, pictures: Generated) -> None:
+def test_guidance_1_is_the_limit_of_guidance(model: Model, reference: Generated) -> None:
     # If prompt and negative prompt were mixed up, guidance near 1 would be near the negative.
     alone = generate(model, PROMPTS, guidance=1.0, **SETTINGS)
     nearly = generate(model, PROMPTS, guidance=1.00001, **SETTINGS)
     assert unlike(nearly, alone) < SAME
-    assert unlike(pictures, alone) > EFFECT, "guidance 5 is not 1"
+    assert unlike(reference, alone) > EFFECT, "guidance 5 is not 1"
 
 
 @pytest.mark.parametrize("guidance", [0.0, -0.0, 0.5])
@@ -203,22 +200,22 @@ def test_guidance_up_to_1_is_off_as_in_diffusers(guidance: float, model: Model) 
     assert (off.images[0] != off.images[1]).any()
 
 
-def test_what_has_no_effect_without_guidance_is_noted() -> None:
-    note = "guidance=0 is off: only above 1 is there guidance, and the negative prompt, negative-crop has no effect"
+def test_options_without_effect_are_noted() -> None:
+    note = "guidance=0 is off: there is guidance above 1 only. No effect: the negative prompt, negative-crop"
     assert Options(guidance=0.0, negative_crop=Position(0, 8)).notes(MODEL, "blurry") == [note]
-    assert Options(guidance=0.5).notes(MODEL) == ["guidance=0.5 is off: only above 1 is there guidance"]
+    assert Options(guidance=0.5).notes(MODEL) == ["guidance=0.5 is off: there is guidance above 1 only"]
     assert Options(guidance=1.0).notes(MODEL) == Options(guidance=0.0).notes(MODEL) == []
     assert Options().notes(MODEL, "blurry") == Options(guidance=1.5).notes(MODEL, "blurry") == []
     (distilled,) = Options().notes(dataclasses.replace(MODEL, distilled=True), "blurry")
     assert distilled.startswith("guidance=1 is off")
 
 
-def test_no_negative_prompt_is_zeros_in_sdxl_and_not_the_empty_one(model: Model, pictures: Generated) -> None:
+def test_no_negative_prompt_is_zeros_in_sdxl_and_not_the_empty_one(model: Model, reference: Generated) -> None:
     empty = generate(model, PROMPTS, negative_prompts=["", ""], **SETTINGS)
-    assert unlike(empty, pictures) > EFFECT
+    assert unlike(empty, reference) > EFFECT
     # Each image for itself.
     mixed = generate(model, PROMPTS, negative_prompts=[None, ""], **SETTINGS)
-    np.testing.assert_array_equal(mixed.images[0], pictures.images[0])
+    np.testing.assert_array_equal(mixed.images[0], reference.images[0])
     np.testing.assert_array_equal(mixed.images[1], empty.images[1])
 
 
@@ -227,7 +224,7 @@ def test_no_negative_prompt_is_the_empty_one_in_models_that_were_trained_so(mode
     absent = generate(other, PROMPTS, **SETTINGS)
     np.testing.assert_array_equal(absent.images, generate(other, PROMPTS, negative_prompts=["", ""], **SETTINGS).images)
     assert unlike(absent, generate(other, PROMPTS, negative_prompts=["blurry", "grey"], **SETTINGS)) > EFFECT
-    # What "" means does not depend on what stands for nothing.
+    # "" means the same in both.
     sdxl = generate(model, PROMPTS, negative_prompts=["", ""], **SETTINGS)
     assert unlike(absent, sdxl) < SAME
 
@@ -248,14 +245,14 @@ SIZES: dict[str, Any] = {"original_size": Size(60, 24), "crop": Position(0, 9), 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_each_size_changes_the_image_for_the_prompt_and_for_the_negative(
-    name: str, model: Model, pictures: Generated
+    name: str, model: Model, reference: Generated
 ) -> None:
     # Elsewhere the negative crop is ignored.
     own: Any = Position(0, 0) if name == "crop" else Size(16, 24)
     both = generate(model, PROMPTS, **{name: SIZES[name]}, **SETTINGS)
     prompt = generate(model, PROMPTS, **{name: SIZES[name], f"negative_{name}": own}, **SETTINGS)
     negative = generate(model, PROMPTS, **{f"negative_{name}": SIZES[name]}, **SETTINGS)
-    versions = [pictures, both, prompt, negative]
+    versions = [reference, both, prompt, negative]
     for index, one in enumerate(versions):
         for other in versions[:index]:
             assert unlike(one, other) > EFFECT
@@ -315,7 +312,7 @@ def test_initial_noise_takes_the_place_of_the_seed(model: Model) -> None:
     assert (first.images[0] != first.images[1]).any()
 
 
-# What is refused
+# Refused
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -0.5])
@@ -341,27 +338,27 @@ def test_every_number_out_of_its_range_is_refused_with_the_range(name: str, valu
         ({"width": -8}, "height 16 × width -8: expected positive multiples of 8"),
         ({"steps": 0}, "steps=0 is out of range. Give 1 to 1000"),
         ({"steps": 1001}, "steps=1001 is out of range. Give 1 to 1000"),
-        ({"sampler": "eular"}, r"no sampler 'eular'. Known, nearest first: \['euler', "),
-        ({"sampler": "ddimm"}, r"no sampler 'ddimm'. Known, nearest first: \['ddim', "),
+        ({"sampler": "eular"}, r"no sampler 'eular'. Known, nearest first: euler, "),
+        ({"sampler": "ddimm"}, r"no sampler 'ddimm'. Known, nearest first: ddim, "),
         ({"seed": -1}, "seed=-1 is out of range. Give 0 to 4294967295"),
         ({"seed": 2**32}, "seed=4294967296 is out of range. Give 0 to 4294967295"),
         ({"guidance": 1e39}, r"guidance=1e\+39 is out of range. Give 0 to 1000"),
         ({"num_images": 0}, "num_images=0 is out of range. Give 1 or more"),
         ({"batch_size": 0}, "batch_size=0 is out of range. Give 1 or more"),
-        ({"prompts": []}, "nothing to make: give at least one prompt"),
-        ({"negative_prompts": ["blurry"]}, "1 negative prompts for 2 prompts. Give one each, or none"),
-        ({"negative_prompts": []}, "0 negative prompts for 2 prompts. Give one each, or none"),
+        ({"prompts": []}, "There are no prompts. Give at least one"),
+        ({"negative_prompts": ["blurry"]}, "1 negative prompts for 2 prompts. Give one per prompt, or none"),
+        ({"negative_prompts": []}, "0 negative prompts for 2 prompts. Give one per prompt, or none"),
         (
             {"init_noise": np.full((2, *LATENT), np.inf, np.float32)},
-            "initial noise has non-finite numbers",
+            "initial noise has non-finite values",
         ),
         (
             {"init_noise": np.zeros((2, 3, 2, 4), np.float32)},
-            r"initial noise has shape \(2, 3, 2, 4\), expected \(2, 2, 3, 4\)",
+            "initial noise has the shape 2 × 3 × 2 × 4, expected 2 × 2 × 3 × 4 .*latent height.*Give noise of that",
         ),
     ],
 )
-def test_what_cannot_be_made_is_refused_before_anything_is_compiled(
+def test_invalid_arguments_are_refused_before_anything_is_compiled(
     changes: dict[str, Any], message: str, model: Model
 ) -> None:
     before = SAMPLE._cache_size()
@@ -386,14 +383,14 @@ def test_a_model_for_inpainting_is_refused(model: Model) -> None:
         generate(model._replace(config=config), PROMPTS, **SETTINGS)
 
 
-def test_zero_terminal_snr_is_drawn_without_infinities(model: Model) -> None:
+def test_zero_terminal_snr_is_sampled_without_infinities(model: Model) -> None:
     rescaled = dataclasses.replace(MODEL.schedule, zero_terminal_snr=True)
-    config = dataclasses.replace(MODEL, schedule=rescaled, prediction=models.Prediction.V)
+    config = dataclasses.replace(MODEL, schedule=rescaled, prediction=Prediction.V)
     made = generate(Model(config, model.params), PROMPTS, timestep_spacing=Spacing.TRAILING, **SETTINGS)
     assert np.isfinite(made.latents).all()
 
 
-# What is not finite
+# Non-finite images
 
 
 DAMAGED = {
@@ -422,7 +419,7 @@ def damaged(tree: Any, path: tuple[str, ...], value: float) -> Any:
         ("text_encoder_2", np.inf, "in the states of text_encoder_2"),
     ],
 )
-def test_damaged_weights_make_no_image_and_are_named(part: str, value: float, where: str, model: Model) -> None:
+def test_damaged_weights_give_no_image_and_are_named(part: str, value: float, where: str, model: Model) -> None:
     # Elsewhere a black image, and success.
     before = SAMPLE._cache_size()
     broken = model._replace(params=damaged(model.params, DAMAGED[part], value))
@@ -433,22 +430,22 @@ def test_damaged_weights_make_no_image_and_are_named(part: str, value: float, wh
         f"{'/'.join(DAMAGED[part])}. The file"
     )
     assert ("sdxl-vae-fp16-fix" in str(refused.value)) == (part == "vae")
-    assert SAMPLE._cache_size() <= before + 1, "the loop is not compiled again to find out"
+    assert SAMPLE._cache_size() <= before + 1, "the loop is not compiled again to find the weights"
 
 
-def test_an_image_that_is_not_finite_is_named_and_those_before_it_are_not_given(model: Model) -> None:
+def test_a_non_finite_image_is_named_and_no_image_is_returned(model: Model) -> None:
     noise = np.random.default_rng(0).standard_normal((4, *LATENT), np.float32)
-    noise[3] = 3e38  # finite, and nothing that comes of it is
+    noise[3] = 3e38  # finite, but it overflows
     expected = r"^Image 10: non-finite .*after step 1 of 2, from unet. All weights of unet are finite, so"
     with pytest.raises(NonFiniteError, match=expected):
         generate(model, PROMPTS * 2, init_noise=noise, first_index=7, **SETTINGS)
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"callback": lambda seen: None}, {"one_program": True}], ids=["staged", "watched", "one program"]
+    "given", [{}, {"callback": lambda seen: None}, {"one_program": True}], ids=["staged", "callback", "one program"]
 )
-def test_the_step_at_which_it_began_is_told(given: dict[str, Any], model: Model) -> None:
-    """Of a sampler whose third step of four goes beyond float32."""
+def test_the_first_non_finite_step_is_reported(given: dict[str, Any], model: Model) -> None:
+    """With a sampler whose third step of four overflows float32."""
     assert steps_before_overflow(model, **given) == "after step 3 of 4, from unet"
 
 
@@ -475,10 +472,10 @@ def test_a_validation_grid_that_is_not_finite_is_noted_and_does_not_end_the_run(
     processes.wait.side_effect = lambda work: work()
     broken = model._replace(params=damaged(model.params, DAMAGED["unet"], np.nan))
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    look(Denoising(config), create_autospec(BucketedDataset), processes, tmp_path, 7, broken, mesh)
-    said = capsys.readouterr().out
-    assert said.startswith("note: no step_00000007.png: Image 0 and 1 more of its batch: non-finite")
-    assert "unet/conv_in/kernel" in said
+    write_grid(Denoising(config), create_autospec(BucketedDataset), processes, tmp_path, 7, broken, mesh)
+    output = capsys.readouterr().out
+    assert output.startswith("note: no step_00000007.png: Image 0 and 1 more of its batch: non-finite")
+    assert "unet/conv_in/kernel" in output
     assert list(tmp_path.iterdir()) == []
 
 
@@ -502,57 +499,57 @@ def random_images(*sizes: tuple[int, int]) -> list[np.ndarray]:
 
 
 def test_contact_sheet_shows_every_image_in_rows_with_something_under_each() -> None:
-    pictures = random_images((16, 24), (24, 16), (16, 24))
+    images = random_images((16, 24), (24, 16), (16, 24))
     captions = ["a cat", "a dog", "a bird"]
-    sheet, blank = (np.asarray(contact_sheet(pictures, texts, columns=2)) for texts in (captions, [""] * 3))
+    sheet, blank = (np.asarray(contact_sheet(images, texts, columns=2)) for texts in (captions, [""] * 3))
 
-    def position(picture: np.ndarray, where: np.ndarray) -> tuple[int, int]:
-        height, width, _ = picture.shape
+    def position(image: np.ndarray, where: np.ndarray) -> tuple[int, int]:
+        height, width, _ = image.shape
         places = [
             (top, left)
             for top in range(where.shape[0] - height + 1)
             for left in range(where.shape[1] - width + 1)
-            if np.array_equal(where[top : top + height, left : left + width], picture)
+            if np.array_equal(where[top : top + height, left : left + width], image)
         ]
         assert len(places) == 1
         return places[0]
 
-    (top_0, left_0), (top_1, left_1), (top_2, left_2) = (position(picture, sheet) for picture in pictures)
+    (top_0, left_0), (top_1, left_1), (top_2, left_2) = (position(image, sheet) for image in images)
     assert top_0 == top_1 < top_0 + 24 <= top_2
     assert left_2 == left_0 < left_0 + 24 <= left_1
     # Without captions, nothing but the images is drawn, and the sheet is lower.
-    for picture in pictures:
-        top, left = position(picture, blank)
+    for image in images:
+        top, left = position(image, blank)
         blank = blank.copy()
-        blank[top : top + picture.shape[0], left : left + picture.shape[1]] = 255
+        blank[top : top + image.shape[0], left : left + image.shape[1]] = 255
     assert (blank == 255).all()
     assert sheet.shape[0] > blank.shape[0]
     assert (sheet[top_0 + 24 : top_2] < 128).any(), "captions are written under the first row"
 
 
 def test_contact_sheet_enlarges_small_images() -> None:
-    pictures = random_images((16, 24))
-    sheet = contact_sheet(pictures, [""], columns=5, scale=3)
+    images = random_images((16, 24))
+    sheet = contact_sheet(images, [""], columns=5, scale=3)
     assert sheet.width >= 72
     assert sheet.height >= 48
     assert sheet.width < 2 * 72, "one image takes no room for five"
 
 
 def test_png_has_its_pixels_and_its_text(tmp_path: Path) -> None:
-    (picture,) = random_images((16, 24))
+    (pixels,) = random_images((16, 24))
     text = {"prompt": "a café, 漢字 🐈", "seed": "0"}
     path = tmp_path / "new" / "folder" / "000000.png"
-    save_png(Image.fromarray(picture), path, text)
+    save_png(Image.fromarray(pixels), path, text)
     with Image.open(path) as image:
         image.load()
         assert image.format == "PNG"
         assert image.text == text  # pyright: ignore[reportAttributeAccessIssue]
-        np.testing.assert_array_equal(np.asarray(image), picture)
+        np.testing.assert_array_equal(np.asarray(image), pixels)
     assert [file.name for file in path.parent.iterdir()] == ["000000.png"]
 
 
 def test_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = (Image.fromarray(picture) for picture in random_images((16, 24), (16, 24)))
+    before, after = (Image.fromarray(image) for image in random_images((16, 24), (16, 24)))
     path, new = tmp_path / "a.png", tmp_path / "b.png"
     save_png(before, path)
     kept = path.read_bytes()

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.sampling.init_images: every format, upright; sizes as asked; only the mask repainted."""
+"""The promises of sdxl_jax.sampling.init_images: every format, upright; the given size; only the mask repainted."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_every_lossy_format_is_read(tmp_path, name):
     assert unlike(init_images.read(path), np.asarray(blocks())) < LOSS
 
 
-def test_of_a_gif_and_a_tiff_the_first_frame_is_read(tmp_path):
+def test_the_first_frame_of_a_gif_and_a_tiff_is_read(tmp_path):
     frames = [Image.new("RGB", (12, 8), colour) for colour in ("red", "blue")]
     for name in ("a.gif", "a.tiff"):
         path = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
@@ -94,7 +94,7 @@ def test_without_a_background_transparency_is_white(tmp_path):
     assert init_images.read(path).tolist() == [[[255, 255, 255]]]
 
 
-def test_of_sixteen_bits_the_high_byte_is_read(tmp_path):
+def test_the_high_byte_of_sixteen_bits_is_read(tmp_path):
     grey = Image.fromarray(np.array([[0, 256, 0x1234, 65535]], np.uint16))
     for name in ("a.png", "a.tiff"):
         assert init_images.read(saved(tmp_path, grey, name))[0].tolist() == [[0] * 3, [1] * 3, [0x12] * 3, [255] * 3]
@@ -125,7 +125,7 @@ def test_a_truncated_image_is_refused_with_its_name(tmp_path, name):
     ("data", "reason"),
     [
         (b"", "zero bytes"),
-        (b"no image", "in no image format that is known"),
+        (b"no image", "in no known image format"),
         (
             b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
             "in the format PostScript, which is not read; convert .*",
@@ -134,7 +134,7 @@ def test_a_truncated_image_is_refused_with_its_name(tmp_path, name):
     ],
     ids=["empty", "text", "a program", "huge"],
 )
-def test_what_is_no_image_is_refused_with_the_reason(tmp_path, data, reason):
+def test_a_file_that_is_not_an_image_is_refused_with_the_reason(tmp_path, data, reason):
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError, match=rf"a\.png cannot be read: {reason}\. Save it again"):
         init_images.read(tmp_path / "a.png")
@@ -165,12 +165,12 @@ def test_backgrounds_are_names_or_hexadecimal():
 # Sizes
 
 
-def test_an_image_of_the_size_asked_for_stays_what_it_is():
+def test_an_image_of_the_given_size_is_not_changed():
     image = np.asarray(random_image(24, 40))
     np.testing.assert_array_equal(init_images.fit(image, 24, 40), image)
 
 
-def test_an_image_is_cropped_in_the_middle_and_resized_as_a_whole():
+def test_an_image_is_cropped_at_the_centre_and_resized_as_a_whole():
     image = np.asarray(random_image(20, 40))
     np.testing.assert_array_equal(init_images.fit(image, 20, 30), image[:, 5:35])
     np.testing.assert_array_equal(init_images.fit(image, 10, 40), image[5:15])
@@ -188,7 +188,7 @@ def test_a_line_of_pixels_cannot_cover_a_square():
         init_images.fit(np.zeros((1, 1000, 3), np.uint8), 512, 512)
 
 
-def test_sizes_are_rounded_down_but_never_to_nothing():
+def test_sizes_are_rounded_down_but_never_to_zero():
     assert init_images.snap(1023, 1024, 64) == (960, 1024)
     assert init_images.snap(5, 9, 8) == (8, 8)
 
@@ -210,7 +210,7 @@ def test_a_mask_is_turned_upright_as_its_image_is(tmp_path):
     assert init_images.read_mask(path, (3, 1)).tolist() == [[False], [True], [True]]
 
 
-def test_what_is_transparent_is_kept(tmp_path):
+def test_transparent_pixels_are_kept(tmp_path):
     strokes = Image.new("RGBA", (3, 1), (255, 255, 255, 0))
     strokes.putpixel((1, 0), (255, 255, 255, 255))
     assert init_images.read_mask(saved(tmp_path, strokes), (1, 3)).tolist() == [[False, True, False]]
@@ -219,25 +219,25 @@ def test_what_is_transparent_is_kept(tmp_path):
 def test_a_mask_that_marks_by_transparency_alone_is_refused(tmp_path):
     hole = Image.new("RGBA", (3, 1), (0, 0, 0, 255))
     hole.putpixel((1, 0), (0, 0, 0, 0))
-    with pytest.raises(InputError, match=r"Nothing in the mask .*a\.png is white, though .*transparent.*Paint white"):
+    with pytest.raises(InputError, match=r"The mask .*a\.png has transparent pixels and no white ones.*Paint white"):
         init_images.read_mask(saved(tmp_path, hole), (1, 3))
     assert not init_images.read_mask(saved(tmp_path, Image.new("L", (3, 1))), (1, 3)).any()
 
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes(tmp_path):
     path = saved(tmp_path, Image.new("L", (8, 6)))
-    with pytest.raises(InputError, match=r"The mask .*a\.png has height × width 6×8, the image .* 8×6"):
+    with pytest.raises(InputError, match=r"The mask .*a\.png has height × width 6×8, the init image 8×6"):
         init_images.read_mask(path, (8, 6))
 
 
-def test_a_mask_is_fitted_as_its_image_is():
-    picture = np.zeros((60, 100, 3), np.uint8)
-    picture[20:40, 30:70] = 255
-    mask = picture[:, :, 0] > 0
+def test_a_mask_is_fitted_as_its_image():
+    image = np.zeros((60, 100, 3), np.uint8)
+    image[20:40, 30:70] = 255
+    mask = image[:, :, 0] > 0
     for height, width in ((60, 100), (32, 32), (120, 168), (24, 100)):
         fitted = init_images.fit_mask(mask, height, width)
         assert fitted.dtype == np.bool_
-        np.testing.assert_array_equal(fitted, init_images.fit(picture, height, width)[:, :, 0] >= 128)
+        np.testing.assert_array_equal(fitted, init_images.fit(image, height, width)[:, :, 0] >= 128)
         assert 0.05 < fitted.mean() < 0.5
 
 
@@ -250,7 +250,7 @@ def test_a_latent_pixel_is_repainted_if_the_mask_touches_it_anywhere():
     assert not mask[::8, ::8].any(), "diffusers would keep all of it"
 
 
-def test_a_mask_that_is_no_multiple_of_the_latent_factor_is_refused():
+def test_a_mask_that_is_not_a_multiple_of_the_latent_factor_is_refused():
     with pytest.raises(InputError, match=r"The mask has height × width 16×20\. Fit it to multiples of 8 first"):
         init_images.latent_mask(np.zeros((16, 20), bool), 8)
 
@@ -266,20 +266,20 @@ def test_outpainting_keeps_the_image_and_continues_its_edge():
     assert not mask[1:7, 4:13].any() and mask.sum() == 10 * 33 - 6 * 9
     np.testing.assert_array_equal(canvas[1:7, :4], np.repeat(image[:, :1], 4, axis=1))
     np.testing.assert_array_equal(canvas[7:, 13:], np.broadcast_to(image[-1, -1], (3, 20, 3)))
-    same, nothing = init_images.outpaint(image)
+    same, mask = init_images.outpaint(image)
     np.testing.assert_array_equal(same, image)
-    assert not nothing.any()
+    assert not mask.any()
 
 
 def test_a_canvas_cannot_shrink_nor_grow_beyond_the_limit():
     image = np.zeros((4, 4, 3), np.uint8)
-    with pytest.raises(InputError, match=r"top 0, right -1, bottom 0, left 0 pixels\. Give 0 or more"):
+    with pytest.raises(InputError, match="--outpaint top 0, right -1, bottom 0, left 0: expected 0 or more pixels"):
         init_images.outpaint(image, right=-1)
-    with pytest.raises(InputError, match="The canvas would be 4×100000004, the limit is 200000000 pixels"):
+    with pytest.raises(InputError, match="The outpainted image would be 4×100000004, the limit is 200000000 pixels"):
         init_images.outpaint(image, left=100_000_000)
 
 
-def test_what_the_mask_leaves_out_is_the_original_bit_for_bit():
+def test_pixels_outside_of_the_mask_are_the_originals_bit_for_bit():
     original, repainted = (np.asarray(random_image(16, 24, seed)) for seed in (0, 1))
     mask = np.random.default_rng(2).random((16, 24)) < 0.5
     together = init_images.composite(original, repainted, mask)

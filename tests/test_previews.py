@@ -1,4 +1,4 @@
-"""Colours of latents without an autoencoder."""
+"""Previews of latents without an autoencoder."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,7 @@ def test_latents_of_another_space_are_refused(channels: int) -> None:
 
 
 def test_colours_are_those_of_the_photograph() -> None:
-    """22 levels is what the fit leaves of all photographs, of a deviation of 66."""
+    """The fit's residual is 22 levels over all photographs, of a deviation of 66."""
     (file,) = real_data.files("taesdxl/taesdxl_encoder.safetensors")
     model = load_model(file, np.float32, progress=False)
     image = real_data.photograph(128)

@@ -1,6 +1,6 @@
-"""What `sdxl-jax sample` can do beyond a prompt: files of prompts, images made again, sweeps, images to start from.
+"""`sdxl-jax sample` beyond one prompt: files of prompts, images repeated from their PNG text, sweeps, init images.
 
-Exit codes and messages of what is refused in any case are in `test_cli.py`.
+Exit codes and messages of invalid options are in `test_cli.py`.
 """
 
 import json
@@ -20,10 +20,9 @@ from sdxl_jax.arrays import Size
 from sdxl_jax.commands import parsing, sample
 from sdxl_jax.errors import InputError
 from sdxl_jax.samplers.steps import Sigmas, Spacing
+from sdxl_jax.sampling.contact_sheet import save_png
 from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.weights.convert import Layout, convert
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def drawn(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sampled(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two prompts, two images each."""
-    out = tmp_path_factory.mktemp("drawn") / "out"
+    out = tmp_path_factory.mktemp("sampled") / "out"
     outcome = run(model, out, "--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--negative-prompt", "fog")
     assert outcome.code == 0, outcome
     return out
@@ -58,43 +57,70 @@ def text(path: Path) -> dict[str, str]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """But for what a compiler makes of another batch size: one level."""
+    """Up to one level, from the program of another batch size."""
     return int(np.abs(pixels(one).astype(int) - pixels(other)).max()) <= 1
 
 
-# Made again
+# Repeated from a PNG
 
 
 @pytest.mark.parametrize("number", [0, 3])
-def test_an_image_is_made_again_from_itself(number: int, model: Path, drawn: Path, tmp_path: Path) -> None:
-    picture = drawn / f"{number:06d}.png"
-    outcome = call("sample", model, "--from-png", picture, "--out", tmp_path / "out")
+def test_an_image_is_repeated_from_its_png_text(number: int, model: Path, sampled: Path, tmp_path: Path) -> None:
+    image = sampled / f"{number:06d}.png"
+    outcome = call("sample", model, "--from-png", image, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["000000.png"]
-    assert same(tmp_path / "out" / "000000.png", picture)
-    assert not same(tmp_path / "out" / "000000.png", drawn / "000001.png")
+    assert same(tmp_path / "out" / "000000.png", image)
+    assert not same(tmp_path / "out" / "000000.png", sampled / "000001.png")
     again = text(tmp_path / "out" / "000000.png")
-    assert {**again, "num_images": "2", "first_index": "0"} == text(picture)
+    assert {**again, "num_images": "2", "first_index": "0"} == text(image)
 
 
-def test_other_options_change_what_is_made_again(model: Path, drawn: Path, tmp_path: Path) -> None:
-    given = ["sample", model, "--from-png", drawn / "000000.png", "--prompt", "a fish", "--seed", 9]
+def test_other_options_override_those_of_the_png(model: Path, sampled: Path, tmp_path: Path) -> None:
+    given = ["sample", model, "--from-png", sampled / "000000.png", "--prompt", "a fish", "--seed", 9]
     assert call(*given, "--out", tmp_path / "out").code == 0
-    told = text(tmp_path / "out" / "000000.png")
-    assert (told["prompt"], told["seed"], told["negative_prompt"], told["steps"]) == ("a fish", "9", "fog", "2")
-    assert not same(tmp_path / "out" / "000000.png", drawn / "000000.png")
+    texts = text(tmp_path / "out" / "000000.png")
+    assert (texts["prompt"], texts["seed"], texts["negative_prompt"], texts["steps"]) == ("a fish", "9", "fog", "2")
+    assert not same(tmp_path / "out" / "000000.png", sampled / "000000.png")
 
 
-def test_an_image_of_others_is_no_recipe(model: Path, tmp_path: Path) -> None:
+def test_a_png_without_settings_is_refused(model: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     (tmp_path / "none.png").write_bytes(b"no image")
-    for name, expected in (("other.png", "says nothing of how it was made"), ("none.png", "cannot be read")):
+    for name, expected in (
+        ("other.png", "has no settings in its PNG text: prompt, index, sampler, steps missing"),
+        ("none.png", "cannot be read"),
+    ):
         outcome = call("sample", model, "--from-png", tmp_path / name, "--out", tmp_path / "out")
         assert outcome.code == 2
         assert expected in outcome.err
 
 
-def test_another_init_image_in_the_place_of_the_one_that_was_used_is_refused(model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", "many", 'steps is "many", expected a whole number (invalid literal for int() with base 10'),
+        ("index", "first", 'first_index is "first", expected a whole number'),
+        ("guidance_interval", "0.5", 'guidance_interval is "0.5", expected 2 values, each a number'),
+        ("dtype", "float", 'dtype is "float", expected one of float32, bfloat16'),
+        ("prediction", "noise", 'prediction is "noise", expected one of epsilon, v_prediction, sample'),
+        ("outpaint", "8 0 0", 'outpaint is "8 0 0", expected 4 whole numbers'),
+        ("lora", "[", 'lora is "[", expected a JSON list (Expecting value'),
+        ("embedding", "{}", 'embedding is "{}", expected a JSON list of texts'),
+    ],
+)
+def test_a_png_text_with_an_invalid_value_is_refused_with_what_is_expected(
+    name: str, value: str, expected: str, sampled: Path, tmp_path: Path
+) -> None:
+    settings = {**text(sampled / "000000.png"), name: value}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "changed.png", settings)
+    outcome = call("sample", "absent", "--from-png", tmp_path / "changed.png", "--out", tmp_path / "out")
+    assert outcome.code == 2
+    assert f"--from-png {tmp_path / 'changed.png'}: {expected}" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_an_init_image_that_has_changed_is_refused(model: Path, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     Image.fromarray(np.full((24, 32, 3), 90, np.uint8)).save(photo)
     assert run(model, tmp_path / "out", "--prompt", "x", "--init-image", photo, "--strength", 0.5).code == 0
@@ -120,27 +146,27 @@ OPTIONS = Options(
 )
 
 
-def test_options_say_themselves_in_words_that_are_read_back() -> None:
-    said = {name: " ".join(parsing.words(value)) for name, value in vars(OPTIONS).items() if value is not None}
-    assert said["original_size"] == "512x768"
-    assert said["crop"] == "0,9"
-    assert said["guidance_interval"] == "0.25 0.75"
-    assert said["pag_parts"] == "mid"
-    assert parsing.from_mapping(Options(), said, "here") == OPTIONS
+def test_options_as_words_are_parsed_back() -> None:
+    words = {name: " ".join(parsing.words(value)) for name, value in vars(OPTIONS).items() if value is not None}
+    assert words["original_size"] == "512x768"
+    assert words["crop"] == "0,9"
+    assert words["guidance_interval"] == "0.25 0.75"
+    assert words["pag_parts"] == "mid"
+    assert parsing.from_mapping(Options(), words, "here") == OPTIONS
 
 
-# Guidance that is off, and what is not finite
+# Guidance that is off, and non-finite images
 
 
-def test_guidance_0_writes_the_bytes_of_guidance_1_and_says_what_has_no_effect(model: Path, tmp_path: Path) -> None:
+def test_guidance_0_writes_the_bytes_of_guidance_1_and_notes_what_has_no_effect(model: Path, tmp_path: Path) -> None:
     for guidance in ("0", "1", "0.5"):
         outcome = run(model, tmp_path / guidance, "--prompt", "a cat", "--guidance", guidance, "--save-latents")
         assert outcome.code == 0, outcome
-        assert ("note: guidance=0.5 is off: only above 1 is there guidance" in outcome.err) == (guidance == "0.5")
+        assert ("note: guidance=0.5 is off: there is guidance above 1 only" in outcome.err) == (guidance == "0.5")
         for name in ("000000.png", "latents.npy"):
             assert (tmp_path / guidance / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
     outcome = run(model, tmp_path / "again", "--prompt", "a cat", "--guidance", 0, "--negative-prompt", "a dog")
-    assert "guidance=0 is off: only above 1 is there guidance, and the negative prompt has no effect" in outcome.err
+    assert "guidance=0 is off: there is guidance above 1 only. No effect: the negative prompt" in outcome.err
     assert same(tmp_path / "again" / "000000.png", tmp_path / "0" / "000000.png")
 
 
@@ -197,7 +223,7 @@ def test_files_whose_names_are_not_utf_8_are_read_and_written(model: Path, tmp_p
 
 
 @pytest.mark.parametrize(("value", "shown"), [("NaN", "nan"), ("1e999", "inf"), ("-1", "-1.0"), ('"nan"', "nan")])
-def test_a_guidance_that_is_none_is_refused_in_a_line_of_json_too(
+def test_a_guidance_out_of_range_is_refused_in_a_line_of_json_too(
     value: str, shown: str, model: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "a cat", "guidance": {value}}}')
@@ -209,7 +235,7 @@ def test_a_guidance_that_is_none_is_refused_in_a_line_of_json_too(
 # Files of prompts
 
 
-def test_lines_of_json_have_options_of_their_own(model: Path, drawn: Path, tmp_path: Path) -> None:
+def test_lines_of_json_have_options_of_their_own(model: Path, sampled: Path, tmp_path: Path) -> None:
     lines = [
         {"prompt": "a cat", "num_images": 2, "negative_prompt": "fog"},
         {"prompt": "a dog", "guidance": 1.5, "num-images": 1, "crop": "3,4"},
@@ -220,17 +246,17 @@ def test_lines_of_json_have_options_of_their_own(model: Path, drawn: Path, tmp_p
     assert outcome.code == 0, outcome
     files = sorted((tmp_path / "out").iterdir())
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(4)]
-    told = [text(file) for file in files]
-    assert [(each["prompt"], each["index"], each["guidance"]) for each in told] == [
+    texts = [text(file) for file in files]
+    assert [(each["prompt"], each["index"], each["guidance"]) for each in texts] == [
         ("a cat", "0", "5.0"),
         ("a cat", "1", "5.0"),
         ("a dog", "2", "1.5"),
         ("a dog", "3", "5.0"),
     ]
-    assert told[2]["crop"] == "3,4"
-    assert "negative_prompt" not in told[2]
-    for file in (files[0], files[1], files[3]):  # the same numbers as where all were asked for alike
-        assert same(file, drawn / file.name)
+    assert texts[2]["crop"] == "3,4"
+    assert "negative_prompt" not in texts[2]
+    for file in (files[0], files[1], files[3]):  # the same numbers as where all have the same options
+        assert same(file, sampled / file.name)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -249,7 +275,7 @@ def test_files_of_prompts_are_read_as_windows_writes_them(inside: str, encoding:
 
 
 @pytest.mark.parametrize("data", [b"caf\xe9", "a fox".encode("utf-16-le")])
-def test_a_file_of_prompts_that_is_no_text_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_a_file_of_prompts_that_is_not_text_is_refused(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(data)
     given = sample.Sample(model=tmp_path, out=tmp_path, prompts_file=tmp_path / "prompts.txt")
     with pytest.raises(InputError, match=r"prompts\.txt is not UTF-8 text .*Save it as UTF-8"):
@@ -259,13 +285,22 @@ def test_a_file_of_prompts_that_is_no_text_is_refused(data: bytes, tmp_path: Pat
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ('{"prompt": "a", ', "line 2 is no JSON"),
-        ('["a"]', "line 2 has no prompt"),
-        ('{"steps": 3}', "line 2 has no prompt"),
-        ('{"prompt": "a", "stepz": 3}', "line 2: there is no option 'stepz'. Known, nearest first: ['steps'"),
-        ('{"prompt": "a", "steps": "many"}', "line 2: one of steps has a value that it cannot have"),
+        ('{"prompt": "a", ', "line 2 is not JSON"),
+        ('["a"]', "line 2 is not a JSON object with a prompt"),
+        ('{"steps": 3}', "line 2 is not a JSON object with a prompt"),
+        ('{"prompt": "a", "stepz": 3}', "line 2: there is no option 'stepz'. Known, nearest first: steps, "),
+        (
+            '{"prompt": "a", "steps": "many"}',
+            'line 2: steps is "many", expected a whole number (invalid literal for int',
+        ),
+        ('{"prompt": "a", "crop": "3x4"}', 'line 2: crop is "3x4", expected TOP,LEFT in pixels'),
+        ('{"prompt": "a", "sigmas": "cosine"}', 'line 2: sigmas is "cosine", expected one of schedule, karras, exp'),
+        (
+            '{"prompt": "a", "guidance-interval": [0]}',
+            "line 2: guidance-interval is [0], expected 2 values, each a number",
+        ),
         ('{"prompt": "a", "sequential": 3}', "line 2: sequential is 3, expected true or false"),
-        ("a plain prompt", "line 2 is no JSON"),
+        ("a plain prompt", "line 2 is not JSON"),
     ],
 )
 def test_a_broken_line_is_named(line: str, expected: str, model: Path, tmp_path: Path) -> None:
@@ -279,21 +314,21 @@ def test_a_broken_line_is_named(line: str, expected: str, model: Path, tmp_path:
 # Sweeps and sheets
 
 
-def test_a_sweep_draws_every_value_from_the_same_noise(model: Path, drawn: Path, tmp_path: Path) -> None:
+def test_a_sweep_samples_every_value_from_the_same_noise(model: Path, sampled: Path, tmp_path: Path) -> None:
     given = ["--prompt", "a cat", "--negative-prompt", "fog", "--num-images", 2, "--sweep", "guidance=1,5"]
     outcome = run(model, tmp_path / "out", *given, "--contact-sheet")
     assert outcome.code == 0, outcome
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["000000.png", "000001.png", "000002.png", "000003.png", "contact_sheet.png", "sweep.png"]
-    told = [text(tmp_path / "out" / name) for name in names[:4]]
-    assert [(each["guidance"], each["index"]) for each in told] == [
+    texts = [text(tmp_path / "out" / name) for name in names[:4]]
+    assert [(each["guidance"], each["index"]) for each in texts] == [
         ("1.0", "0"),
         ("1.0", "1"),
         ("5.0", "0"),
         ("5.0", "1"),
     ]
     for number in (0, 1):
-        assert same(tmp_path / "out" / f"{number + 2:06d}.png", drawn / f"{number:06d}.png")
+        assert same(tmp_path / "out" / f"{number + 2:06d}.png", sampled / f"{number:06d}.png")
     assert not same(tmp_path / "out" / "000000.png", tmp_path / "out" / "000002.png")
     grid = pixels(tmp_path / "out" / "sweep.png")
     assert grid.shape[1] > 2 * 32
@@ -302,8 +337,8 @@ def test_a_sweep_draws_every_value_from_the_same_noise(model: Path, drawn: Path,
 def test_sweeps_of_positions_and_of_two_options(model: Path, tmp_path: Path) -> None:
     given = ["--prompt", "a cat", "--sweep", "crop=0,0;0,8", "--sweep", "guidance=1,2"]
     assert run(model, tmp_path / "out", *given).code == 0
-    told = [text(path) for path in sorted((tmp_path / "out").glob("0*.png"))]
-    assert [(each["crop"], each["guidance"]) for each in told] == [
+    texts = [text(path) for path in sorted((tmp_path / "out").glob("0*.png"))]
+    assert [(each["crop"], each["guidance"]) for each in texts] == [
         ("0,0", "1.0"),
         ("0,8", "1.0"),
         ("0,0", "2.0"),
@@ -312,23 +347,23 @@ def test_sweeps_of_positions_and_of_two_options(model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("spoken", "expected"),
+    ("sweep", "expected"),
     [
         ("guidance", "expected OPTION=VALUE,VALUE"),
-        ("guidanse=1,2", "no option 'guidanse'. Known, nearest first: ['guidance'"),
-        ("steps=1,many", "--sweep steps=many: one of steps has a value"),
+        ("guidanse=1,2", "no option 'guidanse'. Known, nearest first: guidance, "),
+        ("steps=1,many", '--sweep steps=many: steps is "many", expected a whole number (invalid literal for int'),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(spoken: str, expected: str, model: Path, tmp_path: Path) -> None:
-    outcome = run(model, tmp_path / "out", "--prompt", "a cat", "--sweep", spoken)
+def test_an_invalid_sweep_is_refused(sweep: str, expected: str, model: Path, tmp_path: Path) -> None:
+    outcome = run(model, tmp_path / "out", "--prompt", "a cat", "--sweep", sweep)
     assert outcome.code == 2
     assert expected in outcome.err
 
 
-# Images to start from
+# Init images
 
 
-def test_inpainting_and_outpainting_keep_what_is_there(model: Path, tmp_path: Path) -> None:
+def test_inpainting_and_outpainting_keep_the_rest_of_the_image(model: Path, tmp_path: Path) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     mask = np.zeros((24, 32), np.uint8)
@@ -360,12 +395,12 @@ def test_inpainting_and_outpainting_keep_what_is_there(model: Path, tmp_path: Pa
         (["--init-image", "photo.png", "--strength", 2], "strength=2.0 is out of range. Give 0 to 1"),
         (["--handoff", 0.8], "handoff=0.8 has no effect without a refiner"),
         (["--preview-autoencoder", "x"], "no effect without --preview"),
-        (["--one-program", "--preview", "x.png"], "--preview cannot look into --one-program"),
-        (["--preview", "x.png"], "Previews by colour are for SDXL's latents"),
+        (["--one-program", "--preview", "x.png"], "--one-program has no steps that --preview could show"),
+        (["--preview", "x.png"], "The preview in colours is for SDXL's latents"),
     ],
     ids=str,
 )
-def test_what_cannot_be_started_from_is_refused(
+def test_invalid_init_images_and_masks_are_refused(
     options: list[Any], expected: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -382,14 +417,14 @@ def test_what_cannot_be_started_from_is_refused(
 # The folder
 
 
-def test_other_images_are_not_written_over(model: Path, drawn: Path, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(drawn, tmp_path / "out"))
+def test_other_images_are_not_overwritten(model: Path, sampled: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(sampled, tmp_path / "out"))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     outcome = run(model, out, "--prompt", "a bird")
     assert outcome.code == 2
     assert "holds other images, e.g. 000000.png. Give a new folder, or --overwrite" in outcome.err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    # The same command may be given again, and writes the same bytes.
+    # The same command may be run again, and writes the same bytes.
     again = ["--prompt", "a cat", "--prompt", "a dog", "--num-images", 2, "--negative-prompt", "fog"]
     assert run(model, out, *again).code == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -397,7 +432,7 @@ def test_other_images_are_not_written_over(model: Path, drawn: Path, tmp_path: P
     assert (out / "000000.png").read_bytes() != before["000000.png"]
 
 
-def test_compiled_programs_are_kept_for_the_next_time(model: Path, tmp_path: Path) -> None:
+def test_compiled_programs_are_cached_for_the_next_command(model: Path, tmp_path: Path) -> None:
     with compiling.quick(tmp_path / "of others"):
         given = ["--prompt", "a cat", "--compilation-cache", tmp_path / "cache"]
         # Another size, or nothing would be left to compile.
@@ -407,6 +442,6 @@ def test_compiled_programs_are_kept_for_the_next_time(model: Path, tmp_path: Pat
     assert not (tmp_path / "of others").exists()
 
 
-def test_words_of_a_wrong_kind_are_refused_with_the_place() -> None:
-    with pytest.raises(InputError, match="here: one of crop has a value that it cannot have"):
+def test_a_value_of_another_type_is_refused_with_the_place() -> None:
+    with pytest.raises(InputError, match='here: crop is "3x4", expected TOP,LEFT in pixels'):
         parsing.from_mapping(Options(), {"crop": "3x4"}, "here")

@@ -1,4 +1,4 @@
-"""The reverse process: known sums, the timesteps, and what must hold whatever the network is.
+"""The reverse process: known sums, the timesteps, and properties that hold for every network.
 
 Agreement with diffusers step by step is in `parity/`.
 """
@@ -41,7 +41,7 @@ def normal(seed: int, shape: tuple[int, ...] = (2, 3, 5, 4)) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def keys(count: int) -> jax.Array:
+def split_keys(count: int) -> jax.Array:
     return jax.random.split(jax.random.key(7), count)
 
 
@@ -49,10 +49,10 @@ def keys(count: int) -> jax.Array:
 
 
 def ten_steps(name: str, prediction: Prediction) -> jax.Array:
-    """What diffusers' own tests of its schedulers compute, with their quirks.
+    """The computation of diffusers' own tests of its schedulers, with their quirks.
 
-    Euler, Heun and LMS go on from the network's input in the place of their state; DDIM clips its x₀ to ±1, while ε
-    stays what the network said; DPM++ and UniPC end at the sigma of timestep 0.
+    Euler, Heun and LMS continue from the network's input instead of their state; DDIM clips its x₀ to ±1 and keeps
+    the network's ε; DPM++ and UniPC end at the sigma of timestep 0.
     """
     sampler, family = SAMPLERS[name], SAMPLERS[name].family
     length = 1100 if family is Family.SIGMA else 1000
@@ -109,7 +109,7 @@ def test_fifty_leading_steps_are_those_of_diffusers_and_trailing_those_of_sgm() 
 
 
 @pytest.mark.parametrize("spacing", Spacing)
-def test_timesteps_are_as_many_as_asked_descending_and_within_the_schedule(spacing: Spacing) -> None:
+def test_timesteps_have_the_given_count_descend_and_are_within_the_schedule(spacing: Spacing) -> None:
     for count in range(1, 1001):
         steps = timesteps(count, 1000, spacing)
         assert len(steps) == count
@@ -122,7 +122,7 @@ def test_timesteps_are_as_many_as_asked_descending_and_within_the_schedule(spaci
 
 
 def levels_of(name: str, count: int, spacing: Spacing, sigmas: Sigmas = Sigmas.SCHEDULE, of: Schedule = SDXL) -> Levels:
-    """The levels of a sampler, whatever it can be asked for."""
+    """The levels of a sampler, with those of the options that it takes."""
     family = SAMPLERS[name].family
     return make_levels(
         SAMPLERS[name],
@@ -148,7 +148,7 @@ def test_noise_only_ever_goes_down_and_ends_at_none(name: str, spacing: Spacing,
         evaluations = SAMPLERS[name].evaluations
         assert len(plan.timestep) == evaluations * count - (evaluations - 1)
         assert all(np.isfinite(column).all() for column in plan)
-        assert (plan.next_alpha[-1], plan.next_sigma_t[-1]) == (1, 0)
+        assert (plan.alpha_next[-1], plan.sigma_t_next[-1]) == (1, 0)
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
@@ -202,7 +202,7 @@ def test_karras_sigmas_are_even_in_the_seventh_root_and_exponential_ones_in_the_
 @pytest.mark.parametrize("name", ["ddim", "ddpm", "lcm"])
 @pytest.mark.parametrize("sigmas", [Sigmas.KARRAS, Sigmas.EXPONENTIAL])
 def test_sigmas_that_a_sampler_cannot_visit_are_refused(name: str, sigmas: Sigmas) -> None:
-    with pytest.raises(InputError, match=rf"{name} visits whole timesteps.*euler"):
+    with pytest.raises(InputError, match=rf"{name}, which visits whole timesteps. Use sampler euler, .* or unipc"):
         make_levels(SAMPLERS[name], SDXL, 10, None, sigmas)
 
 
@@ -211,29 +211,29 @@ def test_consistency_models_have_timesteps_of_their_own() -> None:
     assert lcm(4, None).timestep.tolist() == [999, 759, 499, 259]
     assert lcm(1, None).timestep.tolist() == [999]
     assert lcm(50, None).timestep.tolist() == list(range(999, 0, -20))
-    with pytest.raises(InputError, match="steps=51, but sampler lcm has 50 at most"):
+    with pytest.raises(InputError, match="steps=51, but sampler lcm takes at most 50 steps"):
         lcm(51, None)
-    with pytest.raises(InputError, match="Leave timestep_spacing=trailing out"):
+    with pytest.raises(InputError, match=r"timestep_spacing=trailing has no effect on sampler lcm, .* Leave it out"):
         lcm(4, Spacing.TRAILING)
 
 
-def test_a_way_that_begins_later_is_the_end_of_the_whole_way() -> None:
+def test_levels_from_a_later_one_are_the_end_of_all_levels() -> None:
     whole = levels_of("euler", 10, Spacing.LEADING)
     part = whole.since(6)
     assert len(part.timestep) == 4
     plan, rest = SAMPLERS["euler"].plan(whole), SAMPLERS["euler"].plan(part)
     for column, end in zip(plan.between(6, None), rest, strict=True):
         np.testing.assert_array_equal(column, end)
-    # What remembers begins again.
+    # The memory of a multistep sampler starts empty.
     first = SAMPLERS["dpmpp_2m"].plan(levels_of("dpmpp_2m", 10, Spacing.LEADING).since(6)).weights[0, 0]
     assert first[1] == 0, "no x₀ from before the beginning"
 
 
-# What holds whatever the network is
+# For every network
 
 
 Network = Callable[[Any, Plan, jax.Array, jax.Array], jax.Array]
-"""(what it knows, the plan, x_t, timestep) -> output."""
+"""(its data, the plan, x_t, timestep) -> output."""
 
 
 def perfect(prediction: Prediction) -> Network:
@@ -254,13 +254,13 @@ def _perfect(prediction: Prediction) -> Network:
 PERFECT = {prediction: _perfect(prediction) for prediction in Prediction}
 
 
-def tanh(nothing: None, plan: Plan, x_t: jax.Array, timestep: jax.Array) -> jax.Array:
+def tanh(data: None, plan: Plan, x_t: jax.Array, timestep: jax.Array) -> jax.Array:
     return jnp.tanh(x_t)
 
 
 def linear(alpha_bar: jax.Array, plan: Plan, x_t: jax.Array, timestep: jax.Array) -> jax.Array:
-    """What a perfect network says of images that are normal numbers with mean 1 and deviation 1/2: smooth in sigma, so
-    that the order of a solver shows."""
+    """A perfect network's output for images of normal numbers with mean 1 and deviation 1/2: smooth in sigma, so that
+    the order of a solver shows."""
     level = jnp.interp(timestep, jnp.arange(len(alpha_bar)), alpha_bar)
     alpha, variance = jnp.sqrt(level), 1 - level
     x0 = 1 + 0.25 * alpha / (0.25 * alpha**2 + variance) * (x_t - alpha)
@@ -269,39 +269,41 @@ def linear(alpha_bar: jax.Array, plan: Plan, x_t: jax.Array, timestep: jax.Array
 
 @functools.partial(jax.jit, static_argnames=("network", "prediction", "stochastic"))
 def _jitted(
-    known: Any,
+    data: Any,
     plan: Plan,
     state: loop.State,
-    drawn: jax.Array,
+    keys: jax.Array,
     first: int,
-    kept: KnownImage | None,
+    known_image: KnownImage | None,
     *,
     network: Network,
     prediction: Prediction,
     stochastic: bool,
 ) -> loop.State:
-    ask = functools.partial(network, known, plan)
-    return loop.sample(ask, state, drawn, plan, prediction, first=first, stochastic=stochastic, kept=kept)
+    bound = functools.partial(network, data, plan)
+    return loop.sample(
+        bound, state, keys, plan, prediction, first=first, stochastic=stochastic, known_image=known_image
+    )
 
 
-def go(
+def sample(
     network: Network,
     plan: Plan,
     start: jax.Array | loop.State,
     prediction: Prediction,
-    known: Any = None,
+    data: Any = None,
     *,
-    drawn: jax.Array | None = None,
+    keys: jax.Array | None = None,
     first: int = 0,
     stochastic: bool | None = None,
-    kept: KnownImage | None = None,
+    known_image: KnownImage | None = None,
 ) -> loop.State:
     state = start if isinstance(start, loop.State) else loop.start(start, plan)
-    drawn = keys(state.x0.shape[0]) if drawn is None else drawn
+    keys = split_keys(state.x0.shape[0]) if keys is None else keys
     stochastic = plan.stochastic if stochastic is None else stochastic
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), plan)
     static: Any = {"network": network, "prediction": prediction, "stochastic": stochastic}
-    return _jitted(known, rows, state, drawn, first, kept, **static)
+    return _jitted(data, rows, state, keys, first, known_image, **static)
 
 
 @SAMPLER
@@ -314,7 +316,7 @@ def test_a_network_that_knows_the_image_leads_to_it(
     x0, levels = normal(0), levels_of(name, count, spacing)
     plan = SAMPLERS[name].plan(levels)
     state = normal(1) * initial_scale(SAMPLERS[name], levels, spacing)
-    latent = go(perfect(prediction), plan, state, prediction, x0).arrays[0]
+    latent = sample(perfect(prediction), plan, state, prediction, x0).arrays[0]
     # From noise of 14.6 times the image's size in float32, or divided by α = 0.068: 1e-7 · 15, a few times over. LMS
     # extrapolates that through four points. LCM keeps (0.05 / t)² of its state, which is largest at timestep 19.
     atol = 2e-4 if name == "lms" else 2e-5
@@ -324,7 +326,7 @@ def test_a_network_that_knows_the_image_leads_to_it(
 def test_ddim_with_x0_prediction_returns_the_image_bit_for_bit() -> None:
     x0 = normal(0)
     plan = SAMPLERS["ddim"].plan(levels_of("ddim", 4, Spacing.TRAILING))
-    latent = go(perfect(Prediction.X0), plan, normal(1), Prediction.X0, x0).arrays[0]
+    latent = sample(perfect(Prediction.X0), plan, normal(1), Prediction.X0, x0).arrays[0]
     np.testing.assert_array_equal(latent, x0)
 
 
@@ -333,7 +335,9 @@ def test_solvers_of_higher_order_come_nearer_than_euler(name: str) -> None:
     def error(name: str, count: int) -> float:
         def end(name: str, count: int) -> jax.Array:
             plan = SAMPLERS[name].plan(levels_of(name, count, Spacing.TRAILING, Sigmas.KARRAS))
-            return go(linear, plan, normal(1), Prediction.EPSILON, jnp.asarray(SDXL.alpha_bar, jnp.float32)).arrays[0]
+            return sample(linear, plan, normal(1), Prediction.EPSILON, jnp.asarray(SDXL.alpha_bar, jnp.float32)).arrays[
+                0
+            ]
 
         return float(jnp.abs(end(name, count) - end("heun", 400)).max())
 
@@ -347,7 +351,7 @@ def test_zero_terminal_snr_can_be_sampled_from_the_last_timestep(name: str) -> N
     x0, levels = normal(0), levels_of(name, 5, Spacing.TRAILING, of=ZERO_SNR)
     assert levels.alpha[0] == (0 if SAMPLERS[name].family is Family.DISCRETE else pytest.approx(2**-12, rel=1e-3))
     plan = SAMPLERS[name].plan(levels)
-    latent = go(perfect(Prediction.V), plan, normal(1), Prediction.V, x0).arrays[0]
+    latent = sample(perfect(Prediction.V), plan, normal(1), Prediction.V, x0).arrays[0]
     np.testing.assert_allclose(latent, x0, atol=2e-5)
 
 
@@ -364,7 +368,7 @@ def test_ddpm_adds_no_noise_at_its_last_step() -> None:
     assert (weights[:9, 0, -1] > 0.01).all()
 
 
-def test_ddim_with_eta_1_is_ddpm_and_with_eta_0_draws_nothing() -> None:
+def test_ddim_with_eta_1_is_ddpm_and_with_eta_0_adds_no_noise() -> None:
     levels = levels_of("ddim", 10, Spacing.LEADING)
     ours, ddpm = SAMPLERS["ddim"].plan(levels, 1.0), SAMPLERS["ddpm"].plan(levels)
     prediction = denoised(Prediction.EPSILON, normal(0), normal(1), jnp.float32(0.5), jnp.float32(0.75**0.5))
@@ -387,87 +391,90 @@ def test_ddpm_noise_has_the_variance_of_the_posterior() -> None:
     x_t = row.alpha * x0 + row.sigma_t * epsilon
     after = loop.advance(row.weights, jnp.asarray(x_t)[None], Denoised(x0, epsilon), fresh)[0]
     # 50,000 numbers: five standard errors.
-    assert float(after.mean()) == pytest.approx(1.5 * float(row.next_alpha), abs=0.02)
-    assert float(after.var()) == pytest.approx(float(row.next_sigma_t) ** 2, rel=0.03)
+    assert float(after.mean()) == pytest.approx(1.5 * float(row.alpha_next), abs=0.02)
+    assert float(after.var()) == pytest.approx(float(row.sigma_t_next) ** 2, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["euler_ancestral", "dpmpp_2m_sde"])
 def test_noise_of_every_step_keeps_the_variance_of_the_next_level(name: str) -> None:
-    """With what a perfect network says at the first step, where nothing is remembered yet."""
+    """With a perfect network's output at the first step, where memory is still empty."""
     plan = SAMPLERS[name].plan(levels_of(name, 10, Spacing.TRAILING))
     row = Plan(*(column[0] for column in plan))
     x, x0, epsilon, noise = (row.weights[0][index] for index in (0, -3, -2, -1))
     # x = α x₀ + σ_t ε: shares of the image, and of two independent noises.
-    assert x * row.alpha + x0 == pytest.approx(row.next_alpha)
-    assert np.hypot(x * row.sigma_t + epsilon, noise) == pytest.approx(row.next_sigma_t)
+    assert x * row.alpha + x0 == pytest.approx(row.alpha_next)
+    assert np.hypot(x * row.sigma_t + epsilon, noise) == pytest.approx(row.sigma_t_next)
 
 
 @SAMPLER
 def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(name: str) -> None:
-    noise, drawn = normal(0, (3, 3, 5, 4)), keys(3)
+    noise, keys = normal(0, (3, 3, 5, 4)), split_keys(3)
     plan = SAMPLERS[name].plan(levels_of(name, 5, Spacing.LEADING))
 
-    def end(noise: jax.Array, drawn: jax.Array) -> jax.Array:
-        return go(tanh, plan, noise, Prediction.EPSILON, drawn=drawn).arrays[0]
+    def end(noise: jax.Array, keys: jax.Array) -> jax.Array:
+        return sample(tanh, plan, noise, Prediction.EPSILON, keys=keys).arrays[0]
 
-    together = end(noise, drawn)
+    together = end(noise, keys)
     for row in range(3):
-        alone = end(noise[row : row + 1], drawn[row : row + 1])
+        alone = end(noise[row : row + 1], keys[row : row + 1])
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)  # float32, compiled for another size
 
 
 @SAMPLER
-def test_a_way_in_parts_is_the_way_in_one(name: str) -> None:
+def test_a_schedule_run_in_parts_gives_the_schedule_run_in_one(name: str) -> None:
     plan = SAMPLERS[name].plan(levels_of(name, 5, Spacing.LEADING))
     state = start = loop.start(normal(0), plan)
     for row in range(len(plan.timestep)):
         part = plan.between(row, row + 1)
-        state = go(tanh, part, state, Prediction.X0, first=row, stochastic=plan.stochastic)
-    whole = go(tanh, plan, start, Prediction.X0)
+        state = sample(tanh, part, state, Prediction.X0, first=row, stochastic=plan.stochastic)
+    whole = sample(tanh, plan, start, Prediction.X0)
     np.testing.assert_allclose(state.arrays, whole.arrays, atol=1e-6)  # the same sums, two programs
     np.testing.assert_allclose(state.x0, whole.x0, atol=1e-6)
 
 
-def test_only_stochastic_samplers_read_their_keys_and_each_step_draws_again() -> None:
-    drawing = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"}
+def test_only_stochastic_samplers_read_their_keys_and_each_step_adds_fresh_noise() -> None:
+    stochastic = {"ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm"}
     for name, sampler in SAMPLERS.items():
         plan = sampler.plan(levels_of(name, 4, Spacing.LEADING))
-        assert plan.stochastic == (name in drawing)
+        assert plan.stochastic == (name in stochastic)
         latents = [
             [
-                go(tanh, rows, normal(0), Prediction.X0, drawn=drawn, stochastic=plan.stochastic).arrays[0]
+                sample(tanh, rows, normal(0), Prediction.X0, keys=keys, stochastic=plan.stochastic).arrays[0]
                 for rows in (plan.between(0, 1), plan.between(0, 2))
             ]
-            for drawn in (keys(2), keys(3)[1:])
+            for keys in (split_keys(2), split_keys(3)[1:])
         ]
         for one, other in zip(*latents, strict=True):
-            assert (float(jnp.abs(one - other).max()) > 0.01) == (name in drawing), name
-        if name in drawing:
+            assert (float(jnp.abs(one - other).max()) > 0.01) == (name in stochastic), name
+        if name in stochastic:
             changes = [one - other for one, other in zip(*latents, strict=True)]
-            assert float(jnp.abs(changes[0] - changes[1]).max()) > 0.01, "each step draws again"
+            assert float(jnp.abs(changes[0] - changes[1]).max()) > 0.01, "each step adds fresh noise"
 
 
 # Inpainting
 
 
 @SAMPLER
-def test_what_is_kept_is_kept_and_the_rest_is_painted(name: str) -> None:
-    there, wanted, mask = normal(0), normal(1), jnp.zeros((2, 3, 5, 1)).at[:, :, 2:].set(1)
+def test_the_known_image_is_kept_and_the_rest_is_repainted(name: str) -> None:
+    x0, expected, mask = normal(0), normal(1), jnp.zeros((2, 3, 5, 1)).at[:, :, 2:].set(1)
     plan = SAMPLERS[name].plan(levels_of(name, 6, Spacing.LEADING))
-    kept = KnownImage(there, normal(2), mask)
-    latent = go(perfect(Prediction.EPSILON), plan, normal(3), Prediction.EPSILON, wanted, kept=kept).arrays[0]
-    np.testing.assert_array_equal(latent[:, :, :2], there[:, :, :2])
-    init_inputs, asked = latent[:, :, 2:], wanted[:, :, 2:]
-    np.testing.assert_allclose(init_inputs, asked, atol=2e-4 if name == "lms" else 5e-3 * (name == "lcm") + 2e-5)
+    known_image = KnownImage(x0, normal(2), mask)
+    latent = sample(
+        perfect(Prediction.EPSILON), plan, normal(3), Prediction.EPSILON, expected, known_image=known_image
+    ).arrays[0]
+    np.testing.assert_array_equal(latent[:, :, :2], x0[:, :, :2])
+    np.testing.assert_allclose(
+        latent[:, :, 2:], expected[:, :, 2:], atol=2e-4 if name == "lms" else 5e-3 * (name == "lcm") + 2e-5
+    )
 
 
-def test_what_is_kept_has_the_noise_of_its_level_on_the_way() -> None:
-    there, noise = normal(0), normal(2)
+def test_the_known_image_has_the_noise_of_the_level_after_each_step() -> None:
+    x0, noise = normal(0), normal(2)
     plan = SAMPLERS["euler"].plan(levels_of("euler", 6, Spacing.LEADING))
-    kept = KnownImage(there, noise, jnp.zeros((2, 3, 5, 1)))
+    known_image = KnownImage(x0, noise, jnp.zeros((2, 3, 5, 1)))
     half = plan.between(0, 3)
-    latent = go(tanh, half, normal(3), Prediction.EPSILON, kept=kept).arrays[0]
-    np.testing.assert_allclose(latent, half.next_alpha[-1] * there + half.next_sigma_t[-1] * noise, atol=1e-6)
+    latent = sample(tanh, half, normal(3), Prediction.EPSILON, known_image=known_image).arrays[0]
+    np.testing.assert_allclose(latent, half.alpha_next[-1] * x0 + half.sigma_t_next[-1] * noise, atol=1e-6)
 
 
 # Guidance
@@ -513,7 +520,7 @@ def test_conditions_without_a_vector_are_joined_too() -> None:
 
 @pytest.mark.parametrize("perturbed", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-def test_terms_that_are_not_there_leave_no_trace(guided: bool, perturbed: bool) -> None:
+def test_absent_terms_have_no_effect(guided: bool, perturbed: bool) -> None:
     positive, other = normal(0), normal(1)
     outputs = guidance.Outputs(positive, other if guided else None, other if perturbed else None)
     strengths = jnp.float32(5), jnp.float32(3)

@@ -1,1 +1,1 @@
-"""Commands of `sdxl-jax` that are more than a few lines: what they parse, and what they do with it."""
+"""Commands of `sdxl-jax`: one module per command, with its options and what it does."""

@@ -1,4 +1,4 @@
-"""`sdxl-jax compile`: which programs of a configuration, for which chips, and how the reports are shown."""
+"""`sdxl-jax compile`: AOT (ahead-of-time) compilation of a configuration's programs, and the printed reports."""
 
 import json
 import os
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 
 USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--section.field VALUE ...]
 
-Compile what a configuration would run, for TPU slices that are not here: memory, operations, time, communication.
-`sdxl-jax compile CONFIG.py --help` lists every field with its default in that file. Needs libtpu, and no TPU.
+Ahead-of-time (AOT) compilation of a configuration's programs for a TPU slice, on a machine without one: memory per
+chip, operations, estimated time, collectives. Needs libtpu.
+`sdxl-jax compile CONFIG.py --help` lists every field with its default in that file.
 """
 
 
 @dataclass(frozen=True)
 class Compile:
-    """Compile the train step, or the sampler, for TPU slices that are not here."""
+    """Compile the train step or the sampler ahead of time (AOT), for a TPU slice that need not be attached."""
 
     topology: str | None = None
-    """The slice: chip and arrangement, e.g. v5e:4x4, v5p:2x2x2, v6e:8x8. A wrong one lists the known."""
+    """TPU slice: chip and arrangement, e.g. v5e:4x4, v5p:2x2x2, v6e:8x8. An unknown one lists the known ones."""
     slices: int | None = None
-    """How many such slices, joined by the data-centre network. Default: mesh.slices."""
+    """Number of slices, connected by the data-centre network. Default: mesh.slices."""
     program: Literal["train", "sample"] = "train"
-    """The train step; or the sampler, with validation's sizes, steps and guidance."""
+    """The train step; or the sampler, with the sizes, steps and guidance of validation."""
     bucket: str | None = None
     """HxW of the bucket that the train step is compiled for. Default: the one with the most pixels."""
     all_buckets: bool = False
@@ -42,50 +43,54 @@ class Compile:
 
 
 def run(arguments: list[str]) -> None:
-    # Compiling needs no accelerator, and one that is here would only be kept from others.
+    # Compiling needs no accelerator, and jax would reserve an attached one.
     os.environ["JAX_PLATFORMS"] = "cpu"
     path = parsing.config_path(arguments, "compile", USAGE)
-    from sdxl_jax import config as configuration
+    from sdxl_jax.config import TrainConfig, load
 
-    options, config = parsing.parse_with_config(Compile(), configuration.load(path), arguments[1:], f"compile {path}")
-    topology = _checked(options)
-    from sdxl_jax.aot import compile as ahead
+    options, config = parsing.parse_with_config(Compile(), load(path), arguments[1:], f"compile {path}")
+    topology = _checked_topology(options)
+    from sdxl_jax.aot.compile import compile_sampler, compile_step
 
     if options.program == "train":
         buckets = _buckets(options, config)
-        made = ahead.compile_step(config, topology, slices=options.slices, buckets=buckets, parallel=options.parallel)
-    elif isinstance(config, configuration.TrainConfig):
-        made = ahead.compile_sampler(config, topology, slices=options.slices)
+        reports = compile_step(config, topology, slices=options.slices, buckets=buckets, parallel=options.parallel)
+    elif isinstance(config, TrainConfig):
+        reports = compile_sampler(config, topology, slices=options.slices)
     else:
         raise InputError(
             f"--program sample compiles the sampler of a TrainConfig, and {path} gives {type(config).__name__}. Leave "
             "it out to compile the train step"
         )
     if options.json:
-        print(json.dumps([each.as_json() for each in made], indent=1))
+        print(json.dumps([each.as_json() for each in reports], indent=1))
     else:
-        _show(options, config, made)
-    if wrong := [each.program for each in made if not each.fits]:
-        raise InputError(f"{len(wrong)} of {len(made)} programs do not fit: {', '.join(wrong[:3])}")
+        _print(options, config, reports)
+    if too_large := [each.program for each in reports if not each.fits]:
+        raise InputError(
+            f"{len(too_large)} of {len(reports)} programs do not fit into the chips' memory: "
+            f"{', '.join(too_large[:3])}. Change what the reports advise, or choose a larger topology"
+        )
 
 
-def _checked(options: Compile) -> str:
-    """The topology. Raises InputError for options that do not go together."""
+def _checked_topology(options: Compile) -> str:
+    """The topology. Raises InputError for options that exclude each other."""
     if options.topology is None:
-        raise InputError("Give --topology, e.g. --topology v5p:2x2x2")
+        raise InputError("--topology is missing. Give one, e.g. --topology v5p:2x2x2")
     if options.bucket is not None and options.all_buckets:
         raise InputError("--bucket and --all-buckets are both given. Give one of them")
     if options.program == "sample" and (options.bucket is not None or options.all_buckets or options.parallel != 1):
         raise InputError(
-            "--bucket, --all-buckets and --parallel are about the train step. The sampler's sizes are validation.sizes"
+            "--bucket, --all-buckets and --parallel have no effect with --program sample, whose sizes are "
+            "validation.sizes. Leave them out"
         )
     if options.parallel < 1:
-        raise InputError(f"--parallel {options.parallel}: expected 1 or more")
+        raise InputError(f"--parallel {options.parallel} is out of range. Give 1 or more")
     return options.topology
 
 
 def _buckets(options: Compile, config: "RunConfig") -> "list[Bucket] | None":
-    """Those of the train step; None: the one with the most pixels."""
+    """The buckets to compile the train step for; None: the one with the most pixels."""
     from sdxl_jax.data.buckets import Bucket
 
     if options.all_buckets:
@@ -95,19 +100,19 @@ def _buckets(options: Compile, config: "RunConfig") -> "list[Bucket] | None":
     return [Bucket(*parsing.pair("--bucket", options.bucket, "x", "HxW in pixels, e.g. 1024x1024"))]
 
 
-def _show(options: Compile, config: "RunConfig", made: "Sequence[Report | TooLarge]") -> None:
-    from sdxl_jax.aot import compile as ahead
-    from sdxl_jax.training import programs
+def _print(options: Compile, config: "RunConfig", reports: "Sequence[Report | TooLarge]") -> None:
+    from sdxl_jax.aot.compile import verdict
+    from sdxl_jax.training.programs import folder
 
-    for each in made:
-        print(f"{each}\n{ahead.verdict(each, config)}\n")
+    for each in reports:
+        print(f"{each}\n{verdict(each, config)}\n")
     if options.program == "sample":
         return
     cache = config.training.compilation_cache
     if cache is None:
-        print("Not kept: training.compilation_cache names no folder.")
+        print("Not saved: training.compilation_cache is not set.")
         return
     print(
-        f"{sum(each.kept for each in made)} of {len(made)} kept in {programs.folder(cache)}: training with this "
-        "configuration and training.compilation_cache reads them."
+        f"{sum(each.saved for each in reports)} of {len(reports)} saved in {folder(cache)}: training with this "
+        "configuration and training.compilation_cache loads them."
     )

@@ -1,4 +1,4 @@
-"""`sdxl-jax convert`: a model, with what is merged into it, in another layout."""
+"""`sdxl-jax convert`: a model in another layout, with LoRAs merged and in another dtype."""
 
 import sys
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Convert(OpenFlags):
-    """Write a model in another layout: for diffusers, for ComfyUI and the like, for Orbax."""
+    """Convert a model to another layout: Orbax, diffusers, or a single file for ComfyUI and similar programs."""
 
     source: tyro.conf.Positional[Path]
     """A run directory, an Orbax checkpoint, a diffusers directory, a .safetensors file, or one network alone."""
     destination: tyro.conf.Positional[Path]
-    """A new directory; for a single file, a new .safetensors file."""
+    """New directory, or new .safetensors file for --to single-file."""
     to: Literal["orbax", "diffusers", "single-file"]
-    """The layout: an Orbax checkpoint, a diffusers directory, or Stability's original layout in one file."""
+    """Layout: an Orbax checkpoint, a diffusers directory, or one .safetensors file in Stability's original layout."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the weights. Default: as they are."""
+    """Dtype of the weights. Default: that of the source."""
 
 
 def run(arguments: list[str]) -> None:
@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
     written = convert(_opened(options), options.destination, Layout(options.to))
     if written.left_out:
         print(
-            f"note: {len(written.left_out)} tensors of the source have no place in this layout and were left out: "
+            f"note: {len(written.left_out)} tensors of the source have no name in this layout and were left out: "
             f"{', '.join(written.left_out[:8])}{' …' if len(written.left_out) > 8 else ''}",
             file=sys.stderr,
         )
@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
 
 
 def _opened(options: Convert) -> "Weights":
-    """Not read yet, with the LoRAs that are merged and the dtype that is asked for."""
+    """The source with its LoRAs merged and cast to the dtype; tensors are not read yet."""
     import numpy as np
 
     from sdxl_jax.weights import lora

@@ -1,4 +1,4 @@
-"""`sdxl-jax data`: build shards, look at what training will see, encode it once for all epochs."""
+"""`sdxl-jax data`: build shards, inspect a dataset as training sees it, encode it once for all epochs."""
 
 import json
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ import tyro
 from sdxl_jax.commands import parsing, signals
 from sdxl_jax.errors import InputError, nearest_first
 
-USAGE = """usage: sdxl-jax data build SRC DST     pack captioned images into shards
-       sdxl-jax data inspect SRC-or-CONFIG     show what training will really see
-       sdxl-jax data encode CONFIG.py     latents and text states, computed once for all epochs
+USAGE = """usage: sdxl-jax data build SRC DST             pack captioned images into shards
+       sdxl-jax data inspect SRC-or-CONFIG     images, buckets and refusals, as training sees them
+       sdxl-jax data encode CONFIG.py          latents and text states, computed once for all epochs
 
-`sdxl-jax data build --help` and so on tell the options."""
+`sdxl-jax data build --help` and so on list the options."""
 
 
 def run(arguments: list[str]) -> None:
@@ -23,10 +23,10 @@ def run(arguments: list[str]) -> None:
         if arguments:
             print(USAGE)
             return
-        raise InputError(f"sdxl-jax data knows {', '.join(commands)}; given: nothing.\n{USAGE}")
+        raise InputError(f"sdxl-jax data needs a command: build, inspect or encode\n{USAGE}")
     if arguments[0] not in commands:
-        near = ", ".join(nearest_first(arguments[0], commands))
-        raise InputError(f"There is no command data {arguments[0]!r}. Known, nearest first: {near}")
+        nearest = ", ".join(nearest_first(arguments[0], commands))
+        raise InputError(f"There is no command `sdxl-jax data {arguments[0]}`. Known, nearest first: {nearest}")
     commands[arguments[0]](arguments[1:])
 
 
@@ -35,27 +35,27 @@ def run(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Build:
-    """Pack captioned images into shards for training: in parallel, and resumable; what is refused is listed."""
+    """Pack captioned images into shards for training. Runs in parallel, resumes, and lists what it refuses."""
 
     source: tyro.conf.Positional[str]
     """A folder of images, tars (WebDataset), Parquet files, or tfds:NAME."""
     destination: tyro.conf.Positional[Path]
-    """A new folder; or one in which the same build was interrupted, which then goes on."""
+    """A new folder, or that of an interrupted build of the same source, which is resumed."""
     workers: int | None = None
-    """Processes that read. Default: one a core."""
+    """Worker processes. Default: one per core."""
     drop_duplicates: bool = False
-    """Leave out images whose files are, byte for byte, those of an earlier one. Otherwise they are only counted."""
+    """Leave out images whose files equal an earlier one's byte for byte. Default: count them only."""
     caption_lines: Literal["lines", "whole"] = "lines"
-    """What the lines of a .txt are: captions, one each, or one caption together, e.g. in paragraphs."""
+    """Captions of a .txt file: lines, one caption per line; or whole, one caption, e.g. in paragraphs."""
 
 
 def _build(arguments: list[str]) -> None:
     options = parsing.parse(Build, arguments, "data build")
     with signals.stop():
-        _built(options)
+        _run_build(options)
 
 
-def _built(options: Build) -> None:
+def _run_build(options: Build) -> None:
     from sdxl_jax.data.build.build import build
     from sdxl_jax.data.captions import CaptionLines
 
@@ -78,56 +78,59 @@ def _built(options: Build) -> None:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what training will really see: images, buckets, refusals."""
+    """Inspect a dataset as training sees it: images, buckets, refusals."""
 
     source: tyro.conf.Positional[Path]
     """A folder of captioned images, a shard set, or a configuration file."""
     json: bool = False
     """Print JSON instead of a table."""
     dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
-    """Write the first N training examples to DIR: the image as the model sees it, and what it is told."""
+    """Write the first N training examples to DIR: the image as the model sees it, with caption and conditioning."""
     plot: Path | None = None
-    """Draw sizes, buckets and some batches into FILE.png, or .pdf or .svg (needs matplotlib)."""
+    """Plot sizes, buckets and some batches to a PNG, PDF or SVG file (needs matplotlib)."""
 
 
 def _inspect(arguments: list[str]) -> None:
     options = parsing.parse(Inspect, arguments, "data inspect")
-    from sdxl_jax import config as configuration
+    from sdxl_jax.config import load
     from sdxl_jax.data import inspection, plots
     from sdxl_jax.data.settings import DataConfig
 
     is_config = options.source.suffix == ".py"
-    run = configuration.load(options.source) if is_config else None
+    run = load(options.source) if is_config else None
     config = DataConfig(folder=str(options.source)) if run is None else run.data
     if options.plot is not None:
         plots.check(options.plot)
     dataset = inspection.open_dataset(config, captioned=run is None or run.wants_captions)
     if options.plot is not None:
         plots.plot(dataset, options.plot)
-    seen = inspection.inspect(dataset)
+    report = inspection.inspect(dataset)
     if options.dump is not None:
         inspection.dump(dataset, *options.dump)
-    print(json.dumps(seen, indent=1) if options.json else _table(seen))
+    print(json.dumps(report, indent=1) if options.json else _table(report))
 
 
-def _table(seen: dict[str, Any]) -> str:
-    lines = [f"{seen['images_found']} images found, {seen['images_usable']} usable, {len(seen['refused'])} refused"]
-    lines += [f"  refused {entry['file']}: {entry['reason']}" for entry in seen["refused"]]
-    lines += [f"note: {note}" for note in seen["notes"]]
-    if seen["too_small"]:
-        lines.append(f"{seen['too_small']} images below data.min_size left out")
-    if len(seen["sources"]) > 1:
+def _table(report: dict[str, Any]) -> str:
+    found, usable, refused = report["images_found"], report["images_usable"], report["refused"]
+    lines = [f"{found} images found, {usable} usable, {len(refused)} refused"]
+    lines += [f"  refused {entry['file']}: {entry['reason']}" for entry in refused]
+    lines += [f"note: {note}" for note in report["notes"]]
+    if report["too_small"]:
+        lines.append(f"{report['too_small']} images below data.min_size left out")
+    if len(report["sources"]) > 1:
         lines += [
             f"{each['folder']}: weight {each['weight']:g}, {each['images']} images, {each['share']:.1%} of an epoch"
-            for each in seen["sources"]
+            for each in report["sources"]
         ]
-    if seen["numbers"]:
-        lines.append(f"numbers of every source: {', '.join(seen['numbers'])}")
-    lines.append(f"{seen['epoch_steps']:.6g} steps an epoch")
-    lines.append("  height  width  images  batches  of images  left out  repeated")
-    for b in seen["buckets"]:
+    if report["numbers"]:
+        lines.append(f"numbers of every source: {', '.join(report['numbers'])}")
+    lines.append(f"{report['epoch_steps']:.6g} steps per epoch")
+    lines.append("  height  width  images  batches  batch size  left out  repeated")
+    for b in report["buckets"]:
         if b["images"]:
-            counts = f"{b['images']:6}  {b['batches']:7.4g}  {b['batch_size']:9}  {b['remainder']:8}  {b['repeated']:8}"
+            counts = (
+                f"{b['images']:6}  {b['batches']:7.4g}  {b['batch_size']:10}  {b['remainder']:8}  {b['repeated']:8}"
+            )
             lines.append(f"  {b['height']:6}  {b['width']:5}  {counts}")
         elif b["merged_into"]:
             lines.append(f"  {b['height']:6}  {b['width']:5}  merged into {b['merged_into'][0]}×{b['merged_into'][1]}")
@@ -140,7 +143,7 @@ def _table(seen: dict[str, Any]) -> str:
 ENCODE_USAGE = """usage: sdxl-jax data encode CONFIG.py [--data.cache DIR] [--share I N] [--section.field VALUE ...]
 
 Encode every crop and caption of a training configuration once, into its data.cache, which training then reads instead
-of the images. Run again, it goes on with what is missing. data.crops_per_image says how many crops an image has.
+of the images. The same command resumes an interrupted one. data.crops_per_image is the number of crops per image.
 `sdxl-jax data encode CONFIG.py --help` lists every field with its default in that file.
 """
 
@@ -150,22 +153,22 @@ class Encode:
     """Encode every crop and caption of a training configuration once, into its data.cache."""
 
     batch_size: int = 8
-    """Images, or captions, encoded at once. Higher: faster until memory ends."""
+    """Images, or captions, per batch. Higher: faster, until memory runs out."""
     share: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="I N")] = None
-    """Take the I-th of every N pieces, I from 0, for N processes that share the work. Default: by jax's
-    processes."""
+    """Encode every N-th piece, starting with piece I (from 0), for N processes that share the work. Default: jax's
+    processes share it."""
 
 
 def _encode(arguments: list[str]) -> None:
     path = parsing.config_path(arguments, "data encode", ENCODE_USAGE)
     with signals.stop():
-        _encoded(path, arguments[1:])
+        _run_encode(path, arguments[1:])
 
 
-def _encoded(path: Path, arguments: list[str]) -> None:
-    from sdxl_jax import config as configuration
+def _run_encode(path: Path, arguments: list[str]) -> None:
+    from sdxl_jax.config import load
 
-    options, config = parsing.parse_with_config(Encode(), configuration.load(path), arguments, f"data encode {path}")
+    options, config = parsing.parse_with_config(Encode(), load(path), arguments, f"data encode {path}")
     from sdxl_jax.training.encoding import encode
 
     plan, refused = encode(config, batch_size=options.batch_size, share=options.share)

@@ -1,14 +1,18 @@
-"""How command lines become dataclasses: tyro, with sizes as HxW and positions as TOP,LEFT.
+"""Command lines parsed into dataclasses: tyro, with sizes as HxW and positions as TOP,LEFT.
 
-A command of a configuration file has options of its own, which stand beside the configuration (`Beside`): the flags of
-both are parsed together, and the configuration keeps the type that its file gave it.
+A command that takes a configuration file has options of its own too. The flags of both are parsed together
+(`CommandLine`), and the configuration keeps the type that its file gave it.
 """
 
+import contextlib
 import dataclasses
 import enum
+import io
 import json
 import re
 import sys
+import types
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
@@ -29,12 +33,12 @@ _REGISTRY = ConstructorRegistry()
 
 
 def parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
-    """Ends the process with 2 and a message for arguments that are none of the command's. Raises InputError for a path
-    that is none of this machine's."""
-    return _parsed(kind, arguments, command, options)
+    """The options of a command. Ends the process with 2 and a message for invalid arguments. Raises InputError for a
+    path that is not local."""
+    return _parse(kind, arguments, command, options)
 
 
-def _parsed(kind: Any, arguments: list[str], command: str, options: dict[str, Any]) -> Any:
+def _parse(kind: Any, arguments: list[str], command: str, options: dict[str, Any]) -> Any:
     parsed = tyro.cli(kind, args=arguments, prog=f"sdxl-jax {command}", config=_CONF, registry=_REGISTRY, **options)
     _check_paths(parsed)
     return parsed
@@ -52,7 +56,8 @@ def _check_paths(options: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CommandLine(Generic[_Options, _Config]):
-    """A command's own options, and a configuration whose every field is a flag too; neither shows in their names."""
+    """A command's own options, and a configuration whose every field is a flag too. The flags have no prefix for
+    either."""
 
     options: Annotated[_Options, tyro.conf.arg(name="")]
     config: Annotated[_Config, tyro.conf.arg(name="")]
@@ -61,10 +66,10 @@ class CommandLine(Generic[_Options, _Config]):
 def parse_with_config(
     options: _Options, config: _Config, arguments: list[str], command: str
 ) -> tuple[_Options, _Config]:
-    """Both with what the arguments change. What is given here is the default, and the type to parse."""
+    """Options and configuration with the arguments applied. Those passed in are the defaults, and give the types."""
     _check_names(config, arguments)
     given = {"default": CommandLine(options, config), "description": type(options).__doc__}
-    parsed = _parsed(CommandLine[type(options), type(config)], arguments, command, given)
+    parsed = _parse(CommandLine[type(options), type(config)], arguments, command, given)
     return parsed.options, parsed.config
 
 
@@ -72,29 +77,30 @@ def _check_names(config: Any, arguments: list[str], prefix: str = "--") -> None:
     """Raises InputError for the old name of a renamed field, with the new one."""
     for entry in dataclasses.fields(config):
         if old := entry.metadata.get(RENAMED):
-            was = prefix + old
+            old_flag = prefix + old
             for each in (argument.partition("=")[0].replace("-", "_") for argument in arguments):
-                if each == was.replace("-", "_") or each.startswith(f"{was}.".replace("-", "_")):
-                    raise InputError(f"{was} is called {prefix}{entry.name} now. Use that name")
+                if each == old_flag.replace("-", "_") or each.startswith(f"{old_flag}.".replace("-", "_")):
+                    raise InputError(f"{old_flag} is called {prefix}{entry.name} now. Use that name")
         if dataclasses.is_dataclass(inner := getattr(config, entry.name)):
             _check_names(inner, arguments, f"{prefix}{entry.name}.")
 
 
 def config_path(arguments: list[str], command: str, usage: str) -> Path:
-    """The configuration file, which comes first. Ends the process with the usage where that is asked for; raises
-    InputError where there is none."""
+    """The configuration file, which is the first argument. Prints the usage and ends the process for --help; raises
+    InputError where the first argument is missing or an option."""
     if not arguments or arguments[0].startswith("-"):
         if arguments[:1] in (["-h"], ["--help"]):
             print(usage)
             sys.exit(0)
-        raise InputError(f"The first argument of {command} is a configuration file.\n{usage}")
+        given = f"given: {arguments[0]}" if arguments else "given: nothing"
+        raise InputError(f"The first argument of {command} is a configuration file, {given}\n{usage}")
     return Path(arguments[0])
 
 
 @_REGISTRY.primitive_rule
 def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     if "Size" not in str(info.type) and "Position" not in str(info.type):
-        return None  # quick, as most are
+        return None  # most types; without importing jax
     from sdxl_jax.arrays import Size
     from sdxl_jax.sampling.options import Position
 
@@ -105,7 +111,7 @@ def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
                 try:
                     return kind(*pair("the value", words[0], separator, f"{metavar} in pixels"))
                 except InputError as error:
-                    raise ValueError(str(error)) from error  # which tyro tells with the option's name
+                    raise ValueError(str(error)) from error  # which tyro reports with the option's name
 
             return PrimitiveConstructorSpec(
                 nargs=1,
@@ -120,7 +126,7 @@ def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def pair(option: str, value: str, separator: str, expected: str) -> tuple[int, int]:
-    """Two whole numbers. Raises InputError for anything else."""
+    """Two whole numbers with a separator. Raises InputError for anything else."""
     first, found, second = value.partition(separator)
     if not (found and first.isdecimal() and second.isdecimal() and max(len(first), len(second)) <= 6):
         raise InputError(f"{option} {value!r}: expected {expected}")
@@ -128,7 +134,7 @@ def pair(option: str, value: str, separator: str, expected: str) -> tuple[int, i
 
 
 def words(value: Any) -> list[str]:
-    """A field's value as the command line would say it."""
+    """A field's value as words of the command line."""
     from sdxl_jax.arrays import Size
     from sdxl_jax.sampling.options import Position
 
@@ -148,15 +154,15 @@ def flag(name: str) -> str:
 
 
 def shown(path: Path | str) -> str:
-    """A path for what takes UTF-8 alone, such as a pipe, a PNG or a page: bytes that are none as \\udce9."""
+    """A path as UTF-8, for a pipe, a PNG or a web page: bytes that are not UTF-8 are written as \\udce9."""
     return str(path).encode("utf-8", "backslashreplace").decode()
 
 
-def hidden(shown: str) -> Path:
-    """The path that was `shown`."""
+def path_of_shown(shown: str) -> Path:
+    """The path that `shown` was called with."""
     path = Path(shown)
-    bytes_back = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
-    return path if path.exists() else Path(bytes_back)
+    unescaped = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
+    return path if path.exists() else Path(unescaped)
 
 
 def fields(kind: type) -> dict[str, Any]:
@@ -165,48 +171,91 @@ def fields(kind: type) -> dict[str, Any]:
 
 
 def from_mapping(default: _T, given: dict[str, Any], where: str) -> _T:
-    """A dataclass with some fields changed, as JSON or an image's text has them. Raises InputError, with the place,
-    for a name that there is not and for a value that is not the field's."""
+    """A dataclass with some fields changed, as in a line of JSON or the text of a PNG. Raises InputError, with the
+    place, for an unknown field, and for an invalid value with what is expected and tyro's reason."""
     known = fields(type(default))
-    arguments: list[str] = []
+    arguments: dict[str, list[str]] = {}
     for name, value in given.items():
         field = name.replace("-", "_")
         if field not in known:
-            raise InputError(
-                f"{where}: there is no option {name!r}. Known, nearest first: {nearest_first(field, known)}"
-            )
+            nearest = ", ".join(nearest_first(field, known))
+            raise InputError(f"{where}: there is no option {name!r}. Known, nearest first: {nearest}")
         if isinstance(known[field], bool):
             if value not in (True, False, "True", "False"):
                 raise InputError(f"{where}: {name} is {json.dumps(value)}, expected true or false")
-            arguments += [flag(field)] * (value in (True, "True"))
+            arguments[name] = [flag(field)] * (value in (True, "True"))
         elif value is not None:
-            spoken = [str(each) for each in value] if isinstance(value, list) else str(value).split()
-            arguments += [flag(field), *spoken]
+            given_words = [str(each) for each in value] if isinstance(value, list) else str(value).split()
+            arguments[name] = [flag(field), *given_words]
+    changed, reason = _changed(default, [word for each in arguments.values() for word in each])
+    if changed is not None:
+        return changed
+    hints = typing.get_type_hints(type(default))
+    for name, each in arguments.items():
+        _, own_reason = _changed(default, each)
+        if own_reason is not None:
+            expected = expected_value(hints[name.replace("-", "_")])
+            raise InputError(f"{where}: {name} is {json.dumps(given[name])}, expected {expected} ({own_reason})")
+    raise InputError(f"{where}: {reason}. `sdxl-jax sample --help` lists the options and their values")
+
+
+def _changed(default: _T, arguments: list[str]) -> tuple[_T, None] | tuple[None, str]:
+    """(the dataclass with the arguments applied, None), or (None, the reason why tyro refuses them)."""
+    output = io.StringIO()
     try:
-        return tyro.cli(
-            type(default), args=arguments, default=default, config=_CONF, registry=_REGISTRY, console_outputs=False
-        )
-    except SystemExit as error:
-        raise InputError(
-            f"{where}: one of {', '.join(given)} has a value that it cannot have. `sdxl-jax sample --help` says what "
-            "each takes"
-        ) from error
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output):
+            return tyro.cli(type(default), args=arguments, default=default, config=_CONF, registry=_REGISTRY), None
+    except SystemExit:
+        return None, _reason(output.getvalue())
+
+
+def _reason(output: str) -> str:
+    """The reason in tyro's message, which is a box: a title, the reason, and help."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯─]|-{3,}", " ", output)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    helps = (number for number, line in enumerate(lines) if line.startswith(("Argument helptext", "For full helptext")))
+    text = " ".join(lines[1 : next(helps, None)])
+    text = re.sub(r"^Error parsing \S+: ", "", text)
+    if by_type := re.findall(r"- <class '(\w+)'>: (.+?)(?= - <class |$)", text):  # of an optional field
+        text = next((reason for name, reason in by_type if name != "NoneType"), text)
+    text = re.sub(r" for argument '[^']*'|\. Expected one of .*", "", text)
+    return shown(text.rstrip("."))
+
+
+def expected_value(kind: Any) -> str:
+    """The values of a field's type, in words."""
+    from sdxl_jax.arrays import Size
+    from sdxl_jax.sampling.options import Position
+
+    words_of = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+    words_of |= {Size: "HxW in pixels", Position: "TOP,LEFT in pixels"}
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        return " or ".join(expected_value(each) for each in arguments if each is not type(None))
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(str(each.value) for each in kind)}"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(kind) is tuple:
+        count = "any number of values" if arguments[-1] is Ellipsis else f"{len(arguments)} values"
+        return f"{count}, each {expected_value(arguments[0])}"
+    return words_of.get(kind, f"a value of type {kind}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OpenFlags:
-    """What can be said of any model that is opened."""
+    """Options of every command that opens a model."""
 
     parts_from: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """Another model, or one network alone, whose parts take the place of this one's, e.g. another autoencoder."""
+    """Another model, or one network alone, whose parts replace those of the model, e.g. another autoencoder."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE or FILE:SCALE; a LoRA that is merged into the weights. May be given several times."""
+    """FILE or FILE:SCALE: a LoRA to merge into the weights."""
     variant: str | None = None
-    """Which weights of a diffusers directory: fp16 for *.fp16.safetensors. Default: those without a variant."""
+    """Variant of a diffusers directory's weights: fp16 for *.fp16.safetensors. Default: the files without a variant."""
     prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the UNet outputs, for files that do not tell."""
+    """Prediction type of the UNet, for files that do not say."""
     allow_partial: bool = False
-    """Take what fits of a model whose tensors do not all fit; the rest has its initial values, and is listed."""
+    """Load a model although some of its tensors do not fit. Those keep their initial values, and are listed."""
 
     def open_options(self) -> "OpenOptions":
         from sdxl_jax.diffusion import parameterisation

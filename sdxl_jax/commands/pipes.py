@@ -1,4 +1,4 @@
-"""Output that nobody reads any more, as after `| head`, ends no work."""
+"""Closed pipes, as after `| head`: a command whose output nobody reads any more continues."""
 
 import io
 import os
@@ -7,15 +7,15 @@ from typing import Any
 
 
 class _Pipe(io.FileIO):
-    """A file whose reader may go: what is written from then on goes nowhere."""
+    """A file whose reader may close: from then on, what is written is discarded."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for what C++ and other threads write, too
-            os.close(nowhere)
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, self.fileno())  # also for what C++ and other threads write
+            os.close(devnull)
             return memoryview(data).nbytes
 
 
@@ -25,9 +25,9 @@ def may_close() -> None:
 
 
 def _guarded(stream: Any) -> Any:
-    """The same stream, if it is one of the system's, over a `_Pipe`."""
+    """The stream over a `_Pipe`, if it is one of the operating system's."""
     if not isinstance(stream, io.TextIOWrapper):
-        return stream  # there is none, or somebody has put another in its place
+        return stream  # None, or a replacement such as a test's
     stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False)),

@@ -1,4 +1,4 @@
-"""Images while they come into being, in one PNG that is written again after every step."""
+"""Previews of unfinished images, in one PNG that is rewritten after every step."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,36 +16,37 @@ if TYPE_CHECKING:
 
 
 class Previews:
-    """Looks at latents: by colours, or with a tiny autoencoder, which gives the image at full size."""
+    """Previews from latents: by a linear map to colours, or with a tiny autoencoder, which gives the full size."""
 
     def __init__(self, config: "ModelConfig", autoencoder: Path | None = None):
         """autoencoder: TAESDXL's decoder. Raises InputError where neither fits the model's latents."""
         self._tiny = None if autoencoder is None else _load(autoencoder, config)
-        if self._tiny is None and not _is_sdxl(config):
+        if self._tiny is None and not _has_sdxl_latents(config):
             raise InputError(
-                "Previews by colour are for SDXL's latents, and this model has others. Give its tiny autoencoder "
+                "The preview in colours is for SDXL's latents, and this model has others. Give its tiny autoencoder "
                 "(TAESD) as --preview-autoencoder FILE, or leave --preview out"
             )
 
-    def look(self, seen: "StepState") -> UInt8[np.ndarray, "images height width 3"]:
-        """The images as the network now sees them finished."""
+    def decode(self, state: "StepState") -> UInt8[np.ndarray, "images height width 3"]:
+        """Preview images of the network's current prediction."""
         if self._tiny is None:
-            return previews.latent_to_rgb(np.asarray(seen.x0, np.float32))
+            return previews.latent_to_rgb(np.asarray(state.x0, np.float32))
         from sdxl_jax.models.layers import Compute
         from sdxl_jax.sampling import program
 
         config, params = self._tiny.config, self._tiny.params["vae"]
-        return np.asarray(program.STAGED.decode(params, seen.x0, config=config, compute=Compute(), tile=None)[0])
+        return np.asarray(program.STAGED.decode(params, state.x0, config=config, compute=Compute(), tile=None)[0])
 
-    def write(self, path: Path, seen: "StepState") -> None:
-        images = self.look(seen)
-        captions = [f"{seen.first + k}: step {seen.step} of {seen.steps}" for k in range(len(images))]
+    def write(self, path: Path, state: "StepState") -> None:
+        """Rewrites the preview PNG, a contact sheet of the batch."""
+        images = self.decode(state)
+        captions = [f"{state.first + k}: step {state.step} of {state.steps}" for k in range(len(images))]
         sheet = contact_sheet(list(images), captions, min(4, len(images)), scale=max(1, 256 // max(images.shape[1:3])))
         save_png(sheet, path)
 
 
-def _is_sdxl(config: "ModelConfig") -> bool:
-    """By the scale of its latents, which is SDXL's alone; the quickstart's autoencoder has its own colours."""
+def _has_sdxl_latents(config: "ModelConfig") -> bool:
+    """By the autoencoder's configuration; the quickstart's autoencoder, for one, needs another map to colours."""
     from sdxl_jax.models.taesd import TinyVaeConfig
     from sdxl_jax.models.vae import VaeConfig
 
@@ -58,6 +59,6 @@ def _load(path: Path, config: "ModelConfig") -> "Model":
     model = load_model(path, progress=False)
     if "vae" not in model.params or model.config.vae.latent_channels != config.vae.latent_channels:
         raise InputError(
-            f"--preview-autoencoder {path} is no autoencoder of this model's latents. Give TAESDXL's decoder"
+            f"--preview-autoencoder {path} is not an autoencoder for this model's latents. Give TAESDXL's decoder"
         )
     return model

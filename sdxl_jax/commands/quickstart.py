@@ -1,4 +1,4 @@
-"""`sdxl-jax quickstart`: its options. What it does stands in quickstart/run.py."""
+"""`sdxl-jax quickstart`: its options. What it does is in quickstart/run.py."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +8,14 @@ from sdxl_jax.commands import parsing
 
 @dataclass(frozen=True)
 class Quickstart:
-    """Train a small SDXL on images that come along, sample it, measure it: about ten minutes on two cores."""
+    """Train a small SDXL on the embedded images, sample from it and evaluate it: about ten minutes on two cores."""
 
     run_dir: Path = Path("runs/quickstart")
-    """Where everything is written. Run again with the same folder, it goes on where it was."""
+    """Run directory for everything that is written. The same command with the same directory resumes."""
     train_autoencoder: bool = False
-    """Train the small autoencoder too (about an hour) instead of taking the one that comes along."""
+    """Train the small autoencoder too (about an hour) instead of using the embedded one."""
     seed: int = 0
-    """Initial weights, order, noise."""
+    """Random seed of the initial weights, the order of the data, and the noise."""
 
 
 def run(arguments: list[str]) -> None:

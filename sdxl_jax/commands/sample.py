@@ -1,8 +1,8 @@
-"""`sdxl-jax sample`: images of prompts into a folder, each with all that it takes to make it again.
+"""`sdxl-jax sample`: images of prompts into a folder, each with the settings that reproduce it.
 
-What an image was made with stands in its PNG text, one entry an option, in the words of the command line; so
-`--from-png` is a matter of reading it back, and whoever looks at the file can repeat the command. Files that took part
-are named with their checksum, and another file in their place is refused.
+An image's settings are in its PNG text, one entry per option, in the words of the command line: `--from-png` reads them
+back, and whoever opens the file can repeat the command. Input files are named with their checksum, and another file in
+their place is refused.
 """
 
 import dataclasses
@@ -11,12 +11,15 @@ import hashlib
 import itertools
 import json
 import sys
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import tyro
+from jaxtyping import Bool, Float, UInt8
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import OpenFlags
@@ -27,8 +30,6 @@ from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from sdxl_jax.model import Model, ModelConfig
     from sdxl_jax.sampling.generate import Generated
     from sdxl_jax.weights.lazy import Weights
@@ -36,68 +37,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample(OpenFlags):
-    """Draw images of prompts with a model: text to image, image to image, inpainting, base and refiner."""
+    """Sample images from a model: text to image, image to image, inpainting, base and refiner."""
 
     model: tyro.conf.Positional[Path]
     """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
     out: Path
-    """Folder for 000000.png and so on, in order of prompts, then images."""
+    """Folder for the images, 000000.png and so on, in order of prompts, then images."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """What to draw. May be given several times."""
+    """Text prompt."""
     prompts_file: Path | None = None
-    """Prompts that are drawn after those of --prompt: one a line, or JSON lines, {"prompt": "a cat", "steps": 20, …}
-    with any of the options below."""
+    """File of further prompts: one per line, or JSON lines, {"prompt": "a cat", "steps": 20, …}, with any of the
+    sampling options per line."""
     negative_prompt: str | None = None
-    """What guidance leads away from; without guidance it has no effect. Absent is not the same as empty."""
+    """Negative prompt: guidance leads away from it; no effect without guidance. Absent is not the same as empty."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
     refiner: Path | None = None
-    """A refiner, which takes over for the last steps (--handoff) or goes over the whole (--refine-strength)."""
+    """Refiner model, for the last steps (--handoff) or for the finished latent (--refine-strength)."""
     init_image: Path | None = None
-    """Image to start from: image to image; with --mask inpainting."""
+    """Image to start from, for image to image; with --mask, for inpainting."""
     mask: Path | None = None
-    """Image of the init image's size: white is repainted."""
+    """Mask image for inpainting, of the init image's size: white is repainted."""
     outpaint: tuple[int, int, int, int] | None = None
-    """TOP RIGHT BOTTOM LEFT: pixels by which the init image is enlarged; what is new is painted."""
+    """TOP RIGHT BOTTOM LEFT: pixels to add on each side of the init image, and to paint."""
     background: str = "white"
-    """What lies after an init image's transparency: white, black, or #rrggbb."""
+    """Colour behind an init image's transparency: white, black, or #rrggbb."""
     init_noise: Path | None = None
-    """NPY file, standard normal float32 [images, height/8, width/8, 4], in place of the seeded noise."""
+    """NPY file with the initial noise, in place of the seeded one: normal float32 [images, height/8, width/8, 4]."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE or FILE:TOKEN; a textual inversion. TOKEN is what prompts call it, default: the file's own or its name."""
+    """FILE or FILE:TOKEN: a textual inversion, and its token in prompts. Default: the file's own token, or its name."""
     from_png: Path | None = None
-    """An image that this command has made: its prompt and settings, which other options then change."""
+    """Repeat an image of this command: read prompt and settings from its PNG text. Other options override them."""
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """OPTION=VALUE,VALUE,…: draw every prompt with each of these values, e.g. original-size=64x64,512x512, also into a
-    labelled grid, sweep.png. Values that have commas are separated by semicolons. Twice: every pair."""
+    """OPTION=VALUE,VALUE,…: sample every prompt with each value, e.g. original-size=64x64,512x512, and write a labelled
+    grid, sweep.png. Separate values that contain commas by semicolons. Given twice: every pair of values."""
     contact_sheet: bool = False
     """Also write all images into one, contact_sheet.png."""
     save_latents: bool = False
     """Also write latents.npy, float32 [images, height/8, width/8, 4], scaled as the UNet sees them."""
     preview: Path | None = None
-    """PNG file that shows the images while they come into being, after every step."""
+    """Preview PNG of the unfinished images, rewritten after every step."""
     preview_autoencoder: Path | None = None
-    """TAESD's decoder for --preview. Default: a coarse guess at each latent pixel's colour."""
+    """TAESD decoder for --preview. Default: a linear map from latent pixels to colours."""
     overwrite: bool = False
-    """Write over other images in the folder."""
+    """Overwrite other images in the folder."""
     one_program: bool = False
-    """Compile text encoders, loop and decoder as one program: a little faster, and no progress within it."""
+    """Compile text encoders, sampling loop and decoder as one program: slightly faster, no progress per step."""
     compilation_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
+    """Folder for compiled programs, which later commands reuse."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices are arranged: data, each takes images of a batch; fsdp, they share the weights."""
+    """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
 
 
 COMMAND = ("out", "overwrite", "prompts_file", "from_png", "sweep", "contact_sheet", "save_latents", "preview")
-"""Fields of `Sample` that say where things go, and nothing of an image."""
+"""Fields of `Sample` that an image does not depend on."""
 COMMAND += ("preview_autoencoder", "compilation_cache", "mesh", "one_program")
 FILES = ("refiner", "init_image", "mask", "init_noise")
 """Fields that name a file or folder that an image depends on, besides the model's own."""
 
 
 class PromptSettings(NamedTuple):
-    """One prompt with all that it is drawn with."""
+    """One prompt with its negative prompt and options."""
 
     prompt: str
     negative: str | None
@@ -105,15 +106,15 @@ class PromptSettings(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The same, as one of several."""
+    """`PromptSettings` as one of several: the images of one prompt, with one value of each sweep."""
 
     prompt: str
     negative: str | None
     options: Options
     index: int
-    """Of its first image among those of all prompts; a sweep draws every value from the same noise."""
+    """Number of its first image among those of all prompts; a sweep uses the same noise for every value."""
     label: tuple[str, ...] = ()
-    """Of a sweep: the values that are swept."""
+    """Of a sweep: its option and value, one per sweep."""
 
 
 def run(arguments: list[str]) -> None:
@@ -123,7 +124,7 @@ def run(arguments: list[str]) -> None:
     tasks = _tasks(sample)
     _check_files(sample)
     noise, init = _read_noise(sample), _read_init(sample)
-    keep_programs(sample.compilation_cache)
+    use_compilation_cache(sample.compilation_cache)
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
         prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
@@ -132,13 +133,13 @@ def run(arguments: list[str]) -> None:
     texts = list(texts_of(sample, tasks, weights[0].config))
     _check_out(sample, texts)
     models = load(sample, weights)
-    _say_truncated(models[0], tasks)
-    made = _draw(sample, models, tasks, noise, *init)
-    _write(sample, tasks, texts, made)
+    _warn_of_truncated_prompts(models[0], tasks)
+    generated = _generate(sample, models, tasks, noise, *init)
+    _write(sample, tasks, texts, generated)
 
 
-def keep_programs(folder: Path | None) -> None:
-    """Of a command that compiles: `--compilation-cache`."""
+def use_compilation_cache(folder: Path | None) -> None:
+    """Sets the persistent compilation cache of `--compilation-cache`."""
     if folder is not None:
         from sdxl_jax.training import compilation
 
@@ -146,7 +147,7 @@ def keep_programs(folder: Path | None) -> None:
 
 
 def _parsed(arguments: list[str]) -> Sample:
-    """With what an image of `--from-png` was made with as defaults."""
+    """The options; with `--from-png`, its settings are the defaults."""
     sample = parsing.parse(Sample, arguments, "sample")
     if sample.from_png is None:
         return sample
@@ -154,25 +155,56 @@ def _parsed(arguments: list[str]) -> Sample:
     where = f"--from-png {sample.from_png}"
     given = {name: value for name, value in text.items() if name in parsing.fields(Options)}
     given |= {"num_images": 1, "first_index": text["index"]}
-    kept: dict[str, Any] = {"options": parsing.from_mapping(Options(), given, where)}
-    kept["prompt"] = () if sample.prompt else (text["prompt"],)
-    for name in ("negative_prompt", "dtype", "background", "variant", "prediction"):
-        kept[name] = text.get(name, parsing.fields(Sample)[name])
-    for name in ("lora", "embedding"):
-        kept[name] = () if getattr(sample, name) else tuple(json.loads(text.get(name, "[]")))
-    kept["parts_from"] = () if sample.parts_from else tuple(map(Path, json.loads(text.get("parts_from", "[]"))))
+    settings: dict[str, Any] = {"options": parsing.from_mapping(Options(), given, where)}
+    settings["prompt"] = () if sample.prompt else (text["prompt"],)
+    for name in ("negative_prompt", "background", "variant"):
+        settings[name] = text.get(name, parsing.fields(Sample)[name])
+    for name in ("dtype", "prediction"):
+        settings[name] = _choice(text, name, where)
+    for name in ("lora", "embedding", "parts_from"):
+        settings[name] = () if getattr(sample, name) else _list_of_texts(text, name, where)
+    settings["parts_from"] = tuple(map(Path, settings["parts_from"]))
     if "outpaint" in text:
-        kept["outpaint"] = tuple(map(int, text["outpaint"].split()))
+        settings["outpaint"] = _outpaint(text["outpaint"], where)
     for name in FILES:
         if name not in text or getattr(sample, name) is not None:
             continue
-        kept[name] = parsing.hidden(text[name])
-        if (known := text.get(f"{name}_sha256")) and _digest(kept[name]) != known:
+        settings[name] = parsing.path_of_shown(text[name])
+        if (digest := text.get(f"{name}_sha256")) and _digest(settings[name]) != digest:
             raise InputError(
-                f"{where} was made with another {parsing.flag(name)} {kept[name]} than what is there now. Put that "
-                "file back, or give another"
+                f"{where} was made with another {parsing.flag(name)} than what {settings[name]} is now. Restore that "
+                f"file, or give another with {parsing.flag(name)}"
             )
-    return parsing.parse(Sample, arguments, "sample", default=dataclasses.replace(sample, **kept))
+    return parsing.parse(Sample, arguments, "sample", default=dataclasses.replace(sample, **settings))
+
+
+def _choice(text: dict[str, str], name: str, where: str) -> Any:
+    """The value of a field with a few choices, from PNG text."""
+    value, kind = text.get(name), typing.get_type_hints(Sample)[name]
+    if value is None:
+        return parsing.fields(Sample)[name]
+    if value not in [choice for each in typing.get_args(kind) for choice in (typing.get_args(each) or (each,))]:
+        raise InputError(f"{where}: {name} is {json.dumps(value)}, expected {parsing.expected_value(kind)}")
+    return value
+
+
+def _list_of_texts(text: dict[str, str], name: str, where: str) -> tuple[str, ...]:
+    """A field that may be given several times, from PNG text: a JSON list."""
+    value = text.get(name, "[]")
+    try:
+        items = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: {name} is {json.dumps(value)}, expected a JSON list ({error})") from error
+    if not isinstance(items, list) or not all(isinstance(each, str) for each in items):
+        raise InputError(f"{where}: {name} is {json.dumps(value)}, expected a JSON list of texts")
+    return tuple(items)
+
+
+def _outpaint(value: str, where: str) -> tuple[int, ...]:
+    sides = value.split()
+    if len(sides) != 4 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"{where}: outpaint is {json.dumps(value)}, expected 4 whole numbers, TOP RIGHT BOTTOM LEFT")
+    return tuple(map(int, sides))
 
 
 def _tasks(sample: Sample) -> list[Task]:
@@ -180,15 +212,15 @@ def _tasks(sample: Sample) -> list[Task]:
     if sample.prompts_file is not None:
         given += _read_prompts(sample.prompts_file, sample)
     if not given:
-        raise InputError("There is nothing to draw. Give --prompt TEXT, once or several times, or --prompts-file FILE")
+        raise InputError("There is no prompt. Give --prompt TEXT, once or several times, or --prompts-file FILE")
     tasks, index = [], 0
     for number, each in enumerate(given, 1):
         check_text(each.prompt, f"Prompt {number}")
         check_text(each.negative or "", f"The negative prompt of prompt {number}")
         tasks.append(Task(*each, index=index))
         index += each.options.num_images
-    for spoken in sample.sweep:
-        tasks = [_changed(task, name, value) for name, value in _swept(spoken) for task in tasks]
+    for sweep in sample.sweep:
+        tasks = [_with_value(task, name, value) for name, value in _parse_sweep(sweep) for task in tasks]
     return tasks
 
 
@@ -206,30 +238,30 @@ def _read_prompts(path: Path, sample: Sample) -> Iterator[PromptSettings]:
             given = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(
-                f'{where} is no JSON ({error}). Give {{"prompt": "…"}} on every line, or on none'
+                f'{where} is not JSON ({error}). Give {{"prompt": "…"}} on every line, or on none'
             ) from error
         if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
-            raise InputError(f'{where} has no prompt. Give {{"prompt": "…", …}}')
+            raise InputError(f'{where} is not a JSON object with a prompt. Give {{"prompt": "…", …}}')
         prompt = given.pop("prompt")
         negative = next((given.pop(name) for name in ("negative_prompt", "negative-prompt") if name in given), None)
         negative = sample.negative_prompt if negative is None else str(negative)
         yield PromptSettings(prompt, negative, parsing.from_mapping(sample.options, given, where))
 
 
-def _swept(spoken: str) -> list[tuple[str, str]]:
-    name, found, values = spoken.partition("=")
+def _parse_sweep(sweep: str) -> list[tuple[str, str]]:
+    """(option, value) of each value of a sweep."""
+    name, found, values = sweep.partition("=")
     known = [*parsing.fields(Options), "negative_prompt"]
     if not found or not values:
-        raise InputError(f"--sweep {spoken!r}: expected OPTION=VALUE,VALUE,…, e.g. guidance=1,3,5")
+        raise InputError(f"--sweep {sweep!r}: expected OPTION=VALUE,VALUE,…, e.g. guidance=1,3,5")
     if name.replace("-", "_") not in known:
-        raise InputError(
-            f"--sweep {spoken!r}: there is no option {name!r}. Known, nearest first: {nearest_first(name, known)}"
-        )
+        nearest = ", ".join(nearest_first(name, known))
+        raise InputError(f"--sweep {sweep!r}: there is no option {name!r}. Known, nearest first: {nearest}")
     separator = ";" if ";" in values or "crop" in name else ","
     return [(name, value.strip()) for value in values.split(separator)]
 
 
-def _changed(task: Task, name: str, value: str) -> Task:
+def _with_value(task: Task, name: str, value: str) -> Task:
     label = (*task.label, f"{name} {value}")
     if name.replace("-", "_") == "negative_prompt":
         check_text(value, f"--sweep {name}")
@@ -238,7 +270,7 @@ def _changed(task: Task, name: str, value: str) -> Task:
     return task._replace(options=options, label=label)
 
 
-# What an image says of itself
+# PNG text
 
 
 def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> Iterator[dict[str, str]]:
@@ -255,7 +287,7 @@ def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> It
 
 
 def _shared_text(sample: Sample) -> dict[str, str]:
-    """What the text of all images has in common; the files that took part are read for it."""
+    """The part of the PNG text that all images share. Reads the input files, for their checksums."""
     settings = {"model": parsing.shown(sample.model), "dtype": sample.dtype}
     for name in FILES:
         if (path := getattr(sample, name)) is not None:
@@ -276,43 +308,47 @@ def _shared_text(sample: Sample) -> dict[str, str]:
 
 
 def read_text(path: Path) -> dict[str, str]:
-    """The text of an image that `sample` has made. Raises InputError for any other."""
+    """The PNG text of an image of `sample`. Raises InputError for other images."""
     try:
         text = _png_text(path)
     except OSError as error:
         raise fault(error)(
-            f"--from-png {path} cannot be read ({error}). Give a PNG that sdxl-jax sample has made"
+            f"--from-png {path} cannot be read ({error}). Give a PNG that sdxl-jax sample has written"
         ) from error
-    if not {"prompt", "index", "sampler", "steps"} <= text.keys():
-        raise InputError(f"--from-png {path} says nothing of how it was made. Give a PNG that sdxl-jax sample has made")
+    required = ("prompt", "index", "sampler", "steps")
+    if missing := [name for name in required if name not in text]:
+        raise InputError(
+            f"--from-png {path} has no settings in its PNG text: {', '.join(missing)} missing. Give a PNG that "
+            "sdxl-jax sample has written"
+        )
     return text
 
 
 def _png_text(path: Path) -> dict[str, str]:
-    """All text of a PNG. Raises OSError for any other file."""
+    """All text chunks of a PNG. Raises OSError for any other file."""
     from PIL import Image
 
     with Image.open(path, formats=("PNG",)) as image:
-        image.load()  # text may stand after the pixels
+        image.load()  # text chunks may follow the pixels
         return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
 
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:  # of a refiner, gigabytes
+        with path.open("rb") as file:  # not read at once: a refiner has gigabytes
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError) as error:  # ValueError: of a name that no file can have
-        raise fault(error)(f"{path} cannot be read ({error})") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise fault(error)(f"{path} cannot be read ({error}). Give a file that exists and is readable") from error
 
 
-# What is checked and read before the model
+# Checked and read before the model
 
 
 def _check_out(sample: Sample, texts: list[dict[str, str]]) -> None:
-    """Refuses to write over other images. The same command may write the same once more."""
+    """Refuses to overwrite other images. The same command may write the same images again."""
     out = sample.out
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file. Give a folder, new or old")
+        raise InputError(f"--out {out} is a file. Give a folder, new or existing")
     if sample.overwrite or not out.is_dir():
         return
     for path in sorted(out.glob("[0-9][0-9][0-9][0-9][0-9][0-9].png")):
@@ -330,34 +366,36 @@ def _check_files(sample: Sample) -> None:
         if getattr(sample, name) is not None and sample.init_image is None:
             raise InputError(f"{parsing.flag(name)} needs an --init-image. Give both")
     if sample.mask is not None and sample.outpaint is not None:
-        raise InputError("--mask and --outpaint are both given. --outpaint makes its own mask; give one of them")
+        raise InputError("--mask and --outpaint are both given. --outpaint makes its own mask, so give one of them")
     if sample.preview_autoencoder is not None and sample.preview is None:
-        raise InputError("--preview-autoencoder has no effect without --preview FILE")
+        raise InputError("--preview-autoencoder has no effect without --preview FILE. Give both, or leave it out")
     if sample.one_program and sample.preview is not None:
-        raise InputError("--preview cannot look into --one-program. Leave one of them out")
+        raise InputError("--one-program has no steps that --preview could show. Leave one of them out")
 
 
-def _read_noise(sample: Sample) -> "np.ndarray | None":
+def _read_noise(sample: Sample) -> Float[np.ndarray, "*shape"] | None:
+    """The initial noise; its shape is checked with the images' size, in `generate`."""
     if sample.init_noise is None:
         return None
-    import numpy as np
-
     try:
         noise = np.load(sample.init_noise)
     except (OSError, ValueError, EOFError) as error:
         raise fault(error)(
-            f"--init-noise {sample.init_noise} is no readable NPY file ({error}). Give one that numpy.save wrote"
+            f"--init-noise {sample.init_noise} cannot be read as NPY ({error}). Give a file that numpy.save wrote"
         ) from error
-    if not isinstance(noise, np.ndarray) or not np.issubdtype(noise.dtype, np.floating):
-        kind = f"of {noise.dtype}" if isinstance(noise, np.ndarray) else "an NPZ archive"
-        raise InputError(f"--init-noise {sample.init_noise} is {kind}. Give an NPY file of float32")
+    if not isinstance(noise, np.ndarray):
+        raise InputError(f"--init-noise {sample.init_noise} is an NPZ archive. Give an NPY file of float32")
+    if not np.issubdtype(noise.dtype, np.floating):
+        raise InputError(f"--init-noise {sample.init_noise} has the dtype {noise.dtype}. Give an NPY file of float32")
     if sample.from_png is not None:
         row = sample.options.first_index
         noise = noise[row : row + 1]
     return noise
 
 
-def _read_init(sample: Sample) -> "tuple[np.ndarray | None, np.ndarray | None]":
+def _read_init(
+    sample: Sample,
+) -> tuple[UInt8[np.ndarray, "height width 3"] | None, Bool[np.ndarray, "height width"] | None]:
     """(init image, mask)."""
     from sdxl_jax.sampling import init_images
 
@@ -371,7 +409,7 @@ def _read_init(sample: Sample) -> "tuple[np.ndarray | None, np.ndarray | None]":
 
 
 def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
-    """Model, with its LoRAs, and refiner: found and understood, not read yet."""
+    """Model, with its LoRAs, and refiner: opened, with their tensors not read yet."""
     import jax.numpy as jnp
 
     from sdxl_jax.weights import lora
@@ -379,7 +417,6 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
     from sdxl_jax.weights.load import say
     from sdxl_jax.weights.open import open_model
 
-    halved = sample.dtype == "bfloat16"
     open_options = sample.open_options()
     loras = [(lora.read(path), scale) for path, scale in map(lora.parse_option, sample.lora)]
     weights = open_model(sample.model, open_options, sample.parts_from)
@@ -388,13 +425,13 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
         print(f"merged {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
         say(lora.notes(read))
     refiner = None if sample.refiner is None else open_model(sample.refiner, open_options)
-    if not halved:
+    if sample.dtype == "float32":
         return weights, refiner
     return cast(weights, jnp.dtype(jnp.bfloat16)), refiner and cast(refiner, jnp.dtype(jnp.bfloat16))
 
 
 def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Model, Model | None]":
-    """What is `opened`, read. The refiner shares the model's text encoder if it can."""
+    """The models of `opened`, loaded. The refiner shares the model's text encoder if they are equal."""
     from sdxl_jax import sharding
     from sdxl_jax.weights import textual_inversion
     from sdxl_jax.weights.load import load_weights
@@ -403,78 +440,79 @@ def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Mo
     model = load_weights(weights[0], mesh)
     for embedding in sample.embedding:
         model = textual_inversion.add(model, *_file_and_token(embedding))
-    return model, None if weights[1] is None else _sharing(model, load_weights(weights[1], mesh))
+    return model, None if weights[1] is None else _without_shared_text(model, load_weights(weights[1], mesh))
 
 
-def _sharing(model: "Model", refiner: "Model") -> "Model":
-    """Without its text encoder, where that is the model's last, bit for bit: one set of text states serves both."""
+def _without_shared_text(model: "Model", refiner: "Model") -> "Model":
+    """The refiner without its text encoder, if that equals the model's last bit for bit: they share the text states."""
     import jax
     import jax.numpy as jnp
 
-    ours, theirs = model.config.text[-1], refiner.config.text[-1]
-    if len(refiner.config.text) != 1 or ours.name not in model.params or theirs.name not in refiner.params:
+    last, own = model.config.text[-1], refiner.config.text[-1]
+    if len(refiner.config.text) != 1 or last.name not in model.params or own.name not in refiner.params:
         return refiner
-    one, other = model.params[ours.name], refiner.params[theirs.name]
+    one, other = model.params[last.name], refiner.params[own.name]
     if jax.tree.structure(one) != jax.tree.structure(other):
         return refiner
-    same = all(
+    equal = all(
         a.shape == b.shape and bool(jnp.array_equal(a, b))
         for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True)
     )
-    if not same:
+    if not equal:
         return refiner
-    return refiner._replace(params={name: part for name, part in refiner.params.items() if name != theirs.name})
+    return refiner._replace(params={name: part for name, part in refiner.params.items() if name != own.name})
 
 
 def _file_and_token(value: str) -> tuple[Path, str | None]:
-    """FILE or FILE:TOKEN. A file that is there is a file, whatever colons are in its name."""
+    """FILE or FILE:TOKEN. A file that exists is a file, whatever colons are in its name."""
     file, found, token = value.rpartition(":")
     return (Path(value), None) if not found or Path(value).exists() else (Path(file), token)
 
 
-def _say_truncated(model: "Model", tasks: list[Task]) -> None:
+def _warn_of_truncated_prompts(model: "Model", tasks: list[Task]) -> None:
     from sdxl_jax.conditioning.prompts import LongPrompts
     from sdxl_jax.conditioning.text import Tokenizer
 
-    tokenizer, told = Tokenizer.of(model.config.text), set()
+    tokenizer, printed = Tokenizer.of(model.config.text), set()
     for number, task in enumerate(tasks, 1):
         if task.options.long_prompts is not LongPrompts.TRUNCATE:
             continue
         weighted = task.options.prompt_weights
         for what, prompt in ((f"prompt {number}", task.prompt), ("the negative prompt", task.negative)):
-            (beyond,) = tokenizer.truncated([prompt or ""], weighted)
-            if beyond and (said := f"warning: {beyond} tokens of {what} are beyond the 75 that are read") not in told:
-                told.add(said)
-                print(f"{said}; --long-prompts chunks reads them", file=sys.stderr)
+            (count,) = tokenizer.truncated([prompt or ""], weighted)
+            warning = f"warning: {count} tokens of {what} beyond the first 75 are ignored"
+            if count and warning not in printed:
+                printed.add(warning)
+                print(f"{warning}; --long-prompts chunks encodes them too", file=sys.stderr)
 
 
-# Drawing
+# Sampling
 
 
-def _draw(
+def _generate(
     sample: Sample,
     models: "tuple[Model, Model | None]",
     tasks: list[Task],
-    noise: "np.ndarray | None",
-    init_image: "np.ndarray | None",
-    mask: "np.ndarray | None",
+    noise: Float[np.ndarray, "..."] | None,
+    init_image: UInt8[np.ndarray, "height width 3"] | None,
+    mask: Bool[np.ndarray, "mask_height mask_width"] | None,
 ) -> "list[Generated]":
-    """Neighbours with the same options are drawn together."""
+    """The images of all tasks. Consecutive tasks with the same options are sampled together."""
     from sdxl_jax.commands.preview import Previews
     from sdxl_jax.models.layers import Compute, Dtype
     from sdxl_jax.sampling.generate import generate
 
-    made = []
+    generated = []
     total = max(task.index + task.options.num_images for task in tasks)
     callback = None
     if sample.preview is not None:
-        looking = Previews(models[0].config, sample.preview_autoencoder)
-        callback = functools.partial(looking.write, sample.preview)
+        previews = Previews(models[0].config, sample.preview_autoencoder)
+        callback = functools.partial(previews.write, sample.preview)
     for (options, _), group in itertools.groupby(tasks, key=lambda task: (task.options, task.label)):
         members = list(group)
         first, count = members[0].index, sum(task.options.num_images for task in members)
         rows = noise if noise is None or len(noise) != total else noise[first : first + count]
-        made.append(
+        generated.append(
             generate(
                 models[0],
                 [task.prompt for task in members],
@@ -490,22 +528,21 @@ def _draw(
                 options=dataclasses.replace(options, first_index=options.first_index + first),
             )
         )
-    return made
+    return generated
 
 
-def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made: "list[Generated]") -> None:
-    import numpy as np
+def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], generated: "list[Generated]") -> None:
     from PIL import Image
 
     from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 
-    images = [image for each in made for image in each.images]
+    images = [image for each in generated for image in each.images]
     for number, (image, text) in enumerate(zip(images, texts, strict=True)):
         save_png(Image.fromarray(image), sample.out / f"{number:06d}.png", text)
     if sample.save_latents:
-        if len({each.latents.shape[1:] for each in made}) > 1:
-            raise InputError("--save-latents: the images have different sizes. Draw those of one size at a time")
-        np.save(sample.out / "latents.npy", np.concatenate([each.latents for each in made]))
+        if len({each.latents.shape[1:] for each in generated}) > 1:
+            raise InputError("--save-latents: the images have different sizes. Sample the images of one size at a time")
+        np.save(sample.out / "latents.npy", np.concatenate([each.latents for each in generated]))
     captions = [task.prompt for task in tasks for _ in range(task.options.num_images)]
     if sample.contact_sheet:
         columns = min(8, max(1, round(len(images) ** 0.5)))
@@ -515,8 +552,8 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], made:
     print(f"{len(images)} images in {parsing.shown(sample.out)}")
 
 
-def _write_sweep(sample: Sample, tasks: list[Task], images: "list[np.ndarray]") -> None:
-    """A row for each image (and each value of a second sweep), a column for each value of the first."""
+def _write_sweep(sample: Sample, tasks: list[Task], images: list[UInt8[np.ndarray, "_height _width 3"]]) -> None:
+    """The grid of a sweep: a row per image (and value of a second sweep), a column per value of the first."""
     from sdxl_jax.sampling.contact_sheet import labelled_grid, save_png
 
     labels = [task.label for task in tasks for _ in range(task.options.num_images)]

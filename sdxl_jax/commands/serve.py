@@ -1,17 +1,16 @@
-"""`sdxl-jax serve`: a page on which images are drawn, and how an image of it is said as a command line.
+"""`sdxl-jax serve`: a web page to sample on, and the command line that repeats each of its images.
 
-The model is opened as `sample` opens it, and an image's file has the text that `sample` would write, so that
-`--from-png` reads it; the command line that the page shows is the shortest that `sample` reads as the same.
+The model is opened as `sample` opens it, and an image's file has the PNG text that `sample` would write, so that
+`--from-png` reads it. The command line that the page shows is the shortest one with which `sample` gives the image.
 
-The page is for whoever sits at this machine. It listens on the loopback interface unless --host names another; then
-everybody who reaches that address can draw, and see what was drawn: there is no password, and no encryption.
+The page is for the user of this machine. It listens on the loopback interface unless --host names another; then
+everybody who reaches that address can sample, and see all images: there is no password, and no encryption.
 """
 
 import os
 import shlex
 import socket
 import tempfile
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import MISSING, dataclass, field
 from dataclasses import fields as fields_of
@@ -22,42 +21,39 @@ import tyro
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import OpenFlags
-from sdxl_jax.commands.sample import COMMAND, Sample, Task, keep_programs, load, opened, texts_of
+from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened, texts_of, use_compilation_cache
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from sdxl_jax.model import ModelConfig
-    from sdxl_jax.sampling.generate import StepState
-    from sdxl_jax.serving.session import Described, Request
+    from sdxl_jax.serving.session import Description, Preview, Request
 
 
 @dataclass(frozen=True)
 class Serve(OpenFlags):
-    """Draw images on a web page. It is for this machine alone, unless --host says otherwise."""
+    """Sample images from a model on a web page. Only this machine can open it, unless --host says otherwise."""
 
     model: tyro.conf.Positional[Path]
     """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
     out: Path | None = None
-    """Folder that keeps the images, after those that it holds. Default: they go when the server ends."""
+    """Folder for the images, numbered after those that it has. Default: temporary, removed when the server ends."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
     refiner: Path | None = None
-    """A refiner, which takes over for the last steps."""
+    """Refiner model, for the last steps."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE or FILE:TOKEN; a textual inversion. TOKEN is what prompts call it, default: the file's own or its name."""
+    """FILE or FILE:TOKEN: a textual inversion, and its token in prompts. Default: the file's own token, or its name."""
     host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0: whoever reaches this machine may draw; there is no password."""
+    """Address to listen on. 0.0.0.0: everybody who reaches this machine can sample; there is no password."""
     port: int = 7860
-    """Port to listen on, 1 to 65535. 0: one that is free."""
+    """Port to listen on, 1 to 65535; 0: any free port."""
     preview_autoencoder: Path | None = None
-    """TAESD's decoder for the images that come into being. Default: a coarse guess at each latent pixel's colour."""
+    """TAESD decoder for previews. Default: a linear map from latent pixels to colours."""
     compilation_cache: Path | None = None
-    """Folder that keeps compiled programs for the next time."""
+    """Folder for compiled programs, which later commands reuse."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How devices are arranged: data, each takes images of a batch; fsdp, they share the weights."""
+    """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
 
 
 def run(arguments: list[str]) -> None:
@@ -69,64 +65,65 @@ def run(arguments: list[str]) -> None:
             raise
         raise InputError("The page needs NiceGUI, which is not installed. Do: pip install -e '.[serve]'") from error
     port = free_port(serve.host, serve.port)  # before the model is read, which takes longer
-    keep_programs(serve.compilation_cache)
+    use_compilation_cache(serve.compilation_cache)
     from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.serving import session
+    from sdxl_jax.serving.session import Session
 
     with _folder(serve.out) as folder:
         sample = as_sample(serve)
         model, refiner = load(sample, opened(sample))
         compute = Compute(dtype=Dtype(serve.dtype))
-        look = _look(serve, model.config)
-        ours = session.Session(
-            model, Path(folder), lambda each: describe(serve, each, model.config), refiner, compute, look
+        preview = _preview(serve, model.config)
+        session = Session(
+            model, Path(folder), lambda each: describe(serve, each, model.config), refiner, compute, preview
         )
-        page.serve(ours, parsing.shown(serve.model), serve.host, port)
+        page.serve(session, parsing.shown(serve.model), serve.host, port)
 
 
 def _folder(out: Path | None) -> AbstractContextManager[str]:
     if out is None:
         return tempfile.TemporaryDirectory(prefix="sdxl-jax-serve-")
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file. Give a folder, new or old")
+        raise InputError(f"--out {out} is a file. Give a folder, new or existing")
     return nullcontext(str(out))
 
 
-def _look(serve: Serve, config: "ModelConfig") -> "Callable[[StepState], np.ndarray] | None":
+def _preview(serve: Serve, config: "ModelConfig") -> "Preview | None":
     from sdxl_jax.commands.preview import Previews
 
     try:
-        return Previews(config, serve.preview_autoencoder).look
+        return Previews(config, serve.preview_autoencoder).decode
     except InputError:
         if serve.preview_autoencoder is not None:
             raise
-        return None  # of another latent space than SDXL's; then images are seen when they are finished
+        return None  # another latent space than SDXL's: no previews
 
 
 def free_port(host: str, port: int) -> int:
-    """The port, if one can listen on it; for 0 one on which one can. Raises InputError."""
+    """The port if it is free, or any free one for 0. Raises InputError."""
     if not 0 <= port < 2**16:
-        raise InputError(f"--port {port}, expected 0 to {2**16 - 1}")
+        raise InputError(f"--port {port} is out of range. Give 0 to {2**16 - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: just left is free
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: TIME_WAIT counts as free
             probe.bind(address)
             return probe.getsockname()[1]
     except OSError as error:
         raise InputError(
-            f"Nothing can listen on --host {host} --port {port} ({error}). Give another port, e.g. --port 0 for any"
+            f"The server cannot listen on --host {host} --port {port} ({error}). Give another port, e.g. --port 0 for "
+            "any free one, or an address of this machine"
         ) from error
 
 
-# How an image is said
+# The command line that repeats an image
 
 
 def as_sample(serve: Serve, request: "Request | None" = None) -> Sample:
-    """The same model, and the same image, for `sample`."""
+    """The options with which `sample` opens the same model and, for a request, gives the same image."""
     shared = {each.name: getattr(serve, each.name) for each in fields_of(OpenFlags)}
     shared |= {name: getattr(serve, name) for name in ("model", "dtype", "refiner", "embedding", "mesh")}
-    out = Path("again")  # `sample` refuses a folder of other images, such as our own
+    out = Path("again")  # `sample` refuses a folder of other images, such as the server's own
     if request is None:
         return Sample(**shared, out=out)
     return Sample(
@@ -139,29 +136,30 @@ def as_sample(serve: Serve, request: "Request | None" = None) -> Sample:
     )
 
 
-def describe(serve: Serve, request: "Request", config: "ModelConfig") -> "Described":
-    from sdxl_jax.serving.session import Described
+def describe(serve: Serve, request: "Request", config: "ModelConfig") -> "Description":
+    """A request for one image as a command line and as PNG text."""
+    from sdxl_jax.serving.session import Description
 
     sample = as_sample(serve, request)
     (text,) = texts_of(sample, [Task(request.prompt, request.negative, request.options, index=0)], config)
-    return Described(command_line(sample), text)
+    return Description(command_line(sample), text)
 
 
 def command_line(sample: Sample) -> str:
-    """The shell command that `sample` reads as this: what is as it would be anyway is left out."""
-    spoken = ["sdxl-jax", "sample", str(sample.model)]
+    """The shell command with these options, without those that are at their defaults."""
+    arguments = ["sdxl-jax", "sample", str(sample.model)]
     for part in (sample, sample.options):
         for each in fields_of(part):
             default = each.default if each.default is not MISSING else None
             value = getattr(part, each.name)
             if each.name in ("model", "out", "options", *COMMAND) or value == default:
                 continue
-            spoken += _spoken(each.name, value, repeated=default == ())
-    return " ".join(map(_quoted, [*spoken, "--out", str(sample.out)]))
+            arguments += _arguments(each.name, value, repeated=default == ())
+    return " ".join(map(_quoted, [*arguments, "--out", str(sample.out)]))
 
 
 def _quoted(word: str) -> str:
-    """For a shell. Bytes of a path that are not UTF-8, which a page cannot show, as $'\\xe9'."""
+    """A word quoted for a shell. Bytes of a path that are not UTF-8, which a page cannot show, become $'\\xe9'."""
     if word == parsing.shown(word):
         return shlex.quote(word)
     plain = (
@@ -170,12 +168,13 @@ def _quoted(word: str) -> str:
     return f"$'{''.join(plain)}'"
 
 
-def _spoken(name: str, value: Any, repeated: bool) -> list[str]:
+def _arguments(name: str, value: Any, repeated: bool) -> list[str]:
+    """A field as arguments of the command line. repeated: one flag per value."""
     flag = parsing.flag(name)
     if isinstance(value, bool):
         return [flag]
     if isinstance(value, tuple) and repeated:
-        return [word for one in value for word in _spoken(name, one, False)]
+        return [word for one in value for word in _arguments(name, one, False)]
     words = parsing.words(value)
-    # A word that begins with a dash would be read as an option.
+    # A word that begins with a dash would be parsed as an option.
     return [f"{flag}={words[0]}"] if len(words) == 1 and words[0].startswith("-") else [flag, *words]

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a command before, or without, the training loop, which has its own way (processes)."""
+"""SIGTERM and Ctrl-C in a command before, or without, the training loop, which has its own handlers (processes)."""
 
 import contextlib
 import os
@@ -12,49 +12,50 @@ from sdxl_jax.errors import Interrupted
 
 @contextlib.contextmanager
 def end_at_once() -> Iterator[None]:
-    """Inside, they end the process with 143 or 130: there is nothing to save yet."""
+    """Inside, a signal ends the process with 143 or 130: there is nothing to save yet."""
 
-    def act(number: int) -> None:
+    def exit_at_once(number: int) -> None:
         with contextlib.suppress(OSError):  # print() may be what was interrupted
-            os.write(2, f"stopped by {signal.Signals(number).name} before anything was to be saved\n".encode())
+            os.write(2, f"stopped by {signal.Signals(number).name} before there was anything to save\n".encode())
         os._exit(128 + number)
 
-    with _handled(act):
+    with _handled(exit_at_once):
         yield
 
 
 @contextlib.contextmanager
 def stop() -> Iterator[None]:
-    """Inside, they raise Interrupted, so that what is half-written is removed; a second one ends at once."""
-    heard: list[int] = []
+    """Inside, a signal raises Interrupted, so that incomplete files are removed; a second signal ends the process at
+    once."""
+    received: list[int] = []
 
-    def act(number: int) -> None:
-        if heard:
+    def raise_or_exit(number: int) -> None:
+        if received:
             os._exit(128 + number)
-        heard.append(number)
+        received.append(number)
         raise Interrupted(signal.Signals(number).name)
 
     try:
-        with _handled(act):
+        with _handled(raise_or_exit):
             yield
     except Interrupted as stopped:
         print(
-            f"stopped by {stopped.signal_name}; what was finished is kept. Run the same command to go on",
+            f"stopped by {stopped.signal_name}; what was finished is kept. Run the same command to resume",
             file=sys.stderr,
         )
         raise
 
 
 @contextlib.contextmanager
-def _handled(act: Callable[[int], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only the main one has handlers
+def _handled(handle: Callable[[int], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
-    before = {
-        number: signal.signal(number, lambda number, _: act(number)) for number in (signal.SIGTERM, signal.SIGINT)
+    previous = {
+        number: signal.signal(number, lambda number, _: handle(number)) for number in (signal.SIGTERM, signal.SIGINT)
     }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,5 +1,5 @@
-"""`sdxl-jax train`: a configuration file, what the command line changes of it, and how this start of the run differs
-from others."""
+"""`sdxl-jax train`: a configuration file, its overrides on the command line, and the options of this start of the
+run."""
 
 import json
 from dataclasses import dataclass
@@ -12,35 +12,35 @@ from sdxl_jax.commands import parsing
 
 USAGE = """usage: sdxl-jax train CONFIG.py [--run-dir DIR] [--section.field VALUE ...]
 
-Train what a configuration file describes. Run again with the same run directory, it goes on from the last checkpoint.
-SIGTERM, or Ctrl-C, stops it once what was done is saved. On several machines, give each the same command.
-`sdxl-jax train CONFIG.py --help` lists every field with its default in that file; configs/ holds examples.
+Train a model from a configuration file. The same command with the same run directory resumes from the last checkpoint.
+SIGTERM and Ctrl-C save a checkpoint, then stop. On several machines, run the same command on each.
+`sdxl-jax train CONFIG.py --help` lists every field with its default in that file; configs/ has examples.
 """
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train what a configuration file describes. Run again with the same run directory, it goes on."""
+    """Train a model from a configuration file. The same command with the same run directory resumes."""
 
     run_dir: Path
-    """Where checkpoints, metrics and images are written."""
+    """Run directory for checkpoints, metrics and validation images."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="FIRST:LAST")] = None
-    """Trace these steps, both included, into RUN/profile, for xprof. Not a part of the run's configuration."""
+    """Trace these steps, both included, into RUN/profile, for xprof. Not part of the run's configuration."""
     from_step: int | None = None
-    """Go on from this checkpoint instead of the last one; those after it are moved to RUN/set_aside. For once: the
-    next start goes on from the last one again only if this is left out."""
+    """Resume from this checkpoint instead of the last; later ones are moved to RUN/set_aside. Leave it out on the next
+    start, which then resumes from the last checkpoint again."""
     allow_changes: str | None = None
-    """FIELD,FIELD: what may differ from the run's configuration although it alters what is learnt."""
+    """FIELD,FIELD: configuration fields that may differ from the run's although they alter what is learnt."""
 
 
 def run(arguments: list[str], began: float) -> None:
-    """began: when the program started, by `time.monotonic()`."""
+    """began: the program's start, by `time.monotonic()`."""
     path = parsing.config_path(arguments, "train", USAGE)
-    from sdxl_jax import config as configuration
+    from sdxl_jax.config import load
     from sdxl_jax.jsontree import to_json
 
     default = Train(run_dir=Path("runs") / path.stem)
-    options, config = parsing.parse_with_config(default, configuration.load(path), arguments[1:], f"train {path}")
+    options, config = parsing.parse_with_config(default, load(path), arguments[1:], f"train {path}")
     from sdxl_jax.training import loop
 
     print(json.dumps(to_json(config), indent=1))
@@ -55,4 +55,4 @@ def run(arguments: list[str], began: float) -> None:
 
 
 def _steps(option: str, value: str | None) -> tuple[int, int] | None:
-    return None if value is None else parsing.pair(option, value, ":", "FIRST:LAST, numbers of steps, e.g. 10:14")
+    return None if value is None else parsing.pair(option, value, ":", "FIRST:LAST, two steps, e.g. 10:14")

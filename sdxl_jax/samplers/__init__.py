@@ -1,1 +1,1 @@
-"""The reverse process: from noise to a latent, one pure step function a sampler, one `lax.scan` for all."""
+"""The reverse process: from noise to a latent, a table of weights per sampler, one `lax.scan` for all."""

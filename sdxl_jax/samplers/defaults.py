@@ -1,6 +1,6 @@
-"""How a model is sampled where the user says nothing: what its own files say of it.
+"""Sampling defaults of a model: sampler, spacing and noise levels, as its own files give them.
 
-Other people's files say it in the fields of diffusers' schedulers, and the names here are those.
+The fields are those of diffusers' scheduler_config.json.
 """
 
 import enum
@@ -13,9 +13,9 @@ class FinalSigma(enum.Enum):
     """The noise level that the last step leads to."""
 
     ZERO = "zero"
-    """None: the finished image."""
+    """No noise: the finished image."""
     SIGMA_MIN = "sigma_min"
-    """That of timestep 0, the lowest that was trained."""
+    """The noise level of timestep 0, the lowest that was trained."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,18 @@ class SamplingDefaults:
     """The defaults are those of SDXL's official scheduler_config.json."""
 
     sampler: str | None = None
-    """By the command line's name. None: euler; ddim at zero terminal SNR, where Euler's sigma is infinite; lcm for a
-    distilled model."""
+    """Name of the sampler, as on the command line. None: euler; ddim at zero terminal SNR, where Euler's sigma is
+    infinite; lcm for a distilled model."""
     spacing: Spacing | None = None
     """Which timesteps are visited. None: leading; trailing at zero terminal SNR, so that the last one is among them."""
     steps_offset: int = 1
-    """What is added to leading timesteps."""
+    """Added to leading timesteps."""
     sigmas: Sigmas = Sigmas.SCHEDULE
-    """How noise levels lie between the first and the last, with samplers that can visit any."""
+    """Spacing of the noise levels between the first and the last, for samplers that can visit any."""
     set_alpha_to_one: bool = False
     """Whether ddim ends at the finished image; otherwise at the noise level of timestep 0."""
     final_sigma: FinalSigma = FinalSigma.ZERO
-    """Where the samplers of `_ENDS_AT_ANY` end."""
+    """Noise level that the last step of euler, dpmpp_2m, dpmpp_2m_sde and unipc leads to."""
 
     def sampler_of(self, zero_terminal_snr: bool, distilled: bool) -> str:
         """The sampler of a model with these properties."""
@@ -49,17 +49,17 @@ class SamplingDefaults:
         return Spacing.TRAILING if zero_terminal_snr else Spacing.LEADING
 
     def sigmas_of(self, sampler: str) -> Sigmas:
-        """How a sampler's noise levels lie."""
+        """The spacing of a sampler's noise levels."""
         return self.sigmas if sampler in _ANY_SIGMAS else Sigmas.SCHEDULE
 
     def ends_at_first(self, sampler: str) -> bool:
-        """Whether a sampler ends at the noise level of timestep 0, and not at the finished image."""
+        """Whether a sampler ends at the noise level of timestep 0 instead of the finished image."""
         if sampler == "ddim":
             return not self.set_alpha_to_one
         return sampler in _ENDS_AT_ANY and self.final_sigma is FinalSigma.SIGMA_MIN
 
 
 _ANY_SIGMAS = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
-"""Those whose schedulers in diffusers have use_karras_sigmas and the like."""
+"""Samplers whose schedulers in diffusers have use_karras_sigmas and the like."""
 _ENDS_AT_ANY = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
-"""Those whose schedulers in diffusers have final_sigmas_type."""
+"""Samplers whose schedulers in diffusers have final_sigmas_type."""

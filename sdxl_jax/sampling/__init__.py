@@ -1,1 +1,1 @@
-"""From prompts to images: what can be asked for, the plan of a request, the programs on the devices."""
+"""From prompts to images: options, the plan of the denoising schedule, and the programs that the devices run."""

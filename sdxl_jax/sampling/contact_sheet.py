@@ -14,28 +14,28 @@ _MARGIN, _LINE, _FONT = 6, 13, 11
 
 
 def contact_sheet(
-    pictures: Sequence[UInt8[np.ndarray, "_height _width 3"]], captions: Sequence[str], columns: int, scale: int = 1
+    images: Sequence[UInt8[np.ndarray, "_height _width 3"]], captions: Sequence[str], columns: int, scale: int = 1
 ) -> Image.Image:
-    """Rows of images, each as high as its highest, captions wrapped under them. `scale` enlarges small images."""
+    """Rows of images, each row as high as its highest image, wrapped captions under them. `scale` enlarges images."""
     font = ImageFont.load_default(_FONT)
-    cell = max(picture.shape[1] for picture in pictures) * scale
+    cell = max(image.shape[1] for image in images) * scale
     wrapped = [textwrap.wrap(caption, max(8, cell // 6))[:3] for caption in captions]
-    starts = range(0, len(pictures), columns)
+    starts = range(0, len(images), columns)
     heights = [
-        max(picture.shape[0] for picture in pictures[start : start + columns]) * scale
+        max(image.shape[0] for image in images[start : start + columns]) * scale
         + max(len(lines) for lines in wrapped[start : start + columns]) * _LINE
         for start in starts
     ]
-    columns = min(columns, len(pictures))
+    columns = min(columns, len(images))
     size = (columns * (cell + _MARGIN) + _MARGIN, sum(heights) + (len(heights) + 1) * _MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     top = _MARGIN
     for start, height in zip(starts, heights, strict=True):
-        for column, (picture, lines) in enumerate(
-            zip(pictures[start : start + columns], wrapped[start : start + columns], strict=True)
+        for column, (image, lines) in enumerate(
+            zip(images[start : start + columns], wrapped[start : start + columns], strict=True)
         ):
-            tile = Image.fromarray(np.ascontiguousarray(picture))
+            tile = Image.fromarray(np.ascontiguousarray(image))
             tile = tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.BICUBIC)
             left = _MARGIN + column * (cell + _MARGIN) + (cell - tile.width) // 2
             sheet.paste(tile, (left, top))
@@ -50,12 +50,12 @@ def contact_sheet(
 def labelled_grid(
     rows: Sequence[Sequence[UInt8[np.ndarray, "_height _width 3"]]], columns: Sequence[str], labels: Sequence[str]
 ) -> Image.Image:
-    """Images in a grid, `columns` above and `labels` on the left, both wrapped. Small images are enlarged."""
-    largest = max(max(picture.shape[:2]) for row in rows for picture in row)
+    """Images in a grid, `columns` above, `labels` on the left, both wrapped. Images below 160 pixels are enlarged."""
+    largest = max(max(image.shape[:2]) for row in rows for image in row)
     scale = max(1, 160 // largest)
     font = ImageFont.load_default(_FONT)
     widths = [max(row[column].shape[1] for row in rows) * scale for column in range(len(columns))]
-    heights = [max(picture.shape[0] for picture in row) * scale for row in rows]
+    heights = [max(image.shape[0] for image in row) * scale for row in rows]
     tops = [textwrap.wrap(text, max(8, width // 6)) for text, width in zip(columns, widths, strict=True)]
     sides = [[line for part in text.splitlines() for line in textwrap.wrap(part, 22)] for text in labels]
     left = _MARGIN + (22 * 6 if any(sides) else 0)
@@ -81,7 +81,7 @@ def labelled_grid(
 
 
 def save_png(image: Image.Image, path: Path, text: dict[str, str] | None = None) -> None:
-    """Writes a PNG whole or not at all, with `text` as its text chunks."""
+    """An atomic write of a PNG, with `text` as its text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()

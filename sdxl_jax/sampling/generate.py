@@ -1,15 +1,15 @@
 """From prompts to images: the functions that users call.
 
     text_to_image     prompts → images
-    image_to_image    an image is noised to some strength, and the rest of the way is gone again
+    image_to_image    an init image is noised to a strength, and that part of the denoising schedule is run
     inpaint           the same where a mask is white; elsewhere the image stays
     refine            image to image with a refiner
 
-All are `generate` with other arguments, which also gives latents, takes a refiner, and can be watched. What happens on
-the devices is `program`; what can be asked for is `options.Options`, and which steps follow from it is `plan`.
+All are `generate` with other arguments, which also returns latents, takes a refiner, and has a callback for each step.
+What happens on the devices is `program`; the options are `options.Options`, and `plan` works out the steps from them.
 
 Programs are keyed on configurations and shapes: a second call with the same shapes compiles nothing, whatever the
-prompts, seeds, sizes that the model is told, and strengths.
+prompts, seeds, micro-conditioning and strengths.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from tqdm import tqdm
 
 from sdxl_jax import sharding
-from sdxl_jax.arrays import MicroConditioning, Size
+from sdxl_jax.arrays import MicroConditioning, Size, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.prompts import check_text
@@ -35,41 +35,44 @@ from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
+from sdxl_jax.samplers.loop import State
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
 from sdxl_jax.sampling.options import Options, Position
 from sdxl_jax.sampling.plan import SegmentStart, levels_of, prepare
-from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, Strengths
+from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, RowCallback, SampledBatch, Strengths
 
 Images = UInt8[np.ndarray, "images height width 3"]
 
 
 class Generated(NamedTuple):
+    """Images and their latents."""
+
     images: Images
     latents: Float[np.ndarray, "images latent_height latent_width channels"]
     """Scaled, as the UNet sees them."""
 
 
 class StepState(NamedTuple):
-    """What a watcher is told after each step."""
+    """What the callback receives after each step: progress of the batch, and a preview of its latents."""
 
     step: int
     """Steps that are done, of this batch."""
     steps: int
     """Steps of this batch."""
     images: int
-    """Images of this batch."""
+    """Number of images in this batch."""
     first: int
     """Number of its first image."""
-    x0: jax.Array
-    """The latents as the network sees them finished, scaled."""
+    x0: Float[jax.Array, "images latent_height latent_width channels"]
+    """The network's last prediction of the finished latents, scaled."""
 
 
 StepCallback = Callable[[StepState], None]
 
 
 def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compute()) -> TextConditioning:
-    """Text states of prompts: context [prompts, 77, features]; pooled [prompts, projection] where the model has it."""
+    """Text states of prompts: context [prompts, 77, features], and pooled [prompts, projection] if the model has it."""
     _check_parts(model, *(tower.name for tower in model.config.text))
     tokens = Tokenizer.of(model.config.text)(list(prompts))
     return text.encode(model.config.text, model.params, tokens, compute)
@@ -81,8 +84,8 @@ def generate(
     *,
     negative_prompts: Sequence[str | None] | None = None,
     refiner: Model | None = None,
-    init_image: UInt8[np.ndarray, "rows columns 3"] | None = None,
-    mask: Bool[np.ndarray, "mask_rows mask_columns"] | None = None,
+    init_image: UInt8[np.ndarray, "init_height init_width 3"] | None = None,
+    mask: Bool[np.ndarray, "mask_height mask_width"] | None = None,
     init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None = None,
     compute: Compute = Compute(),
     one_program: bool = False,
@@ -93,24 +96,25 @@ def generate(
     """Images and their latents, in order of prompts, then images.
 
     Args:
-        negative_prompts: one a prompt; None, or a None in it: no negative prompt, which is not the same as "".
-        refiner: takes over for the last steps (`handoff`), or goes over the finished latent (`refine_strength`). It may
-            do without its own text encoder, if the model has the same.
-        init_image: 0..255; what the images start from. It is brought to height × width by covering it and cropping
-            at the centre.
+        negative_prompts: one per prompt; None, or a None in the list: no negative prompt, which is not the same as "".
+        refiner: runs the last steps (`handoff`), or refines the finished latent (`refine_strength`). It may lack its
+            own text encoder, if the model has the same.
+        init_image: 0..255; the image that sampling starts from. It is resized to cover height × width and cropped at
+            the centre.
         mask: with an init image, of its size: True is repainted. Outside of it the image keeps its own pixels.
         init_noise: standard normal, in place of the seeded noise.
         one_program: compile text encoders, loop and decoder as one program instead of one each.
-        progress: show a bar, step by step unless `one_program`.
-        watch: called after each step.
+        progress: show a progress bar, step by step unless `one_program`.
+        callback: called after each step; has no effect with `one_program`.
         options: the fields of `options.Options`, or `options=Options(…)`.
 
-    Raises InputError for what cannot be made, before anything is compiled, where memory does not suffice, and, as
-    `nonfinite.NonFiniteError`, where weights lead to an image that is not finite: then there are no images of the call.
+    Raises InputError for invalid arguments, before anything is compiled; where the devices' memory does not suffice;
+    and, as `nonfinite.NonFiniteError`, where the model's weights lead to a non-finite image: then no image is returned.
     """
     given = options.pop("options", None)
-    job = _Job(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given or Options(**options))
-    return job.run(compute, one_program, progress, callback)
+    given = given or Options(**options)
+    generation = _Generation(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given)
+    return generation.run(compute, one_program, progress, callback)
 
 
 def text_to_image(model: Model, prompts: Sequence[str], **options: Any) -> Images:
@@ -119,32 +123,34 @@ def text_to_image(model: Model, prompts: Sequence[str], **options: Any) -> Image
 
 
 def image_to_image(
-    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any
+    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "init_height init_width 3"], **options: Any
 ) -> Images:
-    """Images that start from an image, SDEdit: Meng et al. 2021, arXiv:2108.01073. `strength` (0.3) of the way from
-    noise is gone again. The options are those of `generate`."""
+    """Image to image, SDEdit: Meng et al. 2021, arXiv:2108.01073. The image is noised, and `strength` (0.3) of the
+    denoising schedule is run from there. The options are those of `generate`."""
     return generate(model, prompts, init_image=image, **options).images
 
 
 def inpaint(
     model: Model,
     prompts: Sequence[str],
-    image: UInt8[np.ndarray, "rows columns 3"],
-    mask: Bool[np.ndarray, "mask_rows mask_columns"],
+    image: UInt8[np.ndarray, "init_height init_width 3"],
+    mask: Bool[np.ndarray, "mask_height mask_width"],
     **options: Any,
 ) -> Images:
-    """An image repainted where the mask is True: by a UNet of 9 channels, which is shown the
-    rest, or by any other, with the rest put back after every step. The options are those of `generate`."""
+    """Inpainting: the image is repainted where the mask is True. A UNet of 9 channels sees the rest of the image; with
+    any other the rest is put back after every step. The options are those of `generate`."""
     return generate(model, prompts, init_image=image, mask=mask, **options).images
 
 
-def refine(model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "rows columns 3"], **options: Any) -> Images:
+def refine(
+    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "init_height init_width 3"], **options: Any
+) -> Images:
     """Image to image with a refiner as the model: Podell et al. (arXiv:2307.01952), section 2.5."""
     return image_to_image(model, prompts, image, **options)
 
 
-class _Job:
-    """One call: checked, and as rows of which batches are taken."""
+class _Generation:
+    """One call of `generate`: its checked arguments, as rows from which batches are taken."""
 
     def __init__(
         self,
@@ -152,26 +158,28 @@ class _Job:
         refiner: Model | None,
         prompts: Sequence[str],
         negatives: Sequence[str | None] | None,
-        init_image: np.ndarray | None,
-        mask: np.ndarray | None,
-        init_noise: np.ndarray | None,
+        init_image: UInt8[np.ndarray, "init_height init_width 3"] | None,
+        mask: Bool[np.ndarray, "mask_height mask_width"] | None,
+        init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None,
         options: Options,
     ):
         config = model.config
         if isinstance(prompts, str):
             raise InputError(f"prompts is one text, {prompts[:40]!r}. Give a list of texts")
         if not prompts:
-            raise InputError("There is nothing to make: give at least one prompt")
+            raise InputError("There are no prompts. Give at least one")
         negatives = [None] * len(prompts) if negatives is None else negatives
         if len(negatives) != len(prompts):
-            raise InputError(f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one each, or none")
-        for number, (prompt, other) in enumerate(zip(prompts, negatives, strict=True), 1):
+            raise InputError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one per prompt, or none"
+            )
+        for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True), 1):
             check_text(prompt, f"Prompt {number}")
-            check_text(other or "", f"Negative prompt {number}")
+            check_text(negative or "", f"Negative prompt {number}")
         _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
         self.shares_text = False if refiner is None else _shares_text(model, refiner)
         prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask)
-        self.size, self.original, self.mask, self.segments, self.segment_arrays = prepared
+        self.size, self.init_image, self.mask, self.segments, self.segment_arrays = prepared
         self.model, self.refiner, self.options = model, refiner, options
         prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
         self.count = len(prompts)
@@ -181,33 +189,41 @@ class _Job:
 
     @property
     def steps(self) -> int:
-        """Rows of all segments: what a batch goes through."""
+        """Rows of all segments: the network evaluations of a batch, guidance aside."""
         return sum(len(each.plan.timestep) for each in self.segment_arrays)
 
     def _make_rows(
-        self, prompts: list[str], negatives: list[str | None], init_noise: np.ndarray | None
+        self,
+        prompts: list[str],
+        negatives: list[str | None],
+        init_noise: Float[np.ndarray, "_images _latent_height _latent_width _channels"] | None,
     ) -> dict[str, Any]:
-        """What each image is made from, one row an image."""
+        """The fields of `Inputs` that differ from image to image, one row per image."""
         config, options, count = self.model.config, self.options, self.count
         factor = config.vae.downsampling
         latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
         numbers = options.first_index + np.arange(count)
         if init_noise is not None and init_noise.shape != (count, *latent):
-            raise InputError(f"The initial noise has shape {init_noise.shape}, expected {(count, *latent)}")
+            given, expected = (" × ".join(map(str, shape)) for shape in (init_noise.shape, (count, *latent)))
+            raise InputError(
+                f"The initial noise has the shape {given}, expected {expected} (images × latent height × latent width "
+                "× channels). Give noise of that shape, or leave it out"
+            )
         if init_noise is not None and not np.isfinite(init_noise).all():
-            raise InputError("The initial noise has non-finite numbers (NaN or inf). Give standard normal ones")
+            raise InputError("The initial noise has non-finite values (NaN or inf). Give standard normal noise")
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(options.seed)))(numbers)
 
-        def normal(purpose: int) -> jax.Array:
+        def normal(purpose: int) -> Float[jax.Array, "images latent_height latent_width channels"]:
             return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, purpose), latent))(keys)
 
-        renoised = any(segment.start_segment is SegmentStart.RENOISE and segment.model for segment in self.segments)
+        renoised = any(segment.start is SegmentStart.RENOISE and segment.model for segment in self.segments)
         tokenizer = Tokenizer.of(config.text)
-        read = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
-        tokens, negative = read(prompts), read([each or "" for each in negatives])
+        tokenise = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
+        texts = [each or "" for each in negatives]
+        tokens, negative = tokenise(prompts), tokenise(texts)
         chunks = max(tokens.chunks, negative.chunks)
         if tokens.chunks != negative.chunks:
-            tokens, negative = read(prompts, chunks=chunks), read([each or "" for each in negatives], chunks=chunks)
+            tokens, negative = tokenise(prompts, chunks=chunks), tokenise(texts, chunks=chunks)
         return {
             "tokens": tokens,
             "negative_tokens": negative,
@@ -220,18 +236,20 @@ class _Job:
         }
 
     def _init_rows(self) -> InitInputs | None:
-        if self.original is None:
+        if self.init_image is None:
             return None
         config, count = self.model.config, self.count
 
-        def repeat(one: np.ndarray) -> np.ndarray:
+        def repeat(
+            one: Shaped[np.ndarray, "height width channels"],
+        ) -> Shaped[np.ndarray, "images height width channels"]:
             return np.broadcast_to(one, (count, *one.shape))
 
         if self.mask is None:
-            return InitInputs(repeat(self.original), None, None)
-        cells = init_images.latent_mask(self.mask, config.vae.downsampling)
+            return InitInputs(repeat(self.init_image), None, None)
+        latent_mask = init_images.latent_mask(self.mask, config.vae.downsampling)
         hidden = repeat(self.mask[..., None]) if config.sees_mask else None
-        return InitInputs(repeat(self.original), repeat(cells), hidden)
+        return InitInputs(repeat(self.init_image), repeat(latent_mask), hidden)
 
     def run(self, compute: Compute, one_program: bool, progress: bool, callback: StepCallback | None) -> Generated:
         options, models = self.options, [self.model, *([] if self.refiner is None else [self.refiner])]
@@ -242,14 +260,14 @@ class _Job:
             compute,
             options.decode_tile,
         )
-        settled = options.resolved(self.model.config)
-        levels = levels_of(self.model.config, settled, self.model.config.sampling)
-        strengths = (settled.guidance or 0.0, options.pag, options.guidance_rescale)
-        fixed: dict[str, Any] = {
+        resolved = options.resolved(self.model.config)
+        levels = levels_of(self.model.config, resolved, self.model.config.sampling)
+        strengths = (resolved.guidance or 0.0, options.pag, options.guidance_rescale)
+        shared: dict[str, Any] = {
             "params": tuple(each.params for each in models),
             "segment_arrays": self.segment_arrays,
             "strengths": Strengths(*map(np.float32, strengths)),
-            "scale": np.float32(initial_scale(find(settled.sampler or ""), levels, settled.timestep_spacing)),
+            "scale": np.float32(initial_scale(find(resolved.sampler or ""), levels, resolved.timestep_spacing)),
         }
         images, latents = [], []
         mesh = _mesh_of(self.model)
@@ -257,46 +275,45 @@ class _Job:
         batch_size = -(-min(options.batch_size, self.count) // parts) * parts
         starts = range(0, self.count, batch_size)
         total = self.count if one_program else len(starts) * self.steps
-        with _within(mesh), _memory(options), _Bar(total, not one_program, progress) as bar:
+        with _within(mesh), _explained_out_of_memory(options), _Bar(total, not one_program, progress) as bar:
             for start in starts:
-                # The last batch is filled up with its last row, so that it needs no compilation of its own.
+                # The last batch is padded with its last row, so that it needs no compilation of its own.
                 index = np.minimum(np.arange(start, start + batch_size), self.count - 1)
-                batch = jax.tree.map(lambda row: row[index], self.rows)  # noqa: B023 (used within the iteration)
-                inputs = Inputs(**fixed, **_place(mesh, batch))
+                rows = jax.tree.map(lambda row: row[index], self.rows)  # noqa: B023 (used within the iteration)
+                inputs = Inputs(**shared, **_place(mesh, rows))
                 size = min(batch_size, self.count - start)
                 if one_program:
-                    drawn = program.whole(inputs, recipe)
+                    batch = program.whole(inputs, recipe)
                 else:
-                    seen = self._callback_of(bar, callback, start, size)
-                    drawn = program.staged(inputs, recipe, seen if progress or callback else None)
-                drawn = program.SampledBatch(*(_on_host(each)[:size] for each in drawn))
-                nonfinite.check(drawn, inputs, recipe, options.first_index + start)
-                latents.append(drawn.latents)
-                images.append(self._finished(drawn.images))
+                    after_row = self._row_callback(bar, callback, start, size)
+                    batch = program.staged(inputs, recipe, after_row if progress or callback else None)
+                batch = SampledBatch(*(_on_host(each)[:size] for each in batch))
+                nonfinite.check(batch, inputs, recipe, options.first_index + start)
+                latents.append(batch.latents)
+                images.append(self._composited(batch.images))
                 bar.batch(size)
         return Generated(np.concatenate(images), np.concatenate(latents))
 
-    def _callback_of(
-        self, bar: "_Bar", callback: StepCallback | None, first: int, size: int
-    ) -> Callable[[int, program.State], None]:
-        def seen(row: int, state: program.State) -> None:
+    def _row_callback(self, bar: "_Bar", callback: StepCallback | None, first: int, size: int) -> RowCallback:
+        def after_row(row: int, state: State) -> None:
             bar.row(state)
             if callback is not None:
                 callback(StepState(row + 1, self.steps, size, self.options.first_index + first, state.x0[:size]))
 
-        return seen
+        return after_row
 
-    def _finished(self, images: np.ndarray) -> np.ndarray:
-        if self.mask is None or self.original is None:
+    def _composited(self, images: Images) -> Images:
+        """With the init image's own pixels outside of the mask, if there is one."""
+        if self.mask is None or self.init_image is None:
             return images
-        return np.stack([init_images.composite(self.original, image, self.mask) for image in images])
+        return np.stack([init_images.composite(self.init_image, image, self.mask) for image in images])
 
 
 def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroConditioning, MicroConditioning]:
-    """What the model is told of sizes and crops, for the prompts and for the negative prompts; one row an image."""
+    """Micro-conditioning (sizes, crop, aesthetic score) of prompts and of negative prompts, one row per image."""
 
     def rows(original: Size | None, crop: Position | None, target: Size | None, score: float) -> MicroConditioning:
-        def repeat(pair: tuple[int, int]) -> np.ndarray:
+        def repeat(pair: tuple[int, int]) -> Int32[np.ndarray, "images 2"]:
             return np.tile(np.array(pair, np.int32), (count, 1))
 
         scores = np.full(count, score, np.float32)
@@ -318,7 +335,7 @@ def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroCondition
 
 
 def _shares_text(model: Model, refiner: Model) -> bool:
-    """Whether the refiner does without its own text encoder, which must then be the model's last."""
+    """Whether the refiner lacks its own text encoder, which must then be the model's last."""
     _check_parts(refiner, "unet")
     towers = refiner.config.text
     if all(tower.name in refiner.params for tower in towers):
@@ -331,67 +348,67 @@ def _shares_text(model: Model, refiner: Model) -> bool:
 def _check_parts(model: Model, *needed: str) -> None:
     if missing := [part for part in needed if part not in model.params]:
         raise InputError(
-            f"The model has no {', '.join(missing)}, only {', '.join(model.params)}. Give a whole model, or the "
+            f"The model has no {', '.join(missing)}, only {', '.join(model.params)}. Give a complete model, or the "
             "missing parts with --parts-from"
         )
 
 
 def _mesh_of(model: Model) -> Mesh | None:
-    """The mesh that the parameters lie on, if it is one of ours."""
+    """The mesh that the parameters are placed on, if it is one of `sharding`'s."""
     place = jax.tree.leaves(model.params["unet"])[0].sharding
     mesh = place.mesh if isinstance(place, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and set(mesh.axis_names) == set(sharding.AXES) else None
 
 
 def _within(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
-    """The mesh set, unless one is."""
+    """Sets the mesh as jax's current one, unless there is one."""
     if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     return jax.set_mesh(mesh)
 
 
 def _place(mesh: Mesh | None, batch: Any) -> Any:
-    """A batch where the parameters are, split over the mesh: whatever is computed from it then lies alike, and no
-    program is compiled twice. Of several processes, each leaves its own to jax."""
+    """A batch placed with the parameters, split over the mesh: whatever is computed from it then has the same sharding,
+    and no program is compiled twice. With several processes, placing is left to jax."""
     if mesh is None or jax.process_count() > 1:
         return batch
     return jax.device_put(batch, sharding.batch_sharding(mesh) if mesh.size > 1 else sharding.replicated(mesh))
 
 
 @contextlib.contextmanager
-def _memory(options: Options) -> Iterator[None]:
-    """Out of memory, told with what to change."""
+def _explained_out_of_memory(options: Options) -> Iterator[None]:
+    """Raises InputError with the options to change where the devices' memory does not suffice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if (said := out_of_memory(error)) is None:
+        if (reason := out_of_memory(error)) is None:
             raise
-        knobs = [
+        remedies = [
             f"batch_size below {options.batch_size}" if options.batch_size > 1 else "",
             "dtype bfloat16",
-            "" if options.sequential else "sequential, for guidance in two calls",
+            "" if options.sequential else "sequential, which evaluates prompt and negative prompt one after the other",
             "decode_tile 512, for the autoencoder" if options.decode_tile is None else "",
-            "mesh.fsdp, to share the weights over devices",
+            "mesh.fsdp, to shard the weights over devices",
         ]
         raise InputError(
-            f"Memory does not suffice ({said[:200]}). What helps, in this order: {'; '.join(filter(None, knobs))}"
+            f"The devices are out of memory ({reason[:200]}). Try, in this order: {'; '.join(filter(None, remedies))}"
         ) from error
 
 
-def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The whole of an array; of one that is spread over several processes, in each of them."""
+def _on_host(array: Shaped[type_of_array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """The whole array as numpy, in every process, also where it is sharded over several."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 class _Bar:
-    """Progress, in steps of batches; or in images, of a program that cannot be looked into."""
+    """Progress bar, in steps of batches; or in images, where all steps are one program."""
 
     def __init__(self, total: int, stepwise: bool, show: bool):
         self._stepwise, self._show = stepwise, show
         self._bar = tqdm(total=total, desc="sampling", unit="step" if stepwise else "image", disable=not show)
-        self._made, self._began = 0, time.monotonic()
+        self._images, self._start = 0, time.monotonic()
 
     def __enter__(self) -> "_Bar":
         return self
@@ -399,13 +416,13 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def row(self, state: program.State) -> None:
+    def row(self, state: State) -> None:
         if self._show:
             jax.block_until_ready(state.x0)  # or the bar would run ahead of the devices
             self._bar.update()
 
     def batch(self, images: int) -> None:
-        self._made += images
+        self._images += images
         if not self._stepwise:
             self._bar.update(images)
-        self._bar.set_postfix_str(f"{self._made / (time.monotonic() - self._began):.3g} images/s")
+        self._bar.set_postfix_str(f"{self._images / (time.monotonic() - self._start):.3g} images/s")

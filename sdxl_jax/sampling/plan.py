@@ -1,8 +1,8 @@
-"""From options to segments: which steps are run by which network and with what guidance, before any weights are read.
+"""From options to segments: which steps are run with which network and guidance, before any weights are read.
 
-A denoising schedule is cut into *segments*, which are static, and their *stretches*, which are numbers: steps along which
-the same network is asked the same things. Most have one. Guidance over a part of the steps makes up to three, a refiner
-one more. `prepare` also checks what is asked for: sizes, init image and mask, a refiner that fits.
+The denoising schedule is cut into *segments*: steps that are run with the same network and the same guidance. A
+`Segment` is static, its `SegmentArrays` are traced. Most schedules have one segment. A guidance interval makes up to
+three, a refiner one more. `prepare` also checks the options: sizes, init image and mask, a refiner that fits.
 
 What happens on the devices is `program`.
 """
@@ -11,10 +11,11 @@ import dataclasses
 import enum
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from sdxl_jax.arrays import Size
 from sdxl_jax.diffusion import schedule
@@ -32,56 +33,58 @@ IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
 
 
 class Terms(NamedTuple):
-    """What the network is asked at each step. Static."""
+    """The guidance terms of each step: what the network is evaluated with besides the prompt. Static."""
 
     guided: bool = False
-    """The negative prompt too."""
+    """Classifier-free guidance: the negative prompt or the unconditional embedding too."""
     perturbed: tuple[UNetPart, ...] = ()
-    """The prompt without self-attention in these parts too."""
+    """Perturbed-attention guidance: the prompt without self-attention in these parts too."""
     rescaled: bool = False
     """The guided output is rescaled."""
     sequential: bool = False
-    """One after the other, not as one batch."""
+    """The network is evaluated once per term, not once for a batch of all."""
 
 
 class SegmentStart(enum.Enum):
-    """How a segment takes over."""
+    """The state that a segment starts from."""
 
     NOISE = "noise"
-    """Nothing but noise."""
+    """Noise alone."""
     CONTINUE = "continue"
-    """The state as it is, with what the sampler remembers."""
+    """The state after the segment before, with the sampler's memory."""
     HAND_OVER = "hand_over"
-    """The latent at its noise level; nothing is remembered."""
+    """The latent after the segment before, at its noise level, without the sampler's memory."""
     RENOISE = "renoise"
-    """The latent as a finished one, with fresh noise up to the segment's first level."""
+    """A finished latent, with fresh noise up to the segment's first level."""
 
 
 class Segment(NamedTuple):
-    """Static."""
+    """The static part of a segment: steps of the denoising schedule with the same network and guidance."""
 
     model: int
-    """Number of the model that is asked: 0, or 1 for the refiner."""
+    """Number of the model whose UNet is evaluated: 0, or 1 for the refiner."""
     terms: Terms
     stochastic: bool
-    start_segment: SegmentStart
+    """Whether the sampler adds fresh noise."""
+    start: SegmentStart
 
 
 class SegmentArrays(NamedTuple):
-    """A segment's numbers. Traced."""
+    """The traced part of a segment: noise levels, weights, and its place in the schedule."""
 
     plan: Plan
-    first: Any
-    """Number of its first row, for the keys."""
+    """The sampler's rows of this segment, float32."""
+    first: int | np.integer | Int[jax.Array, ""]
+    """Number of its first row within the whole denoising schedule, for the keys of fresh noise."""
 
 
 def plan_segments(
     config: ModelConfig, refiner: ModelConfig | None, options: Options, image: bool = False, mask: bool = False
 ) -> tuple[tuple[Segment, ...], tuple[SegmentArrays, ...]]:
-    """The segments of a way, and their rows. Raises InputError where a part has none.
+    """The segments of the denoising schedule, and their numbers. Raises InputError where a part of it has no steps.
 
-    image, mask: whether there is an init image, and a mask with it. With a mask the whole way begins with nothing but
-    noise, as in diffusers; without one it begins with the image far below the noise.
+    image, mask: whether there is an init image, and a mask with it. With a mask the full schedule (strength 1) starts
+    from noise alone, as in diffusers; without one it starts from the init image with the noise of the first level.
     """
     options = options.resolved(config)
     sampler, segments, segment_arrays = options.method(config), [], []
@@ -89,16 +92,16 @@ def plan_segments(
     skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
     start = SegmentStart.RENOISE if image and (skipped or not mask) else SegmentStart.NOISE
 
-    def add_segments(number: int, levels: Levels, first: int, stop: int, start_segment: SegmentStart) -> None:
-        """Segments along levels `first` to `stop`, cut where guidance begins or ends."""
+    def add_segments(number: int, levels: Levels, first: int, stop: int, start: SegmentStart) -> None:
+        """Segments of steps `first` to `stop` with model `number`, cut where guidance begins or ends."""
         plan = sampler.plan(levels.since(first), options.eta)
         _check_finite(plan, refiner if number and refiner is not None else config, options)
         stochastic, done = plan.stochastic, sum(len(each.plan.timestep) for each in segment_arrays)
-        for low, high, terms in _cuts(options, config, first, stop):
+        for low, high, terms in _guidance_cuts(options, config, first, stop):
             rows = plan.between(sampler.evaluations * (low - first), _row(sampler.evaluations, high - first, plan))
-            segments.append(Segment(number, terms, stochastic, start_segment))
-            segment_arrays.append(SegmentArrays(_rows(rows), np.int32(done)))
-            done, start_segment = done + len(rows.timestep), SegmentStart.CONTINUE
+            segments.append(Segment(number, terms, stochastic, start))
+            segment_arrays.append(SegmentArrays(_float32(rows), np.int32(done)))
+            done, start = done + len(rows.timestep), SegmentStart.CONTINUE
 
     steps, refine = options.steps, refiner is not None and options.refine_strength is not None
     if refiner is None or refine:
@@ -108,46 +111,47 @@ def plan_segments(
         cutoff = round((1 - handoff) * config.schedule.timesteps)
         split = int((levels.timestep >= cutoff).sum())
         if not skipped < split < steps:
-            who = "the refiner" if split >= steps else "the model before it"
+            who = "the refiner" if split >= steps else "the base"
             raise InputError(
-                f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Choose one nearer to "
+                f"handoff={handoff:g} leaves {who} none of the {steps - skipped} steps. Give a handoff nearer to "
                 f"{HANDOFF:g}, or more steps"
             )
         add_segments(0, levels, skipped, split, start)
         add_segments(1, levels_of(refiner, options, config.sampling), split, steps, SegmentStart.HAND_OVER)
     if refine:
         assert refiner is not None
-        again = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
-        add_segments(1, levels_of(refiner, options, config.sampling), steps - again, steps, SegmentStart.RENOISE)
+        refined = _steps_of(options.refine_strength or 0.0, steps, "refine_strength")
+        add_segments(1, levels_of(refiner, options, config.sampling), steps - refined, steps, SegmentStart.RENOISE)
     return tuple(segments), tuple(segment_arrays)
 
 
 def _check_finite(plan: Plan, config: ModelConfig, options: Options) -> None:
-    """Raises InputError for steps from which nothing but NaN could come."""
+    """Raises InputError for weights or noise levels that lead to NaN whatever the network predicts."""
     if config.prediction is Prediction.EPSILON and not plan.alpha.all():
         raise InputError(
-            "The noise schedule leaves nothing of the image at its last timestep (zero terminal SNR), where a model "
-            "that predicts noise has no answer. Give --prediction v_prediction if that is so, or another sampler"
+            "The noise schedule has zero terminal SNR: its last timestep is noise alone, from which a model that "
+            "predicts noise cannot be sampled. Give --prediction v_prediction if the model predicts v, or another "
+            "sampler"
         )
     if _is_finite(plan):
         return
     fewer = (dataclasses.replace(options, steps=steps) for steps in range(options.steps - 1, 0, -1))
-    works = (
+    finite = (
         each.steps
         for each in fewer
         if _is_finite(each.method(config).plan(levels_of(config, each, config.sampling), each.eta))
     )
-    most = next(works, None)
-    remedy = "Choose another sampler or timestep_spacing" if most is None else f"The most that work are {most}"
+    most = next(finite, None)
+    remedy = "Use another sampler or timestep_spacing" if most is None else f"Use {most} steps or fewer"
     raise InputError(
-        f"steps={options.steps}: sampler {options.sampler} has non-finite weights between levels so near to each "
-        f"other. {remedy}"
+        f"steps={options.steps}: sampler {options.sampler} has non-finite weights (NaN or inf) between noise levels so "
+        f"close to each other. {remedy}"
     )
 
 
 def _is_finite(plan: Plan) -> bool:
     with np.errstate(over="ignore"):
-        return all(np.isfinite(column).all() for column in _rows(plan))
+        return all(np.isfinite(column).all() for column in _float32(plan))
 
 
 def _strength(options: Options, mask: bool) -> float:
@@ -157,8 +161,8 @@ def _strength(options: Options, mask: bool) -> float:
 
 
 def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults | None) -> Levels:
-    """The noise levels that a model's steps visit. options: `resolved`, as the whole way has them; defaults: of the
-    first model."""
+    """The noise levels that a model's steps visit. options: `resolved`, those of the whole schedule; defaults: the
+    first model's."""
     defaults, sampler = defaults or SamplingDefaults(), options.sampler or ""
     return make_levels(
         find(sampler),
@@ -172,16 +176,18 @@ def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults 
 
 
 def _steps_of(strength: float, steps: int, name: str) -> int:
-    """The last steps of a way, which begin at a strength."""
+    """The number of last steps that a strength runs. name: its option, for the message."""
     if not (count := min(int(steps * strength), steps)):
-        raise InputError(f"{name}={strength:g} of {steps} steps is none. Give at least {1 / steps:.3g}, or more steps")
+        raise InputError(
+            f"{name}={strength:g} leaves 0 of {steps} steps to run. Give at least {1 / steps:.3g}, or more steps"
+        )
     return count
 
 
-def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
-    """(first, stop, terms) of each part of some steps in which the same is asked."""
+def _guidance_cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
+    """(first, stop, terms) of each part of the steps with the same guidance terms."""
     guided = options.resolved(config).guidance != 1
-    asked = Terms(
+    terms = Terms(
         guided,
         options.pag_parts if options.pag else (),
         bool(options.guidance_rescale) and (guided or bool(options.pag)),
@@ -191,7 +197,7 @@ def _cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Itera
     marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
     for start, end in itertools.pairwise(marks):
         inside = low <= start and end <= high
-        yield start, end, asked if inside else Terms()
+        yield start, end, terms if inside else Terms()
 
 
 def _row(evaluations: int, steps: int, plan: Plan) -> int:
@@ -199,17 +205,19 @@ def _row(evaluations: int, steps: int, plan: Plan) -> int:
     return min(evaluations * steps, len(plan.timestep))
 
 
-def _rows(plan: Plan) -> Plan:
+def _float32(plan: Plan) -> Plan:
     return Plan._make(column.astype(np.float32) for column in plan)
 
 
 class Prepared(NamedTuple):
-    """What can be said of images without a model's weights."""
+    """What follows from options and init image before a model's weights are read."""
 
     size: Size
+    """Of the images that are generated."""
     image: UInt8[np.ndarray, "height width 3"] | None
-    """Init image at the images' size."""
+    """Init image, at that size."""
     mask: Bool[np.ndarray, "height width"] | None
+    """At that size; True is repainted."""
     segments: tuple[Segment, ...]
     segment_arrays: tuple[SegmentArrays, ...]
 
@@ -218,34 +226,42 @@ def prepare(
     config: ModelConfig,
     refiner: ModelConfig | None,
     options: Options,
-    init_image: np.ndarray | None = None,
-    mask: np.ndarray | None = None,
+    init_image: UInt8[np.ndarray, "init_height init_width 3"] | None = None,
+    mask: Bool[np.ndarray, "mask_height mask_width"] | None = None,
 ) -> Prepared:
-    """Checks what is asked for, and works out what follows from it; raises InputError. Quick: it needs no weights."""
+    """Checks options, refiner, init image and mask, and plans the segments. Raises InputError. Quick: needs no weights.
+
+    mask: of the init image's size.
+    """
     options.check(config)
     _check_refiner(config, refiner, options)
     size = _size(config, options, init_image)
     if init_image is None and options.strength is not None:
-        raise InputError(f"strength={options.strength} has no effect without an init image. Give one, or leave it out")
+        raise InputError(
+            f"strength={options.strength:g} has no effect without an init image. Give one, or leave strength out"
+        )
     original, fitted = _fit_init(config, init_image, mask, size)
     return Prepared(
         size, original, fitted, *plan_segments(config, refiner, options, original is not None, fitted is not None)
     )
 
 
-def _size(config: ModelConfig, options: Options, image: np.ndarray | None) -> Size:
+def _size(config: ModelConfig, options: Options, image: UInt8[np.ndarray, "height width 3"] | None) -> Size:
     factor = config.vae.downsampling
-    own = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
-    height = own[0] if options.height is None else options.height
-    width = own[1] if options.width is None else options.width
+    default = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
+    height = default[0] if options.height is None else options.height
+    width = default[1] if options.width is None else options.width
     check_size(height, width, factor)
     return Size(height, width)
 
 
 def _fit_init(
-    config: ModelConfig, image: np.ndarray | None, mask: np.ndarray | None, size: Size
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Init image and mask at the size of the images."""
+    config: ModelConfig,
+    image: UInt8[np.ndarray, "_height _width 3"] | None,
+    mask: Bool[np.ndarray, "_mask_height _mask_width"] | None,
+    size: Size,
+) -> tuple[UInt8[np.ndarray, "height width 3"] | None, Bool[np.ndarray, "height width"] | None]:
+    """Init image and mask at the size of the images that are generated."""
     if config.sees_mask and (image is None or mask is None):
         raise InputError(
             f"The UNet takes {config.unet.in_channels} channels, the latent has {config.vae.latent_channels}: a model "
@@ -257,17 +273,17 @@ def _fit_init(
             f"UNet of {config.vae.latent_channels}, or of {2 * config.vae.latent_channels + 1} for inpainting"
         )
     if mask is not None and image is None:
-        raise InputError("A mask needs an init image of its size. Give both")
+        raise InputError("A mask needs an init image of its size, and there is none. Give both")
     if image is None:
         return None, None
     if mask is not None and mask.shape != image.shape[:2]:
         raise InputError(
             f"The mask has {mask.shape[0]}×{mask.shape[1]} pixels (height × width), the init image "
-            f"{image.shape[0]}×{image.shape[1]}. Give one of the same size"
+            f"{image.shape[0]}×{image.shape[1]}. Give a mask of the init image's size"
         )
     fitted = None if mask is None else init_images.fit_mask(mask, *size)
     if fitted is not None and not fitted.any():
-        raise InputError("The mask is black, so nothing would be repainted. Make white what is to be repainted")
+        raise InputError("The mask is all black, so nothing would be repainted. Paint white what is to be repainted")
     return init_images.fit(image, *size), fitted
 
 
@@ -284,8 +300,11 @@ def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Op
         )
     if not refiner.is_refiner:
         raise InputError(
-            f"The model that is given as the refiner attends to text states of width {refiner.unet.context_dim} "
-            "and is told no aesthetic score, so it is none. Give a refiner, which attends to bigG's 1280 alone"
+            f"The refiner is not a refiner: it attends to text states of width {refiner.unet.context_dim} and is not "
+            "conditioned on an aesthetic score. Give SDXL's refiner or one like it, which attends to bigG's 1280 alone"
         )
     if refiner.vae.latent_channels != config.vae.latent_channels:
-        raise InputError("Model and refiner have latents of different channels. Use a refiner of the same latent space")
+        raise InputError(
+            f"The model's latent has {config.vae.latent_channels} channels, the refiner's "
+            f"{refiner.vae.latent_channels}. Give a refiner of the same latent space"
+        )

@@ -1,10 +1,10 @@
-"""A look at latents without an autoencoder: an image at an eighth of the size, by one linear map a position.
+"""Previews of latents without an autoencoder: an image at an eighth of the size, by one linear map per latent pixel.
 
     rgb = latent · W + b
 
-SDXL's latent is close to the colours that it stands for: a 4 → 3 map, fitted here, explains most of what an 8 × 8 block
-of pixels is on average. Sharper and slower is the tiny autoencoder (`models/taesd.py`), whose `vae.decode` gives the
-image at full size. Other latent spaces (SD 1.x and 2.x, of as many channels) need other numbers, which are not here.
+SDXL's latent is nearly linear in colour: a 4 → 3 map, fitted here, explains most of the mean colour of a block of 8 × 8
+pixels. Sharper and slower is the tiny autoencoder (`models/taesd.py`), whose `vae.decode` gives the image at full size.
+Other latent spaces (SD 1.x and 2.x, of as many channels) need other numbers, which are not here.
 """
 
 import numpy as np
@@ -23,22 +23,23 @@ _WEIGHTS = np.array(
 )
 _BIAS = np.array([0.5336, 0.4948, 0.4473], np.float32)
 """Colours 0..1. Least squares over the latents that TAESDXL's encoder gives 363 photographs of COCO 2017
-(`benchmarks/latent_colours.py`). What it leaves is 22 of 255 levels (root mean square; held out, 22.2), of a deviation
-of 66: it explains 87, 90 and 86 % of red, green and blue."""
+(`benchmarks/latent_colours.py`). The residual is 22 of 255 levels (root mean square; held out, 22.2), of a deviation of
+66: the map explains 87, 90 and 86 % of the variance of red, green and blue."""
 
 
 def latent_to_rgb(
     latent: Float[np.ndarray, "batch latent_height latent_width channels"],
 ) -> UInt8[np.ndarray, "batch latent_height latent_width 3"]:
-    """Colours 0..255 of SDXL's scaled latents (× 0.13025, as the UNet sees them), one pixel a latent position.
+    """Colours 0..255 of SDXL's scaled latents (× 0.13025, as the UNet sees them), one pixel per latent pixel.
 
-    Raises InputError for latents of other than 4 channels.
+    NaN and inf count as 0: `nonfinite` reports them once the batch is done. Raises InputError for latents that do not
+    have 4 channels.
     """
     if latent.shape[-1] != len(_WEIGHTS):
         raise InputError(
             f"The latents have {latent.shape[-1]} channels; the preview in colours is for SDXL's, of {len(_WEIGHTS)}. "
             "Decode them with the model's autoencoder"
         )
-    known = np.nan_to_num(np.asarray(latent, np.float32), posinf=0, neginf=0)  # the end says what is not finite
-    colours = known @ _WEIGHTS + _BIAS
+    finite = np.nan_to_num(np.asarray(latent, np.float32), posinf=0, neginf=0)
+    colours = finite @ _WEIGHTS + _BIAS
     return np.round(np.clip(colours, 0, 1) * 255).astype(np.uint8)

@@ -1,27 +1,28 @@
-"""Drawing, as pure functions of arrays: text to states, noise to latent, latent to image, and all three as one.
+"""Sampling as pure functions of arrays: text to states, noise to latents, latents to images, and all three as one.
 
     tokens ── text_states ──┐
-    sizes ──────────────────┴─ told ── denoise, segment by segment ── decode ── image
-    image ── encode ─────────────────────┘
+    sizes ──────────────────┴─ conditioning ──┐
+    noise ──┬─ start_segment ─────────────────┴─ denoise, segment by segment ── decode ── images
+    init image ── encode ──┘
 
-A way from noise to an image is cut into *segments* (`plan`): stretches along which the same network is asked the same
-things. Whoever watches cuts every segment into single steps, so that one compiled step serves any number of them.
+The denoising schedule is cut into *segments* (`plan`): steps that are run with the same network and guidance. With a
+callback every segment is cut into single steps, so that one compiled step serves any number of them.
 
-What is static is a `Recipe`, what is traced are `Inputs`. `draw` follows the recipe with the functions that it is
-given: plain ones within one `jax.jit` (`whole`), or each of them compiled on its own (`staged`). Not here: options,
-files, whatever the user sees; that is `generate`.
+A `Recipe` is static, `Inputs` are traced. `generate_batch` runs a recipe with the `Stages` that it is given: plain
+functions within one `jax.jit` (`whole`), or each of them compiled on its own (`staged`). Not here: options, files,
+messages to the user; that is `generate`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int32, Key, UInt8
 
-from sdxl_jax import arrays, model
-from sdxl_jax.arrays import MicroConditioning, Params, type_of_array
+from sdxl_jax import model
+from sdxl_jax.arrays import MicroConditioning, Params, normalise, to_bytes, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.prompts import PromptTokens
 from sdxl_jax.conditioning.text import TextConditioning, Tower
@@ -30,16 +31,21 @@ from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.samplers import guidance, loop
 from sdxl_jax.samplers.guidance import Conditioning, Outputs
-from sdxl_jax.samplers.loop import KnownImage, State
+from sdxl_jax.samplers.loop import KnownImage, Network, State
 from sdxl_jax.samplers.steps import Plan
 from sdxl_jax.sampling.plan import Segment, SegmentArrays, SegmentStart, Terms
 from sdxl_jax.sharding import constrain
 
 Array = jax.Array
 
+TextStates = tuple[TextConditioning, TextConditioning | None]
+"""Text states of the prompts, and of the negative prompts where there is guidance."""
+Latent = Float[Array, "batch latent_height latent_width channels"]
+"""Scaled, as the UNet sees it."""
+
 
 class Strengths(NamedTuple):
-    """How strong the terms are. Traced, so that another strength compiles nothing."""
+    """Strengths of the guidance terms. Traced, so that another strength compiles nothing."""
 
     guidance: Float[Any, ""]
     pag: Float[Any, ""]
@@ -47,14 +53,14 @@ class Strengths(NamedTuple):
 
 
 class ConditioningPair(NamedTuple):
-    """What the network is told of the prompt and of the negative prompt."""
+    """Conditioning of the prompt and of the negative prompt."""
 
     positive: Conditioning
     negative: Conditioning | None
 
 
 class Recipe(NamedTuple):
-    """Static."""
+    """The static part of a batch: models, segments, dtype."""
 
     models: tuple[ModelConfig, ...]
     shares_text: bool
@@ -62,38 +68,40 @@ class Recipe(NamedTuple):
     segments: tuple[Segment, ...]
     compute: Compute
     tile: int | None
-    """Pixels a side that are decoded at a time; None: all."""
+    """Side in pixels of the tiles in which latents are decoded; None: the whole image at once."""
 
 
 class InitInputs(NamedTuple):
-    """Inpainting and image to image: what there was."""
+    """Init image and mask, of image to image and inpainting."""
 
     image: UInt8[Any, "batch height width 3"]
     mask: Float[Any, "batch latent_height latent_width 1"] | None
     """1 where it is repainted; None: everywhere."""
     hidden: Bool[Any, "batch height width 1"] | None
-    """For UNets of 9 channels: True on what is left out of the image that they are shown."""
+    """For UNets of 9 channels: True on the pixels that are masked out of the image that the UNet sees."""
 
 
 class Inputs(NamedTuple):
-    """Traced."""
+    """The traced part of a batch: weights, tokens, noise, noise levels."""
 
     params: tuple[Params, ...]
     """Of each model."""
     tokens: PromptTokens
     negative_tokens: PromptTokens
     has_negative: Float[Any, " batch"]
-    """0 where there is no negative prompt, which is not the empty one."""
+    """0 where there is no negative prompt, which is not the same as the empty one; else 1."""
     micro: tuple[MicroConditioning, MicroConditioning]
     """Of the prompt and of the negative prompt."""
     noise: Float[Any, "batch latent_height latent_width channels"]
     """Standard normal."""
     scale: Float[Any, ""]
-    """What it is multiplied by where a way begins with nothing else."""
+    """Factor of the noise where the first segment starts from nothing else."""
     refiner_noise: Float[Any, "batch latent_height latent_width channels"] | None
     """What `SegmentStart.RENOISE` adds, standard normal."""
     keys: Key[Array, " batch"]
+    """Of each image, for the fresh noise of stochastic samplers."""
     segment_arrays: tuple[SegmentArrays, ...]
+    """Of each segment of the recipe."""
     strengths: Strengths
     init_inputs: InitInputs | None
 
@@ -109,20 +117,20 @@ def text_states(
     towers: tuple[Tower, ...],
     guided: bool,
     compute: Compute,
-) -> tuple[TextConditioning, TextConditioning | None]:
-    """Of prompts and, if needed, of negative prompts."""
+) -> TextStates:
+    """Text states of prompts and, if `guided`, of negative prompts. params: of each tower, by its name."""
     positive = text.encode_prompts(towers, params, tokens, compute)
     return positive, text.encode_prompts(towers, params, negative_tokens, compute) if guided else None
 
 
 def conditioning(
-    states: tuple[TextConditioning, TextConditioning | None],
+    states: TextStates,
     has_negative: Float[type_of_array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
     *,
     config: ModelConfig,
 ) -> ConditioningPair:
-    """What a model's network is told."""
+    """What a model's UNet is conditioned on. An absent negative prompt is the unconditional embedding."""
     positive, negative = states
     if negative is not None and config.unconditional is model.UnconditionalKind.ZEROS:
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
@@ -132,12 +140,71 @@ def conditioning(
     )
 
 
-def of_the_last(states: TextConditioning | None, width: int) -> TextConditioning | None:
-    """The states of the last tower alone, `width` wide: what a refiner that shares them is told."""
+def last_tower_states(states: TextConditioning | None, width: int) -> TextConditioning | None:
+    """The states of the last tower alone, `width` wide: what a refiner that shares them is conditioned on."""
     return None if states is None else TextConditioning(states.context[..., -width:], states.pooled)
 
 
-# The way
+# Denoising
+
+
+def guided_network(
+    params: Params,
+    conditioning: ConditioningPair,
+    strengths: Strengths,
+    mask_channels: Float[Array, "batch latent_height latent_width mask_channels"] | None,
+    *,
+    config: ModelConfig,
+    terms: Terms,
+    compute: Compute,
+) -> Network:
+    """The UNet with guidance, as the sampler's loop calls it: (x_t, timestep) → guided output.
+
+    The negative prompt, the prompt and the perturbed prompt are one batch, or with `terms.sequential` one after the
+    other.
+    """
+    conditions = [conditioning.positive]
+    if terms.guided:
+        assert conditioning.negative is not None, "guidance needs a negative"
+        conditions.insert(0, conditioning.negative)
+    if terms.perturbed:
+        conditions.append(conditioning.positive)
+    evaluations = len(conditions)
+
+    def evaluate(
+        x: Float[Array, "batch height width channels"],
+        timestep: Float[Array, ""],
+        condition: Conditioning,
+        perturbed: Bool[Array, " batch"] | None,
+    ) -> Float[Array, "batch height width out_channels"]:
+        times = jnp.full(len(x), timestep)
+        pag: dict[str, Any] = {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
+        return unet.apply(config.unet, params, x, times, condition.context, condition.vector, compute, **pag)
+
+    def network(
+        x_t: Float[Array, "batch height width channels"], timestep: Float[Array, ""]
+    ) -> Float[Array, "batch height width channels"]:
+        x = x_t if mask_channels is None else jnp.concatenate([x_t, mask_channels], axis=-1)
+        count = len(x)
+        # Self-attention is perturbed in the last evaluation.
+        perturbed = jnp.arange(evaluations) == evaluations - 1 if terms.perturbed else None
+        if evaluations == 1:
+            outputs = [evaluate(x, timestep, conditioning.positive, None)]
+        elif terms.sequential:
+            stacked = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
+            rows = None if perturbed is None else jnp.repeat(perturbed[:, None], count, axis=1)
+            outputs = list(jax.lax.map(lambda one: evaluate(x, timestep, *one), (stacked, rows)))
+        else:
+            joined = guidance.join(conditions)
+            rows = None if perturbed is None else jnp.repeat(perturbed, count)
+            batch = jnp.concatenate([x] * evaluations)
+            outputs = jnp.split(evaluate(batch, timestep, joined, rows), evaluations)
+        negative = outputs[0] if terms.guided else None
+        positive = outputs[1 if terms.guided else 0]
+        each = Outputs(positive, negative, outputs[-1] if terms.perturbed else None)
+        return guidance.combine(each, strengths.guidance, strengths.pag, strengths.rescale if terms.rescaled else None)
+
+    return network
 
 
 def denoise(
@@ -145,67 +212,39 @@ def denoise(
     conditioning: ConditioningPair,
     state: State,
     keys: Key[Array, " batch"],
-    arrays_of_segment: SegmentArrays,
+    arrays: SegmentArrays,
     strengths: Strengths,
-    kept: KnownImage | None,
-    shown: Float[Array, "batch latent_height latent_width shown"] | None,
+    known_image: KnownImage | None,
+    mask_channels: Float[Array, "batch latent_height latent_width mask_channels"] | None,
     *,
     config: ModelConfig,
     terms: Terms,
     stochastic: bool,
     compute: Compute,
 ) -> State:
-    """One segment. shown: what a UNet of more channels than the latent's sees besides it. `params`: the UNet's."""
-    conditions = [conditioning.positive]
-    if terms.guided:
-        assert conditioning.negative is not None, "guidance needs a negative"
-        conditions.insert(0, conditioning.negative)
-    if terms.perturbed:
-        conditions.append(conditioning.positive)
-    ways = len(conditions)
+    """Runs one segment of the denoising schedule, or some of its rows.
 
-    def ask(x: Array, timestep: Array, condition: Conditioning, perturbed: Array | None) -> Array:
-        times = jnp.full(len(x), timestep)
-        given: dict[str, Any] = (
-            {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
-        )
-        return unet.apply(config.unet, params, x, times, condition.context, condition.vector, compute, **given)
-
-    def network(x_t: Array, timestep: Array) -> Array:
-        x = x_t if shown is None else jnp.concatenate([x_t, shown], axis=-1)
-        count = len(x)
-        # Which rows are perturbed: the last way's.
-        perturbed = jnp.arange(ways) == ways - 1 if terms.perturbed else None
-        if ways == 1:
-            outputs = [ask(x, timestep, conditioning.positive, None)]
-        elif terms.sequential:
-            stacked = jax.tree.map(lambda *each: jnp.stack(each), *conditions)
-            rows = None if perturbed is None else jnp.repeat(perturbed[:, None], count, axis=1)
-            outputs = list(jax.lax.map(lambda plan_segments: ask(x, timestep, *plan_segments), (stacked, rows)))
-        else:
-            joined = guidance.join(conditions)
-            rows = None if perturbed is None else jnp.repeat(perturbed, count)
-            outputs = jnp.split(ask(jnp.concatenate([x] * ways), timestep, joined, rows), ways)
-        negative = outputs[0] if terms.guided else None
-        positive = outputs[1 if terms.guided else 0]
-        said = Outputs(positive, negative, outputs[-1] if terms.perturbed else None)
-        return guidance.combine(said, strengths.guidance, strengths.pag, strengths.rescale if terms.rescaled else None)
-
-    ended = loop.sample(
+    params: the UNet's. known_image: of inpainting with any UNet. mask_channels: of a UNet for inpainting, what it sees
+    besides the latent: the mask and the latent of the masked image.
+    """
+    network = guided_network(
+        params, conditioning, strengths, mask_channels, config=config, terms=terms, compute=compute
+    )
+    state = loop.sample(
         network,
         state,
         keys,
-        arrays_of_segment.plan,
+        arrays.plan,
         config.prediction,
-        first=arrays_of_segment.first,
+        first=arrays.first,
         stochastic=stochastic,
-        kept=kept,
+        known_image=known_image,
     )
-    return _laid(ended)
+    return _shard_batch(state)
 
 
-def _laid(state: State) -> State:
-    """On a mesh, the batch over its axes, before and after every segment: so that the next finds it as the last did."""
+def _shard_batch(state: State) -> State:
+    """On a mesh, the batch split over its axes, before and after every segment: each finds the state as the last."""
     return State(
         constrain(state.arrays, None, "batch", None, None, None),
         constrain(state.x0, "batch", None, None, None),
@@ -213,23 +252,28 @@ def _laid(state: State) -> State:
     )
 
 
-def start_segment(segment: Segment, row: Plan, state: State | None, noise: Array | None, image: Array | None) -> State:
-    """The state before a segment whose first row is `row`. Before the first segment there is none; `image` is the latent that
-    it may start from."""
-    if segment.start_segment is SegmentStart.CONTINUE:
-        assert state is not None, "there is something to go on with"
+def start_segment(
+    segment: Segment, row: Plan, state: State | None, noise: Latent | None, init_latent: Latent | None
+) -> State:
+    """The state before a segment whose first row is `row`.
+
+    state: that after the segment before; None before the first segment. noise: standard normal; of a first segment
+    that starts from noise, times `Inputs.scale`. init_latent: of the init image.
+    """
+    if segment.start is SegmentStart.CONTINUE:
+        assert state is not None, "there is a segment before"
         return state
-    if segment.start_segment is SegmentStart.NOISE:
+    if segment.start is SegmentStart.NOISE:
         assert noise is not None, "there is noise to start from"
-        return _laid(loop.start(noise, row))
-    latent = image if state is None else state.arrays[0]
+        return _shard_batch(loop.start(noise, row))
+    latent = init_latent if state is None else state.arrays[0]
     assert latent is not None, "there is a latent to start from"
-    if segment.start_segment is SegmentStart.RENOISE:
+    if segment.start is SegmentStart.RENOISE:
         assert noise is not None, "there is noise to add"
         alpha, sigma_t = (jnp.asarray(column, jnp.float32)[0] for column in (row.alpha, row.sigma_t))
         latent = alpha * latent + sigma_t * noise
-    begun = loop.start(latent, row)
-    return _laid(begun if state is None else begun._replace(finite_rows=state.finite_rows))
+    started = loop.start(latent, row)
+    return _shard_batch(started if state is None else started._replace(finite_rows=state.finite_rows))
 
 
 # Images
@@ -242,32 +286,32 @@ def encode(
     *,
     config: ModelConfig,
     compute: Compute,
-) -> Array:
-    """Scaled latents: the mean of the autoencoder's posterior. What is hidden is 0 in −1..1, which no byte is.
+) -> Latent:
+    """Scaled latents: the mean of the autoencoder's posterior. Hidden pixels are 0 in −1..1, which no byte is.
 
-    diffusers draws from the posterior. Its deviation is a hundredth of the latent's, so the images are alike, and the
+    diffusers samples the posterior. Its deviation is a hundredth of the latent's, so the images hardly differ, and the
     mean needs no random numbers of its own.
     """
-    seen = arrays.normalise(image)
+    normalised = normalise(image)
     if hidden is not None:
-        seen = jnp.where(hidden, 0.0, seen)
-    return config.vae.scale * vae.encode(config.vae, params, seen, compute).mean
+        normalised = jnp.where(hidden, 0.0, normalised)
+    return config.vae.scale * vae.encode(config.vae, params, normalised, compute).mean
 
 
 def decode(
-    params: Params, latent: Array, *, config: ModelConfig, compute: Compute, tile: int | None
+    params: Params, latent: Latent, *, config: ModelConfig, compute: Compute, tile: int | None
 ) -> tuple[UInt8[Array, "batch height width 3"], Bool[Array, " batch"]]:
-    """(images, whether each was finite, which bytes do not tell). `params`: the autoencoder's. tile: pixels a side that
-    are decoded at a time; None: all."""
+    """(images, whether the decoder's output was finite, which bytes do not show). params: the autoencoder's. tile: as
+    in `Recipe`."""
     if tile is None:
         image = vae.decode(config.vae, params, latent, compute)
     else:
         image = vae.decode_tiled(config.vae, params, latent, compute, tile)
-    return arrays.to_bytes(image), jnp.isfinite(image).all(axis=(1, 2, 3))
+    return to_bytes(image), jnp.isfinite(image).all(axis=(1, 2, 3))
 
 
 class SampledBatch(NamedTuple):
-    """One batch."""
+    """One batch of images and latents, and what is known of NaN and inf in them."""
 
     images: UInt8[type_of_array, "batch height width 3"]
     latents: Float[type_of_array, "batch latent_height latent_width channels"]
@@ -277,21 +321,103 @@ class SampledBatch(NamedTuple):
     """Whether the decoder's output was finite."""
 
 
-class Functions(NamedTuple):
-    """What `draw` calls: all plain, or all compiled."""
-
-    text_states: Callable[..., Any]
-    conditioning: Callable[..., Any]
-    encode: Callable[..., Any]
-    start_segment: Callable[..., Any]
-    denoise: Callable[..., Any]
-    decode: Callable[..., Any]
+# The stages, and all of them as one
 
 
-PLAIN = Functions(text_states, conditioning, encode, start_segment, denoise, decode)
+class TextStage(Protocol):
+    """`text_states`."""
+
+    def __call__(
+        self,
+        params: Params,
+        tokens: PromptTokens,
+        negative_tokens: PromptTokens,
+        *,
+        towers: tuple[Tower, ...],
+        guided: bool,
+        compute: Compute,
+    ) -> TextStates: ...
 
 
-STAGED = Functions(
+class ConditioningStage(Protocol):
+    """`conditioning`."""
+
+    def __call__(
+        self,
+        states: TextStates,
+        has_negative: Float[type_of_array, " batch"],
+        micro: tuple[MicroConditioning, MicroConditioning],
+        *,
+        config: ModelConfig,
+    ) -> ConditioningPair: ...
+
+
+class EncodeStage(Protocol):
+    """`encode`."""
+
+    def __call__(
+        self,
+        params: Params,
+        image: UInt8[Array, "batch height width 3"],
+        hidden: Bool[Array, "batch height width 1"] | None = None,
+        *,
+        config: ModelConfig,
+        compute: Compute,
+    ) -> Latent: ...
+
+
+class StartStage(Protocol):
+    """`start_segment`."""
+
+    def __call__(
+        self, segment: Segment, row: Plan, state: State | None, noise: Latent | None, init_latent: Latent | None
+    ) -> State: ...
+
+
+class DenoiseStage(Protocol):
+    """`denoise`."""
+
+    def __call__(
+        self,
+        params: Params,
+        conditioning: ConditioningPair,
+        state: State,
+        keys: Key[Array, " batch"],
+        arrays: SegmentArrays,
+        strengths: Strengths,
+        known_image: KnownImage | None,
+        mask_channels: Float[Array, "batch latent_height latent_width mask_channels"] | None,
+        *,
+        config: ModelConfig,
+        terms: Terms,
+        stochastic: bool,
+        compute: Compute,
+    ) -> State: ...
+
+
+class DecodeStage(Protocol):
+    """`decode`."""
+
+    def __call__(
+        self, params: Params, latent: Latent, *, config: ModelConfig, compute: Compute, tile: int | None
+    ) -> tuple[UInt8[Array, "batch height width 3"], Bool[Array, " batch"]]: ...
+
+
+class Stages(NamedTuple):
+    """The functions that `generate_batch` calls: all plain, or each compiled on its own."""
+
+    text_states: TextStage
+    conditioning: ConditioningStage
+    encode: EncodeStage
+    start_segment: StartStage
+    denoise: DenoiseStage
+    decode: DecodeStage
+
+
+PLAIN = Stages(text_states, conditioning, encode, start_segment, denoise, decode)
+
+
+STAGED = Stages(
     jax.jit(text_states, static_argnames=("towers", "guided", "compute")),
     jax.jit(conditioning, static_argnames="config"),
     jax.jit(encode, static_argnames=("config", "compute")),
@@ -300,84 +426,86 @@ STAGED = Functions(
     jax.jit(decode, static_argnames=("config", "compute", "tile")),
 )
 
+RowCallback = Callable[[int, State], None]
+"""Called with the number of a row of the whole denoising schedule, and the state after it."""
 
-def _text(recipe: Recipe, inputs: Inputs, call: Functions) -> list[ConditioningPair]:
-    """What each model is told."""
+
+def _conditioning_of_each_model(recipe: Recipe, inputs: Inputs, stages: Stages) -> list[ConditioningPair]:
     guided = any(segment.terms.guided for segment in recipe.segments)
-    found = []
+    states: list[TextStates] = []
     for number, config in enumerate(recipe.models):
         if number and recipe.shares_text:
             width = config.text[-1].clip.width
-            states = tuple(of_the_last(each, width) for each in found[0])
+            positive, negative = (last_tower_states(each, width) for each in states[0])
+            assert positive is not None, "prompts have states, whatever the guidance"
+            states.append((positive, negative))
         else:
             towers = {tower.name: inputs.params[number][tower.name] for tower in config.text}
             tokens = (inputs.tokens, inputs.negative_tokens)
-            states = call.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
-        found.append(states)
+            states.append(
+                stages.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
+            )
     return [
-        call.conditioning(states, inputs.has_negative, inputs.micro, config=config)
-        for config, states in zip(recipe.models, found, strict=True)
+        stages.conditioning(each, inputs.has_negative, inputs.micro, config=config)
+        for config, each in zip(recipe.models, states, strict=True)
     ]
 
 
-def draw(
-    inputs: Inputs,
-    recipe: Recipe,
-    call: Functions = PLAIN,
-    callback: Callable[[int, State], None] | None = None,
+def generate_batch(
+    inputs: Inputs, recipe: Recipe, stages: Stages = PLAIN, callback: RowCallback | None = None
 ) -> SampledBatch:
-    """One batch. watch(number of the row, state) is called after every row of every segment; the
-    segments are then gone through row by row."""
+    """One batch of images. With a callback, which is called after every row, segments are run row by row."""
     base, compute = recipe.models[0], recipe.compute
-    conditions = _text(recipe, inputs, call)
-    image, kept, shown = None, None, None
-    begun = inputs.scale * inputs.noise if recipe.segments[0].start_segment is SegmentStart.NOISE else inputs.noise
+    conditions = _conditioning_of_each_model(recipe, inputs, stages)
+    init_latent, known_image, mask_channels = None, None, None
+    first_noise = inputs.scale * inputs.noise if recipe.segments[0].start is SegmentStart.NOISE else inputs.noise
     if (init_inputs := inputs.init_inputs) is not None:
-        latents = functools.partial(call.encode, inputs.params[0]["vae"], config=base, compute=compute)
-        image = latents(init_inputs.image)
+        encoded = functools.partial(stages.encode, inputs.params[0]["vae"], config=base, compute=compute)
+        init_latent = encoded(init_inputs.image)
         if init_inputs.hidden is not None:
             assert init_inputs.mask is not None
-            shown = jnp.concatenate([init_inputs.mask, latents(init_inputs.image, init_inputs.hidden)], axis=-1)
+            masked = encoded(init_inputs.image, init_inputs.hidden)
+            mask_channels = jnp.concatenate([init_inputs.mask, masked], axis=-1)
         if init_inputs.mask is not None:
-            kept = KnownImage(image, inputs.noise, init_inputs.mask)
+            known_image = KnownImage(init_latent, inputs.noise, init_inputs.mask)
     state = None
-    for segment, arrays_of_segment in zip(recipe.segments, inputs.segment_arrays, strict=True):
+    for segment, arrays in zip(recipe.segments, inputs.segment_arrays, strict=True):
         config = recipe.models[segment.model]
-        noise = begun if state is None else inputs.refiner_noise
-        state = call.start_segment(segment, arrays_of_segment.plan.between(0, 1), state, noise, image)
-        go = functools.partial(
-            call.denoise,
+        noise = first_noise if state is None else inputs.refiner_noise
+        state = stages.start_segment(segment, arrays.plan.between(0, 1), state, noise, init_latent)
+        run = functools.partial(
+            stages.denoise,
             inputs.params[segment.model]["unet"],
             conditions[segment.model],
             keys=inputs.keys,
             strengths=inputs.strengths,
-            kept=None if config.sees_mask else kept,
-            shown=shown if config.sees_mask else None,
+            known_image=None if config.sees_mask else known_image,
+            mask_channels=mask_channels if config.sees_mask else None,
             config=config,
             terms=segment.terms,
             stochastic=segment.stochastic,
             compute=compute,
         )
         if callback is None:
-            state = go(state=state, arrays_of_segment=arrays_of_segment)
+            state = run(state=state, arrays=arrays)
             continue
-        for row in range(len(arrays_of_segment.plan.timestep)):
-            part = SegmentArrays(arrays_of_segment.plan.between(row, row + 1), arrays_of_segment.first + row)
-            state = go(state=state, arrays_of_segment=part)
-            callback(int(arrays_of_segment.first) + row, state)
+        for row in range(len(arrays.plan.timestep)):
+            part = SegmentArrays(arrays.plan.between(row, row + 1), arrays.first + row)
+            state = run(state=state, arrays=part)
+            callback(int(arrays.first) + row, state)
     assert state is not None
     latent = state.arrays[0]
-    images, decoded = call.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile)
+    images, decoded = stages.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile)
     return SampledBatch(images, latent, state.finite_rows[:, 0, 0, 0], decoded)
 
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def whole(inputs: Inputs, recipe: Recipe) -> SampledBatch:
-    """`draw` as one program."""
-    return draw(inputs, recipe)
+    """`generate_batch` as one program."""
+    return generate_batch(inputs, recipe)
 
 
-def staged(inputs: Inputs, recipe: Recipe, callback: Callable[[int, State], None] | None = None) -> SampledBatch:
-    """`draw` as programs of their own: text, image to latent, each segment, latent to image. Another prompt, another
-    number of steps (if watched), another decoder compile only what they change."""
-    return draw(inputs, recipe, STAGED, callback)
+def staged(inputs: Inputs, recipe: Recipe, callback: RowCallback | None = None) -> SampledBatch:
+    """`generate_batch` with one program per stage: text, image to latent, each segment, latent to image. Another
+    prompt, another number of steps (with a callback), another decoder compile only what they change."""
+    return generate_batch(inputs, recipe, STAGED, callback)

@@ -1,7 +1,7 @@
-"""`sdxl-jax serve`: a page on which images are drawn.
+"""`sdxl-jax serve`: a web page to sample images on.
 
-    studio   what the page can do, without a page: draw, stop, tell how far it is, keep what was drawn
-    page     the page, of NiceGUI: fields, buttons, the image, the images before it
+    session   what the page does, without a page: run requests, stop them, report progress, keep the results
+    page      the page, of NiceGUI: fields, buttons, the current image, the images before it
 
-How an image is said as a command line is the business of `commands/serve.py`, which gives it to the studio.
+The command line that repeats an image is made by `commands/serve.py`, which passes the function to the session.
 """

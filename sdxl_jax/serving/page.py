@@ -1,10 +1,10 @@
-"""The page, of NiceGUI: fields on the left, what is drawn on the right, what was drawn below it.
+"""The web page, of NiceGUI: fields on the left, the current image on the right, the images before it below.
 
-NiceGUI was chosen over Gradio because all that its pages load comes from this server, it measures nobody's use, and
-what it needs does not meet with what jax and transformers need: docs/guides/serve.md.
+NiceGUI was chosen over Gradio because its pages load everything from this server, it has no telemetry, and its
+dependencies do not conflict with those of jax and transformers: docs/guides/serve.md.
 
-Everybody who opens the page sees the same images; the fields are one's own. The browser is told of changes over a
-web socket, and a timer looks at the drawing, which is made in another thread.
+Everybody who opens the page sees the same images; each browser has its own fields. Changes reach the browser over a web
+socket, and a timer reads the job's progress, which runs in another thread.
 """
 
 import base64
@@ -25,12 +25,12 @@ from sdxl_jax.samplers.steps import SAMPLERS, Sigmas, Spacing
 from sdxl_jax.serving.session import Job, Result, Session, Stopped, fields_of, read_fields
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LOOK_SECONDS = 0.2
-"""How often a browser is told of a drawing."""
-PATIENCE_SECONDS = 60.0
-"""How long a browser may be out of touch; compiling can keep all cores busy."""
-GRACE_SECONDS = 2
-"""How long browsers that are still connected may hold up the end."""
+REFRESH_SECONDS = 0.2
+"""Interval at which a browser's page is brought up to date."""
+RECONNECT_SECONDS = 60.0
+"""Time in which a browser may reconnect; compiling can keep all cores busy."""
+SHUTDOWN_SECONDS = 2
+"""Time that the shutdown waits for browsers that are still connected."""
 INIT_IMAGE_BYTES = 64 * 2**20
 
 _NUMBERS = {
@@ -45,36 +45,36 @@ _NUMBERS = {
     "handoff": ("Refiner from", 0.05),
     "strength": ("Strength", 0.05),
 }
-"""Labels of fields, and by how much the arrow keys change them. Limits are not the page's: what is out of range is
-answered by a message, and not by another number."""
+"""Labels of fields, and the step of their arrow keys. The page has no limits of its own: a value out of range is
+answered by a message, not changed to another."""
 _HINTS = {
     "height": "Pixels, a multiple of 8",
     "width": "Pixels, a multiple of 8",
-    "steps": "More: slower, finer",
-    "guidance": "How closely to the prompt, up to 1000; 0 to 1 is none, and costs half",
-    "guidance_rescale": "0 to 1. More: less over-exposed where guidance is strong",
+    "steps": "Higher: slower, finer",
+    "guidance": "Scale of classifier-free guidance, up to 1000. Up to 1 it is off, and steps cost half",
+    "guidance_rescale": "0 to 1. Higher: less over-exposure by strong guidance",
     "seed": "0 to 4294967295",
     "first_index": "Image k of a seed is always the same: this is the first k",
-    "handoff": "Share of the way, 0 to 1, after which the refiner takes over",
-    "strength": "Share of the way, 0 to 1, that is gone again. More: less is left of the image",
+    "handoff": "Fraction of the denoising schedule, 0 to 1, after which the refiner takes over",
+    "strength": "Fraction of the denoising schedule to run, 0 to 1. Higher: less of the init image remains",
 }
 
 
 def serve(session: Session, title: str, host: str, port: int) -> None:
-    """Serves the page until the process is told to end; what is being drawn then is stopped."""
-    if host in LOOPBACK:  # or any page on the web could reach it under a name of its own (DNS rebinding)
+    """Serves the page until SIGTERM or Ctrl-C, which also stop running jobs."""
+    if host in LOOPBACK:  # or any website could reach it under a name of its own (DNS rebinding)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
 
     @app.get("/images/{number}.png")
-    def picture(number: int) -> Response:
+    def image(number: int) -> Response:
         if not 0 <= number < len(session.results):
             return Response(status_code=404)
         return FileResponse(session.results[number].path, media_type="image/png")
 
     app.on_shutdown(session.stop)
-    shown = f"[{host}]" if ":" in host else host
-    app.on_startup(lambda: print(f"http://{shown}:{port} draws with {title}; Ctrl-C ends it", flush=True))
-    # The server passes on the signal that ended it. Both are how it is meant to end, and what is above us tidies up.
+    address = f"[{host}]" if ":" in host else host
+    app.on_startup(lambda: print(f"http://{address}:{port} serves {title}; Ctrl-C stops it", flush=True))
+    # The server re-raises the signal that stopped it. Both signals are a normal end, after which callers clean up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):
         ui.run(
@@ -87,8 +87,8 @@ def serve(session: Session, title: str, host: str, port: int) -> None:
             reload=False,
             show=False,
             show_welcome_message=False,
-            reconnect_timeout=PATIENCE_SECONDS,
-            timeout_graceful_shutdown=GRACE_SECONDS,
+            reconnect_timeout=RECONNECT_SECONDS,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
 
 
@@ -100,7 +100,7 @@ _STYLE = """
 
 
 class Page:
-    """One browser's view: its fields, its drawing, and everybody's images."""
+    """One browser's page: its fields, its job, and the images of all."""
 
     def __init__(self, session: Session, title: str):
         self._session, self._config = session, session.model.config
@@ -118,18 +118,18 @@ class Page:
             with ui.column().classes("w-96 max-w-full gap-2"):
                 self._make_fields()
             with ui.column().classes("grow basis-80 min-w-0 gap-3"):
-                self._make_canvas()
+                self._make_output()
         self._fill(fields_of(self._config))
         self._show(len(session.results) - 1)
-        ui.timer(LOOK_SECONDS, self._look)
+        ui.timer(REFRESH_SECONDS, self._refresh)
 
-    # What is on it
+    # Elements
 
     def _make_fields(self) -> None:
         self._fields["prompt"] = ui.textarea("Prompt").props("outlined autogrow").classes("w-full")
         self._fields["negative_prompt"] = ui.textarea("Negative prompt").props("outlined autogrow").classes("w-full")
         with ui.row().classes("w-full items-center no-wrap"):
-            self._draw_button = ui.button("Draw", icon="brush", on_click=self._draw).classes("grow")
+            self._generate_button = ui.button("Generate", icon="brush", on_click=self._generate).classes("grow")
             self._stop_button = ui.button("Stop", icon="stop", color="negative", on_click=self.stop)
         self._pairs(("height", "width"), ("steps", "num_images"))
         with ui.row().classes("w-full items-center no-wrap"):
@@ -150,8 +150,10 @@ class Page:
                 auto_upload=True,
                 max_files=1,
                 max_file_size=INIT_IMAGE_BYTES,
-                on_upload=self._take_init_image,
-                on_rejected=lambda: self._say(f"The image is larger than {INIT_IMAGE_BYTES >> 20} MiB"),
+                on_upload=self._upload_init_image,
+                on_rejected=lambda: self._show_message(
+                    f"The image is larger than {INIT_IMAGE_BYTES >> 20} MiB. Give a smaller one"
+                ),
             )
             self._upload.props("flat bordered").classes("w-full sdxl-upload")
             with ui.row().classes("w-full items-center no-wrap"):
@@ -176,112 +178,115 @@ class Page:
     def _select(self, name: str, label: str, choices: dict[Any, str]) -> None:
         self._fields[name] = ui.select(choices, label=label).props("outlined dense").classes("w-full")
 
-    def _make_canvas(self) -> None:
+    def _make_output(self) -> None:
         self._message = ui.label().classes("w-full p-3 rounded bg-negative text-white whitespace-pre-wrap break-words")
         self._note = ui.label().classes("text-sm opacity-70")
         with ui.column().classes("w-full gap-1") as self._progress:
             self._status = ui.label().classes("text-sm")
             self._bar = ui.linear_progress(0, show_value=False).props("instant-feedback")
-        self._empty = ui.label("Nothing is drawn yet.").classes("opacity-60")
-        self._picture = ui.html(sanitize=False).classes("w-full sdxl-image")
+        self._empty = ui.label("No images yet.").classes("opacity-60")
+        self._image = ui.html(sanitize=False).classes("w-full sdxl-image")
         self._command = ui.code(language="bash").classes("w-full sdxl-command")
         with ui.row().classes("gap-2") as self._actions:
             ui.button("Download", icon="download", on_click=self._download).props("outline dense padding='xs sm'")
-            ui.button("Take these settings", icon="replay", on_click=self._take).props("outline dense padding='xs sm'")
+            ui.button("Use these settings", icon="replay", on_click=self._use).props("outline dense padding='xs sm'")
             self._summary = ui.label().classes("text-sm opacity-70 self-center")
         self._history = ui.row().classes("w-full gap-2")
 
-    # What happens
+    # Events
 
-    async def _draw(self) -> None:
+    async def _generate(self) -> None:
         if self._job is not None:
             return
-        self._say("")
+        self._show_message("")
         self._job = job = Job()
         try:
             request = read_fields(self._config, self._values(), self._session.refiner is not None)
             self._note.text = ". ".join(self._session.notes(request))
-            results = await run.io_bound(self._session.draw, request, job)
+            results = await run.io_bound(self._session.run, request, job)
             if results and not self._history.is_deleted:
                 self._show(self._session.results.index(results[0]))
         except Stopped:
             self._note.text = "Stopped."
         except InputError as error:
-            self._say(str(error))
+            self._show_message(str(error))
         except Exception as error:
             traceback.print_exc()
-            self._say(f"Drawing failed: {type(error).__name__}. The terminal of the server tells more")
+            self._show_message(
+                f"The request failed: {type(error).__name__}: {error}. The server's terminal has the traceback"
+            )
         finally:
             self._job = None
             if not self._history.is_deleted:  # the browser may be gone by now
-                self._look()
+                self._refresh()
 
     def stop(self) -> None:
         if self._job is not None:
             self._job.stop()
 
-    def _look(self) -> None:
-        """Brings the page up to date with the drawing, and with what others drew."""
+    def _refresh(self) -> None:
+        """Brings the page up to date with its job, and with the results of others."""
         job = self._job
-        self._draw_button.set_enabled(job is None)
+        self._generate_button.set_enabled(job is None)
         self._stop_button.set_visibility(job is not None)
         self._progress.set_visibility(job is not None)
         self._message.set_visibility(bool(self._message.text))
         self._note.set_visibility(bool(self._note.text))
-        self._list()
-        shows_preview = job is not None and job.preview is not None
-        shown = None if self._shown is None else self._session.results[self._shown]
+        self._extend_history()
+        has_preview = job is not None and job.preview is not None
+        result = None if self._shown is None else self._session.results[self._shown]
         for element in (self._command, self._actions):
-            element.set_visibility(shown is not None and not shows_preview)
-        self._empty.set_visibility(shown is None and not shows_preview)
+            element.set_visibility(result is not None and not has_preview)
+        self._empty.set_visibility(result is None and not has_preview)
         if job is not None:
-            self._status.text, self._bar.value = job.status, job.share
+            self._status.text, self._bar.value = job.status, job.progress
         if job is not None and job.preview is not None:
-            self._set_image("preview", f"data:image/png;base64,{base64.b64encode(job.preview).decode()}", job.size)
-        elif shown is not None:
-            self._set_image("image", f"/images/{self._shown}.png", shown.size)
+            source = f"data:image/png;base64,{base64.b64encode(job.preview).decode()}"
+            self._set_image("preview", source, job.preview_size)
+        elif result is not None:
+            self._set_image("image", f"/images/{self._shown}.png", result.size)
         else:
-            self._picture.content = ""
+            self._image.content = ""
 
     def _set_image(self, name: str, source: str, size: tuple[int, int]) -> None:
-        """Enlarged or made smaller, so that width and height fit the window."""
+        """Scaled so that width and height fit the window."""
         width = f"min(100%, {65 * size[1] / size[0]:.1f}vh)"
-        self._picture.content = f'<img data-testid="{name}" alt="{name}" src="{source}" style="width: {width}">'
+        self._image.content = f'<img data-testid="{name}" alt="{name}" src="{source}" style="width: {width}">'
 
     def _show(self, number: int) -> None:
-        """An image of those that were drawn; none for −1."""
+        """Shows a result by its number; −1: none."""
         if number < 0:
             return
-        self._shown, results = number, self._session.results[number]
-        self._command.content = results.command
-        self._summary.text = self._said(results)
-        self._look()
+        self._shown, result = number, self._session.results[number]
+        self._command.content = result.command
+        self._summary.text = self._settings(result)
+        self._refresh()
 
-    def _list(self) -> None:
-        """Adds the images that are not in the list yet, the newest first."""
+    def _extend_history(self) -> None:
+        """Adds the results that are not in the history yet, the newest first."""
         for number in range(self._listed, len(self._session.results)):
-            results = self._session.results[number]
+            result = self._session.results[number]
             with self._history:
                 image = ui.image(f"/images/{number}.png").classes("h-24 cursor-pointer rounded")
-            height, width = results.size
+            height, width = result.size
             image.style(f"width: {6 * min(3, width / height):.2f}rem")
             image.props("no-spinner loading=lazy").move(target_index=0)
             image.on("click", functools.partial(self._show, number), args=[])
             with image:
-                ui.tooltip(f"{results.request.prompt[:200]} · {self._said(results)}")
+                ui.tooltip(f"{result.request.prompt[:200]} · {self._settings(result)}")
         self._listed = len(self._session.results)
 
     def _download(self) -> None:
         if self._shown is not None:
             ui.download(f"/images/{self._shown}.png", self._session.results[self._shown].path.name)
 
-    def _take(self) -> None:
+    def _use(self) -> None:
         if self._shown is not None:
             self._fill(fields_of(self._config, self._session.results[self._shown].request))
 
     def _values(self) -> dict[str, Any]:
-        absent = {"handoff": None}  # without a refiner
-        return absent | {name: each.value for name, each in self._fields.items()} | {"init_image": self._init_image}
+        values = {"handoff": None}  # without a refiner there is no field
+        return values | {name: each.value for name, each in self._fields.items()} | {"init_image": self._init_image}
 
     def _fill(self, values: dict[str, Any]) -> None:
         for name, each in self._fields.items():
@@ -291,28 +296,28 @@ class Page:
     def _random_seed(self) -> None:
         self._fields["seed"].value = secrets.randbelow(2**32)
 
-    async def _take_init_image(self, event: events.UploadEventArguments) -> None:
+    async def _upload_init_image(self, event: events.UploadEventArguments) -> None:
         content = await event.file.read()
         try:
-            self._set_init_image(self._session.keep_init_image(event.file.name, content), event.file.name)
-            self._say("")
+            self._set_init_image(self._session.save_init_image(event.file.name, content), event.file.name)
+            self._show_message("")
         except InputError as error:
             self._upload.reset()
-            self._say(str(error))
+            self._show_message(str(error))
 
     def _set_init_image(self, path: Any, name: str | None = None) -> None:
         self._init_image = path
-        self._init_label.text = "No image: from noise alone" if path is None else f"From {name or path.name}"
+        self._init_label.text = "No init image" if path is None else f"Init image: {name or path.name}"
         self._upload.reset()
 
-    def _say(self, message: str) -> None:
+    def _show_message(self, message: str) -> None:
         self._message.text = message
         self._note.text = ""
 
-    def _said(self, results: Result) -> str:
-        """Its settings in short; the command line says all."""
-        said = fields_of(self._config, results.request)
-        said |= dict(zip(("height", "width"), results.size, strict=True))
+    def _settings(self, result: Result) -> str:
+        """A result's settings in short; the command line has all of them."""
+        values = fields_of(self._config, result.request)
+        values |= dict(zip(("height", "width"), result.size, strict=True))
         return (
             "{height}×{width} · {sampler}, {steps} steps · guidance {guidance:g} · seed {seed}, image {first_index}"
-        ).format(**said)
+        ).format(**values)

@@ -1,10 +1,10 @@
-"""What stands after the page: one drawing at a time, which can be stopped and looked at, and the images so far.
+"""The session behind the page: runs one request at a time, with progress, previews and a stop, and keeps the results.
 
-    what the fields hold ── wanted ── Wanted ── Studio.draw ── Drawn, a PNG file each
-                                                 │    ▲
-                                        Drawing.told  Drawing.stop, from the page, between steps
+    fields ── read_fields ── Request ── Session.run ── Result, one PNG file per image
+                                          │    ▲
+                                 Job.update    Job.stop, from the page, between steps
 
-A drawing runs in a thread of its own, and the page reads its `Drawing` while it does. A second one waits its turn.
+A request runs in a thread of its own, and the page reads its `Job` meanwhile. A second request waits for the first.
 
 Not here: the page, and anything of NiceGUI.
 """
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from sdxl_jax.conditioning.text import Tokenizer
@@ -34,7 +35,7 @@ from sdxl_jax.sampling.plan import HANDOFF, IMAGE_STRENGTH
 
 
 class Request(NamedTuple):
-    """What is to be drawn."""
+    """One set of settings: prompt, negative prompt, options, init image."""
 
     prompt: str
     negative: str | None
@@ -43,80 +44,82 @@ class Request(NamedTuple):
 
 
 class Result(NamedTuple):
-    """An image, and what draws it again."""
+    """One image of a request, with what repeats it."""
 
     path: Path
-    """PNG, with what it was made with as its text."""
+    """PNG, with the settings as its text."""
     request: Request
-    """This image alone."""
+    """Of this image alone."""
     size: tuple[int, int]
     """Height and width in pixels."""
     command: str
-    """The command line that draws it."""
+    """The command line that repeats it."""
 
 
-class Described(NamedTuple):
+class Description(NamedTuple):
+    """A request for one image, in words."""
+
     command: str
+    """The command line that repeats it."""
     text: dict[str, str]
-    """For the PNG."""
+    """PNG text."""
 
 
-Describe = Callable[[Request], Described]
-"""How one image is said: as a command line, and in its file."""
+Describe = Callable[[Request], Description]
 
-Look = Callable[[StepState], np.ndarray]
-"""Images, uint8 [images, height, width, 3], as the network now sees them finished."""
+Preview = Callable[[StepState], UInt8[np.ndarray, "images height width 3"]]
+"""Preview images of the latents after a step."""
 
 
 class Stopped(Exception):
-    """Somebody pressed stop."""
+    """The job was stopped by the user."""
 
 
 class Job:
-    """A drawing as the page sees it, from another thread."""
+    """A running request: its progress, which the page reads from another thread, and its stop."""
 
     def __init__(self) -> None:
-        self.status = "Waiting for another drawing"
-        self.share = 0.0
+        self.status = "Waiting for another request"
+        self.progress = 0.0
         """0..1, of all steps of all images."""
         self.preview: bytes | None = None
-        """PNG of the first image of those that come into being."""
-        self.size = (1, 1)
-        """Its height and width."""
+        """PNG of the first image of the current batch."""
+        self.preview_size = (1, 1)
+        """Its height and width in pixels."""
         self._stop = threading.Event()
 
     def stop(self) -> None:
-        """Ends it after the step that is being made."""
+        """Ends the job after the current step."""
         self._stop.set()
         self.status = "Stopping after this step"
 
     def check(self) -> None:
-        """Raises Stopped if it was."""
+        """Raises Stopped if `stop` was called."""
         if self._stop.is_set():
             raise Stopped
 
-    def told(self, seen: StepState, options: Options, look: Look | None) -> None:
-        """Takes down how far it is. Raises Stopped."""
-        jax.block_until_ready(seen.x0)  # or the steps would be told before they are made
+    def update(self, state: StepState, options: Options, preview: Preview | None) -> None:
+        """Records the progress after a step. Raises Stopped."""
+        jax.block_until_ready(state.x0)  # or progress would run ahead of the devices
         self.check()
-        first, last = (seen.first - options.first_index + number for number in (1, seen.images))
+        first, last = (state.first - options.first_index + number for number in (1, state.images))
         images = "" if last - first + 1 == options.num_images else f", images {first} to {last}"
-        self.status = f"Step {seen.step} of {seen.steps}{images}{'' if seen.step < seen.steps else '; decoding'}"
-        self.share = (first - 1 + seen.images * seen.step / seen.steps) / options.num_images
-        if look is not None:
-            image = look(seen._replace(x0=seen.x0[:1], images=1))[0]
-            self.preview, self.size = png(image), image.shape[:2]
+        self.status = f"Step {state.step} of {state.steps}{images}{'' if state.step < state.steps else '; decoding'}"
+        self.progress = (first - 1 + state.images * state.step / state.steps) / options.num_images
+        if preview is not None:
+            image = preview(state._replace(x0=state.x0[:1], images=1))[0]
+            self.preview, self.preview_size = png(image), image.shape[:2]
 
 
-def png(image: np.ndarray) -> bytes:
-    """An image, uint8 [height, width, 3], as a file."""
+def png(image: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """An image as a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 class Session:
-    """A model, and the images that were drawn with it since it was opened."""
+    """A model, and the results of all requests since the server was started."""
 
     def __init__(
         self,
@@ -125,82 +128,85 @@ class Session:
         describe: Describe,
         refiner: Model | None = None,
         compute: Compute = Compute(),
-        look: Look | None = None,
+        preview: Preview | None = None,
     ):
-        """folder: where the images go, 000000.png and so on, after those that are there.
-
-        look: what shows images while they come into being; None: nothing is seen before the end.
-        """
+        """folder: for the images, 000000.png and so on, numbered after those that it has. preview: None for none."""
         self.model, self.folder, self.refiner, self.compute = model, folder, refiner, compute
         self.results: list[Result] = []
         """Oldest first."""
-        self._describe, self._turn = describe, threading.Lock()
+        self._describe, self._running = describe, threading.Lock()
         self._jobs: set[Job] = set()
-        self._look = look
+        self._preview = preview
 
-    def draw(self, request: Request, job: Job) -> list[Result]:
-        """The images, written. Raises InputError, and Stopped if the drawing was; then there are none."""
+    def run(self, request: Request, job: Job) -> list[Result]:
+        """Samples and saves the images of a request, once the requests before it are done.
+
+        Raises InputError, and Stopped if the job was stopped; then there are no results.
+        """
         self._jobs.add(job)
         try:
-            with self._turn:
+            with self._running:
                 job.check()
-                return self._draw(request, job)
+                return self._run(request, job)
         finally:
             self._jobs.discard(job)
 
     def stop(self) -> None:
-        """Stops all drawings, also those that wait."""
+        """Stops all jobs, also those that wait."""
         for job in list(self._jobs):
             job.stop()
 
-    def _draw(self, request: Request, job: Job) -> list[Result]:
+    def _run(self, request: Request, job: Job) -> list[Result]:
         job.status = "Preparing; the first image of a size takes longer"
-        image = None if request.init_image is None else init_images.read(request.init_image)
-        made = generate(
+        init_image = None if request.init_image is None else init_images.read(request.init_image)
+        generated = generate(
             self.model,
             [request.prompt],
             negative_prompts=[request.negative],
             refiner=self.refiner,
-            init_image=image,
-            callback=lambda seen: job.told(seen, request.options, self._look),
+            init_image=init_image,
+            callback=lambda state: job.update(state, request.options, self._preview),
             compute=self.compute,
             options=request.options,
         )
-        return [self._keep(image, one) for image, one in zip(made.images, each(request), strict=True)]
+        return [self._save(image, one) for image, one in zip(generated.images, one_by_one(request), strict=True)]
 
-    def _keep(self, image: np.ndarray, request: Request) -> Result:
-        described = self._describe(request)
+    def _save(self, image: UInt8[np.ndarray, "height width 3"], request: Request) -> Result:
+        description = self._describe(request)
         numbers = [int(path.stem) for path in self.folder.glob("[0-9]*.png") if path.stem.isdecimal()]
         path = self.folder / f"{max(numbers, default=-1) + 1:06d}.png"
-        save_png(Image.fromarray(image), path, described.text)
-        self.results.append(Result(path, request, image.shape[:2], described.command))
+        save_png(Image.fromarray(image), path, description.text)
+        self.results.append(Result(path, request, image.shape[:2], description.command))
         return self.results[-1]
 
-    def keep_init_image(self, name: str, content: bytes) -> Path:
-        """Writes an image to start from where commands find it again. Raises InputError if it is none."""
+    def save_init_image(self, name: str, content: bytes) -> Path:
+        """Saves an uploaded init image under its checksum, for `sample` to find it. Raises InputError if it is not an
+        image."""
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / "init" / f"{digest[:16]}{Path(name).suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         try:
             init_images.read(path)
-        except InputError:
+        except InputError as error:
             path.unlink()
-            raise InputError(f"{name} is no image that can be read. Give a PNG or JPEG") from None
+            raise InputError(str(error).replace(f"The image {path} ", f"The image {name} ")) from None
         return path
 
     def notes(self, request: Request) -> list[str]:
-        """What is not as somebody may expect, though nothing is wrong."""
+        """Notes on what the user may not expect, though nothing is wrong: truncated prompts, options without effect."""
         tokenizer = Tokenizer.of(self.model.config.text)
         given = {"prompt": request.prompt, "negative prompt": request.negative or ""}
-        beyond = {name: tokenizer.truncated([text], False)[0] for name, text in given.items()}
+        truncated = {name: tokenizer.truncated([text], False)[0] for name, text in given.items()}
         return [
-            f"{count} tokens of the {name} are beyond the 75 that are read" for name, count in beyond.items() if count
+            f"{count} tokens of the {name} beyond the first 75 are ignored"
+            for name, count in truncated.items()
+            if count
         ] + request.options.notes(self.model.config, request.negative)
 
 
-def each(request: Request) -> list[Request]:
-    """One for each image."""
+def one_by_one(request: Request) -> list[Request]:
+    """A request for each of a request's images."""
     options = request.options
     return [
         request._replace(options=dataclasses.replace(options, num_images=1, first_index=options.first_index + number))
@@ -212,10 +218,10 @@ def each(request: Request) -> list[Request]:
 
 
 def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, Any]:
-    """What the page's fields hold for some image, or at first. `wanted` reads them."""
+    """The values of the page's fields for a request, or their defaults. `read_fields` is the reverse."""
     prompt, negative, options, init_image = request or Request("", None, Options())
     height, width = config.default_size
-    settled = options.resolved(config)
+    resolved = options.resolved(config)
 
     def either(value: Any, other: Any) -> Any:
         return other if value is None else value
@@ -225,11 +231,11 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
         "negative_prompt": negative or "",
         "height": either(options.height, height),
         "width": either(options.width, width),
-        "sampler": settled.sampler,
+        "sampler": resolved.sampler,
         "timestep_spacing": None if options.timestep_spacing is None else options.timestep_spacing.value,
-        "sigmas": (settled.sigmas or Sigmas.SCHEDULE).value,
+        "sigmas": (resolved.sigmas or Sigmas.SCHEDULE).value,
         "steps": options.steps,
-        "guidance": settled.guidance,
+        "guidance": resolved.guidance,
         "guidance_rescale": options.guidance_rescale,
         "seed": options.seed,
         "first_index": options.first_index,
@@ -241,22 +247,22 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
 
 
 def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = False) -> Request:
-    """What the fields say. What is as it would be anyway is left to be so, and not said in the command line.
+    """The request of the fields' values. Options at their defaults are None, so that the command line leaves them out.
 
-    Raises InputError for a field that is empty or no number; `generate` does for the rest.
+    Raises InputError for a field that is empty or not a number; `generate` checks the rest.
     """
     image = given["init_image"]
     height, width = _whole("height", given["height"]), _whole("width", given["width"])
-    own = image is None and (height, width) == tuple(config.default_size)
-    spacing, own_sampler = given["timestep_spacing"], Options().resolved(config).sampler
-    sampler = None if given["sampler"] == own_sampler else given["sampler"]
-    own_sigmas = Options(sampler=sampler).resolved(config).sigmas
+    is_default_size = image is None and (height, width) == tuple(config.default_size)
+    spacing, default_sampler = given["timestep_spacing"], Options().resolved(config).sampler
+    sampler = None if given["sampler"] == default_sampler else given["sampler"]
+    default_sigmas = Options(sampler=sampler).resolved(config).sigmas
     options = Options(
-        height=None if own else height,
-        width=None if own else width,
+        height=None if is_default_size else height,
+        width=None if is_default_size else width,
         sampler=sampler,
         timestep_spacing=None if spacing is None else Spacing(spacing),
-        sigmas=None if Sigmas(given["sigmas"]) is own_sigmas else Sigmas(given["sigmas"]),
+        sigmas=None if Sigmas(given["sigmas"]) is default_sigmas else Sigmas(given["sigmas"]),
         steps=_whole("steps", given["steps"]),
         guidance=_unless("guidance", given["guidance"], Options().resolved(config).guidance),
         guidance_rescale=_number("guidance_rescale", given["guidance_rescale"]),
@@ -283,5 +289,5 @@ def _number(name: str, value: Any) -> float:
 def _whole(name: str, value: Any) -> int:
     number = _number(name, value)
     if not number.is_integer():
-        raise InputError(f"{name}={number:g}, expected a whole number")
+        raise InputError(f"{name}={number:g}: expected a whole number")
     return int(number)
