@@ -1,6 +1,6 @@
-"""The promises of sdxl_jax.aot: operations are counted right, programs are read right, bad input is named.
+"""The promises of sdxl_jax.aot: FLOPs are counted right, programs are read right, bad input is named.
 
-What needs libtpu says so, and is skipped where it is missing.
+Tests that need libtpu are marked, and skipped where it is missing.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from command import call
 from jax.sharding import AbstractMesh, AxisType
 
 from sdxl_jax import flops, sharding
-from sdxl_jax.aot import compile as ahead
+from sdxl_jax.aot import compile as aot_compile
 from sdxl_jax.aot import hlo, report, topologies
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention
@@ -108,8 +108,8 @@ def test_a_program_is_read_with_its_loops_and_collectives() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("v9x:2x2", "There is no topology 'v9x:2x2'. Known, nearest first: .*v5p:2x2x1.*all chips: v4, v5e, v5p, v6e"),
-        ("v5p:4x4", "has no arrangement of 3 axes. v5p has 2x2x1, 2x2x2"),
+        ("v9x:2x2", "There is no topology 'v9x:2x2'. Give one of .*v5p:2x2x1.*the chips are v4, v5e, v5p, v6e"),
+        ("v5p:4x4", "has no arrangement of 3 axes. Give one such as v5p:2x2x1; usual .* of v5p are 2x2x1, 2x2x2"),
         ("v5e", "has no arrangement of 2 axes"),
     ],
 )
@@ -129,11 +129,11 @@ def config_file(folder: Path) -> Path:
 def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
     config = config_file(tmp_path)
     for arguments, words in (
-        ([], "Give --topology"),
+        ([], "--topology is missing. Give one"),
         (["--topology", "v7:2x2"], "There is no topology 'v7:2x2'"),
         (["--topology", "v5e:2x2", "--bucket", "32x32", "--all-buckets"], "Give one of them"),
-        (["--topology", "v5e:2x2", "--program", "sample", "--all-buckets"], "are about the train step"),
-        (["--topology", "v5e:2x2", "--parallel", "0"], "--parallel 0: expected 1 or more"),
+        (["--topology", "v5e:2x2", "--program", "sample", "--all-buckets"], "have no effect with --program sample"),
+        (["--topology", "v5e:2x2", "--parallel", "0"], "--parallel 0 is out of range. Give 1 or more"),
     ):
         outcome = call("compile", str(config), *arguments)
         assert outcome.code == 2
@@ -155,27 +155,27 @@ MADE = report.Report(
     collectives=(hlo.Collective("all-gather", 3, GIB),),
     compile_seconds=7.0,
     peak_host_bytes=GIB,
-    kept=True,
+    saved=True,
 )
 REFUSED = report.TooLarge(
     "v5e:2x2", 4, "train step 64×64", 8, flops.V5E, {"parameters": 2 * GIB}, 8e12, "it requires 30.38G of 15.75G HBM"
 )
 
 
-def test_the_table_says_what_a_program_takes_and_an_estimate_that_cannot_be_true_is_unknown() -> None:
+def test_the_table_shows_the_cost_of_a_program_and_an_implausible_estimate_is_unknown() -> None:
     shown = str(MADE)
     for name, value in (
         ("parameters", "2.00 GiB"),
         ("activations", "3.00 GiB"),
         ("total", "9.00 GiB of 16"),
-        ("operations", "8.0 TFLOP, 1.00 an image"),
+        ("model FLOPs", "8.0 TFLOP, 1.00 per image"),
         ("time, estimated", "0.500 s"),
-        ("images/s a chip", "4.00"),
-        ("all-gather", "1.00 GiB a step, 3 times"),
+        ("images/s per chip", "4.00"),
+        ("all-gather", "1.00 GiB per step, 3 times"),
     ):
         assert re.search(rf"^  {name}.* {value}", shown, re.MULTILINE)
     unknown = dataclasses.replace(MADE, compiler_seconds=None)
-    assert str(unknown).count("unknown: the compiler's estimate cannot be true") == 3
+    assert str(unknown).count("unknown: the compiler's estimate is not plausible") == 3
     assert unknown.as_json()["images_per_second_per_chip"] is None
 
 
@@ -191,11 +191,11 @@ def test_a_program_that_does_not_fit_says_what_to_change_first(tmp_path: Path) -
             mesh=MeshConfig(fsdp=fsdp),
             optimiser=dataclasses.replace(config.optimiser, accumulate=accumulate),
         )
-        return ahead.verdict(made, changed)
+        return aot_compile.verdict(made, changed)
 
     state = dataclasses.replace(MADE, bytes_by_use={"parameters": 20 * GIB})
-    assert advice(MADE) == "It fits: 9.0 of 16 GiB a chip."
-    assert "It does not fit: 23.0 of 16 GiB a chip. Parameters and" in advice(state, fsdp=1)
+    assert advice(MADE) == "It fits: 9.0 of 16 GiB per chip."
+    assert "It does not fit: 23.0 of 16 GiB per chip. Parameters, " in advice(state, fsdp=1)
     large = dataclasses.replace(MADE, bytes_activations=30 * GIB)
     assert "set compute.remat to dots, or to block" in advice(large)
     assert "set compute.remat to block." in advice(large, Remat.DOTS)
@@ -225,21 +225,21 @@ def test_a_program_that_the_compiler_refuses_costs_no_report_of_another(monkeypa
         def jaxpr(self) -> Any:
             return jax.make_jaxpr(lambda x: x)(1.0)
 
-    def program(name: str, error: str) -> ahead.Program:
-        function = types.SimpleNamespace(trace=lambda *_: Lowered(error))
+    def program(name: str, error: str) -> aot_compile.Program:
+        function: Any = types.SimpleNamespace(trace=lambda *_: Lowered(error))
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         batch = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=place)
-        return ahead.Program(name, function, {"batch": batch}, (), 8, 1.0)
+        return aot_compile.Program(name, function, {"batch": batch}, (), 8, 1.0)
 
-    monkeypatch.setattr(report, "make", lambda _, asked, **__: dataclasses.replace(MADE, program=asked.program))
+    monkeypatch.setattr(report, "make", lambda _, info, **__: dataclasses.replace(MADE, program=info.program))
     mesh = jax.make_mesh((1,) * 4, sharding.AXES)
-    made = ahead._compile([program("one", said), program("two", "")], mesh, "v5e:2x2", 2, progress=False)
+    made = aot_compile._compile([program("one", said), program("two", "")], mesh, "v5e:2x2", 2, progress=False)
     assert made == [
         report.TooLarge("v5e:2x2", 1, "one", 8, flops.V5E, {"batch": 32}, 1.0, said),
         dataclasses.replace(MADE, program="two"),
     ]
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        ahead._compile([program("one", "INTERNAL: what is not known")], mesh, "v5e:2x2", 1, progress=False)
+        aot_compile._compile([program("one", "INTERNAL: what is not known")], mesh, "v5e:2x2", 1, progress=False)
 
 
 @pytest.mark.parametrize("json_too", [False, True])
@@ -247,44 +247,52 @@ def test_compile_prints_all_reports_and_ends_with_2_where_one_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, json_too: bool
 ) -> None:
     config = config_file(tmp_path)
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(ahead, "compile_step", lambda *_, **options: asked.update(options) or [MADE, REFUSED])
+    given_options: dict[str, Any] = {}
+    monkeypatch.setattr(
+        aot_compile, "compile_step", lambda *_, **options: given_options.update(options) or [MADE, REFUSED]
+    )
     given = ["--topology", "v5e:2x2", "--all-buckets", "--parallel", "2", "--slices", "2"]
     outcome = call(
         "compile", str(config), *given, *["--json"] * json_too, "--training.compilation-cache", str(tmp_path)
     )
     assert outcome.code == 2
-    assert "1 of 2 programs do not fit: train step 64×64" in outcome.err
-    assert asked == {"slices": 2, "buckets": [ahead.Bucket(*size) for size in tiny.BUCKETS], "parallel": 2}
+    assert "1 of 2 programs do not fit into the chips' memory: train step 64×64" in outcome.err
+    assert given_options == {
+        "slices": 2,
+        "buckets": [aot_compile.Bucket(*size) for size in tiny.BUCKETS],
+        "parallel": 2,
+    }
     if json_too:
         assert [each["fits"] for each in json.loads(outcome.out)] == [True, False]
     else:
         assert "It fits: 9.0 of 16 GiB" in outcome.out and "It does not fit: it requires 30.38G" in outcome.out
-        assert f"1 of 2 kept in {tmp_path / 'ahead'}" in outcome.out
+        assert f"1 of 2 saved in {tmp_path / 'ahead'}" in outcome.out
 
 
 @needs_libtpu
-def test_compile_reports_memory_operations_and_what_is_sent(tmp_path: Path) -> None:
+def test_compile_reports_memory_flops_and_collectives(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny.train_config(tmp_path), mesh=MeshConfig(data=2, fsdp=2))
-    (made,) = ahead.compile_step(config, "v5p:2x2x1", progress=False)
+    (made,) = aot_compile.compile_step(config, "v5p:2x2x1", progress=False)
     assert isinstance(made, report.Report)
     assert made.fits and made.chips == 4
     assert made.bytes_by_use["average"] == made.bytes_by_use["parameters"]
     assert made.model_flops > 0
     assert "all-gather" in {each.kind for each in made.collectives}
     assert json.loads(json.dumps(made.as_json()))["bytes_per_chip"]["total"] == made.bytes_total
-    assert "It fits" in ahead.verdict(made, config)
+    assert "It fits" in aot_compile.verdict(made, config)
     remat = dataclasses.replace(config, compute=Compute(remat=Remat.BLOCK))
-    assert ahead.compile_step(remat, "v5p:2x2x1", progress=False)[0].model_flops == made.model_flops
+    assert aot_compile.compile_step(remat, "v5p:2x2x1", progress=False)[0].model_flops == made.model_flops
 
 
 @needs_libtpu
-def test_a_compiled_step_is_kept_under_the_same_name_each_time(tmp_path: Path) -> None:
+def test_a_compiled_step_is_saved_under_the_same_name_each_time(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, compilation_cache=str(tmp_path)))
     names = []
     for buckets in (config.data.buckets[:1], config.data.buckets[:1], config.data.buckets[:2]):
-        ahead.compile_step(config, "v5e:2x2", buckets=[ahead.Bucket(*size) for size in buckets], progress=False)
+        aot_compile.compile_step(
+            config, "v5e:2x2", buckets=[aot_compile.Bucket(*size) for size in buckets], progress=False
+        )
         names.append({path.name for path in (tmp_path / "ahead").iterdir()})
     assert len(names[0]) == 1 and names[1] == names[0] and len(names[2] - names[0]) == 1
 
@@ -293,7 +301,7 @@ def test_a_compiled_step_is_kept_under_the_same_name_each_time(tmp_path: Path) -
 def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
     validation = dataclasses.replace(config.validation, sizes=((32, 32),), steps=3)
-    made = ahead.compile_sampler(dataclasses.replace(config, validation=validation), "v5e:2x2", progress=False)
+    made = aot_compile.compile_sampler(dataclasses.replace(config, validation=validation), "v5e:2x2", progress=False)
     assert [each.program for each in made] == ["text encoders", "sampler 32×32, 3 steps", "decoder"]
     assert all(each.fits and each.images == 4 and each.model_flops > 0 for each in made)
 
@@ -301,13 +309,13 @@ def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
 @needs_libtpu
 def test_bucket_and_batch_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
-    with pytest.raises(InputError, match=r"--bucket 64x64 is none of data.buckets: 32x32, 24x40"):
-        ahead.compile_step(config, "v5e:2x2", buckets=[ahead.Bucket(64, 64)])
+    with pytest.raises(InputError, match=r"--bucket 64x64 is not one of data.buckets. Give one of: 32x32, 24x40"):
+        aot_compile.compile_step(config, "v5e:2x2", buckets=[aot_compile.Bucket(64, 64)])
     with pytest.raises(InputError, match=r"data.batch_size=8 cannot be split over 16 devices"):
-        ahead.compile_step(config, "v5e:4x4")
+        aot_compile.compile_step(config, "v5e:4x4")
     wrong = dataclasses.replace(config, compute=Compute(compiler_options=("xla_tpu_misspelt=1",)))
     with pytest.raises(InputError, match=r"compute\.compiler_options: .*xla_tpu_misspelt"):
-        ahead.compile_step(wrong, "v5e:2x2", progress=False)
+        aot_compile.compile_step(wrong, "v5e:2x2", progress=False)
     two = dataclasses.replace(config, mesh=MeshConfig(data=4, slices=2))
-    assert ahead._mesh(objective_of(two), "v5e:2x2", None).shape["slice"] == 2
-    assert ahead._mesh(objective_of(two), "v5e:2x2", 1).shape["slice"] == 1
+    assert aot_compile._mesh(objective_of(two), "v5e:2x2", None).shape["slice"] == 2
+    assert aot_compile._mesh(objective_of(two), "v5e:2x2", 1).shape["slice"] == 1

@@ -23,7 +23,7 @@ def inputs(tokens: int, keys: int | None = None, dim: int = 64) -> list[jax.Arra
 
 @pytest.mark.parametrize("tokens", [pytest.param(200, marks=pytest.mark.slow), 640])
 def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
-    """200 is padded to 256, 640 to 1024: what is padded must be seen by nobody."""
+    """200 is padded to 256, 640 to 1024: padding must have no effect."""
 
     def loss(implementation: Attention, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         weights = jnp.cos(jnp.arange(tokens * 128.0)).reshape(1, tokens, 2, 64)
@@ -60,15 +60,17 @@ def test_cudnn_without_a_gpu_is_refused() -> None:
     if jax.default_backend() == "gpu":
         pytest.skip("this is a GPU")
     query, key, value = inputs(128)
-    with pytest.raises(InputError, match=r"attention=cudnn needs an NVIDIA GPU.*Here is: cpu\. Set auto"):
+    with pytest.raises(
+        InputError, match=r"attention=cudnn needs an NVIDIA GPU.*here is cpu\. Set compute.attention=auto"
+    ):
         attention.dot_product_attention(query, key, value, Attention.CUDNN)
 
 
 def test_attention_to_text_is_xlas_whatever_is_asked_for() -> None:
     query, key, value = inputs(128, keys=77)
-    asked = [attention.dot_product_attention(query, key, value, each) for each in (Attention.SPLASH, Attention.CUDNN)]
+    outputs = [attention.dot_product_attention(query, key, value, each) for each in (Attention.SPLASH, Attention.CUDNN)]
     plain = attention.dot_product_attention(query, key, value, Attention.XLA)
-    for out in asked:
+    for out in outputs:
         np.testing.assert_array_equal(out, plain)
 
 

@@ -1,4 +1,4 @@
-"""What the UNet is told: token numbers, text states, and the numbers of sizes and crops."""
+"""What the UNet is conditioned on: token ids, text states, and the numbers of sizes and crops."""
 
 import dataclasses
 import functools
@@ -167,7 +167,7 @@ def embedded(number: Any, dim: int = 256) -> np.ndarray:
     return np.concatenate([np.cos(angles), np.sin(angles)])
 
 
-def told(numbers: Numbers, pooled: np.ndarray, sizes: MicroConditioning) -> np.ndarray:
+def expected_vector(numbers: Numbers, pooled: np.ndarray, sizes: MicroConditioning) -> np.ndarray:
     """The vector, in the order in which SDXL's authors wrote it down, in float64."""
     rows = []
     for row, start in enumerate(pooled):
@@ -191,7 +191,7 @@ def test_the_vector_is_the_pooled_text_and_each_number_in_sdxls_order(numbers: N
     assert vector.shape == (3, width) == (3, 1280 + MicroConfig(numbers).vector_dim)
     assert vector.dtype == jnp.float32
     np.testing.assert_array_equal(vector[:, :1280], pooled)
-    np.testing.assert_allclose(vector, told(numbers, pooled, sizes), atol=ANGLE_TOLERANCE)
+    np.testing.assert_allclose(vector, expected_vector(numbers, pooled, sizes), atol=ANGLE_TOLERANCE)
 
 
 def test_every_integer_up_to_8192_arrives_exactly() -> None:
@@ -204,7 +204,7 @@ def test_every_integer_up_to_8192_arrives_exactly() -> None:
     np.testing.assert_allclose(vector[:, 0], expected, atol=ANGLE_TOLERANCE)
     np.testing.assert_allclose(vector[:, 1], expected[::-1], atol=ANGLE_TOLERANCE)
     neighbours = np.abs(np.diff(expected, axis=0)).max(axis=1)
-    assert neighbours.min() > 100 * ANGLE_TOLERANCE, "the tolerance tells every integer from the next"
+    assert neighbours.min() > 100 * ANGLE_TOLERANCE, "the tolerance distinguishes every integer from the next"
 
 
 def test_333_is_not_332_when_the_network_computes_in_bfloat16() -> None:
@@ -250,7 +250,7 @@ def random_tower(config: ClipTextConfig, seed: int) -> Params:
 
 @pytest.fixture(scope="module")
 def towers() -> tuple[Tower, ...]:
-    """Two towers of different width, so that nothing fits by chance."""
+    """Two towers of different width, so that no shapes match by chance."""
     first = Tower("text_encoder", ClipTextConfig(8, 3, 2, 16), END)
     return (first, Tower("text_encoder_2", ClipTextConfig(12, 3, 2, 16, Activation.GELU, 10), 0))
 
@@ -302,7 +302,7 @@ def test_presets_read_the_states_that_their_weights_were_trained_with() -> None:
 
 
 def prompts_of(count: int) -> TextConditioning:
-    """Text states that say which example they are of."""
+    """Text states that identify their example."""
     number = jnp.arange(1.0, count + 1)
     return TextConditioning(
         jnp.broadcast_to(number[:, None, None], (count, 77, 4)), jnp.broadcast_to(number[:, None], (count, 8))
@@ -312,12 +312,12 @@ def prompts_of(count: int) -> TextConditioning:
 NOTHING = TextConditioning(jnp.full((1, 77, 4), -1.0), jnp.full((1, 8), -1.0))
 
 
-def drawn(count: int, seed: int = 0) -> jax.Array:
+def keys_of(count: int, seed: int = 0) -> jax.Array:
     return jax.random.split(jax.random.key(seed), count)
 
 
 def is_dropped(condition: TextConditioning) -> np.ndarray:
-    """Whether each example is dropped; fails if one is dropped in part, or has become another."""
+    """Whether each example is dropped; fails if one is dropped in part, or replaced by another."""
     context, pooled = np.asarray(condition.context), np.asarray(condition.pooled)
     number = np.arange(1.0, len(pooled) + 1)
     dropped = pooled[:, 0] == -1
@@ -329,23 +329,23 @@ def is_dropped(condition: TextConditioning) -> np.ndarray:
 
 @pytest.mark.parametrize("probability", [0.0, 0.1, 0.5, 1.0])
 def test_caption_dropout_drops_its_share_and_an_example_as_a_whole(probability: float) -> None:
-    dropped = is_dropped(text.drop(prompts_of(4000), NOTHING, drawn(4000), probability))
+    dropped = is_dropped(text.drop(prompts_of(4000), NOTHING, keys_of(4000), probability))
     error = np.sqrt(probability * (1 - probability) / 4000)
     assert dropped.mean() == pytest.approx(probability, abs=5 * error)  # five standard errors; none at 0 and 1
 
 
 def test_caption_dropout_is_drawn_again_with_other_keys() -> None:
     # A cache elsewhere freezes it: the same captions are missing in every epoch.
-    first, second = (is_dropped(text.drop(prompts_of(500), NOTHING, drawn(500, seed), 0.5)) for seed in (0, 1))
+    first, second = (is_dropped(text.drop(prompts_of(500), NOTHING, keys_of(500, seed), 0.5)) for seed in (0, 1))
     assert 150 < (first != second).sum() < 350  # 250 are expected, with a standard deviation of 11
-    again = is_dropped(text.drop(prompts_of(500), NOTHING, drawn(500, 0), 0.5))
+    again = is_dropped(text.drop(prompts_of(500), NOTHING, keys_of(500, 0), 0.5))
     np.testing.assert_array_equal(first, again)
 
 
 def test_an_example_is_dropped_or_not_whatever_its_batch() -> None:
-    whole = is_dropped(text.drop(prompts_of(500), NOTHING, drawn(500), 0.5))
+    whole = is_dropped(text.drop(prompts_of(500), NOTHING, keys_of(500), 0.5))
     # Other rows than the first: these would be the same even if they were drawn by their place in the batch.
-    part = text.drop(prompts_of(250), NOTHING, drawn(500)[100:350], 0.5)
+    part = text.drop(prompts_of(250), NOTHING, keys_of(500)[100:350], 0.5)
     np.testing.assert_array_equal(is_dropped(part), whole[100:350])
 
 
@@ -353,7 +353,7 @@ def test_a_dropped_caption_is_zero_embeddings_and_leaves_the_sizes_alone() -> No
     # Elsewhere the condition is dropped by zeroing the numbers: a size of 0 has an embedding that is not 0.
     config = dataclasses.replace(MODEL, micro=MicroConfig())
     prompt, sizes = prompts_of(3), geometry()
-    dropped = text.drop(prompt, text.zeros_like(NOTHING), drawn(3), 1.0)
+    dropped = text.drop(prompt, text.zeros_like(NOTHING), keys_of(3), 1.0)
     kept, without = (models.condition(config, each, sizes) for each in (prompt, dropped))
     assert kept.vector is not None
     assert without.vector is not None
@@ -418,14 +418,20 @@ def changed(part: str, **changes: Any) -> ModelConfig:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed("unet", context_dim=24), r"model.unet.context_dim=24, .* 16 wide together. Set it to 16"),
-        (changed("unet", vector_dim=31), r"model.unet.vector_dim=31, .* make 32. Set it to 32"),
+        (changed("unet", context_dim=24), r"model.unet.context_dim=24, .* have a width of 16. Set it to 16"),
+        (changed("unet", vector_dim=31), r"model.unet.vector_dim=31, .* a width of 32 together. Set it to 32"),
         (changed("micro", numbers=Numbers.SIZE_CROP_AESTHETIC), r"model.unet.vector_dim=32, .* Set it to 28"),
-        (dataclasses.replace(MODEL, micro=None), r"model.unet.vector_dim=32, .* Set it to None"),
+        (
+            dataclasses.replace(MODEL, micro=None),
+            r"model.unet.vector_dim=32, but .* no micro-conditioning. Set it to None",
+        ),
         (changed("vae", latent_channels=8), r"model.vae.latent_channels=8 and model.unet.out_channels=4 differ"),
-        (changed("unet", groups=3), r"model.unet.block_channels has \[8, 16\], which model.unet.groups=3"),
-        (changed("vae", groups=3), r"model.vae.block_channels has \[4, 4, 4, 4\], which model.vae.groups=3"),
-        (changed("unet", heads=(1, 2, 2)), r"block_channels, transformer_depth and heads differ in length"),
+        (changed("unet", groups=3), "model.unet.block_channels has 8, 16, not divisible by model.unet.groups=3"),
+        (changed("vae", groups=3), "model.vae.block_channels has 4, 4, 4, 4, not divisible by model.vae.groups=3"),
+        (
+            changed("unet", heads=(1, 2, 2)),
+            "block_channels, transformer_depth and heads have 2, 2, 3 numbers. Give each",
+        ),
         (changed("schedule", zero_terminal_snr=True), r"zero_terminal_snr=True.*Set model.prediction=v_prediction"),
     ],
 )

@@ -1,7 +1,7 @@
 """Models from one layout to another and back: every tensor, name, dtype and bit; or nothing at all.
 
-Tensors are compared as the bytes that stand in the files, read here without the library. What cannot be written, or is
-cut off in the middle, leaves the disk as it was.
+Tensors are compared as the bytes that stand in the files, read here without the library. A conversion that is refused
+or interrupted leaves the disk as it was.
 """
 
 import dataclasses
@@ -195,7 +195,7 @@ VISION = {
 
 
 def beside(config: PartConfig, naming: Naming) -> foreign.Arrays:
-    """What files of a tower alone hold besides."""
+    """Further tensors in files of a tower alone."""
     if naming.prefix or not isinstance(config, ClipTextConfig):
         return {}
     return VISUAL if naming.dialect is Dialect.OPENCLIP else VISION
@@ -276,7 +276,7 @@ def test_everything_returns_with_every_bit(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_marks_without_numbers_return(tmp_path: Path) -> None:
-    """Which Orbax does not save."""
+    """Empty tensors, which Orbax does not save."""
     marks = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros((0, 2), np.float16), "step": np.array(7, np.int64)}
     source = foreign.save(tmp_path / "source.safetensors", foreign.tensors(UNET, DIALECTS[UNetConfig][1]) | marks)
     assert_returns(source, tmp_path, Layout.SINGLE_FILE, Layout.ORBAX)
@@ -285,12 +285,12 @@ def test_marks_without_numbers_return(tmp_path: Path) -> None:
 # What a layout has no place for
 
 
-def test_last_layer_of_sd2_is_left_out_of_diffusers_and_that_is_said(tmp_path: Path) -> None:
+def test_last_layer_of_sd2_is_left_out_of_diffusers_and_reported(tmp_path: Path) -> None:
     path = foreign.single_file(tmp_path / "two.safetensors", STABLE_2, beside=False)
     outcome = call(path, tmp_path / "two", "--to", "diffusers")
     assert outcome.code == 0, outcome
     assert (
-        "13 tensors of the source have no place in this layout and were left out: cond_stage_model.model" in outcome.err
+        "13 tensors of the source have no name in this layout and were left out: cond_stage_model.model" in outcome.err
     )
     assert "transformer.resblocks.1." in outcome.err
     opened = open_model(tmp_path / "two")
@@ -301,7 +301,7 @@ def test_last_layer_of_sd2_is_left_out_of_diffusers_and_that_is_said(tmp_path: P
             np.testing.assert_array_equal(leaf.read(), flatten(kept)[name.removeprefix("text_encoder/layers/")][:1])
 
 
-def test_image_tower_is_left_out_where_names_change_and_that_is_said(tmp_path: Path) -> None:
+def test_image_tower_is_left_out_where_names_change_and_reported(tmp_path: Path) -> None:
     stored = foreign.tensors(GELU, Naming(Dialect.OPENCLIP)) | VISUAL
     path = foreign.save(tmp_path / "clip" / "open_clip_model.safetensors", stored)
     outcome = call(path, tmp_path / "made", "--to", "diffusers")
@@ -343,7 +343,7 @@ def test_directory_of_a_network_becomes_a_file_in_the_original_layout(tmp_path: 
 
 
 def test_convolutions_in_the_attention_become_linear_for_diffusers(tmp_path: Path) -> None:
-    """Which its classes have; they refuse the others."""
+    """Its classes have linear layers, and refuse convolutions."""
     naming = Naming(Dialect.DIFFUSERS, conv_attention=True)
     path = foreign.diffusers_folder(tmp_path / "source", STABLE_1, namings={"vae": naming})
     write(path, tmp_path / "made", Layout.DIFFUSERS)
@@ -352,7 +352,7 @@ def test_convolutions_in_the_attention_become_linear_for_diffusers(tmp_path: Pat
 
 
 def test_network_that_others_have_joined_is_a_whole_model(tmp_path: Path) -> None:
-    """In the names of one, whatever its own file's were."""
+    """With the names of a whole model's file, whatever the names in its own file were."""
     unet = foreign.save(tmp_path / "unet.safetensors", foreign.tensors(STABLE_1.unet, Naming(Dialect.DIFFUSERS)))
     rest = foreign.diffusers_folder(tmp_path / "rest", STABLE_1)
     vae = component(tmp_path / "vae", STABLE_1.vae)
@@ -370,7 +370,7 @@ def test_network_that_others_have_joined_is_a_whole_model(tmp_path: Path) -> Non
         assert foreign.read(tmp_path / f"{made}.safetensors").keys() == expected.keys()
 
 
-def test_parts_that_are_no_whole_model_make_no_diffusers_directory(tmp_path: Path) -> None:
+def test_parts_that_are_not_a_whole_model_make_no_diffusers_directory(tmp_path: Path) -> None:
     arrays = foreign.tensors(UNET, foreign.original(BASE)["unet"]) | foreign.tensors(VAE, foreign.original(BASE)["vae"])
     path = foreign.save(tmp_path / "source" / "model.safetensors", arrays)
     expected = "text_encoder, text_encoder_2 are missing. Give --parts-from a model that has what is missing"
@@ -516,7 +516,7 @@ def test_value_beyond_float16_is_refused(tmp_path: Path) -> None:
     for to in Layout:
         command = source, tmp_path / "made.safetensors", "--to", to.value, "--dtype"
         assert_refused(
-            tmp_path, *command, "float16", expected=r"vae/decoder/conv_in/bias has values up to 1e\+05, which"
+            tmp_path, *command, "float16", expected=r"vae/decoder/conv_in/bias has values up to 1e\+05; float16"
         )
     assert call(source, tmp_path / "made", "--to", "orbax", "--dtype", "bfloat16").code == 0
 
@@ -585,7 +585,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, to: Layout, error: BaseException, destination: Path) -> None:
-    """Lets a conversion fail in its middle."""
+    """Makes a conversion fail half-way."""
     owner, name, after = (ocp.partial, "save", 3) if to is Layout.ORBAX else (safetensors.Writer, "put", 100)
     working, calls = getattr(owner, name), itertools.count()
 
@@ -600,17 +600,17 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, to: Layout, error: BaseException,
 
 
 @pytest.mark.parametrize("to", Layout)
-def test_disk_that_fills_up_leaves_nothing_after(
+def test_disk_that_fills_up_leaves_nothing_behind(
     tmp_path: Path, source: Path, to: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     destination = tmp_path / "new" / "folder" / "made.safetensors"
     interrupt(monkeypatch, to, OSError(errno.ENOSPC, "No space left on device"), destination)
-    expected = "No space left on device.*has room"
+    expected = "No space left on device.*has free space"
     assert_refused(tmp_path, source, destination, "--to", to.value, expected=expected, code=1)
 
 
 @pytest.mark.parametrize("to", Layout)
-def test_interruption_leaves_nothing_after(
+def test_interruption_leaves_nothing_behind(
     tmp_path: Path, source: Path, to: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "other").write_text("as it was")
@@ -647,13 +647,13 @@ def test_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    expected = r"has 0\.00 GB left, and the model needs 0\.00 GB. Make room, choose another disk, or a smaller --dtype"
+    expected = r"has 0\.00 GB left, and the model needs 0\.00 GB\. Free space, or choose another disk or a smaller"
     for to in Layout:
         made = tmp_path / "new" / "made.safetensors"
         assert_refused(tmp_path, source, made, "--to", to.value, expected=expected, code=1)
 
 
-def test_damage_that_shows_late_leaves_nothing_after(tmp_path: Path, source: Path) -> None:
+def test_damage_that_is_detected_late_leaves_nothing_behind(tmp_path: Path, source: Path) -> None:
     """A file that changes while it is read."""
     copy = Path(shutil.copytree(source, tmp_path / "source"))
     opened = open_model(copy)
@@ -661,7 +661,7 @@ def test_damage_that_shows_late_leaves_nothing_after(tmp_path: Path, source: Pat
     with file.open("r+b") as opened_file:
         opened_file.truncate(file.stat().st_size // 2)
     before = listing(tmp_path)
-    with pytest.raises(InputError, match=r"unet/diffusion_pytorch_model.safetensors is no readable safetensors file"):
+    with pytest.raises(InputError, match=r"unet/diffusion_pytorch_model.safetensors cannot be read as a safetensors"):
         convert(opened, tmp_path / "made", Layout.ORBAX, progress=False)
     assert listing(tmp_path) == before
 
@@ -672,17 +672,15 @@ def test_destination_that_is_there_is_left_alone(tmp_path: Path, source: Path, t
     file.write_text("precious")
     folder.mkdir()
     for destination in (file, folder):
-        assert_refused(
-            tmp_path, source, destination, "--to", to.value, expected="is there already. Remove it, or choose"
-        )
+        assert_refused(tmp_path, source, destination, "--to", to.value, expected="exists already. Remove it, or choose")
     assert file.read_text() == "precious"
 
 
 def test_source_is_no_destination(tmp_path: Path) -> None:
     source = component(tmp_path / "vae", VAE)
-    assert_refused(tmp_path, source, source, "--to", "orbax", expected="is there already")
-    assert_refused(tmp_path, source / WEIGHTS, source / WEIGHTS, "--to", "single-file", expected="is there already")
-    assert_refused(tmp_path, source, source / ".." / "vae", "--to", "diffusers", expected="is there already")
+    assert_refused(tmp_path, source, source, "--to", "orbax", expected="exists already")
+    assert_refused(tmp_path, source / WEIGHTS, source / WEIGHTS, "--to", "single-file", expected="exists already")
+    assert_refused(tmp_path, source, source / ".." / "vae", "--to", "diffusers", expected="exists already")
 
 
 def test_destination_may_lie_within_the_source(tmp_path: Path) -> None:
@@ -699,12 +697,12 @@ def test_folders_of_a_destination_are_made(tmp_path: Path, source: Path, monkeyp
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == ["made"]
     monkeypatch.chdir(tmp_path)
     write(source, Path("here.safetensors"), Layout.SINGLE_FILE)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "here.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "here.md", "here.safetensors"]
 
 
 def test_destination_below_a_file_is_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    expected = "file is no directory that may be written to"
+    expected = "file is not a directory with write permission"
     assert_refused(tmp_path, source, tmp_path / "file" / "made", "--to", "orbax", expected=expected)
 
 
@@ -724,11 +722,11 @@ def test_single_file_has_the_suffix_of_one(tmp_path: Path, source: Path) -> None
             r"model\.ckpt is a pickle.*Use the model's \.safetensors",
         ),
         ("empty", lambda path: path.mkdir(), "There is no model at .*empty"),
-        ("cut.safetensors", lambda path: path.write_bytes(b"\x99" * 20), "is no readable safetensors file"),
-        ("notes.txt", lambda path: path.write_text("no model"), "notes.txt is no readable safetensors file"),
+        ("cut.safetensors", lambda path: path.write_bytes(b"\x99" * 20), "cannot be read as a safetensors file"),
+        ("notes.txt", lambda path: path.write_text("no model"), "notes.txt cannot be read as a safetensors file"),
     ],
 )
-def test_source_that_is_no_model_is_refused(
+def test_source_that_is_not_a_model_is_refused(
     tmp_path: Path, name: str, make: Callable[[Path], object], expected: str
 ) -> None:
     make(tmp_path / name)
@@ -752,7 +750,8 @@ def test_licence_travels_along(tmp_path: Path) -> None:
     write(source, tmp_path / "made.orbax", Layout.ORBAX)
     write(tmp_path / "made.orbax", tmp_path / "out" / "made.safetensors", Layout.SINGLE_FILE)
     write(tmp_path / "out" / "made.safetensors", tmp_path / "made", Layout.DIFFUSERS)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["made.LICENSE.md", "made.safetensors"]
+    names = ["made.LICENSE.md", "made.md", "made.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (tmp_path / "made.orbax" / "LICENSE.md").read_text() == "open"
     assert [path.read_text() for path in open_model(tmp_path / "made").licences] == ["open"]
     assert (tmp_path / "out" / "made.LICENSE.md").read_text() == "open"
@@ -779,10 +778,10 @@ def test_licences_of_both_models_travel_along(tmp_path: Path, to: Layout) -> Non
     assert found == {"of sd", "of the vae"}
 
 
-# What is said
+# Reports
 
 
-def test_what_was_written_is_said(tmp_path: Path, source: Path) -> None:
+def test_the_command_reports_what_it_wrote(tmp_path: Path, source: Path) -> None:
     outcome = call(source, tmp_path / "made.safetensors", "--to", "single-file")
     assert outcome.code == 0
     assert re.fullmatch(r"unet, vae, text_encoder: \d+ tensors, 0\.00 GB, in .*made\.safetensors\n", outcome.out)

@@ -1,4 +1,4 @@
-"""Configurations of diffusers directories: read, written, refused with the name of what is at fault.
+"""Configurations of diffusers directories: read, written, refused with the name of the field or file at fault.
 
 That diffusers and transformers build the same modules from what is written is tested in `parity/`.
 """
@@ -35,7 +35,7 @@ def inpainting(config: ModelConfig) -> ModelConfig:
 
 
 def added(config: ModelConfig, *words: str) -> ModelConfig:
-    """With more words in the last tower."""
+    """With added tokens in the last tower."""
     *others, last = config.text
     clip = replace(last.clip, vocabulary=49408 + len(words))
     return replace(config, text=(*others, replace(last, clip=clip, added_tokens=words)))
@@ -81,7 +81,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def folder(written: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a written directory, to break."""
+    """A copy of a written directory, to damage."""
     return lambda name: Path(shutil.copytree(written[name], tmp_path / "copy"))
 
 
@@ -439,9 +439,9 @@ def test_added_tokens_may_stand_in_the_settings(folder: Callable[[str], Path]) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({}, "vocab_size=49410 has room for 49408 to 49409"),
+        ({}, "vocab_size=49410 has room for the ids 49408 to 49409"),
         ({"<a>": 49408}, "vocab_size=49410"),
-        ({"<a>": 49408, "<b>": 49410}, r"49410, '<b>'"),
+        ({"<a>": 49408, "<b>": 49410}, "'<b>' with id 49410"),
         ({"<a>": 49408, "<b>": 49409, "<c>": 49410}, "added tokens"),
         ({"<a>": 49408, "<b>": 49408}, "added tokens"),
         ({"<a>": "first"}, "added tokens"),
@@ -471,7 +471,7 @@ def test_files_that_number_added_tokens_differently_are_refused(folder: Callable
     directory = folder("SDXL with words")
     words = {"49408": {"content": "<Höhle>"}, "49409": {"content": "<cat-toy>"}}
     edit(directory / "tokenizer_2" / "tokenizer_config.json", added_tokens_decoder=words)
-    with pytest.raises(InputError, match="has the added tokens"):
+    with pytest.raises(InputError, match=r"added tokens, .* with id .* has room for"):
         diffusers.read_model_config(directory)
 
 
@@ -626,13 +626,13 @@ def test_unknown_field_is_refused_with_its_nearest_name(part: str, field: str, n
 def test_missing_file_is_named(path: str, folder: Callable[[str], Path]) -> None:
     directory = folder("SDXL base")
     (directory / path).unlink()
-    with pytest.raises(InputError, match=r"is missing\. Download the model's directory whole") as caught:
+    with pytest.raises(InputError, match=r"is missing\. Download the model's whole directory") as caught:
         diffusers.read_model_config(directory)
     assert str(directory / path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{", "is not JSON"), ("[1]", "not an object"), (b"\xff", "is not UTF-8 text")]
+    ("content", "message"), [("{", "is not JSON"), ("[1]", "not a JSON object"), (b"\xff", "is not UTF-8 text")]
 )
 def test_broken_file_is_named(content: str | bytes, message: str, folder: Callable[[str], Path]) -> None:
     path = folder("SD 1.x") / "unet" / "config.json"
@@ -645,11 +645,11 @@ def test_broken_file_is_named(content: str | bytes, message: str, folder: Callab
 def test_tokenizer_file_of_another_form_is_named(folder: Callable[[str], Path]) -> None:
     path = folder("SD 1.x") / "tokenizer" / "tokenizer.json"
     path.write_text('{"model": {"vocab": {}}}')
-    with pytest.raises(InputError, match="another form") as caught:
+    with pytest.raises(InputError, match="not of the form that transformers writes") as caught:
         diffusers.read_model_config(path.parent.parent)
     path.unlink()
     edit(path.with_name("tokenizer_config.json"), added_tokens_decoder={"first": "<a>"})
-    with pytest.raises(InputError, match="another form") as caught:
+    with pytest.raises(InputError, match="not of the form that transformers writes") as caught:
         diffusers.read_model_config(path.parent.parent)
     assert str(path.parent) in str(caught.value)
 
@@ -665,7 +665,7 @@ def test_other_pipelines_are_refused(name: Any, folder: Callable[[str], Path]) -
 def test_other_classes_of_components_are_refused(folder: Callable[[str], Path]) -> None:
     directory = folder("SD 1.x")
     edit(directory / "vae" / "config.json", _class_name="AsymmetricAutoencoderKL")
-    with pytest.raises(InputError, match='describes "AsymmetricAutoencoderKL", expected AutoencoderKL'):
+    with pytest.raises(InputError, match='describes "AsymmetricAutoencoderKL"; implemented is AutoencoderKL'):
         diffusers.read_model_config(directory)
 
 
@@ -688,12 +688,15 @@ def with_tower(config: ModelConfig, index: int = 0, **changes: Any) -> ModelConf
     [
         (with_tower(SDXL_BASE, name="text_encoder_3"), "text_encoder_3"),
         (replace(SDXL_BASE, text=SDXL_BASE.text[::-1]), "vector_dim|projection_dim|names"),
-        (with_tower(SDXL_BASE, context=ContextState.LAST), "text_encoder has context=last.*They need penultimate"),
+        (
+            with_tower(SDXL_BASE, context=ContextState.LAST),
+            "text_encoder has context=last.*They need context=penultimate",
+        ),
         (with_tower(SDXL_BASE, context=ContextState.PENULTIMATE_NORMED), "penultimate_normed"),
         (with_tower(SDXL_BASE, clip=replace(CLIP_L, projection_dim=768)), "text_encoder has projection_dim=768"),
         (with_tower(SDXL_BASE, added_tokens=("<a>",)), "1 added tokens"),
         (with_tower(SDXL_BASE, clip=replace(CLIP_L, vocabulary=50000)), "vocabulary=50000 and 0 added"),
-        (with_tower(SD1, context=ContextState.PENULTIMATE), "context=penultimate, .*They need last"),
+        (with_tower(SD1, context=ContextState.PENULTIMATE), "context=penultimate, .*They need context=last"),
         (replace(SD1, unconditional=UnconditionalKind.ZEROS), "unconditional=zeros"),
         (replace(SD1, default_size=(500, 512)), "default_size=.*multiples of 8"),
         (replace(SD1, unet=replace(SD1.unet, in_channels=8)), "in_channels=8.*4 or 9"),

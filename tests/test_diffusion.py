@@ -1,4 +1,4 @@
-"""The forward process: the schedule's numbers, how the predictions hang together, what an error costs."""
+"""The forward process: the schedule's numbers, how predictions convert into each other, how errors are weighted."""
 
 import functools
 from collections.abc import Callable
@@ -34,15 +34,12 @@ SCHEDULES = {
 EVERY_PREDICTION = pytest.mark.parametrize("prediction", Prediction)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-
 def normal(seed: int, shape: tuple[int, ...] = (3, 4, 5, 4)) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
 def levels(levels: Schedule, *timesteps: int) -> tuple[jax.Array, jax.Array]:
-    """α and σ_t of one timestep an example, as [batch, 1, 1, 1]."""
+    """α and σ_t of one timestep per example, as [batch, 1, 1, 1]."""
 
     def column(values: np.ndarray) -> jax.Array:
         return jnp.asarray(values[list(timesteps)], jnp.float32)[:, None, None, None]
@@ -135,7 +132,7 @@ def test_v_prediction_is_defined_where_nothing_of_the_image_is_left() -> None:
 
 
 @pytest.mark.parametrize("timestep", [0, 200, 500, 900, 999])
-def test_min_snr_weighs_the_same_mistake_alike_whatever_is_predicted(timestep: int) -> None:
+def test_min_snr_weights_the_same_error_equally_for_every_prediction(timestep: int) -> None:
     x0, epsilon, mistake = (normal(seed, (1, 4, 5, 4)) for seed in range(3))
     alpha, sigma_t = levels(SDXL, timestep)
     snr = SDXL.snr[timestep]
@@ -163,14 +160,14 @@ def test_min_snr_weights_are_finite_at_zero_terminal_snr(prediction: Prediction,
     assert weight[-1] == (1 if prediction is Prediction.EPSILON else 0)
 
 
-def test_min_snr_with_a_huge_gamma_weighs_all_noise_errors_alike() -> None:
+def test_min_snr_with_a_huge_gamma_weights_all_noise_errors_equally() -> None:
     snr = SDXL.snr
     np.testing.assert_allclose(min_snr_weight(snr, 1e9, Prediction.EPSILON), 1)
     np.testing.assert_allclose(min_snr_weight(snr, 1e9, Prediction.X0), snr)
     np.testing.assert_allclose(min_snr_weight(snr, 1e9, Prediction.V), snr / (snr + 1))
 
 
-def test_min_snr_with_a_tiny_gamma_weighs_all_image_errors_alike() -> None:
+def test_min_snr_with_a_tiny_gamma_weights_all_image_errors_equally() -> None:
     np.testing.assert_allclose(min_snr_weight(SDXL.snr, 1e-3, Prediction.X0), 1e-3)
 
 
@@ -179,7 +176,7 @@ def test_min_snr_with_a_tiny_gamma_weighs_all_image_errors_alike() -> None:
 
 @pytest.mark.parametrize("timestep", [0, 500, 999])
 def test_debiased_weights_are_one_weight_in_three_terms(timestep: int) -> None:
-    """1/√SNR of ‖Δε‖² (arXiv:2310.08442), told as that of ‖Δv‖² = ‖Δε‖² (SNR + 1) / SNR and of ‖Δx₀‖² = ‖Δε‖² / SNR."""
+    """1/√SNR of ‖Δε‖² (arXiv:2310.08442), expressed for ‖Δv‖² = ‖Δε‖² (SNR + 1) / SNR and ‖Δx₀‖² = ‖Δε‖² / SNR."""
     snr = SDXL.snr[timestep]
     in_epsilon = {Prediction.EPSILON: 1.0, Prediction.V: (snr + 1) / snr, Prediction.X0: 1 / snr}
     for prediction, size in in_epsilon.items():
@@ -249,16 +246,16 @@ def test_loss_of_a_perfect_network_is_zero(prediction: Prediction, weighting: We
 
 @EVERY_PREDICTION
 def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts(prediction: Prediction) -> None:
-    x0, drawn = normal(0, (8, 4, 4, 4)), keys(8)
+    x0, random_keys = normal(0, (8, 4, 4, 4)), keys(8)
     config = LossConfig(Weighting.MIN_SNR, offset_noise=0.05, input_perturbation=0.1)
     loss = functools.partial(diffusion_loss, imperfect, schedule=SDXL, prediction=prediction, config=config)
-    parts = [float(loss(x0[rows], drawn[rows])) for rows in (slice(0, 4), slice(4, 8))]
+    parts = [float(loss(x0[rows], random_keys[rows])) for rows in (slice(0, 4), slice(4, 8))]
     assert len(set(parts)) == 2
-    assert float(loss(x0, drawn)) == pytest.approx(np.mean(parts), rel=1e-6)  # the order of a float32 sum
+    assert float(loss(x0, random_keys)) == pytest.approx(np.mean(parts), rel=1e-6)  # the order of a float32 sum
 
 
 def seen_by_the_network(
-    x0: jax.Array, drawn: jax.Array, config: LossConfig = LossConfig()
+    x0: jax.Array, random_keys: jax.Array, config: LossConfig = LossConfig()
 ) -> tuple[jax.Array, jax.Array]:
     seen = []
 
@@ -266,16 +263,16 @@ def seen_by_the_network(
         seen.append((x_t, timestep))
         return x_t
 
-    diffusion_loss(network, x0, drawn, SDXL, Prediction.EPSILON, config)
+    diffusion_loss(network, x0, random_keys, SDXL, Prediction.EPSILON, config)
     return seen[0]
 
 
 def test_an_example_draws_the_same_whatever_its_batch() -> None:
-    x0, drawn = normal(0, (8, 4, 4, 4)), keys(8)
+    x0, random_keys = normal(0, (8, 4, 4, 4)), keys(8)
     config = LossConfig(offset_noise=0.05)
-    x_t, timestep = seen_by_the_network(x0, drawn, config)
+    x_t, timestep = seen_by_the_network(x0, random_keys, config)
     for row in range(8):
-        alone_x_t, alone_timestep = seen_by_the_network(x0[row : row + 1], drawn[row : row + 1], config)
+        alone_x_t, alone_timestep = seen_by_the_network(x0[row : row + 1], random_keys[row : row + 1], config)
         np.testing.assert_array_equal(alone_timestep[0], timestep[row])
         np.testing.assert_allclose(alone_x_t[0], x_t[row], rtol=1e-6, atol=1e-6)
     assert len(set(timestep.tolist())) > 1
@@ -306,11 +303,11 @@ def test_timesteps_are_uniform_over_all_of_them() -> None:
 
 @EVERY_PREDICTION
 def test_weight_in_the_loss_is_that_of_the_drawn_timestep(prediction: Prediction) -> None:
-    x0, drawn = normal(0, (1, 4, 4, 4)), keys(1, seed=5)
-    timestep = int(seen_by_the_network(x0, drawn)[1][0])
+    x0, random_keys = normal(0, (1, 4, 4, 4)), keys(1, seed=5)
+    timestep = int(seen_by_the_network(x0, random_keys)[1][0])
 
     def loss(config: LossConfig) -> float:
-        return float(diffusion_loss(imperfect, x0, drawn, SDXL, prediction, config))
+        return float(diffusion_loss(imperfect, x0, random_keys, SDXL, prediction, config))
 
     plain = loss(LossConfig())
     for config, weight in (
@@ -323,9 +320,9 @@ def test_weight_in_the_loss_is_that_of_the_drawn_timestep(prediction: Prediction
 
 def test_min_snr_in_the_loss_uses_the_rescaled_schedule() -> None:
     # The same mistake as above, where it does harm: at the last timestep an image error must weigh nothing.
-    drawn = keys(5000)
-    timestep = seen_by_the_network(jnp.zeros((5000, 1, 1, 1)), drawn)[1]
-    last = drawn[np.flatnonzero(timestep == 999)[:1]]
+    random_keys = keys(5000)
+    timestep = seen_by_the_network(jnp.zeros((5000, 1, 1, 1)), random_keys)[1]
+    last = random_keys[np.flatnonzero(timestep == 999)[:1]]
     assert len(last) == 1
     losses = {
         weighting: float(
@@ -341,12 +338,12 @@ def test_min_snr_in_the_loss_uses_the_rescaled_schedule() -> None:
 
 
 def test_default_draws_are_the_first_two_halves_of_the_key() -> None:
-    """Published figures rest on them: whatever else an option draws comes from further keys."""
-    x0, drawn = normal(0, (8, 4, 4, 4)), keys(8)
+    """Published figures depend on them: further random numbers of an option come from further keys."""
+    x0, random_keys = normal(0, (8, 4, 4, 4)), keys(8)
     for config in (LossConfig(offset_noise=0.05), LossConfig(offset_noise=0.05, input_perturbation=1e-30)):
-        x_t, timestep = seen_by_the_network(x0, drawn, config)
+        x_t, timestep = seen_by_the_network(x0, random_keys, config)
         for row in range(8):
-            time_key, noise_key = jax.random.split(drawn[row])
+            time_key, noise_key = jax.random.split(random_keys[row])
             assert timestep[row] == jax.random.randint(time_key, (), 0, 1000)
             alpha, sigma_t = levels(SDXL, int(timestep[row]))
             noise = draw_noise(noise_key, (4, 4, 4), 0.05)
@@ -355,12 +352,12 @@ def test_default_draws_are_the_first_two_halves_of_the_key() -> None:
 
 @EVERY_PREDICTION
 def test_perturbed_input_leaves_the_target_as_it_was(prediction: Prediction) -> None:
-    """A network that outputs zero has the target as its error: what is perturbed is what it sees, and only that."""
-    x0, drawn = normal(0, (64, 4, 4, 4)), keys(64)
+    """A network that outputs zero has the target as its error: its input is perturbed, and only that."""
+    x0, random_keys = normal(0, (64, 4, 4, 4)), keys(64)
 
     def loss(network: Network, strength: float) -> float:
         config = LossConfig(input_perturbation=strength)
-        return float(diffusion_loss(network, x0, drawn, SDXL, prediction, config))
+        return float(diffusion_loss(network, x0, random_keys, SDXL, prediction, config))
 
     def nothing(x_t: jax.Array, timestep: jax.Array) -> jax.Array:
         return jnp.zeros_like(x_t)
@@ -370,9 +367,9 @@ def test_perturbed_input_leaves_the_target_as_it_was(prediction: Prediction) -> 
 
 
 def test_perturbation_has_its_strength_at_the_level_of_the_noise_and_is_independent_of_it() -> None:
-    x0, drawn = jnp.zeros((2000, 4, 4, 1)), keys(2000)
-    plain, timestep = seen_by_the_network(x0, drawn)
-    perturbed, again = seen_by_the_network(x0, drawn, LossConfig(input_perturbation=0.1))
+    x0, random_keys = jnp.zeros((2000, 4, 4, 1)), keys(2000)
+    plain, timestep = seen_by_the_network(x0, random_keys)
+    perturbed, again = seen_by_the_network(x0, random_keys, LossConfig(input_perturbation=0.1))
     np.testing.assert_array_equal(again, timestep)
     sigma_t = SDXL.sigma_t[timestep][:, None, None, None]
     added, noise = (np.asarray(perturbed - plain) / sigma_t).ravel(), (np.asarray(plain) / sigma_t).ravel()
@@ -398,15 +395,15 @@ def test_biased_timesteps_are_drawn_as_often_as_told(bias: float) -> None:
     assert counts[750:].sum() == pytest.approx(count * share, abs=5 * np.sqrt(count * share * (1 - share)))
     inside = counts[200:750].reshape(5, 110).sum(axis=1)
     expected = count * (1 - share) / 5
-    np.testing.assert_allclose(inside, expected, atol=5 * np.sqrt(expected))  # alike among themselves
+    np.testing.assert_allclose(inside, expected, atol=5 * np.sqrt(expected))  # equally often within each range
 
 
 def test_an_even_bias_of_the_whole_draws_uniformly_to_the_last_timestep() -> None:
     """The table's own ends: neither timestep 0 nor the last is drawn more or less than the others."""
     config = LossConfig(biased_timesteps=(0, 2), timestep_bias=1.0)
     count = 40_000
-    drawn = jax.vmap(lambda key: loss_module.draw_timestep(key, config, 4))(keys(count))
-    np.testing.assert_allclose(np.bincount(drawn), count / 4, atol=5 * np.sqrt(count * 3 / 16))
+    timesteps = jax.vmap(lambda key: loss_module.draw_timestep(key, config, 4))(keys(count))
+    np.testing.assert_allclose(np.bincount(timesteps), count / 4, atol=5 * np.sqrt(count * 3 / 16))
 
 
 @pytest.mark.parametrize(
@@ -417,13 +414,13 @@ def test_an_even_bias_of_the_whole_draws_uniformly_to_the_last_timestep() -> Non
         (LossConfig(Weighting.MIN_SNR, 0.0), "min_snr_gamma=0.0 is out of range. Give more than 0"),
         (LossConfig(offset_noise=-0.1), "offset_noise=-0.1 is out of range"),
         (LossConfig(input_perturbation=float("nan")), "input_perturbation=nan is out of range"),
-        (LossConfig(timesteps=(0, 1001)), r"timesteps=\(0, 1001\) is no range .* stop <= 1000"),
-        (LossConfig(timesteps=(5, 5)), "is no range"),
-        (LossConfig(biased_timesteps=(0, 5)), "need each other"),
-        (LossConfig(timestep_bias=2.0), "need each other"),
-        (LossConfig(biased_timesteps=(0, 5), timestep_bias=1.0), "alike"),
-        (LossConfig(biased_timesteps=(0, 1000), timestep_bias=2.0), "alike"),
-        (LossConfig(timesteps=(0, 200), biased_timesteps=(200, 300), timestep_bias=2.0), "alike"),
+        (LossConfig(timesteps=(0, 1001)), r"timesteps=0 1001 is not a range .* stop <= 1000"),
+        (LossConfig(timesteps=(5, 5)), "is not a range"),
+        (LossConfig(biased_timesteps=(0, 5)), "loss.biased_timesteps needs loss.timestep_bias. Give both"),
+        (LossConfig(timestep_bias=2.0), "loss.timestep_bias needs loss.biased_timesteps. Give both"),
+        (LossConfig(biased_timesteps=(0, 5), timestep_bias=1.0), "has no effect"),
+        (LossConfig(biased_timesteps=(0, 1000), timestep_bias=2.0), "has no effect"),
+        (LossConfig(timesteps=(0, 200), biased_timesteps=(200, 300), timestep_bias=2.0), "has no effect"),
         (LossConfig(timesteps=(0, 200), biased_timesteps=(0, 300), timestep_bias=0.0), "leaves no timestep to train"),
     ],
 )

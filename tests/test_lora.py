@@ -113,8 +113,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def random_model(config: ModelConfig, dtype: Any = jnp.float32) -> Model:
     rng = np.random.default_rng(0)
-    drawn = {path: jnp.asarray(rng.standard_normal(shape), dtype) for path, shape in shapes(config).items()}
-    return Model(config, unflatten(drawn))
+    params = {path: jnp.asarray(rng.standard_normal(shape), dtype) for path, shape in shapes(config).items()}
+    return Model(config, unflatten(params))
 
 
 @pytest.fixture(scope="module")
@@ -213,13 +213,13 @@ def test_lora_with_embeddings_is_merged_and_they_are_offered(tmp_path: Path) -> 
     assert read.embeddings == ("a.fox", "b")
     assert len(changes(file)) == 1
     assert lora.notes(read) == [
-        "x.safetensors holds the embeddings a.fox, b as well, which are not merged: sdxl-jax sample takes them as "
+        "x.safetensors also holds the embeddings a.fox, b, which are not merged: sdxl-jax sample takes them as "
         f"--embedding {file}:a.fox"
     ]
 
 
 @pytest.mark.parametrize("config", [MODEL, SD1], ids=["SDXL", "SD 1.x"])
-def test_both_spellings_of_the_unet_change_every_module_alike(tmp_path: Path, config: ModelConfig) -> None:
+def test_both_spellings_of_the_unet_give_every_module_the_same_change(tmp_path: Path, config: ModelConfig) -> None:
     ours = changes(kohya_file(tmp_path / "a.safetensors", config, Dialect.ORIGINAL), config)
     theirs = changes(kohya_file(tmp_path / "b.safetensors", config, Dialect.DIFFUSERS), config)
     assert ours.keys() == {path for path in shapes(config) if path.endswith("kernel")}
@@ -346,7 +346,7 @@ def test_files_of_every_precision_are_read_as_float32(tmp_path: Path, dtype: Any
         ("x.diff_b", "difference"),
         ("x.lora_B.bias", "bias"),
         ("x.lora_embedding_A", "embedding"),
-        ("model.diffusion_model.out.2.bias", "nothing that a LoRA has"),
+        ("model.diffusion_model.out.2.bias", "not a tensor of a LoRA"),
     ],
 )
 def test_what_is_no_plain_lora_is_refused_by_its_tensor(tmp_path: Path, tensor: str, what: str) -> None:
@@ -386,7 +386,7 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"pickle.*safetensors"):
             lora.read(tmp_path / name)
     for name, message in {
-        "empty.safetensors": "has no LoRA",
+        "empty.safetensors": "is not a LoRA: of its 0 tensors",
         "cut.safetensors": "cut.safetensors",
         "missing.safetensors": "missing.safetensors",
         "": "has no adapter_model.safetensors and no pytorch_lora_weights.safetensors",
@@ -395,14 +395,14 @@ def test_files_that_are_no_lora_are_refused(tmp_path: Path) -> None:
             lora.read(tmp_path / name)
     one = np.ones((1, 1), np.float32)
     small(tmp_path / "adapter_model.safetensors", "base_model.model.x.lora_{letter}.weight", one, one)
-    with pytest.raises(InputError, match=r"adapter_config\.json has settings of its LoRA that are no JSON"):
+    with pytest.raises(InputError, match=r"adapter_config\.json has settings of its LoRA that are not valid JSON"):
         lora.read(tmp_path)
 
 
 def test_initialisations_that_change_the_base_are_refused(tmp_path: Path) -> None:
     one, more = np.ones((1, 1), np.float32), _settings(lora_alpha=1, init_lora_weights="pissa_niter_4")
     file = small(tmp_path / "x.safetensors", "unet.x.lora_{letter}.weight", one, one, **more)
-    with pytest.raises(InputError, match=r"begun by pissa_niter_4.*plain LoRA"):
+    with pytest.raises(InputError, match=r"initialised by pissa_niter_4.*plain LoRA"):
         lora.read(file)
 
 
@@ -435,7 +435,7 @@ def test_a_module_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -
         ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v", 1280, "as in the SDXL refiner"),
     ],
 )
-def test_a_lora_of_another_family_is_told_so(module: str, width: int, message: str) -> None:
+def test_the_error_for_a_lora_of_another_family_names_it(module: str, width: int, message: str) -> None:
     other = lora.Lora("x", {module: lora.Factors(np.ones((4, width), np.float32), np.ones((640, 4), np.float32), 4)})
     with pytest.raises(InputError, match=message):
         lora.resolve(other, models.SDXL_BASE)
@@ -452,7 +452,7 @@ def test_a_module_in_two_spellings_counts_once_and_must_agree(tmp_path: Path) ->
     np.testing.assert_array_equal(change, np.ones((16, 16)))
     tensors[f"{names_[0]}.lora_up.weight"] = 2 * up
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match="are one module, and differ"):
+    with pytest.raises(InputError, match="are names of one module, and their factors differ"):
         changes(tmp_path / "x.safetensors")
 
 
@@ -524,11 +524,11 @@ def test_names_of_adapters_are_unique_and_known(whole: Path) -> None:
     with pytest.raises(InputError, match=r"a LoRA named style\.safetensors already.*another name"):
         lora.add(model, whole)
     twice = lora.add(model, whole, name="again")
-    with pytest.raises(InputError, match=r"no LoRA named agian\. There are: again, style\.safetensors"):
+    with pytest.raises(InputError, match=r"no LoRA named agian\. Give one of: again, style\.safetensors"):
         lora.remove(twice, "agian")
-    with pytest.raises(InputError, match=r"no LoRA named x\. There are: none"):
+    with pytest.raises(InputError, match=r"no LoRA named x\. It has none"):
         lora.remove(random_model(MODEL), "x")
-    with pytest.raises(InputError, match=r"scale of .* is nan"):
+    with pytest.raises(InputError, match=r"scale of .* is not finite"):
         lora.add(model, whole, float("nan"), "other")
 
 

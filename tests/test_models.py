@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def random_params(init: Callable[..., Params], config: Any, seed: int = 0) -> Params:
-    """Parameters with nothing zero, of a size that keeps the size of what flows through. Nothing is compiled for it."""
+    """Parameters without zeros, scaled so that activations keep their size. Nothing is compiled for it."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -194,7 +194,7 @@ def test_perturbed_rows_lose_their_self_attention_and_the_others_nothing() -> No
     assert relative(one[1], none[1]) > 1e-2
 
 
-def test_self_attention_is_perturbed_in_the_named_parts_alone_and_unasked_nowhere() -> None:
+def test_self_attention_is_perturbed_in_the_named_parts_alone_and_by_default_nowhere() -> None:
     """The choice between value and attention is one operation in the body of a scan."""
     params, inputs = abstract(unet.init, ONE_LEVEL), one_level_inputs()
 
@@ -213,7 +213,7 @@ def test_a_part_without_attention_cannot_be_perturbed() -> None:
     config = unet.UNetConfig((8,), 1, (0,), 1, (1,), 4, None, groups=4)
     inputs = jnp.ones((1, 2, 2, 4)), jnp.ones(1), jnp.ones((1, 1, 4))
     for parts, given in (((unet.UNetPart.MIDDLE, unet.UNetPart.UP), "mid, up"), ((), "nothing")):
-        with pytest.raises(InputError, match=rf"perturbed in: {given}\. This UNet has attention in: mid\. Name"):
+        with pytest.raises(InputError, match=rf"perturbed in {given}\. This UNet has attention in mid: name"):
             unet.apply(config, {}, *inputs, perturbed=jnp.array([True]), perturbed_parts=parts)
 
 
@@ -312,7 +312,7 @@ def test_sinusoidal_embedding_is_exact_for_every_integer_to_8192(dim: int) -> No
 
 
 @pytest.mark.parametrize("type_of_number", [jnp.int32, jnp.float32])
-def test_sinusoidal_embedding_tells_neighbouring_sizes_apart(type_of_number: Any) -> None:
+def test_sinusoidal_embedding_distinguishes_neighbouring_sizes(type_of_number: Any) -> None:
     """333 is 332 and 1023 is 1024 in bfloat16."""
     sizes = jnp.array([332, 333, 1023, 1024], type_of_number)
     embedded = layers.sinusoidal_embedding(sizes, 256)
@@ -412,8 +412,8 @@ def checked() -> None:
 
 
 def test_annotations_are_checked_when_the_option_asks_for_it(request: pytest.FixtureRequest) -> None:
-    asked = "sdxl_jax" in (request.config.getoption("--jaxtyping-packages", default=None) or "")
-    assert asked == hasattr(unet.apply, "__wrapped__")
+    is_checked = "sdxl_jax" in (request.config.getoption("--jaxtyping-packages", default=None) or "")
+    assert is_checked == hasattr(unet.apply, "__wrapped__")
 
 
 @pytest.mark.usefixtures("checked")

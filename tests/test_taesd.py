@@ -1,4 +1,4 @@
-"""The tiny autoencoder: that its files are found out, in halves and whole, and what it does with images.
+"""The tiny autoencoder: detection of its files, in halves and whole, and encoding and decoding of images.
 
 Agreement with diffusers is in `parity/test_taesd_parity.py`. The published weights are found by the environment
 variable SDXL_JAX_TEST_DATA, a folder with taesdxl/ and coco363/.
@@ -35,10 +35,8 @@ from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.names import Dialect, Naming
 from sdxl_jax.weights.open import open_model
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TINY = TinyVaeConfig(8, (1, 2), (3, 1))
-"""Not its own mirror: a half alone does not tell the other."""
+"""Not its own mirror: a half alone does not determine the other."""
 ENCODER, DECODER = Naming(Dialect.TAESD_ENCODER), Naming(Dialect.TAESD_DECODER)
 WITH_TINY = dataclasses.replace(BASE, vae=TINY)
 
@@ -95,14 +93,14 @@ def test_diffusers_directory_and_its_file_are_found_out(tmp_path: Path, beside: 
         (folder / "config.json").unlink()
     opened = open_model(folder / "diffusion_pytorch_model.safetensors")
     assert opened.config.vae == TINY
-    assert opened.tells_scale
+    assert opened.scale_is_known
     assert_part_holds(opened, "vae", TINY)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("act_fn", "silu", 'act_fn="silu", which is not implemented here; implemented is "relu"'),
+        ("act_fn", "silu", 'act_fn="silu", which is not implemented; implemented is "relu"'),
         ("scaling_factor", 0.5, "scaling_factor=0.5, which is not implemented"),
         ("num_encoder_blocks", [1, 2, 3], "num_encoder_blocks=.*as many levels as the decoder's 2"),
         ("encoder_block_out_channels", [4, 4], "encoder_block_out_channels=.*the decoder's"),
@@ -125,7 +123,9 @@ def test_half_returns_from_every_layout_with_every_bit(tmp_path: Path, naming: N
         assert lacking_half(open_model(tmp_path / name)) == lacking_half(open_model(source))
         convert(tmp_path / name, tmp_path / f"{to.value}-back.safetensors", Layout.SINGLE_FILE, progress=False)
         assert foreign.contents(tmp_path / f"{to.value}-back.safetensors") == foreign.contents(source)
-    with pytest.raises(InputError, match=r"AutoencoderTiny is encoder and decoder; the (en|de)coder is missing\. Give"):
+    with pytest.raises(
+        InputError, match=r"AutoencoderTiny needs encoder and decoder, and the (en|de)coder is missing\. "
+    ):
         convert(source, tmp_path / "refused", Layout.DIFFUSERS, progress=False)
 
 
@@ -184,7 +184,7 @@ def test_configuration_that_cannot_be_is_refused(config: TinyVaeConfig, expected
 
 
 def test_public_functions_take_either_autoencoder() -> None:
-    """The published size; 1,222,532 and 1,222,531 weights are what the files hold."""
+    """The published size; 1,222,532 and 1,222,531 weights are in the files."""
     abstract = jax.eval_shape(lambda: vae.init(jax.random.key(0), taesd.TAESDXL))
     assert count(abstract["encoder"]) == 1_222_532 and count(abstract["decoder"]) == 1_222_531
     for config in (taesd.TAESDXL, vae.SDXL_VAE):
@@ -205,8 +205,8 @@ def test_latent_is_the_mean_exactly_and_not_scaled() -> None:
     alone = taesd.TinyEncoder(TINY, Compute()).apply({"params": params["encoder"]}, image)
     np.testing.assert_array_equal(latent, np.asarray(alone))
     kept = vae.Posterior(*(jnp.asarray(part, jnp.bfloat16) for part in posterior))  # as a cache keeps it
-    drawn = vae.scaled_sample(TINY, kept, jax.random.split(jax.random.key(0), 2))
-    np.testing.assert_array_equal(drawn, jnp.asarray(kept.mean, jnp.float32))
+    latent = vae.scaled_sample(TINY, kept, jax.random.split(jax.random.key(0), 2))
+    np.testing.assert_array_equal(latent, jnp.asarray(kept.mean, jnp.float32))
 
 
 def test_bfloat16_returns_float32() -> None:

@@ -1,4 +1,4 @@
-"""The promises of sdxl_jax.files.text: one reader of what people write, whatever editor wrote it."""
+"""The promises of sdxl_jax.files.text: one reader for text files of any editor."""
 
 import pytest
 

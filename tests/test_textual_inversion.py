@@ -1,4 +1,4 @@
-"""Textual inversion: what files are taken, what becomes of the model, and how prompts are read afterwards."""
+"""Textual inversion: which files are read, how they change the model, and how prompts are tokenised afterwards."""
 
 import dataclasses
 import pickle
@@ -96,12 +96,12 @@ def tokens_of(tower: Tower, *prompts: str) -> list[list[int]]:
         ("tok", [27010]),
     ],
 )
-def test_a_concept_is_read_as_all_of_its_words_where_a_prompt_names_it(prompt: str, expected: list[int]) -> None:
+def test_a_concept_in_a_prompt_becomes_all_of_its_tokens(prompt: str, expected: list[int]) -> None:
     tower = with_tokens(FIRST, "<tok>", "<tok>_1", "<tok>_2", "<one>", "Big-Toy", "Big-Toy_1")
     assert tokens_of(tower, prompt) == [expected]
 
 
-def test_each_tower_reads_its_own_words_and_what_is_cut_is_counted_with_them() -> None:
+def test_each_tower_reads_its_own_tokens_and_truncation_counts_them() -> None:
     towers = with_tokens(FIRST, "<tok>", "<tok>_1"), with_tokens(SECOND, "<other>", "<tok>", "<tok>_1", "<tok>_2")
     tokenizer = Tokenizer.of(towers)
     long = "cat " * 73
@@ -118,7 +118,7 @@ def test_each_tower_reads_its_own_words_and_what_is_cut_is_counted_with_them() -
     np.testing.assert_array_equal(copy(prompts)["text_encoder_2"], tokens["text_encoder_2"])
 
 
-def test_added_words_do_not_leak_into_other_models() -> None:
+def test_added_tokens_do_not_leak_into_other_models() -> None:
     plain = tokens_of(FIRST, "a <tok>")
     assert tokens_of(with_tokens(FIRST, "<tok>"), "a <tok>") != plain
     assert tokens_of(FIRST, "a <tok>") == plain
@@ -128,9 +128,9 @@ def test_added_words_do_not_leak_into_other_models() -> None:
     ("tower", "message"),
     [
         (dataclasses.replace(FIRST, added_tokens=("<a>", "<b>")), r"2 added tokens, but .*49408. Set it to 49410"),
-        (with_tokens(FIRST, "<a>", "<b>", "<a>"), r"\['<a>'\], which are repeated, CLIP's own"),
-        (with_tokens(FIRST, "<a>", "cat"), r"\['cat'\], .* Give each another name"),
-        (with_tokens(FIRST, "", " <a>"), r"\['', ' <a>'\], .* begin or end in a space"),
+        (with_tokens(FIRST, "<a>", "<b>", "<a>"), r"added tokens '<a>', which are repeated, CLIP's own"),
+        (with_tokens(FIRST, "<a>", "cat"), r"added tokens 'cat', .* Give each another name"),
+        (with_tokens(FIRST, "", " <a>"), r"added tokens '', ' <a>', .* begin or end in a space"),
     ],
 )
 def test_added_tokens_that_cannot_work_are_refused_with_the_configuration(tower: Tower, message: str) -> None:
@@ -159,7 +159,7 @@ def test_a_single_vector_may_have_one_axis(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".ckpt", ".pth", ".PT"])
-def test_pickled_files_are_refused_unread_with_the_reason_and_the_way_out(suffix: str, tmp_path: Path) -> None:
+def test_pickled_files_are_refused_unread_with_the_reason_and_the_remedy(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"pickle, which can run any program .* Convert it to \.safetensors"):
         textual_inversion.read(tmp_path / f"absent{suffix}")
 
@@ -167,12 +167,12 @@ def test_pickled_files_are_refused_unread_with_the_reason_and_the_way_out(suffix
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"<a>": ROWS, "<b>": ROWS}, r'holds 2 arrays \(<a>, <b>\), .*Expected {"<token>": vectors}'),
+        ({"<a>": ROWS, "<b>": ROWS}, r'holds 2 arrays \(<a>, <b>\) and is not .*Expected {"<token>": vectors}'),
         ({str(number): ROWS for number in range(9)}, r"holds 9 arrays \(.* …\)"),
-        ({"<a>": np.ones((2, 8), np.int32)}, r"<a> of shape \(2, 8\), int32. Expected"),
+        ({"<a>": np.ones((2, 8), np.int32)}, r"<a> of shape \(2, 8\) and dtype int32. Give"),
         ({"<a>": np.ones((2, 8, 1), np.float32)}, r"<a> of shape \(2, 8, 1\)"),
         ({"<a>": np.ones((0, 8), np.float32)}, r"<a> of shape \(0, 8\)"),
-        ({"<a>": np.full((1, 8), np.nan, np.float32)}, r"<a> with numbers that are not finite"),
+        ({"<a>": np.full((1, 8), np.nan, np.float32)}, r"<a> with non-finite numbers \(NaN or inf\)"),
     ],
 )
 def test_a_file_of_something_else_is_refused(arrays: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_missing_or_damaged_file_is_refused(tmp_path: Path) -> None:
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
     for name in [*cases, "absent.safetensors", "."]:
-        with pytest.raises(InputError, match="no readable safetensors file"):
+        with pytest.raises(InputError, match="cannot be read as a safetensors file"):
             textual_inversion.read(tmp_path / name)
 
 
@@ -233,7 +233,9 @@ def test_embeddings_that_travel_in_a_lora_are_found_by_their_name(sdxl: Model, t
     path = write(tmp_path / "x.safetensors", tensors)
     assert textual_inversion.names(textual_inversion.add(sdxl, path, "<a.fox>")) == {"<a.fox>": 1}
     assert textual_inversion.names(textual_inversion.add(sdxl, path, "<zz9>")) == {"<zz9>": 2}
-    with pytest.raises(InputError, match=r"several embeddings: <a\.fox>, zz9\. Say which: --embedding .*:<a\.fox>"):
+    with pytest.raises(
+        InputError, match=r"several embeddings: <a\.fox>, zz9\. Give the name .*: --embedding .*:<a\.fox>"
+    ):
         textual_inversion.add(sdxl, path)
     one = write(tmp_path / "one.safetensors", {name: value for name, value in tensors.items() if "zz9" not in name})
     assert textual_inversion.names(textual_inversion.add(sdxl, one)) == {"<a.fox>": 1}
@@ -292,7 +294,7 @@ def test_removing_what_is_not_there_lists_what_is(token: str, sdxl: Model, tmp_p
     path = for_sdxl(tmp_path / "x.safetensors")
     model = textual_inversion.add(textual_inversion.add(sdxl, path, "<other>"), path, "<one>")
     listed = "<one>, <other>" if token else "<o.*>, <o.*>"
-    with pytest.raises(InputError, match=f"no textual inversion {token!r}. Known, nearest first: {listed}"):
+    with pytest.raises(InputError, match=f"no textual inversion {token!r}. Give one of \\(nearest first\\): {listed}"):
         textual_inversion.remove(model, token)
     with pytest.raises(InputError, match="It has none"):
         textual_inversion.remove(sdxl, token)
@@ -312,7 +314,7 @@ def test_a_file_of_another_family_is_refused_with_both_widths(sdxl: Model, sd1: 
         (sd1, both, "clip_g 12, clip_l 8", "text_encoder 8"),
         (make_model(SECOND), larger, "clip_g 16.*", "text_encoder_2 12"),
     ]:
-        message = f"{path.name} was made for another family .* as wide as .*{held}, .* text encoders as {expected}"
+        message = f"{path.name} was made for another family .* vectors are .*{held}, .* text encoders {expected}"
         with pytest.raises(InputError, match=message):
             textual_inversion.add(model, path, "<tok>")
 
@@ -359,7 +361,7 @@ def test_a_token_that_is_there_already_is_refused(
 @pytest.mark.parametrize("token", ["cat", "cat</w>", "<|endoftext|>", "", " <tok>", "<tok>\n"])
 def test_a_token_that_clip_knows_or_that_cannot_be_found_is_refused(token: str, sdxl: Model, tmp_path: Path) -> None:
     path = for_sdxl(tmp_path / "x.safetensors")
-    with pytest.raises(InputError, match=r"x\.safetensors cannot be called .* Give another name"):
+    with pytest.raises(InputError, match=r"x\.safetensors cannot have the token .* Give another name"):
         textual_inversion.add(sdxl, path, token)
 
 
@@ -383,4 +385,4 @@ def test_sample_draws_with_the_embeddings_it_is_given(
     assert __main__.main([*command, f"{one}:<x>", "--embedding", str(two), "--embedding", f"{two}:<y>"]) == 0
     assert textual_inversion.names(used[0]) == {"<x>": 1, "two:2": 2, "<y>": 2}
     assert __main__.main([*command, f"{tmp_path / 'absent.safetensors'}:<x>", "--overwrite"]) == 2
-    assert "absent.safetensors is no readable safetensors file" in capsys.readouterr().err
+    assert "absent.safetensors cannot be read as a safetensors file" in capsys.readouterr().err

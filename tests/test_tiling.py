@@ -27,7 +27,7 @@ TILES = {LARGE: 32, TINY: 40}
 
 
 def latent_of(*shape: int) -> jax.Array:
-    """Smooth from one side to the other, so that tiles differ in mean and spread, and noise."""
+    """A gradient plus noise, so that tiles differ in mean and variance."""
     rows, columns = np.linspace(-1, 1, shape[1])[:, None, None], np.linspace(-1, 1, shape[2])[:, None]
     noise = np.random.default_rng(0).standard_normal(shape) * (1.5 + rows)
     return jnp.asarray(2 * rows + columns + noise, jnp.float32)
@@ -92,7 +92,7 @@ def test_image_that_fits_one_tile_is_decoded_whole() -> None:
 
 def test_tile_that_is_all_border_is_refused() -> None:
     params, latent = random_params(vae.init, LARGE), latent_of(1, 29, 50, 4)
-    with pytest.raises(InputError, match=r"Tiles of 16 positions have borders of 6\. Give tiles of 24"):
+    with pytest.raises(InputError, match=r"A tile of 16 positions.*borders of 6 positions.*Give tiles of 24"):
         vae.decode_tiled(LARGE, params, latent, tile=16)
 
 

@@ -1,1 +1,1 @@
-"""What is added to a model's parameters: formulas, and what of the tree they sit on. Files are in `weights`."""
+"""Adapters: formulas for changes of a model's parameters, and to which parameters they apply. Files: `weights`."""

@@ -1,8 +1,8 @@
 """LoRA: W' = W + Σ scale · (alpha / rank) · up · down.
 
 Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4.1) changes a linear layer or a convolution by a product
-of two small factors, down [rank, in, …] and up [out, rank]. Merged, it costs nothing when images are made. Nothing here
-knows of files: `weights.lora` reads them, and finds out which parameter each of their modules is.
+of two small factors, down [rank, in, …] and up [out, rank]. Merged into the weights it costs nothing in sampling. Files
+are read by `weights.lora`, which resolves their modules to parameters.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from sdxl_jax.arrays import Params, flatten, unflatten
+from sdxl_jax.arrays import Params, flatten, type_of_array, unflatten
 
 
 class Factors(NamedTuple):
-    """What changes one layer. In a file's order [rank, in, …] and [out, rank, …], or in ours, [… in, rank] and
-    [rank, out]."""
+    """The low-rank factors of one layer's change. With a file's axes [rank, in, …] and [out, rank, …], or with ours,
+    [… in, rank] and [rank, out]."""
 
     down: Float[np.ndarray, "*_down"]
     up: Float[np.ndarray, "*_up"]
@@ -29,32 +29,32 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A file, read."""
+    """The contents of a LoRA file."""
 
     name: str
     """The file's, or the folder's."""
     modules: Mapping[str, Factors]
-    """By the file's names of modules: float32, in the file's shapes."""
+    """By the file's names of modules: float32, with the file's axes."""
     source: Path | None = None
-    """Where it was read."""
+    """The path that it was read from."""
     embeddings: tuple[str, ...] = ()
     """Names of textual inversions that are in the file as well."""
 
     @property
     def ranks(self) -> list[int]:
-        """All that there are, ascending."""
+        """The distinct ranks, ascending."""
         return sorted({factors.down.shape[0] for factors in self.modules.values()})
 
 
 Resolved = dict[str, list[tuple[int | None, Factors]]]
-"""Where a LoRA changes a model: our path, "unet/…/kernel" -> (layer of a stacked parameter or None, factors with our
-axes: down [in, rank] or [height, width, in, rank], up [rank, out])."""
+"""The changes of a LoRA by parameter: our path, "unet/…/kernel" -> (layer of a stacked parameter or None, factors with
+our axes: down [in, rank] or [height, width, in, rank], up [rank, out])."""
 
 
 def delta(resolved: Resolved, path: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
-    """The change of one parameter, float32 and of its shape, before the user's scale; None if there is none.
+    """The change of one parameter, float32 and of its shape, before the user's scale; None if it does not change.
 
-    path: "unet/…/kernel". A layer of a stacked parameter that has no factors does not change.
+    path: "unet/…/kernel". Layers of a stacked parameter without factors do not change.
     """
     if path not in resolved:
         return None
@@ -65,15 +65,17 @@ def delta(resolved: Resolved, path: str, shape: tuple[int, ...]) -> Float[np.nda
 
 
 def change(resolved: Resolved, path: str, shape: tuple[int, ...], scale: float) -> Float[np.ndarray, "..."]:
-    """The change of a parameter that is among `resolved`, with the user's scale."""
+    """The change of a parameter in `resolved`, with the user's scale."""
     changed = delta(resolved, path, shape)
     assert changed is not None
     changed *= np.float32(scale)
     return changed
 
 
-def summed(value: Any, changed: Any) -> Any:
-    """In float32, with the parameter's dtype; arrays of numpy or of jax."""
+def summed(
+    value: Float[type_of_array, "*shape"], changed: Float[type_of_array, "*shape"]
+) -> Float[type_of_array, "*shape"]:
+    """Parameter plus change, summed in float32, in the parameter's dtype; numpy or jax arrays."""
     return (value.astype(np.float32) + changed).astype(value.dtype)
 
 
@@ -81,7 +83,7 @@ _summed_on_devices = jax.jit(summed)
 
 
 def merged(params: Params, resolved: Resolved, scale: float) -> dict[str, Any]:
-    """Parameters with a LoRA in them, dtypes and places kept. Those that do not change are the given ones."""
+    """Parameters with a LoRA merged into them; dtypes and shardings stay. Unchanged parameters are the given arrays."""
     flat = flatten(params)
     for path in resolved:
         value = flat[path]

@@ -1,1 +1,1 @@
-"""`sdxl-jax compile`: the real programs, compiled for TPU slices that are not here."""
+"""AOT compilation, `sdxl-jax compile`: the programs of training and sampling, compiled for TPU slices without a TPU."""

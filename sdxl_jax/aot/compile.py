@@ -1,7 +1,6 @@
-"""The real programs, compiled for TPU slices that are not here: does it fit, how fast will it go, what does it send?
+"""AOT (ahead-of-time) compilation for TPU slices without a TPU: memory, estimated time and communication of a program.
 
-The train step is the one that training compiles, to the letter. Nothing is read but the configuration: no data, no
-weights.
+The train step is exactly the one that training compiles. Only the configuration is read: no data, no weights.
 """
 
 import dataclasses
@@ -19,7 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from sdxl_jax import flops, sharding
-from sdxl_jax import model as models
 from sdxl_jax.aot import report, topologies
 from sdxl_jax.aot.report import ProgramInfo, Report, TooLarge
 from sdxl_jax.arrays import Size
@@ -28,7 +26,7 @@ from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError, out_of_memory
-from sdxl_jax.model import ModelConfig
+from sdxl_jax.model import ModelConfig, init
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, plan, program
@@ -42,18 +40,20 @@ from sdxl_jax.training.programs import Programs
 
 
 class Program(NamedTuple):
-    """Something to compile."""
+    """A jitted function to compile, with abstract arguments."""
 
     name: str
-    function: Any
+    function: jax.stages.Wrapped
     """From `jax.jit`."""
     inputs: dict[str, Any]
-    """Abstract arguments by what they are, for the report."""
+    """The abstract arguments by use, for the report."""
     arguments: tuple[Any, ...]
     images: int
+    """Per execution, over all chips."""
     model_flops: float
-    kept: Programs | None = None
-    """Where training will look for it."""
+    """Per execution, over all chips."""
+    programs: Programs | None = None
+    """Where it is saved for training; None: nowhere."""
 
 
 def compile_step(
@@ -68,8 +68,8 @@ def compile_step(
     """Compiles the train step for each of the buckets, by default the one with the most pixels.
 
     slices: of the topology; None: `mesh.slices`. parallel: programs compiled at once; each takes about 10 GiB of this
-    machine for the 2.6B model. The programs are kept in `training.compilation_cache`, if it is set, where training on
-    such a slice finds them.
+    machine's memory for the 2.6B model. The programs are saved in `training.compilation_cache`, if it is set, where
+    training on such a slice finds them.
 
     Raises InputError for an unknown topology, a mesh that its chips do not fill, a batch that does not divide, a bucket
     that the configuration lacks, an option that the compiler does not know.
@@ -79,29 +79,31 @@ def compile_step(
     objective.check()
     buckets_of_data = check_buckets(config.data.buckets)
     sizes = dict(zip(buckets_of_data, batch_sizes(config.data, buckets_of_data), strict=True))
-    wanted = [max(sizes, key=lambda bucket: bucket.height * bucket.width)] if buckets is None else list(buckets)
-    if missing := [bucket for bucket in wanted if bucket not in sizes]:
+    chosen = [max(sizes, key=lambda bucket: bucket.height * bucket.width)] if buckets is None else list(buckets)
+    if missing := [bucket for bucket in chosen if bucket not in sizes]:
         known = ", ".join(f"{bucket.height}x{bucket.width}" for bucket in sizes)
-        raise InputError(f"--bucket {missing[0].height}x{missing[0].width} is none of data.buckets: {known}")
+        raise InputError(
+            f"--bucket {missing[0].height}x{missing[0].width} is not one of data.buckets. Give one of: {known}"
+        )
     mesh = _mesh(objective, topology, slices)
-    for bucket in wanted:
+    for bucket in chosen:
         sharding.check_batch(mesh, sizes[bucket], config.optimiser.accumulate)
-    programs = [_step_program(objective, mesh, bucket, sizes[bucket]) for bucket in wanted]
+    programs = [_step_program(objective, mesh, bucket, sizes[bucket]) for bucket in chosen]
     return _compile(programs, mesh, topology, parallel, progress)
 
 
 def compile_sampler(
     config: RunConfig, topology: str, *, slices: int | None = None, progress: bool = True
 ) -> list[Report | TooLarge]:
-    """Compiles what draws and what decodes an image for each group of chips that share parameters, with the sizes,
-    steps and guidance of `validation`. Raises InputError as `compile_step`, and where nothing is sampled from."""
+    """Compiles text encoders, sampler and decoder, one image per group of chips that share parameters, with the sizes,
+    steps and guidance of `validation`. Raises InputError as `compile_step`, and for an objective without a sampler."""
     objective = objective_of(config)
     if "sample" not in objective.programs:
         raise InputError(
-            f"--program sample: a run of {objective.name} has no sampler. Leave it out, for the train step"
+            f"--program sample: a run of {objective.name} has no sampler. Leave it out to compile the train step"
         )
     objective.check()
-    assert isinstance(config, TrainConfig), "what is sampled from has a model"
+    assert isinstance(config, TrainConfig), "an objective with a sampler has a model"
     mesh = _mesh(objective, topology, slices)
     sizes = config.validation.sizes or (config.model.default_size,)
     programs = [program for size in sizes for program in _sampler_programs(config, mesh, Size(*size))]
@@ -122,8 +124,8 @@ def _compile(
     slices = mesh.shape["slice"]
 
     def one(program: Program) -> Report | TooLarge:
-        began = time.monotonic()
-        asked = ProgramInfo(
+        start = time.monotonic()
+        info = ProgramInfo(
             topology=topology if slices == 1 else f"{slices} × {topology}",
             chips=mesh.size,
             program=program.name,
@@ -139,24 +141,24 @@ def _compile(
                 lowered = traced.lower()
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if (said := out_of_memory(error)) is not None:
-                return TooLarge(**vars(asked), said=said)
+            if (reason := out_of_memory(error)) is not None:
+                return TooLarge(**vars(info), reason=reason)
             raise explained(program.name, error) from error
-        made = report.make(
+        result = report.make(
             compiled,
-            asked,
+            info,
             kernel_flops=kernels,
-            compile_seconds=time.monotonic() - began,
+            compile_seconds=time.monotonic() - start,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        if program.kept is None:
-            return made
+        if program.programs is None:
+            return result
         try:
-            program.kept.write(lowered, compiled)  # after the report, whose memory is the compiler's
+            program.programs.write(lowered, compiled)  # after the report, whose peak memory is then the compiler's
         except OSError as error:
-            tqdm.write(f"{program.name} is not kept: {error}")
-            return made
-        return dataclasses.replace(made, kept=True)
+            tqdm.write(f"{program.name} is not saved: {error}")
+            return result
+        return dataclasses.replace(result, saved=True)
 
     with ThreadPoolExecutor(parallel) as pool:
         return list(tqdm(pool.map(one, programs), "compiling", len(programs), disable=not progress))
@@ -180,16 +182,16 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
         arguments=(state, frozen, batch),
         images=batch_size,
         model_flops=objective.model_flops((state, frozen, batch)),
-        kept=setup.programs(objective.config, mesh),
+        programs=setup.programs(objective.config, mesh),
     )
 
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Program]:
-    """The three of `program.staged`: text to states, noise to latents, latents to images."""
+    """The three programs of `program.staged`: text to states, noise to latents, latents to images."""
     model, images = config.model, sharding.batch_parts(mesh)
-    params = sharding.placed(mesh, jax.eval_shape(functools.partial(models.init, config=model), jax.random.key(0)))
+    params = sharding.placed(mesh, jax.eval_shape(functools.partial(init, config=model), jax.random.key(0)))
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
-    (segment,), (arrays_of_segment,) = plan.plan_segments(model, None, options)
+    (segment,), (segment_arrays,) = plan.plan_segments(model, None, options)
     towers = {tower.name: params[tower.name] for tower in model.text}
 
     def states(compute: Compute) -> Any:
@@ -197,7 +199,7 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
 
     def sample(compute: Compute) -> Any:
         static: Any = {"config": model, "terms": segment.terms, "stochastic": segment.stochastic, "compute": compute}
-        return functools.partial(program.denoise, kept=None, shown=None, **static)
+        return functools.partial(program.denoise, known_image=None, mask_channels=None, **static)
 
     def decode(compute: Compute) -> Any:
         return functools.partial(program.decode, config=model, compute=compute, tile=None)
@@ -206,13 +208,13 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
     micro = jax.eval_shape(lambda: generate.micro_rows(options, images, size))
-    conditioning = functools.partial(_told, states(plain), config=model)
+    conditioning = functools.partial(_conditioning, states(plain), config=model)
     sampled = (
         params["unet"],
         _rows(mesh, jax.eval_shape(conditioning, towers, tokens, micro)),
-        _abstract_start(mesh, arrays_of_segment, latent),
+        _abstract_start(mesh, segment_arrays, latent),
         _rows(mesh, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))),
-        _whole(mesh, arrays_of_segment),
+        _whole(mesh, segment_arrays),
         _whole(mesh, program.Strengths(*(np.float32(1),) * 3)),
     )
     return [
@@ -232,7 +234,10 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
     ]
 
 
-def _told(states: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig) -> program.ConditioningPair:
+def _conditioning(
+    states: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig
+) -> program.ConditioningPair:
+    """The inputs of the UNet's prompt and negative prompt, from the function that encodes tokens."""
     return program.conditioning(
         states(towers, tokens, tokens), jnp.ones(len(jax.tree.leaves(micro)[0])), micro, config=config
     )
@@ -245,7 +250,7 @@ def _rows(mesh: Mesh, tree: Any) -> Any:
 
 
 def _whole(mesh: Mesh, tree: Any) -> Any:
-    """Abstract arrays, a copy on every device."""
+    """Abstract arrays, replicated over the mesh."""
     everywhere = sharding.replicated(mesh)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype, sharding=everywhere), tree
@@ -259,35 +264,35 @@ def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Size, images: int) -
     return jax.ShapeDtypeStruct((images, *sides, vae.latent_channels), jnp.float32, sharding=place)
 
 
-def _abstract_start(mesh: Mesh, arrays_of_segment: Any, latent: Any) -> Any:
-    """The state before the first step."""
+def _abstract_start(mesh: Mesh, segment_arrays: Any, latent: Any) -> Any:
+    """The abstract sampler state before the first step."""
     batch = NamedSharding(mesh, PartitionSpec(None, sharding.BATCH))
-    state = jax.eval_shape(lambda latent: loop.start(latent, arrays_of_segment.plan), latent)
+    state = jax.eval_shape(lambda latent: loop.start(latent, segment_arrays.plan), latent)
     state = state._replace(arrays=jax.ShapeDtypeStruct(state.arrays.shape, jnp.float32, sharding=batch), x0=latent)
     return state._replace(finite_rows=_rows(mesh, state.finite_rows))
 
 
-def verdict(made: Report | TooLarge, config: RunConfig) -> str:
-    """In one line whether it fits and, if not, what to change."""
-    if isinstance(made, TooLarge):
-        takes = made.said
+def verdict(result: Report | TooLarge, config: RunConfig) -> str:
+    """One line on whether the program fits and, if not, what to change."""
+    if isinstance(result, TooLarge):
+        takes = result.reason
     else:
-        takes = f"{made.bytes_total / 2**30:.1f} of {made.chip.memory_bytes / 2**30:.0f} GiB a chip"
-    return f"It fits: {takes}." if made.fits else f"It does not fit: {takes}. {advice(made, config)}"
+        takes = f"{result.bytes_total / 2**30:.1f} of {result.chip.memory_bytes / 2**30:.0f} GiB per chip"
+    return f"It fits: {takes}." if result.fits else f"It does not fit: {takes}. {advice(result, config)}"
 
 
-def advice(made: Report | TooLarge, config: RunConfig) -> str:
-    """The first change that would help, by what takes the memory."""
-    state = sum(made.bytes_by_use.values())
-    # Of what the compiler refused, the activations are not known: at least what the rest leaves of the chip.
-    activations = made.chip.memory_bytes - state if isinstance(made, TooLarge) else made.bytes_activations
-    if state > activations and config.mesh.fsdp not in (-1, made.chips):
-        return f"Parameters and what follows them take most of it: raise mesh.fsdp, up to {made.chips}."
+def advice(result: Report | TooLarge, config: RunConfig) -> str:
+    """The first change that would help, by the largest use of memory."""
+    state = sum(result.bytes_by_use.values())
+    # For a program that the compiler refused, activations are not known: they need more than the rest leaves.
+    activations = result.chip.memory_bytes - state if isinstance(result, TooLarge) else result.bytes_activations
+    if state > activations and config.mesh.fsdp not in (-1, result.chips):
+        return f"Parameters, their average and optimiser state take most of it: raise mesh.fsdp, up to {result.chips}."
     if config.compute.remat is Remat.NONE:
         return "Activations take most of it: set compute.remat to dots, or to block for still less."
     if config.compute.remat is Remat.DOTS:
         return "Activations take most of it: set compute.remat to block."
-    per_chip = made.images // made.chips
+    per_chip = result.images // result.chips
     if per_chip > config.optimiser.accumulate:
         return f"Activations take most of it: raise optimiser.accumulate to {2 * config.optimiser.accumulate}."
     return REMEDIES + "."

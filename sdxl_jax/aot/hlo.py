@@ -1,8 +1,8 @@
-"""Reading an optimised program in XLA's text form: how often each instruction runs, and what passes between devices.
+"""Optimised HLO in XLA's text form: how often each instruction runs, and the collectives between devices.
 
-The compiler's own figures count the body of a loop once. Here every instruction is known with the number of its
-executions: the product of the trip counts of the loops around it. A loop's trip count is the constant that its
-condition compares with, as a scan's counter does from 0.
+The compiler's own figures count the body of a loop once. Here every instruction has its number of executions: the
+product of the trip counts of the loops around it. A loop's trip count is the constant with which its condition compares
+the counter, which in a scan starts from 0.
 """
 
 import math
@@ -30,14 +30,14 @@ class Instruction(NamedTuple):
     bytes: int
     """Of the result."""
     cycles: int
-    """The compiler's estimate, 0 where it makes none."""
+    """The compiler's estimate, 0 if it gives none."""
     op_name: str
-    """The path in the traced program that it came from."""
+    """Its path in the traced program."""
     executions: int
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of a result's type, e.g. `bf16[4,128]{1,0}`; of a tuple, of all its parts."""
+    """Bytes of a result's type, e.g. `bf16[4,128]{1,0}`; for a tuple the sum of its elements."""
     total = 0
     for kind, dims in _SHAPE.findall(shape):
         bits = 8 if kind == "pred" else int(match[1]) if (match := _BITS.match(kind)) else 0
@@ -46,9 +46,9 @@ def shape_bytes(shape: str) -> int:
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    """All instructions of a program (`compiled.as_text()`), those of fusions left out: they run as one.
+    """All instructions of a program (`compiled.as_text()`), except those inside fusions, which run as one.
 
-    A fusion around a collective, as TPUs have for a sum of which each chip needs a part, goes by the collective's name.
+    A fusion around a collective, as TPUs have for a sum of which each chip needs a part, has the collective's opcode.
     """
     computations: dict[str, list[str]] = {}
     current: list[str] = []
@@ -87,7 +87,8 @@ def _walk(computations: dict[str, list[str]], name: str, executions: int) -> Ite
 
 
 def _fused_collective(computations: dict[str, list[str]], line: str) -> str | None:
-    """What a fusion sends, if it does. A sum is a reduce-scatter then, which TPUs have as a sum and a slice of it."""
+    """The collective inside a fusion, None without one. An all-reduce there is a reduce-scatter, which TPUs have as a
+    sum and a slice of it."""
     called = [name.strip().lstrip("%") for found in _CALLED.findall(line) for name in found.strip("{}").split(",")]
     inner = (_INSTRUCTION.match(each) for name in called for each in computations.get(name, []))
     kind = next((match[3] for match in inner if match and match[3] in COLLECTIVES), None)
@@ -95,7 +96,7 @@ def _fused_collective(computations: dict[str, list[str]], line: str) -> str | No
 
 
 def _trips(condition: list[str]) -> int:
-    """Of a loop; 1 for one whose condition compares with no constant."""
+    """Trip count of a loop; 1 if its condition compares with no constant."""
     bounds = [int(match[1]) for line in condition if (match := _BOUND.search(line))]
     return max(bounds, default=1)
 
@@ -103,24 +104,24 @@ def _trips(condition: list[str]) -> int:
 class Collective(NamedTuple):
     kind: str
     count: int
-    """Executions a step."""
+    """Executions per step."""
     bytes: int
-    """Of their results on one chip, a step."""
+    """Of their results on one chip, per step."""
 
 
 def collectives(found: list[Instruction]) -> list[Collective]:
-    """What passes between chips, by kind."""
-    made = []
+    """Communication between chips, by kind of collective."""
+    totals = []
     for kind in COLLECTIVES:
-        # An asynchronous one is a pair; the result is that of its end, its beginning holds operands too.
+        # An asynchronous collective is a pair of start and done; the result is that of done, start has operands too.
         own = [each for each in found if each.opcode in (kind, f"{kind}-done")]
         if own:
             count = sum(each.executions for each in own)
-            made.append(Collective(kind, count, sum(each.bytes * each.executions for each in own)))
-    return made
+            totals.append(Collective(kind, count, sum(each.bytes * each.executions for each in own)))
+    return totals
 
 
 def loop_factor(found: list[Instruction]) -> float:
-    """By how much the compiler's estimate of the time is too low because it counts each loop's body once."""
+    """The factor by which the compiler's estimate of the time is too low because it counts each loop's body once."""
     once = sum(each.cycles for each in found)
     return sum(each.cycles * each.executions for each in found) / once if once else 1.0

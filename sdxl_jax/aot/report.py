@@ -1,9 +1,9 @@
-"""What a program compiled for machines that are not here would cost on them: memory, operations, time, communication.
+"""Report of an AOT-compiled program: memory, model FLOPs, estimated time and MFU, communication.
 
-Memory is what the compiler allocates on one chip. Operations are those of the mathematics: the same program with XLA's
-attention and without rematerialisation, traced and counted, so that doing things twice earns nothing. The time is the
-compiler's own estimate, two of whose gaps are filled: it counts a loop's body once (`hlo.loop_factor`), and leaves out
-attention kernels, which are taken to run at half of the chip's peak. It says nothing of waiting for data, and is no
+Memory is what the compiler allocates on one chip. Model FLOPs are those of the mathematics: the same program with XLA's
+attention and without rematerialisation, traced and counted, so that recomputation does not raise the MFU. The time is
+the compiler's estimate with two corrections: it counts a loop's body once (`hlo.loop_factor`), and leaves out attention
+kernels, which are assumed to run at half of the chip's peak. It does not include waiting for data, and is not a
 measurement.
 """
 
@@ -23,19 +23,19 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class ProgramInfo:
-    """What is known of a program on a topology before it is compiled."""
+    """A program on a topology, before it is compiled."""
 
     topology: str
     chips: int
     program: str
-    """What is compiled, e.g. "train step 1024×1024"."""
+    """Name of the program, e.g. "train step 1024×1024"."""
     images: int
-    """Of one execution, over all chips."""
+    """Per execution, over all chips."""
     chip: Chip
     bytes_by_use: dict[str, int]
-    """On one chip, what goes in: parameters, average, optimiser, frozen, batch."""
+    """Inputs on one chip: parameters, average, optimiser, frozen, batch."""
     model_flops: float
-    """Of the mathematics, over all chips."""
+    """Of the mathematics per execution, over all chips."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -55,9 +55,9 @@ class ProgramInfo:
         ]
 
     def operations(self) -> str:
-        """The line of the table."""
-        each = self.model_flops / self.images / 1e12
-        return _row("operations", f"{self.model_flops / 1e12:8.1f} TFLOP, {each:.2f} an image")
+        """The line of the table with the model FLOPs."""
+        per_image = self.model_flops / self.images / 1e12
+        return _row("model FLOPs", f"{self.model_flops / 1e12:8.1f} TFLOP, {per_image:.2f} per image")
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Report(ProgramInfo):
     """One program on one topology. Bytes and FLOPs as names say; seconds."""
 
     bytes_activations: int
-    """On one chip, what is made on the way: activations, gradients, gathered parameters, and results that do not lie
-    where inputs were."""
+    """On one chip, what the program allocates: activations, gradients, gathered parameters, and results that do not
+    reuse the memory of inputs (donation)."""
     kernel_flops: float
     """Of attention kernels, over all chips, rematerialisation and padded tokens included."""
     compiler_seconds: float | None
-    """The compiler's estimate for one execution, loops counted in full; None where it makes none that can be true."""
+    """The compiler's estimate for one execution, loops counted in full; None if it gives none that is plausible."""
     collectives: tuple[Collective, ...]
     compile_seconds: float
     peak_host_bytes: int
-    """Of this process, all that was compiled before included."""
-    kept: bool = False
-    """Whether training finds it in `training.compilation_cache`."""
+    """Of this process, earlier compilations included."""
+    saved: bool = False
+    """Whether it was saved in `training.compilation_cache`, where training finds it."""
 
     @property
     def bytes_total(self) -> int:
@@ -88,7 +88,7 @@ class Report(ProgramInfo):
 
     @property
     def seconds(self) -> float | None:
-        """For one execution, attention included."""
+        """Estimated time of one execution, attention included."""
         if self.compiler_seconds is None:
             return None
         kernels = self.kernel_flops / self.chips / (_KERNEL_MFU * self.chip.flops_per_second)
@@ -105,11 +105,11 @@ class Report(ProgramInfo):
         return self.model_flops / self.chips / self.seconds / self.chip.flops_per_second
 
     def as_json(self) -> dict[str, Any]:
-        asked = super().as_json()
-        made = {"activations": self.bytes_activations, "total": self.bytes_total}
+        info = super().as_json()
+        sums = {"activations": self.bytes_activations, "total": self.bytes_total}
         return {
-            **asked,
-            "bytes_per_chip": {**asked["bytes_per_chip"], **made},
+            **info,
+            "bytes_per_chip": {**info["bytes_per_chip"], **sums},
             "fits": self.fits,
             "kernel_flops": self.kernel_flops,
             "compiler_seconds": self.compiler_seconds,
@@ -123,7 +123,7 @@ class Report(ProgramInfo):
 
     def __str__(self) -> str:
         def known(value: float | None, text: str) -> str:
-            return "unknown: the compiler's estimate cannot be true" if value is None else text.format(value)
+            return "unknown: the compiler's estimate is not plausible" if value is None else text.format(value)
 
         lines = [
             *self.lines(),
@@ -131,9 +131,9 @@ class Report(ProgramInfo):
             _row("total, of a chip's", f"{_gib(self.bytes_total)} of {self.chip.memory_bytes / _GIB:.0f}"),
             self.operations(),
             _row("time, estimated", known(self.seconds, "{:8.3f} s")),
-            _row("images/s a chip", known(self.images_per_second_per_chip, "{:8.2f}")),
-            _row("share of peak", known(self.mfu, "{:8.1%}")),
-            *(_row(c.kind, f"{c.bytes / _GIB:8.2f} GiB a step, {c.count} times") for c in self.collectives),
+            _row("images/s per chip", known(self.images_per_second_per_chip, "{:8.2f}")),
+            _row("MFU", known(self.mfu, "{:8.1%}")),
+            *(_row(c.kind, f"{c.bytes / _GIB:8.2f} GiB per step, {c.count} times") for c in self.collectives),
             _row("compiled in", f"{self.compile_seconds:8.0f} s, {_gib(self.peak_host_bytes).strip()} of this machine"),
         ]
         return "\n".join(lines)
@@ -141,15 +141,15 @@ class Report(ProgramInfo):
 
 @dataclass(frozen=True)
 class TooLarge(ProgramInfo):
-    """A program that the compiler refused, for its memory."""
+    """A program that the compiler refused because it needs too much memory."""
 
-    said: str
-    """By the compiler: what it would need."""
+    reason: str
+    """The compiler's message: the memory that it would need."""
     fits = False
-    kept = False
+    saved = False
 
     def as_json(self) -> dict[str, Any]:
-        return {**super().as_json(), "fits": self.fits, "compiler": self.said}
+        return {**super().as_json(), "fits": self.fits, "compiler": self.reason}
 
     def __str__(self) -> str:
         return "\n".join([*self.lines(), _row("of a chip's", _gib(self.chip.memory_bytes)), self.operations()])
@@ -164,28 +164,29 @@ def _gib(count: int) -> str:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes that one device has of a tree of abstract arrays with shardings."""
+    """Bytes per device of a tree of abstract arrays with shardings."""
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def make(
-    compiled: Any,
-    asked: ProgramInfo,
+    compiled: jax.stages.Compiled,
+    info: ProgramInfo,
     *,
     kernel_flops: float,
     compile_seconds: float,
     peak_host_bytes: int,
 ) -> Report:
-    """Of a compiled program. kernel_flops: of attention kernels as the program has them."""
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    found = list(hlo.instructions(compiled.as_text()))
-    # Layouts on the chip may pad what goes in; the compiler's own sum has the last word.
-    padding = memory.argument_size_in_bytes - sum(asked.bytes_by_use.values())
-    made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    """The report of a compiled program. kernel_flops: of attention kernels as the program has them."""
+    memory: Any = compiled.memory_analysis()
+    costs: Any = compiled.cost_analysis()
+    found = list(hlo.instructions(compiled.as_text() or ""))
+    # Layouts on the chip may pad inputs; the compiler's own sum counts.
+    padding = memory.argument_size_in_bytes - sum(info.bytes_by_use.values())
+    allocated = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     estimate = costs.get("optimal_seconds", 0.0)
     return Report(
-        **vars(asked),
-        bytes_activations=padding + made,
+        **vars(info),
+        bytes_activations=padding + allocated,
         kernel_flops=kernel_flops,
         compiler_seconds=estimate * hlo.loop_factor(found) if estimate > 0 else None,
         collectives=tuple(hlo.collectives(found)),

@@ -1,4 +1,4 @@
-"""TPU slices that are not here, as devices to compile for. Needs libtpu, and no TPU.
+"""TPU topologies as devices to compile for, without a TPU. Needs libtpu.
 
 A topology's name is the chip and its arrangement: v5e:4x4 has 16 chips. A v4 or v5p slice has three axes, v5e and v6e
 two. jax.experimental.topologies; the chips' arrangements are those of cloud.google.com/tpu/docs.
@@ -23,7 +23,7 @@ KNOWN: dict[str, tuple[Chip, tuple[str, ...]]] = {
     "v5p": (flops.V5P, ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")),
     "v6e": (flops.V6E, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
 }
-"""Chips by the name that topologies begin with, with their usual arrangements. Others of the same kind work too."""
+"""Chips by the prefix of topology names, with their usual arrangements. Other arrangements of as many axes work too."""
 
 
 def check(name: str) -> Chip:
@@ -32,13 +32,16 @@ def check(name: str) -> Chip:
     if kind not in KNOWN:
         known = [f"{chip}:{shape}" for chip, (_, shapes) in KNOWN.items() for shape in shapes]
         raise InputError(
-            f"There is no topology {name!r}. Known, nearest first: {', '.join(nearest_first(name, known)[:12])}; all "
-            f"chips: {', '.join(KNOWN)}"
+            f"There is no topology {name!r}. Give one of (nearest first): {', '.join(nearest_first(name, known)[:12])}"
+            f"; the chips are {', '.join(KNOWN)}"
         )
     chip, shapes = KNOWN[kind]
     axes = 1 + shapes[0].count("x")
     if not re.fullmatch("x".join([r"\d+"] * axes), arrangement):
-        raise InputError(f"The topology {name!r} has no arrangement of {axes} axes. {kind} has {', '.join(shapes)}")
+        raise InputError(
+            f"The topology {name!r} has no arrangement of {axes} axes. Give one such as {kind}:{shapes[0]}; usual "
+            f"arrangements of {kind} are {', '.join(shapes)}"
+        )
     return chip
 
 
@@ -47,26 +50,32 @@ def devices(name: str, slices: int = 1) -> list[Any]:
     libtpu."""
     check(name)
     if slices < 1:
-        raise InputError(f"--slices {slices}: expected 1 or more")
+        raise InputError(f"--slices {slices} is out of range. Give 1 or more")
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("Compiling for TPUs needs libtpu, and no TPU: pip install 'sdxl_jax[aot]'")
-    # What libtpu asks of the machine that it is on, which is none of its own.
+        raise InputError(
+            "Compiling for TPUs needs libtpu, which is not installed; no TPU is needed. Install it: pip install "
+            "'sdxl_jax[aot]'"
+        )
+    # libtpu would query the metadata of a TPU machine, which this is not.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{name.partition(':')[0]}-{chips(name)}")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if name.startswith("v4:"):
-        options["chip_config_name"] = "megacore"  # one device a chip, as v5p
+        options["chip_config_name"] = "megacore"  # one device per chip, as v5p
     if name in ("v5e:1x1", "v6e:1x1"):
         options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except jax.errors.JaxRuntimeError as error:
         kind = name.partition(":")[0]
-        raise InputError(f"{name}: {str(error).splitlines()[0]}. Usual ones: {', '.join(KNOWN[kind][1])}") from error
+        raise InputError(
+            f"libtpu refuses the topology {name} ({str(error).splitlines()[0]}). Usual arrangements of {kind} are "
+            f"{', '.join(KNOWN[kind][1])}"
+        ) from error
 
 
 def chips(name: str) -> int:
-    """Of one slice."""
+    """Number of chips of one slice."""
     return math.prod(map(int, name.partition(":")[2].split("x")))

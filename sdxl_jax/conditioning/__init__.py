@@ -1,1 +1,1 @@
-"""The one owner of what the UNet is told: text and geometry. Training and sampling both come here for it."""
+"""What the UNet is conditioned on, text and geometry: one implementation for training and sampling."""

@@ -1,5 +1,5 @@
-"""The conditioning vector: pooled text, then sizes and positions as sinusoidal embeddings. This file alone knows the
-order.
+"""Micro-conditioning: the conditioning vector of pooled text, then sizes and positions as sinusoidal embeddings. Their
+order is defined here alone.
 
     SDXL base      pooled 1280 | original height, width | crop top, left | target height, width
                    1280 + 6 · 256 = 2816
@@ -23,7 +23,7 @@ from sdxl_jax.models.layers import sinusoidal_embedding
 
 
 class Numbers(enum.Enum):
-    """Which numbers a model is told."""
+    """Which numbers a model is conditioned on."""
 
     SIZE_CROP_TARGET = "size_crop_target"
     """Original size, crop, target size: SDXL base."""
@@ -45,7 +45,7 @@ class MicroConfig:
 
 
 AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE = 6.0, 2.5
-"""What the refiner is told of the prompt and of the negative prompt unless the user says otherwise."""
+"""The refiner's aesthetic scores for the prompt and the negative prompt, unless the user gives others."""
 
 
 def vector(
@@ -56,7 +56,7 @@ def vector(
     if config.numbers is Numbers.SIZE_CROP_TARGET:
         numbers.append(micro.target_size)
     else:
-        assert micro.aesthetic_score is not None, "this model is told an aesthetic score"
+        assert micro.aesthetic_score is not None, "this model is conditioned on an aesthetic score"
         numbers.append(micro.aesthetic_score[:, None])
     row = jnp.concatenate([jnp.asarray(number, jnp.float32) for number in numbers], axis=-1)
     embedded = sinusoidal_embedding(row, config.embedding_dim)

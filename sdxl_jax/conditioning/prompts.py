@@ -1,31 +1,32 @@
-r"""How a prompt is written: brackets that give words a weight, and what becomes of a prompt that is too long.
+r"""Prompt syntax: brackets that weight words, and how a prompt that is too long is truncated or split into chunks.
 
     "a (red:1.3) car, [old]"   →   "a " 1 | "red" 1.3 | " car, " 1 | "old" 1/1.1
 
 Weights are those of AUTOMATIC1111's stable-diffusion-webui, `modules/prompt_parser.py`:
 
-    (word)        × 1.1               ((word))      × 1.21: within each other, weights multiply
+    (word)        × 1.1               ((word))      × 1.21: nested weights multiply
     (word:1.2)    × 1.2               [word]        × 1/1.1
     \( \) \[ \] \: \\   the character as text
 
-A colon is text unless a number and the bracket's end follow it. Stricter than webui, this refuses a bracket without its
-other half, a number in square brackets (webui's prompt editing, which is not here) and weights beyond ±10. ComfyUI
+A colon is text unless a number and the closing bracket follow it. Stricter than webui, this refuses an unbalanced
+bracket, a number in square brackets (webui's prompt editing, which is not implemented) and weights beyond ±10. ComfyUI
 differs: there a number replaces the weights around it, and square brackets are text.
 
-Each piece becomes tokens on its own. These are the tokens of the text without its brackets, unless a bracket stands
+Each piece is tokenised on its own. The tokens are those of the text without its brackets, unless a bracket stands
 within a word or a run of punctuation: "(sun)flower" is read as "sun" and "flower", and "(wow!)!" ends in two tokens
-where "wow!!" ends in one. Neighbours of one weight are one piece, so where all weights are 1 brackets change nothing.
+where "wow!!" ends in one. Adjacent text of one weight is one piece, so brackets change nothing if all weights are 1.
 
-A CLIP tower reads 75 tokens. More are cut off, or go on in further chunks of 75, each of which a tower reads as a
+A CLIP tower reads 75 tokens. More are truncated, or split into further chunks of 75, each of which is encoded as a
 prompt of its own. A chunk ends after the last comma among its last 20 tokens, as in webui
-(`modules/sd_hijack_clip.py`); where there is none, after a whole word or a whole concept of textual inversion; and
-where one of these fills a whole chunk, within it.
+(`modules/sd_hijack_clip.py`); if there is none, after a whole word or a whole concept of textual inversion; and if one
+of these fills a whole chunk, within it.
 
-Text alone: tokens and states are `text`'s.
+Only the text is handled here: tokens and states are in `text`.
 """
 
 import enum
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -43,25 +44,26 @@ NEAR_THE_END = 20
 STEP = 1.1
 """Weight of brackets without a number."""
 LARGEST_WEIGHT = 10.0
-"""Beyond it, up or down, states are so far from any that a UNet has seen that it is a slip: 12 for 1.2."""
+"""Beyond it, positive or negative, states are so far from any that a UNet has seen that it is a typing error: 12 for
+1.2."""
 
 
 class LongPrompts(enum.Enum):
-    """What becomes of the tokens beyond the first 75."""
+    """How tokens beyond the first 75 are treated."""
 
     TRUNCATE = "truncate"
     """They are not read."""
     CHUNKS = "chunks"
-    """They are read in further chunks, and the UNet attends to all: 77 states more for each."""
+    """They are encoded in further chunks, and the UNet attends to all: 77 more states per chunk."""
 
 
 class PromptTokens(NamedTuple):
-    """A batch of prompts as towers read them, keyed by tower name. Every prompt has the same number of chunks."""
+    """A batch of tokenised prompts, keyed by tower name. Every prompt has the same number of chunks."""
 
     tokens: dict[str, Int32[type_of_array, "batch chunks 77"]]
     """Each chunk with start, end and padding; chunks beyond a prompt's own are those of the empty prompt."""
     weights: dict[str, Float[type_of_array, "batch chunks 77"]] | None = None
-    """Of each token, 1 for start, end and padding. None: unweighted, and nothing is computed for it."""
+    """Weight of each token, 1 for start, end and padding. None: unweighted, and nothing is computed for it."""
 
     @property
     def chunks(self) -> int:
@@ -69,7 +71,7 @@ class PromptTokens(NamedTuple):
 
 
 class WeightedText(NamedTuple):
-    """A part of a prompt whose words weigh the same."""
+    """A piece of a prompt with one weight."""
 
     text: str
     """Without brackets and escapes."""
@@ -78,17 +80,17 @@ class WeightedText(NamedTuple):
 
 
 def check_text(given: str, what: str) -> None:
-    """Raises InputError for what has no tokens: anything but a str, and half surrogate pairs, which stand for bytes of
+    """Raises InputError for what cannot be tokenised: anything but a str, and lone surrogates, which stand for bytes of
     a command line that are not UTF-8, and which JSON can hold."""
     if not isinstance(given, str):
-        raise InputError(f"{what} is of type {type(given).__name__}. Give a text, as a str")
+        raise InputError(f"{what} is of type {type(given).__name__}. Give a str")
     try:
         given.encode()
     except UnicodeEncodeError as error:
         near = given[max(0, error.start - 20) : error.start + 20]
         raise InputError(
-            f"{what} is not UTF-8 text, at character {error.start + 1}, near {near!a}. Give it in UTF-8: of a "
-            "terminal or script in another encoding, such as Latin-1, by iconv -f latin1 -t utf-8"
+            f"{what} is not UTF-8 text, at character {error.start + 1}, near {near!a}. Give it in UTF-8. The output of "
+            "a terminal or script in another encoding, such as Latin-1, is converted by iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -104,14 +106,14 @@ _LEXEMES = re.compile(
 
 
 def weighted_texts(prompt: str) -> list[WeightedText]:
-    """The prompt's text in pieces of one weight; neighbours have different ones.
+    """The prompt's text in pieces of one weight; adjacent pieces have different weights.
 
-    Raises InputError for a bracket without its other half and for a number that is no weight, with the place.
+    Raises InputError for an unbalanced bracket and for a number that is not a weight, with its position.
     """
     characters: list[str] = []
     weights: list[float] = []
-    places: list[int] = []
-    opened: list[tuple[int, int]] = []  # place in the prompt, number of characters before
+    positions: list[int] = []
+    opened: list[tuple[int, int]] = []  # position in the prompt, number of characters before
     for found in _LEXEMES.finditer(prompt):
         if found["open"]:
             opened.append((found.start(), len(characters)))
@@ -122,26 +124,27 @@ def weighted_texts(prompt: str) -> list[WeightedText]:
         else:
             characters.append(found["escaped"] or found["text"])
             weights.append(1.0)
-            places.append(found.start())
+            positions.append(found.start())
     if opened:
         at, _ = opened[-1]
         raise _refusal(
             prompt, at, f"{prompt[at]} is never closed", f"Close it, or write \\{prompt[at]} where it is text"
         )
-    for weight, place in zip(weights, places, strict=True):
-        if not abs(weight) <= LARGEST_WEIGHT:  # 0 · ∞ is neither more nor less
-            wanted = f"Give −{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g}, all brackets around it together"
+    for weight, position in zip(weights, positions, strict=True):
+        if not abs(weight) <= LARGEST_WEIGHT:  # so that NaN, 0 · ∞, is refused too
+            size = f"{weight:g}" if math.isfinite(weight) else "not finite"
+            remedy = f"Give −{LARGEST_WEIGHT:g} to {LARGEST_WEIGHT:g} for the product of all brackets around it"
             raise _refusal(
-                prompt, place, f"the weight is {weight:g}", wanted + r", or write \: for a colon that is text"
+                prompt, position, f"the weight is {size}", remedy + r", or write \: for a colon that is text"
             )
     # float32, as they are used: 1.1 · (1 / 1.1) must not differ from 1.
-    weighed = zip(characters, np.asarray(weights, np.float32).tolist(), strict=True)
-    groups = itertools.groupby(weighed, key=lambda pair: pair[1])
+    weighted = zip(characters, np.asarray(weights, np.float32).tolist(), strict=True)
+    groups = itertools.groupby(weighted, key=lambda pair: pair[1])
     return [WeightedText("".join(character for character, _ in group), weight) for weight, group in groups]
 
 
 def _factor(prompt: str, opened_at: int | None, found: re.Match[str]) -> float:
-    """What a closing bracket, and the number before it, make of the weights within."""
+    """The factor that a closing bracket, with the number before it, gives the weights within."""
     close, number = found["close"], found["number"]
     at = found.start("close")
     as_text = f"Write \\{close} where it is text"
@@ -149,18 +152,20 @@ def _factor(prompt: str, opened_at: int | None, found: re.Match[str]) -> float:
         raise _refusal(prompt, at, f"{close} closes nothing", as_text)
     opening = prompt[opened_at]
     if opening + close not in ("()", "[]"):
-        raise _refusal(prompt, at, f"{close} stands where the {opening} of character {opened_at + 1} is open", as_text)
+        raise _refusal(
+            prompt, at, f"{close} does not close the {opening} at character {opened_at + 1}, which is open", as_text
+        )
     if number is None:
         return STEP if opening == "(" else 1 / STEP
     at = found.start("colon")
     if opening == "[":
-        wanted = r"Give it in round ones, (word:0.8), or write \: for a colon that is text"
-        raise _refusal(prompt, at, f"a number, {number}, stands in square brackets", wanted)
+        remedy = r"Give it in round brackets, (word:0.8), or write \: for a colon that is text"
+        raise _refusal(prompt, at, f"the number {number} stands in square brackets", remedy)
     try:
         return float(number)
     except ValueError as error:
-        wanted = r"Give one such as 1.2, or write \: for a colon that is text"
-        raise _refusal(prompt, at, f"{number} is no number", wanted) from error
+        remedy = r"Give one such as 1.2, or write \: for a colon that is text"
+        raise _refusal(prompt, at, f"{number} is not a number", remedy) from error
 
 
 def _refusal(prompt: str, at: int, what: str, remedy: str) -> InputError:
@@ -172,12 +177,12 @@ def _refusal(prompt: str, at: int, what: str, remedy: str) -> InputError:
 def chunk_ends(joined: Sequence[bool], commas: Sequence[bool]) -> list[int]:
     """Where the chunks of a prompt end, as numbers of tokens from its beginning; the last is the prompt's own end.
 
-    joined: of each token, whether it belongs to one word with the next. commas: whether it is one. No tokens: [0].
+    joined: whether each token belongs to one word with the next. commas: whether each is a comma. No tokens: [0].
     """
     ends = [0]
     while len(joined) - ends[-1] > CHUNK:
         full = ends[-1] + CHUNK
-        behind_comma = (end for end in range(full, full - NEAR_THE_END, -1) if commas[end - 1])
-        behind_word = (end for end in range(full, ends[-1], -1) if not joined[end - 1])
-        ends.append(next(itertools.chain(behind_comma, behind_word), full))
+        after_comma = (end for end in range(full, full - NEAR_THE_END, -1) if commas[end - 1])
+        after_word = (end for end in range(full, ends[-1], -1) if not joined[end - 1])
+        ends.append(next(itertools.chain(after_comma, after_word), full))
     return [*ends[1:], len(joined)]

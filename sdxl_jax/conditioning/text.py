@@ -1,4 +1,4 @@
-"""Prompts to token numbers to text states, for one or two CLIP towers.
+"""Prompts to token ids to text states: tokenise, encode, for one or two CLIP towers.
 
     "a cat" ── tokenizer ── [start, 320, 2368, end, padding …] ── tower ── states [77, width], pooled
 
@@ -7,17 +7,17 @@ Towers differ in what they pad with: CLIP-L with end-of-text, bigG with 0. The v
 the package, or the `vocab.json` and `merges.txt` of a folder. The byte-pair encoding is transformers' `CLIPTokenizer`,
 which is what users of diffusers get; it differs from OpenAI's on curly quotes, HTML entities and full-width characters.
 
-A tower may know words beyond that vocabulary, learnt by textual inversion (Gal et al. 2022, arXiv:2208.01618). They are
-found anywhere in a prompt, whatever their case, even within a word. Words `<tok>`, `<tok>_1`, `<tok>_2` are vectors of
-one concept, as diffusers writes it: where a prompt says `<tok>`, it means all of them, in turn.
+A tower may have added tokens beyond that vocabulary, learnt by textual inversion (Gal et al. 2022, arXiv:2208.01618).
+They are found anywhere in a prompt, in any case, even within a word. Tokens `<tok>`, `<tok>_1`, `<tok>_2` are the
+vectors of one concept, as diffusers writes it: `<tok>` in a prompt stands for all of them, in order.
 
-Prompts of more than 75 tokens and prompts with weighted words (how they are written: `prompts`) are for sampling:
+Prompts of more than 75 tokens and prompts with weights (their syntax: `prompts`) are for sampling:
 
     "a (red:1.3) car, …" ── Tokenizer.prompts ── chunks of 77 tokens ── encode_prompts ── states [chunks · 77, width]
 
-Each chunk goes through the towers on its own, and the states follow each other; the pooled vector is the first chunk's.
-A weight moves a token's state away from what the empty prompt has at the same place: empty + weight · (state − empty).
-It does not move the pooled vector. Both as ComfyUI has it, `comfy/sd1_clip.py`, `encode_token_weights`.
+Each chunk is encoded on its own, and the states are concatenated along the tokens; the pooled vector is the first
+chunk's. A weight moves a token's state away from that of the empty prompt at the same position: empty + weight ·
+(state − empty). It does not change the pooled vector. Both as in ComfyUI, `comfy/sd1_clip.py`, `encode_token_weights`.
 """
 
 import enum
@@ -36,14 +36,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float, Int32, Key
+from jaxtyping import Float, Int32, Key, Num
 from tokenizers import pre_tokenizers
 
-# transformers would advise to install torch, of which its tokenizers have no need.
+# transformers would advise to install torch, which its tokenizers do not need.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import CLIPTokenizer
 
-from sdxl_jax.arrays import Params, TokenIds
+from sdxl_jax.arrays import Params, TokenIds, type_of_array
 from sdxl_jax.conditioning.prompts import (
     CHUNK,
     LongPrompts,
@@ -78,7 +78,7 @@ class Tower:
     """One text encoder."""
 
     name: str
-    """Its key among the parameters and the token numbers: text_encoder, text_encoder_2, as in diffusers."""
+    """Its key in the parameters and the token ids: text_encoder, text_encoder_2, as in diffusers."""
     clip: ClipTextConfig
     """What its weights depend on."""
     pad_token: int
@@ -86,12 +86,12 @@ class Tower:
     context: ContextState = ContextState.PENULTIMATE
     """The states that the UNet attends to."""
     added_tokens: tuple[str, ...] = ()
-    """Words beyond CLIP's vocabulary, in the order of their rows 49408, 49409, … of the token embedding."""
+    """Tokens beyond CLIP's vocabulary, in the order of their rows 49408, 49409, … of the token embedding."""
 
 
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
 FIRST_ADDED = END_OF_TEXT + 1
-"""Number of the first of a tower's added tokens, and its row of the token embedding."""
+"""Id of the first of a tower's added tokens, and its row of the token embedding."""
 SDXL_BASE_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT), Tower("text_encoder_2", CLIP_BIGG, 0))
 SDXL_REFINER_TEXT = (Tower("text_encoder_2", CLIP_BIGG, 0),)
 SD1_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT, ContextState.LAST),)
@@ -100,18 +100,18 @@ SD2_TEXT = (Tower("text_encoder", CLIP_H, 0, ContextState.PENULTIMATE_NORMED),)
 
 @functools.cache
 def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
-    """CLIP's words with their numbers, in order, and its merges, as the lines of merges.txt."""
+    """CLIP's vocabulary, tokens with their ids in order, and its merges, as the lines of merges.txt."""
     merges = gzip.decompress(_MERGES.read_bytes()).decode().splitlines()
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [*symbols, *(symbol + "</w>" for symbol in symbols)]
-    words += ["".join(merge.split()) for merge in merges]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    return {word: number for number, word in enumerate(words)}, merges
+    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    tokens += ["".join(merge.split()) for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: token_id for token_id, token in enumerate(tokens)}, merges
 
 
 @functools.cache
 def _byte_pair_encoder(folder: str | None, added: tuple[str, ...] = ()) -> CLIPTokenizer:
-    """transformers' tokenizer over the shipped vocabulary, or that of a folder, and added words after it."""
+    """transformers' tokenizer over the shipped vocabulary, or that of a folder, with added tokens after it."""
     encoder = _plain_encoder(folder)
     if added:
         encoder.add_tokens(list(added))
@@ -125,7 +125,9 @@ def _plain_encoder(folder: str | None) -> CLIPTokenizer:
         return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (pairs are taken)
     paths = [Path(folder) / name for name in ("vocab.json", "merges.txt")]
     if missing := [path.name for path in paths if not path.is_file()]:
-        raise InputError(f"{folder} has no {' and no '.join(missing)}. Expected a tokenizer folder with both files")
+        raise InputError(
+            f"{folder} has no {' and no '.join(missing)}. Give a tokenizer folder with vocab.json and merges.txt"
+        )
     vocabulary = json.loads(paths[0].read_text())
     lines = [line for line in paths[1].read_text().splitlines() if line and not line.startswith("#version")]
     merges = [tuple(line.split()) for line in lines]
@@ -138,39 +140,39 @@ def can_be_added(word: str) -> bool:
     return usable and _byte_pair_encoder(None).backend_tokenizer.token_to_id(word) is None
 
 
-def concept_words(token: str, added: tuple[str, ...]) -> tuple[str, ...]:
-    """The words of a concept whose first is `token`: it, and of token_1, token_2, … what is there without a gap."""
+def concept_tokens(token: str, added: tuple[str, ...]) -> tuple[str, ...]:
+    """The tokens of a concept whose first is `token`: it, and token_1, token_2, … up to the first that is not added."""
     rest = (f"{token}_{number}" for number in itertools.count(1))
     return (token, *itertools.takewhile(added.__contains__, rest))
 
 
 def concepts(added: tuple[str, ...]) -> dict[str, int]:
-    """A tower's concepts by their first words, which are what prompts call them, and how many vectors each has."""
-    words = {token: concept_words(token, added) for token in added}
-    later = {word for run in words.values() for word in run[1:]}
-    return {token: len(run) for token, run in words.items() if token not in later}
+    """A tower's concepts by their first token, which prompts use, and the number of vectors of each."""
+    runs = {token: concept_tokens(token, added) for token in added}
+    later = {token for run in runs.values() for token in run[1:]}
+    return {token: len(run) for token, run in runs.items() if token not in later}
 
 
 def _encode(prompts: list[str], folder: str | None, added: tuple[str, ...], **options: Any) -> list[list[int]]:
-    """Start, tokens, end of each prompt, with all words of the concepts that it names."""
+    """Start, tokens, end of each prompt, with all tokens of the concepts that it names."""
     if not prompts:  # on which transformers fails
         return []
     encoder = _byte_pair_encoder(folder, added)
-    several = {token: " ".join(concept_words(token, added)) for token, count in concepts(added).items() if count > 1}
+    several = {token: " ".join(concept_tokens(token, added)) for token, count in concepts(added).items() if count > 1}
     if several:
-        prompts = [_name_every_word(prompt, encoder, several) for prompt in prompts]
+        prompts = [_with_all_tokens(prompt, encoder, several) for prompt in prompts]
     return encoder(prompts, **options)["input_ids"]
 
 
-def _name_every_word(prompt: str, encoder: CLIPTokenizer, words: Mapping[str, str]) -> str:
+def _with_all_tokens(prompt: str, encoder: CLIPTokenizer, expanded: Mapping[str, str]) -> str:
     """The prompt with "<tok> <tok>_1 <tok>_2" for "<tok>", as diffusers' `maybe_convert_prompt` does it.
 
-    In text, so that a prompt that names `<tok>_1` itself becomes what it becomes there. transformers finds added words
-    in any case; diffusers then replaces those in lower case alone, and of the others uses the first vector. Here case
-    does not matter to either.
+    The text is changed, not the token ids, so that a prompt that names `<tok>_1` itself gives the same as there.
+    transformers finds added tokens in any case; diffusers then replaces only those in lower case, and uses the first
+    vector alone of the others. Here case matters to neither.
     """
     found = set(encoder(prompt, verbose=False)["input_ids"])
-    for token, every in words.items():
+    for token, every in expanded.items():
         if encoder.convert_tokens_to_ids(token) in found:
             prompt = re.sub(re.escape(token), lambda _: every, prompt, flags=re.IGNORECASE)  # noqa: B023 (used at once)
     return prompt
@@ -178,10 +180,10 @@ def _name_every_word(prompt: str, encoder: CLIPTokenizer, words: Mapping[str, st
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Prompts to token numbers, for every tower of a model. It can be pickled."""
+    """Prompts to token ids, for every tower of a model. It can be pickled."""
 
     towers: tuple[tuple[str, int, tuple[str, ...]], ...]
-    """(name, padding token, added tokens) of each."""
+    """(name, padding token, added tokens) per tower."""
     vocabulary: str | None = None
     """Folder with `vocab.json` and `merges.txt`; None: CLIP's vocabulary, which is shipped."""
 
@@ -190,7 +192,7 @@ class Tokenizer:
         return cls(tuple((tower.name, tower.pad_token, tower.added_tokens) for tower in towers), vocabulary)
 
     def __call__(self, prompts: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
-        """One entry a tower: start, the prompt's tokens (truncated to 75), end, padding."""
+        """One entry per tower: start, the prompt's tokens (truncated to 75), end, padding."""
         encoded = self._encoded(prompts, truncation=True, max_length=TOKENS)
         return {
             name: np.array([row + [pad] * (TOKENS - len(row)) for row in encoded[added]], np.int32).reshape(-1, TOKENS)
@@ -207,47 +209,50 @@ class Tokenizer:
         """Prompts for `encode_prompts`. By default one chunk each, with the tokens of `__call__`.
 
         Args:
-            long: what becomes of the tokens beyond the first 75.
-            weighted: brackets are weights, as `prompts` has them; otherwise they are text.
-            chunks: at least so many. A prompt and a negative prompt must have the same number: that of the longer one.
+            long: how tokens beyond the first 75 are treated.
+            weighted: whether brackets are weights, with the syntax of `prompts`, or text.
+            chunks: least number of chunks. A prompt and a negative prompt must have the same number: that of the longer
+                one.
 
-        Where towers have different added tokens, each breaks a long prompt at its own places.
-        Raises InputError for brackets that are no weights.
+        Towers with different added tokens split a long prompt at different positions.
+        Raises InputError for brackets that are not weights.
         """
-        read = self._read(prompts, weighted)
-        ends = {added: [self._ends(tokens, added, long) for tokens, _ in rows] for added, rows in read.items()}
+        tokenised = self._tokenised(prompts, weighted)
+        ends = {added: [self._ends(tokens, added, long) for tokens, _ in rows] for added, rows in tokenised.items()}
         chunks = max([chunks or 1, *(len(each) for rows in ends.values() for each in rows)])
         empty = _encode([""], self.vocabulary, ())[0]
         tokens, weights = {}, {}
         for name, pad, added in self.towers:
             filled = tokens[name] = np.full((len(prompts), chunks, TOKENS), pad, np.int32)
-            weighed = weights[name] = np.ones(filled.shape, np.float32)
+            filled_weights = weights[name] = np.ones(filled.shape, np.float32)
             filled[..., : len(empty)] = empty
-            for row, (words, word_weights) in enumerate(read[added]):
+            for row, (token_ids, token_weights) in enumerate(tokenised[added]):
                 for chunk, (start, end) in enumerate(itertools.pairwise([0, *ends[added][row]])):
                     count = end - start
-                    filled[row, chunk, 1 : count + 2] = [*words[start:end], empty[-1]]
-                    weighed[row, chunk, 1 : count + 1] = word_weights[start:end]
+                    filled[row, chunk, 1 : count + 2] = [*token_ids[start:end], empty[-1]]
+                    filled_weights[row, chunk, 1 : count + 1] = token_weights[start:end]
         return PromptTokens(tokens, weights if weighted else None)
 
     def truncated(self, prompts: list[str], weighted: bool = False) -> list[int]:
-        """For each prompt, how many of its tokens are beyond the 75 that a tower reads; the most of any tower."""
-        read = self._read(prompts, weighted).values()
-        return [max(0, *(len(tokens) - CHUNK for tokens, _ in rows)) for rows in zip(*read, strict=True)]
+        """Number of each prompt's tokens beyond the 75 that a tower reads; the most of any tower."""
+        tokenised = self._tokenised(prompts, weighted).values()
+        return [max(0, *(len(tokens) - CHUNK for tokens, _ in rows)) for rows in zip(*tokenised, strict=True)]
 
-    def _read(self, prompts: list[str], weighted: bool) -> dict[tuple[str, ...], list[tuple[list[int], list[float]]]]:
-        """By added tokens: the tokens of each prompt, all of them, without start and end, and their weights."""
+    def _tokenised(
+        self, prompts: list[str], weighted: bool
+    ) -> dict[tuple[str, ...], list[tuple[list[int], list[float]]]]:
+        """By added tokens: all tokens of each prompt, without start and end, and their weights."""
         split = [weighted_texts(prompt) if weighted else [WeightedText(prompt, 1.0)] for prompt in prompts]
         encoded = self._encoded([piece.text for row in split for piece in row], verbose=False)
-        read = {}
+        tokenised = {}
         for added, every in encoded.items():
             rest = iter(every)
             rows = [[(next(rest)[1:-1], piece.weight) for piece in row] for row in split]
-            read[added] = [
+            tokenised[added] = [
                 ([token for tokens, _ in row for token in tokens], [weight for tokens, weight in row for _ in tokens])
                 for row in rows
             ]
-        return read
+        return tokenised
 
     def _ends(self, tokens: list[int], added: tuple[str, ...], long: LongPrompts) -> list[int]:
         """Where the chunks of a prompt end."""
@@ -255,16 +260,16 @@ class Tokenizer:
             return [len(tokens)]
         if long is LongPrompts.TRUNCATE:
             return [CHUNK]
-        words = list(_byte_pair_encoder(self.vocabulary, added).convert_ids_to_tokens(tokens))
-        after = dict(pair for token in concepts(added) for pair in itertools.pairwise(concept_words(token, added)))
+        texts = list(_byte_pair_encoder(self.vocabulary, added).convert_ids_to_tokens(tokens))
+        successor = dict(pair for token in concepts(added) for pair in itertools.pairwise(concept_tokens(token, added)))
         joined = [
-            after.get(word) == following if word in added else not word.endswith("</w>")
-            for word, following in zip(words, [*words[1:], ""], strict=True)
+            successor.get(token) == following if token in added else not token.endswith("</w>")
+            for token, following in zip(texts, [*texts[1:], ""], strict=True)
         ]
-        return chunk_ends(joined, [word == ",</w>" for word in words])
+        return chunk_ends(joined, [token == ",</w>" for token in texts])
 
     def _encoded(self, prompts: list[str], **options: Any) -> dict[tuple[str, ...], list[list[int]]]:
-        """By added tokens: most often the same for all towers, whose prompts are then encoded once."""
+        """Token ids by added tokens; towers with the same added tokens share one entry, encoded once."""
         for prompt in prompts:
             check_text(prompt, "A prompt")
         return {
@@ -273,12 +278,12 @@ class Tokenizer:
 
 
 class TextConditioning(NamedTuple):
-    """What the UNet is told about the prompt, float32."""
+    """Text conditioning: what the UNet receives of the prompt, float32."""
 
     context: Float[jax.Array, "batch tokens features"]
-    """States that it attends to."""
+    """States that the UNet attends to."""
     pooled: Float[jax.Array, "batch projection"] | None
-    """One vector a prompt, for the conditioning vector; None for models without it."""
+    """One vector per prompt, for the conditioning vector; None for models without it."""
 
 
 def encode(
@@ -296,7 +301,7 @@ def encode_prompts(
     """`encode` for prompts in chunks, weighted or not: context [batch, chunks · 77, features].
 
     For one chunk without weights the states are those of `encode`, bit for bit; with weights they still are wherever
-    the weight is 1. Where there are weights, the empty prompt is read besides.
+    the weight is 1. With weights, the empty prompt is encoded too.
     """
     tokens = {tower.name: _in_a_row(prompts.tokens[tower.name]) for tower in towers}
     context, pooled = encode(towers, params, tokens, compute)
@@ -314,8 +319,8 @@ def encode_prompts(
     return TextConditioning(context, pooled)
 
 
-def _in_a_row(chunks: Any) -> Any:
-    """Every chunk as a prompt of its own."""
+def _in_a_row(chunks: Num[type_of_array, "batch chunks tokens"]) -> Num[type_of_array, "rows tokens"]:
+    """Every chunk as a row of its own."""
     return rearrange(chunks, "batch chunks tokens -> (batch chunks) tokens")
 
 
@@ -326,18 +331,21 @@ def _empty_prompt(tower: Tower) -> Int32[np.ndarray, "1 77"]:
 
 
 def zeros_like(condition: TextConditioning) -> TextConditioning:
-    """No prompt, as SDXL base was trained on: the embeddings are zero, which is not the embedding of ""."""
+    """The unconditional (null) embedding that SDXL base was trained with: zeros, which is not the embedding of ""."""
     return jax.tree.map(jnp.zeros_like, condition)
 
 
 def drop(
-    condition: TextConditioning, without: TextConditioning, keys: Key[jax.Array, " batch"], probability: float
+    condition: TextConditioning, unconditional: TextConditioning, keys: Key[jax.Array, " batch"], probability: float
 ) -> TextConditioning:
-    """Replaces each example's text by `without` (batch 1) with the given probability, so that the network learns what
-    guidance compares with. keys: one an example. It is the embeddings that change, all of an example at once."""
+    """Conditioning dropout: replaces each example's text by `unconditional` (batch 1) with the given probability, so
+    that the network learns the unconditional prediction of classifier-free guidance. keys: one per example. All
+    embeddings of an example are replaced together."""
     dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
 
-    def choose(yes: jax.Array, no: jax.Array) -> jax.Array:
-        return jnp.where(dropped.reshape(-1, *[1] * (yes.ndim - 1)), no, yes)
+    def choose(
+        given: Float[jax.Array, "batch *features"], null: Float[jax.Array, "1 *features"]
+    ) -> Float[jax.Array, "batch *features"]:
+        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), null, given)
 
-    return jax.tree.map(choose, condition, without)
+    return jax.tree.map(choose, condition, unconditional)

@@ -1,8 +1,8 @@
-"""The training loss: noise an image, weigh the squared error of the prediction.
+"""The training loss: noise an image, weight the squared error of the prediction.
 
-    L = E w(t) ‖target − network(α_t x₀ + σ_t ε, t)‖²,   t over the timesteps, alike or as configured
+    L = E w(t) ‖target − network(α_t x₀ + σ_t ε, t)‖²,   t over the timesteps, uniformly or as configured
 
-Options: weights by SNR, offset noise, perturbed input, a range of timesteps, some of them more often. The network is a
+Options: weights by SNR, offset noise, input perturbation, a range of timesteps, biased timesteps. The network is a
 function that is passed in.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from sdxl_jax.diffusion.parameterisation import Prediction, target
 from sdxl_jax.diffusion.schedule import Schedule
@@ -27,7 +27,7 @@ class Weighting(enum.Enum):
     """How much an error counts at each noise level."""
 
     UNIFORM = "uniform"
-    """All alike, in what the network predicts: DDPM's simple loss, SDXL."""
+    """Weight 1 for an error in what the network predicts: DDPM's simple loss, SDXL."""
     MIN_SNR = "min_snr"
     """By min(SNR, γ) / SNR for ε: nearly clean timesteps count less. Hang et al. 2023, arXiv:2303.09556."""
     DEBIASED = "debiased"
@@ -36,29 +36,30 @@ class Weighting(enum.Enum):
 
 @dataclass(frozen=True)
 class LossConfig:
-    """How the error is weighed, and which timesteps and noise are drawn."""
+    """How the error is weighted, and how timesteps and noise are drawn."""
 
     weighting: Weighting = Weighting.UNIFORM
     """How much an error counts at each noise level."""
     min_snr_gamma: float | None = None
     """The γ of MIN_SNR; None: 5, as published. Higher: closer to UNIFORM for ε."""
     offset_noise: float = 0.0
-    """Strength of noise that is one number a channel. Higher: overall brightness is learnt better; SDXL uses 0.05 in
+    """Strength of offset noise, one number per channel. Higher: overall brightness is learnt better; SDXL uses 0.05 in
     its last stage."""
     input_perturbation: float = 0.0
-    """Strength of further noise that the network sees and the target does not have: ε + γ ξ. Higher: sampling forgives
-    more of its own errors, details are softer; 0.1 is published. Ning et al. 2023, arXiv:2301.11706, algorithm 1."""
+    """Strength γ of further noise ξ in the network's input that the target does not have: ε + γ ξ. Higher: sampling is
+    more robust to its own errors, details are softer; 0.1 is published. Ning et al. 2023, arXiv:2301.11706, algorithm
+    1."""
     timesteps: tuple[int, int] | None = None
     """First timestep that is trained, and the one after the last; None: all. (0, 200) is SDXL's refiner."""
     biased_timesteps: tuple[int, int] | None = None
-    """First timestep that is drawn more often, and the one after the last, e.g. (750, 1000); None: all alike."""
+    """First timestep that is drawn more often, and the one after the last, e.g. (750, 1000); None: uniform."""
     timestep_bias: float | None = None
-    """How many times as often a biased timestep is drawn as another. Higher: the others are learnt slower; below 1:
-    drawn less often; 0: never."""
+    """How many times as often a biased timestep is drawn as another. Higher: the others are learnt more slowly; below
+    1: drawn less often; 0: never."""
 
     def check(self, timesteps: int) -> None:
-        """Raises InputError for numbers out of range and for those that would have no effect. timesteps: of the
-        schedule."""
+        """Raises InputError for values that are out of range and for those that would have no effect. timesteps: number
+        of timesteps of the schedule."""
         if self.min_snr_gamma is not None and self.weighting is not Weighting.MIN_SNR:
             raise InputError(
                 f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting.value}. "
@@ -76,34 +77,33 @@ class LossConfig:
         for name, span in (("timesteps", self.timesteps), ("biased_timesteps", self.biased_timesteps)):
             if span is not None and not 0 <= span[0] < span[1] <= timesteps:
                 raise InputError(
-                    f"loss.{name}={span} is no range of the schedule's timesteps. Give (first, stop) with 0 <= first < "
-                    f"stop <= {timesteps}"
+                    f"loss.{name}={span[0]} {span[1]} is not a range of the schedule's timesteps. Give first and stop "
+                    f"with 0 <= first < stop <= {timesteps}"
                 )
         if (self.biased_timesteps is None) != (self.timestep_bias is None):
+            given, other = "loss.biased_timesteps", "loss.timestep_bias"
+            given, other = (given, other) if self.timestep_bias is None else (other, given)
+            raise InputError(f"{given} needs {other}. Give both, e.g. 750 1000 and 2, or neither")
+        shares = frequencies(self, timesteps)
+        if not shares.any():
             raise InputError(
-                f"loss.biased_timesteps={self.biased_timesteps} and loss.timestep_bias={self.timestep_bias} need each "
-                "other. Give both, e.g. (750, 1000) and 2, or none"
-            )
-        drawn = frequencies(self, timesteps)
-        if not drawn.any():
-            raise InputError(
-                f"loss.biased_timesteps={self.biased_timesteps} with loss.timestep_bias=0 leaves no timestep to train. "
-                "Leave some of loss.timesteps out of it"
+                "loss.timestep_bias=0 leaves no timestep to train: loss.biased_timesteps covers all of loss.timesteps. "
+                "Bias a part of them"
             )
         plain = dataclasses.replace(self, biased_timesteps=None, timestep_bias=None)
-        if self.biased_timesteps is not None and np.allclose(drawn, frequencies(plain, timesteps)):
+        if self.biased_timesteps is not None and np.allclose(shares, frequencies(plain, timesteps)):
             raise InputError(
-                f"loss.biased_timesteps={self.biased_timesteps} with loss.timestep_bias={self.timestep_bias} draws all "
-                f"timesteps of {self.timesteps or (0, timesteps)} alike. Leave both out, or bias a part of them"
+                f"loss.biased_timesteps with loss.timestep_bias={self.timestep_bias} has no effect: all timesteps that "
+                "are trained are drawn equally often. Leave both out, or bias a part of loss.timesteps"
             )
 
 
 def frequencies(config: LossConfig, timesteps: int) -> Float[np.ndarray, " timesteps"]:
-    """How often each timestep is drawn, as shares of 1."""
-    number = np.arange(timesteps)
+    """Probability of each timestep."""
+    timestep = np.arange(timesteps)
 
-    def inside(span: tuple[int, int]) -> np.ndarray:
-        return (span[0] <= number) & (number < span[1])
+    def inside(span: tuple[int, int]) -> Bool[np.ndarray, " timesteps"]:
+        return (span[0] <= timestep) & (timestep < span[1])
 
     weight = inside(config.timesteps or (0, timesteps)).astype(np.float64)
     if config.biased_timesteps is not None and config.timestep_bias is not None:
@@ -112,12 +112,12 @@ def frequencies(config: LossConfig, timesteps: int) -> Float[np.ndarray, " times
 
 
 def draw_timestep(key: Key[Array, ""], config: LossConfig, timesteps: int) -> Int[Array, ""]:
-    """One timestep, of those of the range, by their frequencies."""
+    """One timestep of the range, with the probabilities of `frequencies`."""
     if config.biased_timesteps is None:
         return jax.random.randint(key, (), *(config.timesteps or (0, timesteps)))
-    # Inverse of the distribution function, in whole numbers of 2⁻³²: of a float32, a share is off by up to 1e-4.
-    often = frequencies(config, timesteps)
-    ends = np.minimum(np.round(np.cumsum(often) * 2.0**32), 2.0**32 - 1)[: np.flatnonzero(often)[-1]]
+    # Inverse of the distribution function, in integers of 2⁻³²: in float32 a probability is off by up to 1e-4.
+    shares = frequencies(config, timesteps)
+    ends = np.minimum(np.round(np.cumsum(shares) * 2.0**32), 2.0**32 - 1)[: np.flatnonzero(shares)[-1]]
     return jnp.searchsorted(ends.astype(np.uint32), jax.random.bits(key), side="right").astype(jnp.int32)
 
 
@@ -171,7 +171,7 @@ def debiased_weight(snr: Float[np.ndarray, " timesteps"], prediction: Prediction
 
 
 def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Float[Array, "height width channels"]:
-    """Standard normal noise for one latent of shape [height, width, channels], plus `offset` × one normal number a
+    """Standard normal noise for one latent of shape [height, width, channels], plus `offset` × one normal number per
     channel.
 
     Offset noise: Guttenberg 2023, "Diffusion with Offset Noise"; SDXL's stage 3 (arXiv:2307.01952, section 2.5).
@@ -184,7 +184,10 @@ def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Fl
 
 
 def diffusion_loss(
-    network: Callable[[Array, Array], Array],
+    network: Callable[
+        [Float[Array, "batch height width channels"], Int[Array, " batch"]],
+        Float[Array, "batch height width channels"],
+    ],
     x0: Float[Array, "batch height width channels"],
     keys: Key[Array, " batch"],
     schedule: Schedule,
@@ -193,25 +196,28 @@ def diffusion_loss(
 ) -> Float[Array, ""]:
     """Mean weighted squared error over the batch.
 
-    network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one an example, so that what an example
-    draws does not depend on how the batch is cut into micro-batches or spread over devices.
+    network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one per example, so that an example's
+    timestep and noise do not depend on how the batch is split into micro-batches or over devices.
     """
 
-    def draw(key: Array) -> tuple[Array, Array, Array]:
+    def draw(
+        key: Key[Array, ""],
+    ) -> tuple[Int[Array, ""], Float[Array, "height width channels"], Float[Array, "height width channels"]]:
+        """(timestep, ε, ε of the network's input) of one example."""
         time_key, noise_key, perturbation_key = jax.random.split(key, 3)
         epsilon = draw_noise(noise_key, x0.shape[1:], config.offset_noise)
-        seen = epsilon
+        perturbed = epsilon
         if config.input_perturbation:
-            seen += config.input_perturbation * jax.random.normal(perturbation_key, epsilon.shape)
-        return draw_timestep(time_key, config, len(schedule.alpha_bar)), epsilon, seen
+            perturbed += config.input_perturbation * jax.random.normal(perturbation_key, epsilon.shape)
+        return draw_timestep(time_key, config, len(schedule.alpha_bar)), epsilon, perturbed
 
-    timestep, epsilon, seen = jax.vmap(draw)(keys)
+    timestep, epsilon, perturbed = jax.vmap(draw)(keys)
 
     def at_timestep(values: Float[np.ndarray, " timesteps"]) -> Float[Array, "batch 1 1 1"]:
         return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
 
     alpha, sigma_t = at_timestep(schedule.alpha), at_timestep(schedule.sigma_t)
-    output = network(alpha * x0 + sigma_t * seen, timestep)
+    output = network(alpha * x0 + sigma_t * perturbed, timestep)
     error = (output - target(prediction, x0, epsilon, alpha, sigma_t)) ** 2
     if (weight := weights(schedule.snr, config, prediction)) is not None:
         error *= at_timestep(weight)

@@ -32,7 +32,7 @@ class Prediction(enum.Enum):
 
 
 class Denoised(NamedTuple):
-    """A prediction, told as the image and as the noise in x_t."""
+    """A prediction expressed as x₀ and as the noise ε in x_t."""
 
     x0: Float[Array, "batch height width channels"]
     epsilon: Float[Array, "batch height width channels"]
@@ -45,7 +45,7 @@ def target(
     alpha: Float[Array, "#batch #height #width #channels"],
     sigma_t: Float[Array, "#batch #height #width #channels"],
 ) -> Float[Array, "batch height width channels"]:
-    """What a perfect network would output for this image and this noise."""
+    """The regression target: the ideal output for this image and this noise."""
     match prediction:
         case Prediction.EPSILON:
             return epsilon
@@ -64,7 +64,7 @@ def denoised(
 ) -> Denoised:
     """x₀ and ε of a network's output at x_t.
 
-    From ε, α must not be 0 (zero terminal SNR); from x₀, σ_t must not be 0: there the question has no answer.
+    From ε, α must not be 0 (zero terminal SNR); from x₀, σ_t must not be 0: the other is undefined there.
     """
     alpha, sigma_t = jnp.asarray(alpha), jnp.asarray(sigma_t)
     match prediction:

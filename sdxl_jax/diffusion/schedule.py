@@ -32,14 +32,14 @@ class ScheduleConfig:
     beta_end: float = 0.012
     """β of the last timestep. Higher: less of the image is left at the end."""
     betas: BetaSchedule = BetaSchedule.SCALED_LINEAR
-    """How β goes from one to the other."""
+    """How β is interpolated between the two."""
     zero_terminal_snr: bool = False
     """Rescale so that nothing of the image is left at the last timestep. Needs v- or x₀-prediction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A schedule's numbers, float64, one a timestep."""
+    """A schedule's numbers, float64, one per timestep."""
 
     alpha_bar: Float[np.ndarray, " timesteps"]
 

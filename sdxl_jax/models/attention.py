@@ -41,8 +41,8 @@ def dot_product_attention(
 ) -> Float[jax.Array, "batch queries heads dim"]:
     """softmax(q kᵀ / √dim) v, the softmax in float32. Causal: a query sees keys up to its own position.
 
-    Kernels are for self-attention over images; attention to text and within it is XLA's whatever is asked for, since
-    77 keys fit no kernel. Raises InputError for cuDNN without a GPU.
+    Kernels are for self-attention over images; attention to text and within it is XLA's whatever `implementation` says,
+    since 77 keys fit no kernel. Raises InputError for cuDNN without a GPU.
     """
     if implementation is Attention.AUTO:
         implementation = choose(_platform(), query, key)
@@ -54,7 +54,8 @@ def dot_product_attention(
         case Attention.CUDNN:
             if _platform() != "gpu":
                 raise InputError(
-                    f"compute.attention=cudnn needs an NVIDIA GPU from Ampere on. Here is: {_platform()}. Set auto"
+                    "compute.attention=cudnn needs an NVIDIA GPU of the Ampere generation or later; the platform here "
+                    f"is {_platform()}. Set compute.attention=auto"
                 )
             out = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
         case _:
@@ -69,8 +70,8 @@ def chunked_attention(
     implementation: Attention,
     at_once: int,
 ) -> Float[jax.Array, "batch queries heads dim"]:
-    """The same for so many queries at a time, where XLA would materialise the scores of all: 16 GiB for the 65536
-    positions of an image of 2048 × 2048 in an autoencoder."""
+    """Chunked attention: the same with `at_once` queries at a time, where XLA would materialise the scores of all
+    queries: 16 GiB for the 65536 positions of an image of 2048 × 2048 in an autoencoder."""
     if implementation is Attention.AUTO:
         implementation = choose(_platform(), query, key)
     queries = query.shape[1]
@@ -83,7 +84,8 @@ def chunked_attention(
 
 
 def choose(platform: str, query: Any, key: Any) -> Attention:
-    """What `AUTO` is on a platform ("cpu", "gpu", "tpu") for arrays of these shapes and dtypes."""
+    """The implementation that `AUTO` stands for on a platform ("cpu", "gpu", "tpu"), for arrays of these shapes and
+    dtypes."""
     tokens, dim = query.shape[1], query.shape[3]
     if query.shape != key.shape or tokens < _LONG:
         return Attention.XLA
@@ -95,20 +97,25 @@ def choose(platform: str, query: Any, key: Any) -> Attention:
 
 
 def _platform() -> str:
-    """Of the devices that are compiled for: those of the mesh, which need not be here, else the default ones. A GPU
-    without cuDNN's attention is an "other gpu"."""
+    """Platform of the devices that are compiled for: those of the mesh, which need not be attached (AOT compilation),
+    else the default ones. A GPU without cuDNN's attention is an "other gpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "other gpu" if platform == "gpu" and not _from_ampere_on(jax.devices()[0]) else platform
 
 
 def _from_ampere_on(device: Any) -> bool:
-    """By the compute capability of NVIDIA's GPUs, e.g. "8.0". Where others have one, it is a name."""
+    """Whether a GPU is of the Ampere generation or later, by NVIDIA's compute capability, e.g. "8.0". Where GPUs of
+    others have one, it is a name."""
     major = str(getattr(device, "compute_capability", "")).partition(".")[0]
     return major.isdecimal() and int(major) >= 8
 
 
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+def _splash(
+    query: Float[jax.Array, "batch tokens heads dim"],
+    key: Float[jax.Array, "batch tokens heads dim"],
+    value: Float[jax.Array, "batch tokens heads dim"],
+) -> Float[jax.Array, "batch tokens heads dim"]:
     """Splash attention on each device's own images and heads: XLA cannot split a kernel by itself."""
     _, tokens, heads, dim = query.shape
     query = query / math.sqrt(dim)  # the kernel applies no scale
@@ -121,22 +128,24 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     seen = jnp.arange(tokens + padding) >= tokens
     segments = splash_attention.SegmentIds(jnp.zeros_like(seen, jnp.int32), seen.astype(jnp.int32))
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        padded = [
-            jnp.pad(rearrange(x, "b tokens heads dim -> b heads tokens dim"), ((0, 0), (0, 0), (0, padding), (0, 0)))
-            for x in (query, key, value)
-        ]
+    def local(
+        query: Float[jax.Array, "batch tokens heads dim"],
+        key: Float[jax.Array, "batch tokens heads dim"],
+        value: Float[jax.Array, "batch tokens heads dim"],
+    ) -> Float[jax.Array, "batch tokens heads dim"]:
+        heads_first = (rearrange(x, "batch tokens heads dim -> batch heads tokens dim") for x in (query, key, value))
+        padded = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first]
         out = jax.vmap(functools.partial(kernel, segment_ids=segments if padding else None))(*padded)
-        return rearrange(out[:, :, :tokens], "b heads tokens dim -> b tokens heads dim")
+        return rearrange(out[:, :, :tokens], "batch heads tokens dim -> batch tokens heads dim")
 
     if spec is None:
         return local(query, key, value)
-    # The kernel says nothing of how its result varies over the mesh, which check_vma would want to know.
+    # The kernel does not declare how its result varies over the mesh, which check_vma would require.
     return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
 
 
 def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Any:
-    """For `tokens` keys and queries, a multiple of `_BLOCK`, or of 128 below it."""
+    """The splash attention kernel for `tokens` keys and queries, a multiple of `_BLOCK`, or of 128 below it."""
     block = min(_BLOCK, tokens)
     # The backward kernel makes all three gradients from one recomputation of the scores; that of the queries comes in
     # as many parts as there are blocks of keys, therefore large ones.
@@ -171,7 +180,7 @@ class MultiHeadAttention(nn.Module):
     compute: Compute
     bias: bool = False
     queries: int | None = None
-    """How many at a time; None: all."""
+    """Queries that attend at a time; None: all."""
 
     @nn.compact
     def __call__(
@@ -182,7 +191,9 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[jax.Array, "batch queries features"]:
         features = hidden.shape[-1]
 
-        def project(name: str, inputs: jax.Array) -> jax.Array:
+        def project(
+            name: str, inputs: Float[jax.Array, "batch tokens features_in"]
+        ) -> Float[jax.Array, "batch tokens heads dim"]:
             flat = dense(features, name, self.compute, use_bias=self.bias)(inputs)
             split = rearrange(flat, "batch tokens (heads dim) -> batch tokens heads dim", heads=self.heads)
             return constrain(split, "batch", None, "tensor", None)
@@ -194,7 +205,8 @@ class MultiHeadAttention(nn.Module):
             out = chunked_attention(query, key, value, self.compute.attention, self.queries)
         if perturbed is not None:
             out = jnp.where(perturbed[:, None, None, None], value, out)
-        return dense(features, "to_out", self.compute)(rearrange(out, "b tokens heads dim -> b tokens (heads dim)"))
+        merged = rearrange(out, "batch queries heads dim -> batch queries (heads dim)")
+        return dense(features, "to_out", self.compute)(merged)
 
 
 class FeedForward(nn.Module):
@@ -219,10 +231,10 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(
         self,
-        hidden: Float[jax.Array, "batch tokens features"],
-        context: Float[jax.Array, "batch words context"],
+        hidden: Float[jax.Array, "batch positions features"],
+        context: Float[jax.Array, "batch tokens context"],
         perturbed: Bool[jax.Array, "batch"] | None = None,
-    ) -> tuple[Float[jax.Array, "batch tokens features"], None]:
+    ) -> tuple[Float[jax.Array, "batch positions features"], None]:
         """Returns (hidden, None): the pair that a scan's body returns. `perturbed` concerns self-attention."""
         hidden = checkpoint_name(constrain(hidden, "batch", None, None), layers.ENTERING)
         normed = layer_norm("norm1", self.compute)(hidden)
@@ -261,18 +273,20 @@ class SpatialTransformer(nn.Module):
     def __call__(
         self,
         x: Float[jax.Array, "batch height width channels"],
-        context: Float[jax.Array, "batch words context"],
+        context: Float[jax.Array, "batch tokens context"],
         perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch height width channels"]:
         batch, height, width, channels = x.shape
 
-        def project(name: str, inputs: jax.Array, **options: Any) -> jax.Array:
+        def project(
+            name: str, inputs: Float[jax.Array, "batch *positions features"], **options: Any
+        ) -> Float[jax.Array, "batch *positions features"]:
             if self.conv_projection:
                 return conv(channels, name, self.compute, size=1, **options)(inputs)
             return dense(channels, name, self.compute, **options)(inputs)
 
         hidden = group_norm(self.groups, 1e-6, "norm", self.compute)(x)
-        hidden = rearrange(project("proj_in", hidden), "b height width channels -> b (height width) channels")
+        hidden = rearrange(project("proj_in", hidden), "batch height width channels -> batch (height width) channels")
         blocks = stack(TransformerBlock, self.depth, self.compute)
         hidden, _ = blocks(self.heads, self.compute, name="transformer_blocks")(hidden, context, perturbed)
         hidden = hidden.reshape(batch, height, width, channels)

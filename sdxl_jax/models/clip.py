@@ -57,15 +57,15 @@ CLIP_BIGG = ClipTextConfig(1280, 32, 20, 5120, Activation.GELU, 1280)
 
 
 class TextStates(NamedTuple):
-    """What a tower says of a prompt. hidden_states[-2] is the state before the last layer."""
+    """A tower's states for a batch of prompts. hidden_states[-2] is the state before the last layer."""
 
-    penultimate: Float[jax.Array, "batch tokens width"]
+    penultimate: Float[jax.Array, "batch tokens features"]
     """hidden_states[-2], not normed: the context of SDXL."""
-    penultimate_normed: Float[jax.Array, "batch tokens width"]
+    penultimate_normed: Float[jax.Array, "batch tokens features"]
     """hidden_states[-2] after the final norm: the context of SD 2.x."""
-    last: Float[jax.Array, "batch tokens width"]
+    last: Float[jax.Array, "batch tokens features"]
     """The last layer's states after the final norm: the context of SD 1.x."""
-    pooled: Float[jax.Array, "batch width"]
+    pooled: Float[jax.Array, "batch features"]
     """`last` at the first end-of-text token."""
     projected: Float[jax.Array, "batch projection"] | None
     """`pooled` times the text projection: the pooled vector of SDXL. None without a projection."""
@@ -79,13 +79,17 @@ class ClipLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, states: tuple[Float[jax.Array, "batch tokens width"], Float[jax.Array, "batch tokens width"]], _: None
-    ) -> tuple[tuple[Float[jax.Array, "batch tokens width"], Float[jax.Array, "batch tokens width"]], None]:
-        """Carries (states, states before this layer), so that a scan ends with the penultimate ones at hand."""
+        self,
+        states: tuple[Float[jax.Array, "batch tokens features"], Float[jax.Array, "batch tokens features"]],
+        _: None,
+    ) -> tuple[tuple[Float[jax.Array, "batch tokens features"], Float[jax.Array, "batch tokens features"]], None]:
+        """Carries (states, states before this layer), so that a scan ends with the penultimate states."""
         before = hidden = states[0]
         config, compute = self.config, self.compute
 
-        def project(name: str, inputs: jax.Array) -> jax.Array:
+        def project(
+            name: str, inputs: Float[jax.Array, "batch tokens features"]
+        ) -> Float[jax.Array, "batch tokens heads dim"]:
             flat = dense(config.width, name, compute)(inputs)
             return rearrange(flat, "batch tokens (heads dim) -> batch tokens heads dim", heads=config.heads)
 
@@ -142,7 +146,7 @@ def apply(
     config: ClipTextConfig, params: Params, tokens: Int[jax.Array, "batch tokens"], compute: Compute = Compute()
 ) -> TextStates:
     """The states of a batch of prompts, float32. tokens: 0..vocabulary−1, with start, end and padding."""
-    return ClipText(config, compute).apply({"params": params}, tokens)  # pyright: ignore
+    return ClipText(config, compute).apply({"params": params}, tokens)  # pyright: ignore[reportReturnType]
 
 
 def init(key: Key[jax.Array, ""], config: ClipTextConfig) -> Params:

@@ -34,7 +34,7 @@ class Attention(enum.Enum):
     AUTO = "auto"
     """By platform and shape: the platform's kernel where there is one for the shape and it pays, XLA elsewhere."""
     XLA = "xla"
-    """Runs everywhere, and materialises the scores: 640 MiB an image in each layer of 4096 tokens and 10 heads."""
+    """Runs everywhere, and materialises the scores: 640 MiB per image in each layer of 4096 tokens and 10 heads."""
     SPLASH = "splash"
     """The TPU kernel of jax.experimental.pallas, for self-attention; elsewhere it is interpreted, very slowly."""
     CUDNN = "cudnn"
@@ -42,8 +42,8 @@ class Attention(enum.Enum):
 
 
 class Remat(enum.Enum):
-    """What the backward pass computes again instead of keeping, for residual and transformer blocks. From less time to
-    less memory."""
+    """Rematerialisation: what the backward pass recomputes instead of keeping, for residual and transformer blocks.
+    From less time to less memory."""
 
     NONE = "none"
     """Nothing."""
@@ -52,13 +52,13 @@ class Remat(enum.Enum):
     BLOCK = "block"
     """Whole blocks: their inputs alone are kept. About a third more time."""
     OFFLOAD = "offload"
-    """As BLOCK, and what enters a transformer block waits in the process's memory. On a CPU that is the same memory."""
+    """As BLOCK, and inputs of transformer blocks are offloaded to host memory. On a CPU that is the same memory."""
 
 
 KEPT = "kept"
-"""Name of values that `Remat.DOTS` keeps although no product made them: attention's."""
+"""Checkpoint name of values that `Remat.DOTS` keeps although no matrix product made them: attention's."""
 ENTERING = "entering"
-"""Name of what enters a transformer block, which `Remat.OFFLOAD` moves to the process."""
+"""Checkpoint name of the inputs of transformer blocks, which `Remat.OFFLOAD` moves to host memory."""
 
 
 def _product(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -75,7 +75,7 @@ class Compute:
     attention: Attention = Attention.AUTO
     """Attention kernel."""
     remat: Remat = Remat.NONE
-    """What the backward pass computes again instead of keeping."""
+    """What the backward pass recomputes instead of keeping."""
     unroll: bool = False
     """Unroll the scan over a level's transformer blocks: longer compilation, a little faster on some devices. The
     parameter tree is the same."""
@@ -88,7 +88,7 @@ class Compute:
         others = tuple(f"xla_{other}_" for other in ("tpu", "gpu") if other != platform)
         pairs = [option.partition("=") for option in self.compiler_options]
         if wrong := [name for name, found, _ in pairs if not found]:
-            raise InputError(f"compute.compiler_options has {wrong[0]!r}. Give NAME=VALUE")
+            raise InputError(f"compute.compiler_options has {wrong[0]!r}, which has no value. Give NAME=VALUE")
         return {name: value for name, _, value in pairs if not name.startswith(others)}
 
     @property
@@ -119,7 +119,7 @@ class Compute:
 def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax.Array, "*axes {dim}"]:
     """[cos(vω₀) … cos(vω_h), sin(vω₀) … sin(vω_h)] with ω_i = 10000^(−i/h), h = dim/2, in float32.
 
-    Integers up to 8192 arrive exactly: they are float32 before the first product, never bfloat16, which would turn 333
+    Integers up to 8192 are exact: they are float32 before the first product, never bfloat16, which would turn 333
     into 332. The half-and-half order [cos, sin] is that of sgm `modules/diffusionmodules/util.py:timestep_embedding`.
     """
     half = dim // 2
@@ -142,8 +142,9 @@ def conv(features: int, name: str, compute: Compute, size: int = 3, **options: A
 def _fast_variance(compute: Compute) -> bool:
     """Whether a norm reads its input once, for E[x²] − E[x]², instead of twice.
 
-    That loses digits where the mean is large beside the deviation, and so has the input in bfloat16, many more of them:
-    at a hundred times, 1 % here, while the input is rounded to two thirds of its deviation.
+    E[x²] − E[x]² loses digits where the mean is large beside the standard deviation. A bfloat16 input has lost many
+    more already: with a mean of a hundred standard deviations the error here is 1 %, while the input is rounded to two
+    thirds of a standard deviation.
     """
     return compute.dtype is Dtype.BFLOAT16
 
@@ -158,13 +159,13 @@ def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
 
 
 class EmbeddingMlp(nn.Module):
-    """Linear, SiLU, linear: from a sinusoidal or conditioning vector to the width that residual blocks are given."""
+    """Linear, SiLU, linear: from a sinusoidal or conditioning vector to the width of the residual blocks' embedding."""
 
     features: int
     compute: Compute
 
     @nn.compact
-    def __call__(self, vector: Float[jax.Array, "batch inputs"]) -> Float[jax.Array, "batch outputs"]:
+    def __call__(self, vector: Float[jax.Array, "batch features_in"]) -> Float[jax.Array, "batch features_out"]:
         hidden = dense(self.features, "linear_1", self.compute)(vector)
         return dense(self.features, "linear_2", self.compute)(nn.silu(hidden))
 
@@ -179,8 +180,10 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[jax.Array, "batch height width inputs"], embedding: Float[jax.Array, "batch embedding"] | None
-    ) -> Float[jax.Array, "batch height width outputs"]:
+        self,
+        x: Float[jax.Array, "batch height width channels_in"],
+        embedding: Float[jax.Array, "batch embedding"] | None,
+    ) -> Float[jax.Array, "batch height width channels_out"]:
         hidden = nn.silu(group_norm(self.groups, self.epsilon, "norm1", self.compute)(x))
         hidden = conv(self.features, "conv1", self.compute)(hidden)
         if embedding is not None:
@@ -195,9 +198,9 @@ class ResnetBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour enlargement to a given size, then a convolution.
+    """Nearest-neighbour upsampling to a given size, then a convolution.
 
-    The size is given because it need not be the double: 9 rows come down to 5, and must come back to 9.
+    The size is given because it need not be the double: a height of 9 comes down to 5, and must come back to 9.
     """
 
     compute: Compute
@@ -211,7 +214,9 @@ class Upsample(nn.Module):
         return conv(x.shape[-1], "conv", self.compute)(x)
 
 
-def nearest(x: Float[jax.Array, "batch height width channels"], size: int, axis: int) -> jax.Array:
+def nearest(
+    x: Float[jax.Array, "batch height width channels"], size: int, axis: int
+) -> Float[jax.Array, "batch height_out width_out channels"]:
     """Nearest-neighbour resize of one axis: out[i] = in[⌊i · n / size⌋], as torch's `interpolate(mode="nearest")`."""
     n = x.shape[axis]
     if size == 2 * n:  # the usual case; a repeat is cheaper than a gather, and so is its gradient

@@ -1,4 +1,5 @@
-"""The tiny autoencoder: an image to the latent of a large model's autoencoder and back, in a thirtieth of its numbers.
+"""The tiny autoencoder: an image to the latent of a large model's autoencoder and back, with a thirtieth of its
+parameters.
 
     image −1..1 ── (x + 1) / 2 ── encoder ── scaled latent ── 3 tanh(x / 3) ── decoder ── 2x − 1 ── image
 
@@ -7,7 +8,7 @@ the mean that the large autoencoder would. It is trained on latents that are sca
 here (TAESDXL: those of SDXL × 0.13025). Inside, images are 0..1.
 
 Source: Ollin Boer Bohan's `taesd` (github.com/madebyollin/taesd, taesd.py), which diffusers has as `AutoencoderTiny`.
-`vae.encode`, `vae.decode` and `vae.init` are those of this autoencoder too; its training is not here.
+`vae.encode`, `vae.decode` and `vae.init` take this autoencoder too; its training is not here.
 """
 
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ TAESDXL = TinyVaeConfig()
 
 
 class Block(nn.Module):
-    """Three convolutions around a shortcut, each after a ReLU of what comes in."""
+    """Three convolutions around a shortcut, the first two followed by a ReLU, and a ReLU after the sum."""
 
     compute: Compute
 
@@ -85,8 +86,11 @@ class TinyEncoder(nn.Module):
         return conv(config.latent_channels, "conv_out", compute)(x)
 
 
-def decoder_level(config: TinyVaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
-    """A level of the decoder, from the coarsest, in the scope of a module: what enlarges to it, its blocks, the end."""
+def decoder_level(
+    config: TinyVaeConfig, compute: Compute, level: int, x: Float[jax.Array, "batch height width channels"]
+) -> Float[jax.Array, "batch height_out width_out channels_out"]:
+    """A level of the decoder, numbered from the coarsest, in the scope of a module: the upsampling before it, its
+    blocks, and after the last level the output layer."""
     if level:
         for axis in (1, 2):
             x = nearest(x, 2 * x.shape[axis], axis)

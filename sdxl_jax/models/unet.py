@@ -4,8 +4,8 @@
                        │                 │                 │                 mid_block
     output ─ conv_out ─┴── up_blocks_2 ──┴── up_blocks_1 ──┴── up_blocks_0 ──┘
 
-Every block is told one embedding: MLP(timestep) + MLP(vector). The transformers attend to the text context. What the
-vector holds is the business of `conditioning/micro.py`; here it is `vector_dim` numbers. Sources: Rombach et al.
+Every block is conditioned on one embedding: MLP(timestep) + MLP(vector). The transformers attend to the text context.
+What the vector holds is defined in `conditioning/micro.py`; here it is `vector_dim` numbers. Sources: Rombach et al.
 (arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
 """
 
@@ -53,7 +53,7 @@ class UNetConfig:
     conv_projection: bool = False
     """Transformers' projections as 1×1 convolutions (SD 1.x)."""
     in_channels: int = 4
-    """Channels that come in: 4 latent ones; 9 for inpainting models."""
+    """Channels of the input: 4 of the latent; 9 for inpainting models."""
     out_channels: int = 4
     """Channels of the prediction."""
     groups: int = 32
@@ -99,7 +99,7 @@ SD2 = UNetConfig(
 
 
 class UNetPart(enum.Enum):
-    """A third of the UNet: where `perturbed` rows lose their self-attention."""
+    """A part of the UNet in which `perturbed` rows lose their self-attention."""
 
     DOWN = "down"
     """All levels of the way down."""
@@ -134,11 +134,11 @@ class DownBlock(_Level):
     @nn.compact
     def __call__(
         self,
-        x: Float[jax.Array, "batch height width inputs"],
+        x: Float[jax.Array, "batch height width channels_in"],
         embedding: Float[jax.Array, "batch embedding"],
-        context: Float[jax.Array, "batch words context"],
+        context: Float[jax.Array, "batch tokens context"],
         perturbed: Bool[jax.Array, "batch"] | None,
-    ) -> list[jax.Array]:
+    ) -> list[Float[jax.Array, "batch _height _width _channels"]]:
         """Every intermediate result, in order: the way up takes them as skips, the last one goes on down."""
         depth = self.config.transformer_depth[self.level]
         skips = []
@@ -161,7 +161,7 @@ class MiddleBlock(_Level):
         self,
         x: Float[jax.Array, "batch height width channels"],
         embedding: Float[jax.Array, "batch embedding"],
-        context: Float[jax.Array, "batch words context"],
+        context: Float[jax.Array, "batch tokens context"],
         perturbed: Bool[jax.Array, "batch"] | None,
     ) -> Float[jax.Array, "batch height width channels"]:
         x = self.resnet(0)(x, embedding)
@@ -175,12 +175,12 @@ class UpBlock(_Level):
     @nn.compact
     def __call__(
         self,
-        x: Float[jax.Array, "batch height width inputs"],
-        skips: list[jax.Array],
+        x: Float[jax.Array, "batch height width channels_in"],
+        skips: list[Float[jax.Array, "batch _height _width _channels"]],
         embedding: Float[jax.Array, "batch embedding"],
-        context: Float[jax.Array, "batch words context"],
+        context: Float[jax.Array, "batch tokens context"],
         perturbed: Bool[jax.Array, "batch"] | None,
-    ) -> Float[jax.Array, "batch height_out width_out channels"]:
+    ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
         """Takes its skips from the end of the list and removes them."""
         depth = self.config.transformer_depth[self.level]
         for index in range(self.config.resnets_per_block + 1):
@@ -202,12 +202,12 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        latent: Float[jax.Array, "batch height width inputs"],
+        latent: Float[jax.Array, "batch height width channels_in"],
         timestep: Num[jax.Array, "batch"],
-        context: Float[jax.Array, "batch words context"],
+        context: Float[jax.Array, "batch tokens context"],
         vector: Float[jax.Array, "batch vector"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
-    ) -> Float[jax.Array, "batch height width outputs"]:
+    ) -> Float[jax.Array, "batch height width channels_out"]:
         config, compute, dtype = self.config, self.compute, self.compute.activations
         context = context.astype(dtype)
 
@@ -236,15 +236,15 @@ class UNet(nn.Module):
 def apply(
     config: UNetConfig,
     params: Params,
-    latent: Float[jax.Array, "batch height width inputs"],
+    latent: Float[jax.Array, "batch height width channels_in"],
     timestep: Num[jax.Array, "batch"],
-    context: Float[jax.Array, "batch words context"],
+    context: Float[jax.Array, "batch tokens context"],
     vector: Float[jax.Array, "batch vector"] | None = None,
     compute: Compute = Compute(),
     *,
     perturbed: Bool[jax.Array, "batch"] | None = None,
     perturbed_parts: Sequence[UNetPart] = (UNetPart.MIDDLE,),
-) -> Float[jax.Array, "batch height width outputs"]:
+) -> Float[jax.Array, "batch height width channels_out"]:
     """The network's prediction (ε, v or x₀, as it was trained), float32.
 
     latent: scaled and noised, any height and width. timestep: 0..999, integers or floats. context: text states,
@@ -258,7 +258,7 @@ def apply(
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
-    return network.apply({"params": params}, latent, timestep, context, vector, perturbed)  # pyright: ignore
+    return network.apply({"params": params}, latent, timestep, context, vector, perturbed)  # pyright: ignore[reportReturnType]
 
 
 def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
@@ -268,7 +268,7 @@ def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
     if not parts or not all(attends[part] for part in parts):
         given = ", ".join(part.value for part in parts) or "nothing"
         known = ", ".join(part.value for part in UNetPart if attends[part])
-        raise InputError(f"Attention is to be perturbed in: {given}. This UNet has attention in: {known}. Name those")
+        raise InputError(f"Attention is to be perturbed in {given}. This UNet has attention in {known}: name those")
 
 
 def init(key: Key[jax.Array, ""], config: UNetConfig) -> Params:

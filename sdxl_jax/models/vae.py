@@ -64,7 +64,8 @@ class Posterior(NamedTuple):
     """−∞ where the encoder gives the mean alone: a sample is the mean."""
 
     def sample(self, keys: Key[jax.Array, " batch"]) -> Float[jax.Array, "batch height width channels"]:
-        """keys: one an image, so that a latent does not depend on its neighbours in the batch."""
+        """Samples from the posterior. keys: one per image, so that a latent does not depend on its neighbours in the
+        batch."""
         noise = jax.vmap(lambda key: jax.random.normal(key, self.mean.shape[1:]))(keys)
         return self.mean + jnp.exp(0.5 * self.log_variance) * noise
 
@@ -85,9 +86,9 @@ class MiddleBlock(nn.Module):
         block, groups = self.compute.block(ResnetBlock), self.config.groups
         x = block(channels, groups, _EPSILON, self.compute, name="resnets_0")(x, None)
         hidden = group_norm(groups, _EPSILON, "norm", self.compute)(x)
-        hidden = rearrange(hidden, "b height width channels -> b (height width) channels")
+        hidden = rearrange(hidden, "batch height width channels -> batch (height width) channels")
         hidden = MultiHeadAttention(1, self.compute, True, self.queries, name="attention")(hidden, hidden)
-        x = x + rearrange(hidden, "b (height width) channels -> b height width channels", height=height)
+        x = x + rearrange(hidden, "batch (height width) channels -> batch height width channels", height=height)
         return block(channels, groups, _EPSILON, self.compute, name="resnets_1")(x, None)
 
 
@@ -115,15 +116,23 @@ class Encoder(nn.Module):
         return conv(2 * config.latent_channels, "quant_conv", compute, size=1)(x)
 
 
-def _entry(config: VaeConfig, compute: Compute, x: jax.Array, queries: int | None = None) -> jax.Array:
+def _entry(
+    config: VaeConfig,
+    compute: Compute,
+    x: Float[jax.Array, "batch latent_height latent_width channels"],
+    queries: int | None = None,
+) -> Float[jax.Array, "batch latent_height latent_width channels_out"]:
     """The decoder's layers before its levels, in the scope of a module. queries: see `MiddleBlock`."""
     x = conv(config.latent_channels, "post_quant_conv", compute, size=1)(x)
     x = conv(config.block_channels[-1], "conv_in", compute)(x)
     return MiddleBlock(config, compute, queries, name="mid_block")(x)
 
 
-def _level(config: VaeConfig, compute: Compute, level: int, x: jax.Array) -> jax.Array:
-    """A level of the decoder, from the coarsest: the enlargement before it, its blocks, and after the last the end."""
+def _level(
+    config: VaeConfig, compute: Compute, level: int, x: Float[jax.Array, "batch height width channels"]
+) -> Float[jax.Array, "batch height_out width_out channels_out"]:
+    """A level of the decoder, numbered from the coarsest: the upsampling before it, its blocks, and after the last
+    level the output layers."""
     block = compute.block(ResnetBlock)
     if level:
         _, height, width, _ = x.shape
@@ -152,7 +161,8 @@ class Decoder(nn.Module):
 
 
 class DecoderEntry(nn.Module):
-    """The first part of `Decoder` alone, of whose parameters it takes its own. queries: see `MiddleBlock`."""
+    """The layers of `Decoder` before its levels; it takes its own of the decoder's parameters. queries: see
+    `MiddleBlock`."""
 
     config: VaeConfig
     compute: Compute
@@ -161,7 +171,7 @@ class DecoderEntry(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[jax.Array, "batch latent_height latent_width channels"]
-    ) -> Float[jax.Array, "batch latent_height latent_width features"]:
+    ) -> Float[jax.Array, "batch latent_height latent_width channels_out"]:
         return _entry(self.config, self.compute, x, self.queries)
 
 
@@ -174,8 +184,8 @@ class DecoderLevel(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[jax.Array, "batch height width features"]
-    ) -> Float[jax.Array, "batch height_out width_out features_out"]:
+        self, x: Float[jax.Array, "batch height width channels"]
+    ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
         if isinstance(self.config, TinyVaeConfig):
             return taesd.decoder_level(self.config, self.compute, self.level, x)
         return _level(self.config, self.compute, self.level, x)
@@ -191,7 +201,7 @@ def _networks(config: AnyVaeConfig, compute: Compute) -> tuple[nn.Module, nn.Mod
 def encode(
     config: AnyVaeConfig, params: Params, image: Float[jax.Array, "batch height width 3"], compute: Compute = Compute()
 ) -> Posterior:
-    """Distribution of the unscaled latent, float32, log variance clamped to −30..20. Of a tiny autoencoder the mean,
+    """Posterior of the unscaled latent, float32, log variance clamped to −30..20. A tiny autoencoder gives the mean,
     with log variance −∞.
 
     image: −1..1, height and width multiples of `config.downsampling`. Raises InputError where there is no encoder.
@@ -208,7 +218,7 @@ def encode(
 def scaled_sample(
     config: AnyVaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
 ) -> Float[jax.Array, "batch latent_height latent_width channels"]:
-    """Latents as the UNet sees them: drawn, and × `config.scale`. keys: one an image."""
+    """Latents as the UNet sees them: sampled from the posterior, × `config.scale`. keys: one per image."""
     return posterior.sample(keys) * config.scale
 
 
@@ -232,14 +242,15 @@ def decode_tiled(
     compute: Compute = Compute(),
     tile: int = 512,
 ) -> Float[jax.Array, "batch height width 3"]:
-    """What `decode` gives, apart from rounding, with the memory of a tile: for images that have too little of it.
+    """Tiled decoding: the image that `decode` gives, apart from rounding, with the memory of a tile; for images that do
+    not fit otherwise.
 
-    tile: positions along a tile's side, at every level of the decoder; at the last these are pixels. Higher: faster,
-    more memory. A level that fits is computed whole.
+    tile: positions along a tile's side, at every level of the decoder; at the last level these are pixels. Higher:
+    faster, more memory. A level that fits in one tile is computed whole.
 
-    Norms take their moments over the whole image, which costs the large autoencoder seven or eight runs over a level
-    that does not fit (models/tiling.py); the tiny one has no norms. Kept whole, besides the image, are the results of
-    levels, of which the largest has half the image's sides. Attention takes some of its queries at a time.
+    Norms take their moments over the whole image, which costs the large autoencoder seven or eight passes over a level
+    that does not fit (models/tiling.py); the tiny one has no norms. The image and the results of levels are held whole;
+    the largest of these has half the image's sides. Attention is chunked.
 
     Raises InputError as `decode`, and for tiles too small for the borders that they need.
     """
@@ -252,7 +263,10 @@ def decode_tiled(
         borders = [2 * (config.resnets_per_block + 1) + 2] * len(config.block_channels)
     for number, border in enumerate(borders):
 
-        def network(x: jax.Array, level: nn.Module = DecoderLevel(config, compute, number)) -> jax.Array:
+        def network(
+            x: Float[jax.Array, "batch height width channels"],
+            level: nn.Module = DecoderLevel(config, compute, number),
+        ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
             return jnp.asarray(level.apply(variables, x))
 
         x = tiling.apply(network, jnp.asarray(x), tile, border, factor=2 if number else 1)
@@ -260,7 +274,8 @@ def decode_tiled(
 
 
 def _check_half(params: Params, half: str) -> None:
-    """Tiny autoencoders come as two files, of which one alone may have been loaded."""
+    """Raises InputError for a half that is missing: tiny autoencoders come as two files, of which one alone may have
+    been loaded."""
     if half not in params:
         raise InputError(
             f"The autoencoder has no {half}, only its {', '.join(params)}. Give the file of the {half} too "

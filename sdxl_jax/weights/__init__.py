@@ -1,1 +1,1 @@
-"""Weights at a path: opened, loaded, converted, in every layout there is. No torch, no optimiser, no image library."""
+"""Weights at a path: opened, loaded and converted, in every layout. No torch, no optimiser, no image library."""

@@ -1,18 +1,18 @@
-"""`convert`: a model from one layout to another, one parameter at a time.
+"""`convert`: a model from one layout to another, one parameter at a time, with a model card.
 
     orbax         one checkpoint of our parameter tree, for `load_model` and for Orbax's own `load`
     diffusers     a directory that `DiffusionPipeline.from_pretrained` loads: weights, configurations, tokenizers
     single-file   one .safetensors in Stability's original layout, for ComfyUI and the like; of a tiny autoencoder, one
                   of its halves
 
-The way back is exact, bit for bit and name for name: a layout remembers how its source named and shaped its tensors,
-and carries those along that have no place in our model. Where a destination has no place for them either, that is said.
-The destination appears when it is whole; until then it stands beside its place under another name.
+The conversion back is exact, bit for bit and name for name: a layout records how its source named and shaped its
+tensors, and carries along those that have no place in our model. Those that the destination has no place for either are
+reported. The write is atomic: a directory beside the destination, renamed when it is complete. The model card and the
+source's licence files go into the directory, or beside the file.
 """
 
 import contextlib
 import dataclasses
-import enum
 import json
 import math
 import os
@@ -30,14 +30,16 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.weights import names
+from sdxl_jax.weights import card, names
+from sdxl_jax.weights.descriptions import METADATA, describe
 from sdxl_jax.weights.formats import diffusers, orbax, safetensors
 from sdxl_jax.weights.lazy import (
     Carried,
     FirstLayers,
-    Found,
     InMemory,
+    Layout,
     Leaf,
+    SourceLayout,
     Weights,
     in_memory,
     lacking_half,
@@ -46,18 +48,12 @@ from sdxl_jax.weights.lazy import (
 )
 from sdxl_jax.weights.load import bar
 from sdxl_jax.weights.names import Dialect, Naming
-from sdxl_jax.weights.open import METADATA, describe, open_model
-
-
-class Layout(enum.Enum):
-    ORBAX = "orbax"
-    DIFFUSERS = "diffusers"
-    SINGLE_FILE = "single-file"
+from sdxl_jax.weights.open import open_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What a conversion did."""
+    """The result of a conversion."""
 
     parts: tuple[str, ...]
     tensors: int
@@ -72,11 +68,11 @@ def convert(
 ) -> Written:
     """Writes a model in a layout.
 
-    source: what a MODEL argument takes; or a model in memory; or what `open.open_model` found, perhaps changed.
+    source: what a MODEL argument takes; or a model in memory; or the result of `open.open_model`, perhaps changed.
     destination: a new directory; for a single file, a new .safetensors file. to: "orbax", "diffusers", "single-file".
 
-    Raises InputError before anything is written if there is something at the destination, or if the layout cannot hold
-    the model, and MachineError if the disk has too little room; nothing is left after by a conversion that fails.
+    Raises InputError before anything is written if the destination exists, or if the layout cannot hold the model, and
+    MachineError if the disk has too little room. A conversion that fails leaves no files.
     """
     to, destination = Layout(to), local(destination, "the destination")
     match source:
@@ -90,31 +86,47 @@ def convert(
     if to is Layout.SINGLE_FILE and destination.suffix != ".safetensors":
         raise InputError(f"A single file is a .safetensors file; given: {destination}. Use {destination}.safetensors")
     if destination.exists():
-        raise InputError(f"{destination} is there already. Remove it, or choose another place")
+        raise InputError(f"{destination} exists already. Remove it, or choose another destination")
+    if to is Layout.SINGLE_FILE:
+        _check_card(card.path_of(destination))
     _check_room(weights, destination)
     with _staged(destination) as staging, bar(weights, "converting", progress) as shown:
-        written = write(weights, staging / destination.name, shown)
-        _copy_licences(weights, staging / destination.name)
+        made = staging / destination.name
+        written = write(weights, made, shown)
+        licences = _copy_licences(weights, made)
+        card.path_of(made).write_text(card.card(weights, to, destination.name, licences), encoding="utf-8")
     return written
+
+
+def _check_card(path: Path) -> None:
+    """Raises InputError where the model card would replace a file that is not one of ours."""
+    if path.exists() and (not path.is_file() or card.WRITTEN_BY not in path.read_text("utf-8", errors="replace")):
+        raise InputError(
+            f"{path} exists already, and is not a model card of `sdxl-jax convert`, which would be written there. Move "
+            "it, or give the file another name"
+        )
 
 
 def _check_room(weights: Weights, destination: Path) -> None:
     """Raises MachineError where the disk has less room than the weights need."""
     place = next(folder for folder in destination.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise InputError(f"{destination} cannot be written: {place} is no directory that may be written to")
+        raise InputError(
+            f"{destination} cannot be written: {place} is not a directory with write permission. Choose another "
+            "destination"
+        )
     free = shutil.disk_usage(place).free
     needed = weights.size + sum(math.prod(t.shape) * t.dtype.itemsize for t in weights.carried.values())
     if free < needed:
         raise MachineError(
-            f"{place} has {free / 1e9:.2f} GB left, and the model needs {needed / 1e9:.2f} GB. Make room, choose "
-            "another disk, or a smaller --dtype"
+            f"{place} has {free / 1e9:.2f} GB left, and the model needs {needed / 1e9:.2f} GB. Free space, or choose "
+            "another disk or a smaller --dtype"
         )
 
 
 @contextlib.contextmanager
 def _staged(destination: Path) -> Iterator[Path]:
-    """A directory beside the destination; what it holds moves there at the end, or is removed."""
+    """A directory beside the destination; its files are renamed into place at the end, or removed."""
     parents = [folder for folder in destination.absolute().parents if not folder.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
     staging = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
@@ -122,24 +134,27 @@ def _staged(destination: Path) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
-        # The model last: where it is, its licence is too.
+        # The model last: where it is, its licence and card are too.
         for made in sorted(staging.iterdir(), key=lambda made: made.name == destination.name):
             os.replace(made, destination.with_name(made.name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in parents:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # which it is not where something was written
+                folder.rmdir()  # fails where something was written
 
 
-def _copy_licences(weights: Weights, made: Path) -> None:
-    """Into a directory; beside a file, under its name."""
+def _copy_licences(weights: Weights, made: Path) -> list[str]:
+    """Into a directory; beside a file, under its name. Returns the names of the copies."""
     folder, prefix = (made, "") if made.is_dir() else (made.parent, f"{made.stem}.")
+    copies = []
     for licence in weights.licences:
         place = folder / f"{prefix}{licence.name}"
         if place.exists():  # of another model, whose parts are in this one
             place = folder / f"{prefix}{licence.parent.name}.{licence.name}"
         shutil.copyfile(licence, place)
+        copies.append(place.name)
+    return copies
 
 
 # ---- orbax -----------------------------------------------------------------------------------------------------------
@@ -150,7 +165,7 @@ def _orbax(weights: Weights, destination: Path, shown: tqdm) -> Written:
     metadata = describe(weights) | {
         "origin": to_json(weights.origin),
         "carried": [list(key) for key, tensor in weights.carried.items() if 0 not in tensor.shape],
-        # Marks such as v_pred, which Orbax does not save.
+        # Empty tensors, marks such as v_pred, which Orbax does not save.
         "empty": [[*key, t.dtype.name, list(t.shape)] for key, t in weights.carried.items() if 0 in t.shape],
     }
     filled = [tensor for tensor in weights.carried.values() if 0 not in tensor.shape]
@@ -164,7 +179,7 @@ def _check_stacks(weights: Weights) -> None:
     for path, leaf in weights.leaves.items():
         if len(dtypes := set(stored_dtypes(leaf))) > 1:
             raise InputError(
-                f"Layers of {path} are {_listed(dtypes)}, and an Orbax checkpoint has them in one array. {_SAY_DTYPE}"
+                f"Layers of {path} are {_listed(dtypes)}, and an Orbax checkpoint has them in one array. {_GIVE_DTYPE}"
             )
 
 
@@ -172,7 +187,7 @@ def _listed(dtypes: set[np.dtype]) -> str:
     return " and ".join(sorted(map(str, dtypes)))
 
 
-_SAY_DTYPE = "Say which all parameters shall have: --dtype (in Python: convert what load_model has loaded in a dtype)"
+_GIVE_DTYPE = "Give one dtype for all parameters: --dtype (in Python: load_model with a dtype, and convert the result)"
 
 
 # ---- diffusers -------------------------------------------------------------------------------------------------------
@@ -181,38 +196,39 @@ _SAY_DTYPE = "Say which all parameters shall have: --dtype (in Python: convert w
 def _diffusers(weights: Weights, destination: Path, shown: tqdm) -> Written:
     if (half := lacking_half(weights)) is not None:
         raise InputError(
-            f"diffusers' AutoencoderTiny is encoder and decoder; the {half} is missing. Give --parts-from "
-            f"taesdxl_{half}.safetensors"
+            f"diffusers' AutoencoderTiny needs encoder and decoder, and the {half} is missing. Give it too: "
+            f"--parts-from taesdxl_{half}.safetensors"
         )
     alone = len(weights.parts) == 1
-    whole, weights = weights, weights if alone else _as_diffusers_has_it(weights)
+    given, weights = weights, weights if alone else _as_diffusers_has_it(weights)
     destination.mkdir()
     configs = part_configs(weights.config)
     if alone:
         diffusers.write_component(configs[weights.parts[0]], destination, weights.config.micro)
     elif missing := [part for part in configs if part not in weights.parts]:
         raise InputError(
-            f"A diffusers directory is a whole model, or one network; {', '.join(missing)} "
+            f"A diffusers directory holds a whole model, or one network; {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} missing. Give --parts-from a model that has what is missing"
         )
     else:
         diffusers.write_folder(weights.config, destination)
     count, left_out = 0, set(weights.carried)
-    alike = (Found.COMPONENT, Found.PART) if alone else (Found.DIFFUSERS,)
+    same_layouts = (SourceLayout.COMPONENT, SourceLayout.PART) if alone else (SourceLayout.DIFFUSERS,)
     for part in weights.parts:
-        naming = theirs = weights.origin.namings.get(part)
+        naming = original = weights.origin.namings.get(part)
         if naming is None or not _is_diffusers(naming):
             dialect = Dialect.DIFFUSERS if part in ("unet", "vae") else Dialect.TRANSFORMERS
             naming = Naming(dialect)
-        place = "" if alone else part
-        same = naming == theirs and weights.origin.layout in alike
-        carried = {key: tensor for key, tensor in weights.carried.items() if same and key[0] == place}
+        folder = "" if alone else part
+        same = naming == original and weights.origin.layout in same_layouts
+        carried = {key: tensor for key, tensor in weights.carried.items() if same and key[0] == folder}
         left_out -= carried.keys()
-        configs_of = [part_configs(either.config)[part] for either in (whole, weights)]
-        had, has = (names.table(config, theirs or naming).by_name for config in configs_of)
-        left_out |= {(part, name) for name in had.keys() - has.keys()}
+        before, after = (
+            names.table(part_configs(each.config)[part], original or naming).by_name for each in (given, weights)
+        )
+        left_out |= {(part, name) for name in before.keys() - after.keys()}
         name = "diffusion_pytorch_model" if part in ("unet", "vae") else "model"
-        path = destination / place / f"{name}.safetensors"
+        path = destination / folder / f"{name}.safetensors"
         chosen = dataclasses.replace(weights, carried=carried)
         # transformers refuses files that do not name a framework.
         count += _write_tensors(chosen, {part: naming}, path, {"format": "pt"}, shown)
@@ -225,7 +241,7 @@ def _is_diffusers(naming: Naming) -> bool:
 
 
 def _as_diffusers_has_it(weights: Weights) -> Weights:
-    """SD 2.x without the text encoder's last layer, which nothing reads and diffusers does not have."""
+    """SD 2.x without the last layer of the text encoder, which is not read and which diffusers does not have."""
     config = diffusers.as_diffusers_has_it(weights.config)
     if config == weights.config:
         return weights
@@ -242,10 +258,10 @@ def _as_diffusers_has_it(weights: Weights) -> Weights:
 
 
 def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
-    if words := [word for tower in weights.config.text if tower.name in weights.parts for word in tower.added_tokens]:
+    if added := [token for tower in weights.config.text if tower.name in weights.parts for token in tower.added_tokens]:
         raise InputError(
-            f"A single file has no place for added words of the vocabulary, such as {words[0]}. Take them away with "
-            "sdxl_jax.weights.textual_inversion.remove, or write a diffusers directory"
+            f"A single file has no place for added tokens of the vocabulary, such as {added[0]}. Remove them with "
+            "sdxl_jax.weights.textual_inversion.remove, or choose --to diffusers"
         )
     namings = dict(_original_namings(weights.config))
     if len(weights.parts) == 1 and weights.parts[0] != "unet":
@@ -256,9 +272,9 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
                 namings = {part: Naming(Dialect.TRANSFORMERS)}
             case ClipTextConfig():
                 namings = {part: Naming(Dialect.OPENCLIP)}
-    # A network alone that others have joined is a whole model, whose file has other names.
-    alone = weights.origin.layout is Found.PART and set(weights.parts) == set(weights.origin.namings)
-    same = weights.origin.layout is Found.SINGLE_FILE or alone
+    # A network alone to which others were added is a whole model, whose file has other names.
+    alone = weights.origin.layout is SourceLayout.PART and set(weights.parts) == set(weights.origin.namings)
+    same = weights.origin.layout is SourceLayout.SINGLE_FILE or alone
     if same:
         namings |= weights.origin.namings
     if "vae" in weights.parts and isinstance(weights.config.vae, TinyVaeConfig):
@@ -273,7 +289,7 @@ def _single_file(weights: Weights, destination: Path, shown: tqdm) -> Written:
 
 
 def _tiny_naming(weights: Weights, naming: Naming) -> Naming:
-    """Of a tiny autoencoder in a single file. naming: that of the file that it came from, if it was one."""
+    """Naming of a tiny autoencoder in a single file. naming: that of the source, if it was a file."""
     alone = {"encoder": Naming(Dialect.TAESD_DECODER), "decoder": Naming(Dialect.TAESD_ENCODER)}
     if len(weights.parts) > 1:
         raise InputError(
@@ -293,19 +309,19 @@ def _tiny_naming(weights: Weights, naming: Naming) -> Naming:
 def _with_marks(
     weights: Weights, carried: Mapping[tuple[str, str], Carried], new: bool
 ) -> dict[tuple[str, str], Carried]:
-    """The empty tensors by which ComfyUI tells an SDXL that predicts v, and one with zero terminal SNR. Carried ones
-    stay where the model is one; `new` ones come where the file does not follow another's."""
+    """The empty tensors by which ComfyUI recognises an SDXL with v-prediction, and one with zero terminal SNR. Carried
+    marks stay if they are true of the model; new: add missing marks, if the names do not follow another file's."""
     config = weights.config
     new = new and config.micro is not None
     predicts_v = config.prediction is Prediction.V and "unet" in weights.parts
     marks = {("", "v_pred"): predicts_v, ("", "ztsnr"): predicts_v and config.schedule.zero_terminal_snr}
-    kept = {key: tensor for key, tensor in carried.items() if marks.get(key, True)}
+    valid = {key: tensor for key, tensor in carried.items() if marks.get(key, True)}
     empty = InMemory(np.zeros(0, np.float32))
-    return kept | {key: empty for key, wanted in marks.items() if wanted and new}
+    return valid | {key: empty for key, is_true in marks.items() if is_true and new}
 
 
 def _original_namings(config: ModelConfig) -> Iterator[tuple[str, Naming]]:
-    """As the published single files have it."""
+    """Namings of the parts in the published single files."""
     yield "unet", Naming(Dialect.ORIGINAL, "model.diffusion_model.")
     yield "vae", Naming(Dialect.ORIGINAL, "first_stage_model.", conv_attention=True)
     for number, tower in enumerate(config.text):
@@ -320,7 +336,7 @@ def _original_namings(config: ModelConfig) -> Iterator[tuple[str, Naming]]:
 def _write_tensors(
     weights: Weights, namings: Mapping[str, Naming], path: Path, metadata: Mapping[str, str], shown: tqdm
 ) -> int:
-    """Some parts and everything carried, in one file; the number of tensors."""
+    """Writes some parts and all carried tensors into one file; returns the number of tensors."""
     configs = part_configs(weights.config)
     tables = {part: names.table(configs[part], naming) for part, naming in namings.items()}
     tensors = {name: (tensor.shape, tensor.dtype) for (_, name), tensor in weights.carried.items()}
@@ -329,7 +345,7 @@ def _write_tensors(
             stored = [(stored_dtypes(weights.leaves[f"{part}/{place.path}"]), place.layer) for place in entry.places]
             dtypes = {each[0 if layer is None or len(each) == 1 else layer] for each, layer in stored}
             if len(dtypes) > 1:
-                raise InputError(f"{entry.name} would hold {_listed(dtypes)}. {_SAY_DTYPE}")
+                raise InputError(f"{entry.name} would hold {_listed(dtypes)}. {_GIVE_DTYPE}")
             tensors[entry.name] = entry.shape, dtypes.pop()
     with safetensors.Writer(path, tensors, metadata) as writer:
         for part, table in tables.items():

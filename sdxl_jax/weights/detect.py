@@ -1,8 +1,8 @@
-"""What a file of tensors is: which parts of a model it holds, in whose naming, and their configurations, told from
+"""Detection: which parts of a model a file of tensors holds, in whose naming, and their configurations, inferred from
 names and shapes alone.
 
-Shapes do not tell everything. By the conventions of the published models: heads are 64 wide (SD 1.x: 8 heads), norms
-have 32 groups, a number of the conditioning vector is 256 wide, and CLIP-L alone has quick-GELU.
+Shapes do not determine everything. By the conventions of the published models: heads are 64 wide (SD 1.x: 8 heads),
+norms have 32 groups, an embedded number of the conditioning vector is 256 wide, and CLIP-L alone has quick-GELU.
 """
 
 import itertools
@@ -10,11 +10,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sdxl_jax import model
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import ModelConfig
+from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
@@ -44,14 +43,14 @@ _MARKS: tuple[tuple[type, Dialect, tuple[str, str]], ...] = (
     ),
     (ClipTextConfig, Dialect.OPENCLIP, ("token_embedding.weight", "positional_embedding")),
 )
-"""Two tensors that every network of a kind has in a naming: where one is missing, the other still tells what it is. The
-longer ones come first, which others end with."""
+"""Two tensors that every network of a kind has in a naming: where one is missing, the other still identifies it. Names
+that end in other names of the table come before those."""
 
 _TAESD = {
     Dialect.TAESD_ENCODER: {"0.bias", "1.conv.0.weight", "2.weight"},
     Dialect.TAESD_DECODER: {"1.bias", "3.conv.0.weight"},
 }
-"""Tensors of the halves of taesd, all of which are needed: numbers alone, without a prefix, say little."""
+"""Tensors of the halves of taesd, all of which must be there: numbers without a prefix identify little."""
 
 _CARRIED = re.compile(
     r"(^|\.)embeddings\.position_ids$|(^|\.)(logit_scale|attn_mask)$|(^|\.)(visual|vision_model|visual_projection)(\.|$)"
@@ -61,26 +60,27 @@ _CARRIED = re.compile(
 
 
 def is_carried(name: str) -> bool:
-    """Whether a tensor is one that published files are known to hold beside the weights: buffers, the training's moving
-    average and losses, CLIP's image tower. Nothing here needs it; it travels along where the layout has a place."""
+    """Whether a tensor is one that published files are known to hold beside the weights: buffers, the moving average
+    and losses of training, CLIP's image tower. It is not used; a conversion carries it along where the layout has a
+    place for it."""
     return _CARRIED.search(name) is not None
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundPart:
     """One part of a model in a file."""
 
     config: PartConfig
     naming: Naming
 
     def owns(self, name: str) -> bool:
-        """Whether a tensor of the file is this part's, by its prefix; parts without one take what nobody else owns."""
+        """Whether a tensor of the file is this part's, by its prefix; parts without one own what no other part does."""
         return name.startswith(self.naming.prefix)
 
 
 def namings(shapes: Shapes) -> list[tuple[type, Naming]]:
     """(kind of configuration, naming) of the parts that a file holds, in the order of UNet, VAE, text towers by prefix.
-    One of a part's two marks is enough."""
+    One of a part's two marks suffices."""
     found: dict[tuple[type, str], Naming] = {}
     names = [name for name in shapes if not is_carried(name)]
     for kind, dialect, marks in _MARKS:
@@ -88,8 +88,8 @@ def namings(shapes: Shapes) -> list[tuple[type, Naming]]:
             prefix = name.removesuffix(mark)
             if name == prefix or (prefix and not prefix.endswith(".")):
                 continue
-            taken = prefix.removesuffix("text_model.").removesuffix("embeddings.").removesuffix("text_model.")
-            if (kind, taken) in found:
+            shorter = prefix.removesuffix("text_model.").removesuffix("embeddings.").removesuffix("text_model.")
+            if (kind, shorter) in found:
                 continue
             # The VAE's mark is a weight of its attention.
             found[kind, prefix] = Naming(dialect, prefix, kind is VaeConfig and len(shapes[name]) == 4)
@@ -100,9 +100,9 @@ def namings(shapes: Shapes) -> list[tuple[type, Naming]]:
     return [(key[0], found[key]) for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))]
 
 
-def find(shapes: Shapes) -> list[Found]:
-    """The same, with their configurations. Raises InputError where the tensors that tell those are missing."""
-    return [Found(_infer(kind, naming, shapes), naming) for kind, naming in namings(shapes)]
+def find(shapes: Shapes) -> list[FoundPart]:
+    """The parts with their configurations. Raises InputError if tensors that determine these are missing."""
+    return [FoundPart(_infer(kind, naming, shapes), naming) for kind, naming in namings(shapes)]
 
 
 def _infer(kind: type, naming: Naming, shapes: Shapes) -> PartConfig:
@@ -114,12 +114,13 @@ def _infer(kind: type, naming: Naming, shapes: Shapes) -> PartConfig:
     except (KeyError, IndexError, ValueError) as error:
         raise InputError(
             f"The tensors named {prefix}… look like those of a {kind.__name__.removesuffix('Config')} in the naming of "
-            f"{dialect.value}, but {error} is not where it should be. It may be another kind of network, or incomplete"
+            f"{dialect.value}, but {error} is missing or out of place. It may be another kind of network, or the file "
+            "may be incomplete: give another file, or download it again"
         ) from error
 
 
 def _numbers(names: Iterable[str], pattern: str) -> list[int]:
-    """The different numbers that the pattern's group finds, ascending."""
+    """The distinct numbers that the pattern's group matches, ascending."""
     return sorted({int(found[1]) for name in names if (found := re.match(pattern, name))})
 
 
@@ -174,7 +175,7 @@ def _vae(shapes: Shapes, dialect: Dialect) -> VaeConfig:
 
 
 def _tiny_vae(shapes: Shapes, dialect: Dialect) -> TinyVaeConfig:
-    """Of a half alone, the other is taken for its mirror."""
+    """For a half alone, the other is assumed to mirror it."""
     if dialect is Dialect.DIFFUSERS:
         halves = [
             {name.removeprefix(half): shape for name, shape in shapes.items() if name.startswith(half)}
@@ -231,9 +232,9 @@ def _clip(shapes: Shapes, dialect: Dialect) -> ClipTextConfig:
     )
 
 
-def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
-    """(configuration, part of each name) of a file's parts. What the file does not hold has the values of the published
-    model that it is nearest to, and is not among the parts.
+def assemble(found: list[FoundPart]) -> tuple[ModelConfig, dict[str, FoundPart]]:
+    """(configuration, parts by name) of a file. Parts that the file does not hold have the values of the nearest
+    published model in the configuration.
 
     Raises InputError for a file with two parts of one kind that no published model has.
     """
@@ -242,7 +243,10 @@ def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
     towers = [part for part in found if isinstance(part.config, ClipTextConfig)]
     if len(unets) > 1 or len(vaes) > 1 or len(towers) > 2:
         prefixes = ", ".join(part.naming.prefix or "(none)" for part in found)
-        raise InputError(f"The file holds {len(found)} networks, with the prefixes {prefixes}: no model that is known")
+        raise InputError(
+            f"The file holds {len(found)} networks, with the prefixes {prefixes}: no model that is implemented has so "
+            "many of one kind. Give a file of one model of SDXL, SD 1.x or SD 2.x"
+        )
     network = unets[0].config if unets else None
     assert network is None or isinstance(network, UNetConfig)
     clips = [part.config for part in towers if isinstance(part.config, ClipTextConfig)]
@@ -257,13 +261,13 @@ def assemble(found: list[Found]) -> tuple[ModelConfig, dict[str, Found]]:
             scale = SD_VAE.scale if config.micro is None else SDXL_VAE.scale
             autoencoder = replace(autoencoder, scale=scale)
         config = replace(config, vae=autoencoder)
-        parts["vae"] = Found(config.vae, vaes[0].naming)
-    described = {}
+        parts["vae"] = FoundPart(config.vae, vaes[0].naming)
+    found_towers = {}
     for preset, clip, part in zip(_assign(config.text, clips), clips, towers, strict=True):
-        described[preset.name] = with_clip(preset, clip)
+        found_towers[preset.name] = with_clip(preset, clip)
         parts[preset.name] = part
-    config = replace(config, text=tuple(described.get(tower.name, tower) for tower in config.text))
-    return _with_micro(config, complete=network is not None and len(described) == len(config.text)), parts
+    config = replace(config, text=tuple(found_towers.get(tower.name, tower) for tower in config.text))
+    return _with_micro(config, complete=network is not None and len(found_towers) == len(config.text)), parts
 
 
 def with_clip(preset: Tower, clip: ClipTextConfig) -> Tower:
@@ -271,34 +275,37 @@ def with_clip(preset: Tower, clip: ClipTextConfig) -> Tower:
     context = preset.context
     shortened = clip.projection_dim is None and clip.layers != preset.clip.layers
     if context is ContextState.PENULTIMATE_NORMED and shortened:
-        context = ContextState.LAST  # diffusers' ViT-H of SD 2.x: the last layer, which is not read, is not there
+        context = ContextState.LAST  # diffusers' ViT-H of SD 2.x lacks the last layer, which is not read
     return replace(preset, clip=clip, context=context)
 
 
 def nearest(network: UNetConfig | None, towers: Sequence[ClipTextConfig]) -> ModelConfig:
-    """The published model that is nearest to the networks that are there."""
+    """The published model that is nearest to the given networks."""
     if network is None:
-        return model.SD2 if [tower.width for tower in towers] == [model.SD2.text[0].clip.width] else model.SDXL_BASE
+        return SD2 if [tower.width for tower in towers] == [SD2.text[0].clip.width] else SDXL_BASE
     if network.vector_dim is None:
-        return model.SD1 if network.conv_projection else model.SD2
-    refiner = len(towers) == 1 or (not towers and network.vector_dim == model.SDXL_REFINER.unet.vector_dim)
-    return model.SDXL_REFINER if refiner else model.SDXL_BASE
+        return SD1 if network.conv_projection else SD2
+    refiner = len(towers) == 1 or (not towers and network.vector_dim == SDXL_REFINER.unet.vector_dim)
+    return SDXL_REFINER if refiner else SDXL_BASE
 
 
 def by_width(presets: tuple[Tower, ...], tower: ClipTextConfig) -> Tower:
-    """Which of a model's towers one alone is; the first if none is as wide."""
+    """The tower of a model that a single network corresponds to; the first if none has its width."""
     return next((preset for preset in presets if preset.clip.width == tower.width), presets[0])
 
 
 def _assign(presets: tuple[Tower, ...], towers: list[ClipTextConfig]) -> list[Tower]:
-    """Which tower is which: in order where all are there; one alone by its width."""
+    """The model's tower of each network: in order if all are there; a single one by its width."""
     if len(towers) > len(presets):
-        raise InputError(f"The file holds {len(towers)} text encoders, where the model that it is has {len(presets)}")
+        raise InputError(
+            f"The file holds {len(towers)} text encoders, but a model with its UNet has {len(presets)}. Give a file of "
+            "one model of SDXL, SD 1.x or SD 2.x"
+        )
     return list(presets) if len(towers) == len(presets) else [by_width(presets, tower) for tower in towers]
 
 
 def _with_micro(config: ModelConfig, complete: bool) -> ModelConfig:
-    """The width of one embedded number, from what the pooled text leaves of the vector."""
+    """The width of one embedded number: that of the vector without the pooled text, divided by their count."""
     pooled = config.text[-1].clip.projection_dim
     if not complete or config.micro is None or config.unet.vector_dim is None or pooled is None:
         return config

@@ -1,7 +1,7 @@
-"""A model on the disk, not read yet: what it is, and how each of its parameters is read, whole or a part of it.
+"""Lazy weights: a model on disk whose parameters are read on demand, whole or a slice of them.
 
-All layouts meet here. A reader makes `Weights` of what it finds; `load_model` puts them on devices and the writers
-write them, one parameter at a time, so that neither needs room for the whole model.
+The common form of all layouts. A reader makes `Weights` of a path; `load_model` puts them on devices and the writers
+write them, one parameter at a time, so that neither needs memory for the whole model.
 """
 
 import enum
@@ -14,24 +14,26 @@ from typing import Protocol, runtime_checkable
 import jax
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
-from sdxl_jax.arrays import flatten
+from sdxl_jax.arrays import flatten, type_of_array
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, fill
 from sdxl_jax.weights.names import Entry, Naming, PartConfig, Table
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-"""Those of parameters, by name."""
+"""Dtypes of parameters, by name."""
 _FLOATS = tuple(map(np.dtype, DTYPES.values()))
 
 Index = tuple[slice, ...]
-"""One slice an axis, without steps."""
+"""One slice per axis, without steps."""
 
 
 @runtime_checkable
 class Leaf(Protocol):
-    """One parameter of ours, not read yet."""
+    """One parameter of ours, read on demand."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -39,22 +41,22 @@ class Leaf(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
-    def read(self, index: Index | None = None) -> np.ndarray:
-        """The parameter, or the part that slices of all its axes choose."""
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
+        """The parameter, or the part that slices of all its axes select."""
         ...
 
 
 @dataclass(frozen=True)
 class FromTensors:
-    """A parameter that stands in other people's tensors: one, a part of one, or one a layer."""
+    """A parameter held by tensors of another layout: one, a part of one, or one per layer."""
 
     shape: tuple[int, ...]
     rows: Sequence[tuple[Entry, int]]
-    """In the order of layers, each tensor and which of its places it is."""
+    """In the order of layers, the tensor and the number of its place."""
     tensors: Mapping[str, Tensor]
     dtype: np.dtype
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         index = index or tuple(slice(0, size) for size in self.shape)
         bounds = [part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)]
         value = np.empty([stop - start for start, stop in bounds], self.dtype)
@@ -67,8 +69,8 @@ class FromTensors:
                 fill(value[layer - first], self._one(*self.rows[layer], rest))
         return value
 
-    def _one(self, entry: Entry, number: int, bounds: Sequence[tuple[int, int]]) -> np.ndarray:
-        """One place, with our axes; of the tensor only what is asked for is read."""
+    def _one(self, entry: Entry, number: int, bounds: Sequence[tuple[int, int]]) -> Shaped[np.ndarray, "..."]:
+        """One place, with our axes; only the slice within `bounds` is read of the tensor."""
         size = entry.shape[0] // len(entry.places)
         (start, stop), *rest = [bounds[axis] for axis in entry.axes]
         whole = (start + number * size, stop + number * size), *rest
@@ -77,9 +79,9 @@ class FromTensors:
 
 @dataclass(frozen=True)
 class InMemory:
-    """A parameter that is there already, on the host or on devices."""
+    """A parameter in memory, on the host or on devices."""
 
-    value: np.ndarray | jax.Array
+    value: Shaped[type_of_array, "..."]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,31 +91,31 @@ class InMemory:
     def dtype(self) -> np.dtype:
         return np.dtype(self.value.dtype)
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         return np.asarray(self.value if index is None else self.value[index])
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A parameter, and what is done to it whenever it is read."""
+    """A parameter to which a function is applied whenever it is read."""
 
     leaf: Leaf
-    change: Callable[[np.ndarray], np.ndarray]
-    """Of a whole parameter."""
+    change: Callable[[Shaped[np.ndarray, "..."]], Shaped[np.ndarray, "..."]]
+    """From the whole parameter to the changed one, of the same shape."""
     dtype: np.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.leaf.shape
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         value = self.change(self.leaf.read())
         return value if index is None else value[index]
 
 
 @dataclass(frozen=True)
 class Cast:
-    """A parameter in another dtype."""
+    """A parameter cast to another dtype."""
 
     leaf: Leaf
     dtype: np.dtype
@@ -124,14 +126,14 @@ class Cast:
     def shape(self) -> tuple[int, ...]:
         return self.leaf.shape
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         value = self.leaf.read(index)
         with np.errstate(over="ignore"):
             cast = value.astype(self.dtype)
         beyond = np.isinf(cast) & np.isfinite(value) if self.dtype == np.float16 else np.zeros(0, bool)
         if beyond.any():
             raise InputError(
-                f"{self.path} has values up to {np.abs(value[beyond]).max():.3g}, which float16 cannot hold. Use "
+                f"{self.path} has values up to {np.abs(value[beyond]).max():.3g}; float16 holds up to 65504. Use "
                 "bfloat16"
             )
         return cast
@@ -152,23 +154,23 @@ class FirstLayers:
     def dtype(self) -> np.dtype:
         return self.leaf.dtype
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         bounds = index or tuple(slice(0, size) for size in self.shape)
         return self.leaf.read((slice(*bounds[0].indices(self.count)[:2]), *bounds[1:]))
 
 
 @dataclass(frozen=True)
 class Initial:
-    """A parameter that is not on the disk: it has its initial value."""
+    """A parameter that is missing on disk and has its initial value."""
 
     shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
+    make: Callable[[], Shaped[np.ndarray, "..."]]
 
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(np.float32)
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         value = self.make()
         return value if index is None else value[index]
 
@@ -183,11 +185,19 @@ class Carried(Protocol):
     @property
     def dtype(self) -> np.dtype: ...
 
-    def read(self) -> np.ndarray: ...
+    def read(self) -> Shaped[np.ndarray, "..."]: ...
 
 
-class Found(enum.Enum):
-    """As what weights lay where they were found."""
+class Layout(enum.Enum):
+    """What `convert` writes."""
+
+    ORBAX = "orbax"
+    DIFFUSERS = "diffusers"
+    SINGLE_FILE = "single-file"
+
+
+class SourceLayout(enum.Enum):
+    """The layout in which weights were found."""
 
     RUN = "run"
     MEMORY = "memory"
@@ -202,31 +212,56 @@ class Found(enum.Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from, as far as a way back must know it."""
+    """The layout and naming of the source, as far as the conversion back needs them."""
 
-    layout: Found
+    layout: SourceLayout
     namings: Mapping[str, Naming] = field(default_factory=dict)
-    """Of each part; empty for our own layouts."""
+    """Naming of each part; empty for our own layouts."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which run or file weights are from, for the model card."""
+
+    name: str | None = None
+    """Of the run directory, directory or file, without the folders above it; None for a model in memory."""
+    step: int | None = None
+    """Of the run's checkpoint; None for weights that are not from a run."""
+    steps: int | None = None
+    """At which the run is finished."""
+    has_average: bool = False
+    """Whether they are the run's averaged weights (EMA)."""
+    commit: str | None = None
+    """Of the source tree that trained the run, where it is known."""
+    parts_from: tuple[str, ...] = ()
+    """Names of the models whose parts replace this one's."""
+    merged: tuple[str, ...] = ()
+    """LoRAs that are merged into the weights, each with its scale."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model, or some of its parts, on the disk."""
+    """A model, or some of its parts, on disk."""
 
     config: ModelConfig
-    """Of parts that are not there it has the values of the nearest published model."""
+    """For parts that are missing it has the values of the nearest published model."""
     leaves: Mapping[str, Leaf]
     """By path: "unet/conv_in/kernel"."""
     origin: Origin
     carried: Mapping[tuple[str, str], Carried] = field(default_factory=dict)
-    """Tensors without a place here: (part whose folder they are in, "" for a file of all parts; name)."""
+    """Tensors without a place in our model: (part whose folder they are in, "" for a file of all parts; name)."""
     licences: tuple[Path, ...] = ()
+    """Licence files beside the weights."""
     notes: tuple[str, ...] = ()
-    """What the user should know of what was found."""
-    tells_scale: bool = True
-    """Whether the autoencoder's scale was told; false: it was taken from the nearest published model."""
-    tells_noise: bool = True
+    """Messages for the user about the files."""
+    scale_is_known: bool = True
+    """Whether the files say the autoencoder's scale; false: it is that of the nearest published model."""
+    noise_is_known: bool = True
     """The same of prediction and schedule."""
+    licence: str | None = None
+    """Hugging Face's identifier of the licence that the source's model card states; None where it states none."""
+    provenance: Provenance = Provenance()
+    """Which run or file they are from."""
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -239,20 +274,33 @@ class Weights:
 
 
 def in_memory(model: Model) -> Weights:
-    """A model, or the parts that it has, as the writers take it."""
-    # jax gives dictionaries back in the order of the alphabet; that of the parts is told in files.
+    """A model in memory, or the parts that it has, as the writers take it."""
+    # jax returns dictionaries in alphabetical order; files have the order of the parts.
     ordered = {part: model.params[part] for part in part_configs(model.config) if part in model.params}
     leaves = {path: InMemory(value) for path, value in flatten(ordered).items()}
-    return Weights(model.config, leaves, Origin(Found.MEMORY))
+    merged = tuple(f"{adapter.name} × {adapter.scale:g}" for adapter in model.adapters)
+    return Weights(model.config, leaves, Origin(SourceLayout.MEMORY), provenance=Provenance(merged=merged))
 
 
 def part_configs(config: ModelConfig) -> dict[str, PartConfig]:
-    """The configuration of each part, by its key among the parameters."""
+    """The configuration of each part, by its key in the parameters."""
     return {"unet": config.unet, "vae": config.vae, **{tower.name: tower.clip for tower in config.text}}
 
 
+def abstract_leaves(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a model's parameters by path. parts: only those below these keys; None: all."""
+    below = tuple(f"{part}/" for part in (part_configs(config) if parts is None else parts))
+    return {
+        f"{part}/{path}": leaf
+        for part, part_config in part_configs(config).items()
+        for path, leaf in names.abstract(part_config).items()
+        if f"{part}/{path}".startswith(below)
+    }
+
+
 def lacking_half(weights: Weights) -> str | None:
-    """ "encoder" or "decoder", where the autoencoder is the other alone: a tiny one's halves are files of their own."""
+    """The half that a tiny autoencoder lacks, "encoder" or "decoder": its halves are files of their own. None if it has
+    both, and for weights without an autoencoder."""
     if "vae" not in weights.parts:
         return None
     halves = {path.split("/")[1] for path in weights.leaves if path.startswith("vae/")}
@@ -260,8 +308,8 @@ def lacking_half(weights: Weights) -> str | None:
 
 
 def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Leaf]:
-    """The parameters of one part that its tensors hold wholly. Layers of one stack that differ in dtype are float32,
-    which holds them exactly; `stored_dtypes` tells theirs."""
+    """The parameters of one part whose tensors are all there. Stacked layers that differ in dtype become float32, which
+    holds their values exactly; `stored_dtypes` gives theirs."""
     leaves: dict[str, Leaf] = {}
     for path, rows in table.by_path.items():
         if any(entry.name not in tensors for entry, _ in rows):
@@ -270,7 +318,7 @@ def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Pat
         if wrong := [name for name, dtype in dtypes.items() if dtype not in _FLOATS]:
             raise InputError(
                 f"{where}: {wrong[0]} is {dtypes[wrong[0]]}; parameters of {', '.join(DTYPES)} are implemented. Use "
-                "such a variant of the file"
+                "a variant of the file with one of these dtypes"
             )
         widest = next(iter(dtypes.values())) if len(set(dtypes.values())) == 1 else np.dtype(np.float32)
         leaves[f"{part}/{path}"] = FromTensors(table.abstract[path].shape, rows, tensors, widest)
@@ -278,9 +326,9 @@ def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Pat
 
 
 def stored_dtypes(leaf: Leaf) -> tuple[np.dtype, ...]:
-    """The dtypes that a parameter has where it is stored: one; or one a layer, of a stack of layers of other people's.
+    """The dtypes in which a parameter is stored: one; or one per layer, for stacked layers of other people's files.
 
-    What `leaf.read()` gives, cast to them, has every bit of theirs.
+    `leaf.read()` cast to them is bit-identical to the stored values.
     """
     match leaf:
         case FromTensors():

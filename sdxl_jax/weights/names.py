@@ -1,10 +1,11 @@
-"""Tables: where the numbers of each tensor of other people's files stand among our parameters.
+"""Name tables: which part of our parameters each tensor of other people's files holds.
 
 A table is made from a network's configuration and the naming of a file. It lists every tensor once and covers every
-parameter once, so a missing or surplus tensor is the difference of two tables, and the way back is the same table read
-backwards. Layouts differ in more than names: torch keeps a linear weight as [out, in] and a convolution as [out, in,
-height, width], where ours are [in, out] and [height, width, in, out]; ours are stacked on a leading axis where a scan
-runs over layers; OpenCLIP keeps queries, keys and values of a layer in one tensor, and its projection as [in, out].
+parameter once, so a missing or unexpected tensor is the difference of two tables, and the conversion back reads the
+same table in reverse. Layouts differ in more than names: torch has a linear weight as [out, in] and a convolution as
+[out, in, height, width], where ours are [in, out] and [height, width, in, out]; ours are stacked on a leading axis
+where a scan runs over layers; OpenCLIP has queries, keys and values of a layer in one tensor, and its projection as
+[in, out].
 
 Sources: `state_dict()` of the networks in diffusers, transformers, open_clip, and in Stability's `generative-models`
 (sgm), whose names for UNet and autoencoder are those of the first latent-diffusion code.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jaxtyping import Key, Shaped
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
@@ -31,7 +33,7 @@ PartConfig = UNetConfig | VaeConfig | TinyVaeConfig | ClipTextConfig
 
 
 class Dialect(enum.Enum):
-    """Who named the tensors."""
+    """The library whose names the tensors have."""
 
     DIFFUSERS = "diffusers"
     """UNet, VAE and tiny VAE of diffusers."""
@@ -52,7 +54,7 @@ class Dialect(enum.Enum):
 
 
 HALVES = {Dialect.TAESD_ENCODER: "encoder/", Dialect.TAESD_DECODER: "decoder/"}
-"""Where the parameters are that a naming of half a network has names for. All other namings are of whole networks."""
+"""Path above the parameters that a naming of half a network covers. All other namings cover whole networks."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Naming:
 
     dialect: Dialect
     prefix: str = ""
-    """What stands before every name."""
+    """Prefix of every name."""
     conv_attention: bool = False
     """The VAE's attention has 1×1 convolutions, [out, in, 1, 1]; false: linear layers, [out, in]."""
 
@@ -77,22 +79,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor elsewhere, and where its numbers stand here."""
+    """One tensor of another layout, and the parameters that it holds."""
 
     name: str
     shape: tuple[int, ...]
     """The tensor's."""
     places: tuple[Place, ...]
-    """One; or query, key and value, of equal size, one after the other along the tensor's first axis."""
+    """One; or query, key and value, of equal size, concatenated along the tensor's first axis."""
     axes: tuple[int, ...]
     """Our axes of a place (without the layer's), in the tensor's order. The tensor may have further axes of 1."""
 
-    def ours(self, tensor: np.ndarray) -> np.ndarray:
+    def ours(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """A tensor, or one place's part of it, with our axes."""
         return tensor.reshape(tensor.shape[: len(self.axes)]).transpose(np.argsort(self.axes))
 
-    def theirs(self, value: np.ndarray) -> np.ndarray:
-        """A place's value as the part of the tensor that it is."""
+    def theirs(self, value: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+        """A place's value with the tensor's axes."""
         value = value.transpose(self.axes)
         return value.reshape(value.shape + (1,) * (len(self.shape) - value.ndim))
 
@@ -111,7 +113,7 @@ class Table:
 
     @functools.cached_property
     def by_path(self) -> dict[str, list[tuple[Entry, int]]]:
-        """For each parameter its tensors, in the order of layers, and which of a tensor's places it is."""
+        """For each parameter its tensors, in the order of layers, with the number of the place."""
         found: dict[str, list[tuple[Entry, int]]] = {path: [] for path in self.abstract}
         for entry in self.entries:
             for number, place in enumerate(entry.places):
@@ -172,8 +174,8 @@ _OPENCLIP: _Rules = (
 
 
 def _original_unet(config: UNetConfig) -> _Rules:
-    """From diffusers' names. Blocks are numbered through: a downsampling or enlargement belongs to the block that it
-    follows."""
+    """Rules from diffusers' names. Blocks are numbered consecutively: a down- or upsampling belongs to the block that
+    it follows."""
     levels, count = len(config.block_channels), config.resnets_per_block
     rules = [
         (r"\.conv1\.", ".in_layers.2."),
@@ -212,7 +214,7 @@ def _original_unet(config: UNetConfig) -> _Rules:
 
 
 def _original_vae(config: VaeConfig) -> _Rules:
-    """From diffusers' names. The decoder's levels are numbered from the finest, diffusers' from the coarsest."""
+    """Rules from diffusers' names. The decoder's levels are numbered from the finest, diffusers' from the coarsest."""
     last = len(config.block_channels) - 1
     ups = [(rf"up_blocks\.{index}\.", f"up.{last - index}.") for index in range(last + 1)]
     return (
@@ -232,7 +234,7 @@ def _original_vae(config: VaeConfig) -> _Rules:
 
 
 def _tiny_vae(config: TinyVaeConfig, dialect: Dialect) -> _Rules:
-    """Layers are numbered through each half, activations and enlargements among them."""
+    """Layers are numbered consecutively in each half, activations and upsampling included."""
     encoder, decoder = ["conv_in"], ["conv_in", ""]
     for level, blocks in enumerate(config.encoder_blocks):
         encoder += [f"down_blocks_{level}_downsample"] if level else []
@@ -275,12 +277,12 @@ def _rules(config: PartConfig, dialect: Dialect) -> _Rules:
 
 @functools.cache
 def abstract(config: PartConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of a part by path, without making any."""
+    """Shapes and dtypes of a part's parameters by path; nothing is computed."""
     return flatten(layers.abstract(init(config)))
 
 
-def init(config: PartConfig) -> Callable[[jax.Array], Params]:
-    """The function that makes fresh parameters of a part from a random key."""
+def init(config: PartConfig) -> Callable[[Key[jax.Array, ""]], Params]:
+    """The function that initialises the parameters of a part from a random key."""
     match config:
         case UNetConfig():
             return lambda key: unet.init(key, config)
@@ -292,7 +294,7 @@ def init(config: PartConfig) -> Callable[[jax.Array], Params]:
 
 @functools.cache
 def table(config: PartConfig, naming: Naming) -> Table:
-    """The table of one part of a model in one naming; of half of it, where the naming has names for half."""
+    """The table of one part of a model in one naming; of half the part, if the naming covers half."""
     half = HALVES.get(naming.dialect, "")
     params = {path: leaf for path, leaf in abstract(config).items() if path.startswith(half)}
     rules = _rules(config, naming.dialect)
@@ -318,7 +320,7 @@ def table(config: PartConfig, naming: Naming) -> Table:
 
 
 def _by_order_of_fusion(params: Mapping[str, jax.ShapeDtypeStruct]) -> Iterable[tuple[str, jax.ShapeDtypeStruct]]:
-    """Queries before keys before values, which is how OpenCLIP's in_proj has them."""
+    """Queries before keys before values, the order of OpenCLIP's in_proj."""
     order = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
     return sorted(params.items(), key=lambda item: order.get(item[0].split("/")[-2] if "/" in item[0] else "", 3))
 
@@ -331,13 +333,13 @@ def _axes(path: str, rank: int, dialect: Dialect) -> tuple[int, ...]:
 
 
 class Mismatch(InputError):
-    """The tensors of a file are not those of the model."""
+    """The tensors of a file do not match those of the model."""
 
 
 def compare(table: Table, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises Mismatch unless these tensors, shapes by name, are just those of the table: it names the first that is
-    missing, the first that is unknown, each with the nearest names of the other side, and the first of another shape.
-    `where` says which file it is."""
+    """Raises Mismatch unless these tensors, shapes by name, are exactly those of the table: it names the first that is
+    missing and the first that is unknown, each with the nearest names of the other side, and the first of another
+    shape. where: the file, for messages."""
     problems = []
     missing, surplus = sorted(table.by_name.keys() - shapes.keys()), sorted(shapes.keys() - table.by_name.keys())
     if missing:
@@ -360,13 +362,13 @@ def compare(table: Table, shapes: Mapping[str, tuple[int, ...]], where: str) -> 
         )
     if problems:
         raise Mismatch(
-            f"{where} does not fit the model: {'; '.join(problems)}. It may be incomplete, another model's, or have "
-            "additions that are not implemented"
+            f"{where} does not fit the model: {'; '.join(problems)}. It may be incomplete (download it again), another "
+            "model's, or have additions that are not implemented"
         )
 
 
-def from_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our nested dict from named tensors, all of them; dtypes are kept. Raises Mismatch."""
+def from_tensors(table: Table, tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Params:
+    """Our nested dict from all named tensors of a table; dtypes are kept. Raises Mismatch."""
     compare(table, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "The state dict")
     flat = {}
     for path, rows in table.by_path.items():
@@ -378,8 +380,8 @@ def from_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> Params:
     return unflatten(flat)
 
 
-def to_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
-    """The reverse: named tensors, dtypes kept."""
+def to_tensors(table: Table, params: Params) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The reverse of `from_tensors`: named tensors, dtypes kept."""
     flat = flatten(params)
     tensors = {}
     for entry in table.entries:

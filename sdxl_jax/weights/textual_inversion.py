@@ -1,20 +1,20 @@
-"""Textual inversion: words that a text encoder never saw, each a few vectors in front of it, learnt from images.
+"""Textual inversion: added tokens of a text encoder, whose embedding vectors were learnt from images.
 
-Gal et al. 2022, arXiv:2208.01618. Nothing but the token embedding changes: it gets a row a vector after CLIP's own
-49408, and the tower's `added_tokens` name the rows. A concept `<tok>` of three vectors is the words `<tok>`, `<tok>_1`
-and `<tok>_2`, as diffusers has it; prompts call it `<tok>`. Files are safetensors, in one of three forms:
+Gal et al. 2022, arXiv:2208.01618. Only the token embedding changes: it gets one row per vector after CLIP's own 49408,
+and the tower's `added_tokens` name the rows. A concept `<tok>` of three vectors is the tokens `<tok>`, `<tok>_1` and
+`<tok>_2`, as in diffusers; prompts use `<tok>`. Files are safetensors, in one of three forms:
 
-    {"<tok>": [vectors, width]}                                 diffusers: one text encoder
-    {"emb_params": [vectors, width]}                            AUTOMATIC1111's: the same, called as the file is
-    {"clip_l": [vectors, 768], "clip_g": [vectors, 1280]}       SDXL's two, called as the file is
+    {"<tok>": [vectors, features]}                              diffusers: one text encoder
+    {"emb_params": [vectors, features]}                         AUTOMATIC1111's: the same, named after the file
+    {"clip_l": [vectors, 768], "clip_g": [vectors, 1280]}       SDXL's two, named after the file
 
-A single vector may be [width]. A LoRA file may hold such embeddings beside its own tensors, each as bundle_emb.NAME and
-one of these keys. Pickled files, which both tools wrote before, are refused: loading a pickle may run any
-program that is in it.
+A single vector may be [features]. A LoRA file may hold such embeddings beside its own tensors, each as bundle_emb.NAME
+and one of these keys. Pickled files, which both tools wrote earlier, are refused: loading a pickle may run any program
+that is in it.
 
-The pooled vector of a prompt with such words is read at the end of the text. transformers reads it at the word itself
-if its configuration says `eos_token_id: 2`, as those of SDXL do, and warns in a comment that this
-does not go together with added words; so there diffusers' pooled vector, which SDXL uses, is another.
+The pooled vector of a prompt with added tokens is read at the end of the text. transformers reads it at the added token
+if its configuration has `eos_token_id: 2`, as those of SDXL do, and warns in a comment that this is incompatible with
+added tokens; so diffusers' pooled vector, which SDXL uses, differs there.
 """
 
 import dataclasses
@@ -39,23 +39,23 @@ TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Which text encoder a key of SDXL's files is for."""
 _NAMELESS = ("emb_params", *TOWERS)
 BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<key>clip_l|clip_g|emb_params|string_to_param\.\*)")
-"""A tensor of an embedding that travels in a LoRA file."""
+"""A tensor of an embedding bundled in a LoRA file."""
 _FORMS = 'Expected {"<token>": vectors}, {"emb_params": vectors} or {"clip_l": vectors, "clip_g": vectors}'
 
-Vectors = Float[np.ndarray, "_vectors _width"]
-Embedding = Float[type_of_array, "_vocabulary _width"]
+Vectors = Float[np.ndarray, "_vectors _features"]
+Embedding = Float[type_of_array, "_vocabulary _features"]
 
 
 def read(path: Path, token: str | None = None) -> dict[str, Vectors]:
-    """The vectors of a file by its own keys, float32. token: which one is meant, of several in a LoRA's file.
+    """The vectors of a file by its own keys, float32. token: the one to read, of several in a LoRA's file.
 
-    Raises InputError for a file that is missing, damaged, pickled, or holds something else.
+    Raises InputError for a file that is missing, damaged, pickled, or not a textual inversion.
     """
     return _read(path, token)[0]
 
 
 def _read(path: Path, token: str | None) -> tuple[dict[str, Vectors], str]:
-    """The same, and the name of the embedding."""
+    """(vectors by the file's keys, name of the embedding)."""
     local(path, "the embedding")
     if path.suffix.lower() in PICKLES:
         raise InputError(
@@ -69,27 +69,32 @@ def _read(path: Path, token: str | None) -> tuple[dict[str, Vectors], str]:
         name = next(iter(bundled)) if name is None and len(bundled) == 1 else name
         if name is None:
             raise InputError(
-                f"{path} holds several embeddings: {', '.join(nearest_first(token or '', bundled))}. Say which: "
-                f"--embedding {path}:{next(iter(bundled))} (in Python: token=…)"
+                f"{path} holds several embeddings: {', '.join(nearest_first(token or '', bundled))}. Give the name of "
+                f"one: --embedding {path}:{next(iter(bundled))} (in Python: token=…)"
             )
         tensors = bundled[name]
     keys = list(tensors)
     if len(keys) != 1 and set(keys) != set(TOWERS):
         listed = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
-        raise InputError(f"{path} holds {len(keys)} arrays ({listed}), no textual inversion. {_FORMS}")
+        raise InputError(f"{path} holds {len(keys)} arrays ({listed}) and is not a textual inversion. {_FORMS}")
     vectors = {key: tensor.read() for key, tensor in tensors.items()}
     for key, rows in vectors.items():
         if rows.ndim not in (1, 2) or not rows.size or not jnp.issubdtype(rows.dtype, jnp.floating):
-            raise InputError(f"{path} has {key} of shape {rows.shape}, {rows.dtype}. Expected numbers [vectors, width]")
+            raise InputError(
+                f"{path} has {key} of shape {rows.shape} and dtype {rows.dtype}. Give one with floating-point vectors "
+                "[vectors, features]"
+            )
         if not np.isfinite(rows.astype(np.float32)).all():
-            raise InputError(f"{path} has {key} with numbers that are not finite. Fetch it again, or use another")
+            raise InputError(
+                f"{path} has {key} with non-finite numbers (NaN or inf). Download it again, or use another"
+            )
     if name is None:
         name = path.stem if keys[0] in _NAMELESS else keys[0]
     return {key: np.atleast_2d(rows.astype(np.float32)) for key, rows in vectors.items()}, name
 
 
 def _bundled(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The embeddings of a LoRA's file by name, each with the keys that a file of its own would have."""
+    """The embeddings bundled in a LoRA file by name, each with the keys that a file of its own would have."""
     found: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         if match := BUNDLED.fullmatch(full):
@@ -99,13 +104,12 @@ def _bundled(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def add(model: Model, path: str | Path, token: str | None = None) -> Model:
-    """The model with one more concept; the given one stays as it is.
+    """The model with one more concept; the given model is not changed.
 
-    token: what prompts call it; default: the name in the file, or of the file. Of several in a LoRA's file it says
-    which.
+    token: its name in prompts; default: the name in the file, or of the file. Selects one of several in a LoRA file.
 
-    Raises InputError for a file that `read` refuses, vectors that are not for all of this model's text encoders and
-    them alone, a token that is there already or cannot be one.
+    Raises InputError for a file that `read` refuses, vectors that do not match all of this model's text encoders, and a
+    token that the model has already or that cannot be added.
     """
     path = Path(path)
     vectors, name = _read(path, token)
@@ -117,7 +121,7 @@ def add(model: Model, path: str | Path, token: str | None = None) -> Model:
         rows = given[tower.name]
         grown = (*tower.added_tokens, token, *(f"{token}_{number}" for number in range(1, len(rows))))
         _check_names(tower, token, grown, path)
-        used = text.FIRST_ADDED + len(tower.added_tokens)  # rows after have no word that would call them
+        used = text.FIRST_ADDED + len(tower.added_tokens)  # later rows have no token
         old = _embedding(params, tower)
         if isinstance(old, jax.Array):
             new = jnp.concatenate([old[:used], jnp.asarray(rows, old.dtype)])
@@ -129,28 +133,28 @@ def add(model: Model, path: str | Path, token: str | None = None) -> Model:
 
 
 def remove(model: Model, token: str) -> Model:
-    """The model without a concept, with all of its vectors; those added later move up.
+    """The model without a concept and all of its vectors; the rows of later ones move up.
 
     Raises InputError for a concept that the model does not have.
     """
     known = names(model)
     if token not in known:
-        listed = f"Known, nearest first: {', '.join(nearest_first(token, known))}" if known else "It has none"
+        listed = f"Give one of (nearest first): {', '.join(nearest_first(token, known))}" if known else "It has none"
         raise InputError(f"The model has no textual inversion {token!r}. {listed}")
     towers, params = [], dict(model.params)
     for tower in model.config.text:
         added = tower.added_tokens
-        gone = text.concept_words(token, added) if token in added else ()
+        removed = text.concept_tokens(token, added) if token in added else ()
         old = _embedding(params, tower)
-        rows = np.array([text.FIRST_ADDED + added.index(word) for word in gone], int)
+        rows = np.array([text.FIRST_ADDED + added.index(each) for each in removed], int)
         new = (jnp if isinstance(old, jax.Array) else np).delete(old, rows, axis=0)
-        towers.append(_with_tokens(tower, tuple(word for word in added if word not in gone), len(new)))
+        towers.append(_with_tokens(tower, tuple(each for each in added if each not in removed), len(new)))
         params[tower.name] = _with_embedding(params[tower.name], new)
     return model._replace(config=dataclasses.replace(model.config, text=tuple(towers)), params=params)
 
 
 def names(model: Model) -> dict[str, int]:
-    """The model's concepts by what prompts call them, and how many vectors each has; the most of any text encoder."""
+    """The model's concepts by their names in prompts, with their number of vectors; the most of any text encoder."""
     counts: dict[str, int] = {}
     for tower in model.config.text:
         for token, count in text.concepts(tower.added_tokens).items():
@@ -163,7 +167,7 @@ def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: P
     widths = {tower.name: tower.clip.width for tower in towers}
     if set(vectors) <= set(TOWERS):
         given = {TOWERS[key]: rows for key, rows in vectors.items()}
-        if len(given) > 1 and list(widths) == ["text_encoder_2"]:  # the refiner reads half of base's
+        if len(given) > 1 and list(widths) == ["text_encoder_2"]:  # the refiner reads one of the base's two
             del given["text_encoder"]
     else:
         (rows,) = vectors.values()
@@ -172,8 +176,8 @@ def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: P
         held = ", ".join(f"{key} {rows.shape[1]}" for key, rows in vectors.items())
         expected = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise InputError(
-            f"{path} was made for another family of models: its vectors are as wide as {held}, the embeddings of this "
-            f"model's text encoders as {expected}. Use one that was made for this family"
+            f"{path} was made for another family of models: the widths of its vectors are {held}, those of this "
+            f"model's text encoders {expected}. Use one that was made for this family"
         )
     if missing := [name for name in widths if name not in given]:
         raise InputError(
@@ -184,19 +188,19 @@ def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: P
 
 
 def _check_names(tower: Tower, token: str, grown: tuple[str, ...], path: Path) -> None:
-    """Raises InputError if the tokens from len(tower.added_tokens) on cannot be told from others."""
+    """Raises InputError if the tokens from len(tower.added_tokens) on are unusable, or ambiguous with others."""
     remedy = 'Give another name with token="…", or --embedding FILE:NAME on the command line'
     before, added = tower.added_tokens, grown[len(tower.added_tokens) :]
     if unusable := [word for word in added if not text.can_be_added(word)]:
         raise InputError(
-            f"{path} cannot be called {unusable[0]!r}: that is in CLIP's own vocabulary, is empty, not UTF-8, or "
-            f"begins or ends in a space. {remedy}"
+            f"{path} cannot have the token {unusable[0]!r}: it is in CLIP's own vocabulary, empty, not UTF-8, or "
+            f"begins or ends with a space. {remedy}"
         )
-    repeated = {word.lower() for word in before} & {word.lower() for word in added}  # in a prompt, case is lost
+    repeated = {word.lower() for word in before} & {word.lower() for word in added}  # prompts are lowercased
     # Or one concept would become vectors of another, as <tok>_1 would of <tok>.
     if repeated or text.concepts(grown) != {**text.concepts(before), token: len(added)}:
         raise InputError(
-            f"{path}: the model already has a token {token!r}, or one that would be mixed up with it; it has "
+            f"{path}: the model already has a token {token!r}, or one that would be ambiguous with it; it has "
             f"{', '.join(text.concepts(before))}. {remedy}"
         )
 
@@ -210,7 +214,7 @@ def _with_tokens(tower: Tower, added: tuple[str, ...], rows: int) -> Tower:
 
 
 def _with_embedding(params: Params, new: Embedding) -> Params:
-    """A tower's parameters with another token embedding, placed as the old one is."""
+    """A tower's parameters with another token embedding, with the sharding of the old one."""
     old = params["token_embedding"]["embedding"]
     placed = jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
     return {**params, "token_embedding": {**params["token_embedding"], "embedding": placed}}

@@ -1,12 +1,12 @@
-"""Tiny pipelines of diffusers with random weights, what is asked of them, and when their images count as ours.
+"""Tiny pipelines of diffusers with random weights, their prompts and sizes, and the tolerance for their images.
 
-They are built by diffusers and transformers alone; of ours are the tokenizers' files.
+They are built by diffusers and transformers alone; only the tokenizers' files are ours.
 
 Tolerance: rounding, 2e-5 of a network's output at most (`agreement.py`), is multiplied by the guidance and fed back at
 every step; a few 1e-6 of the largest latent are measured, 1e-4 are allowed. An image is rounded to 256 levels, where
-any difference can make one level, but of few bytes: rounded down instead, half of them would differ.
+any difference can change a byte by one level, but only few bytes: with truncation instead, half of them would differ.
 
-The prompts have no "!", which transformers takes for padding in the tokenizers that pad with it; ours does not.
+The prompts have no "!", which transformers treats as padding in the tokenizers that pad with it; ours does not.
 """
 
 from collections.abc import Callable, Sequence
@@ -158,8 +158,8 @@ PROMPTS = ("a cat on a mat", "Two cafés, 3 o'clock", LONG)
 """The last one is longer than what the towers read."""
 
 
-class Told(NamedTuple):
-    """Sizes and crop that an SDXL is told; None: the image's own size."""
+class Geometry(NamedTuple):
+    """Sizes and crop that an SDXL is conditioned on; None: the image's own size."""
 
     original: Size | None = None
     crop: Size = (0, 0)
@@ -167,15 +167,15 @@ class Told(NamedTuple):
 
 
 NEGATIVES = {"absent": None, "empty": "", "given": "blurry, ugly"}
-TOLD: dict[str, tuple[Told, Told | None]] = {
-    "own sizes": (Told(), None),
-    "sizes given": (Told((1023, 333), (5, 64), (512, 1024)), None),
-    "negative sizes given": (Told((1023, 333), (5, 64), (512, 1024)), Told((301, 777), (9, 0), (96, 48))),
+GEOMETRIES: dict[str, tuple[Geometry, Geometry | None]] = {
+    "own sizes": (Geometry(), None),
+    "sizes given": (Geometry((1023, 333), (5, 64), (512, 1024)), None),
+    "negative sizes given": (Geometry((1023, 333), (5, 64), (512, 1024)), Geometry((301, 777), (9, 0), (96, 48))),
 }
 """For the prompt, and for the negative prompt; None: the same."""
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     images: np.ndarray
     """Bytes, images height width 3."""
     latents: np.ndarray
@@ -187,15 +187,15 @@ def apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-def check_image(drawn: Drawn) -> None:
-    """That it is one in which a difference would be seen."""
-    assert np.isfinite(drawn.latents).all()
-    assert 1 < drawn.latents.std() < 20
-    assert np.mean((drawn.images == 0) | (drawn.images == 255)) < 0.05
-    assert (drawn.images.std(axis=(1, 2)) > 20).all(), "a colour of an image hardly varies"
+def check_image(sampled: Sampled) -> None:
+    """Asserts that a difference would be visible in the image."""
+    assert np.isfinite(sampled.latents).all()
+    assert 1 < sampled.latents.std() < 20
+    assert np.mean((sampled.images == 0) | (sampled.images == 255)) < 0.05
+    assert (sampled.images.std(axis=(1, 2)) > 20).all(), "a colour of an image hardly varies"
 
 
-def check_agreement(what: str, ours: Drawn, theirs: Drawn, note: Note) -> None:
+def check_agreement(what: str, ours: Sampled, theirs: Sampled, note: Note) -> None:
     assert ours.images.shape == theirs.images.shape
     assert ours.latents.shape == theirs.latents.shape
     check_image(theirs)

@@ -137,8 +137,8 @@ def _our_unet(config: ModelConfig, directory: Path, inputs: Arrays) -> Arrays:
     vector = None
     if config.micro is not None:
         numbers = inputs["numbers"]
-        told = MicroConditioning(numbers[:, :2], numbers[:, 2:4], numbers[:, 4:6], numbers[:, 4].astype(np.float32))
-        vector = micro.vector(config.micro, jnp.asarray(inputs["pooled"]), told)
+        sizes = MicroConditioning(numbers[:, :2], numbers[:, 2:4], numbers[:, 4:6], numbers[:, 4].astype(np.float32))
+        vector = micro.vector(config.micro, jnp.asarray(inputs["pooled"]), sizes)
     arguments = {name: jnp.asarray(inputs[name]) for name in ("latent", "timestep", "context")}
     apply = jax.jit(functools.partial(unet.apply, config.unet))
     return {"prediction": np.asarray(apply(model.params["unet"], **arguments, vector=vector))}

@@ -16,16 +16,16 @@ import pytest
 from agreement import Note
 from PIL import Image
 from pipelines import (
+    GEOMETRIES,
     NEGATIVES,
     PARTS,
     PROMPTS,
     STEPS,
-    TOLD,
     TOLERANCE,
-    Drawn,
+    Geometry,
+    Sampled,
     Size,
     Source,
-    Told,
     apart,
     build,
     check_agreement,
@@ -41,7 +41,7 @@ from sdxl_jax.weights.load import load_model
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation_unless_slow"),
+    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 
@@ -73,11 +73,11 @@ class Case(NamedTuple):
     """None: the model's own."""
     guidance: float
     negative: str
-    told: str = "own sizes"
+    geometry: str = "own sizes"
 
     def __str__(self) -> str:
         size = "own size" if self.size is None else "x".join(map(str, self.size))
-        sizes = f", {self.told}" if self.model == "SDXL base" else ""
+        sizes = f", {self.geometry}" if self.model == "SDXL base" else ""
         negative = f", negative {self.negative}" if self.guidance != 1 else ""
         return f"{self.model}, batch {self.batch}, {size}, guidance {self.guidance:g}{negative}{sizes}"
 
@@ -88,7 +88,7 @@ class Case(NamedTuple):
         return rng.standard_normal((self.batch, height // 8, width // 8, 4), np.float32)
 
 
-def draw(model: Path, case: Case, folder: Path) -> Drawn:
+def sample(model: Path, case: Case, folder: Path) -> Sampled:
     """Ours: what the command line writes."""
     arguments = ["sample", str(model), "--out", str(folder), "--steps", str(STEPS), "--save-latents"]
     arguments += ["--guidance", str(case.guidance), "--init-noise", str(folder / "noise.npy")]
@@ -98,17 +98,17 @@ def draw(model: Path, case: Case, folder: Path) -> Drawn:
         arguments += ["--height", str(case.size[0]), "--width", str(case.size[1])]
     if (negative := NEGATIVES[case.negative]) is not None:
         arguments += ["--negative-prompt", negative]
-    for sign, told in zip(("", "negative-"), TOLD[case.told], strict=True):
-        if told is not None and told.original is not None and told.target is not None:
-            arguments += [f"--{sign}original-size", "{}x{}".format(*told.original)]
-            arguments += [f"--{sign}crop", "{},{}".format(*told.crop)]
-            arguments += [f"--{sign}target-size", "{}x{}".format(*told.target)]
+    for sign, geometry in zip(("", "negative-"), GEOMETRIES[case.geometry], strict=True):
+        if geometry is not None and geometry.original is not None and geometry.target is not None:
+            arguments += [f"--{sign}original-size", "{}x{}".format(*geometry.original)]
+            arguments += [f"--{sign}crop", "{},{}".format(*geometry.crop)]
+            arguments += [f"--{sign}target-size", "{}x{}".format(*geometry.target)]
     folder.mkdir(parents=True)
     np.save(folder / "noise.npy", case.noise())
     assert main(arguments) == 0
     files = sorted(folder.glob("*.png"))
     assert [file.name for file in files] == [f"{number:06d}.png" for number in range(case.batch)]
-    return Drawn(np.stack([np.asarray(Image.open(file)) for file in files]), np.load(folder / "latents.npy"))
+    return Sampled(np.stack([np.asarray(Image.open(file)) for file in files]), np.load(folder / "latents.npy"))
 
 
 def run(
@@ -117,19 +117,19 @@ def run(
     noise: np.ndarray,
     guidance: float,
     negative: str | None,
-    told: Told = Told(),
-    negative_told: Told | None = None,
+    geometry: Geometry = Geometry(),
+    negative_geometry: Geometry | None = None,
     size: Size | None = None,
     *,
     output_type: str,
 ) -> Any:
     """diffusers' result. The pipeline itself scales the noise to its first state, and leaves latents scaled."""
     options: dict[str, Any] = {}
-    if told != Told():
-        options["original_size"], options["crops_coords_top_left"], options["target_size"] = told
-    if negative_told is not None:
-        options["negative_original_size"], options["negative_crops_coords_top_left"] = negative_told[:2]
-        options["negative_target_size"] = negative_told.target
+    if geometry != Geometry():
+        options["original_size"], options["crops_coords_top_left"], options["target_size"] = geometry
+    if negative_geometry is not None:
+        options["negative_original_size"], options["negative_crops_coords_top_left"] = negative_geometry[:2]
+        options["negative_target_size"] = negative_geometry.target
     return pipeline(
         prompt=list(prompts),
         negative_prompt=None if negative is None else [negative] * len(prompts),
@@ -143,18 +143,18 @@ def run(
     ).images
 
 
-def reference(*arguments: Any, **options: Any) -> Drawn:
+def reference(*arguments: Any, **options: Any) -> Sampled:
     """Theirs: `run` for the images and for the latents, which it does not give together."""
     images, latents = (run(*arguments, output_type=kind, **options) for kind in ("pil", "latent"))
-    return Drawn(np.stack([np.asarray(image) for image in images]), from_torch(latents))
+    return Sampled(np.stack([np.asarray(image) for image in images]), from_torch(latents))
 
 
-def reference_of(pipeline: Any, case: Case) -> Drawn:
-    told, negative_told = TOLD[case.told]
+def reference_of(pipeline: Any, case: Case) -> Sampled:
+    geometry, negative_geometry = GEOMETRIES[case.geometry]
     prompts, noise = PROMPTS[: case.batch], case.noise()
     # Of several images, diffusers tells negative sizes and sizes in turn, but has all negative prompts before all
-    # prompts, so that some are told the others' (both of two, the middle one of three). One image alone is right.
-    each = 1 if negative_told is not None else case.batch
+    # prompts, so that some receive the others' (both of two, the middle one of three). One image alone is right.
+    each = 1 if negative_geometry is not None else case.batch
     made = [
         reference(
             pipeline,
@@ -162,13 +162,13 @@ def reference_of(pipeline: Any, case: Case) -> Drawn:
             noise[start : start + each],
             case.guidance,
             NEGATIVES[case.negative],
-            told,
-            negative_told,
+            geometry,
+            negative_geometry,
             case.size,
         )
         for start in range(0, case.batch, each)
     ]
-    return Drawn(*(np.concatenate(arrays) for arrays in zip(*made, strict=True)))
+    return Sampled(*(np.concatenate(arrays) for arrays in zip(*made, strict=True)))
 
 
 CASES = (
@@ -184,11 +184,12 @@ CASES = (
 """What is always run: every kind of option, in few shapes, because each shape is compiled for seconds."""
 GUIDANCE = ((1, "absent"), (5, "absent"), (5, "empty"), (5, "given"), (7.5, "given"))
 GRID = [
-    Case(model, batch, size, *guidance, told)
-    for model, batch, size, guidance, told in itertools.product(
-        PIPELINES, (1, 3), ((64, 64), (64, 96), (72, 40)), GUIDANCE, TOLD
+    Case(model, batch, size, *guidance, geometry)
+    for model, batch, size, guidance, geometry in itertools.product(
+        PIPELINES, (1, 3), ((64, 64), (64, 96), (72, 40)), GUIDANCE, GEOMETRIES
     )
-    if (model == "SDXL base" or told == "own sizes") and not (guidance[0] == 1 and told == "negative sizes given")
+    if (model == "SDXL base" or geometry == "own sizes")
+    and not (guidance[0] == 1 and geometry == "negative sizes given")
 ]
 
 
@@ -199,7 +200,7 @@ GRID = [
 )
 def test_image_matches_diffusers(case: Case, source: Callable[[str], Source], tmp_path: Path, note: Note) -> None:
     pipeline, path = source(case.model)
-    check_agreement(str(case), draw(path, case, tmp_path / "ours"), reference_of(pipeline, case), note)
+    check_agreement(str(case), sample(path, case, tmp_path / "ours"), reference_of(pipeline, case), note)
 
 
 def test_each_image_of_a_batch_has_its_own_negative_prompt(source: Callable[[str], Source], note: Note) -> None:
@@ -220,9 +221,9 @@ def test_each_image_of_a_batch_has_its_own_negative_prompt(source: Callable[[str
     alone = [
         reference(pipeline, [PROMPTS[k]], noise[k : k + 1], 5, negatives[k], size=(72, 40)) for k in range(len(PROMPTS))
     ]
-    theirs = Drawn(*(np.concatenate(arrays) for arrays in zip(*alone, strict=True)))
+    theirs = Sampled(*(np.concatenate(arrays) for arrays in zip(*alone, strict=True)))
     check_agreement(
-        "SDXL base, batch 3, 72x40, guidance 5, negatives absent | empty | given", Drawn(*made), theirs, note
+        "SDXL base, batch 3, 72x40, guidance 5, negatives absent | empty | given", Sampled(*made), theirs, note
     )
 
 
@@ -241,7 +242,7 @@ def test_everything_that_is_varied_changes_the_image(model: str, source: Callabl
         "noise": {"noise": noise[:, ::-1].copy()},
     }
     if is_xl:
-        own = Told((64, 64), (0, 0), (64, 64))
+        own = Geometry((64, 64), (0, 0), (64, 64))
         every = {
             "original size": own._replace(original=(1023, 333)),
             "original size turned": own._replace(original=(333, 1023)),
@@ -250,20 +251,22 @@ def test_everything_that_is_varied_changes_the_image(model: str, source: Callabl
             "target size": own._replace(target=(512, 1024)),
             "target size turned": own._replace(target=(1024, 512)),
         }
-        changed |= {name: {"told": told} for name, told in every.items()}
-        changed |= {f"negative {name}": {"told": own, "negative_told": told} for name, told in every.items()}
+        changed |= {name: {"geometry": geometry} for name, geometry in every.items()}
+        changed |= {
+            f"negative {name}": {"geometry": own, "negative_geometry": geometry} for name, geometry in every.items()
+        }
         changed["empty negative"] = {"negative": ""}
 
     def latents(change: dict[str, Any]) -> np.ndarray:
         return from_torch(run(source(model).pipeline, **{**plain, **change}, output_type="latent"))
 
     made = {name: latents(change) for name, change in {"nothing": {}, **changed}.items()}
-    alike = [
+    identical = [
         (one, other)
         for one, other in itertools.combinations(made, 2)
         if apart(made[one], made[other]) < 100 * TOLERANCE
     ]
-    assert not alike
+    assert not identical
     if not is_xl:  # where no negative prompt is the empty one
         assert apart(latents({"negative": ""}), made["nothing"]) == 0
 
@@ -301,11 +304,11 @@ def test_layouts_of_one_model_draw_the_same_image(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
     case, paths = CONVERTED[model], converted(model)
-    drawn = draw(source(model).path, case, tmp_path / "source")
+    sampled = sample(source(model).path, case, tmp_path / "source")
     for name in ("orbax", "single.safetensors"):
-        again = draw(paths[name], case, tmp_path / name)
-        np.testing.assert_array_equal(again.latents, drawn.latents, err_msg=name)
-        np.testing.assert_array_equal(again.images, drawn.images, err_msg=name)
+        again = sample(paths[name], case, tmp_path / name)
+        np.testing.assert_array_equal(again.latents, sampled.latents, err_msg=name)
+        np.testing.assert_array_equal(again.images, sampled.images, err_msg=name)
 
 
 @pytest.mark.parametrize("model", CONVERTED)
@@ -313,15 +316,15 @@ def test_diffusers_draws_the_same_image_from_what_we_write(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]]
 ) -> None:
     case, theirs = CONVERTED[model], source(model).pipeline
-    drawn = reference_of(theirs, case)
+    sampled = reference_of(theirs, case)
     for name in ("from orbax", "from single"):
         pipeline = diffusers.DiffusionPipeline.from_pretrained(converted(model)[name], local_files_only=True)
         assert type(pipeline) is type(theirs)
         assert type(pipeline.scheduler) is type(theirs.scheduler)
         pipeline.set_progress_bar_config(disable=True)
         again = reference_of(pipeline, case)
-        np.testing.assert_array_equal(again.latents, drawn.latents, err_msg=name)
-        np.testing.assert_array_equal(again.images, drawn.images, err_msg=name)
+        np.testing.assert_array_equal(again.latents, sampled.latents, err_msg=name)
+        np.testing.assert_array_equal(again.images, sampled.images, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

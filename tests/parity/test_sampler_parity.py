@@ -146,7 +146,7 @@ def along(
             row = sampler.plan(levels_like(theirs, levels, noise, index), eta)
         row = Plan(*(jnp.asarray(column[0], jnp.float32) for column in row))
         arrays = advance(arrays, output, drawn, row)[prediction.value]
-        scaled = state.numpy() * (plan.next_alpha[index] if sampler.family is Family.SIGMA else 1.0)
+        scaled = state.numpy() * (plan.alpha_next[index] if sampler.family is Family.SIGMA else 1.0)
         largest = np.abs(scaled).max()
         yield np.asarray(arrays[0]) / largest, scaled / largest
 

@@ -6,18 +6,19 @@
     inpaint   and "paint 9", a UNet of 9 channels  StableDiffusionXLInpaintPipeline
     text      perturbed attention, rescaling       StableDiffusionXLPAGPipeline, StableDiffusionXLPipeline
 
-Models, prompts, tolerances are those of `pipelines.py`. Images are drawn step by step, as the command does with its
-bar: so one compiled step serves many cases here. `test_program.py` shows that the other programs draw the same.
+Models, prompts, tolerances are those of `pipelines.py`. Images are sampled step by step, as the command does with its
+progress bar: so one compiled step serves many cases here. `test_program.py` shows that the other programs sample the
+same.
 
-For the comparison diffusers takes the mean of the autoencoder's posterior where it would draw from it, as ours does,
-and our noise where it would draw its own. In places it does otherwise than ours on purpose, and is led around them:
+For the comparison diffusers takes the mean of the autoencoder's posterior, as ours does, where it would sample from it,
+and our noise where it would draw its own. Known differences, and how the comparison avoids them:
 
-* Of several images, base and PAG pipelines tell some the others' negative sizes: each is then drawn alone.
-* Image to image and inpainting tell a base the prompt's crop in the place of the negative one, which has no effect
+* With several images, base and PAG pipelines give some the others' negative sizes: each is then sampled alone.
+* Image to image and inpainting condition a base on the prompt's crop instead of the negative one, which has no effect
   (`test_diffusers_leaves_the_negative_crop_out`): here they are the same.
-* A refiner is told the negative crop (0, 0) unless another is given; ours the prompt's. Here it is given.
-* Of an inpainting mask it sees one pixel of each cell of the latent, ours all: masks here are of whole cells.
-* Outside of a mask it gives what the autoencoder makes of the image, ours the image: inside, they are compared.
+* A refiner's negative crop is (0, 0) unless another is given; ours is the prompt's. Here it is given.
+* An inpainting mask is read at one pixel of each cell of the latent, by ours at all: masks here are of whole cells.
+* Outside of a mask it returns the decoded image, ours the image itself: only the inside is compared.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ from pipelines import (
     PROMPTS,
     STEPS,
     TOLERANCE,
-    Drawn,
+    Sampled,
     Size,
     apart,
     build,
@@ -57,12 +58,12 @@ from sdxl_jax.weights.load import load_model
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation_unless_slow"),
+    pytest.mark.usefixtures("quick_compilation"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 
 SEED = 5
-"""Of what ours draws itself: the noise between the stages."""
+"""Of our own random numbers: the noise between the stages."""
 
 
 # ---- the pipelines ---------------------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def _refiner(base: Any) -> Any:
         add_watermarker=False,
     )
     randomise(pipeline.unet.eval(), 9)
-    # So that scores show, which are told the refiner alone, for a few steps, and in smaller numbers than sizes.
+    # So that scores have an effect: the refiner alone receives them, for a few steps, and they are smaller than sizes.
     pipeline.unet.add_embedding.linear_1.weight.data[:, -16:] *= 10
     for name, parameter in pipeline.unet.named_parameters():
         if "time_emb_proj.weight" in name:
@@ -177,7 +178,7 @@ class Case(NamedTuple):
         return rng.standard_normal((self.batch, height // 8, width // 8, 4), np.float32)
 
     def fresh_noise(self) -> np.ndarray:
-        """What ours draws between the stages, one key an image."""
+        """Our noise between the stages, one key per image."""
         height, width = self.size
         keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(SEED), k), 2) for k in range(self.batch)]
         return np.stack([jax.random.normal(key, (height // 8, width // 8, 4)) for key in keys])
@@ -211,7 +212,7 @@ PAINTING = {"inpaint": "base", "paint 9": "painter"}
 """Stages with a mask, and the model."""
 
 
-def ours(sources: Sources, case: Case) -> Drawn:
+def ours(sources: Sources, case: Case) -> Sampled:
     options: dict[str, Any] = dict(case.options)
     if case.stage in ("image", *PAINTING):
         options["init_image"] = photograph(case.size)
@@ -231,15 +232,15 @@ def ours(sources: Sources, case: Case) -> Drawn:
         callback=lambda seen: None,
         **options,
     )
-    return Drawn(*made)
+    return Sampled(*made)
 
 
 # ---- the same of diffusers -------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def drawing(pipeline: Any, noise: np.ndarray) -> Iterator[None]:
-    """The pipeline draws this noise, and of the autoencoder's posterior takes the mean."""
+def fixed_noise(pipeline: Any, noise: np.ndarray) -> Iterator[None]:
+    """The pipeline uses this noise, and the mean of the autoencoder's posterior."""
 
     def draw(shape: Sequence[int], **_: Any) -> Any:
         tensor = to_torch(noise)
@@ -255,15 +256,15 @@ def drawing(pipeline: Any, noise: np.ndarray) -> Iterator[None]:
         yield
 
 
-def run(pipeline: Any, prompts: Sequence[str], negative: str | None, noise: np.ndarray, **options: Any) -> Drawn:
-    """Images, and the latents that the last step told of. Options are diffusers'."""
+def run(pipeline: Any, prompts: Sequence[str], negative: str | None, noise: np.ndarray, **options: Any) -> Sampled:
+    """Images, and the latents of the last step. Options are diffusers'."""
     last: dict[str, Any] = {}
 
     def keep(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         last.update(tensors)
         return {}
 
-    with drawing(pipeline, noise):
+    with fixed_noise(pipeline, noise):
         images = pipeline(
             prompt=list(prompts),
             negative_prompt=None if negative is None else [negative] * len(prompts),
@@ -271,7 +272,7 @@ def run(pipeline: Any, prompts: Sequence[str], negative: str | None, noise: np.n
             callback_on_step_end=keep,
             **options,
         ).images
-    return Drawn(np.stack([np.asarray(image) for image in images]), from_torch(last["latents"]))
+    return Sampled(np.stack([np.asarray(image) for image in images]), from_torch(last["latents"]))
 
 
 def theirs(
@@ -282,18 +283,18 @@ def theirs(
     mask: np.ndarray | None = None,
     noise: np.ndarray | None = None,
     fresh: np.ndarray | None = None,
-) -> Drawn:
+) -> Sampled:
     """diffusers' images of a case. Image, mask and noise are the case's unless given."""
     options: dict[str, Any] = dict(case.options)
     noise = case.noise() if noise is None else noise
     fresh = case.fresh_noise() if fresh is None else fresh
     if "negative_original_size" in options and case.stage in ("handoff", "refine", "text") and case.batch > 1:
-        # Of several images, negative sizes and sizes are told in turn, but all negative prompts before all prompts.
+        # With several images, negative sizes and sizes alternate, but all negative prompts come before all prompts.
         alone = [
             _theirs(sources, case, [case.prompts[k]], options, image, mask, noise[k : k + 1], fresh[k : k + 1])
             for k in range(case.batch)
         ]
-        return Drawn(*(np.concatenate(arrays) for arrays in zip(*alone, strict=True)))
+        return Sampled(*(np.concatenate(arrays) for arrays in zip(*alone, strict=True)))
     return _theirs(sources, case, case.prompts, options, image, mask, noise, fresh)
 
 
@@ -306,7 +307,7 @@ def _theirs(
     mask: np.ndarray | None,
     noise: np.ndarray,
     fresh: np.ndarray,
-) -> Drawn:
+) -> Sampled:
     height, width = case.size
     common: dict[str, Any] = {"guidance_scale": options.get("guidance", 5.0)}
     names = {"crop": "crops_coords_top_left", "negative_crop": "negative_crops_coords_top_left"}
@@ -334,7 +335,7 @@ def _theirs(
         last, then = {"denoising_end": share}, {"denoising_start": share}
     else:
         then = {"strength": options["refine_strength"]}
-    # A refiner's negative crop is (0, 0) unless told otherwise.
+    # A refiner's negative crop is (0, 0) unless another is given.
     if "crop" in options and "negative_crop" not in options:
         then["negative_crops_coords_top_left"] = options["crop"]
     with sampled_by(options.get("sampler", "euler"), sources.base, sources.refiner):
@@ -347,7 +348,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
 }
-"""Class, and what SDXL's configuration says of it besides what it says of Euler."""
+"""Class, and its settings in addition to those of SDXL's configuration for Euler."""
 
 
 @contextlib.contextmanager
@@ -376,7 +377,7 @@ CASES = (
 def _grid() -> Iterator[Case]:
     sizes = SIZES | NEGATIVE_SIZES
     same_crop = sizes | {"negative_crop": SIZES["crop"]}
-    """What diffusers tells a base when it starts from an image."""
+    """The crops that diffusers conditions a base on when it starts from an image."""
     scores = {"aesthetic_score": 9.0, "negative_aesthetic_score": 1.0}
     for batch, size in ((1, (64, 64)), (3, (72, 40))):
         for stage, more in (("handoff", {}), ("refine", {"refine_strength": 0.3})):
@@ -416,7 +417,7 @@ def test_image_matches_diffusers(case: Case, sources: Sources, note: Note) -> No
     if case.stage in PAINTING:
         mask, original = mask_of(case.size), photograph(case.size)
         assert (made.images[:, ~mask] == original[~mask]).all(), "outside of the mask the image stays"
-        made, expected = (Drawn(each.images[:, None, mask], each.latents) for each in (made, expected))
+        made, expected = (Sampled(each.images[:, None, mask], each.latents) for each in (made, expected))
     check_agreement(str(case), made, expected, note)
 
 
@@ -473,12 +474,12 @@ def test_everything_that_is_varied_changes_the_image(stage: str, sources: Source
         made["image"] = theirs(sources, plain, image=photograph(size, 1))
     if stage in PAINTING:
         made["mask"] = theirs(sources, plain, mask=mask_of(size, 1))
-    alike = {
+    identical = {
         (one, other): difference
         for one, other in itertools.combinations(made, 2)
         if (difference := apart(made[one].latents, made[other].latents)) < 100 * TOLERANCE
     }
-    assert not alike
+    assert not identical
 
 
 @pytest.mark.slow

@@ -1,1 +1,1 @@
-"""Files that hold weights, one module a layout: which bytes are which tensor."""
+"""File formats of weights, one module per layout: which bytes are which tensor."""

@@ -1,5 +1,5 @@
-"""Directories of diffusers, both ways: model_index.json, and each part's configuration. Weights are not read or written
-here.
+"""Directories of diffusers, read and written: model_index.json, and each part's configuration. The weights themselves
+are not read or written here.
 
     a directory  ── read_model_config ──▶  ModelConfig  ── write_folder ──▶  a directory
 """
@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
-from sdxl_jax.conditioning.text import ContextState, Tower
+from sdxl_jax.conditioning.text import ContextState, Tower, clip_vocabulary
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.clip import ClipTextConfig
@@ -42,7 +41,7 @@ _PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": True,
     "StableDiffusionXLInpaintPipeline": True,
 }
-"""Whether a class in model_index.json is of SDXL's family."""
+"""Pipeline classes that are implemented, and whether each is of SDXL's family."""
 _TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
@@ -51,19 +50,19 @@ def _read_index(directory: Path) -> dict[str, Any]:
     name = str(index.get("_class_name"))
     if name not in _PIPELINES:
         raise InputError(
-            f"{directory / 'model_index.json'} has _class_name={name}, which is not implemented. Implemented are, "
-            f"nearest first: {', '.join(nearest_first(name, _PIPELINES))}"
+            f"{directory / 'model_index.json'} has _class_name={name}, which is not implemented. Use a model of one of "
+            f"these classes (nearest first): {', '.join(nearest_first(name, _PIPELINES))}"
         )
     return index
 
 
 def _components(index: Fields) -> list[str]:
-    """Names of the parts that a model_index.json lists and that are not null."""
+    """Names of the components that a model_index.json lists and that are not null."""
     return [name for name, value in index.items() if isinstance(value, list) and None not in value]
 
 
 def unused_components(directory: Path) -> tuple[str, ...]:
-    """Parts of a diffusers directory that no model here has a use for, such as safety_checker and image_encoder."""
+    """Components of a diffusers directory that are not implemented here, such as safety_checker and image_encoder."""
     index = _read_index(directory)
     towers = ("text_encoder", "text_encoder_2") if _PIPELINES[index["_class_name"]] else ("text_encoder",)
     used = {"unet", "vae", "scheduler", *towers, *(_TOKENIZER[tower] for tower in towers)}
@@ -77,12 +76,14 @@ def _read_component(directory: Path, name: str, kind: str) -> tuple[dict[str, An
     if component_kind(fields) != kind:
         given = fields.get("_class_name") or fields.get("architectures") or fields.get("model_type")
         classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL or AutoencoderTiny"}.get(kind, "CLIPTextModel")
-        raise InputError(f"{path} describes {json.dumps(given)}, expected {classes}. Other classes are not implemented")
+        raise InputError(
+            f"{path} describes {json.dumps(given)}; implemented is {classes}. Use a model with such a component"
+        )
     return fields, str(path)
 
 
 def _scheduler(directory: Path, is_xl: bool) -> tuple[Fields, str]:
-    """The scheduler's fields, as the pipeline takes them, and the path of their file."""
+    """The scheduler's fields, with what the pipeline's class overrides, and the path of their file."""
     path = directory / "scheduler" / "scheduler_config.json"
     fields = json_files.read(path)
     # diffusers' pipelines of SD 1.x and 2.x set these two, whatever the file says.
@@ -90,14 +91,14 @@ def _scheduler(directory: Path, is_xl: bool) -> tuple[Fields, str]:
 
 
 def unfollowed(directory: Path) -> tuple[str, ...]:
-    """Notes on what a diffusers directory says of its sampling that is not followed."""
+    """Notes on sampling settings of a diffusers directory that are not followed."""
     fields, where = _scheduler(directory, _PIPELINES[_read_index(directory)["_class_name"]])
     zero_terminal_snr = schedule_config(fields, where)[0].zero_terminal_snr
     return diffusers_sampling.read(fields, where, zero_terminal_snr, is_distilled(fields))[1]
 
 
 def read_model_config(directory: Path) -> ModelConfig:
-    """The configuration of a diffusers directory: of SDXL, its refiner, SD 1.x or 2.x, inpainting variants included."""
+    """The configuration of a diffusers directory: SDXL, its refiner, SD 1.x or 2.x, inpainting variants included."""
     index = _read_index(directory)
     is_xl = _PIPELINES[index["_class_name"]]
     towers = []
@@ -109,7 +110,7 @@ def read_model_config(directory: Path) -> ModelConfig:
 
     fields, where = _read_component(directory, "unet", "unet")
     unet = unet_config(fields, where)
-    # Without a size, diffusers' own: 128 latent positions for SDXL, 64 before.
+    # Without a size, diffusers' default: 128 latent positions for SDXL, 64 for earlier models.
     dim, (height, width) = unet_surroundings(fields, where, 128 if is_xl else 64)
     vae = vae_config(*_read_component(directory, "vae", "vae"))
     micro = None
@@ -141,10 +142,10 @@ def read_model_config(directory: Path) -> ModelConfig:
 
 
 def as_diffusers_has_it(config: ModelConfig) -> ModelConfig:
-    """The same model, told as diffusers' pipelines tell it.
+    """The same model as diffusers' pipelines express it.
 
-    `StableDiffusionPipeline` reads a tower's last states alone. A tower that is read at its normed penultimate states
-    (SD 2.x) is there one that lacks the last layer, and the projection after it.
+    `StableDiffusionPipeline` reads only a tower's last states. A tower that is read at its normed penultimate states
+    (SD 2.x) lacks the last layer there, and the projection after it.
     """
 
     def shortened(tower: Tower) -> Tower:
@@ -159,35 +160,42 @@ def as_diffusers_has_it(config: ModelConfig) -> ModelConfig:
 def _pipeline(config: ModelConfig) -> str:
     """The class that can run this model. Raises InputError if diffusers has none."""
 
-    def refused(what: str, expected: str) -> InputError:
-        return InputError(f"{what}, which diffusers' pipelines cannot express. They need {expected}")
+    def refused(given: str, expected: str) -> InputError:
+        return InputError(
+            f"{given}, which diffusers' pipelines cannot express. They need {expected}. Change the model, or choose "
+            "--to orbax"
+        )
 
     is_xl = config.micro is not None
     names = tuple(tower.name for tower in config.text)
     known = [("text_encoder", "text_encoder_2"), ("text_encoder_2",)] if is_xl else [("text_encoder",)]
     if names not in known:
-        raise refused(f"model.text has the names {names}", " or ".join(map(str, known)))
+        expected = " or ".join(" and ".join(each) for each in known)
+        raise refused(f"model.text has towers named {', '.join(names)}", f"towers named {expected}")
     state = ContextState.PENULTIMATE if is_xl else ContextState.LAST
     for tower in config.text:
         if tower.context is not state:
-            raise refused(f"model.text: {tower.name} has context={tower.context.value}", state.value)
+            raise refused(f"model.text: {tower.name} has context={tower.context.value}", f"context={state.value}")
         # The pooled vector is taken from the first tower that has a projection.
         if tower.clip.projection_dim is not None and not (is_xl and tower is config.text[-1]):
-            raise refused(f"model.text: {tower.name} has projection_dim={tower.clip.projection_dim}", "None")
-        if tower.clip.vocabulary != len(text.clip_vocabulary()[0]) + len(tower.added_tokens):
+            given = f"model.text: {tower.name} has projection_dim={tower.clip.projection_dim}"
+            raise refused(given, "projection_dim=None")
+        if tower.clip.vocabulary != len(clip_vocabulary()[0]) + len(tower.added_tokens):
             raise refused(
                 f"model.text: {tower.name} has vocabulary={tower.clip.vocabulary} and {len(tower.added_tokens)} added "
                 "tokens",
-                f"a vocabulary of {len(text.clip_vocabulary()[0])} and the added tokens",
+                f"a vocabulary of {len(clip_vocabulary()[0])} and the added tokens",
             )
     if not is_xl and config.unconditional is UnconditionalKind.ZEROS:
         raise refused("model.unconditional=zeros in a model with model.micro=None", "unconditional=empty")
     if any(side % config.vae.downsampling for side in config.default_size):
-        raise refused(f"model.default_size={config.default_size}", f"multiples of {config.vae.downsampling}")
+        height, width = config.default_size
+        raise refused(f"model.default_size={height} {width}", f"multiples of {config.vae.downsampling}")
     latent = config.vae.latent_channels
     tasks = {latent: "", 2 * latent + 1: "Inpaint"}
     if config.unet.in_channels not in tasks:
-        raise refused(f"model.unet.in_channels={config.unet.in_channels}", " or ".join(map(str, tasks)))
+        expected = f"in_channels={' or '.join(map(str, tasks))}"
+        raise refused(f"model.unet.in_channels={config.unet.in_channels}", expected)
     task = tasks[config.unet.in_channels]
     if config.is_refiner:
         task = task or "Img2Img"  # the base's class has no aesthetic score
@@ -195,7 +203,7 @@ def _pipeline(config: ModelConfig) -> str:
 
 
 def write_folder(config: ModelConfig, directory: Path) -> None:
-    """model_index.json, the scheduler, the tokenizers and the config.json of every part: all but the weights.
+    """Writes model_index.json, the scheduler, the tokenizers and the config.json of every part: all but the weights.
 
     The weights that belong in it are those of `as_diffusers_has_it(config)`.
     """
@@ -238,7 +246,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
 def write_component(
     config: UNetConfig | AnyVaeConfig | ClipTextConfig, directory: Path, micro: MicroConfig | None = MicroConfig()
 ) -> None:
-    """directory/config.json of one part alone. micro: as for `unet_fields`."""
+    """Writes directory/config.json of one part alone. micro: as for `unet_fields`."""
     match config:
         case UNetConfig():
             fields = unet_fields(config, micro)

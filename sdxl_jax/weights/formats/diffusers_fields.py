@@ -1,13 +1,13 @@
-"""Fields of a part's config.json as diffusers and transformers have them, both ways.
+"""Fields of a part's config.json as diffusers and transformers have them, read and written.
 
     unet_config, vae_config, clip_config, schedule_config      fields to our dataclasses
     unet_fields, vae_fields, clip_fields, scheduler_fields     and back
 
-What a field means, and what holds where a file leaves it out, follows the constructors of diffusers'
+The meaning of a field, and its default where a file leaves it out, follow the constructors of diffusers'
 `UNet2DConditionModel`, `AutoencoderKL`, `AutoencoderTiny` and schedulers, and of transformers' `CLIPTextConfig`. A
-field that asks for something that is not implemented is refused by its name: a model built without it would run and be
-wrong. Fields that only steer numerics or tiling are skipped, as is every name that begins with "_"; those about how a
-model is sampled are read by `diffusers_sampling`.
+field with a value that is not implemented is refused by its name: a model built without it would run and be wrong.
+Fields that only affect numerics or tiling are skipped, as is every name that begins with "_"; those about how a model
+is sampled are read by `diffusers_sampling`.
 """
 
 import json
@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig
+from sdxl_jax.conditioning.text import END_OF_TEXT
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError, nearest_first
@@ -28,19 +28,19 @@ from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.formats import diffusers_sampling
 from sdxl_jax.weights.formats.json_files import Fields
 
-# What the fields of a part may say
+# Known fields of each part, and their values
 
 
 @dataclass(frozen=True)
 class _Known:
-    """The fields of one kind of part, by what becomes of them."""
+    """The fields of one kind of part, by how they are treated."""
 
     read: Fields
-    """Fields that our configuration has a place for, with their values where a file leaves them out."""
+    """Fields that our configuration has a place for, with their defaults."""
     only: Mapping[str, tuple[Any, ...]]
-    """Fields that must have one of these values. The first holds where a file leaves the field out."""
+    """Fields that must have one of these values. The first is the default."""
     skipped: str
-    """Names of fields that change nothing here."""
+    """Names of fields that have no effect here."""
 
 
 def _each(names: str, *accepted: Any) -> dict[str, tuple[Any, ...]]:
@@ -83,7 +83,7 @@ _UNET = _Known(
         **_each("reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn", None),
         **_each("time_embedding_dim timestep_post_act", None),
     },
-    # The second line is what diffusers' moving average leaves after in the networks that it saves.
+    # The second line: fields that diffusers' moving average leaves in the networks that it saves.
     skipped="upcast_attention addition_embed_type_num_heads torch_dtype "
     "decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup",
 )
@@ -159,13 +159,13 @@ _SCHEDULER = _Known(
 
 def _refused(where: str, name: str, value: Any, accepted: str) -> InputError:
     return InputError(
-        f"{where} has {name}={json.dumps(value)}, which is not implemented here; implemented is {accepted}. Use a "
-        "model that was trained so, or correct the file if it is wrong"
+        f"{where} has {name}={json.dumps(value)}, which is not implemented; implemented is {accepted}. Use a model "
+        "trained with that, or correct the file if it is wrong"
     )
 
 
 def _checked(known: _Known, fields: Fields, where: str) -> dict[str, Any]:
-    """Every field of `known.read` and `known.only`, given or not. Raises InputError for what is not implemented."""
+    """The values of all fields of `known.read` and `known.only`. Raises InputError for what is not implemented."""
     names = {*known.read, *known.only, *known.skipped.split()}
     for name, value in fields.items():
         if name.startswith("_"):
@@ -183,25 +183,27 @@ def _checked(known: _Known, fields: Fields, where: str) -> dict[str, Any]:
 
 
 def _numbers(fields: Fields, name: str, where: str, levels: int | None = None) -> tuple[int, ...]:
-    """A field with one whole number a level; a single number stands for all levels, where their count is given."""
+    """A field with one integer per level; a single number counts for all levels, if their number is given."""
     value = fields[name]
     listed = [value] * levels if levels and not isinstance(value, list) else value
     if not (isinstance(listed, list) and listed and all(type(entry) is int and entry > 0 for entry in listed)):
         raise _refused(where, name, value, "a whole number above 0" + ("" if levels == 1 else ", or a list of them"))
     if levels is not None and len(listed) != levels:
-        raise InputError(f"{where} has {name}={value}, where {levels} numbers are expected. Give as many")
+        raise InputError(
+            f"{where} has {name}={json.dumps(value)}, expected {levels} numbers, one per level. Correct the file"
+        )
     return tuple(listed)
 
 
 def _number(fields: Fields, name: str, where: str, levels: int = 1) -> int:
-    """A field with one whole number, the same for all levels if it is a list."""
+    """A field with one integer, the same for all levels if it is a list."""
     value, *rest = _numbers(fields, name, where, levels)
     if any(other != value for other in rest):
         raise _refused(where, name, fields[name], "one number for all levels")
     return value
 
 
-# Each part: from the fields
+# Reading: from the fields
 
 
 _CLASSES = {"UNet2DConditionModel": "unet", "AutoencoderKL": "vae", "AutoencoderTiny": "vae"}
@@ -226,14 +228,14 @@ def unet_config(fields: Fields, where: str) -> UNetConfig:
     down, up = given["down_block_types"], given["up_block_types"]
     blocks = ("DownBlock2D", "CrossAttnDownBlock2D")
     if not isinstance(down, list) or len(down) != levels or any(kind not in blocks for kind in down):
-        raise _refused(where, "down_block_types", down, "DownBlock2D or CrossAttnDownBlock2D, one a level")
+        raise _refused(where, "down_block_types", down, "DownBlock2D or CrossAttnDownBlock2D, one per level")
     mirrored = [kind.replace("Down", "Up") for kind in reversed(down)]
     if up != mirrored:
-        raise _refused(where, "up_block_types", up, f"the mirror of down_block_types, here {mirrored}")
+        raise _refused(where, "up_block_types", up, f"the mirror of down_block_types, here {', '.join(mirrored)}")
     depths = _numbers(given, "transformer_layers_per_block", where, levels)
     # diffusers' own misnomer: attention_head_dim is the number of heads, not their width.
     heads = "attention_head_dim" if given["num_attention_heads"] is None else "num_attention_heads"
-    told = given["addition_embed_type"] is not None
+    has_vector = given["addition_embed_type"] is not None
     return UNetConfig(
         block_channels=channels,
         resnets_per_block=_number(given, "layers_per_block", where, levels),
@@ -241,7 +243,7 @@ def unet_config(fields: Fields, where: str) -> UNetConfig:
         middle_depth=depths[-1],
         heads=_numbers(given, heads, where, levels),
         context_dim=_number(given, "cross_attention_dim", where, levels),
-        vector_dim=_number(given, "projection_class_embeddings_input_dim", where) if told else None,
+        vector_dim=_number(given, "projection_class_embeddings_input_dim", where) if has_vector else None,
         conv_projection=not given["use_linear_projection"],
         in_channels=_number(given, "in_channels", where),
         out_channels=_number(given, "out_channels", where),
@@ -250,7 +252,8 @@ def unet_config(fields: Fields, where: str) -> UNetConfig:
 
 
 def unet_surroundings(fields: Fields, where: str, default: int) -> tuple[int, tuple[int, int]]:
-    """What a UNet's file says beyond its weights: width of one number's embedding, latent (height, width) of images.
+    """(width of one number's embedding, latent (height, width) of images) of a UNet's file, which are not properties of
+    its weights.
 
     default: height and width where the file leaves them out.
     """
@@ -270,7 +273,7 @@ def vae_config(fields: Fields, where: str) -> AnyVaeConfig:
     channels = _numbers(given, "block_out_channels", where)
     for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if given[name] != [kind] * len(channels):
-            raise _refused(where, name, given[name], f"{kind}, once a level")
+            raise _refused(where, name, given[name], f"{kind}, once per level")
     scale = given["scaling_factor"]
     if type(scale) not in (int, float) or not scale > 0:
         raise _refused(where, "scaling_factor", scale, "a number above 0")
@@ -296,9 +299,9 @@ def _tiny_vae_config(fields: Fields, where: str) -> TinyVaeConfig:
 
 
 def clip_config(fields: Fields, where: str) -> ClipTextConfig:
-    """text_encoder/config.json, or a whole CLIP's, of which the text half counts. where: its path, for messages.
+    """text_encoder/config.json, or a whole CLIP's, of which the text tower is read. where: its path, for messages.
 
-    Every file has a projection_dim, but a projection only goes with the architectures that are named for it.
+    Every file has a projection_dim, but only the architectures that are named for it have a projection.
     """
     architectures = fields.get("architectures") or []
     nested = fields.get("text_config")
@@ -314,17 +317,17 @@ def clip_config(fields: Fields, where: str) -> ClipTextConfig:
         activation=Activation(given["hidden_act"]),
         projection_dim=_number({"projection_dim": 512, **fields}, "projection_dim", where) if projected else None,
         vocabulary=_number(given, "vocab_size", where),
-        # 2 is a mistake in the official files: their models pool at end-of-text, then the largest number.
-        end_token=text.END_OF_TEXT if end == 2 else end,
+        # 2 is an error in the official files: their models pool at end-of-text, at the time the largest id.
+        end_token=END_OF_TEXT if end == 2 else end,
     )
 
 
 def schedule_config(fields: Fields, where: str) -> tuple[ScheduleConfig, Prediction]:
-    """scheduler/scheduler_config.json: what the weights were trained with."""
+    """scheduler/scheduler_config.json: the schedule and prediction that the weights were trained with."""
     kind = str(fields.get("_class_name"))
     if kind.startswith(("EDM", "FlowMatch")):
         raise _refused(where, "_class_name", kind, "any scheduler with betas, such as EulerDiscreteScheduler")
-    # The classes whose own defaults are other than 0.0001, 0.02, linear.
+    # The classes whose defaults are not 0.0001, 0.02, linear.
     if kind.startswith(("Heun", "KDPM2", "DPMSolverSDE", "LCM", "TCD")):
         fields = {"beta_start": 0.00085, "beta_end": 0.012, **fields}
     if kind.startswith(("LCM", "TCD")):
@@ -344,14 +347,14 @@ def schedule_config(fields: Fields, where: str) -> tuple[ScheduleConfig, Predict
     return schedule, Prediction(given["prediction_type"])
 
 
-# Each part: back to the fields
+# Writing: to the fields
 
 VERSION = {"_diffusers_version": "0.19.0"}
-"""The version whose files these are like; diffusers treats those of older ones differently."""
+"""The version whose file format is written; diffusers treats files of older ones differently."""
 
 
 def _written(known: _Known) -> dict[str, Any]:
-    """The fields in which every network of ours is alike."""
+    """The fields that have one value for every network here."""
     return {
         name: accepted[0] for name, accepted in known.only.items() if len(accepted) == 1 and accepted[0] is not None
     }
@@ -360,20 +363,21 @@ def _written(known: _Known) -> dict[str, Any]:
 def unet_fields(
     config: UNetConfig, micro: MicroConfig | None = MicroConfig(), sample_size: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """unet/config.json. micro: what makes up the vector, if there is one. sample_size: of the latent, height, width."""
+    """unet/config.json. micro: composition of the conditioning vector, if there is one. sample_size: (height, width) of
+    the latent."""
     if config.transformer_depth[-1] not in (0, config.middle_depth):
         raise InputError(
             f"model.unet.transformer_depth ends with {config.transformer_depth[-1]} and model.unet.middle_depth is "
-            f"{config.middle_depth}, which diffusers cannot tell apart. Only a model where they are equal, or where "
-            "the last level has 0, can be written for diffusers"
+            f"{config.middle_depth}, but diffusers has one number for both. Make them equal, or the last level's 0, or "
+            "choose --to orbax"
         )
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depth]
-    told = {
+    vector_fields = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": None if micro is None else micro.embedding_dim,
         "projection_class_embeddings_input_dim": config.vector_dim,
     }
-    # One number for a square, as in the official files. (With two, diffusers' SDXL pipelines must be told a size.)
+    # One number for a square, as in the official files. (With two, diffusers' SDXL pipelines need an explicit size.)
     size = sample_size and (sample_size[0] if sample_size[0] == sample_size[1] else list(sample_size))
     return {
         "_class_name": "UNet2DConditionModel",
@@ -388,11 +392,11 @@ def unet_fields(
         "layers_per_block": config.resnets_per_block,
         "norm_num_groups": config.groups,
         "cross_attention_dim": config.context_dim,
-        # A level without attention has 1, which nothing reads; the last number is also the middle's.
+        # A level without attention has 1, which is not read; the last number is also the middle's.
         "transformer_layers_per_block": [*(depth or 1 for depth in config.transformer_depth[:-1]), config.middle_depth],
         "attention_head_dim": list(config.heads),
         "use_linear_projection": not config.conv_projection,
-        **({} if config.vector_dim is None else told),
+        **({} if config.vector_dim is None else vector_fields),
     }
 
 
@@ -442,13 +446,14 @@ def clip_fields(config: ClipTextConfig) -> dict[str, Any]:
         "layer_norm_eps": 1e-5,
         "attention_dropout": 0.0,
         "pad_token_id": 1,
-        "bos_token_id": text.END_OF_TEXT - 1,
+        "bos_token_id": END_OF_TEXT - 1,
         "eos_token_id": config.end_token,
     }
 
 
 def is_distilled(fields: Fields) -> bool:
-    """Whether scheduler/scheduler_config.json is that of a consistency model, whose guidance is in its weights."""
+    """Whether scheduler/scheduler_config.json is that of a consistency model, with guidance distilled into its
+    weights."""
     return str(fields.get("_class_name")).startswith(("LCM", "TCD"))
 
 
@@ -458,13 +463,12 @@ def scheduler_fields(
     distilled: bool = False,
     sampling: SamplingDefaults | None = None,
 ) -> dict[str, Any]:
-    """scheduler/scheduler_config.json: what the weights were trained with, and how they are sampled. Of a model of
-    which nothing is said: the sampler of the official SDXL files, LCM for a distilled model, DDIM for zero terminal
-    SNR.
+    """scheduler/scheduler_config.json: the schedule that the weights were trained with, and how they are sampled.
+    sampling None: the sampler of the official SDXL files, LCM for a distilled model, DDIM for zero terminal SNR.
 
-    Euler's sigma is infinite where nothing of the image is left, and diffusers puts 4096 in its place. DDIM works with
-    α and σ, which are 0 and 1 there. Its spacing is "trailing", so that the first step is that timestep: Lin et al.,
-    arXiv:2305.08891, section 3.3.
+    Euler's sigma is infinite at zero terminal SNR, and diffusers replaces it by 4096. DDIM works with α and σ, which
+    are 0 and 1 there. Its spacing is "trailing", so that the first step is that timestep: Lin et al., arXiv:2305.08891,
+    section 3.3.
     """
     fields = {
         **diffusers_sampling.written(sampling, schedule.zero_terminal_snr, distilled),

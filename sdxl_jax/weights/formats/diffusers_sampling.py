@@ -1,13 +1,12 @@
-"""How scheduler/scheduler_config.json has the model sampled, both ways.
+"""Sampling settings of scheduler/scheduler_config.json, read and written.
 
     read      fields to `SamplingDefaults`, and a note for each field that changes the result and is not followed
     written   and back
 
-A field counts if the file's own class reads it; what holds where the file leaves it out is that class's default in
-diffusers. Fields of other classes lie about in many files, and diffusers does not look at them; three of them count
-all the same, because diffusers does look at them where another scheduler is made from the file: `set_alpha_to_one`,
-`use_karras_sigmas` and `final_sigmas_type`. What the weights were trained with (betas, prediction) is read by
-`diffusers_fields.schedule_config`.
+A field counts if the file's scheduler class reads it; its default is that class's in diffusers. Many files have fields
+of other classes too, which diffusers ignores. Three of them count nevertheless, because diffusers reads them when it
+makes another scheduler from the file: `set_alpha_to_one`, `use_karras_sigmas` and `final_sigmas_type`. The schedule
+that the weights were trained with (betas, prediction) is read by `diffusers_fields.schedule_config`.
 """
 
 import json
@@ -21,12 +20,12 @@ from sdxl_jax.weights.formats.json_files import Fields
 
 
 class _Class(NamedTuple):
-    """One of diffusers' schedulers."""
+    """One of diffusers' scheduler classes."""
 
     sampler: str
-    """The one that is the same here."""
+    """The equivalent sampler here."""
     reads: Mapping[str, Any]
-    """What it has fields for, with its defaults."""
+    """Its fields, with their defaults."""
 
 
 _X0 = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
@@ -87,13 +86,13 @@ _CLASSES = {
         },
     ),
 }
-"""Those that are implemented."""
+"""Scheduler classes that are implemented."""
 _SDE = {"sde-dpmsolver++": "dpmpp_2m_sde", "sde-dpmsolver": "dpmpp_2m_sde"}
-"""Sampler of an `algorithm_type`; any other is that of the class."""
+"""Sampler of an `algorithm_type`; for any other it is the class's."""
 
 _FOLLOWED = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type")
 _FOLLOWED += ("use_karras_sigmas", "use_exponential_sigmas")
-_ALIKE: dict[str, tuple[tuple[Any, ...], str]] = {
+_EQUIVALENT: dict[str, tuple[tuple[Any, ...], str]] = {
     "algorithm_type": (("dpmsolver++", "sde-dpmsolver++"), "the ++ algorithm is used"),
     "clip_sample": ((False,), "the predicted image is not clipped"),
     "disable_corrector": (([],), "every step is corrected"),
@@ -114,83 +113,83 @@ _ALIKE: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_beta_sigmas": ((False, None), "noise levels are those of the timesteps"),
     "use_dynamic_shifting": ((False, None), "nothing is shifted"),
     "use_lu_lambdas": ((False, None), "noise levels are those of the timesteps"),
-    # Another variance is another amount of noise; the logarithm of the same one is the same.
+    # Another variance changes the amount of noise; the logarithm of the same variance does not.
     "variance_type": (("fixed_small", "fixed_small_log", None), "the variance is fixed_small"),
 }
-"""Fields that are not followed: the values with which diffusers does as we do, and what is done here with any other."""
+"""Fields that are not followed: the values for which diffusers samples as here, and what is done for other values."""
 _SOLVER_TYPES = {"dpmpp_2m": ("heun", "midpoint is used"), "unipc": ("bh1", "bh2 is used")}
-"""The one solver_type of a class that is another than ours: diffusers reads the rest as its default."""
+"""Of each sampler the one solver_type that is not equivalent: diffusers treats the others as its default."""
 _LAST_STEP = {
     "euler_at_final": "the last step is of second order",
     "lower_order_final": "of fewer than 15 steps, the last is of second order too",
 }
-"""Fields of DPM-Solver about a last step that does not lead to zero."""
+"""Fields of DPM-Solver for a last step that does not end at noise level zero."""
 _UNREAD = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "time_shift_type", "flow_shift")
-"""Fields that matter only with another one, about which there is a note."""
+"""Fields that matter only together with another one, for which there is a note."""
 _TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 _TRAINED += ("rescale_betas_zero_snr", "timestep_type", "use_flow_sigmas")
 _OTHERS = ("skip_prk_steps", "sigma_data", "rho", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
 _OTHERS += ("shift", "noise_sampler_seed", "s_noise")
-_KNOWN = {*_FOLLOWED, *_ALIKE, *_UNREAD, *_TRAINED, *_OTHERS}
+_KNOWN = {*_FOLLOWED, *_EQUIVALENT, *_UNREAD, *_TRAINED, *_OTHERS}
 
 
 def read(
     fields: Fields, where: str, zero_terminal_snr: bool, distilled: bool
 ) -> tuple[SamplingDefaults | None, tuple[str, ...]]:
-    """(what a scheduler's file says, notes on what is not followed). where: its path, for messages.
+    """(sampling defaults of a scheduler's file, notes on fields that are not followed). where: its path, for messages.
 
-    None: just what holds for a model of which nothing is said. Raises InputError for a value that no scheduler has.
+    None: the defaults of a model without such a file. Raises InputError for a value that no scheduler has.
     """
     name, notes = fields.get("_class_name"), []
     kind = _CLASSES.get(name) if isinstance(name, str) else None
-    said: dict[str, Any] = {**(kind.reads if kind else {}), **fields}
+    complete: dict[str, Any] = {**(kind.reads if kind else {}), **fields}
     own = SamplingDefaults()
     sampler = None
     if kind is not None:
-        sampler = (
-            _SDE.get(str(said.get("algorithm_type")), kind.sampler) if kind.sampler == "dpmpp_2m" else kind.sampler
-        )
-    spacing = _spacing(said, where)
+        sampler = kind.sampler
+        if sampler == "dpmpp_2m":
+            sampler = _SDE.get(str(complete.get("algorithm_type")), sampler)
+    spacing = _spacing(complete, where)
     if zero_terminal_snr and "timestep_spacing" not in fields:
-        spacing = None  # its last timestep is what it was trained for
-    usual = own.sampler_of(zero_terminal_snr, distilled), own.spacing_of(zero_terminal_snr)
+        spacing = None  # the last timestep must be visited: the model was trained for it
+    default_sampler, default_spacing = own.sampler_of(zero_terminal_snr, distilled), own.spacing_of(zero_terminal_snr)
     found = SamplingDefaults(
-        sampler=None if sampler == usual[0] else sampler,
-        spacing=None if spacing is usual[1] else spacing,
-        steps_offset=_offset(said, where),
-        sigmas=_sigmas(said),
+        sampler=None if sampler == default_sampler else sampler,
+        spacing=None if spacing is default_spacing else spacing,
+        steps_offset=_offset(complete, where),
+        sigmas=_sigmas(complete),
         # Other classes do not have it, and a DDIM that is made from their file then has its own default.
-        set_alpha_to_one=_flag(said, "set_alpha_to_one", where, name not in (None, "PNDMScheduler")),
-        final_sigma=_final_sigma(said, where),
+        set_alpha_to_one=_flag(complete, "set_alpha_to_one", where, name not in (None, "PNDMScheduler")),
+        final_sigma=_final_sigma(complete, where),
     )
     if name is not None and kind is None:
-        notes.append(f"{where} has _class_name={json.dumps(name)}, which is not implemented: {usual[0]} is used")
+        notes.append(f"{where} has _class_name={json.dumps(name)}, which is not implemented: {default_sampler} is used")
     if found.spacing is Spacing.LEADING:
         notes.append(
             f"{where} has timestep_spacing=leading, which is followed: the last timestep, where the schedule has zero "
             "SNR, is not visited. --timestep-spacing trailing visits it"
         )
-    notes += _unfollowed(said, fields, where, kind, found)
+    notes += _unfollowed(complete, fields, where, kind, found)
     return (None if found == own else found), tuple(notes)
 
 
 def _unfollowed(
-    said: Mapping[str, Any], fields: Fields, where: str, kind: _Class | None, found: SamplingDefaults
+    complete: Mapping[str, Any], fields: Fields, where: str, kind: _Class | None, found: SamplingDefaults
 ) -> Iterator[str]:
-    """A note for each field that would change the result, and does not."""
+    """A note for each field that would change the result and is not followed. complete: the fields with defaults."""
     for name in kind.reads if kind else ():
-        value = said[name]
-        if name not in _ALIKE:
+        value = complete[name]
+        if name not in _EQUIVALENT:
             continue
-        alike, instead = _ALIKE[name]
+        equivalent, instead = _EQUIVALENT[name]
         if name == "solver_type" and kind is not None:
             other, instead = _SOLVER_TYPES[kind.sampler]
-            alike = tuple(each for each in alike if each != other)
+            equivalent = tuple(each for each in equivalent if each != other)
         if name in _LAST_STEP and kind is not None and kind.sampler == "dpmpp_2m":
             if found.final_sigma is FinalSigma.ZERO:
-                continue  # diffusers' last step is of first order then, and ours
-            alike, instead = (False,), _LAST_STEP[name]
-        if value not in alike:
+                continue  # the last step is of first order then, in diffusers and here
+            equivalent, instead = (False,), _LAST_STEP[name]
+        if value not in equivalent:
             left_out = "" if name in fields else ", by leaving it out"
             yield f"{where} has {name}={json.dumps(value)}{left_out}, which is not followed: {instead}"
     for name, value in fields.items():
@@ -202,45 +201,45 @@ def _wrong(where: str, name: str, value: Any, expected: str) -> InputError:
     return InputError(f"{where} has {name}={json.dumps(value)}, expected {expected}. Correct the file")
 
 
-def _spacing(said: Mapping[str, Any], where: str) -> Spacing | None:
-    value = said.get("timestep_spacing")
+def _spacing(fields: Fields, where: str) -> Spacing | None:
+    value = fields.get("timestep_spacing")
     known = [each.value for each in Spacing]
     if value is not None and value not in known:
         raise _wrong(where, "timestep_spacing", value, " or ".join(known))
     return None if value is None else Spacing(value)
 
 
-def _offset(said: Mapping[str, Any], where: str) -> int:
-    value = said.get("steps_offset", SamplingDefaults().steps_offset)
+def _offset(fields: Fields, where: str) -> int:
+    value = fields.get("steps_offset", SamplingDefaults().steps_offset)
     if type(value) is not int or value < 0:
-        raise _wrong(where, "steps_offset", value, "a whole number from 0 on")
+        raise _wrong(where, "steps_offset", value, "a whole number, 0 or more")
     return value
 
 
-def _flag(said: Mapping[str, Any], name: str, where: str, default: bool) -> bool:
-    value = said.get(name, default)
+def _flag(fields: Fields, name: str, where: str, default: bool) -> bool:
+    value = fields.get(name, default)
     if type(value) is not bool:
         raise _wrong(where, name, value, "true or false")
     return value
 
 
-def _final_sigma(said: Mapping[str, Any], where: str) -> FinalSigma:
-    value = said.get("final_sigmas_type", "zero")
+def _final_sigma(fields: Fields, where: str) -> FinalSigma:
+    value = fields.get("final_sigmas_type", "zero")
     known = [each.value for each in FinalSigma]
     if value not in known:
         raise _wrong(where, "final_sigmas_type", value, " or ".join(known))
     return FinalSigma(value)
 
 
-def _sigmas(said: Mapping[str, Any]) -> Sigmas:
-    chosen = (each for each in (Sigmas.KARRAS, Sigmas.EXPONENTIAL) if said.get(f"use_{each.value}_sigmas"))
+def _sigmas(fields: Fields) -> Sigmas:
+    chosen = (each for each in (Sigmas.KARRAS, Sigmas.EXPONENTIAL) if fields.get(f"use_{each.value}_sigmas"))
     return next(chosen, Sigmas.SCHEDULE)
 
 
 def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distilled: bool) -> dict[str, Any]:
     """The fields about sampling of a model's scheduler_config.json, `_class_name` among them."""
     sampling = sampling or SamplingDefaults()
-    # LCM's class is what tells that a model is distilled.
+    # LCM's class is what marks a model as distilled.
     sampler = "lcm" if distilled else sampling.sampler_of(zero_terminal_snr, distilled)
     name = "DPMSolverMultistepScheduler" if sampler == "dpmpp_2m_sde" else _name_of(sampler)
     reads = _CLASSES[name].reads

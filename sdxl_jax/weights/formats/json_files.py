@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_jax.errors import InputError
-from sdxl_jax.files import text
+from sdxl_jax.files.text import read_text
 
 Fields = Mapping[str, Any]
 """A parsed config.json."""
@@ -17,19 +17,19 @@ def read(path: Path, optional: bool = False) -> dict[str, Any]:
     if not path.is_file():
         if optional:
             return {}
-        raise InputError(f"{path} is missing. Download the model's directory whole, with its .json and .txt files")
-    written = text.read_text(path, remedy="Download it again")
+        raise InputError(f"{path} is missing. Download the model's whole directory, with its .json and .txt files")
+    content = read_text(path, remedy="Download it again")
     try:
-        fields = json.loads(written)
+        fields = json.loads(content)
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}). Download it again") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path} holds {json.dumps(fields)[:50]}, not an object {{…}}. Download it again")
+        raise InputError(f"{path} holds {json.dumps(fields)[:50]}, not a JSON object {{…}}. Download it again")
     return fields
 
 
 def write(path: Path, fields: Fields | str) -> None:
-    """An object as JSON, or a text as it is; makes the folders."""
+    """Writes an object as JSON, or a text as it is; makes the folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = fields if isinstance(fields, str) else json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-    path.write_text(written, encoding="utf-8")
+    content = fields if isinstance(fields, str) else json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(content, encoding="utf-8")

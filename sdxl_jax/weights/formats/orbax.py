@@ -2,7 +2,7 @@
 
 A converted model is one checkpoint of the parameter tree, {"unet": …, "vae": …, "text_encoder": …}: Orbax's own
 `load(path)` gives the nested dict. Its custom metadata says under "sdxl_jax" what the model is. Tensors of other
-layouts that have no place in the tree are beside it, under "carried".
+layouts that have no place in the tree are next to it, under "carried".
 """
 
 import functools
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from sdxl_jax.arrays import unflatten
 from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.weights.lazy import Carried, Index, Leaf
 
 _GROUP_BYTES = 2**29
-"""Parameters are read and written together up to this size: one by one, opening the checkpoint would take longest."""
+"""Parameters are read and written in groups up to this size: one by one, opening the checkpoint would dominate."""
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -28,21 +29,22 @@ def is_checkpoint(path: Path) -> bool:
 
 def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
     """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read."""
-    from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+    from orbax.checkpoint import v1 as ocp  # late: importing it takes seconds
 
     try:
         found = ocp.metadata(str(path.absolute()))
     except Exception as error:  # Orbax raises many types for a damaged directory
         raise _unreadable(path, error) from error
-    if found.metadata is None:  # which is all that Orbax says of some damages
+    if found.metadata is None:  # Orbax's only sign of some kinds of damage
         raise _unreadable(path, ValueError("its arrays cannot be listed"))
     custom = found.custom_metadata
     return found.metadata, custom if isinstance(custom, dict) else {}
 
 
 def load(path: Path, abstract: Any) -> Any:
-    """A checkpoint's tree, placed as `abstract` says; `ocp.PLACEHOLDER` in it: not read. Raises InputError."""
-    from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+    """Restores a checkpoint's tree with the shardings of `abstract`; leaves that are `ocp.PLACEHOLDER` are not read.
+    Raises InputError."""
+    from orbax.checkpoint import v1 as ocp  # late: importing it takes seconds
 
     try:
         return ocp.load(str(path.absolute()), abstract)
@@ -54,19 +56,22 @@ def _unreadable(path: Path, error: Exception) -> InputError | MachineError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if (kind := fault(error)) is MachineError:
         return kind(f"The checkpoint {path} cannot be read now ({reason}). Nothing was changed. Try again")
-    return kind(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files")
+    return kind(
+        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files from a "
+        "backup, or give another checkpoint"
+    )
 
 
 @dataclass(frozen=True)
 class _Abstract:
-    """What Orbax is asked for where a numpy array is wanted."""
+    """Shape and dtype that make Orbax restore a numpy array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 class _Reader:
-    """Reads a checkpoint's arrays in groups, as they stand in the tree, and keeps the last group."""
+    """Reads a checkpoint's arrays in groups, in the order of the tree, and keeps the last group."""
 
     def __init__(self, path: Path, tree: Mapping[str, Any]):
         self._path = path
@@ -81,26 +86,27 @@ class _Reader:
             self._group_of[name] = group
         self._group = functools.lru_cache(maxsize=1)(self._load)
 
-    def _load(self, group: int) -> dict[str, np.ndarray]:
-        from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+    def _load(self, group: int) -> dict[str, Shaped[np.ndarray, "..."]]:
+        from orbax.checkpoint import v1 as ocp  # late: importing it takes seconds
 
-        def wanted(tree: Any, prefix: str) -> Any:
+        def abstract(tree: Any, prefix: str) -> Any:
+            """The tree with placeholders for all arrays outside the group."""
             if isinstance(tree, Mapping):
-                return {key: wanted(value, f"{prefix}{key}/") for key, value in tree.items()}
+                return {key: abstract(value, f"{prefix}{key}/") for key, value in tree.items()}
             if isinstance(tree, list | tuple):
-                return [wanted(value, f"{prefix}{number}/") for number, value in enumerate(tree)]
+                return [abstract(value, f"{prefix}{number}/") for number, value in enumerate(tree)]
             name = prefix.removesuffix("/")
             return self._abstract[name] if self._group_of.get(name) == group else ocp.PLACEHOLDER
 
-        loaded = _arrays(load(self._path, wanted(self._tree, "")))
+        loaded = _arrays(load(self._path, abstract(self._tree, "")))
         return {name: value for name, value in loaded if self._group_of[name] == group}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         return self._group(self._group_of[name])[name]
 
 
 def _arrays(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """(keys joined by slashes, array) of everything in a tree that has a shape."""
+    """(keys joined by slashes, array) of every leaf of a tree that has a shape."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _arrays(value, f"{prefix}{key}/")
@@ -113,20 +119,20 @@ def _arrays(tree: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class FromCheckpoint:
-    """One array of a checkpoint, not read yet."""
+    """One array of a checkpoint, read on demand."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     name: str
     reader: _Reader
 
-    def read(self, index: Index | None = None) -> np.ndarray:
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
         value = self.reader.read(self.name)
         return value if index is None else value[index]
 
 
 def leaves(path: Path, tree: Any) -> dict[str, FromCheckpoint]:
-    """The arrays of a checkpoint, by the keys that lead to them, joined by slashes. tree: as from `metadata`."""
+    """The arrays of a checkpoint by path, keys joined by slashes. tree: as from `metadata`."""
     reader = _Reader(path, tree)
     return {name: FromCheckpoint(tuple(leaf.shape), np.dtype(leaf.dtype), name, reader) for name, leaf in _arrays(tree)}
 
@@ -134,11 +140,11 @@ def leaves(path: Path, tree: Any) -> dict[str, FromCheckpoint]:
 def write(
     path: Path, arrays: Mapping[str, Leaf | Carried], custom_metadata: dict[str, Any], wrote: Callable[[int], object]
 ) -> None:
-    """Writes a checkpoint, of which no more than a group is in memory at any time.
+    """Writes a checkpoint, with no more than one group of arrays in memory.
 
-    arrays: by path, keys joined by slashes. wrote: is told the bytes of every array.
+    arrays: by path, keys joined by slashes. wrote: called with the number of bytes of every array, for progress.
     """
-    from orbax.checkpoint import v1 as ocp  # late: it loads seconds of libraries
+    from orbax.checkpoint import v1 as ocp  # late: importing it takes seconds
 
     group: dict[str, np.ndarray] = {}
 

@@ -1,10 +1,10 @@
-"""A run's folder, as far as its weights are opened: which checkpoints there are, and what their metadata says.
+"""A run directory, as far as its weights are opened: which checkpoints there are, and what their metadata says.
 
     RUN/config.json            the configuration
     RUN/checkpoints/<step>/    parameters, moving average and optimiser
     RUN/frozen/                parameters that are not trained
 
-Written by `training.checkpoint`; nothing of training is needed to read it.
+Written by `training.checkpoint`; reading it needs no module of training.
 """
 
 import hashlib
@@ -18,51 +18,59 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.formats import orbax
 
 CONFIG, CONFIG_CHECKSUM = "config", "config_sha256"
-"""Where a checkpoint's metadata has the configuration, and its checksum."""
+"""Keys of a checkpoint's metadata for the configuration, and its checksum."""
 
 
 class Damaged(InputError):
-    """Not a checkpoint of another kind, but a broken one."""
+    """A checkpoint that is incomplete or broken."""
 
 
 def damaged(path: Path, reason: str) -> Damaged:
-    return Damaged(f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files")
+    return Damaged(
+        f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files from a "
+        "backup, or give the checkpoint of another step"
+    )
 
 
 class Trained(NamedTuple):
-    """What a run says of the model that it trains."""
+    """The model that a run trains, by its config.json."""
 
     config: ModelConfig
     parts: list[str] | None
-    """Those that it has of it; None: all."""
+    """Those of the model that the run has; None: all."""
     steps: int
-    """At which it is finished."""
+    """The step at which the run is finished."""
+    commit: str | None
+    """Of the source tree that trains it; None for an installed package, and in old runs."""
 
 
 def trained(run_dir: Path) -> Trained:
-    """What RUN/config.json says. Raises InputError where it cannot be read."""
+    """The model that RUN/config.json describes. Raises InputError if it cannot be read."""
     saved = read_saved(run_dir / "config.json")
-    # Runs of before objectives have the model in their configuration alone.
+    # Runs from before objectives have the model in their configuration alone.
     model = saved.get("model", saved["config"].get("model"))
     if not isinstance(model, dict):
-        raise InputError(f"{run_dir / 'config.json'} does not say which model was trained. Restore it")
+        raise InputError(
+            f"{run_dir / 'config.json'} does not describe the model that was trained. Restore the file from a backup, "
+            "or give another run"
+        )
     steps = saved["config"].get("training", {}).get("steps", 0)
-    return Trained(from_json(model, ModelConfig), saved.get("parts"), steps)
+    return Trained(from_json(model, ModelConfig), saved.get("parts"), steps, saved.get("commit"))
 
 
 def steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in RUN/checkpoints, ascending. What a cut-off save leaves has another name."""
+    """Steps of the checkpoints in RUN/checkpoints, ascending. An interrupted save leaves another name."""
     return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
 
 
 def latest_step(directory: Path) -> int | None:
-    """Step of the newest checkpoint, None if there is none."""
+    """Step of the newest checkpoint; None if there is none."""
     return max(steps(directory), default=None)
 
 
 def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
-    """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read, or is not what was
-    written."""
+    """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read, or has changed since it
+    was written."""
     try:
         stored, described = orbax.metadata(path)
     except InputError as error:
@@ -73,5 +81,5 @@ def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def checksum_of(value: Any) -> str:
-    """Of JSON values."""
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

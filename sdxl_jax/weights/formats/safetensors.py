@@ -1,6 +1,6 @@
-"""Safetensors files larger than memory: tensors that are read when asked for, a file that is written piece by piece.
+"""Safetensors files larger than memory: tensors are read on demand, files are written tensor by tensor.
 
-Reading is the `safetensors` library's. Its writer wants all tensors at once, so the writer here is our own: eight bytes
+Reading is the `safetensors` library's. Its writer needs all tensors at once, so the writer here is our own: eight bytes
 with the length of a JSON header, the header (name -> dtype, shape, byte range), then the numbers, little-endian and in
 the order of the header. https://github.com/huggingface/safetensors#format
 """
@@ -15,10 +15,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from sdxl_jax.errors import InputError, MachineError, fault
-from sdxl_jax.files import text as texts
+from sdxl_jax.files.text import decode
 
 _DTYPES: dict[str, np.dtype] = {
     **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},
@@ -32,7 +33,7 @@ PICKLES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a file, not read yet."""
+    """One tensor of a file, read on demand."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,8 +41,8 @@ class Tensor:
     file: Any
     path: Path
 
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """The tensor, or the part of it that slices of its first axes choose. Nothing else is read."""
+    def read(self, index: tuple[slice, ...] = ()) -> Shaped[np.ndarray, "..."]:
+        """The tensor, or the part of it that slices of its first axes select. Nothing else is read."""
         try:
             return self.file.get_slice(self.name)[index] if index and self.shape else self.file.get_tensor(self.name)
         except (OSError, SafetensorError) as error:
@@ -50,29 +51,30 @@ class Tensor:
 
 def unreadable(path: Path, error: Exception) -> InputError | MachineError:
     return fault(error)(
-        f"{path} is no readable safetensors file ({error}). It may be cut off or damaged: check the path and the size, "
-        "or fetch it again"
+        f"{path} cannot be read as a safetensors file ({error}). It may be truncated or damaged: check the path and "
+        "the size, or download it again"
     )
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raises InputError for weights that Python's pickle holds."""
+    """Raises InputError for a file of weights in Python's pickle format."""
     if path.suffix.lower() in PICKLES:
         raise InputError(
-            f"{path} is a pickle: to load it is to run whatever program it holds, so it is not read here. Use the "
+            f"{path} is a pickle: loading it would run any program that it holds, so it is not read here. Use the "
             "model's .safetensors file, or convert it once with a tool and a file that you trust (torch.load, then "
             "safetensors.torch.save_file)"
         )
 
 
 def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of one file; of the tensors only the header is read.
+    """(tensors by name, metadata) of one file, of which only the header is read.
 
-    Raises InputError for a pickle, a file that is missing, cut off or damaged, and for dtypes that are not implemented.
+    Raises InputError for a pickle, a file that is missing, truncated or damaged, and for dtypes that are not
+    implemented.
     """
     refuse_pickle(path)
     try:
-        # pread: mapped pages would count as ours, up to the size of the file.
+        # pread: mapped pages would count as memory of this process, up to the size of the file.
         file = safe_open(path, framework="numpy", backend="pread").__enter__()
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
@@ -91,13 +93,15 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def open_files(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same of several files that hold one model together. Raises InputError also for a name that is there twice."""
+    """`open_file` for several files that hold one model together. Raises InputError also for a name that is there
+    twice."""
     tensors, metadata = {}, {}
     for path in paths:
         more, described = open_file(path)
         if twice := sorted(tensors.keys() & more.keys()):
             raise InputError(
-                f"{twice[0]} is in {path} and in {tensors[twice[0]].path}. Remove the one that is left over"
+                f"The tensor {twice[0]} is in both {path} and {tensors[twice[0]].path}. Remove the file that does not "
+                "belong to the model"
             )
         tensors |= more
         metadata |= described
@@ -105,47 +109,48 @@ def open_files(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The same of the shards that an index file (`*.safetensors.index.json`) lists.
+    """`open_file` for the shards that an index file (`*.safetensors.index.json`) lists.
 
-    Raises InputError for an index that is broken, shards that are missing, tensors that are not where it says.
+    Raises InputError for an index that is broken, shards that are missing, tensors that are not in the shard it names.
     """
     try:
-        places = json.loads(texts.decode(path.read_bytes()))["weight_map"]
+        places = json.loads(decode(path.read_bytes()))["weight_map"]
         shards = sorted(set(places.values()))
         missing = [shard for shard in shards if not (path.parent / shard).is_file()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise fault(error)(f"{path} is no readable index of shards ({error!r}). Fetch it again") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise fault(error)(f"{path} cannot be read as an index of shards ({reason}). Download it again") from error
     if missing:
         raise InputError(
             f"{path} lists {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            f"not in {path.parent}. Fetch what is missing"
+            f"not in {path.parent}. Download what is missing"
         )
     tensors, metadata = open_files([path.parent / shard for shard in shards])
     misplaced = [name for name, shard in places.items() if name not in tensors or tensors[name].path.name != shard]
     if misplaced := misplaced or sorted(tensors.keys() - places.keys()):
         raise InputError(
-            f"{path} and its shards disagree on {len(misplaced)} tensors, the first is {misplaced[0]}. Fetch all of "
+            f"{path} and its shards disagree on {len(misplaced)} tensors, the first is {misplaced[0]}. Download all of "
             "them again"
         )
     return tensors, metadata
 
 
-def fill(out: np.ndarray, value: np.ndarray) -> None:
-    """out[...] = value, for a value whose axes were put in another order."""
+def fill(out: Shaped[np.ndarray, "*shape"], value: Shaped[np.ndarray, "*shape"]) -> None:
+    """out[...] = value, for a value whose axes are transposed."""
     if value.ndim < 2 or value.strides[-1] == value.itemsize:
         out[...] = value
-    else:  # In strips, whose source stays in the processor's cache: two to four times as fast.
+    else:  # In strips whose source stays in the processor's cache: two to four times as fast.
         for start in range(0, value.shape[-1], 32):
             out[..., start : start + 32] = value[..., start : start + 32]
 
 
 class Writer:
-    """Writes one file, in whatever order its pieces come. A context manager: leaving it checks that all came."""
+    """Writes one file, its tensors in any order. A context manager: its end checks that all tensors were written."""
 
     def __init__(
         self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str]
     ):
-        # The library's order: aligned by the size of a number, then by name.
+        # The library's order: by the item size, largest first, for alignment; then by name.
         order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         start = 0
@@ -162,8 +167,8 @@ class Writer:
         self._file = path.open("wb")
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
-    def put(self, name: str, value: np.ndarray, part: int = 0) -> None:
-        """One tensor; or the part of that number, where equal parts along its first axis come one by one."""
+    def put(self, name: str, value: Shaped[np.ndarray, "..."], part: int = 0) -> None:
+        """Writes one tensor; or the part of that number, where it is written in equal parts along its first axis."""
         start, stop = self._places[name]
         dtype = self._tensors[name][1]
         assert value.dtype == dtype and (stop - start) % max(1, value.nbytes) == 0, name

@@ -1,0 +1,164 @@
+"""What files say of the model that they hold: our own metadata, modelspec, marks among the tensors, licence files.
+
+our own files          metadata under the key "sdxl_jax": the whole configuration
+other people's files   modelspec.prediction_type in the metadata; empty tensors v_pred and ztsnr, as in ComfyUI;
+                       for SD 2.x neither: there ComfyUI's test of one norm decides
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import from_json, to_json
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.weights.detect import FoundPart
+from sdxl_jax.weights.lazy import SourceLayout, Weights, part_configs
+from sdxl_jax.weights.names import Naming
+
+METADATA = "sdxl_jax"
+"""Key of the metadata by which files and checkpoints that we write describe their model."""
+
+# ---- our own files ---------------------------------------------------------------------------------------------------
+
+
+def describe(weights: Weights) -> dict[str, Any]:
+    """The metadata of a file that we write; `read_description` reads it."""
+    return {"format": 1, "model": to_json(weights.config), "parts": list(weights.parts)}
+
+
+def read_description(
+    text: str, namings: list[tuple[type, Naming]], path: Path
+) -> tuple[ModelConfig, dict[str, FoundPart]]:
+    """Configuration and parts of a file that we wrote, from its metadata.
+
+    Raises InputError for metadata that cannot be read, and for other parts than those of the tensors.
+    """
+    try:
+        described = json.loads(text)
+        config, parts = from_json(described["model"], ModelConfig), list(described["parts"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} describes its model in its metadata, but the description cannot be read ({error}). Convert the "
+            "model again with this version"
+        ) from error
+    configs = part_configs(config)
+    kinds = [kind for kind, _ in namings]
+    if [type(configs.get(part)) for part in parts] != kinds:
+        raise InputError(
+            f"{path} says in its metadata that it holds {', '.join(parts)}, but its tensors are those of "
+            f"{', '.join(kind.__name__.removesuffix('Config') for kind in kinds)}. Convert the model again"
+        )
+    named = zip(parts, namings, strict=True)
+    return config, {part: FoundPart(configs[part], naming) for part, (_, naming) in named}
+
+
+# ---- other people's files --------------------------------------------------------------------------------------------
+
+
+def check_groups(parts: Mapping[str, FoundPart], path: Path) -> None:
+    """Raises InputError for networks whose norms cannot have the number of groups that all published ones have."""
+    for part, place in parts.items():
+        if isinstance(place.config, UNetConfig | VaeConfig):
+            groups = place.config.groups
+            if uneven := [channels for channels in place.config.block_channels if channels % groups]:
+                raise InputError(
+                    f"The {part} in {path} has layers of {', '.join(map(str, uneven))} channels, which the {groups} "
+                    "groups of the published models' norms do not divide. The file does not say how many groups it "
+                    "has. Give it as a diffusers directory, whose config.json says so (norm_num_groups), or as a file "
+                    "of `sdxl-jax convert`, with its metadata"
+                )
+
+
+def check_noise(tensors: Iterable[str], path: Path) -> None:
+    """Raises InputError for a model of continuous noise levels, by the marks that ComfyUI recognises."""
+    if marks := sorted(name for name in tensors if name.startswith("edm_")):
+        kind = "of the kind of CosXL (EDM noise levels, v-prediction)"
+        if {"edm_mean", "edm_std"} & set(marks):
+            kind = "of the kind of Playground v2.5 (EDM preconditioning, normalised latents)"
+        raise InputError(
+            f"{path} holds {', '.join(marks[:4])}: a model {kind}. Models with the discrete noise schedule of SDXL, of "
+            "1000 timesteps, are implemented; with it this one would make wrong images. Use a model of SDXL's own "
+            "noise schedule, or the program that this one was made for"
+        )
+
+
+def with_marks(
+    weights: Weights, metadata: Mapping[str, str], path: Path, prediction: Prediction | None, remedy: str
+) -> Weights:
+    """A file's weights with the prediction and the schedule that its metadata, its marks or a norm imply.
+
+    prediction: the user's, which counts before the file's. remedy: how the user gives it, for messages. Raises
+    InputError for a modelspec.prediction_type that is not implemented.
+    """
+    marks = {name for _, name in weights.carried}
+    stated = metadata.get("modelspec.prediction_type", "")
+    if stated and prediction is None and "unet" in weights.parts and not stated.startswith(("eps", "v")):
+        raise InputError(
+            f"{path} says in its metadata that it predicts {stated} (modelspec.prediction_type), which is not "
+            f"implemented; implemented are epsilon and v. If it is wrong, {remedy}"
+        )
+    network = weights.config.unet
+    is_sd2 = network.vector_dim is None and not network.conv_projection
+    if "v_pred" in marks or stated.startswith("v"):
+        schedule = dataclasses.replace(weights.config.schedule, zero_terminal_snr="ztsnr" in marks)
+        size = (768, 768) if is_sd2 else weights.config.default_size
+        config = dataclasses.replace(weights.config, prediction=Prediction.V, schedule=schedule, default_size=size)
+        return dataclasses.replace(weights, config=config)
+    norm = weights.leaves.get("unet/up_blocks_3/attentions_2/transformer_blocks/norm1/bias")
+    if stated or norm is None or not is_sd2 or network.in_channels != 4:
+        # By convention ε in a whole model; a UNet alone may have any prediction.
+        is_whole = weights.origin.layout is SourceLayout.SINGLE_FILE
+        return dataclasses.replace(weights, noise_is_known=bool(stated) or is_whole)
+    # The norm differs in spread between the published ε and v weights of SD 2.x.
+    spread = float(np.std(norm.read().astype(np.float32)))
+    found = Prediction.V if spread > 0.09 else Prediction.EPSILON
+    size = (768, 768) if found is Prediction.V else (512, 512)
+    note = (
+        f"SD 2.x files do not say what the UNet predicts; taken for {found.value}, because the spread of a norm is "
+        f"{spread:.3f} (above 0.09: v). --prediction overrides it"
+    )
+    config = dataclasses.replace(weights.config, prediction=found, default_size=size)
+    return dataclasses.replace(weights, config=config, notes=(*weights.notes, note))
+
+
+# ---- licences --------------------------------------------------------------------------------------------------------
+
+
+def licences_in(path: Path) -> tuple[Path, ...]:
+    """Licence files of a model: in its directory; beside a file, its own (NAME.LICENSE) before its folder's."""
+    folder = path if path.is_dir() else path.parent
+    files = sorted(file for file in folder.iterdir() if file.is_file() and _LICENCE.search(file.name))
+    if path.is_dir():
+        return tuple(file for file in files if file.name[0] != ".")
+    own = [file for file in files if file.name.startswith(f"{path.stem}.")]
+    return tuple(own or [file for file in files if _LICENCE.match(file.name) and file.name[0] != "."])
+
+
+def stated_licence(path: Path) -> str | None:
+    """The licence that a model's card states, an identifier of Hugging Face such as openrail++; None if it states none.
+    The card is README.md in a directory; beside a file, its own (NAME.md) before its folder's."""
+    cards = [path / "README.md"] if path.is_dir() else [path.with_suffix(".md"), path.parent / "README.md"]
+    card = next((card for card in cards if card.is_file()), None)
+    if card is None:
+        return None
+    try:
+        with card.open(encoding="utf-8", errors="replace") as file:
+            found = _FRONT_MATTER.match(file.read(100_000))
+    except OSError:  # a card that cannot be read states nothing; the weights may be fine
+        return None
+    stated = found and _STATED_LICENCE.search(found["fields"])
+    return stated["licence"] if stated and stated["licence"] not in ("other", "unknown") else None
+
+
+_FRONT_MATTER = re.compile(r"---\s*\n(?P<fields>.*?)\n---", re.DOTALL)
+_STATED_LICENCE = re.compile(r"""^license:\s*(["']?)(?P<licence>[\w.+-]+)\1\s*$""", re.MULTILINE)
+_LICENCE = re.compile(r"(^|\.)(licen[cs]e|copying|notice)([._-][\w.-]*)?$", re.IGNORECASE)
