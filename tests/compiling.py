@@ -1,12 +1,13 @@
-"""Quick compilation for tests that run whole programs. What such a test costs is compiling, not computing.
+"""Quick compilation for tests that run whole programs, whose time is mostly compilation.
 
-XLA's costly passes are off, and a program that was compiled once is read from disk when another `jax.jit` needs it.
-Results differ from those of optimised code in the last digits, and repeat bit for bit all the same.
+XLA's expensive passes are off, and a program that was compiled once is read from disk when another `jax.jit` needs it.
+Results differ from those of optimised code in the last digits, but are repeatable bit for bit.
 """
 
 import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -14,17 +15,37 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 PATHS = Path(__file__).parents[1], Path(__file__).parent
-"""Where a child process finds this project and these tests."""
+"""PYTHONPATH of a child process: this project and these tests."""
 
 
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all files, of all workers, keep what they compiled."""
-    folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+QUICK_FLAG = "--xla_cpu_use_fusion_emitters=false"
+"""An unoptimised train step compiles in a fifth to a third less time with it."""
+
+LIMIT_BYTES = 4 << 30
+"""Size of the compilation cache above which it is emptied."""
+
+
+def cache_folder(config: pytest.Config) -> Path:
+    """The compilation cache of all test files, in all workers, kept from run to run in pytest's own cache."""
+    assert config.cache is not None, "the plugin cacheprovider is on"
+    return config.cache.mkdir("compiled")
+
+
+def limit_size(folder: Path) -> None:
+    if sum(path.stat().st_size for path in folder.iterdir()) > LIMIT_BYTES:
+        shutil.rmtree(folder)
+        folder.mkdir()
+
+
+def set_quick_flags() -> None:
+    """XLA's flags for quick compilation, of the whole process: call it before jax starts its backend."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if QUICK_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {QUICK_FLAG}".strip()
 
 
 def settings(cache: Path) -> dict[str, bool | int | str]:
-    """jax's settings for it, with compiled programs kept in the folder `cache`."""
+    """jax's settings for quick compilation, with the compilation cache in the folder `cache`."""
     return {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": str(cache),
@@ -35,7 +56,7 @@ def settings(cache: Path) -> dict[str, bool | int | str]:
 
 @contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
-    """Quick compilation inside the block, what was set before it afterwards."""
+    """Quick compilation inside the block; restores the settings at its end."""
     before = {name: jax.config.values[name] for name in settings(cache)}
     try:
         _set(settings(cache))
@@ -44,14 +65,25 @@ def quick(cache: Path) -> Iterator[None]:
         _set(before)
 
 
-def _set(values: dict[str, bool | int | str]) -> None:
+@contextlib.contextmanager
+def full() -> Iterator[None]:
+    """Compilation with all optimisations and without a cache inside the block; restores the settings at its end."""
+    before = {name: jax.config.values[name] for name in settings(Path())}
+    try:
+        _set({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None})
+        yield
+    finally:
+        _set(before)
+
+
+def _set(values: Mapping[str, bool | int | str | None]) -> None:
     for name, value in values.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # or the folder of before is kept
+    compilation_cache.reset_cache()  # otherwise the previous folder stays in use
 
 
 def environment(cache: Path, devices: int = 1) -> dict[str, str]:
-    """The environment of a child process that compiles so, with so many simulated devices, and imports as we do."""
+    """The environment of a child process with quick compilation, `devices` simulated devices, and our import path."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     return (
         os.environ

@@ -1,37 +1,53 @@
-"""What many test files need: quick compilation, asked for by `pytestmark = pytest.mark.usefixtures(...)`."""
+"""What all tests have: quick compilation, with compiled programs kept from run to run, and the longest files first."""
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import compiling
 import pytest
 
-# Python looks through all objects for cycles, and traced programs are millions of them: a sixth of the time went there.
+# Garbage collection scans all objects, and traced programs have millions of them: it took a sixth of the time.
 gc.set_threshold(100_000, 50, 1000)
 
 
 LONG = ("test_training", "test_killing", "test_sharding", "test_cli", "test_encoding")
-"""Files whose tests take minutes: they begin first, or one worker would have them alone at the end."""
+"""Files whose tests take minutes. They run first, so that no worker runs them alone at the end."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.option.markexpr:  # slow tests compile with all optimisations
+        compiling.set_quick_flags()
+    if not hasattr(config, "workerinput"):  # the process that starts the workers
+        compiling.limit_size(compiling.cache_folder(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For all tests and fixtures of a file."""
-    with compiling.quick(compiling.shared(tmp_path_factory)):
+@pytest.fixture(scope="session", autouse=True)
+def _quick_compilation(pytestconfig: pytest.Config) -> Iterator[None]:
+    with compiling.quick(compiling.cache_folder(pytestconfig)):
         yield
 
 
-@pytest.fixture
-def quick_compilation_unless_slow(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[None]:
-    """For the tests of a file, but not for its slow ones: those compile as users do."""
-    if request.node.get_closest_marker("slow"):
+@pytest.fixture(autouse=True)
+def _full_compilation_of_slow_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Slow tests compile as users do, unless their file uses `quick_compilation`."""
+    if not request.node.get_closest_marker("slow") or "quick_compilation" in request.fixturenames:
         yield
         return
-    with compiling.quick(compiling.shared(tmp_path_factory)):
+    with compiling.full():
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> None:
+    """Quick compilation for slow tests too: `pytestmark = pytest.mark.usefixtures("quick_compilation")`."""
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> Path:
+    """The compilation cache, for child processes."""
+    return compiling.cache_folder(pytestconfig)

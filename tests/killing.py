@@ -1,11 +1,11 @@
-"""Kills a training run at random moments, starts it again each time until it has come to its end, and compares it with
-a run that nobody disturbed: every line of metrics.jsonl, times aside, every bit of the last state, every image.
+"""Kills a training run at random moments, resumes it each time until it is finished, and compares it with an
+uninterrupted run: every line of metrics.jsonl except times, every bit of the last state, every image.
 
-The moments are drawn from a seed, evenly over the time that an undisturbed run takes, its start included. Where each
-kill fell is what the run itself wrote last (killed_run.py), and "half-written checkpoint" where one lay there.
+The moments are drawn from a seed, uniformly over the time of an uninterrupted run, start-up included. The phase of a
+kill is the last one that the run wrote (killed_run.py), or "half-written checkpoint" if one was left.
 
-By hand, for many kills: `python tests/killing.py --kills 200 --processes 2 --folder SCRATCH`. Each kill and each
-finished run is a line; the last line has the counts. From the repository's root, with tests/ on PYTHONPATH.
+By hand, for many kills: `python tests/killing.py --kills 200 --processes 2 --folder SCRATCH`. It prints a line per
+kill and per finished run; the last line has the counts. From the repository's root, with tests/ on PYTHONPATH.
 """
 
 import argparse
@@ -29,9 +29,9 @@ import compiling
 import numpy as np
 import tiny
 
-from sdxl_jax import config as configuration
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import CheckpointConfig, TrainConfig, ValidationConfig
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
@@ -44,8 +44,8 @@ PROGRAM = Path(__file__).with_name("killed_run.py")
 
 
 def train_config(folder: Path, steps: int) -> TrainConfig:
-    """The least that has all the phases of a run, because a start costs what tracing costs: one text encoder, one
-    level, one bucket. Checkpoints every three steps, images every four."""
+    """The smallest run with all phases, since tracing dominates the start-up time: one text encoder, one level, one
+    bucket. Checkpoints every three steps, validation images every four."""
     base = tiny.train_config(folder, steps)
     model = ModelConfig(
         unet=UNetConfig((8,), 1, (1,), 1, (2,), context_dim=8, vector_dim=None, groups=4),
@@ -58,14 +58,14 @@ def train_config(folder: Path, steps: int) -> TrainConfig:
         base,
         model=model,
         data=dataclasses.replace(base.data, buckets=((16, 16),), max_aspect_distance=10.0, batch_size=4),
-        checkpoint=configuration.CheckpointConfig(every_steps=3, keep=2),
-        validation=configuration.ValidationConfig(4, ("one", "two"), ((16, 16),), steps=2),
+        checkpoint=CheckpointConfig(every_steps=3, keep=2),
+        validation=ValidationConfig(4, ("one", "two"), ((16, 16),), steps=2),
     )
 
 
 @dataclasses.dataclass
 class Processes:
-    """One start of a run on one or several processes, over loopback."""
+    """The processes of one start of a run, connected over loopback."""
 
     children: list[subprocess.Popen[bytes]]
     phases: list[Path]
@@ -87,7 +87,7 @@ class Processes:
             command = [
                 sys.executable,
                 str(PROGRAM),
-                json.dumps(configuration.to_json(config)),
+                json.dumps(to_json(config)),
                 str(run_dir),
                 str(phase),
             ]
@@ -103,7 +103,7 @@ class Processes:
         return cls(children, phases)
 
     def wait(self, seconds: float) -> list[int] | None:
-        """The exit codes, None if a process is still there after that time."""
+        """The exit codes; None if a process is still running after `seconds`."""
         deadline = time.monotonic() + seconds
         for child in self.children:
             try:
@@ -123,8 +123,8 @@ class Processes:
             child.wait()
 
 
-def undisturbed(config: TrainConfig, run_dir: Path, scratch: Path, count: int, limit: float = 600) -> float:
-    """Runs without a kill; the seconds that it took."""
+def uninterrupted(config: TrainConfig, run_dir: Path, scratch: Path, count: int, limit: float = 600) -> float:
+    """Runs without a kill. Returns the seconds that it took."""
     began = time.monotonic()
     processes = Processes.start(config, run_dir, scratch, count)
     try:
@@ -137,13 +137,13 @@ def undisturbed(config: TrainConfig, run_dir: Path, scratch: Path, count: int, l
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what is a time."""
+    """metrics.jsonl without times."""
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
 
 
 def state(run_dir: Path) -> dict[str, bytes]:
-    """Of the newest checkpoint, by path: step, parameters, average, moments."""
+    """The newest checkpoint by path: step, parameters, EMA, moments."""
     newest = latest_step(run_dir / "checkpoints")
     assert newest is not None
     path = run_dir / "checkpoints" / str(newest)
@@ -155,10 +155,10 @@ def images(run_dir: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((run_dir / "samples").iterdir())}
 
 
-def _assert_same(killed: dict[str, bytes], undisturbed: dict[str, bytes]) -> None:
-    different = [name for name in {**undisturbed, **killed} if killed.get(name) != undisturbed.get(name)]
-    sizes = {name: [len(each.get(name, b"")) for each in (killed, undisturbed)] for name in different[:5]}
-    assert not different, f"{len(different)} of {len(undisturbed)} differ, the first with so many bytes: {sizes}"
+def _assert_same(killed: dict[str, bytes], whole: dict[str, bytes]) -> None:
+    different = [name for name in {**whole, **killed} if killed.get(name) != whole.get(name)]
+    sizes = {name: [len(each.get(name, b"")) for each in (killed, whole)] for name in different[:5]}
+    assert not different, f"{len(different)} of {len(whole)} differ, the first with these sizes in bytes: {sizes}"
 
 
 def assert_same_run(run_dir: Path, whole: Path) -> None:
@@ -166,12 +166,12 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     _assert_same(state(run_dir), state(whole))
     _assert_same(images(run_dir), images(whole))
     for folder in (".", "checkpoints", "samples"):  # nothing half-written is left
-        names = [sorted(path.name for path in (place / folder).iterdir()) for place in (run_dir, whole)]
+        names = [sorted(path.name for path in (run / folder).iterdir()) for run in (run_dir, whole)]
         assert names[0] == names[1]
 
 
 def _half_written(run_dir: Path) -> set[tuple[str, float]]:
-    """Checkpoints that lie there under Orbax's temporary name, with the time when they were begun."""
+    """Checkpoints with Orbax's temporary name, each with its creation time."""
     return {(path.name, path.stat().st_ctime) for path in run_dir.glob("checkpoints/*tmp*")}
 
 
@@ -183,12 +183,12 @@ def campaign(
     kills: int,
     span: float,
     seed: int,
-    say: Callable[[str], object] = lambda line: None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> Counter[str]:
-    """So many kills, over as many runs as that takes; each run is brought to its end and compared with `whole`.
+    """`kills` kills, over as many runs as they take; each run is finished and compared with `whole`.
 
-    A kill hits one of the processes at a moment up to `span` seconds after the start, and the others shortly after.
-    Returns how many fell in which phase.
+    One of the processes is killed at a random moment up to `span` seconds after the start, the others shortly after.
+    Returns the number of kills by phase.
     """
     rng = np.random.default_rng(seed)
     counts: Counter[str] = Counter()
@@ -206,19 +206,19 @@ def campaign(
                 phase = started.phases[victim].read_text()
                 started.kill([victim])
                 if processes > 1:
-                    time.sleep(float(rng.uniform(0, 0.3)))  # the others notice, or not yet
+                    time.sleep(float(rng.uniform(0, 0.3)))  # in which the others may notice
         finally:
             started.end()
         if codes is None:
             if _half_written(run_dir) - before:
                 phase = "half-written checkpoint"
             counts[phase] += 1
-            say(f"{time.monotonic() - begun:7.0f} s  kill {counts.total()} of run {run}: {phase}")
+            report(f"{time.monotonic() - begun:7.0f} s  kill {counts.total()} of run {run}: {phase}")
             continue
         log = "\n".join((scratch / f"log_{number}").read_text()[-3000:] for number in range(processes))
         assert codes == [0] * processes, f"{codes}\n{log}"
         assert_same_run(run_dir, whole)
-        say(f"{time.monotonic() - begun:7.0f} s  run {run} has come to its end, the same")
+        report(f"{time.monotonic() - begun:7.0f} s  run {run} is finished, and the same")
         shutil.rmtree(run_dir)
         run += 1
         if not left:
@@ -236,9 +236,9 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     config = train_config(tiny.make_folder(options.folder / "images"), options.steps)
     spans = []
-    for name in ("whole", "again"):  # the second finds everything compiled, as every restart does
-        spans.append(undisturbed(config, options.folder / name, options.folder, options.processes))
-        print(f"undisturbed: {spans[-1]:.1f} s", flush=True)
+    for name in ("whole", "again"):  # the second finds all programs in the compilation cache, as every restart does
+        spans.append(uninterrupted(config, options.folder / name, options.folder, options.processes))
+        print(f"uninterrupted: {spans[-1]:.1f} s", flush=True)
     assert_same_run(options.folder / "again", options.folder / "whole")
     counts = campaign(
         config,

@@ -1,6 +1,6 @@
-"""The exit codes that scripts rely on: 0 done, 2 the user's fault, 1 the machine's, 143 and 130 stopped with work left.
+"""Exit codes, for scripts: 0 done, 2 the user's input, 1 the machine, 143 and 130 stopped with work left.
 
-Of several processes: test_processes.py. Of a training that is stopped in the middle: test_killing.py.
+Runs of several processes: test_processes.py. Training that is stopped: test_killing.py.
 """
 
 import errno
@@ -36,7 +36,7 @@ def get_config():
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """images, and config.py."""
+    """A folder with images/ and config.py."""
     tiny.make_folder(tmp_path / "images", images=8)
     (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path / "images")))
     return tmp_path
@@ -69,11 +69,11 @@ def home(tmp_path: Path) -> Path:
     ],
     ids=repr,
 )
-def test_every_error_has_the_exit_code_of_whose_fault_it_is(error: BaseException, code: int) -> None:
+def test_every_error_has_its_exit_code(error: BaseException, code: int) -> None:
     assert exit_code(error) == code
 
 
-def test_libraries_that_raise_no_oserror_for_a_full_disk_are_understood() -> None:
+def test_a_full_disk_is_recognised_in_errors_that_are_not_oserrors() -> None:
     assert (
         fault(ValueError("RESOURCE_EXHAUSTED: writing x [OS error 28: ENOSPC No space left on device]")) is MachineError
     )
@@ -82,20 +82,20 @@ def test_libraries_that_raise_no_oserror_for_a_full_disk_are_understood() -> Non
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (InputError("what was given"), 2, "error: what was given\n"),
         (MachineError("no room"), 1, "error: no room\n"),
         (ProcessFailed("Process 1 stopped: full", 1), 1, "error: Process 1 stopped: full\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "has room"),
-        (ValueError("tensorstore: No space left on device"), 1, "has room"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "Check that the place exists"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "has free space"),
+        (ValueError("tensorstore: No space left on device"), 1, "has free space"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 2, "Check that the path exists"),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), 2, "the package wandb is not installed"),
     ],
     ids=repr,
 )
-def test_command_that_fails_says_so_in_one_message(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, said: str
+def test_command_that_fails_reports_one_message(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, message: str
 ) -> None:
     def fails(*_: object) -> None:
         raise error
@@ -104,7 +104,7 @@ def test_command_that_fails_says_so_in_one_message(
     outcome = call("train", "config.py")
     assert outcome.code == code
     assert outcome.err.startswith("error: ")
-    assert said in outcome.err
+    assert message in outcome.err
     assert "Traceback" not in outcome.err
     debugged = call("train", "config.py", "--debug")
     assert debugged.code == code
@@ -120,7 +120,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         call("train", "config.py")
 
 
-# Paths of other places
+# Paths of other file systems
 
 
 SCHEMES = ["gs://bucket/x", "s3://bucket/x", "https://example.org/x"]
@@ -128,7 +128,7 @@ URL = "gs://bucket/x"
 
 
 def commands(home: Path, url: str) -> dict[str, list[object]]:
-    """A command for each place where a path is given."""
+    """A command for each argument and option that is a path."""
     train: list[object] = ["train", home / "config.py"]
     sample: list[object] = ["--prompt", "x", "--out", home / "out"]
     return {
@@ -153,13 +153,11 @@ def commands(home: Path, url: str) -> dict[str, list[object]]:
     }
 
 
-@pytest.mark.parametrize("place", commands(Path(), ""))
-def test_path_of_a_bucket_is_refused_wherever_one_is_given(
-    home: Path, place: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And no folder is made that is called gs:."""
+@pytest.mark.parametrize("option", commands(Path(), ""))
+def test_path_of_a_bucket_is_refused_by_every_option(home: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no folder named gs: is created."""
     monkeypatch.chdir(home)
-    outcome = call(*commands(home, URL)[place])
+    outcome = call(*commands(home, URL)[option])
     assert outcome.code == 2, outcome
     assert "gs://bucket/x" in outcome.err
     assert "Copy it to a local folder first" in outcome.err
@@ -176,11 +174,11 @@ def test_every_scheme_is_refused_in_text_and_in_a_path(url: str) -> None:
 @pytest.mark.parametrize(
     "path", ["x", "/x/y", "./a:b/c", "a:b", "C:/x", "x/gs://y", "style.safetensors:0.8", "12:30/x"]
 )
-def test_names_with_colons_are_names(path: str) -> None:
+def test_file_names_with_colons_are_accepted(path: str) -> None:
     assert local(path, "x") == Path(path)
 
 
-def test_python_callers_are_refused_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_functions_refuse_paths_of_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sdxl_jax import convert, load_model, train
     from sdxl_jax.data.build.build import build
     from sdxl_jax.weights.open import open_model
@@ -210,7 +208,7 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 def test_work_without_a_loop_is_stopped_with_the_signals_code(
     number: int, code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As of `data encode` and `data build`, which keep what was finished."""
+    """As in `data encode` and `data build`, which keep finished work."""
     before = [signal.getsignal(each) for each, _ in SIGNALS]
     cleaned = False
     with pytest.raises(Interrupted) as stopped, signals.stop():
@@ -221,7 +219,7 @@ def test_work_without_a_loop_is_stopped_with_the_signals_code(
             cleaned = True
     assert cleaned
     assert stopped.value.code == code
-    assert "what was finished is kept. Run the same command to go on" in capsys.readouterr().err
+    assert "what was finished is kept. Run the same command to resume" in capsys.readouterr().err
     assert [signal.getsignal(each) for each, _ in SIGNALS] == before
 
 
@@ -277,20 +275,20 @@ def test_process_that_is_stopped_early_ends_with_the_signals_code(
         assert process.stdout is not None
         assert process.stdout.readline()
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == code, said
-    assert "Traceback" not in said
-    assert f"stopped by {signal.Signals(number).name}" in said
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert f"stopped by {signal.Signals(number).name}" in err
 
 
 # A pipe that closes
 
 
-def test_closed_pipe_does_not_end_training(home: Path) -> None:
-    """`sdxl-jax train … 2>&1 | head -1`: it goes on to its end, and says that all went well."""
-    environment = compiling.environment(home / "compiled")
+def test_closed_pipe_does_not_end_training(home: Path, compiled: Path) -> None:
+    """`sdxl-jax train … 2>&1 | head -1` finishes, with exit code 0."""
+    environment = compiling.environment(compiled)
     command = [sys.executable, "-m", "sdxl_jax", "train", str(home / "config.py"), "--run-dir", str(home / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
     assert process.stdout is not None

@@ -1,6 +1,6 @@
-"""Imports point one way: the walls between the boxes of `docs/sdxl.md`, checked on the syntax trees.
+"""Imports point one way, between the boxes of `docs/sdxl.md`: checked on the syntax trees.
 
-A new module needs a row in `ALLOWED`, unless its folder has one. If a row must grow for an import, think twice.
+A new module needs a row in `ALLOWED`, unless its folder has one. Think twice before adding to a row.
 """
 
 import ast
@@ -86,14 +86,15 @@ ALLOWED: dict[str, set[str]] = {
     "training.loop": {"training", "config", "data", "jsontree", "model", "sharding"} | BASE,
     "evaluation": {"evaluation", "sampling", "model", "conditioning", "models"} | BASE,
     "serving": {"serving", "sampling", "model", "models", "conditioning", "samplers"} | BASE,
-    "": {"sampling", "training.loop", "weights"},  # the package itself: the homes of its public names
+    "": {"sampling", "training.loop", "weights"},  # the package itself: the modules of its public names
 }
-"""Which of our modules each module may import; the longest name that fits counts. A name stands for all below it."""
+"""Which of our modules each module may import; the row with the longest matching prefix counts. A name includes all
+modules below it."""
 ANYTHING = ("quickstart", "__main__", "commands")
 
 FLAX, NUMPY_ONLY, COMMAND_LINE = ("models",), ("data", "sampling.init_images"), ("__main__", "commands")
 READS_ITS_ARGUMENTS = ("quickstart.make_images",)
-"""Run by hand to make the images that are shipped."""
+"""Run by hand to make the shipped images."""
 
 
 def modules() -> dict[str, Path]:
@@ -110,7 +111,7 @@ def within(name: str, boxes: object) -> bool:
 
 
 def imported(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, full name) of every import, at the top, inside a function or for types alone; of modules, not of names."""
+    """(line, full name of the module) of every import: at the top, in a function, or under TYPE_CHECKING."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -126,12 +127,12 @@ def imported(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 
 def violations(module: str, source: str) -> list[str]:
-    """What a module does that it may not, one line each."""
+    """The forbidden imports and calls of a module, one line each."""
     tree = ast.parse(source)
     found = []
 
-    def complain(line: int, what: str) -> None:
-        found.append(f"sdxl_jax.{module}, line {line}: {what}")
+    def report(line: int, violation: str) -> None:
+        found.append(f"sdxl_jax.{module}, line {line}: {violation}")
 
     fitting = [box for box in ALLOWED if within(module, [box])]
     allowed = None if within(module, ANYTHING) else ALLOWED[max(fitting, key=len)] if fitting else set()
@@ -139,32 +140,32 @@ def violations(module: str, source: str) -> list[str]:
         package, _, ours = name.partition(".")
         if package == "sdxl_jax":
             if allowed is not None and not within(ours, allowed):
-                complain(line, f"imports {name}, which is not on its way; see ALLOWED in {Path(__file__).name}")
+                report(line, f"imports {name}, which is not allowed; see ALLOWED in {Path(__file__).name}")
         elif package in ("torch", "diffusers"):
-            complain(line, f"imports {package}; other people's models are for the tests")
+            report(line, f"imports {package}, which is the reference of the tests alone")
         elif package == "flax" and not within(module, FLAX):
-            complain(line, "imports flax, which stays in models/")
+            report(line, "imports flax, which is confined to models/")
         elif package == "jax" and within(module, NUMPY_ONLY):
-            complain(line, "imports jax; numpy is enough for data and images")
+            report(line, "imports jax; numpy is enough for data and images")
         elif package in ("argparse", "tyro") and not within(module, COMMAND_LINE):
-            complain(line, f"imports {package}; arguments are parsed in __main__ and commands alone")
+            report(line, f"imports {package}; arguments are parsed in __main__ and commands only")
         elif name == "importlib.import_module" and module:
-            complain(line, "imports by name, where no checker can follow")
+            report(line, "imports by name, which checkers cannot follow")
     for node in ast.walk(tree):
         reads = isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.argv"
         reads |= isinstance(node, ast.ImportFrom) and node.module == "sys" and "argv" in [a.name for a in node.names]
         if reads and not within(module, [*COMMAND_LINE, *READS_ITS_ARGUMENTS]):
-            complain(getattr(node, "lineno", 0), "reads sys.argv; arguments are parsed in __main__ alone")
+            report(getattr(node, "lineno", 0), "reads sys.argv; arguments are parsed in __main__ only")
     return found
 
 
 def box_of(name: str) -> str:
-    """The box of a module: its folder, or itself at the root. `data.build` is one beside `data`."""
+    """The box of a module: its folder, or itself at the root. `data.build` is separate from `data`."""
     return "data.build" if within(name, ["data.build"]) else name.split(".")[0]
 
 
 def arrows(sources: Mapping[str, str]) -> set[tuple[str, str]]:
-    """(box, box that it imports), of modules by name; not those of the boxes that may import anything."""
+    """(box, box that it imports) for modules given by name and source."""
     found = set()
     for module, source in sources.items():
         for _, name in imported(module, ast.parse(source)):
@@ -175,7 +176,7 @@ def arrows(sources: Mapping[str, str]) -> set[tuple[str, str]]:
 
 
 def cycle(edges: set[tuple[str, str]]) -> list[str]:
-    """The boxes that lie on cycles of imports, or lead from one to another."""
+    """The boxes on cycles of imports, or on a path between cycles."""
     left = {box for edge in edges for box in edge}
     while True:
         inner = {
@@ -192,7 +193,7 @@ def cycle(edges: set[tuple[str, str]]) -> list[str]:
 def test_boxes_import_each_other_in_one_direction() -> None:
     edges = arrows({module: path.read_text() for module, path in MODULES.items()})
     assert len(edges) > 50, "the walk found the imports"
-    assert not (round_trip := cycle(edges)), f"boxes that import each other in a circle: {', '.join(round_trip)}"
+    assert not (round_trip := cycle(edges)), f"boxes that import each other in a cycle: {', '.join(round_trip)}"
 
 
 def test_a_planted_cycle_of_boxes_is_found() -> None:
@@ -207,13 +208,13 @@ def test_a_planted_cycle_of_boxes_is_found() -> None:
     assert cycle(arrows({**sources, "config": ""})) == []
 
 
-def test_every_import_of_ours_points_the_allowed_way() -> None:
+def test_every_import_is_allowed() -> None:
     assert len(MODULES) > 30, "the walk found the package"
     found = [line for module, path in MODULES.items() for line in violations(module, path.read_text())]
     assert not found, "\n" + "\n".join(found)
 
 
-def test_every_row_of_the_table_is_about_a_module_that_exists() -> None:
+def test_every_name_in_the_table_is_a_module() -> None:
     named = {*ALLOWED, *ANYTHING, *FLAX, *NUMPY_ONLY, *COMMAND_LINE, *READS_ITS_ARGUMENTS}
     named |= {name for row in ALLOWED.values() for name in row}
     assert named <= set(MODULES)
@@ -278,7 +279,7 @@ def test_a_planted_violation_is_found(module: str, source: str) -> None:
         ("data.transforms", "import sys\nfrom sdxl_jax.arrays import Batch\nprint(sys.platform)"),
     ],
 )
-def test_what_is_allowed_is_not_complained_about(module: str, source: str) -> None:
+def test_allowed_imports_are_not_reported(module: str, source: str) -> None:
     assert violations(module, source) == []
 
 
@@ -308,7 +309,7 @@ def test_importing_all_of_weights_imports_no_optimiser_no_checkpointer_and_no_im
     assert not loaded & {"optax", "orbax", "orbax.checkpoint", "cv2", "sdxl_jax.training", "sdxl_jax.config"}
 
 
-def test_the_public_names_resolve_and_say_what_they_are() -> None:
+def test_public_names_resolve_and_have_docstrings() -> None:
     assert sorted(sdxl_jax.__all__) == list(sdxl_jax.__all__)
     for name in sdxl_jax.__all__:
         value = getattr(sdxl_jax, name)
@@ -320,10 +321,10 @@ def test_the_public_names_resolve_and_say_what_they_are() -> None:
 
 def test_an_unknown_public_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'text_to_imgae'"):
-        getattr(sdxl_jax, "text_to_imgae")  # noqa: B009 (pyright knows that it is not there)
+        getattr(sdxl_jax, "text_to_imgae")  # noqa: B009 (pyright would report the attribute)
 
 
-def test_every_module_says_what_it_is() -> None:
+def test_every_module_has_a_docstring() -> None:
     for module, path in MODULES.items():
         source = path.read_text()
         if source:

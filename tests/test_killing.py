@@ -1,6 +1,6 @@
-"""Killed at any moment, a run comes to what it would have been: three kills by default, 200 with `-m slow`.
+"""A run that is killed at any moment ends like an undisturbed one: three kills by default, 200 with `-m slow`.
 
-How many: the environment variable KILLS. The harness, and how to run it by hand with a log, is killing.py.
+The environment variable KILLS sets the number. The harness, and how to run it by hand with a log, is killing.py.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ KILLS = int(os.environ.get("KILLS", "200"))
 
 
 class Whole(NamedTuple):
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
 
     config: TrainConfig
     scratch: Path
@@ -31,13 +31,15 @@ class Whole(NamedTuple):
 
 def whole_run(scratch: Path, processes: int, steps: int) -> Whole:
     config = killing.train_config(tiny.make_folder(scratch / "images"), steps)
-    seconds = killing.undisturbed(config, scratch / "whole", scratch, processes)
+    seconds = killing.uninterrupted(config, scratch / "whole", scratch, processes)
     return Whole(config, scratch, scratch / "whole", seconds)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    return whole_run(tmp_path_factory.mktemp("alone"), 1, 7)
+def whole(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    scratch = tmp_path_factory.mktemp("alone")
+    (scratch / "compiled").symlink_to(compiled)
+    return whole_run(scratch, 1, 7)
 
 
 def test_run_killed_three_times_is_the_undisturbed_run(whole: Whole) -> None:
@@ -54,11 +56,12 @@ def test_run_killed_many_times_is_the_undisturbed_run(tmp_path: Path, processes:
 
 
 def stopped(whole: Whole, folder: Path, processes: int, phase: str, victim: int, number: int = signal.SIGTERM) -> float:
-    """Signals one process when it is in that phase, lets all end by themselves, and goes on to the end. Seconds from
-    the signal to the end."""
+    """Signals one process when it is in that phase, waits until all have ended by themselves, and resumes until the run
+    is finished. Returns the seconds from the signal to the end of the processes."""
     config = whole.config
-    if phase == "compiling":  # neither from the cache nor beside the start: there is something to wait for
-        shutil.rmtree(whole.scratch / "compiled")
+    if phase == "compiling":  # neither from the cache nor in the background: the run has to wait for it
+        programs = whole.scratch / "compiled"
+        programs.unlink() if programs.is_symlink() else shutil.rmtree(programs)
         training = dataclasses.replace(config.training, compile_ahead=CompileAhead.ON_DEMAND)
         config = dataclasses.replace(config, training=training)
     started = killing.Processes.start(config, folder, whole.scratch, processes)
@@ -69,14 +72,14 @@ def stopped(whole: Whole, folder: Path, processes: int, phase: str, victim: int,
             assert started.children[victim].poll() is None
             time.sleep(0.01)
         started.children[victim].send_signal(number)
-        told = time.monotonic()
+        signalled = time.monotonic()
         codes = started.wait(120)
-        seconds = time.monotonic() - told
+        seconds = time.monotonic() - signalled
     finally:
         started.end()
     assert codes == [128 + number] * processes, (whole.scratch / f"log_{victim}").read_text()[-3000:]
     assert not (folder / "lock").exists()
-    killing.undisturbed(whole.config, folder, whole.scratch, processes)
+    killing.uninterrupted(whole.config, folder, whole.scratch, processes)
     killing.assert_same_run(folder, whole.folder)
     return seconds
 
@@ -88,7 +91,9 @@ def test_sigterm_saves_and_ends_with_exit_code_143(whole: Whole, phase: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["compiling", "step", "evaluation"])  # before they have joined, none tells another
+@pytest.mark.parametrize(
+    "phase", ["compiling", "step", "evaluation"]
+)  # before they have joined, no signal is broadcast
 def test_sigterm_on_one_of_two_processes_stops_both_at_the_same_step(tmp_path: Path, phase: str) -> None:
     two = whole_run(tmp_path, 2, 7)
     assert stopped(two, tmp_path / "stopped", 2, phase, victim=1) < 30

@@ -1,4 +1,4 @@
-"""`sdxl-jax serve`: what stands after the page, on a tiny model with random weights; slow, the page in a browser."""
+"""`sdxl-jax serve`: the session behind the page, on a tiny model with random weights; slow: the page in a browser."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(saved: Path) -> Model:
-    """Opened as the command does, so that both need the same programs."""
+    """Opened as the command opens it, so that both need the same programs."""
     sample = as_sample(Serve(model=saved))
     return load(sample, opened(sample))[0]
 
@@ -58,18 +58,18 @@ def model(saved: Path) -> Model:
 @pytest.fixture
 def session(model: Model, saved: Path, tmp_path: Path) -> Session:
     serve = Serve(model=saved)
-    return Session(model, tmp_path / "images", lambda asked: describe(serve, asked, MODEL))
+    return Session(model, tmp_path / "images", lambda request: describe(serve, request, MODEL))
 
 
 def small(prompt: str = "a red cube", **options: Any) -> Request:
     return Request(prompt, None, Options(**(SMALL | options)))
 
 
-# The command line that an image is shown with
+# The command line of an image
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "request_",
     [
         Request("a red cube", None, Options()),
         Request("", "", Options()),
@@ -82,7 +82,7 @@ def small(prompt: str = "a red cube", **options: Any) -> Request:
         Request("x", None, Options(first_index=3, guidance_rescale=0.7, handoff=0.5, strength=0.6), Path("a b.png")),
     ],
 )
-def test_the_command_line_reads_as_the_image_that_it_is_shown_with(asked: Request) -> None:
+def test_the_shown_command_line_parses_to_the_same_request(request_: Request) -> None:
     serve = Serve(
         model=Path("my model"),
         lora=("a:0.5", "b"),
@@ -93,20 +93,20 @@ def test_the_command_line_reads_as_the_image_that_it_is_shown_with(asked: Reques
         prediction="v_prediction",
         allow_partial=True,
     )
-    sample = as_sample(serve, asked)
+    sample = as_sample(serve, request_)
     program, command, *arguments = shlex.split(command_line(sample))
     assert (program, command) == ("sdxl-jax", "sample")
     assert parsing.parse(Sample, arguments, command) == sample
     assert (sample.prompt, sample.negative_prompt, sample.options) == (
-        (asked.prompt,),
-        asked.negative,
-        asked.options,
+        (request_.prompt,),
+        request_.negative,
+        request_.options,
     )
 
 
-def test_the_command_line_says_only_what_is_not_so_anyway() -> None:
-    said = command_line(as_sample(Serve(model=Path("run")), small(height=None, width=None)))
-    assert said == "sdxl-jax sample run --prompt 'a red cube' --steps 2 --out again"
+def test_the_command_line_leaves_defaults_out() -> None:
+    command = command_line(as_sample(Serve(model=Path("run")), small(height=None, width=None)))
+    assert command == "sdxl-jax sample run --prompt 'a red cube' --steps 2 --out again"
 
 
 # The fields
@@ -119,7 +119,7 @@ def test_fields_that_nobody_touched_are_the_defaults() -> None:
     assert read_fields(MODEL, fields, refiner=True) == Request("a cube", None, Options())
 
 
-def test_fields_hold_all_that_an_image_was_drawn_with() -> None:
+def test_fields_hold_all_settings_of_an_image() -> None:
     options = Options(
         height=16,
         width=24,
@@ -134,25 +134,29 @@ def test_fields_hold_all_that_an_image_was_drawn_with() -> None:
         handoff=0.6,
         strength=0.4,
     )
-    asked = Request("a", "b", options, Path("c.png"))
-    assert read_fields(MODEL, fields_of(MODEL, asked), refiner=True) == asked
+    request = Request("a", "b", options, Path("c.png"))
+    assert read_fields(MODEL, fields_of(MODEL, request), refiner=True) == request
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("steps", None, "steps is empty"), ("steps", 2.5, "steps=2.5, expected a whole"), ("guidance", "", "is empty")],
+    [
+        ("steps", None, "steps is empty"),
+        ("steps", 2.5, "steps=2.5: expected a whole number"),
+        ("guidance", "", "is empty"),
+    ],
 )
-def test_a_field_that_is_no_number_is_refused_by_name(name: str, value: Any, message: str) -> None:
+def test_a_field_that_is_not_a_number_is_refused_by_name(name: str, value: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_fields(MODEL, fields_of(MODEL) | {name: value})
 
 
-# Drawing
+# Requests
 
 
-def test_a_drawn_image_is_that_of_sample_with_the_same_text(session: Session, tmp_path: Path) -> None:
-    """The command that is shown draws the same image, bit for bit: both are drawn one at a time."""
-    results = session.draw(small(num_images=2, batch_size=1), Job())
+def test_an_image_is_that_of_sample_with_the_same_text(session: Session, tmp_path: Path) -> None:
+    """The shown command gives the same image, bit for bit: both are sampled one at a time."""
+    results = session.run(small(num_images=2, batch_size=1), Job())
     assert [each.path.name for each in results] == ["000000.png", "000001.png"]
     assert session.results == results
     again = shlex.split(results[1].command)[1:]
@@ -170,61 +174,61 @@ def test_images_go_after_those_that_the_folder_holds(session: Session) -> None:
     session.folder.mkdir()
     for name in ("000007.png", "sweep.png"):
         (session.folder / name).write_bytes(b"precious")
-    (results,) = session.draw(small(), Job())
-    assert results.path.name == "000008.png"
+    (result,) = session.run(small(), Job())
+    assert result.path.name == "000008.png"
     assert (session.folder / "000007.png").read_bytes() == b"precious"
 
 
-def test_a_drawing_tells_how_far_it_is_and_shows_what_comes(model: Model, saved: Path, session: Session) -> None:
-    look = Previews(MODEL, saved).look
+def test_a_job_reports_progress_and_previews(model: Model, saved: Path, session: Session) -> None:
+    preview = Previews(MODEL, saved).decode
     seen: list[tuple[float, str]] = []
 
-    class Watched(Job):
-        def told(self, *arguments: Any) -> None:
-            super().told(*arguments)
-            seen.append((self.share, self.status))
+    class Recording(Job):
+        def update(self, *arguments: Any) -> None:
+            super().update(*arguments)
+            seen.append((self.progress, self.status))
 
-    job = Watched()
-    looking = Session(model, session.folder, session._describe, look=look)
-    looking.draw(small(num_images=2, batch_size=1), job)
-    assert [share for share, _ in seen] == [0.25, 0.5, 0.75, 1]
+    job = Recording()
+    previewing = Session(model, session.folder, session._describe, preview=preview)
+    previewing.run(small(num_images=2, batch_size=1), job)
+    assert [progress for progress, _ in seen] == [0.25, 0.5, 0.75, 1]
     assert [status for _, status in seen][1:3] == [
         "Step 2 of 2, images 1 to 1; decoding",
         "Step 1 of 2, images 2 to 2",
     ]
     assert job.preview is not None
     with Image.open(io.BytesIO(job.preview)) as image:
-        assert image.size == (24, 16) == job.size[::-1]
+        assert image.size == (24, 16) == job.preview_size[::-1]
 
 
-def test_stop_ends_a_drawing_between_steps_and_the_next_one_is_drawn(session: Session) -> None:
+def test_stop_ends_a_job_between_steps_and_the_next_request_runs(session: Session) -> None:
     class Impatient(Job):
         steps = 0
 
-        def told(self, *arguments: Any) -> None:
+        def update(self, *arguments: Any) -> None:
             self.steps += 1
             if self.steps == 2:
                 session.stop()
-            super().told(*arguments)
+            super().update(*arguments)
 
     job = Impatient()
     with pytest.raises(Stopped):
-        session.draw(small(steps=50), job)
+        session.run(small(steps=50), job)
     assert job.steps == 2
     assert session.results == []
-    assert len(session.draw(small(), Job())) == 1
+    assert len(session.run(small(), Job())) == 1
 
 
-def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(session: Session) -> None:
+def test_a_request_waits_for_another_and_can_be_stopped_meanwhile(session: Session) -> None:
     began, may_end = threading.Event(), threading.Event()
 
     class Slow(Job):
-        def told(self, *arguments: Any) -> None:
+        def update(self, *arguments: Any) -> None:
             began.set()
             assert may_end.wait(60)
-            super().told(*arguments)
+            super().update(*arguments)
 
-    first = threading.Thread(target=lambda: session.draw(small(), Slow()))
+    first = threading.Thread(target=lambda: session.run(small(), Slow()))
     first.start()
     while not began.wait(0.1):
         assert first.is_alive()
@@ -232,13 +236,13 @@ def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(session: Ses
 
     def second() -> None:
         try:
-            session.draw(small(), waiting)
+            session.run(small(), waiting)
         except Stopped:
             outcome.append("stopped")
 
     other = threading.Thread(target=second)
     other.start()
-    assert waiting.status == "Waiting for another drawing"
+    assert waiting.status == "Waiting for another request"
     waiting.stop()
     may_end.set()
     for thread in (first, other):
@@ -247,44 +251,46 @@ def test_one_drawing_waits_for_another_and_can_be_stopped_meanwhile(session: Ses
     assert len(session.results) == 1
 
 
-def test_what_cannot_be_drawn_is_an_input_error_and_leaves_nothing(session: Session) -> None:
+def test_an_invalid_request_is_an_input_error_and_leaves_nothing(session: Session) -> None:
     with pytest.raises(InputError, match=r"height 12 × width 24: expected positive multiples of 8"):
-        session.draw(small(height=12), Job())
+        session.run(small(height=12), Job())
     assert session.results == []
     assert not session.folder.exists()
 
 
-def test_an_image_to_start_from_is_kept_under_a_name_of_its_own(session: Session) -> None:
+def test_an_init_image_is_saved_under_its_checksum(session: Session) -> None:
     content = png(np.zeros((16, 24, 3), np.uint8))
-    path = session.keep_init_image("../../holiday.png", content)
+    path = session.save_init_image("../../holiday.png", content)
     assert path.parent == session.folder / "init"
     assert path.read_bytes() == content
-    assert session.keep_init_image("same.png", content) == path
-    with pytest.raises(InputError, match=r"notes.txt is no image"):
-        session.keep_init_image("notes.txt", b"hello")
+    assert session.save_init_image("same.png", content) == path
+    with pytest.raises(
+        InputError, match=r"The image notes.txt cannot be read: in no known image format.*Save it again, as PNG or JPEG"
+    ):
+        session.save_init_image("notes.txt", b"hello")
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_tokens_that_are_not_read_are_told(session: Session) -> None:
+def test_truncated_prompts_are_noted(session: Session) -> None:
     assert session.notes(small("a cat")) == []
-    assert session.notes(small("cat " * 80)) == ["5 tokens of the prompt are beyond the 75 that are read"]
+    assert session.notes(small("cat " * 80)) == ["5 tokens of the prompt beyond the first 75 are ignored"]
 
 
-def test_what_has_no_effect_is_told(session: Session) -> None:
+def test_options_without_effect_are_noted(session: Session) -> None:
     off = small("a cat", guidance=0.0)._replace(negative="a dog")
     (note,) = session.notes(off)
     assert note.startswith("guidance=0 is off")
     with pytest.raises(InputError, match="A prompt is not UTF-8 text"):
         session.notes(small("\ud83d"))
     with pytest.raises(InputError, match="Prompt 1 is not UTF-8 text"):
-        session.draw(small("\ud83d"), Job())
+        session.run(small("\ud83d"), Job())
 
 
 def test_paths_that_are_not_utf_8_can_be_shown(tmp_path: Path) -> None:
-    said = command_line(as_sample(Serve(model=Path("it's caf\udce9")), small(height=None, width=None)))
-    assert said.startswith(r"sdxl-jax sample $'it\x27s caf\xe9' --prompt 'a red cube'")
+    command = command_line(as_sample(Serve(model=Path("it's caf\udce9")), small(height=None, width=None)))
+    assert command.startswith(r"sdxl-jax sample $'it\x27s caf\xe9' --prompt 'a red cube'")
     done = subprocess.run(
-        ["bash", "-c", f"printf %s {said.split(' --prompt')[0][16:]}"], capture_output=True, check=True
+        ["bash", "-c", f"printf %s {command.split(' --prompt')[0][16:]}"], capture_output=True, check=True
     )
     assert done.stdout == b"it's caf\xe9"
 
@@ -296,14 +302,14 @@ def test_a_port_that_is_taken_is_refused_before_the_model_is_read(tmp_path: Path
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(InputError, match=r"Nothing can listen on --host 127\.0\.0\.1 --port"):
+        with pytest.raises(InputError, match=r"The server cannot listen on --host 127\.0\.0\.1 --port"):
             free_port("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(InputError, match="--port 70000, expected 0 to 65535"):
+    with pytest.raises(InputError, match=r"--port 70000 is out of range\. Give 0 to 65535"):
         free_port("127.0.0.1", 70000)
     assert free_port("127.0.0.1", 0) > 0
 
 
-def test_without_its_library_the_page_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nicegui_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sdxl_jax.serving.page", None)
     monkeypatch.setitem(sys.modules, "nicegui", None)
     monkeypatch.delitem(sys.modules, "sdxl_jax.serving.page")
@@ -316,10 +322,10 @@ def test_without_its_library_the_page_says_what_to_install(monkeypatch: pytest.M
 
 
 @pytest.fixture
-def address(saved: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where `sdxl-jax serve` listens, as a process of its own."""
+def address(saved: Path, tmp_path: Path, compiled: Path) -> Iterator[str]:
+    """The address of `sdxl-jax serve`, run as a process."""
     pytest.importorskip("nicegui")
-    environment = compiling.environment(compiling.shared(tmp_path_factory))
+    environment = compiling.environment(compiled)
     environment.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI listens elsewhere when it sees it
     command = [sys.executable, "-m", "sdxl_jax", "serve", saved, "--port", "0", "--out", tmp_path / "images"]
     command += ["--preview-autoencoder", saved]
@@ -343,7 +349,7 @@ def address(saved: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")
-def test_the_page_draws_stops_and_says_what_is_wrong(address: str, tmp_path: Path) -> None:
+def test_the_page_samples_stops_and_shows_errors(address: str, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync"]
@@ -353,45 +359,45 @@ def test_the_page_draws_stops_and_says_what_is_wrong(address: str, tmp_path: Pat
         )
         page = browser.new_page()
         page.set_default_timeout(120_000)
-        asked: list[str] = []
-        page.on("request", lambda asked: asked.append(asked.url))
-        page.on("websocket", lambda socket: asked.append(socket.url))
+        loaded: list[str] = []
+        page.on("request", lambda request: loaded.append(request.url))
+        page.on("websocket", lambda socket: loaded.append(socket.url))
         page.goto(address)
-        prompt, draw = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Draw")
+        prompt, generate = page.get_by_label("Prompt", exact=True), page.get_by_role("button", name="Generate")
         prompt.fill("a red cube, it's old")
         assert page.get_by_label("Height").input_value() == str(MODEL.default_size[0])
         for name, value in SMALL.items():
             page.get_by_label(name.capitalize()).fill(str(value))
-        draw.click()
+        generate.click()
         page.get_by_test_id("image").wait_for()
         shown = page.locator(".sdxl-command code").inner_text()
         sample = parsing.parse(Sample, shlex.split(shown)[2:], "sample")
         assert (sample.prompt, sample.options) == (("a red cube, it's old",), Options(**SMALL))
-        page.screenshot(path=tmp_path / "drawn.png")
+        page.screenshot(path=tmp_path / "generated.png")
         with page.expect_download() as download:
             page.get_by_role("button", name="Download").click()
         assert read_text(Path(download.value.path())) == read_text(tmp_path / "images" / "000000.png")
 
         page.get_by_label("Height").fill("12")
-        draw.click()
+        generate.click()
         message = page.get_by_text("height 12 × width 24: expected positive multiples of 8")
         message.wait_for()
         page.screenshot(path=tmp_path / "refused.png")
 
         page.get_by_label("Height").fill("16")
         page.get_by_label("Steps").fill("1000")
-        draw.click()
+        generate.click()
         page.get_by_text(re.compile(r"Step \d+ of 1000")).wait_for()
         page.get_by_test_id("preview").wait_for()
         assert not message.is_visible()
-        page.screenshot(path=tmp_path / "drawing.png")
+        page.screenshot(path=tmp_path / "preview.png")
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped.").wait_for()
         assert len(list((tmp_path / "images").glob("*.png"))) == 1
         browser.close()
-    # All comes from this server, and from nowhere else.
-    assert {urlparse(url).netloc for url in asked if not url.startswith("data:")} == {urlparse(address).netloc}
-    # A name that somebody else gave this address does not open the page.
+    # Everything is loaded from this server.
+    assert {urlparse(url).netloc for url in loaded if not url.startswith("data:")} == {urlparse(address).netloc}
+    # Under a host name of somebody else (DNS rebinding) the page does not open.
     other = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
     with pytest.raises(OSError, match="400"):
         urllib.request.urlopen(other)

@@ -1,6 +1,6 @@
-"""The promises of sdxl_jax.sharding: a sharded step is the single-device step, and every parameter has its place.
+"""The promises of sdxl_jax.sharding: a sharded step equals the single-device step, and every parameter has a sharding.
 
-Eight devices are simulated in a process of its own (sharded_step.py). Full-size models are traced, never made.
+Eight devices are simulated in a process of its own (sharded_step.py). Full-size models are traced, never created.
 """
 
 import functools
@@ -31,10 +31,10 @@ MODELS = {"SDXL base": model.SDXL_BASE, "SDXL refiner": model.SDXL_REFINER, "SD 
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def results(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What sharded_step.py prints."""
     script, scratch = Path(__file__).with_name("sharded_step.py"), tmp_path_factory.mktemp("sharded")
-    environment = compiling.environment(scratch / "compiled", devices=8)
+    environment = compiling.environment(compiled, devices=8)
     command = [sys.executable, str(script), str(scratch)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,7 +53,7 @@ def test_sharded_loss_is_that_of_one_device(results: dict[str, Any], layout: str
 @pytest.mark.parametrize("layout", SHARDED)
 def test_sharded_update_is_that_of_one_device(results: dict[str, Any], layout: str) -> None:
     # Parameters, average and moments. An update is up to the learning rate, 1e-3, long; with an epsilon of 1e-3 the
-    # gradient's rounding, about 1e-7 of its size, moves it by about as much: 1e-7 × 1e-3 / 1e-3 a step.
+    # gradient's rounding, about 1e-7 of its size, moves it by about as much: 1e-7 × 1e-3 / 1e-3 per step.
     assert results[layout]["difference"] < 1e-6
     assert results[layout]["moved"] > 1e-4  # a hundred times the tolerance: something did happen
 
@@ -63,15 +63,15 @@ def test_initial_parameters_do_not_depend_on_the_layout(results: dict[str, Any])
     assert results["fresh_difference"] < 1e-6
 
 
-def test_parameters_are_created_where_they_belong(results: dict[str, Any]) -> None:
+def test_parameters_are_created_with_their_shardings(results: dict[str, Any]) -> None:
     assert results["fresh_misplaced"] == []
     # Most of the bytes are kernels and embeddings, even in this tiny model; biases and scales are the rest.
     assert results["fresh_split_share"] > 0.9
 
 
 @pytest.mark.parametrize("layout", SHARDED)
-def test_a_step_leaves_the_state_where_it_was(results: dict[str, Any], layout: str) -> None:
-    """Elsewhere, the next call would compile again, and a resumed run would add up in another order."""
+def test_a_step_keeps_the_shardings_of_the_state(results: dict[str, Any], layout: str) -> None:
+    """With others, the next call would compile again, and a resumed run would add up in another order."""
     assert results[layout]["misplaced"] == []
 
 
@@ -83,7 +83,7 @@ def test_checkpoint_of_one_layout_restores_under_another_bit_for_bit(results: di
 
 
 def test_fingerprint_of_parameters_does_not_depend_on_the_layout(results: dict[str, Any]) -> None:
-    """With which a cache is recognised."""
+    """It identifies a cache."""
     assert len(results["fingerprints"]) == 3
     assert len(set(results["fingerprints"].values())) == 1
 
@@ -95,7 +95,7 @@ def test_minus_one_fills_an_axis(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(3, 2), (-1, 3), (-1, -1)])
-def test_mesh_that_does_not_multiply_up_says_what_would(data: int, fsdp: int) -> None:
+def test_mesh_of_the_wrong_size_is_refused_with_the_remedy(data: int, fsdp: int) -> None:
     with pytest.raises(InputError) as raised:
         sharding.make_mesh(MeshConfig(data, fsdp), [None] * 8)
     assert str(raised.value) == (
@@ -104,7 +104,7 @@ def test_mesh_that_does_not_multiply_up_says_what_would(data: int, fsdp: int) ->
     )
 
 
-def test_mesh_that_cannot_share_the_heads_is_refused() -> None:
+def test_mesh_that_does_not_divide_the_heads_is_refused() -> None:
     def mesh(tensor: int) -> AbstractMesh:
         return AbstractMesh((1, 1, 1, tensor), AXES, axis_types=(AxisType.Auto,) * 4)
 
@@ -125,7 +125,7 @@ def mesh_of(data: int, fsdp: int) -> Any:
     return AbstractMesh((1, data, fsdp, 1), AXES)
 
 
-def test_batch_that_does_not_split_names_a_size_that_does() -> None:
+def test_batch_that_does_not_split_is_refused_with_a_size_that_does() -> None:
     with pytest.raises(InputError) as raised:
         sharding.check_batch(mesh_of(32, 2), 100, 1)
     assert str(raised.value) == (
@@ -139,10 +139,10 @@ def test_batch_that_does_not_split_names_a_size_that_does() -> None:
 
 @functools.cache
 def state_of(name: str) -> dict[str, Any]:
-    """Shapes of all that is placed: the training state and the frozen parameters, everything at full size."""
+    """Shapes of everything that is sharded: the training state and the frozen parameters, at full size."""
     params = jax.eval_shape(functools.partial(model.init, config=MODELS[name]), jax.random.key(0))
     trained, frozen = partition(params, ("^unet/",))
-    make = functools.partial(create, optimiser=optimiser.make(OptimiserConfig(), 1000), config=EmaConfig())
+    make = functools.partial(create, optimiser=optimiser.make_optimiser(OptimiserConfig(), 1000), config=EmaConfig())
     return {"state": jax.eval_shape(make, trained), "frozen": frozen, "all": params}
 
 
@@ -152,26 +152,28 @@ def names_and_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("fsdp", [1, 8, 64])
-def test_every_array_of_the_full_size_models_has_a_place(name: str, fsdp: int) -> None:
+def test_every_array_of_the_full_size_models_has_a_sharding(name: str, fsdp: int) -> None:
     state = state_of(name)
     places = sharding.place(mesh_of(8, fsdp), state)  # raises for an array without a rule, or of an uneven size
     assert jax.tree.structure(places) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize("kind", OptimiserKind)
-def test_every_array_of_every_optimiser_has_a_place(kind: OptimiserKind) -> None:
+def test_every_array_of_every_optimiser_has_a_sharding(kind: OptimiserKind) -> None:
     params = jax.eval_shape(functools.partial(model.init, config=MODELS["SDXL base"]), jax.random.key(0))
     beta1 = 0.9 if kind is OptimiserKind.ADAFACTOR else None  # so that it has a first moment too
-    state = jax.eval_shape(optimiser.make(OptimiserConfig(kind, beta1=beta1), 1000).init, partition(params, (".",))[0])
+    state = jax.eval_shape(
+        optimiser.make_optimiser(OptimiserConfig(kind, beta1=beta1), 1000).init, partition(params, (".",))[0]
+    )
     sizes = [math.prod(leaf.shape) for _, leaf in names_and_leaves(state)]
     for fsdp in (8, 64):
         places = jax.tree.leaves(sharding.place(mesh_of(8, fsdp), state))
         split = sum(size for size, place in zip(sizes, places, strict=True) if "fsdp" in place.spec)
-        # What Adafactor keeps of rows and columns is 0.1 % beside its first moment, and is not split.
+        # Adafactor's factored second moments are 0.1 % of its first moment, and are not split.
         assert split / sum(sizes) > 0.995
 
 
-def test_every_rule_decides_for_some_array_of_sdxl_base() -> None:
+def test_every_rule_applies_to_some_array_of_sdxl_base() -> None:
     first = [
         next(number for number, rule in enumerate(RULES) if re.search(rule.pattern, name))
         for name, _ in names_and_leaves(state_of("SDXL base")["all"])
@@ -179,8 +181,8 @@ def test_every_rule_decides_for_some_array_of_sdxl_base() -> None:
     assert set(first) == set(range(len(RULES)))
 
 
-def test_no_name_in_a_rule_is_idle() -> None:
-    """A name inside a pattern that an earlier rule takes, or that no array has, would only seem to do something."""
+def test_every_name_in_a_rule_matches_some_array() -> None:
+    """A name in a pattern that no array has, or that an earlier rule takes, would have no effect."""
     names = [name for name, _ in names_and_leaves(state_of("SDXL base")["all"])]
     for number, (pattern, _, _) in enumerate(RULES):
         left = [name for name in names if not any(re.search(earlier.pattern, name) for earlier in RULES[:number])]
@@ -199,7 +201,7 @@ def test_nearly_all_bytes_of_sdxl_base_are_split() -> None:
     assert split / sum(sizes) > 0.999
 
 
-def test_moments_and_average_lie_as_their_parameters() -> None:
+def test_moments_and_average_have_the_shardings_of_their_parameters() -> None:
     places = sharding.place(mesh_of(2, 4), state_of("SDXL base")["state"])
     flat = dict(names_and_leaves(places))
     followers = [name for name in flat if name.startswith("ema/") or re.search(r"/(mu|nu)/", name)]
@@ -211,7 +213,9 @@ def test_moments_and_average_lie_as_their_parameters() -> None:
 
 def test_an_array_without_a_rule_is_an_error_that_names_it() -> None:
     leaf = jax.ShapeDtypeStruct((3, 4), np.float32)
-    with pytest.raises(InputError, match=r"No sharding rule matches unet/gate \(3, 4\)\. Add one to sdxl_jax/sharding"):
+    with pytest.raises(
+        InputError, match=r"No sharding rule matches unet/gate \(3, 4\)\. Add one to RULES in sdxl_jax/sharding"
+    ):
         sharding.place(mesh_of(1, 2), {"unet": {"gate": leaf}})
 
 
@@ -220,8 +224,8 @@ def test_an_axis_that_does_not_divide_names_parameter_shape_and_mesh() -> None:
     with pytest.raises(InputError) as raised:
         sharding.place(mesh_of(1, 4), {"unet": {"conv_1": {"kernel": leaf}}})
     assert str(raised.value) == (
-        "unet/conv_1/kernel has shape (3, 3, 4, 6), whose axis -1 cannot be split over mesh.fsdp=4. Choose a divisor "
-        "of 6"
+        "unet/conv_1/kernel has shape (3, 3, 4, 6), whose axis -1 cannot be split over mesh.fsdp=4. Set mesh.fsdp to "
+        "a divisor of 6"
     )
 
 
@@ -229,6 +233,6 @@ def test_batch_is_split_over_every_device() -> None:
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
     assert sharding.batch_sharding(mesh).spec[0] == ("slice", "data", "fsdp")
     rows = np.arange(6).reshape(3, 2)
-    placed = sharding.put_batch(mesh, {"rows": rows})["rows"]
+    placed: Any = sharding.put_batch(mesh, {"rows": rows})["rows"]
     np.testing.assert_array_equal(placed, rows)
     assert placed.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
