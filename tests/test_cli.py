@@ -649,7 +649,7 @@ def test_encode_without_a_folder_or_into_one_of_other_files_is_refused(place: Pa
     assert_refused(place, encode, "data.cache is not given", "--data.cache DIR")
     assert_refused(place, [*encode[:3], "--data.cache", place / "cache"], "Set data.crops_per_image", "e.g. 4")
     assert_refused(place, [*encode, "--data.cache", place / "images"], "holds other files and is not a cache", "Give")
-    assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", 2, 2], "share 2 of 2. Expected")
+    assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", 2, 2], "share=2,2 cannot be used")
     assert_refused(place, [*encode, "--data.cache", place / "cache", "--share", "first"], "share", "first")
     assert_refused(place, ["data", "encode"], "The first argument of data encode is a configuration file", "usage")
 

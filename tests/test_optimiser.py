@@ -123,8 +123,9 @@ def test_gradient_is_clipped_before_it_reaches_the_optimiser(kind: OptimiserKind
     clipped = first_update(plain(kind, clip_norm=0.5))(params, gradient)
     free = first_update(plain(kind))(params, scaled)
     for one, other in zip(jax.tree.leaves(clipped), jax.tree.leaves(free), strict=True):
-        # float32, whose roundings Muon's iteration amplifies; updates are about 0.02 long, Prodigy's 3e-7.
-        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-8 if kind is OptimiserKind.MUON else 0)
+        # float32, whose roundings Muon's iteration amplifies (2.4e-8 was seen in unfused code); updates are about 0.02
+        # long, Prodigy's 3e-7.
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=1e-7 if kind is OptimiserKind.MUON else 0)
 
 
 @EVERY_KIND

@@ -284,7 +284,7 @@ def _checked(config: RunConfig, batch_size: int, share: tuple[int, int] | None) 
     if batch_size < 1 or not 0 <= index < count:
         raise InputError(
             f"batch_size={batch_size} and share={index},{count} cannot be used. Give a batch_size of 1 or more, and a "
-            f"share from 0 to below the number of shares, which is 1 or more"
+            "share from 0 to below the number of shares, which is 1 or more"
         )
     return config, index, count
 
