@@ -2,7 +2,8 @@
 
 hardware   two CPU cores, 3 GB of memory
 hours      0.17
-metric     prompt accuracy at least 75 %; 100 % with seeds 0, 1 and 2, last run November 2026 at version 0.1.0
+metric     prompt accuracy at least 75 %; 100 % with seeds 0, 1 and 2
+last run   November 2026, at version 0.1.0
 command    sdxl-jax quickstart        (or, once it has unpacked its images: sdxl-jax train configs/quickstart.py)
 """
 

@@ -269,6 +269,8 @@ def test_compile_prints_all_reports_and_ends_with_2_where_one_does_not_fit(
         assert f"1 of 2 saved in {tmp_path / 'ahead'}" in outcome.out
 
 
+@pytest.mark.slow
+@pytest.mark.tpu_aot
 @needs_libtpu
 def test_compile_reports_memory_flops_and_collectives(tmp_path: Path) -> None:
     config = dataclasses.replace(tiny.train_config(tmp_path), mesh=MeshConfig(data=2, fsdp=2))
@@ -284,6 +286,8 @@ def test_compile_reports_memory_flops_and_collectives(tmp_path: Path) -> None:
     assert aot_compile.compile_step(remat, "v5p:2x2x1", progress=False)[0].model_flops == made.model_flops
 
 
+@pytest.mark.slow
+@pytest.mark.tpu_aot
 @needs_libtpu
 def test_a_compiled_step_is_saved_under_the_same_name_each_time(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
@@ -297,6 +301,8 @@ def test_a_compiled_step_is_saved_under_the_same_name_each_time(tmp_path: Path) 
     assert len(names[0]) == 1 and names[1] == names[0] and len(names[2] - names[0]) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.tpu_aot
 @needs_libtpu
 def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
@@ -306,6 +312,8 @@ def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     assert all(each.fits and each.images == 4 and each.model_flops > 0 for each in made)
 
 
+@pytest.mark.slow
+@pytest.mark.tpu_aot
 @needs_libtpu
 def test_bucket_and_batch_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)

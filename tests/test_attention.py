@@ -45,6 +45,8 @@ def loss_of(implementation: Attention, query: jax.Array, key: jax.Array, value: 
     return jnp.sum(out.astype(jnp.float32) ** 2)
 
 
+@pytest.mark.slow
+@pytest.mark.gpu
 def test_cudnn_attention_is_xlas_and_so_are_its_gradients() -> None:
     if jax.default_backend() != "gpu":
         pytest.skip("needs a GPU")

@@ -170,7 +170,7 @@ def test_run_of_another_configuration_is_refused_with_the_differences(place: Pat
     assert_refused(
         place,
         refused,
-        r"belongs to a run with another configuration \(2 differences",
+        r"belongs to a run with a different configuration \(2 differences",
         r"optimiser\.learning_rate: 0\.001 -> 0\.5",
         r"training\.seed: 0 -> 7",
         "choose another --run-dir",

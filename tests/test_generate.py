@@ -201,13 +201,13 @@ def test_guidance_up_to_1_is_off_as_in_diffusers(guidance: float, model: Model) 
 
 
 def test_options_without_effect_are_noted() -> None:
-    note = "guidance=0 is off: there is guidance above 1 only. No effect: the negative prompt, negative-crop"
+    note = "guidance=0 turns guidance off: it needs a scale above 1. No effect: the negative prompt, negative-crop"
     assert Options(guidance=0.0, negative_crop=Position(0, 8)).notes(MODEL, "blurry") == [note]
-    assert Options(guidance=0.5).notes(MODEL) == ["guidance=0.5 is off: there is guidance above 1 only"]
+    assert Options(guidance=0.5).notes(MODEL) == ["guidance=0.5 turns guidance off: it needs a scale above 1"]
     assert Options(guidance=1.0).notes(MODEL) == Options(guidance=0.0).notes(MODEL) == []
     assert Options().notes(MODEL, "blurry") == Options(guidance=1.5).notes(MODEL, "blurry") == []
     (distilled,) = Options().notes(dataclasses.replace(MODEL, distilled=True), "blurry")
-    assert distilled.startswith("guidance=1 is off")
+    assert distilled.startswith("guidance=1 turns guidance off")
 
 
 def test_no_negative_prompt_is_zeros_in_sdxl_and_not_the_empty_one(model: Model, reference: Generated) -> None:

@@ -271,7 +271,7 @@ def test_a_planted_violation_is_found(module: str, source: str) -> None:
     [
         ("models.unet", "import flax.linen as nn\nfrom .layers import conv\nfrom sdxl_jax import arrays"),
         ("models", "from . import unet"),
-        ("model", "from sdxl_jax.samplers.guidance import Condition\nfrom sdxl_jax.samplers import guidance"),
+        ("model", "from sdxl_jax.samplers.guidance import Conditioning\nfrom sdxl_jax.samplers import guidance"),
         ("evaluation.a_new_score", "from sdxl_jax.evaluation import prompt_accuracy\nimport jaxtyping, flaxen"),
         ("quickstart.run", "from sdxl_jax.training import loop\nfrom sdxl_jax import evaluation"),
         ("quickstart.make_images", "import sys\nprint(sys.argv)"),

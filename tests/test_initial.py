@@ -58,7 +58,9 @@ def test_model_of_the_same_meaning_is_taken(saved: Path) -> None:
 @pytest.mark.parametrize("field", MEANING)
 def test_model_of_another_meaning_is_refused_unless_the_field_is_named(saved: Path, field: str) -> None:
     other = change(V, field)
-    with pytest.raises(InputError, match=rf"trained with another {field}.*Set model\.{field} .*init-changes {field}$"):
+    with pytest.raises(
+        InputError, match=rf"trained with a different {field}.*Set model\.{field} .*init-changes {field}$"
+    ):
         start(saved, other)
     start(saved, other, init_changes=(field,))
     with pytest.raises(InputError, match=field):

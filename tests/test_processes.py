@@ -1,4 +1,4 @@
-"""The promises of processes: to stop at the same barrier, to name the one that differs, never to wait for ever.
+"""The promises of processes: to stop at the same point, to name the one that differs, never to wait for ever.
 
 Several processes are threads here, around a coordination service of a few lines; real processes are in test_killing.py.
 """
@@ -107,7 +107,7 @@ def test_a_signal_on_any_process_stops_all_after_the_same_step(three: list[Proce
                 time.sleep(pauses[process.index, step])
                 if process.index == signalled and step == at:
                     process._received_signal = "SIGTERM"
-                process.barrier()
+                process.stop_point()
                 steps[process.index] += 1
         except Interrupted as stopped:
             assert f"SIGTERM on process {signalled}" == stopped.signal_name
@@ -123,13 +123,13 @@ def test_a_signal_ends_the_wait_for_work_unless_another_process_is_past_it(three
 
     def program(process: Processes) -> float:
         if process.index == 0:
-            process.barrier()
+            process.stop_point()
             past.set()
             process._received_signal = "SIGTERM"
         else:
             past.wait()
             process.wait(lambda: time.sleep(1))
-            process.barrier()
+            process.stop_point()
         began = time.monotonic()
         with pytest.raises(Interrupted):
             process.wait(lambda: time.sleep(5))
@@ -159,7 +159,7 @@ def test_texts_gathered_before_the_stop_are_not_taken_for_those_after_it(three: 
     """One has compiled the next bucket's step and gathers, the others are stopped while compiling; then all save."""
 
     def program(process: Processes) -> list[str]:
-        process.barrier()
+        process.stop_point()
         with pytest.raises(Interrupted):
             if process.index:
                 process.wait(lambda: time.sleep(4))
@@ -180,7 +180,7 @@ def test_processes_that_agree_on_a_checkpoint_are_not_stopped_within(three: list
         time.sleep(process.index)
         written = len(process.gather("", stops=False))
         with pytest.raises(Interrupted):
-            process.barrier()
+            process.stop_point()
         return written
 
     assert together(three, program) == [3] * 3
@@ -285,13 +285,13 @@ def test_a_process_that_does_not_react_is_ended_with_the_others_code(
     assert ended == [2]
 
 
-def test_one_process_stops_at_its_next_barrier_and_gets_its_handlers_back() -> None:
+def test_one_process_stops_at_its_next_stop_point_and_gets_its_handlers_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as stopped, Processes(1.0) as alone:
         assert (alone.is_first, alone.count, alone.gather("alone")) == (True, 1, ["alone"])
-        alone.barrier()
+        alone.stop_point()
         os.kill(os.getpid(), signal.SIGTERM)
-        alone.barrier()
+        alone.stop_point()
     assert (stopped.value.code, stopped.value.signal_name) == (143, "SIGTERM")
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
@@ -299,7 +299,7 @@ def test_one_process_stops_at_its_next_barrier_and_gets_its_handlers_back() -> N
 def test_a_signal_after_the_last_step_stops_nothing() -> None:
     """No work is left: the last checkpoint is written, and the process ends with 0."""
     with Processes(1.0) as alone:
-        alone.barrier()
+        alone.stop_point()
         os.kill(os.getpid(), signal.SIGTERM)
         assert alone.wait(lambda: "saved", stops=False) == "saved"
 
@@ -334,7 +334,7 @@ except REPORTED as error:
         (
             {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2"},
             2,
-            "refused: The processes cannot be joined: The process id of the current process must be defined",
+            "refused: This process could not join the others: The process id of the current process must be defined",
         ),
         ({"JAX_NUM_PROCESSES": "two"}, 2, "refused: The environment has JAX_NUM_PROCESSES=two. Give a whole number"),
     ],

@@ -544,7 +544,9 @@ def test_noise_prediction_at_zero_terminal_snr_is_refused() -> None:
 
 
 def test_refiners_and_bases_are_not_taken_for_each_other(model: Model, refiner: Model) -> None:
-    with pytest.raises(InputError, match=r"The refiner is not a refiner.*not conditioned on an aesthetic score"):
+    with pytest.raises(
+        InputError, match=r"The model given as --refiner is not a refiner.*not conditioned on an aesthetic score"
+    ):
         generate(model, PROMPTS, refiner=model, **SETTINGS)
     with pytest.raises(InputError, match=r"The model is a refiner itself.*Give the base as the model"):
         generate(refiner, PROMPTS, refiner=refiner, **SETTINGS)

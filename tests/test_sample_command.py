@@ -162,11 +162,11 @@ def test_guidance_0_writes_the_bytes_of_guidance_1_and_notes_what_has_no_effect(
     for guidance in ("0", "1", "0.5"):
         outcome = run(model, tmp_path / guidance, "--prompt", "a cat", "--guidance", guidance, "--save-latents")
         assert outcome.code == 0, outcome
-        assert ("note: guidance=0.5 is off: there is guidance above 1 only" in outcome.err) == (guidance == "0.5")
+        assert ("note: guidance=0.5 turns guidance off: it needs a scale above 1" in outcome.err) == (guidance == "0.5")
         for name in ("000000.png", "latents.npy"):
             assert (tmp_path / guidance / name).read_bytes() == (tmp_path / "0" / name).read_bytes()
     outcome = run(model, tmp_path / "again", "--prompt", "a cat", "--guidance", 0, "--negative-prompt", "a dog")
-    assert "guidance=0 is off: there is guidance above 1 only. No effect: the negative prompt" in outcome.err
+    assert "guidance=0 turns guidance off: it needs a scale above 1. No effect: the negative prompt" in outcome.err
     assert same(tmp_path / "again" / "000000.png", tmp_path / "0" / "000000.png")
 
 

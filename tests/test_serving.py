@@ -279,7 +279,7 @@ def test_truncated_prompts_are_noted(session: Session) -> None:
 def test_options_without_effect_are_noted(session: Session) -> None:
     off = small("a cat", guidance=0.0)._replace(negative="a dog")
     (note,) = session.notes(off)
-    assert note.startswith("guidance=0 is off")
+    assert note.startswith("guidance=0 turns guidance off")
     with pytest.raises(InputError, match="A prompt is not UTF-8 text"):
         session.notes(small("\ud83d"))
     with pytest.raises(InputError, match="Prompt 1 is not UTF-8 text"):

@@ -172,8 +172,8 @@ def _parsed(arguments: list[str]) -> Sample:
         settings[name] = parsing.path_of_shown(text[name])
         if (digest := text.get(f"{name}_sha256")) and _digest(settings[name]) != digest:
             raise InputError(
-                f"{where} was made with another {parsing.flag(name)} than what {settings[name]} is now. Restore that "
-                f"file, or give another with {parsing.flag(name)}"
+                f"{where} was made with a different {parsing.flag(name)}: {settings[name]} has changed since. Restore "
+                f"that file, or give another with {parsing.flag(name)}"
             )
     return parsing.parse(Sample, arguments, "sample", default=dataclasses.replace(sample, **settings))
 

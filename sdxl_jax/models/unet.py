@@ -139,7 +139,7 @@ class DownBlock(_Level):
         context: Float[jax.Array, "batch tokens context"],
         perturbed: Bool[jax.Array, "batch"] | None,
     ) -> list[Float[jax.Array, "batch _height _width _channels"]]:
-        """Every intermediate result, in order: the way up takes them as skips, the last one goes on down."""
+        """Every intermediate result, in order: the way up takes them as skips, the last one enters the next level."""
         depth = self.config.transformer_depth[self.level]
         skips = []
         for index in range(self.config.resnets_per_block):

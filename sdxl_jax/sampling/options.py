@@ -160,7 +160,7 @@ class Options:
     def notes(self, config: ModelConfig, negative: str | None = None) -> list[str]:
         """Options that have no effect, though nothing is wrong, as notes to the user."""
         given = self.guidance
-        off = f"guidance={1 if given is None else given:g} is off: there is guidance above 1 only"
+        off = f"guidance={1 if given is None else given:g} turns guidance off: it needs a scale above 1"
         if self.resolved(config).guidance != 1:
             return []
         unused = [each.replace("_", "-") for each in vars(self) if each.startswith("negative_") and getattr(self, each)]

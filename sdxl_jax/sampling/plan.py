@@ -300,8 +300,9 @@ def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Op
         )
     if not refiner.is_refiner:
         raise InputError(
-            f"The refiner is not a refiner: it attends to text states of width {refiner.unet.context_dim} and is not "
-            "conditioned on an aesthetic score. Give SDXL's refiner or one like it, which attends to bigG's 1280 alone"
+            "The model given as --refiner is not a refiner: it attends to text states of width "
+            f"{refiner.unet.context_dim} and is not conditioned on an aesthetic score. Give SDXL's refiner or one like "
+            "it, which attends to bigG's 1280 alone"
         )
     if refiner.vae.latent_channels != config.vae.latent_channels:
         raise InputError(

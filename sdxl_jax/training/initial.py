@@ -38,7 +38,7 @@ def initial_weights(
     initial = dict[str, jax.Array]()
     for path, weights in zip(training.init_from, _opened(training, model, parts), strict=True):
         for line in _meaning_differences(weights, model):
-            tqdm.write(f"  note: the UNet of {path} was trained with another {line} (there -> in this run)")
+            tqdm.write(f"  note: the UNet of {path} was trained with a different {line} (there -> in this run)")
         if lines := _sampling_differences(weights, model):
             tqdm.write(
                 f"  note: {path} has other sampling defaults, {'; '.join(lines)} (there -> in this run and the models "
@@ -84,9 +84,9 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
                 have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # not in the other half's file
             if different := differences(have, want):
                 raise InputError(
-                    f"The {part} in {path} (training.init_from) has another configuration: {'; '.join(different)} (in "
-                    f"the file -> in this run). Set {_field_of(part, model)} to the file's configuration, or leave the "
-                    f"{part} out of training.init_parts"
+                    f"The {part} in {path} (training.init_from) has a different configuration: {'; '.join(different)} "
+                    f"(in the file -> in this run). Set {_field_of(part, model)} to the file's configuration, or "
+                    f"leave the {part} out of training.init_parts"
                 )
         _check_meaning(path, weights, training, model)
         opened.append(weights)
@@ -128,8 +128,8 @@ def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: Mod
     if changed:
         names = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)
         raise InputError(
-            f"The UNet of {path} (training.init_from) was trained with another {'; '.join(changed)} (there -> in this "
-            f"run). Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
+            f"The UNet of {path} (training.init_from) was trained with a different {'; '.join(changed)} (there -> in "
+            f"this run). Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
             f"purpose: --training.init-changes {' '.join(names)}"
         )
 

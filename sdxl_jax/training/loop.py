@@ -165,11 +165,11 @@ class Batches:
             return self._run.processes.wait(lambda: next(self._rows))
 
     def placed(self, step: int, rows: Batch) -> tuple[Step, Batch]:
-        """(compiled step, batch on the devices). A barrier: all processes go on to the step, or all stop here."""
+        """(compiled step, batch on the devices). A stop point: all processes continue to the step, or all stop here."""
         run = self._run
         with self._clock.during(TimePart.DATA):
             batch = sharding.put_batch(run.mesh, rows)
-        run.processes.barrier()
+        run.processes.stop_point()
         return run.steps.of(run.dataset.bucket_of(step)), batch
 
     def _wait_for_program(self, bucket: Bucket) -> None:

@@ -1,14 +1,14 @@
-"""The processes of one run: they join, compare their facts, agree on the barrier to stop at, and leave together.
+"""The processes of one run: they join, compare their facts, agree on the point to stop at, and leave together.
 
-    running ── signal on any process ──> stop broadcast ── all have reported ──> stop agreed ── barrier ──> Interrupted
-       ├────── error on any process ───> failure broadcast ──> ProcessFailed on the others
+    running ── signal on any process ─> stop broadcast ─ all have reported ──> stop agreed ── stop point ──> Interrupted
+       ├────── error on any process ──> failure broadcast ──> ProcessFailed on the others
        └────── no work left ───────────> over
 
-Every process runs the same program, so all reach the same `barrier`s in the same order. A barrier costs nothing while
-no stop is requested: nobody waits there. A signal is broadcast through jax's coordination service; each process then
-reports how many barriers it has passed and passes no further one until all have reported. All stop after the highest
-count: what the furthest process has begun, the others can still complete with it, and nobody waits for a collective
-that another process will not enter.
+Every process runs the same program, so all reach the same `stop_point`s in the same order. A stop point costs nothing
+while no stop is requested: nobody waits there. A signal is broadcast through jax's coordination service; each process
+then reports how many stop points it has passed and passes no further one until all have reported. All stop after the
+highest count: what the furthest process has begun, the others can still complete with it, and nobody waits for a
+collective that another process will not enter.
 
 Long work (compiling, reading, waiting for data) goes through `wait`, in another thread, so that signals are handled:
 Python runs its handlers only between two instructions of the main thread, and a compilation is one instruction.
@@ -97,7 +97,7 @@ class Processes:
         """By this process."""
         self._stop_signal: str | None = None
         """The one for which all processes stop, and where it was received."""
-        self._barriers_passed = 0
+        self._points_passed = 0
         self._stop_after: int | None = None
         """Barriers passed, once all processes agree."""
         self._stopping = False
@@ -182,7 +182,7 @@ class Processes:
 
     # Barriers and waiting
 
-    def barrier(self) -> None:
+    def stop_point(self) -> None:
         """To be passed by all processes in the same order. Raises Interrupted at the one where all of them stop.
 
         It waits for the others only while a stop is being agreed on: it synchronises stopping, not the work.
@@ -192,20 +192,20 @@ class Processes:
                 time.sleep(_POLL_SECONDS / 4)
             self._raise_if_reached()
             with self._lock:
-                self._barriers_passed += 1
+                self._points_passed += 1
 
     def _try_pass(self) -> bool:
         self._poll_alone()
         with self._lock:
             if self._stop_signal is None:
-                self._barriers_passed += 1
+                self._points_passed += 1
                 return True
         return False
 
     def _poll_alone(self) -> None:
         """A single process agrees with itself, without the coordination service."""
         if self.count == 1 and self._received_signal is not None and self._stop_signal is None:
-            self._stop_signal, self._stop_after = self._received_signal, self._barriers_passed
+            self._stop_signal, self._stop_after = self._received_signal, self._points_passed
 
     def _stop_agreed(self) -> bool:
         if self._failure is not None:
@@ -213,14 +213,14 @@ class Processes:
         return self._stop_after is not None
 
     def _raise_if_reached(self) -> None:
-        if self._stop_after is not None and self._barriers_passed >= self._stop_after and not self._stopping:
+        if self._stop_after is not None and self._points_passed >= self._stop_after and not self._stopping:
             assert self._stop_signal is not None
             self._stopping = True  # whatever is still waited for belongs to saving
             self._gathers = _FIRST_GATHER_AFTER_STOP
             raise Interrupted(self._stop_signal)
 
     def wait(self, work: Callable[[], _T], timeout_seconds: float = math.inf, *, stops: bool = True) -> _T:
-        """The work's result; it is done in another thread. Raises Interrupted when all stop before the next barrier,
+        """The work's result; it is done in another thread. Raises Interrupted when all stop before the next stop point,
         and TimeoutError: the work is then abandoned. It must be harmless that other processes, or this one, have done
         it.
 
@@ -280,7 +280,7 @@ class Processes:
             )
 
     def _broadcasts(self) -> dict[str, str]:
-        """What was broadcast so far: "stop", "at/PROCESS" (barriers passed), "failed/PROCESS", "left/PROCESS"."""
+        """What was broadcast so far: "stop", "at/PROCESS" (stop points passed), "failed/PROCESS", "left/PROCESS"."""
         key = f"{self._prefix}/broadcast/"
         return {name.split("/broadcast/")[-1]: value for name, value in self._client.key_value_dir_get(key)}
 
@@ -308,7 +308,7 @@ class Processes:
             self._broadcast("stop", f"{self._received_signal}{where}")
         if "stop" in broadcasts and self._stop_signal is None:
             with self._lock:
-                self._stop_signal, passed = broadcasts["stop"], self._barriers_passed
+                self._stop_signal, passed = broadcasts["stop"], self._points_passed
             self._broadcast(f"at/{self.index}", str(passed))
         passed = [int(value) for name, value in broadcasts.items() if name.startswith("at/")]
         if len(passed) == self.count and self._stop_after is None:
@@ -379,13 +379,13 @@ def _initialise(timeout_seconds: float) -> None:
         )
     except jax.errors.JaxRuntimeError as error:
         raise MachineError(
-            f"The processes cannot be joined: {str(error).rstrip('.')}. Start all of them again"
+            f"This process could not join the others: {str(error).rstrip('.')}. Start all of them again"
         ) from error
     except (ValueError, TypeError, RuntimeError) as error:
         too_late = "must be called before" in str(error)
         if values == [None] * 3 and (too_late or "coordinator_address" in str(error)):
             return  # nothing describes other processes
         raise InputError(
-            f"The processes cannot be joined: {str(error).rstrip('.')}. The environment has {_environment()}. Set all "
-            "three or none"
+            f"This process could not join the others: {str(error).rstrip('.')}. The environment has {_environment()}. "
+            "Set all three or none"
         ) from error

@@ -55,7 +55,7 @@ def check_run(
         shown = "\n  ".join(changed[:8])
         names = ",".join(line.split(":", 1)[0] for line in changed[:8])
         raise InputError(
-            f"{run_dir} belongs to a run with another configuration ({len(changed)} differences, old -> new):\n  "
+            f"{run_dir} belongs to a run with a different configuration ({len(changed)} differences, old -> new):\n  "
             f"{shown}\nResume with the run's own configuration, or choose another --run-dir. To resume with these "
             f"changes, which alter what is learnt: --allow-changes {names}"
         )

@@ -219,14 +219,14 @@ def _state(
 
 
 def on_mesh(processes: Processes, mesh: Mesh, work: Callable[[], _T]) -> _T:
-    """The work's result, computed in another thread so that signals are handled meanwhile. A barrier comes first. The
-    mesh has to be set there: it is a thread-local setting."""
+    """The work's result, computed in another thread so that signals are handled meanwhile. A stop point comes first.
+    The mesh has to be set there: it is a thread-local setting."""
 
     def run() -> _T:
         with jax.set_mesh(mesh):
             return jax.block_until_ready(work())
 
-    processes.barrier()
+    processes.stop_point()
     return processes.wait(run)
 
 

@@ -36,7 +36,7 @@ from sdxl_jax.models import clip, layers, unet, vae
 from sdxl_jax.weights.formats import diffusers as folders
 from sdxl_jax.weights.names import PartConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parity_full_size]
 
 MEMORY_GIB = 24
 """What each process may take, weights and all."""

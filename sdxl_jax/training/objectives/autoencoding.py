@@ -169,7 +169,7 @@ class Autoencoding(Objective[AutoencoderConfig]):
         reconstruct = reconstructor(self.config, model.params["vae"], mesh)
         reconstructions = list[UInt8[np.ndarray, "_height _width 3"]]()
         for original in originals:
-            processes.barrier()
+            processes.stop_point()
             reconstructions.append(reconstruct(original[None])[0])
         ratios = [psnr(original, image) for original, image in zip(originals, reconstructions, strict=True)]
         captions = ["original"] * len(originals) + [f"{ratio:.1f} dB" for ratio in ratios]

@@ -117,7 +117,7 @@ class Denoising(Objective[TrainConfig]):
 
         images = list[UInt8[np.ndarray, "_height _width 3"]]()
         for height, width in validation.sizes:
-            processes.barrier()
+            processes.stop_point()
             sample_size = functools.partial(sample, height, width)
             # With several processes it must not be abandoned: the others would wait in its collectives.
             images += processes.wait(sample_size) if processes.count == 1 else sample_size()
