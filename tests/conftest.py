@@ -1,6 +1,7 @@
 """What all tests have: quick compilation, with compiled programs kept from run to run, and the longest files first."""
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ gc.set_threshold(100_000, 50, 1000)
 
 LONG = ("test_training", "test_killing", "test_sharding", "test_cli", "test_encoding")
 """Files whose tests take minutes. They run first, so that no worker runs them alone at the end."""
+
+
+# torch's threads on top of the workers' would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -130,7 +130,7 @@ def test_an_init_image_that_has_changed_is_refused(model: Path, tmp_path: Path) 
     Image.fromarray(np.full((24, 32, 3), 190, np.uint8)).save(photo)
     outcome = call(*again, "--overwrite")
     assert outcome.code == 2
-    assert "was made with another --init-image" in outcome.err
+    assert "was made with a different --init-image" in outcome.err
 
 
 OPTIONS = Options(
