@@ -3,7 +3,7 @@
 hardware   two CPU cores, 3 GB of memory
 hours      0.17
 metric     prompt accuracy at least 75 %; 100 % with seeds 0, 1 and 2
-last run   November 2026, at version 0.1.0
+last run   29 November 2026, at commit 112e481 (seed 0), with other jobs on the same cores: 0.4 hours
 command    sdxl-jax quickstart        (or, once it has unpacked its images: sdxl-jax train configs/quickstart.py)
 """
 

@@ -103,7 +103,10 @@ def test_sigterm_on_one_of_two_processes_stops_both_at_the_same_step(tmp_path: P
 
 
 @pytest.mark.slow
-def test_survivor_of_a_killed_process_ends_by_itself(tmp_path: Path) -> None:
+@pytest.mark.xfail(
+    strict=True, reason="jax 0.10 aborts survivors (-6): its callback for lost peers ends in std::bad_cast"
+)
+def test_survivor_of_a_killed_process_ends_with_1(tmp_path: Path) -> None:
     config = killing.train_config(tiny.make_folder(tmp_path / "images"), 100_000)
     started = killing.Processes.start(config, tmp_path / "run", tmp_path, 2)
     try:
