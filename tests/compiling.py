@@ -57,20 +57,22 @@ def settings(cache: Path) -> dict[str, bool | int | str]:
 @contextlib.contextmanager
 def quick(cache: Path) -> Iterator[None]:
     """Quick compilation inside the block; restores the settings at its end."""
-    before = {name: jax.config.values[name] for name in settings(cache)}
-    try:
-        _set(settings(cache))
+    with _within(settings(cache)):
         yield
-    finally:
-        _set(before)
 
 
 @contextlib.contextmanager
 def full() -> Iterator[None]:
     """Compilation with all optimisations and without a cache inside the block; restores the settings at its end."""
-    before = {name: jax.config.values[name] for name in settings(Path())}
+    with _within({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None}):
+        yield
+
+
+@contextlib.contextmanager
+def _within(values: Mapping[str, bool | int | str | None]) -> Iterator[None]:
+    before = {name: jax.config.values[name] for name in values}
     try:
-        _set({"jax_disable_most_optimizations": False, "jax_compilation_cache_dir": None})
+        _set(values)
         yield
     finally:
         _set(before)

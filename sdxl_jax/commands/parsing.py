@@ -21,6 +21,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from sdxl_jax.errors import RENAMED, InputError, nearest_first
 from sdxl_jax.files.paths import local
+from sdxl_jax.files.text import printable
 
 if TYPE_CHECKING:
     from sdxl_jax.weights.open import OpenOptions
@@ -78,9 +79,9 @@ def _check_names(config: Any, arguments: list[str], prefix: str = "--") -> None:
     for entry in dataclasses.fields(config):
         if old := entry.metadata.get(RENAMED):
             old_flag = prefix + old
-            for each in (argument.partition("=")[0].replace("-", "_") for argument in arguments):
-                if each == old_flag.replace("-", "_") or each.startswith(f"{old_flag}.".replace("-", "_")):
-                    raise InputError(f"{old_flag} is called {prefix}{entry.name} now. Use that name")
+            given = (argument.partition("=")[0].replace("-", "_") for argument in arguments)
+            if any(f"{each}.".startswith(f"{old_flag}.".replace("-", "_")) for each in given):
+                raise InputError(f"{old_flag} is called {prefix}{entry.name} now. Use that name")
         if dataclasses.is_dataclass(inner := getattr(config, entry.name)):
             _check_names(inner, arguments, f"{prefix}{entry.name}.")
 
@@ -153,15 +154,10 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def shown(path: Path | str) -> str:
-    """A path as UTF-8, for a pipe, a PNG or a web page: bytes that are not UTF-8 are written as \\udce9."""
-    return str(path).encode("utf-8", "backslashreplace").decode()
-
-
-def path_of_shown(shown: str) -> Path:
-    """The path that `shown` was called with."""
-    path = Path(shown)
-    unescaped = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), shown)
+def path_of_printable(name: str) -> Path:
+    """The path that `printable` was called with."""
+    path = Path(name)
+    unescaped = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), name)
     return path if path.exists() else Path(unescaped)
 
 
@@ -219,7 +215,7 @@ def _reason(output: str) -> str:
     if by_type := re.findall(r"- <class '(\w+)'>: (.+?)(?= - <class |$)", text):  # of an optional field
         text = next((reason for name, reason in by_type if name != "NoneType"), text)
     text = re.sub(r" for argument '[^']*'|\. Expected one of .*", "", text)
-    return shown(text.rstrip("."))
+    return printable(text.rstrip("."))
 
 
 def expected_value(kind: Any) -> str:

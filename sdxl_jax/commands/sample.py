@@ -26,6 +26,7 @@ from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.errors import InputError, fault, nearest_first
 from sdxl_jax.files import text as texts
+from sdxl_jax.files.text import printable
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
 
@@ -169,7 +170,7 @@ def _parsed(arguments: list[str]) -> Sample:
     for name in FILES:
         if name not in text or getattr(sample, name) is not None:
             continue
-        settings[name] = parsing.path_of_shown(text[name])
+        settings[name] = parsing.path_of_printable(text[name])
         if (digest := text.get(f"{name}_sha256")) and _digest(settings[name]) != digest:
             raise InputError(
                 f"{where} was made with a different {parsing.flag(name)}: {settings[name]} has changed since. Restore "
@@ -288,10 +289,10 @@ def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> It
 
 def _shared_text(sample: Sample) -> dict[str, str]:
     """The part of the PNG text that all images share. Reads the input files, for their checksums."""
-    settings = {"model": parsing.shown(sample.model), "dtype": sample.dtype}
+    settings = {"model": printable(sample.model), "dtype": sample.dtype}
     for name in FILES:
         if (path := getattr(sample, name)) is not None:
-            settings[name] = parsing.shown(path)
+            settings[name] = printable(path)
             if path.is_file():
                 settings[f"{name}_sha256"] = _digest(path)
     for name in ("lora", "embedding", "parts_from"):
@@ -549,7 +550,7 @@ def _write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], gener
         save_png(contact_sheet(images, captions, columns), sample.out / "contact_sheet.png")
     if sample.sweep:
         _write_sweep(sample, tasks, images)
-    print(f"{len(images)} images in {parsing.shown(sample.out)}")
+    print(f"{len(images)} images in {printable(sample.out)}")
 
 
 def _write_sweep(sample: Sample, tasks: list[Task], images: list[UInt8[np.ndarray, "_height _width 3"]]) -> None:

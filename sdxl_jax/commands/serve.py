@@ -23,6 +23,7 @@ from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened, texts_of, use_compilation_cache
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.text import printable
 from sdxl_jax.sharding import MeshConfig
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def run(arguments: list[str]) -> None:
         session = Session(
             model, Path(folder), lambda each: describe(serve, each, model.config), refiner, compute, preview
         )
-        page.serve(session, parsing.shown(serve.model), serve.host, port)
+        page.serve(session, printable(serve.model), serve.host, port)
 
 
 def _folder(out: Path | None) -> AbstractContextManager[str]:
@@ -160,7 +161,7 @@ def command_line(sample: Sample) -> str:
 
 def _quoted(word: str) -> str:
     """A word quoted for a shell. Bytes of a path that are not UTF-8, which a page cannot show, become $'\\xe9'."""
-    if word == parsing.shown(word):
+    if word == printable(word):
         return shlex.quote(word)
     plain = (
         chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}" for byte in os.fsencode(word)

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
-from sdxl_jax.data.sources import Unusable, printable
+from sdxl_jax.data.sources import Unusable
 from sdxl_jax.errors import InputError
-from sdxl_jax.files.text import decode, lines
+from sdxl_jax.files.text import decode, lines, printable
 
 CAPTION_FIELDS = ("text", "caption", "captions")
 NUMBERS_LIMIT = 256

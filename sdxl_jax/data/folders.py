@@ -54,12 +54,11 @@ from sdxl_jax.data.sources import (
     Refused,
     Unusable,
     gone,
-    printable,
     stop_if_refused,
     summary,
 )
 from sdxl_jax.errors import InputError
-from sdxl_jax.files.text import encoding_of, utf8_lines
+from sdxl_jax.files.text import encoding_of, printable, utf8_lines
 
 _PIECE_IMAGES = 1000  # enough that starting a piece costs nothing, few enough to balance workers
 _THREADS = 8  # they wait for the disk, and both decoders release the interpreter's lock

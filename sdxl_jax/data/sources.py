@@ -160,12 +160,6 @@ class Refusals(NamedTuple):
         yield from self.refused
 
 
-def printable(name: str) -> str:
-    """The name with all that is not UTF-8 escaped: Python holds that as half surrogate pairs, which cannot be
-    written."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
 def gone(path: str, problem: OSError) -> InputError | MachineError:
     """The error for a file that was there when the source was listed, and cannot be read any more."""
     return fault(problem)(

@@ -81,3 +81,9 @@ def read_text(path: Path, *, remedy: str = "Save it as UTF-8") -> str:
         raise InputError(
             f"{path} cannot be read ({problem.strerror or problem}). Give a text file that can be read"
         ) from problem
+
+
+def printable(text: Path | str) -> str:
+    """A path, name or message that UTF-8 can encode, for files, pipes, PNGs and web pages. Bytes that are not UTF-8,
+    which Python holds as half surrogate pairs, are written as \\udce9."""
+    return str(text).encode("utf-8", "backslashreplace").decode()

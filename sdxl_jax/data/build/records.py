@@ -28,9 +28,10 @@ from sdxl_jax.data.build import parquet, tars, tfds
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import usable_size
 from sdxl_jax.data.shards import is_shard_set, open_shards
-from sdxl_jax.data.sources import Piece, RawExample, Refusals, Refused, Unusable, printable
+from sdxl_jax.data.sources import Piece, RawExample, Refusals, Refused, Unusable
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import local
+from sdxl_jax.files.text import printable
 
 _SHARD_SET_IMAGES = 10_000  # per piece of a shard set
 
