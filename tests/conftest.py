@@ -2,9 +2,11 @@
 
 import gc
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import bucket_server
 import compiling
 import pytest
 
@@ -56,3 +58,19 @@ def quick_compilation() -> None:
 def compiled(pytestconfig: pytest.Config) -> Path:
     """The compilation cache, for child processes."""
     return compiling.cache_folder(pytestconfig)
+
+
+@pytest.fixture(scope="session")
+def _bucket_server() -> Iterator[str]:
+    with bucket_server.serving() as url, bucket_server.in_environment(url):
+        yield url
+
+
+@pytest.fixture
+def bucket(_bucket_server: str) -> str:
+    """gs://NAME of a new bucket on loopback."""
+    from google.cloud import storage
+
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    storage.Client(project="project").create_bucket(name)
+    return f"gs://{name}"

@@ -16,11 +16,12 @@ import sdxl_jax
 
 ROOT = Path(sdxl_jax.__file__).parent
 
-BASE = {"arrays", "errors", "files"}
+BASE = {"arrays", "errors", "files", "progress"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
     "files": {"files", "errors"},
+    "progress": {"errors"},
     "flops": set(),
     "sharding": BASE,
     "models": {"models", "sharding"} | BASE,
@@ -67,7 +68,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.programs": {"files"},
     "training.compilation": {"config", "data", "training.programs"} | BASE,
-    "training.processes": BASE,
+    "training.cluster": BASE,
+    "training.heartbeats": set(),
+    "training.processes": {"training.cluster", "training.heartbeats"} | BASE,
     "training.run_directory": {"config", "data", "jsontree", "training.objectives"} | BASE,
     "training.checksums": set(),
     "training.checkpoint": {
@@ -78,10 +81,11 @@ ALLOWED: dict[str, set[str]] = {
     "training.observe.metrics": {"data.buckets", "training.observe"} | BASE,
     "training.observe.mfu": {"data.buckets", "flops"} | BASE,
     "training.observe.validation": {
-        *("config", "data", "files", "model", "conditioning", "sampling.contact_sheet"),
+        *("config", "data", "files", "progress", "model", "conditioning", "sampling.contact_sheet"),
         "sampling.nonfinite",
         *("training.objectives.base", "training.processes"),
     },
+    "training.status": {"training.observe.clock"} | BASE,
     "training.setup": {"training", "config", "data", "jsontree", "sharding"} | BASE,
     "training.loop": {"training", "config", "data", "jsontree", "model", "sharding"} | BASE,
     "evaluation": {"evaluation", "sampling", "model", "conditioning", "models"} | BASE,
@@ -295,7 +299,7 @@ def test_files_imports_nothing_heavy() -> None:
     names = ", ".join(f"sdxl_jax.{module}" for module in MODULES if within(module, ["files"]))
     program = f"import sys, {names}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
-    assert not set(done.stdout.split()) & {"jax", "numpy", "etils", "orbax", "grain"}
+    assert not set(done.stdout.split()) & {"jax", "numpy", "fsspec", "google", "orbax", "grain"}
 
 
 def test_importing_all_of_weights_imports_no_optimiser_no_checkpointer_and_no_image_library() -> None:

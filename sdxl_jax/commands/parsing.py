@@ -13,14 +13,15 @@ import re
 import sys
 import types
 import typing
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import tyro
+from etils import epath
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sdxl_jax.errors import RENAMED, InputError, nearest_first
-from sdxl_jax.files.paths import local
+from sdxl_jax.files.paths import AnyPath, local, located
 from sdxl_jax.files.text import printable
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def _check_paths(options: Any) -> None:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, Path):
                 local(each, entry.name)
+            elif isinstance(each, epath.Path):
+                located(each, entry.name)
             elif dataclasses.is_dataclass(each):
                 _check_paths(each)
 
@@ -100,7 +103,7 @@ def config_path(arguments: list[str], command: str, usage: str) -> Path:
 
 @_REGISTRY.primitive_rule
 def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    if "Size" not in str(info.type) and "Position" not in str(info.type):
+    if ".Size" not in str(info.type) and ".Position" not in str(info.type):
         return None  # most types; without importing jax
     from sdxl_jax.arrays import Size
     from sdxl_jax.sampling.options import Position
@@ -124,6 +127,20 @@ def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
                 ],
             )
     return None
+
+
+@_REGISTRY.primitive_rule
+def _any_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Paths that may be in a bucket; `_check_paths` refuses other schemes."""
+    if info.type not in (AnyPath, AnyPath | None):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: epath.Path(words[0]) if "://" in words[0] else Path(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, PurePath),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def pair(option: str, value: str, separator: str, expected: str) -> tuple[int, int]:
@@ -223,7 +240,14 @@ def expected_value(kind: Any) -> str:
     from sdxl_jax.arrays import Size
     from sdxl_jax.sampling.options import Position
 
-    words_of = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+    words_of = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        Path: "a path",
+        epath.Path: "a path in a bucket",
+    }
     words_of |= {Size: "HxW in pixels", Position: "TOP,LEFT in pixels"}
     arguments = typing.get_args(kind)
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from sdxl_jax.commands import parsing
+from sdxl_jax.files.paths import AnyPath
 
 USAGE = """usage: sdxl-jax train CONFIG.py [--run-dir DIR] [--section.field VALUE ...]
 
@@ -22,8 +23,8 @@ SIGTERM and Ctrl-C save a checkpoint, then stop. On several machines, run the sa
 class Train:
     """Train a model from a configuration file. The same command with the same run directory resumes."""
 
-    run_dir: Path
-    """Run directory for checkpoints, metrics and validation images."""
+    run_dir: AnyPath
+    """Run directory for checkpoints, metrics and validation images; may be in a bucket, gs://BUCKET/RUN."""
     profile: Annotated[str | None, tyro.conf.arg(metavar="FIRST:LAST")] = None
     """Trace these steps, both included, into RUN/profile, for xprof. Not part of the run's configuration."""
     from_step: int | None = None

@@ -1,0 +1,372 @@
+"""Objects in Google Cloud Storage buckets: checks with clear errors, a mirror of a local folder, a lock, moves.
+
+A bucket has objects, not files: an object appears whole or not at all, cannot be appended to, and is renamed by
+copying. Every request has a timeout; those that are safe to repeat are repeated, up to `DEADLINE_SECONDS`.
+
+Credentials are Google's application default credentials: those of the machine's service account, or those of
+`gcloud auth application-default login`.
+"""
+
+import contextlib
+import fnmatch
+import functools
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from sdxl_jax.errors import InputError, MachineError
+from sdxl_jax.files.atomic import PARTIAL
+from sdxl_jax.files.locks import Busy
+
+TIMEOUT_SECONDS = 20.0
+"""Of one request."""
+DEADLINE_SECONDS = 60.0
+"""Of one operation with its repetitions, after which the bucket counts as not answering."""
+HEARTBEAT_SECONDS = 10.0
+"""Between two signs of life of a lock's owner."""
+PATIENCE_SECONDS = 3 * HEARTBEAT_SECONDS
+"""Without a sign of life, after which a lock is taken over."""
+COMMITTED = "commit_success.txt"
+"""The object that Orbax writes last: a checkpoint in a bucket without it is incomplete."""
+
+
+@contextlib.contextmanager
+def reported(path: epath.Path | str, what: str) -> Iterator[None]:
+    """Turns what Google's client raises in the block into InputError (no bucket, no permission, no credentials) or
+    MachineError (no answer). FileNotFoundError for a missing object. what: the path's role, for messages."""
+    from google.api_core import exceptions as api
+    from google.auth import exceptions as auth
+    from requests import RequestException
+
+    bucket = str(path).removeprefix("gs://").split("/")[0]
+    try:
+        yield
+    except api.NotFound as error:
+        raise InputError(
+            f"{what} is {path}, but there is no bucket {bucket}, or these credentials may not see it. Check the name, "
+            f"or make it with gcloud storage buckets create gs://{bucket}"
+        ) from error
+    except (api.Forbidden, api.Unauthorized) as error:
+        raise InputError(
+            f"{what} is {path}, which these credentials may not use ({_line(error)}). Give their account the role "
+            f"roles/storage.objectUser on gs://{bucket}, or use other credentials"
+        ) from error
+    except (auth.DefaultCredentialsError, auth.RefreshError) as error:
+        raise InputError(
+            f"{what} is {path}, but there are no valid credentials for it ({_line(error)}). Run gcloud auth "
+            "application-default login, or start on a machine with a service account that may use the bucket"
+        ) from error
+    except (api.RetryError, api.ServerError, api.TooManyRequests, auth.TransportError, RequestException) as error:
+        raise MachineError(
+            f"{what} is {path}, and the bucket did not answer within {DEADLINE_SECONDS:g} s ({_line(error)}). Nothing "
+            "that was there is lost. Check the network, and run the same command again"
+        ) from error
+
+
+def check(path: epath.Path, what: str) -> None:
+    """Raises InputError for a bucket that does not exist or may not be read, MachineError for one that does not
+    answer."""
+    with reported(path, what):
+        bucket, prefix = _split(path)
+        list(_client().list_blobs(bucket, prefix=prefix, max_results=1, timeout=TIMEOUT_SECONDS, retry=_retry()))
+
+
+def check_writable(path: epath.Path, what: str) -> None:
+    """As `check`, and writes and deletes a small object in the folder."""
+    probe = _blob(path / f".probe-{uuid.uuid4().hex}")
+    with reported(path, what):
+        probe.upload_from_string(b"can this be written?", timeout=TIMEOUT_SECONDS, retry=_retry())
+        probe.delete(timeout=TIMEOUT_SECONDS, retry=_retry())
+
+
+def read_bytes(path: epath.Path, what: str) -> bytes | None:
+    """An object's content; None if there is none."""
+    from google.api_core.exceptions import NotFound
+
+    with reported(path, what):
+        try:
+            return _blob(path).download_as_bytes(timeout=TIMEOUT_SECONDS, retry=_retry())
+        except NotFound:
+            check(path, what)
+            return None
+
+
+def files(path: epath.Path, what: str) -> dict[str, int]:
+    """Objects below a folder, by their path from there, with their sizes in bytes."""
+    bucket, prefix = _split(path)
+    with reported(path, what):
+        found = _client().list_blobs(bucket, prefix=f"{prefix}/", timeout=TIMEOUT_SECONDS, retry=_retry())
+        return {blob.name.removeprefix(f"{prefix}/"): blob.size for blob in found if not blob.name.endswith("/")}
+
+
+def download(path: epath.Path, destination: Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:
+    """Copies an object to a local file, whole or not at all. wrote: called with the number of bytes."""
+    partial = destination.with_name(destination.name + PARTIAL)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with reported(path, what):
+            _blob(path).download_to_filename(str(partial), timeout=TIMEOUT_SECONDS, retry=_retry())
+        partial.replace(destination)
+    finally:
+        partial.unlink(missing_ok=True)
+    wrote(destination.stat().st_size)
+
+
+def upload(source: Path, path: epath.Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:
+    """Copies a local file to an object, replacing it. wrote: called with the number of bytes."""
+    with reported(path, what):
+        _blob(path).upload_from_filename(str(source), timeout=TIMEOUT_SECONDS, retry=_retry())
+    wrote(source.stat().st_size)
+
+
+def delete(path: epath.Path, what: str) -> None:
+    """Deletes an object, if there is one."""
+    from google.api_core.exceptions import NotFound
+
+    with reported(path, what), contextlib.suppress(NotFound):
+        _blob(path).delete(timeout=TIMEOUT_SECONDS, retry=_retry())
+
+
+def move_checkpoint(source: epath.Path, destination: epath.Path, what: str) -> None:
+    """Moves a checkpoint's folder, by copies inside the bucket. At no moment is a part of it offered as a checkpoint:
+    its commit marker is deleted first, and written last."""
+    names = files(source, what)
+    committed = names.pop(COMMITTED, None) is not None
+    content = read_bytes(source / COMMITTED, what) if committed else None
+    delete(source / COMMITTED, what)
+    with reported(source, what):
+        for name in names:
+            blob = _blob(source / name)
+            new = _blob(destination / name)
+            token = new.rewrite(blob, timeout=TIMEOUT_SECONDS, retry=_retry())[0]
+            while token is not None:
+                token = new.rewrite(blob, token=token, timeout=TIMEOUT_SECONDS, retry=_retry())[0]
+        if content is not None:
+            _blob(destination / COMMITTED).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=_retry())
+    for name in names:
+        delete(source / name, what)
+
+
+class Mirror:
+    """Copies a local folder's files to a folder in a bucket, each time those that are new or have changed.
+
+    Of files that grow, by their names *.jsonl, only the new end travels: it is uploaded by itself and composed with the
+    object that is there. All others are uploaded whole, so they should be small or be written once.
+    """
+
+    def __init__(self, folder: Path, target: epath.Path, what: str):
+        self._folder, self._target, self._what = folder, target, what
+        self._sent: dict[str, tuple[int, int]] = {}
+        """(size, mtime in ns) of what the bucket has, by path from the folder."""
+
+    def pull(self, *patterns: str) -> None:
+        """Copies the objects that lie directly in the folder, and whose names match, to the local folder."""
+        for name in files(self._target, self._what):
+            if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+                download(self._target / name, self._folder / name, self._what)
+
+    def push(self) -> None:
+        """Raises InputError and MachineError, as `reported`; the local files stay as they are."""
+        for path in sorted(self._folder.rglob("*")):
+            name = path.relative_to(self._folder).as_posix()
+            if not path.is_file() or name.endswith(PARTIAL):
+                continue
+            status = path.stat()
+            now, before = (status.st_size, status.st_mtime_ns), self._sent.get(name)
+            if now == before:
+                continue
+            grown = before is not None and name.endswith(".jsonl") and now[0] > before[0]
+            if not (grown and self._extend(path, name, before[0], now[0])):
+                upload(path, self._target / name, self._what)
+            self._sent[name] = now
+
+    def _extend(self, path: Path, name: str, start: int, stop: int) -> bool:
+        """Appends the file's bytes from start to stop to its object. False if the object is not the one that was sent:
+        the file has to be uploaded whole."""
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        with path.open("rb") as file:
+            file.seek(start)
+            new = file.read(stop - start)
+        blob, part = _blob(self._target / name), _blob(self._target / (name + PARTIAL))
+        options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": _retry()}
+        with reported(self._target / name, self._what):
+            try:
+                blob.reload(**options)
+                if blob.size != start:
+                    return False
+                part.upload_from_string(new, **options)
+                blob.compose([blob, part], if_generation_match=blob.generation, **options)
+                part.delete(**options)
+            except (NotFound, PreconditionFailed):
+                return False
+        return True
+
+
+class Lock:
+    """An advisory lock: an object that names its owner and is written anew every few seconds while the owner lives.
+
+    A context manager; `acquire` first. Another process that finds the object waits whether it is renewed: if so, the
+    lock is held; if not, its owner is gone, and the lock is taken over. No clocks are compared. An owner that was cut
+    off and finds itself replaced says so in `lost`.
+    """
+
+    def __init__(self, path: epath.Path, what: str):
+        self._path, self._what = path, what
+        self._owner = {
+            "owner": uuid.uuid4().hex,
+            "machine": _machine(),
+            "process": os.getpid(),
+            "description": f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M}",
+        }
+        self._generation = 0
+        self._over = threading.Event()
+        self.lost: str | None = None
+        """Who holds the lock instead; None while it is ours."""
+
+    def acquire(self, wait: Callable[[float], object] = time.sleep) -> str | None:
+        """Waits for up to `PATIENCE_SECONDS`. Returns the description of an owner that was replaced; None if the lock
+        was free. Raises Busy where another process holds it."""
+        while not self._write(0):
+            held = read_lock(self._path, self._what)
+            if held is None:
+                continue
+            owner, generation = held
+            deadline = time.monotonic() + (0 if _is_gone(owner) else PATIENCE_SECONDS)
+            while held is not None and held[1] == generation and time.monotonic() < deadline:
+                wait(1.0)
+                held = read_lock(self._path, self._what)
+            if held is not None and held[1] != generation:
+                raise Busy(held[0]["description"])
+            if held is not None and self._write(generation):
+                return owner["description"]
+        return None
+
+    def __enter__(self) -> "Lock":
+        threading.Thread(target=self._beat, daemon=True, name="renews the lock").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        self._over.set()
+        if self.lost is not None:
+            return
+        # A bucket that does not answer any more keeps the object, which is taken over in time.
+        with contextlib.suppress(NotFound, PreconditionFailed, InputError, MachineError), reported(self._path, ""):
+            _blob(self._path).delete(if_generation_match=self._generation, timeout=TIMEOUT_SECONDS, retry=_retry())
+
+    def _beat(self) -> None:
+        while not self._over.wait(HEARTBEAT_SECONDS) and self.lost is None:
+            with contextlib.suppress(InputError, MachineError):  # it is tried again
+                self.renew()
+
+    def renew(self) -> None:
+        """Writes the object anew, or finds that it is another's."""
+        if self._write(self._generation):
+            return
+        held = read_lock(self._path, self._what)
+        if held is not None and held[0]["owner"] == self._owner["owner"]:
+            self._generation = held[1]  # our own write, whose answer was lost
+        else:
+            self.lost = "another process" if held is None else held[0]["description"]
+
+    def _write(self, generation: int) -> bool:
+        """Writes the object if it has this generation, 0: if there is none. Returns whether it was written."""
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = _blob(self._path)
+        with reported(self._path, self._what):
+            try:
+                blob.upload_from_string(
+                    json.dumps(self._owner),
+                    if_generation_match=generation,
+                    timeout=TIMEOUT_SECONDS,
+                    retry=_retry(),
+                )
+            except PreconditionFailed:
+                return False
+        self._generation = blob.generation
+        return True
+
+
+def read_lock(path: epath.Path, what: str) -> tuple[dict[str, Any], int] | None:
+    """(the owner, the object's generation) of a lock; None if nobody holds it."""
+    from google.api_core.exceptions import NotFound
+
+    blob = _blob(path)
+    with reported(path, what):
+        try:
+            content = blob.download_as_bytes(timeout=TIMEOUT_SECONDS, retry=_retry())
+        except NotFound:
+            return None
+    owner = json.loads(content)
+    return {"description": "another process", "owner": "", **owner}, blob.generation
+
+
+def is_held(path: epath.Path, what: str) -> bool:
+    """Whether a lock was renewed lately, by the bucket's clock and ours; both are taken to be right to a minute."""
+    bucket, name = _split(path)
+    with reported(path, what):
+        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=_retry())
+    return blob is not None and (datetime.now(UTC) - blob.updated).total_seconds() < 60 + PATIENCE_SECONDS
+
+
+def _machine() -> str:
+    """The same text for all processes that see the same process numbers."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return " ".join(parts)
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """Whether a lock's owner was a process of this machine that has ended."""
+    if owner.get("machine") != _machine():
+        return False
+    try:
+        os.kill(owner["process"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+@functools.cache
+def _client() -> Any:
+    from google.cloud import storage  # late: only for buckets
+
+    # Buckets are named without their project.
+    return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT"))
+
+
+def _retry() -> Any:
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(DEADLINE_SECONDS)
+
+
+def _split(path: epath.Path) -> tuple[str, str]:
+    """(bucket, name in it, "" for the bucket itself)."""
+    bucket, _, name = str(path).removeprefix("gs://").partition("/")
+    return bucket, name
+
+
+def _blob(path: epath.Path) -> Any:
+    bucket, name = _split(path)
+    return _client().bucket(bucket).blob(name)
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
