@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from sdxl_jax import flops, sharding
 from sdxl_jax.aot import report, topologies
@@ -28,6 +27,7 @@ from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import ModelConfig, init
 from sdxl_jax.models.layers import Attention, Compute, Remat
+from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, plan, program
 from sdxl_jax.sampling.options import Options

@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
-from tqdm import tqdm
 
 from sdxl_jax.data import formats
 from sdxl_jax.data.captions import (
@@ -59,6 +58,7 @@ from sdxl_jax.data.sources import (
 )
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.text import encoding_of, printable, utf8_lines
+from sdxl_jax.progress import tqdm
 
 _PIECE_IMAGES = 1000  # enough that starting a piece costs nothing, few enough to balance workers
 _THREADS = 8  # they wait for the disk, and both decoders release the interpreter's lock

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 from PIL import Image
-from tqdm import tqdm
 
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.errors import InputError
+from sdxl_jax.progress import tqdm
 
 
 def _no_tokens(captions: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:

@@ -29,7 +29,6 @@ import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Int32
-from tqdm import tqdm
 
 from sdxl_jax.arrays import Batch
 from sdxl_jax.data.buckets import Bucket, check_buckets
@@ -47,6 +46,7 @@ from sdxl_jax.data.sources import ImageSource, OnRefused, Refused, stop_if_refus
 from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.files.paths import local
+from sdxl_jax.progress import tqdm
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
 """Captions to token numbers, one entry per tokenizer."""

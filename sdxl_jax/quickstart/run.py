@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket, assign
@@ -20,6 +19,7 @@ from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, init
+from sdxl_jax.progress import tqdm
 from sdxl_jax.quickstart import autoencoder, recipe
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Images, text_to_image

@@ -24,7 +24,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int32, Shaped, UInt8
-from tqdm import tqdm
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import MicroConditioning, Size, type_of_array
@@ -35,6 +34,7 @@ from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
+from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.loop import State
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program

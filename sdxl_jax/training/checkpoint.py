@@ -14,16 +14,17 @@ Saving is asynchronous: it continues in the background, and `Checkpoints.finish`
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
-from tqdm import tqdm
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError, MachineError
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, full, in_bucket
 from sdxl_jax.files.trees import differences
+from sdxl_jax.progress import tqdm
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.state import TrainState
@@ -47,7 +48,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: Path,
+        directory: AnyPath,
         keep: int,
         *,
         keep_every_hours: float | None = None,
@@ -79,7 +80,7 @@ class Checkpoints:
         # The loop decides when to save; Orbax's default silently skips a save while another is running.
         always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         return ocp.training.Checkpointer(
-            str(self._directory.absolute()),
+            full(self._directory),
             save_decision_policy=always,
             preservation_policy=self._policy,
             cleanup_tmp_directories=True,
@@ -186,7 +187,7 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def step_to_start_from(directory: Path, from_step: int | None) -> int | None:
+def step_to_start_from(directory: AnyPath, from_step: int | None) -> int | None:
     """The newest checkpoint's step, or `from_step`. Raises InputError if that checkpoint does not exist."""
     steps = run.steps(directory)
     if from_step is not None and from_step not in steps:
@@ -199,8 +200,11 @@ def step_to_start_from(directory: Path, from_step: int | None) -> int | None:
     return (steps[-1] if steps else None) if from_step is None else from_step
 
 
-def set_aside_after(run_dir: Path, step: int) -> list[Path]:
-    """Moves the checkpoints after a step to RUN/set_aside/, out of the run. Returns their new paths."""
+def set_aside_after(run_dir: AnyPath, step: int) -> list[AnyPath]:
+    """Moves the checkpoints after a step to RUN/set_aside/, out of the run. Returns their new paths.
+
+    run_dir: the run directory, or `checkpoint.directory`.
+    """
     moved = []
     # The newest first: if it is interrupted, the next start does not resume from one that was to be moved.
     for newer in reversed(run.steps(run_dir / "checkpoints")):
@@ -210,13 +214,17 @@ def set_aside_after(run_dir: Path, step: int) -> list[Path]:
             while place.exists():
                 number += 1
                 place = place.with_name(f"{newer}_{number}")
-            place.parent.mkdir(exist_ok=True)
-            shutil.move(run_dir / "checkpoints" / str(newer), place)
+            source = run_dir / "checkpoints" / str(newer)
+            if in_bucket(source):
+                buckets.move_checkpoint(source, place, "the run directory")
+            else:
+                place.parent.mkdir(exist_ok=True)
+                shutil.move(source, place)
             moved.append(place)
     return moved
 
 
-def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
+def restore(directory: AnyPath, step: int, abstract: TrainState) -> TrainState:
     """The state of a step, with the shapes, dtypes and shardings of `abstract`.
 
     Raises InputError if the checkpoint cannot be read, has other shapes or dtypes, or fails its checksums; nothing on
@@ -234,19 +242,18 @@ def restore(directory: Path, step: int, abstract: TrainState) -> TrainState:
         raise InputError(f"{error}, or {remedy}") from error
 
 
-def save_frozen(run_dir: Path, params: Params) -> None:
+def save_frozen(run_dir: AnyPath, params: Params) -> None:
     """Writes the frozen parameters, at the start of a run. Replaces those of a start that left no checkpoint."""
     if params:  # Orbax cannot save an empty tree; with everything trainable, there is nothing to save
-        path = str((run_dir / "frozen").absolute())
-        ocp.save(path, params, overwrite=True, custom_metadata={_CHECKSUMS: _checksums(params)})
+        ocp.save(full(run_dir / "frozen"), params, overwrite=True, custom_metadata={_CHECKSUMS: _checksums(params)})
 
 
-def restore_frozen(run_dir: Path, abstract: Params) -> Params:
+def restore_frozen(run_dir: AnyPath, abstract: Params) -> Params:
     """The parameters that `save_frozen` wrote, with the shardings of `abstract`. Raises InputError like `restore`."""
     return _load(run_dir / "frozen", abstract) if abstract else {}
 
 
-def _load(path: Path, abstract: Any) -> Any:
+def _load(path: AnyPath, abstract: Any) -> Any:
     stored, metadata = run.metadata(path)
     _compare(path, stored, abstract)
     try:
@@ -275,7 +282,7 @@ def _shapes(tree: Any) -> dict[str, str]:
     return {path_name(path): f"{tuple(leaf.shape)} {leaf.dtype}" for path, leaf in flat if hasattr(leaf, "shape")}
 
 
-def _compare(path: Path, stored: Any, expected: Any) -> None:
+def _compare(path: AnyPath, stored: Any, expected: Any) -> None:
     """Raises InputError for other shapes or dtypes, and names the first. Orbax casts dtypes silently, and reports other
     differences at length."""
     if lines := differences(_shapes(stored), _shapes(expected)):

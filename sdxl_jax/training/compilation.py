@@ -22,13 +22,13 @@ from typing import Any, Generic, TypeVar
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.files.paths import local
+from sdxl_jax.progress import tqdm
 from sdxl_jax.training.programs import Programs
 
 _Program = TypeVar("_Program", bound=Callable[..., Any])

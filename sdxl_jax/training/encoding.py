@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Key
-from tqdm import tqdm
 
 from sdxl_jax import arrays, model, sharding
 from sdxl_jax.arrays import ImageBytes, Params, TokenIds, flatten, unflatten
@@ -37,6 +36,7 @@ from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.models import vae
+from sdxl_jax.progress import tqdm
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.initial import initial_weights

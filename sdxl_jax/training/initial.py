@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
-from tqdm import tqdm
 
 from sdxl_jax.arrays import flatten
 from sdxl_jax.config import MEANING, LoopConfig, is_within
@@ -16,6 +15,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
 from sdxl_jax.weights.load import load_weights

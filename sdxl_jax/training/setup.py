@@ -9,18 +9,19 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.jsontree import to_json
+from sdxl_jax.progress import tqdm
 from sdxl_jax.training import checkpoint, compilation, run_directory
 from sdxl_jax.training.checkpoint import restore, restore_frozen, save_frozen
 from sdxl_jax.training.compilation import CompiledSteps
@@ -30,7 +31,7 @@ from sdxl_jax.training.observe import metrics, profiling, validation
 from sdxl_jax.training.observe.mfu import MfuMeter
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.programs import Programs, folder
-from sdxl_jax.training.run_directory import check_run
+from sdxl_jax.training.run_directory import RunDirectory
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import Step
 
@@ -51,7 +52,7 @@ class Run:
     """A prepared run: everything that its loop needs."""
 
     objective: Objective[Any]
-    run_dir: Path
+    directory: RunDirectory
     processes: Processes
     mesh: Mesh
     dataset: BucketedDataset
@@ -65,6 +66,14 @@ class Run:
     profile: tuple[int, int] | None
     progress: bool
 
+    check_lock: Callable[[], None]
+    """Raises MachineError if another process has taken over the run directory."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The local folder of the run's small files."""
+        return self.directory.files
+
     @property
     def config(self) -> RunConfig:
         return self.objective.config
@@ -76,44 +85,50 @@ class Run:
 
 
 @contextlib.contextmanager
-def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: StartOptions) -> Iterator[Run]:
+def prepare(config: RunConfig, run_dir: str | PurePath, processes: Processes, options: StartOptions) -> Iterator[Run]:
     """The run. Its directory is locked, and its programs are being compiled, until the context is left.
 
     Raises InputError and MachineError before anything is written, as `loop.train` documents.
     """
     options = options._replace(progress=options.progress and processes.is_first)
-    objective = _checked(config, run_dir, options)
-    mesh = sharding.make_mesh(config.mesh)
-    objective.check_mesh(mesh)
-    dataset = _dataset(objective, processes, mesh)
-    changed = check_run(config, run_dir, dataset, options.allow_changes)
-    abstract, abstract_frozen = objective.abstract_state(mesh)
     with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(run_directory.opened(run_dir, config.checkpoint.directory))
+        objective = _checked(config, directory, options)
+        mesh = sharding.make_mesh(config.mesh)
+        objective.check_mesh(mesh)
+        dataset = _dataset(objective, processes, mesh)
+        changed = run_directory.check(config, directory, dataset, options.allow_changes)
+        abstract, abstract_frozen = objective.abstract_state(mesh)
+        check_lock: Callable[[], None] = _nothing
         if processes.is_first:
-            stack.enter_context(run_directory.locked(run_dir))
-        last = checkpoint.step_to_start_from(run_dir / "checkpoints", options.from_step)
+            check_lock = stack.enter_context(run_directory.locked(directory, processes.wait))
+            stack.enter_context(directory.pushed_at_end())
+        last = checkpoint.step_to_start_from(directory.checkpoints, options.from_step)
         profile = profiling.check(options.profile, last or 0, config.training.steps)
         processes.gather("the directory is locked")
-        processes.compare(_facts(config, run_dir, dataset, last))
+        processes.compare(_facts(config, directory, dataset, last))
         steps, mfu_meter = _programs(objective, mesh, dataset, last or 0, abstract, abstract_frozen)
         stack.enter_context(steps)
-        state, frozen, random = _state(objective, run_dir, processes, mesh, last, abstract, abstract_frozen, options)
+        state, frozen, random = _state(
+            objective, directory.arrays, processes, mesh, last, abstract, abstract_frozen, options
+        )
         dataset = objective.batches(dataset, frozen)
         first = int(state.step)
         if processes.is_first:
             if options.from_step is not None:
-                _set_aside(run_dir, options.from_step)
-            run_directory.write_config(objective, run_dir, dataset, first, changed)
+                _set_aside(directory.arrays, options.from_step)
+            run_directory.write_config(objective, directory, dataset, first, changed)
+            directory.push()
         processes.gather("the directory is ready")
         if last is None:
-            on_mesh(processes, mesh, lambda: save_frozen(run_dir, frozen))
+            on_mesh(processes, mesh, lambda: save_frozen(directory.arrays, frozen))
         if options.progress:
-            validation.announce(dataset, objective.tokenizer, run_dir, first, changed)
+            validation.announce(dataset, objective.tokenizer, directory.path, first, changed)
             if random:
                 tqdm.write(f"  frozen at random weights, at least in part: {', '.join(random)}")
         yield Run(
             objective=objective,
-            run_dir=run_dir,
+            directory=directory,
             processes=processes,
             mesh=mesh,
             dataset=dataset,
@@ -124,18 +139,23 @@ def prepare(config: RunConfig, run_dir: Path, processes: Processes, options: Sta
             first=first,
             profile=profile,
             progress=options.progress,
+            check_lock=check_lock,
         )
 
 
-def _checked(config: RunConfig, run_dir: Path, options: StartOptions) -> Objective[Any]:
+def _nothing() -> None:
+    """The lock of processes that hold none."""
+
+
+def _checked(config: RunConfig, directory: RunDirectory, options: StartOptions) -> Objective[Any]:
     """The objective of a configuration, once checked that it can be trained in this directory. No data is read."""
     objective = objective_of(config)
     objective.check()
     metrics.check(config.logging.wandb_project)
     if config.training.compilation_cache is not None:
         compilation.use_cache(config.training.compilation_cache)
-    check_run(config, run_dir, allow_changes=options.allow_changes)
-    if checkpoint.latest_step(run_dir / "checkpoints") is None:
+    run_directory.check(config, directory, allow_changes=options.allow_changes)
+    if checkpoint.latest_step(directory.checkpoints) is None:
         objective.check_start()
     return objective
 
@@ -200,7 +220,7 @@ def _options(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
 
 def _state(
     objective: Objective[Any],
-    run_dir: Path,
+    arrays: AnyPath,
     processes: Processes,
     mesh: Mesh,
     last: int | None,
@@ -211,8 +231,8 @@ def _state(
     """(the first state, the frozen parameters, the names of their parts that have random weights)."""
     on_this_mesh = functools.partial(on_mesh, processes, mesh)
     if last is not None:
-        state = on_this_mesh(lambda: restore(run_dir / "checkpoints", last, abstract))
-        return state, on_this_mesh(lambda: restore_frozen(run_dir, abstract_frozen)), []
+        state = on_this_mesh(lambda: restore(arrays / "checkpoints", last, abstract))
+        return state, on_this_mesh(lambda: restore_frozen(arrays, abstract_frozen)), []
     initial = on_this_mesh(lambda: objective.initial_weights(mesh, options.progress))
     state, frozen = on_this_mesh(lambda: objective.fresh_state(abstract, abstract_frozen, initial))
     return state, frozen, sorted(set(frozen) - {path.split("/")[0] for path in initial})
@@ -230,7 +250,7 @@ def on_mesh(processes: Processes, mesh: Mesh, work: Callable[[], _T]) -> _T:
     return processes.wait(run)
 
 
-def _facts(config: RunConfig, run_dir: Path, dataset: BucketedDataset, last: int | None) -> dict[str, Any]:
+def _facts(config: RunConfig, directory: RunDirectory, dataset: BucketedDataset, last: int | None) -> dict[str, Any]:
     """What must be equal on all processes."""
     values = to_json(config)
     return {
@@ -238,11 +258,11 @@ def _facts(config: RunConfig, run_dir: Path, dataset: BucketedDataset, last: int
         "versions of the libraries": run_directory.versions(),
         "data": dataset.fingerprint,
         "order of the data": dataset.assignment,
-        "lock of the run directory": (run_dir / "lock").read_text() if (run_dir / "lock").exists() else None,
+        "lock of the run directory": directory.lock_owner(),
         "checkpoint to start from": last,
     }
 
 
-def _set_aside(run_dir: Path, step: int) -> None:
-    for path in checkpoint.set_aside_after(run_dir, step):
+def _set_aside(arrays: AnyPath, step: int) -> None:
+    for path in checkpoint.set_aside_after(arrays, step):
         tqdm.write(f"  a checkpoint after step {step} was moved to {path}")

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, MachineError
@@ -30,6 +29,7 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
+from sdxl_jax.progress import tqdm
 from sdxl_jax.weights import card, names
 from sdxl_jax.weights.descriptions import METADATA, describe
 from sdxl_jax.weights.formats import diffusers, orbax, safetensors

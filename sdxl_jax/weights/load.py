@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Shaped
-from tqdm import tqdm
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
+from sdxl_jax.progress import tqdm
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.weights.lazy import DTYPES, Leaf, Weights, cast
 from sdxl_jax.weights.open import OpenOptions, open_model

@@ -38,7 +38,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from tqdm import tqdm
 
 from sdxl_jax.data.build.records import Record, Unit, check_caption_lines, read, units
 from sdxl_jax.data.build.shard_writing import FinishedPart, IndexWriter, PartWriter, select, write_json
@@ -50,6 +49,7 @@ from sdxl_jax.errors import InputError, MachineError, check_ranges, fault
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync
 from sdxl_jax.files.locks import Busy, locked_folder
 from sdxl_jax.files.paths import local
+from sdxl_jax.progress import tqdm
 
 _RESUME = "Then run the same command again: it resumes, and no finished piece is lost"
 _PARTS = "parts"

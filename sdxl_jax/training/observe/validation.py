@@ -2,28 +2,31 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import SAME_WITHIN_ROUNDING, RunConfig, is_within
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.files import atomic
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.model import Model
+from sdxl_jax.progress import tqdm
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.processes import Processes
 
+_AnyPath = TypeVar("_AnyPath", Path, epath.Path)
 _CAPTION_SAMPLE = 10_000
 """Images whose captions are checked for truncation at the start; with fewer than twice as many, all are."""
 
 
 def announce(
-    dataset: BucketedDataset, tokenizer: Tokenizer | None, run_dir: Path, first: int, changed: list[str]
+    dataset: BucketedDataset, tokenizer: Tokenizer | None, run_dir: AnyPath, first: int, changed: list[str]
 ) -> None:
     """Prints what the run is about to train on. first: steps done; changed: configuration changes on resume."""
     tqdm.write(f"{run_dir}: {'starting' if not first else f'resuming after step {first}'}")
@@ -63,7 +66,7 @@ def _announce_captions(dataset: BucketedDataset, tokenizer: Tokenizer) -> None:
         tqdm.write(f"  {truncated} captions{of} are longer than 75 tokens and will be truncated")
 
 
-def grid_path(run_dir: Path, step: int) -> Path:
+def grid_path(run_dir: _AnyPath, step: int) -> _AnyPath:
     """RUN/samples/step_XXXXXXXX.png."""
     return run_dir / "samples" / f"step_{step:08d}.png"
 
