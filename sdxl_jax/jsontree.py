@@ -9,13 +9,13 @@ import dataclasses
 import enum
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import cattrs
 from cattrs.gen import make_dict_structure_fn
 
 from sdxl_jax.errors import InputError, fault, old_names
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 
@@ -66,7 +66,7 @@ def from_json(value: Any, kind: type[_T]) -> _T:
         ) from error
 
 
-def read_saved(path: Path) -> dict[str, Any]:
+def read_saved(path: AnyPath) -> dict[str, Any]:
     """The content of a run's config.json, which has the key "config". Raises InputError if it cannot be read."""
     try:
         saved = json.loads(path.read_text())
@@ -79,7 +79,7 @@ def read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _unreadable(path: Path, reason: str) -> str:
+def _unreadable(path: AnyPath, reason: str) -> str:
     return (
         f"{path} is not the configuration of a run ({reason}). Restore it, or choose another run (with train: another "
         "--run-dir)"

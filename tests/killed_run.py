@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ def within(phase: str, function: Any, after: str | None = None) -> Any:
     return call
 
 
+def slowed(put_batch: Any) -> Any:
+    """SECONDS_PER_STEP slows every step down; HANG_IN_STEP="STEP PROCESS" never ends that step of that process."""
+    step_hung, process_hung = map(int, os.environ.get("HANG_IN_STEP", "0 0").split())
+    steps = 0
+
+    def hang(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        here = steps == step_hung and process_hung == int(os.environ.get("JAX_PROCESS_ID", "0"))
+        time.sleep(600 if here else float(os.environ.get("SECONDS_PER_STEP", "0")))
+        return put_batch(*arguments)
+
+    return hang
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as the command does while there is nothing to save
     enter("start-up")
@@ -38,6 +54,7 @@ def main() -> None:
     import tensorboardX  # noqa: F401  # imports torch if it is installed, which takes two seconds
 
     del sys.modules["torch"]
+    from sdxl_jax import sharding
     from sdxl_jax.config import TrainConfig, from_json
     from sdxl_jax.training import checkpoint, compilation, loop
     from sdxl_jax.training.observe import validation
@@ -53,8 +70,9 @@ def main() -> None:
     compilation.CompiledSteps.of = of  # pyright: ignore[reportAttributeAccessIssue]
     checkpoint.Checkpoints.save = within("save", checkpoint.Checkpoints.save, "step")
     checkpoint.Checkpoints.finish = within("save", checkpoint.Checkpoints.finish, "step")
+    sharding.put_batch = slowed(sharding.put_batch)
     config = from_json(json.loads(sys.argv[1]), TrainConfig)
-    loop.train(config, Path(sys.argv[2]), progress="--progress" in sys.argv)
+    loop.train(config, sys.argv[2], progress="--progress" in sys.argv)
     enter("end")
 
 

@@ -71,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.cluster": BASE,
     "training.heartbeats": set(),
     "training.processes": {"training.cluster", "training.heartbeats"} | BASE,
-    "training.run_directory": {"config", "data", "jsontree", "training.objectives"} | BASE,
+    "training.run_directory": {"config", "data", "jsontree", "training.objectives", "weights.formats.run"} | BASE,
     "training.checksums": set(),
     "training.checkpoint": {
         *("sharding", "weights.formats.orbax", "weights.formats.run", "training.checksums", "training.state"),
@@ -85,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "sampling.nonfinite",
         *("training.objectives.base", "training.processes"),
     },
+    "training.save_timer": {"training.processes"},
     "training.status": {"training.observe.clock"} | BASE,
     "training.setup": {"training", "config", "data", "jsontree", "sharding"} | BASE,
     "training.loop": {"training", "config", "data", "jsontree", "model", "sharding"} | BASE,

@@ -43,6 +43,8 @@ COMMITTED = "commit_success.txt"
 def reported(path: epath.Path | str, what: str) -> Iterator[None]:
     """Turns what Google's client raises in the block into InputError (no bucket, no permission, no credentials) or
     MachineError (no answer). FileNotFoundError for a missing object. what: the path's role, for messages."""
+    from aiohttp import ClientError
+    from gcsfs.retry import HttpError
     from google.api_core import exceptions as api
     from google.auth import exceptions as auth
     from requests import RequestException
@@ -65,7 +67,10 @@ def reported(path: epath.Path | str, what: str) -> Iterator[None]:
             f"{what} is {path}, but there are no valid credentials for it ({_line(error)}). Run gcloud auth "
             "application-default login, or start on a machine with a service account that may use the bucket"
         ) from error
-    except (api.RetryError, api.ServerError, api.TooManyRequests, auth.TransportError, RequestException) as error:
+    except (
+        *(api.RetryError, api.ServerError, api.TooManyRequests, auth.TransportError, RequestException),
+        *(ClientError, HttpError, TimeoutError),  # of gcsfs, which epath uses
+    ) as error:
         raise MachineError(
             f"{what} is {path}, and the bucket did not answer within {DEADLINE_SECONDS:g} s ({_line(error)}). Nothing "
             "that was there is lost. Check the network, and run the same command again"
@@ -78,6 +83,21 @@ def check(path: epath.Path, what: str) -> None:
     with reported(path, what):
         bucket, prefix = _split(path)
         list(_client().list_blobs(bucket, prefix=prefix, max_results=1, timeout=TIMEOUT_SECONDS, retry=_retry()))
+
+
+@contextlib.contextmanager
+def answering(path: epath.Path, what: str) -> Iterator[None]:
+    """For a block that uses a bucket through other clients: `check`, and again after an error. Some of them take a
+    bucket that does not answer for an empty one, others for a damaged file. Raises MachineError then."""
+    check(path, what)
+    try:
+        with reported(path, what):
+            yield
+    except MachineError:
+        raise
+    except Exception:
+        check(path, what)
+        raise
 
 
 def check_writable(path: epath.Path, what: str) -> None:
@@ -98,6 +118,15 @@ def read_bytes(path: epath.Path, what: str) -> bytes | None:
         except NotFound:
             check(path, what)
             return None
+
+
+def version(path: epath.Path, what: str) -> tuple[int, int] | None:
+    """(generation, size in bytes) of an object; None if there is none. Whoever replaces an object changes its
+    generation."""
+    bucket, name = _split(path)
+    with reported(path, what):
+        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=_retry()) if name else None
+    return None if blob is None else (blob.generation, blob.size)
 
 
 def files(path: epath.Path, what: str) -> dict[str, int]:
@@ -165,29 +194,35 @@ class Mirror:
 
     def __init__(self, folder: Path, target: epath.Path, what: str):
         self._folder, self._target, self._what = folder, target, what
-        self._sent: dict[str, tuple[int, int]] = {}
-        """(size, mtime in ns) of what the bucket has, by path from the folder."""
+        self._sent: dict[str, tuple[int, int, int]] = {}
+        """(size, mtime in ns, inode) of what the bucket has, by path from the folder."""
+        self.failed = False
+        """Whether the last `push` failed."""
 
     def pull(self, *patterns: str) -> None:
         """Copies the objects that lie directly in the folder, and whose names match, to the local folder."""
         for name in files(self._target, self._what):
             if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
                 download(self._target / name, self._folder / name, self._what)
+                self._sent[name] = _state(self._folder / name)
 
     def push(self) -> None:
         """Raises InputError and MachineError, as `reported`; the local files stay as they are."""
+        self.failed = True
         for path in sorted(self._folder.rglob("*")):
             name = path.relative_to(self._folder).as_posix()
             if not path.is_file() or name.endswith(PARTIAL):
                 continue
-            status = path.stat()
-            now, before = (status.st_size, status.st_mtime_ns), self._sent.get(name)
+            now, before = _state(path), self._sent.get(name)
             if now == before:
                 continue
-            grown = before is not None and name.endswith(".jsonl") and now[0] > before[0]
-            if not (grown and self._extend(path, name, before[0], now[0])):
+            # A file that was rewritten is another one, with another inode.
+            start, _, inode = before or (0, 0, 0)
+            grown = name.endswith(".jsonl") and inode == now[2] and now[0] > start
+            if not (grown and self._extend(path, name, start, now[0])):
                 upload(path, self._target / name, self._what)
             self._sent[name] = now
+        self.failed = False
 
     def _extend(self, path: Path, name: str, start: int, stop: int) -> bool:
         """Appends the file's bytes from start to stop to its object. False if the object is not the one that was sent:
@@ -210,6 +245,11 @@ class Mirror:
             except (NotFound, PreconditionFailed):
                 return False
         return True
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 class Lock:

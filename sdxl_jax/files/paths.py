@@ -5,11 +5,13 @@ that has to be safe goes through `files.atomic` and `files.buckets`. Every other
 """
 
 import importlib.util
+import logging
+import os
 import re
 from pathlib import Path, PurePath
-from typing import TypeGuard
 
 from etils import epath
+from typing_extensions import TypeIs
 
 from sdxl_jax.errors import InputError
 
@@ -38,7 +40,7 @@ def located(path: str | PurePath, what: str) -> AnyPath:
             f"{what} is gs://{rest}, but the package{'s' * (len(missing) > 1)} {' and '.join(missing)} for buckets "
             f"{'are' if len(missing) > 1 else 'is'} not installed. Install them with pip install 'sdxl_jax[gcs]'"
         )
-    _use_no_stale_listings()
+    _configure_clients()
     return epath.Path(f"gs://{rest}")
 
 
@@ -50,15 +52,19 @@ def local(path: str | PurePath, what: str) -> Path:
     return Path(path)
 
 
-def in_bucket(path: AnyPath | PurePath) -> TypeGuard[epath.Path]:
+def in_bucket(path: AnyPath) -> TypeIs[epath.Path]:
     """Whether a path that `located` returned is in a bucket."""
     return str(path).startswith(f"{_BUCKETS}://")
 
 
+def absolute(path: AnyPath) -> AnyPath:
+    """The absolute path. (`epath.Path.absolute` puts the working directory before gs://.)"""
+    return path if in_bucket(path) else path.absolute()
+
+
 def full(path: AnyPath) -> str:
-    """The absolute path as text, for libraries that take local paths and gs://… alike. (`epath.Path.absolute` puts the
-    working directory before gs://.)"""
-    return str(path) if in_bucket(path) else str(path.absolute())
+    """`absolute` as text, for libraries that take local paths and gs://… alike."""
+    return str(absolute(path))
 
 
 def _refused(path: str | PurePath, what: str, expected: str) -> InputError:
@@ -78,10 +84,22 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _use_no_stale_listings() -> None:
-    """gcsfs keeps listings of folders for ever, so that it does not see what other processes write. To be set before
-    the first use of a bucket."""
-    import fsspec.config  # late: only for buckets
+_SILENCE_SECONDS = 20
+"""After which a client gives a request up, and repeats it."""
 
+
+def _configure_clients() -> None:
+    """Settings of gcsfs, which `epath` uses, and tensorstore. To be made before the first use of a bucket."""
+    import aiohttp  # late: only for buckets
+    import fsspec.config
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SILENCE_SECONDS, sock_read=_SILENCE_SECONDS)
     for protocol in ("gcs", "gs"):
-        fsspec.config.conf.setdefault(protocol, {})["use_listings_cache"] = False
+        settings = fsspec.config.conf.setdefault(protocol, {})
+        # gcsfs keeps listings of folders for ever, so that it does not see what other processes write.
+        settings["use_listings_cache"] = False
+        settings["session_kwargs"] = {"timeout": timeout}
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints the traceback of what it raises
+    for name, value in (("CONNECT_TIMEOUT", _SILENCE_SECONDS), ("LOW_SPEED_TIME", _SILENCE_SECONDS)):
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}_SECONDS", str(value))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "256")

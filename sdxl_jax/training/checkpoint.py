@@ -209,18 +209,17 @@ def set_aside_after(run_dir: AnyPath, step: int) -> list[AnyPath]:
     # The newest first: if it is interrupted, the next start does not resume from one that was to be moved.
     for newer in reversed(run.steps(run_dir / "checkpoints")):
         if newer > step:
-            place = run_dir / "set_aside" / str(newer)
-            number = 1
-            while place.exists():
+            name, number = str(newer), 1
+            while (run_dir / "set_aside" / name).exists():
                 number += 1
-                place = place.with_name(f"{newer}_{number}")
-            source = run_dir / "checkpoints" / str(newer)
-            if in_bucket(source):
+                name = f"{newer}_{number}"
+            if in_bucket(run_dir):
+                source, place = run_dir / "checkpoints" / str(newer), run_dir / "set_aside" / name
                 buckets.move_checkpoint(source, place, "the run directory")
             else:
-                place.parent.mkdir(exist_ok=True)
-                shutil.move(source, place)
-            moved.append(place)
+                (run_dir / "set_aside").mkdir(exist_ok=True)
+                shutil.move(run_dir / "checkpoints" / str(newer), run_dir / "set_aside" / name)
+            moved.append(run_dir / "set_aside" / name)
     return moved
 
 

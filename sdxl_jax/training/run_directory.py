@@ -1,35 +1,136 @@
-"""The run directory: its lock, its config.json, and the checks that it belongs to the same run.
+"""The run directory: where its files are, its lock, its config.json, and the checks that it belongs to the same run.
 
 Everything here happens before any work, so that a refusal costs nothing and changes nothing.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
-from collections.abc import Collection, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+
+from etils import epath
 
 from sdxl_jax.config import RunConfig, blocking_differences, is_within
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, MachineError, fault
-from sdxl_jax.files import atomic, locks
-from sdxl_jax.files.paths import local
+from sdxl_jax.files import atomic, buckets, locks
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, read_saved, to_json
+from sdxl_jax.progress import tqdm
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
+from sdxl_jax.weights.formats.run import steps
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _FINGERPRINT = "data_fingerprint"
+_WHAT = "the run directory"
+LOCK = "lock"
+"""Of the run directory: a locked file, or an object (files.buckets.Lock)."""
 _FIRST_OBJECTIVE = "denoising"
 """The objective of runs whose config.json does not name one."""
 
 
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """RUN, which may be in a bucket, as may `checkpoint.directory`.
+
+    Orbax reads and writes arrays where they belong. Small files are appended to and renamed, which buckets cannot do:
+    those of a RUN in a bucket are written to a temporary folder of this machine, and copied to the bucket before every
+    checkpoint, after validation images, and at the end (`push`).
+    """
+
+    path: AnyPath
+    """RUN, as it was given."""
+    files: Path
+    """The local folder of config.json, metrics.jsonl, samples/ and the like: RUN itself, unless it is in a bucket."""
+    arrays: AnyPath
+    """The folder of checkpoints/ and frozen/: RUN itself, or `checkpoint.directory`."""
+    mirror: buckets.Mirror | None = None
+
+    @property
+    def checkpoints(self) -> AnyPath:
+        return self.arrays / "checkpoints"
+
+    def push(self) -> None:
+        """Copies what is new of the small files to the bucket, if RUN is in one. Raises InputError and MachineError."""
+        if self.mirror is not None:
+            self.mirror.push()
+
+    @contextlib.contextmanager
+    def pushed_at_end(self) -> Iterator[None]:
+        """`push` when the block is left, however it is left; a failure does not replace the block's own error."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.push()
+            except (InputError, MachineError) as error:
+                tqdm.write(f"  the last files were not copied to {self.path}: {error}")
+            raise
+        self.push()
+
+    def lock_owner(self) -> str | None:
+        """What identifies the process that holds the lock; None if it is free."""
+        if in_bucket(self.path):
+            held = buckets.read_lock(self.path / LOCK, _WHAT)
+            return None if held is None else held[0]["owner"]
+        path = self.files / LOCK
+        return path.read_text() if path.exists() else None
+
+
+@contextlib.contextmanager
+def opened(run_dir: str | PurePath, checkpoint_directory: str | None = None) -> Iterator[RunDirectory]:
+    """The run directory, which need not exist yet; of one in a bucket, the small files that a resume reads are copied
+    to this machine. checkpoint_directory: `checkpoint.directory`.
+
+    Raises InputError for a bucket that does not exist or may not be used, MachineError for one that does not answer.
+    """
+    path = located(run_dir, _WHAT)
+    arrays = path if checkpoint_directory is None else located(checkpoint_directory, "checkpoint.directory")
+    if arrays is not path and in_bucket(arrays):
+        buckets.check(arrays, "checkpoint.directory")
+    if not in_bucket(path):
+        yield RunDirectory(path, path, arrays)
+        return
+    buckets.check(path, _WHAT)
+    temporary = Path(tempfile.mkdtemp(prefix="sdxl_jax-"))
+    folder = temporary / path.name
+    folder.mkdir()
+    mirror = buckets.Mirror(folder, path, _WHAT)
+    try:
+        mirror.pull("*.json", "*.jsonl", "wandb_id")
+        yield RunDirectory(path, folder, arrays, mirror)
+    finally:
+        if mirror.failed:
+            tqdm.write(f"  files of {path} that could not be copied there are kept in {folder}")
+        else:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def check_run(
-    config: RunConfig, run_dir: Path, dataset: BucketedDataset | None = None, allow_changes: Collection[str] = ()
+    config: RunConfig,
+    run_dir: str | PurePath,
+    dataset: BucketedDataset | None = None,
+    allow_changes: Collection[str] = (),
+) -> list[str]:
+    """`check`, for a run directory that is not opened yet."""
+    with opened(run_dir, config.checkpoint.directory) as directory:
+        return check(config, directory, dataset, allow_changes)
+
+
+def check(
+    config: RunConfig,
+    directory: RunDirectory,
+    dataset: BucketedDataset | None = None,
+    allow_changes: Collection[str] = (),
 ) -> list[str]:
     """Raises InputError if the directory holds another run, or something else; with `dataset`, also if the data has
     changed since the run was started.
@@ -37,12 +138,18 @@ def check_run(
     allow_changes: fields, groups of fields, or data_fingerprint, that may differ. Returns all differences, in the
     format of `files.trees.differences`.
     """
-    path = local(run_dir, "the run directory") / "config.json"
+    run_dir, path = directory.path, directory.files / "config.json"
     if not path.exists():
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.glob("checkpoints/[0-9]*"))):
+        if run_dir.exists() and (not run_dir.is_dir() or steps(run_dir / "checkpoints")):
             raise InputError(f"{run_dir} is not a run directory: it has no config.json. Choose another --run-dir")
+        if steps(directory.checkpoints):
+            raise InputError(
+                f"checkpoint.directory={directory.arrays} has the checkpoints of another run than {run_dir}, which is "
+                "new. Give each run a checkpoint.directory of its own"
+            )
         return []
     saved, new = read_saved(path), to_json(config)
+    _check_arrays(directory, saved["config"])
     old_objective, new_objective = saved.get("objective", _FIRST_OBJECTIVE), objective_of(config).name
     if old_objective != new_objective:
         raise InputError(
@@ -77,6 +184,17 @@ def check_run(
     return changed
 
 
+def _check_arrays(directory: RunDirectory, saved: dict[str, Any]) -> None:
+    """Raises InputError if the run's checkpoints are elsewhere: it would start from the beginning."""
+    before = saved.get("checkpoint", {}).get("directory")
+    old = directory.path if before is None else located(before, "checkpoint.directory")
+    if old != directory.arrays and steps(old / "checkpoints") and not steps(directory.checkpoints):
+        raise InputError(
+            f"The checkpoints of {directory.path} are in {old}, and checkpoint.directory={directory.arrays} has none. "
+            "Copy checkpoints/ and frozen/ there, or give the directory that has them"
+        )
+
+
 def _with_defaults(saved: dict[str, Any], kind: type[RunConfig]) -> dict[str, Any]:
     """A saved configuration with the defaults of fields that are newer than it; unchanged if it cannot be read."""
     try:
@@ -86,30 +204,40 @@ def _with_defaults(saved: dict[str, Any], kind: type[RunConfig]) -> dict[str, An
 
 
 @contextlib.contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Locks the directory, created if necessary, for this process alone; the system releases the lock however the
-    process ends.
+def locked(
+    directory: RunDirectory, wait: Callable[[Callable[[], str | None]], str | None]
+) -> Iterator[Callable[[], None]]:
+    """Locks the directory, created if necessary, for this process alone. Yields a function that raises MachineError if
+    the lock was lost since, which only happens to one in a bucket.
 
-    Raises MachineError if another process holds the lock, InputError if the directory cannot be written to. Removes the
-    directories that it has created if nothing was written into them. Limits on network file systems: files.locks.
+    The system releases a lock of this machine however the process ends; one in a bucket is taken over once its owner
+    has shown no sign of life for a while, during which this waits, through `wait`. Raises MachineError if another
+    process holds the lock, InputError if the directory cannot be written to. Removes the directories that it has
+    created if nothing was written into them. Limits on network file systems: files.locks.
     """
+    if directory.arrays is not directory.path:
+        _check_arrays_writable(directory.arrays)
+    if in_bucket(directory.path):
+        with _locked_in_bucket(directory.path, wait) as check_lock:
+            yield check_lock
+    else:
+        with _locked_here(directory.files):
+            yield lambda: None
+
+
+@contextlib.contextmanager
+def _locked_here(run_dir: Path) -> Iterator[None]:
     created = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     with contextlib.ExitStack() as lock:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "checkpoints").mkdir(exist_ok=True)
             _try_writing(run_dir / "checkpoints")
-            lock.enter_context(locks.locked_file(run_dir / "lock"))
+            lock.enter_context(locks.locked_file(run_dir / LOCK))
         except locks.Busy as error:
-            raise MachineError(
-                f"{run_dir} is in use by another process ({str(error) or 'which has just started'}). Wait for it to "
-                "end, stop it, or choose another --run-dir"
-            ) from error
+            raise _in_use(run_dir, str(error) or "which has just started") from error
         except OSError as error:
-            raise fault(error)(
-                f"Nothing can be written in {run_dir} ({error}). Check its permissions and the free disk space, or "
-                "choose another --run-dir"
-            ) from error
+            raise _unwritable(run_dir, error) from error
         try:
             yield
         finally:
@@ -120,7 +248,55 @@ def locked(run_dir: Path) -> Iterator[None]:
                     folder.rmdir()
 
 
-def _try_writing(folder: Path) -> None:
+@contextlib.contextmanager
+def _locked_in_bucket(
+    run_dir: epath.Path, wait: Callable[[Callable[[], str | None]], str | None]
+) -> Iterator[Callable[[], None]]:
+    buckets.check_writable(run_dir, _WHAT)
+    lock = buckets.Lock(run_dir / LOCK, _WHAT)
+    try:
+        replaced = wait(lock.acquire)
+    except locks.Busy as error:
+        raise _in_use(run_dir, str(error)) from error
+    if replaced is not None:
+        tqdm.write(f"  {run_dir} was locked by {replaced}, which shows no sign of life: this process takes over")
+
+    def check_lock() -> None:
+        if lock.lost is not None:
+            raise MachineError(
+                f"{run_dir} was taken over by {lock.lost}, because this process could not reach the bucket for "
+                f"{buckets.PATIENCE_SECONDS:g} s. Nothing more is written by this one"
+            )
+
+    with lock:
+        yield check_lock
+
+
+def _in_use(run_dir: AnyPath, owner: str) -> MachineError:
+    return MachineError(
+        f"{run_dir} is in use by another process ({owner}). Wait for it to end, stop it, or choose another --run-dir"
+    )
+
+
+def _unwritable(folder: AnyPath, error: OSError) -> InputError | MachineError:
+    return fault(error)(
+        f"Nothing can be written in {folder} ({error}). Check its permissions and the free disk space, or choose "
+        "another directory"
+    )
+
+
+def _check_arrays_writable(folder: AnyPath) -> None:
+    if in_bucket(folder):
+        buckets.check_writable(folder, "checkpoint.directory")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _try_writing(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _try_writing(folder: AnyPath) -> None:
     probe = folder / f".probe-{os.getpid()}"
     probe.write_bytes(b"can this be written?")
     probe.unlink()
@@ -142,10 +318,11 @@ def metadata_of(objective: Objective[Any]) -> dict[str, Any]:
 
 
 def write_config(
-    objective: Objective[Any], run_dir: Path, dataset: BucketedDataset, step: int, changed: list[str]
+    objective: Objective[Any], directory: RunDirectory, dataset: BucketedDataset, step: int, changed: list[str]
 ) -> None:
-    """Writes config.json. changed: differences from the present one, which are appended to its history."""
-    path = run_dir / "config.json"
+    """Writes config.json, also into `checkpoint.directory`, which can be opened as a run so. changed: differences from
+    the present one, which are appended to its history."""
+    path = directory.files / "config.json"
     history: list[Any] = read_saved(path).get("history", []) if path.exists() else []
     if changed:
         history.append({"after_step": step, "changed": changed})
@@ -155,7 +332,10 @@ def write_config(
         "commit": commit(),
         "history": history,
     }
-    atomic.write_text(path, json.dumps(content, indent=1))
+    text = json.dumps(content, indent=1)
+    atomic.write_text(path, text)
+    if directory.arrays is not directory.path:
+        (directory.arrays / "config.json").write_text(text)
 
 
 def commit() -> str | None:

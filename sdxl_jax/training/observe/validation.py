@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
 from sdxl_jax.conditioning.text import Tokenizer
@@ -20,7 +19,6 @@ from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.processes import Processes
 
-_AnyPath = TypeVar("_AnyPath", Path, epath.Path)
 _CAPTION_SAMPLE = 10_000
 """Images whose captions are checked for truncation at the start; with fewer than twice as many, all are."""
 
@@ -66,9 +64,9 @@ def _announce_captions(dataset: BucketedDataset, tokenizer: Tokenizer) -> None:
         tqdm.write(f"  {truncated} captions{of} are longer than 75 tokens and will be truncated")
 
 
-def grid_path(run_dir: _AnyPath, step: int) -> _AnyPath:
-    """RUN/samples/step_XXXXXXXX.png."""
-    return run_dir / "samples" / f"step_{step:08d}.png"
+def grid_name(step: int) -> str:
+    """samples/step_XXXXXXXX.png, from the run directory."""
+    return f"samples/step_{step:08d}.png"
 
 
 def write_grid(
@@ -86,11 +84,11 @@ def write_grid(
         grid = objective.validation(model, dataset, mesh, processes)
     except NonFiniteError as error:  # raised on all processes; only a non-finite loss ends the run
         if processes.is_first:
-            tqdm.write(f"note: no {grid_path(run_dir, step).name}: {error}")
+            tqdm.write(f"note: no {grid_name(step)}: {error}")
         return
     if processes.is_first:
         text = {name: str(value) for name, value in ({"step": step} | dict(grid.text)).items()}
-        save_png(contact_sheet(grid.images, grid.captions, columns=grid.columns), grid_path(run_dir, step), text)
+        save_png(contact_sheet(grid.images, grid.captions, columns=grid.columns), run_dir / grid_name(step), text)
 
 
 def describe_nonfinite(config: RunConfig, path: Path, step: int, dataset: BucketedDataset, process: int) -> None:

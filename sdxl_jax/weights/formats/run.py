@@ -9,10 +9,11 @@ Written by `training.checkpoint`; reading it needs no module of training.
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.buckets import COMMITTED
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.jsontree import from_json, read_saved
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.formats import orbax
@@ -25,7 +26,7 @@ class Damaged(InputError):
     """A checkpoint that is incomplete or broken."""
 
 
-def damaged(path: Path, reason: str) -> Damaged:
+def damaged(path: AnyPath, reason: str) -> Damaged:
     return Damaged(
         f"The checkpoint {path} is incomplete or damaged ({reason}). Nothing was changed. Restore its files from a "
         "backup, or give the checkpoint of another step"
@@ -44,7 +45,7 @@ class Trained(NamedTuple):
     """Of the source tree that trains it; None for an installed package, and in old runs."""
 
 
-def trained(run_dir: Path) -> Trained:
+def trained(run_dir: AnyPath) -> Trained:
     """The model that RUN/config.json describes. Raises InputError if it cannot be read."""
     saved = read_saved(run_dir / "config.json")
     # Runs from before objectives have the model in their configuration alone.
@@ -58,17 +59,28 @@ def trained(run_dir: Path) -> Trained:
     return Trained(from_json(model, ModelConfig), saved.get("parts"), steps, saved.get("commit"))
 
 
-def steps(directory: Path) -> list[int]:
-    """Steps of the checkpoints in RUN/checkpoints, ascending. An interrupted save leaves another name."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdecimal())
+def arrays(run_dir: AnyPath) -> AnyPath:
+    """The folder of a run's checkpoints/ and frozen/: `checkpoint.directory` of its config.json, or RUN itself."""
+    path = run_dir / "config.json"
+    directory = read_saved(path)["config"].get("checkpoint", {}).get("directory") if path.exists() else None
+    return run_dir if directory is None else located(directory, "checkpoint.directory")
 
 
-def latest_step(directory: Path) -> int | None:
+def steps(directory: AnyPath) -> list[int]:
+    """Steps of the complete checkpoints in RUN/checkpoints, ascending. An interrupted save leaves another name, and in
+    a bucket no commit marker."""
+    names = [path.name for path in directory.glob("*") if path.name.isdecimal()]
+    if in_bucket(directory):
+        names = [name for name in names if (directory / name / COMMITTED).exists()]
+    return sorted(map(int, names))
+
+
+def latest_step(directory: AnyPath) -> int | None:
     """Step of the newest checkpoint; None if there is none."""
     return max(steps(directory), default=None)
 
 
-def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
+def metadata(path: AnyPath) -> tuple[Any, dict[str, Any]]:
     """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read, or has changed since it
     was written."""
     try:
