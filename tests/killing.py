@@ -31,6 +31,8 @@ import tiny
 
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, ValidationConfig
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, in_bucket
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.clip import ClipTextConfig
@@ -39,6 +41,7 @@ from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.training.checkpoint import latest_step
 from sdxl_jax.training.observe.metrics import TIMES
 from sdxl_jax.weights.formats import orbax
+from sdxl_jax.weights.formats.run import steps
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
 
@@ -72,7 +75,7 @@ class Processes:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, run_dir: Path, scratch: Path, count: int, log: Path | None = None
+        cls, config: TrainConfig, run_dir: AnyPath, scratch: Path, count: int, log: Path | None = None
     ) -> "Processes":
         environment = compiling.environment(scratch / "compiled")
         if count > 1:
@@ -123,7 +126,7 @@ class Processes:
             child.wait()
 
 
-def uninterrupted(config: TrainConfig, run_dir: Path, scratch: Path, count: int, limit: float = 600) -> float:
+def uninterrupted(config: TrainConfig, run_dir: AnyPath, scratch: Path, count: int, limit: float = 600) -> float:
     """Runs without a kill. Returns the seconds that it took."""
     began = time.monotonic()
     processes = Processes.start(config, run_dir, scratch, count)
@@ -170,8 +173,20 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
         assert names[0] == names[1]
 
 
-def _half_written(run_dir: Path) -> set[tuple[str, float]]:
-    """Checkpoints with Orbax's temporary name, each with its creation time."""
+def fetched(run_dir: AnyPath, folder: Path) -> Path:
+    """The run directory, or a copy on this machine of one in a bucket, without what Orbax writes only there."""
+    if not in_bucket(run_dir):
+        return run_dir
+    for name in buckets.files(run_dir, "the run"):
+        buckets.download(run_dir / name, folder / name, "the run")
+    return folder
+
+
+def _half_written(run_dir: AnyPath) -> set[tuple[str, float]]:
+    """Checkpoints that are not finished, each with its creation time if it is known."""
+    if in_bucket(run_dir):
+        begun = {path.name for path in run_dir.glob("checkpoints/*")}
+        return {(name, 0.0) for name in begun - {str(step) for step in steps(run_dir / "checkpoints")}}
     return {(path.name, path.stat().st_ctime) for path in run_dir.glob("checkpoints/*tmp*")}
 
 
@@ -184,8 +199,12 @@ def campaign(
     span: float,
     seed: int,
     report: Callable[[str], object] = lambda line: None,
+    *,
+    root: AnyPath | None = None,
 ) -> Counter[str]:
     """`kills` kills, over as many runs as they take; each run is finished and compared with `whole`.
+
+    root: where the run directories are, e.g. in a bucket; None: in `scratch`.
 
     One of the processes is killed at a random moment up to `span` seconds after the start, the others shortly after.
     Returns the number of kills by phase.
@@ -194,7 +213,7 @@ def campaign(
     counts: Counter[str] = Counter()
     run, begun = 0, time.monotonic()
     while True:
-        run_dir = scratch / f"killed_{run}"
+        run_dir = (root or scratch) / f"killed_{run}"
         before = _half_written(run_dir)
         started = Processes.start(config, run_dir, scratch, processes)
         try:
@@ -217,9 +236,10 @@ def campaign(
             continue
         log = "\n".join((scratch / f"log_{number}").read_text()[-3000:] for number in range(processes))
         assert codes == [0] * processes, f"{codes}\n{log}"
-        assert_same_run(run_dir, whole)
+        copy = fetched(run_dir, scratch / "fetched")
+        assert_same_run(copy, whole)
         report(f"{time.monotonic() - begun:7.0f} s  run {run} is finished, and the same")
-        shutil.rmtree(run_dir)
+        shutil.rmtree(copy)
         run += 1
         if not left:
             return counts

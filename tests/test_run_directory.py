@@ -29,7 +29,7 @@ from sdxl_jax.training import checkpoint, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.checksums import checksum, checksums
 from sdxl_jax.training.objectives import objective_of
-from sdxl_jax.training.run_directory import check_run, locked, write_config
+from sdxl_jax.training.run_directory import RunDirectory, check_run, locked, write_config
 from sdxl_jax.training.state import TrainState
 
 
@@ -55,15 +55,15 @@ def steps_in(directory: Path) -> list[str]:
 
 def test_directory_in_use_is_refused_with_the_process_that_uses_it(tmp_path: Path) -> None:
     message = rf"in use by another process \(process {os.getpid()} on "
-    with locked(tmp_path / "run"):
-        with pytest.raises(MachineError, match=message), locked(tmp_path / "run"):
+    with locked(RunDirectory.here(tmp_path / "run")):
+        with pytest.raises(MachineError, match=message), locked(RunDirectory.here(tmp_path / "run")):
             pass
         assert (tmp_path / "run" / "lock").exists()
     assert not (tmp_path / "run").exists()  # nothing was written into it
 
 
-HOLDS = "import sys, time; from pathlib import Path; from sdxl_jax.training.run_directory import locked\n"
-HOLDS += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(600)"
+HOLDS = "import sys, time; from pathlib import Path; from sdxl_jax.training.run_directory import RunDirectory, locked\n"
+HOLDS += "with locked(RunDirectory.here(Path(sys.argv[1]))): print('locked', flush=True); time.sleep(600)"
 
 
 def test_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
@@ -73,13 +73,13 @@ def test_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"locked\n"
-        with pytest.raises(MachineError, match=f"process {holder.pid} on"), locked(tmp_path / "run"):
+        with pytest.raises(MachineError, match=f"process {holder.pid} on"), locked(RunDirectory.here(tmp_path / "run")):
             pass
     finally:
         holder.kill()
         holder.communicate()
     assert (tmp_path / "run" / "lock").exists()
-    with locked(tmp_path / "run"):
+    with locked(RunDirectory.here(tmp_path / "run")):
         pass
 
 
@@ -91,7 +91,7 @@ def test_full_disk_is_a_machine_error(
         raise OSError(number, os.strerror(number), str(folder))
 
     monkeypatch.setattr(run_directory, "_try_writing", fails)
-    with pytest.raises(kind, match=os.strerror(number)), locked(tmp_path / "run"):
+    with pytest.raises(kind, match=os.strerror(number)), locked(RunDirectory.here(tmp_path / "run")):
         pass
     assert not (tmp_path / "run" / "lock").exists()
 
@@ -99,9 +99,12 @@ def test_full_disk_is_a_machine_error(
 def test_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = r"Nothing can be written in .*file/run .*choose another --run-dir"
-    with pytest.raises(InputError, match=message), locked(tmp_path / "file" / "run"):
+    with pytest.raises(InputError, match=message), locked(RunDirectory.here(tmp_path / "file" / "run")):
         pass
-    with pytest.raises(InputError, match="Nothing can be written in /proc/run"), locked(Path("/proc/run")):
+    with (
+        pytest.raises(InputError, match="Nothing can be written in /proc/run"),
+        locked(RunDirectory.here(Path("/proc/run"))),
+    ):
         pass
 
 
@@ -115,7 +118,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Buck
     config = tiny.train_config(tiny.make_folder(folder / "images"))
     dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
     (folder / "run").mkdir()
-    write_config(objective_of(config), folder / "run", dataset, 0, [])
+    write_config(objective_of(config), RunDirectory.here(folder / "run"), dataset, 0, [])
     return config, dataset, folder / "run"
 
 
@@ -137,7 +140,7 @@ def test_changes_that_alter_what_is_learnt_are_refused_unless_named(
         check_run(new, run, allow_changes=["data.batch_size"])
     changed = check_run(new, run, dataset, ["data.batch_size", "ema"])
     assert changed == ["data.batch_size: 8 -> 4", "ema.decay: 0.9 -> 0.5"]
-    write_config(objective_of(new), run, dataset, 7, changed)
+    write_config(objective_of(new), RunDirectory.here(run), dataset, 7, changed)
     assert json.loads((run / "config.json").read_text())["history"] == [{"after_step": 7, "changed": changed}]
     assert check_run(new, run, dataset) == []  # the same command again
 

@@ -55,6 +55,11 @@ class RunDirectory:
     """The folder of checkpoints/ and frozen/: RUN itself, or `checkpoint.directory`."""
     mirror: buckets.Mirror | None = None
 
+    @classmethod
+    def here(cls, path: Path) -> "RunDirectory":
+        """One of this machine."""
+        return cls(path, path, path)
+
     @property
     def checkpoints(self) -> AnyPath:
         return self.arrays / "checkpoints"
@@ -98,7 +103,7 @@ def opened(run_dir: str | PurePath, checkpoint_directory: str | None = None) -> 
     if arrays is not path and in_bucket(arrays):
         buckets.check(arrays, "checkpoint.directory")
     if not in_bucket(path):
-        yield RunDirectory(path, path, arrays)
+        yield dataclasses.replace(RunDirectory.here(path), arrays=arrays)
         return
     buckets.check(path, _WHAT)
     temporary = Path(tempfile.mkdtemp(prefix="sdxl_jax-"))
@@ -205,13 +210,13 @@ def _with_defaults(saved: dict[str, Any], kind: type[RunConfig]) -> dict[str, An
 
 @contextlib.contextmanager
 def locked(
-    directory: RunDirectory, wait: Callable[[Callable[[], str | None]], str | None]
+    directory: RunDirectory, wait: Callable[[Callable[[], str | None]], str | None] = lambda work: work()
 ) -> Iterator[Callable[[], None]]:
     """Locks the directory, created if necessary, for this process alone. Yields a function that raises MachineError if
     the lock was lost since, which only happens to one in a bucket.
 
     The system releases a lock of this machine however the process ends; one in a bucket is taken over once its owner
-    has shown no sign of life for a while, during which this waits, through `wait`. Raises MachineError if another
+    has shown no sign of life for a while, which `wait` waits for. Raises MachineError if another
     process holds the lock, InputError if the directory cannot be written to. Removes the directories that it has
     created if nothing was written into them. Limits on network file systems: files.locks.
     """
@@ -281,7 +286,7 @@ def _in_use(run_dir: AnyPath, owner: str) -> MachineError:
 def _unwritable(folder: AnyPath, error: OSError) -> InputError | MachineError:
     return fault(error)(
         f"Nothing can be written in {folder} ({error}). Check its permissions and the free disk space, or choose "
-        "another directory"
+        "another --run-dir"
     )
 
 
