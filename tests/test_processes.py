@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,8 +24,10 @@ import tiny
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, MachineError
-from sdxl_jax.training import processes, setup
+from sdxl_jax.training import heartbeats, processes, setup
+from sdxl_jax.training.heartbeats import Heartbeats
 from sdxl_jax.training.processes import Interrupted, Processes, ProcessFailed
+from sdxl_jax.training.run_directory import RunDirectory
 
 
 class Service:
@@ -196,10 +199,11 @@ def test_processes_gather_in_order(three: list[Processes]) -> None:
 def test_a_process_that_differs_is_named_on_all_processes(three: list[Processes], tmp_path: Path) -> None:
     config = tiny.train_config(tiny.make_folder(tmp_path / "images"))
     dataset = BucketedDataset(config.data, Tokenizer.of(config.model.text))
+    unused = RunDirectory.here(tmp_path / "unused")
 
     def program(process: Processes) -> None:
         training = dataclasses.replace(config.training, seed=int(process.index == 2))
-        process.compare(setup._facts(dataclasses.replace(config, training=training), Path("unused"), dataset, None))
+        process.compare(setup._facts(dataclasses.replace(config, training=training), unused, dataset, None))
 
     for outcome in together(three, program):
         assert isinstance(outcome, InputError)
@@ -283,6 +287,58 @@ def test_a_process_that_does_not_react_is_ended_with_the_others_code(
     while not ended and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ended == [2]
+
+
+def test_a_process_whose_heartbeats_stop_is_lost_and_one_that_has_left_is_not() -> None:
+    service, lost = Service(), list[tuple[int, str]]()
+    members = [
+        Heartbeats(service, "test", index, 4, "localhost:1", threading.Event(), lambda *what: lost.append(what))
+        for index in range(4)
+    ]
+    members[1]._exchange("left")
+    for second in range(2 * heartbeats.LOST_SECONDS):
+        members[2]._exchange(str(second))
+        if second < 10:
+            members[3]._exchange(str(second))
+        members[0]._exchange(str(second))
+        members[0]._count_second()
+        assert len(lost) == (second >= 8 + heartbeats.LOST_SECONDS)
+    assert lost == [(3, f"nothing has been heard of it for {heartbeats.LOST_SECONDS} s")]
+
+
+def test_process_0_is_lost_when_its_service_is_gone_or_silent_for_long() -> None:
+    lost = list[tuple[int, str]]()
+    with socket.create_server(("localhost", 0)) as service:
+        address = f"localhost:{service.getsockname()[1]}"
+        member, another = (
+            Heartbeats(Service(), "test", index, 3, address, threading.Event(), lambda *what: lost.append(what))
+            for index in (1, 2)
+        )
+        for _ in range(heartbeats.LOST_SECONDS - 1):
+            member._count_second()
+            another._count_second()
+        another._exchange("1")
+        assert not lost
+        member._count_second()
+        assert lost == [(0, f"nothing has been heard of it for {heartbeats.LOST_SECONDS} s")]
+    another._count_second()
+    another._count_second()
+    assert lost[1:] == [(0, f"it no longer listens on {address}")]
+
+
+def test_others_are_told_of_a_lost_process_and_nobody_waits_for_it(three: list[Processes], codes: list[int]) -> None:
+    def program(process: Processes) -> None:
+        if process.index == 0:
+            process._on_lost(1, "nothing has been heard of it")
+        if process.index != 1:
+            process.wait(lambda: time.sleep(8))
+
+    began = time.monotonic()
+    outcomes = together(three, program)
+    assert time.monotonic() - began < 5
+    assert [type(outcome) for outcome in outcomes] == [ProcessFailed, type(None), ProcessFailed]
+    assert str(outcomes[2]).startswith("Process 1 stopped: nothing has been heard of it. It was killed")
+    assert codes == [1, 1]
 
 
 def test_one_process_stops_at_its_next_stop_point_and_gets_its_handlers_back() -> None:

@@ -24,7 +24,7 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
-from sdxl_jax.training import run_directory
+from sdxl_jax.training import cluster, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.observe import profiling, validation
 from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart, read_starts, time_table
@@ -62,6 +62,7 @@ def train(
     that is in use. SIGTERM or SIGINT end it with `Interrupted`, a SystemExit, once the finished steps are saved.
     """
     options, clock = StartOptions(from_step, allow_changes, profile, progress), Clock(began)
+    cluster.check_slices(config.mesh.slices)
     with (
         Processes(config.processes.join_timeout_seconds) as processes,
         prepare(config, Path(run_dir), processes, options) as run,

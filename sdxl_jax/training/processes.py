@@ -14,9 +14,9 @@ Long work (compiling, reading, waiting for data) goes through `wait`, in another
 Python runs its handlers only between two instructions of the main thread, and a compilation is one instruction.
 
 A failure on one process is broadcast in the same way; processes that cannot react, inside a collective, are ended after
-a grace period. A killed process broadcasts nothing: jax's heartbeats detect it and end the others.
+a grace period. A killed process broadcasts nothing: it is lost once its heartbeats stop, and the others end.
 
-Not here: what is done when a run is stopped (loop).
+Not here: how processes find each other (cluster), heartbeats (heartbeats), what is done when a run is stopped (loop).
 """
 
 import atexit
@@ -41,6 +41,8 @@ from jax._src import distributed  # the coordination service's client has no pub
 
 from sdxl_jax.errors import REPORTED, InputError, Interrupted, MachineError, ProcessFailed, exit_code
 from sdxl_jax.files.trees import differences
+from sdxl_jax.progress import print_stacks
+from sdxl_jax.training import cluster, heartbeats
 
 _T = TypeVar("_T")
 _POLL_SECONDS = 0.2
@@ -130,12 +132,12 @@ class Processes:
         _runs += 1
         if not jax.distributed.is_initialized():
             try:
-                self.wait(lambda: _initialise(self._join_timeout_seconds), self._join_timeout_seconds)
+                self.wait(lambda: cluster.join(self._join_timeout_seconds), self._join_timeout_seconds)
             except TimeoutError as error:
                 raise MachineError(
                     "Not all processes of this run joined within processes.join_timeout_seconds="
-                    f"{self._join_timeout_seconds:g}. This one has {_environment()}. Start the missing ones, check "
-                    "that they reach the coordinator, or raise processes.join_timeout_seconds"
+                    f"{self._join_timeout_seconds:g}. This one has {cluster.environment()}. Start the missing ones, "
+                    "check that they reach the coordinator, or raise processes.join_timeout_seconds"
                 ) from error
         self._client = distributed.global_state.client
         if self._client is None:
@@ -144,6 +146,10 @@ class Processes:
         self.index, self.count = distributed.global_state.process_id, distributed.global_state.num_processes
         if self.count > 1:
             threading.Thread(target=self._listen, daemon=True, name="polls the other processes").start()
+            heartbeats.delay_aborts()
+            coordinator = distributed.global_state.coordinator_address or ""
+            facts = self._client, self._prefix, self.index, self.count, coordinator
+            heartbeats.Heartbeats(*facts, self._over, self._on_lost).start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         for number, handler in self._previous_handlers.items():
@@ -153,7 +159,7 @@ class Processes:
             self._over.set()
             return
         assert error is not None
-        root_failure = self._root_failure(error)
+        root_failure = self.root_failure(error)
         if self.count > 1:
             self._leave(None if isinstance(root_failure or error, Interrupted | ProcessFailed) else error)
         self._over.set()
@@ -163,7 +169,7 @@ class Processes:
         if root_failure is not None:
             raise root_failure from error
 
-    def _root_failure(self, error: BaseException) -> ProcessFailed | None:
+    def root_failure(self, error: BaseException) -> ProcessFailed | None:
         """The failure of another process of which this one's error is likely a consequence: inside a collective."""
         if self.count == 1 or not isinstance(error, Exception) or isinstance(error, REPORTED):
             return None
@@ -293,7 +299,7 @@ class Processes:
             try:
                 self._poll(self._broadcasts())
             except jax.errors.JaxRuntimeError:
-                continue  # the service is gone or slow: jax itself ends the process, or it answers next time
+                continue  # the service is gone or slow: heartbeats notice it, or it answers next time
 
     def _poll(self, broadcasts: dict[str, str]) -> None:
         """Reacts to broadcasts, and broadcasts a signal of this process."""
@@ -314,13 +320,33 @@ class Processes:
         if len(passed) == self.count and self._stop_after is None:
             self._stop_after = max(passed)
 
+    def abandon(self, failure: Exception) -> None:
+        """Broadcasts the failure of a process whose main thread hangs, before another thread ends it."""
+        if self.count > 1:
+            self._leave(failure)
+
+    def _on_lost(self, process: int, reason: str) -> None:
+        """Process 0 broadcasts that another is lost. Without process 0 there are no broadcasts, and whoever reads one
+        waits for ever: the process is ended at once."""
+        message = f"{reason}. It was killed, or its machine is gone. Start all processes again: the run resumes"
+        if process == 0:
+            self._failure = f"Process 0 stopped: {message}", MachineError.code
+            self._exit_with_failure()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._broadcast(f"failed/{process}", f"{MachineError.code} {message}")
+            self._broadcast(f"left/{process}", "")
+
     def _exit_if_stuck(self) -> None:
         if not self._over.wait(_GRACE_SECONDS):
-            assert self._failure is not None
-            message, code = self._failure
-            with contextlib.suppress(OSError):
-                os.write(2, f"error: {message}\n".encode())
-            os._exit(code)
+            print_stacks()
+            self._exit_with_failure()
+
+    def _exit_with_failure(self) -> None:
+        assert self._failure is not None
+        message, code = self._failure
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {message}\n".encode())
+        os._exit(code)
 
     def _leave(self, failure: BaseException | None) -> None:
         """Broadcasts a failure. The first process leaves last: it hosts the coordination service, without which jax
@@ -349,43 +375,3 @@ def _exit_now(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-_ENVIRONMENT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-def _environment() -> str:
-    """For messages."""
-    values = {name: os.environ.get(name) for name in _ENVIRONMENT}
-    return ", ".join(f"no {name}" if value is None else f"{name}={value}" for name, value in values.items())
-
-
-def _initialise(timeout_seconds: float) -> None:
-    values = [os.environ.get(name) for name in _ENVIRONMENT]
-    numbers: dict[str, int | None] = {}
-    for name, argument in (("JAX_NUM_PROCESSES", "num_processes"), ("JAX_PROCESS_ID", "process_id")):
-        value = os.environ.get(name)
-        if value is not None and not value.isdecimal():
-            raise InputError(f"The environment has {name}={value}. Give a whole number, 0 or more")
-        numbers[argument] = None if value is None else int(value)
-    # Its handler of SIGTERM would replace ours.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        # jax ends the process, without an exception, at its own timeout: ours comes first.
-        jax.distributed.initialize(
-            num_processes=numbers["num_processes"],
-            process_id=numbers["process_id"],
-            initialization_timeout=math.ceil(timeout_seconds) + 60,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise MachineError(
-            f"This process could not join the others: {str(error).rstrip('.')}. Start all of them again"
-        ) from error
-    except (ValueError, TypeError, RuntimeError) as error:
-        too_late = "must be called before" in str(error)
-        if values == [None] * 3 and (too_late or "coordinator_address" in str(error)):
-            return  # nothing describes other processes
-        raise InputError(
-            f"This process could not join the others: {str(error).rstrip('.')}. The environment has {_environment()}. "
-            "Set all three or none"
-        ) from error
