@@ -3,14 +3,15 @@ RUN/profile`) or TensorBoard's profile plugin. Tracing changes no result; the tr
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.progress import tqdm
 
 
 class Profile:
@@ -51,9 +52,21 @@ class Profile:
             self._running = False
 
 
+_HARMLESS = "0.0.42"
+_MAPS = Path("/proc/self/maps")
+
+
 def crashes() -> bool:
-    """Whether tracing would crash the process: jax 0.10.2 does, if libtpu 0.0.52 is installed without a TPU."""
-    return importlib.util.find_spec("libtpu") is not None and jax.default_backend() != "tpu"
+    """Whether tracing would crash the process. It does if jax has loaded libtpu and found no TPU: seen with jax 0.10.2
+    and libtpu 0.0.50 and 0.0.52, not with 0.0.42. JAX_PLATFORMS=cpu, or cuda, keeps jax from loading it."""
+    if importlib.util.find_spec("libtpu") is None or jax.default_backend() == "tpu":
+        return False
+    if _MAPS.exists() and "libtpu.so" not in _MAPS.read_text():
+        return False
+    try:
+        return not importlib.metadata.version("libtpu").startswith(_HARMLESS)
+    except importlib.metadata.PackageNotFoundError:
+        return True
 
 
 def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, int] | None:
@@ -73,7 +86,7 @@ def check(steps: tuple[int, int] | None, first: int, stop: int) -> tuple[int, in
     if crashes():
         raise InputError(
             f"--profile {begin}:{end} would crash this process: libtpu is installed, and the backend is "
-            f"{jax.default_backend()}, where jax's profiler then fails. Run pip uninstall libtpu (the extra aot "
-            "installs it), or leave out --profile"
+            f"{jax.default_backend()}, where jax's profiler then fails. Set the environment variable JAX_PLATFORMS to "
+            "cpu, or to cuda on NVIDIA GPUs, so that jax does not load it, or leave out --profile"
         )
     return steps
