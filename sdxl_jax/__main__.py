@@ -56,6 +56,12 @@ def _convert(arguments: list[str]) -> None:
     convert.run(arguments)
 
 
+def _status(arguments: list[str]) -> None:
+    from sdxl_jax.commands import status
+
+    status.run(arguments)
+
+
 def _data(arguments: list[str]) -> None:
     from sdxl_jax.commands import data
 
@@ -65,6 +71,7 @@ def _data(arguments: list[str]) -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
     "train": (_train, "train a model from a configuration file, or resume a run"),
+    "status": (_status, "steps done and to do, last checkpoint, where the time went; running, finished or failed"),
     "compile": (_compile, "compile it ahead of time for TPU slices: memory per chip, estimated time"),
     "sample": (_sample, "sample images from a model: text to image, image to image, inpainting"),
     "serve": (_serve, "sample images on a web page"),
@@ -99,14 +106,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except REPORTED as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        _report(f"error: {error}")
         return error.code
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sdxl_jax"):  # our own mistake
             raise
         if debug:
             traceback.print_exc()
-        print(f"error: the package {error.name} is not installed. Install it, e.g. with pip", file=sys.stderr)
+        _report(f"error: the package {error.name} is not installed. Install it, e.g. with pip")
         return exit_code(error)
     except Exception as error:
         if not isinstance(error, OSError) and fault(error) is InputError:
@@ -114,14 +121,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         # Libraries raise many types for a full disk.
-        print(f"error: {error}. Check that the path exists, is writable, and has free space", file=sys.stderr)
+        _report(f"error: {error}. Check that the path exists, is writable, and has free space")
         return exit_code(error)
     return 0
+
+
+def _report(error: str) -> None:
+    from sdxl_jax.progress import report_error
+
+    report_error(error)
 
 
 def program() -> None:
     """`main` as a process, which ends even while a step is being compiled in the background."""
     pipes.may_close()
+    signals.print_stacks_on_sigusr1()
     try:
         code = main()
     except SystemExit as stopped:  # SIGTERM or Ctrl-C once all is saved; --help; invalid options

@@ -28,6 +28,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
+from sdxl_jax.progress import LogFormat
 from sdxl_jax.sharding import MeshConfig
 
 
@@ -80,6 +81,10 @@ class LoopConfig:
     compilation_cache: str | None = None
     """Folder of compiled programs, read and written; several runs may share it. AOT programs of `sdxl-jax compile` are
     read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every start compiles again."""
+    watchdog_minutes: float | None = 30.0
+    """Minutes after which a run that hangs is ended, with exit code 1 and the stacks of all threads: the longest wait
+    for a batch or for a step. A compilation, a checkpoint or validation images may take four times as long. Higher:
+    slower steps are tolerated, and a hang is noticed later. None: never."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +111,11 @@ class CheckpointConfig:
 
     every_steps: int = 1000
     """Steps between checkpoints. Lower: less is lost to a crash, more is written."""
+    every_minutes: float | None = None
+    """Also write a checkpoint when so many minutes have passed since the last, e.g. 10 on machines that may be taken
+    away. Lower: less is lost, more is written. None: by steps only."""
+    directory: str | None = None
+    """Folder of checkpoints/ and frozen/, e.g. gs://BUCKET/NAME, of one run alone. None: the run directory."""
     keep: int = 3
     """Number of newest checkpoints to keep. Higher: more disk space."""
     keep_every_hours: float | None = None
@@ -149,6 +159,9 @@ class LoggingConfig:
 
     wandb_project: str | None = None
     """Project of Weights & Biases to log to; None: nothing is sent. Needs the package wandb."""
+    format: LogFormat = LogFormat.AUTO
+    """How progress and messages are printed: text, json, or auto, which is a bar in a terminal and a notebook, JSON
+    under Cloud Logging, and text elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +210,11 @@ class RunConfig:
             [
                 ("training.steps", self.training.steps, 0, math.inf),
                 ("training.compile_threads", self.training.compile_threads, 1, math.inf),
+                ("training.watchdog_minutes", self.training.watchdog_minutes, 1 / 60, math.inf),
                 ("optimiser.warmup_steps", self.optimiser.warmup_steps, 0, math.inf),
                 ("optimiser.accumulate", self.optimiser.accumulate, 1, math.inf),
                 ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
+                ("checkpoint.every_minutes", self.checkpoint.every_minutes, 1 / 60, math.inf),
                 ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
                 ("checkpoint.keep_every_hours", self.checkpoint.keep_every_hours, 1 / 3600, math.inf),
                 ("processes.join_timeout_seconds", self.processes.join_timeout_seconds, 1, math.inf),
@@ -327,6 +342,7 @@ MAY_CHANGE = (
     "training.init_changes",
     "training.init_from",
     "training.init_parts",
+    "training.watchdog_minutes",
     "validation",
 )
 """Fields, or groups of them, that may change on resume: they do not affect what is learnt. Folders may have moved;

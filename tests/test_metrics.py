@@ -121,7 +121,7 @@ def test_skipped_step_is_a_line_of_strict_json_and_counted_in_the_bar(
     assert ", 1 skipped" in capsys.readouterr().err
 
 
-def test_bar_shows_loss_throughput_mfu_data_and_compiling(
+def test_lines_show_loss_throughput_mfu_data_and_compiling(
     tmp_path: Path, clock: Clock, time: Time, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mfu_meter, compiled = MfuMeter(lambda _: 3e12, 10e12), 3
@@ -286,8 +286,8 @@ def test_killed_start_is_in_the_table_up_to_its_last_line(tmp_path: Path, clock:
     for step in range(1, 7):
         time.sleep(20)
         log.count_step(step, recomputed=False)
-    ((_, step, _, seconds),) = read_starts(tmp_path)  # nothing more was written
-    assert (step, sum(seconds.values())) == (6, 130)
+    (start,) = read_starts(tmp_path)  # nothing more was written
+    assert (start.step, sum(start.seconds.values()), start.exit_code) == (6, 130, None)
 
 
 # Traces, chips
@@ -317,9 +317,22 @@ def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path, given: str, mes
 
 def test_a_trace_that_would_crash_the_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiling, "crashes", lambda: True)
-    with pytest.raises(InputError, match=r"libtpu is installed.*pip uninstall libtpu"):
+    with pytest.raises(InputError, match=r"libtpu is installed.*JAX_PLATFORMS"):
         profiling.check((3, 3), first=2, stop=3)
     assert profiling.check(None, first=2, stop=3) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "is_loaded", "crashes"), [("0.0.52", True, True), ("0.0.42.1", True, False), ("0.0.52", False, False)]
+)
+def test_libtpu_crashes_a_trace_by_its_version_and_if_jax_loaded_it(
+    version: str, is_loaded: bool, crashes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "maps").write_text("7f00-7fff r-xp libtpu.so\n" if is_loaded else "7f00-7fff r-xp libc.so\n")
+    monkeypatch.setattr(profiling, "_MAPS", tmp_path / "maps")
+    monkeypatch.setattr(profiling.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(profiling.importlib.metadata, "version", lambda name: version)
+    assert profiling.crashes() is crashes
 
 
 def test_steps_before_the_checkpoint_are_not_traced(
@@ -339,8 +352,9 @@ def test_compiling_and_logging_may_change_on_resume() -> None:
     old = configuration.to_json(tiny.train_config(Path("unused")))
     new = json.loads(json.dumps(old))
     new["training"] |= {"compile_ahead": "before", "compile_threads": 4, "compilation_cache": "there"}
-    new["logging"] = {"wandb_project": "x"}
-    assert len(configuration.differences(old, new)) == 4
+    new["training"]["watchdog_minutes"] = None
+    new["logging"] = {"wandb_project": "x", "format": "json"}
+    assert len(configuration.differences(old, new)) == 6
     assert not configuration.blocking_differences(old, new)
     del old["logging"], old["training"]["compile_ahead"]  # saved before these fields existed
     assert not configuration.blocking_differences(old, new)

@@ -1,6 +1,8 @@
-"""SIGTERM and Ctrl-C in a command before, or without, the training loop, which has its own handlers (processes)."""
+"""Signals in a command: SIGTERM and Ctrl-C before, or without, the training loop, which has its own handlers
+(processes); SIGUSR1 in every command."""
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -8,6 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 
 from sdxl_jax.errors import Interrupted
+
+
+def print_stacks_on_sigusr1() -> None:
+    """From now on, SIGUSR1 prints the stacks of all threads on stderr: where a process hangs. It continues."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # stderr is closed, or no file
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 @contextlib.contextmanager

@@ -10,27 +10,29 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Generator, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import jax
 import numpy as np
 from jaxtyping import Num
-from tqdm import tqdm
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch
 from sdxl_jax.config import OnFailedSave, RunConfig
 from sdxl_jax.data.buckets import Bucket
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
+from sdxl_jax.progress import log_format, tqdm
 from sdxl_jax.training import cluster, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.observe import profiling, validation
 from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart, read_starts, time_table
 from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, WandbBoard
+from sdxl_jax.training.observe.watchdog import Watchdog
 from sdxl_jax.training.processes import Interrupted, Processes
 from sdxl_jax.training.run_directory import check_run
+from sdxl_jax.training.save_timer import SaveTimer
 from sdxl_jax.training.setup import Run, StartOptions, prepare
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import Metrics, Step
@@ -40,7 +42,7 @@ __all__ = ["check_run", "train"]
 
 def train(
     config: RunConfig,
-    run_dir: str | Path = "runs/train",
+    run_dir: str | PurePath = "runs/train",
     progress: bool = True,
     *,
     from_step: int | None = None,
@@ -64,8 +66,9 @@ def train(
     options, clock = StartOptions(from_step, allow_changes, profile, progress), Clock(began)
     cluster.check_slices(config.mesh.slices)
     with (
+        log_format(config.logging.format),
         Processes(config.processes.join_timeout_seconds) as processes,
-        prepare(config, Path(run_dir), processes, options) as run,
+        prepare(config, run_dir, processes, options) as run,
     ):
         with _tools(run, clock) as tools:
             state = _loop(run, tools)
@@ -135,6 +138,8 @@ def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
     with (
         jax.set_mesh(run.mesh),
         TimeLog(run_dir, clock, writes=processes.is_first) as times,
+        _naming_the_root_failure(processes),
+        Watchdog(clock, run.config.training.watchdog_minutes, functools.partial(_report_hang, run, times)),
         clock.during(TimePart.SAVE),  # leaving Checkpoints waits for the one being written
         _checkpoints(run) as checkpoints,
         clock.during(TimePart.OTHER),
@@ -148,6 +153,26 @@ def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
         batches, validator = Batches(run, clock, writer, rows), Validator(run, clock, writer)
         saver = Saver(run, clock, writer, checkpoints)
         yield Tools(run, clock, times, writer, profiler, batches, saver, validator)
+
+
+def _report_hang(run: Run, times: TimeLog, error: MachineError) -> None:
+    """Leaves the reason to `status` and to the other processes, before the watchdog ends this one."""
+    times.end(error)
+    run.processes.abandon(error)
+    if run.processes.is_first:
+        with contextlib.suppress(InputError, MachineError):
+            run.directory.push()
+
+
+@contextlib.contextmanager
+def _naming_the_root_failure(processes: Processes) -> Iterator[None]:
+    """Raises another process's failure in place of its consequence here, for RUN/time.jsonl."""
+    try:
+        yield
+    except Exception as error:
+        if root_failure := processes.root_failure(error):
+            raise root_failure from error
+        raise
 
 
 class Batches:
@@ -190,7 +215,7 @@ class Saver:
 
     def __init__(self, run: Run, clock: Clock, writer: MetricsWriter, checkpoints: Checkpoints):
         self._run, self._clock, self._writer, self._checkpoints = run, clock, writer, checkpoints
-        self._saved = run.first
+        self._saved, self._timer = run.first, SaveTimer(run.config.checkpoint.every_minutes, run.processes)
         self._mean = _MeanMetric(run.config.checkpoint.keep_best)
 
     def add(self, metrics: Metrics) -> None:
@@ -198,7 +223,7 @@ class Saver:
         self._mean.add(metrics)
 
     def if_due(self, step: int, state: TrainState) -> None:
-        if _due(step, self._run.config.checkpoint.every_steps, self._run.stop):
+        if _due(step, self._run.config.checkpoint.every_steps, self._run.stop) or self._timer.is_due(step):
             self._save(step, state)
 
     @contextlib.contextmanager
@@ -223,10 +248,30 @@ class Saver:
 
     def _save(self, step: int, state: TrainState) -> None:
         """Starts an asynchronous save; training may continue after a failed one."""
+        self._timer.restart()
         with self._clock.during(TimePart.SAVE):
             self._writer.flush()
+            if not self._mirrored(step):
+                return
             if self._checkpoints.save(step, state, run_directory.metadata_of(self._run.objective), self._mean.take()):
                 self._saved = step
+
+    def _mirrored(self, step: int) -> bool:
+        """Copies the small files of a run in a bucket there, before a checkpoint that a resume may start from. Whether
+        that went well; raises MachineError if not, unless training may continue after failed saves."""
+        run = self._run
+        if run.directory.mirror is None:
+            return True
+        run.check_lock()
+        failed = run.processes.gather(_push(run, self._writer) if run.processes.is_first else "", stops=False)[0]
+        if not failed:
+            return True
+        message = f"The checkpoint of step {step} was not written, because the small files were not: {failed}"
+        if run.config.checkpoint.on_failed_save is not OnFailedSave.GO_ON:
+            raise MachineError(message)
+        if run.processes.is_first:
+            tqdm.write(f"  {message}; training continues (checkpoint.on_failed_save=go_on)")
+        return False
 
 
 class Validator:
@@ -244,7 +289,7 @@ class Validator:
         run = self._run
         if step and _due(step, run.objective.validates_every, run.stop):
             # The first process decides: the others may see an older state of a network file system.
-            exists = int(validation.grid_path(run.run_dir, step).exists())
+            exists = int((run.directory.path / validation.grid_name(step)).exists())
             if not int(run.processes.gather(str(exists))[0]):
                 self._validate(step, state)
 
@@ -254,12 +299,14 @@ class Validator:
             self._writer.flush()
             model = run.objective.model(state, run.frozen)
             validation.write_grid(run.objective, run.dataset, run.processes, run.run_dir, step, model, run.mesh)
+        if run.processes.is_first and (failed := _push(run, self._writer)):
+            tqdm.write(f"  the validation images of step {step} are not in the bucket yet: {failed}")
 
 
 def _checkpoints(run: Run) -> Checkpoints:
     options = run.config.checkpoint
     return Checkpoints(
-        run.run_dir / "checkpoints",
+        run.directory.checkpoints,
         options.keep,
         keep_every_hours=options.keep_every_hours,
         keep_best=options.keep_best,
@@ -288,6 +335,17 @@ class _MeanMetric:
         return {self._name: float(np.mean(values)) if len(values) else math.inf}
 
 
+def _push(run: Run, writer: MetricsWriter) -> str:
+    """Copies the small files of a run in a bucket there. Returns why that failed, or ""."""
+    try:
+        run.directory.push()
+    except (InputError, MachineError) as error:
+        return str(error)
+    if run.directory.mirror is not None:
+        writer.new_event_file()
+    return ""
+
+
 @contextlib.contextmanager
 def _closing(batches: Generator[Batch, None, None]) -> Iterator[Iterator[Batch]]:
     """Ends the loader's workers, unless an abandoned thread still waits for a batch: it ends with the process."""
@@ -304,10 +362,10 @@ def _describing_nonfinite_step(run: Run) -> Iterator[None]:
     try:
         yield
     except NonFinite as error:
-        path = run.run_dir / f"nonfinite_step_{error.step:08d}.json"
+        name = f"nonfinite_step_{error.step:08d}.json"
         # On every process that raises it: the first may get another's failure instead.
-        validation.describe_nonfinite(run.config, path, error.step, run.dataset, run.processes.index)
-        raise InputError(f"{error}. Its images, captions and key are in {path}") from error
+        validation.describe_nonfinite(run.config, run.run_dir / name, error.step, run.dataset, run.processes.index)
+        raise InputError(f"{error}. Its images, captions and key are in {run.directory.path / name}") from error
 
 
 def _due(step: int, every: int | None, stop: int) -> bool:

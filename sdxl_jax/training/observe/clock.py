@@ -5,8 +5,8 @@
 A part inside another takes its time from the outer one, so that the parts add up to the wall time. Nothing here waits
 for a device: device time shows up as the time that logging waits for results, which belongs to `TimePart.STEP`.
 
-RUN/time.jsonl has several lines per start, the last of which counts. After a kill, the time since the last line is
-missing; the time between two starts is never in it.
+RUN/time.jsonl has several lines per start, the last of which counts; it says how the start ended, unless it was killed.
+After a kill, the time since the last line is missing; the time between two starts is never in it.
 """
 
 import contextlib
@@ -16,11 +16,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tqdm import tqdm
+from sdxl_jax.errors import Interrupted, exit_code
+from sdxl_jax.progress import tqdm
 
 _SECONDS_BETWEEN_LINES = 30.0
+_LONGEST_ERROR = 1000
 
 
 class TimePart(enum.Enum):
@@ -50,12 +52,16 @@ class Clock:
         self._seconds = dict.fromkeys(TimePart, 0.0)
         self._part = TimePart.START
         self._since = now() if began is None else began
+        self.position = TimePart.START, 0
+        """(the present part, switches so far): the same twice if nothing has happened in between. Another thread may
+        read it."""
 
     def switch_to(self, part: TimePart) -> TimePart:
         """Counts the time from now on as `part`. Returns the previous part."""
         now, previous = self._now(), self._part
         self._seconds[previous] += now - self._since
         self._since, self._part = now, part
+        self.position = part, self.position[1] + 1
         return previous
 
     @contextlib.contextmanager
@@ -69,8 +75,7 @@ class Clock:
 
     def seconds(self) -> dict[TimePart, float]:
         """Seconds of every part, up to now."""
-        self.switch_to(self._part)
-        return dict(self._seconds)
+        return {**self._seconds, self._part: self._seconds[self._part] + self._now() - self._since}
 
 
 class TimeLog:
@@ -81,14 +86,24 @@ class TimeLog:
         self._path, self._clock = run_dir / "time.jsonl" if writes else Path(os.devnull), clock
         self._start = 1 + max((start.number for start in read_starts(run_dir)), default=0)
         self._step, self._recomputed = 0, 0
-        self._written = 0.0
+        self._written, self._ended = 0.0, False
 
     def __enter__(self) -> "TimeLog":
         self._write()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._write()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        self.end(error)
+
+    def end(self, error: BaseException | None) -> None:
+        """Writes the last line, with the exit code and the error that ends the run. The first error counts: others
+        follow from it."""
+        if self._ended:
+            return
+        self._ended = True
+        stopped = isinstance(error, Interrupted)
+        reason = None if error is None else error.signal_name if stopped else f"{error}"[:_LONGEST_ERROR]
+        self._write({"exit_code": 0 if error is None else exit_code(error), "error": reason})
 
     def count_step(self, step: int, recomputed: bool) -> None:
         """Counts a finished step. recomputed: an earlier start had done it. Writes a line if the last one is old."""
@@ -96,10 +111,11 @@ class TimeLog:
         if sum(self._clock.seconds().values()) >= self._written + _SECONDS_BETWEEN_LINES:
             self._write()
 
-    def _write(self) -> None:
+    def _write(self, ended: Mapping[str, Any] | None = None) -> None:
         seconds = {part.value: value for part, value in self._clock.seconds().items()}
         self._written = sum(seconds.values())
         line = {"start": self._start, "step": self._step, "recomputed_steps": self._recomputed, "seconds": seconds}
+        line |= ended or {}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -118,10 +134,14 @@ class Start(NamedTuple):
     """Its steps that an earlier start had done already."""
     seconds: Mapping[str, float]
     """By the values of `TimePart`."""
+    exit_code: int | None = None
+    """How it ended; None: it has not, or it was killed."""
+    error: str | None = None
+    """The error, or the signal, that ended it."""
 
 
-def read_starts(run_dir: Path) -> list[Start]:
-    """The starts of a run so far, in order."""
+def read_starts(run_dir: Any) -> list[Start]:
+    """The starts of a run so far, in order. run_dir: a `pathlib.Path`, or an `epath.Path`."""
     path, starts = run_dir / "time.jsonl", dict[int, Start]()
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -131,7 +151,8 @@ def read_starts(run_dir: Path) -> list[Start]:
         if "steps_again" in line:  # as version 0.1 wrote it
             line["recomputed_steps"] = line["steps_again"]
             line["seconds"][TimePart.RECOMPUTED.value] = line["seconds"].pop("again", 0.0)
-        starts[line["start"]] = Start(line["start"], line["step"], line["recomputed_steps"], line["seconds"])
+        names = [name for name in Start._fields[1:] if name in line]
+        starts[line["start"]] = Start(number=line["start"], **{name: line[name] for name in names})
     return [starts[number] for number in sorted(starts)]
 
 

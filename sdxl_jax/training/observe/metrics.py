@@ -1,5 +1,5 @@
 """Metrics logging: RUN/metrics.jsonl with all digits, RUN/tensorboard, optionally Weights & Biases, and the progress
-bar with loss, throughput and MFU."""
+bar, or lines, with loss, throughput and MFU."""
 
 import contextlib
 import json
@@ -16,17 +16,19 @@ from jaxtyping import Num
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (generated)
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (generated)
-from tqdm import tqdm
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
 from sdxl_jax.files import atomic
+from sdxl_jax.progress import tqdm
 from sdxl_jax.training.observe.clock import Clock, TimePart
 from sdxl_jax.training.observe.mfu import MfuMeter
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "mfu")
 """Fields of a line that a resumed run does not reproduce: they measure time."""
 _SCALARS = ("loss", "grad_norm", "learning_rate", "skipped", *TIMES)
+_SHOWN = ("loss", "images_per_second", "mfu")
+"""Fields of a line that progress in JSON has too."""
 _PAUSES = (TimePart.COMPILE, TimePart.SAVE, TimePart.EVALUATION)
 """Parts that `step_seconds` leaves out."""
 
@@ -119,6 +121,11 @@ class MetricsWriter:
         if self._board is not None:
             os.fsync(self._file.fileno())
 
+    def new_event_file(self) -> None:
+        """For a run in a bucket, where the files so far have just been copied: each is copied once."""
+        if self._board is not None:
+            self._board.close()
+
     def _write_lines(self) -> None:
         """Writes the lines to disk. If that fails they stay in memory: a full disk does not end the run."""
         rest = memoryview("".join(self._lines).encode())
@@ -189,6 +196,7 @@ class MetricsWriter:
         if finished < total:
             shown.append(f"compiled {finished}/{total}")
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.fields = {"step": step, **{name: line[name] for name in _SHOWN if name in line}}
         self._bar.update()
 
 
@@ -199,7 +207,9 @@ class TensorBoard:
     def __init__(self, folder: Path, purge_step: int):
         """purge_step: TensorBoard discards events of earlier starts from this step on."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._events, self._full = EventsWriter(str(folder / "events")), False
+        self._folder, self._files, self._full = folder, 0, False
+        self._events: EventsWriter | None = None
+        """The file; None: the next event begins one."""
         started = SessionLog(status=SessionLog.START)
         self._write(Event(step=purge_step, wall_time=time.time(), session_log=started))
 
@@ -208,13 +218,19 @@ class TensorBoard:
         self._write(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # reported already
-            self._events.close()
+        """Later scalars go to another file, which TensorBoard reads after this one."""
+        if self._events is not None:
+            with contextlib.suppress(OSError):  # reported already
+                self._events.close()
+            self._events = None
 
     def _write(self, event: Event) -> None:
         if self._full:
             return
         try:
+            if self._events is None:
+                self._files += 1  # keeps files of the same second apart
+                self._events = EventsWriter(str(self._folder / "events"), f".{self._files:06d}")
             self._events.write_event(event)
             self._events.flush()
         except OSError as error:  # a partial event makes everything after it unreadable

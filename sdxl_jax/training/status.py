@@ -1,0 +1,173 @@
+"""What a run directory says of its run, without jax and without disturbing it: `sdxl-jax status`.
+
+config.json      how many steps the run has
+metrics.jsonl    its last steps
+time.jsonl       where the time went, and how each start ended
+checkpoints/     what a resume starts from
+lock             whether a process trains in it
+"""
+
+import dataclasses
+import enum
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from sdxl_jax.errors import InputError
+from sdxl_jax.training.observe.clock import TimePart, read_starts, totals
+
+RunPath = Any
+"""A `pathlib.Path`, or an `epath.Path` for a bucket."""
+
+_TAIL_BYTES = 1 << 16
+"""Of metrics.jsonl; the file of a long run has hundreds of MB."""
+_MEAN_STEPS = 50
+"""Steps over which throughput is the mean."""
+_STOPPED_CODES = (0, 130, 143)
+
+
+class State(enum.Enum):
+    """Of a run, as its directory shows it."""
+
+    RUNNING = "running"
+    """A process holds the lock."""
+    STOPPED = "stopped"
+    """Steps are left: it was stopped or killed, or has not begun."""
+    FINISHED = "finished"
+    """The last step is in a checkpoint."""
+    FAILED = "failed"
+    """The last start ended with an error."""
+    UNKNOWN = "unknown"
+    """Whether it runs cannot be found out from this machine: the file system has no locks, or the lock is another
+    machine's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """What `status` reports; the fields of `sdxl-jax status --json`."""
+
+    state: State
+    step: int
+    """The last step that was done. Those after `last_checkpoint` are done again by a resume."""
+    steps: int
+    """At which the run is finished."""
+    last_checkpoint: int | None
+    loss: float | None
+    """Of the last step; None: no step, or it was skipped."""
+    images_per_second: float | None
+    """Over the last 50 steps."""
+    goodput: float | None
+    """Share of the time in steps that were new, over all starts, 0 to 1."""
+    seconds: Mapping[str, float]
+    """By part, over all starts: `clock.totals`."""
+    starts: int
+    """How many times it has been started."""
+    exit_code: int | None
+    """Of the last start; None: it runs, or was killed."""
+    error: str | None
+    """The error, or the signal, that ended the last start."""
+
+
+def status(run_dir: RunPath) -> Status:
+    """The state of a run. Raises InputError for a directory that is not one, or whose config.json cannot be read."""
+    steps = _steps(run_dir)
+    running = is_running(run_dir)  # before the rest: a run that ends meanwhile is not taken for a killed one
+    starts, lines, checkpoint = read_starts(run_dir), _last_metrics(run_dir), last_checkpoint(run_dir)
+    last = starts[-1] if starts and not running else None
+    exit_code = None if last is None else last.exit_code
+    if running:
+        state = State.RUNNING
+    elif (checkpoint or 0) >= steps:
+        state = State.FINISHED
+    elif running is None:
+        state = State.UNKNOWN
+    else:
+        state = State.STOPPED if exit_code is None or exit_code in _STOPPED_CODES else State.FAILED
+    seconds = totals(starts)
+    total = sum(seconds.values())
+    return Status(
+        state=state,
+        step=max(lines[-1]["step"] if lines else 0, checkpoint or 0),
+        steps=steps,
+        last_checkpoint=checkpoint,
+        loss=lines[-1]["loss"] if lines else None,
+        images_per_second=_throughput(lines),
+        goodput=seconds[TimePart.STEP.value] / total if total else None,
+        seconds=seconds,
+        starts=len(starts),
+        exit_code=exit_code,
+        error=None if last is None else last.error,
+    )
+
+
+def is_running(run_dir: RunPath) -> bool | None:
+    """Whether a process trains in this directory; None: it cannot be found out from this machine. Nothing is
+    written."""
+    path = run_dir / "lock"
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    # A killed process leaves its file. On some network file systems, locks of other machines are not seen.
+    return False if f" on {socket.gethostname()} since " in path.read_text() else None
+
+
+def holder(run_dir: RunPath) -> str | None:
+    """How the process that holds the lock, or was killed with it, describes itself."""
+    path = run_dir / "lock"
+    return path.read_text().strip() or None if path.exists() else None
+
+
+def last_checkpoint(run_dir: RunPath) -> int | None:
+    """Step of the newest checkpoint; None if there is none. An interrupted save leaves another name."""
+    steps = (int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal())
+    return max(steps, default=None)
+
+
+def _steps(run_dir: RunPath) -> int:
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"{run_dir} is not a run directory: it has no config.json. Give the directory that --run-dir named"
+        )
+    try:
+        return int(json.loads(path.read_text())["config"]["training"]["steps"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} cannot be read: training.steps was expected in its configuration. Restore the file from a backup"
+        ) from error
+
+
+def _last_metrics(run_dir: RunPath) -> list[dict[str, Any]]:
+    """The last lines of metrics.jsonl."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        tail = file.read(_TAIL_BYTES).decode(errors="replace")
+    lines = []
+    for text in tail.splitlines()[-_MEAN_STEPS - 1 :]:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue  # cut off at the start of the tail, or by a crash
+    return lines[-_MEAN_STEPS:]
+
+
+def _throughput(lines: list[dict[str, Any]]) -> float | None:
+    seconds = sum(line["step_seconds"] for line in lines)
+    images = sum(line["images_per_second"] * line["step_seconds"] for line in lines)
+    return images / seconds if seconds else None
