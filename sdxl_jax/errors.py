@@ -69,6 +69,8 @@ _STORAGE_MESSAGES = tuple(map(os.strerror, _STORAGE))
 def fault(error: BaseException) -> type[InputError] | type[MachineError]:
     """The error that a failed read or write is reported as: MachineError for a full or failing disk; InputError for a
     path that does not exist or is not writable, and for a damaged file."""
+    if isinstance(error, TimeoutError):
+        return MachineError
     number = getattr(error, "errno", None)
     if number is None:
         return MachineError if any(text in str(error) for text in _STORAGE_MESSAGES) else InputError

@@ -7,7 +7,7 @@ are read by `weights.lora`, which resolves their modules to parameters.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +35,7 @@ class Lora:
     """The file's, or the folder's."""
     modules: Mapping[str, Factors]
     """By the file's names of modules: float32, with the file's axes."""
-    source: Path | None = None
+    source: PurePath | None = None
     """The path that it was read from."""
     embeddings: tuple[str, ...] = ()
     """Names of textual inversions that are in the file as well."""

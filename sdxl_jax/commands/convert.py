@@ -2,13 +2,13 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import OpenFlags
+from sdxl_jax.files.paths import AnyPath
 
 if TYPE_CHECKING:
     from sdxl_jax.weights.lazy import Weights
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 class Convert(OpenFlags):
     """Convert a model to another layout: Orbax, diffusers, or a single file for ComfyUI and similar programs."""
 
-    source: tyro.conf.Positional[Path]
-    """A run directory, an Orbax checkpoint, a diffusers directory, a .safetensors file, or one network alone."""
-    destination: tyro.conf.Positional[Path]
-    """New directory, or new .safetensors file for --to single-file."""
+    source: tyro.conf.Positional[AnyPath]
+    """A run directory, an Orbax checkpoint, a diffusers directory, a .safetensors file, or one network alone; local or gs://…."""
+    destination: tyro.conf.Positional[AnyPath]
+    """New directory, or new .safetensors file for --to single-file; local or gs://…."""
     to: Literal["orbax", "diffusers", "single-file"]
     """Layout: an Orbax checkpoint, a diffusers directory, or one .safetensors file in Stability's original layout."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None

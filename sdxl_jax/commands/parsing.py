@@ -21,7 +21,7 @@ from etils import epath
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sdxl_jax.errors import RENAMED, InputError, nearest_first
-from sdxl_jax.files.paths import AnyPath, local, located
+from sdxl_jax.files.paths import AnyPath, in_bucket, local, located
 from sdxl_jax.files.text import printable
 
 if TYPE_CHECKING:
@@ -171,11 +171,11 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def path_of_printable(name: str) -> Path:
+def path_of_printable(name: str) -> AnyPath:
     """The path that `printable` was called with."""
-    path = Path(name)
+    path = located(name, "the file")
     unescaped = re.sub(r"\\udc([89a-f][0-9a-f])", lambda found: chr(0xDC00 + int(found[1], 16)), name)
-    return path if path.exists() else Path(unescaped)
+    return path if in_bucket(path) or path.exists() else Path(unescaped)
 
 
 def fields(kind: type) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def expected_value(kind: Any) -> str:
 class OpenFlags:
     """Options of every command that opens a model."""
 
-    parts_from: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    parts_from: tyro.conf.UseAppendAction[tuple[AnyPath, ...]] = ()
     """Another model, or one network alone, whose parts replace those of the model, e.g. another autoencoder."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE or FILE:SCALE: a LoRA to merge into the weights."""

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.sampling import previews
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class Previews:
     """Previews from latents: by a linear map to colours, or with a tiny autoencoder, which gives the full size."""
 
-    def __init__(self, config: "ModelConfig", autoencoder: Path | None = None):
+    def __init__(self, config: "ModelConfig", autoencoder: AnyPath | None = None):
         """autoencoder: TAESDXL's decoder. Raises InputError where neither fits the model's latents."""
         self._tiny = None if autoencoder is None else _load(autoencoder, config)
         if self._tiny is None and not _has_sdxl_latents(config):
@@ -53,7 +54,7 @@ def _has_sdxl_latents(config: "ModelConfig") -> bool:
     return config.vae in (VaeConfig(), TinyVaeConfig())
 
 
-def _load(path: Path, config: "ModelConfig") -> "Model":
+def _load(path: AnyPath, config: "ModelConfig") -> "Model":
     from sdxl_jax.weights.load import load_model
 
     model = load_model(path, progress=False)

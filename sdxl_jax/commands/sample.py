@@ -26,6 +26,7 @@ from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.errors import InputError, fault, nearest_first
 from sdxl_jax.files import text as texts
+from sdxl_jax.files.paths import AnyPath, located
 from sdxl_jax.files.text import printable
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 class Sample(OpenFlags):
     """Sample images from a model: text to image, image to image, inpainting, base and refiner."""
 
-    model: tyro.conf.Positional[Path]
-    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
+    model: tyro.conf.Positional[AnyPath]
+    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file; local or gs://…."""
     out: Path
     """Folder for the images, 000000.png and so on, in order of prompts, then images."""
     prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -54,7 +55,7 @@ class Sample(OpenFlags):
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
-    refiner: Path | None = None
+    refiner: AnyPath | None = None
     """Refiner model, for the last steps (--handoff) or for the finished latent (--refine-strength)."""
     init_image: Path | None = None
     """Image to start from, for image to image; with --mask, for inpainting."""
@@ -79,13 +80,13 @@ class Sample(OpenFlags):
     """Also write latents.npy, float32 [images, height/8, width/8, 4], scaled as the UNet sees them."""
     preview: Path | None = None
     """Preview PNG of the unfinished images, rewritten after every step."""
-    preview_autoencoder: Path | None = None
+    preview_autoencoder: AnyPath | None = None
     """TAESD decoder for --preview. Default: a linear map from latent pixels to colours."""
     overwrite: bool = False
     """Overwrite other images in the folder."""
     one_program: bool = False
     """Compile text encoders, sampling loop and decoder as one program: slightly faster, no progress per step."""
-    compilation_cache: Path | None = None
+    compilation_cache: AnyPath | None = None
     """Folder for compiled programs, which later commands reuse."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
@@ -139,12 +140,12 @@ def run(arguments: list[str]) -> None:
     _write(sample, tasks, texts, generated)
 
 
-def use_compilation_cache(folder: Path | None) -> None:
+def use_compilation_cache(folder: AnyPath | None) -> None:
     """Sets the persistent compilation cache of `--compilation-cache`."""
     if folder is not None:
         from sdxl_jax.training import compilation
 
-        compilation.use_cache(folder.resolve())
+        compilation.use_cache(folder)
 
 
 def _parsed(arguments: list[str]) -> Sample:
@@ -164,7 +165,7 @@ def _parsed(arguments: list[str]) -> Sample:
         settings[name] = _choice(text, name, where)
     for name in ("lora", "embedding", "parts_from"):
         settings[name] = () if getattr(sample, name) else _list_of_texts(text, name, where)
-    settings["parts_from"] = tuple(map(Path, settings["parts_from"]))
+    settings["parts_from"] = tuple(located(path, "parts_from") for path in settings["parts_from"])
     if "outpaint" in text:
         settings["outpaint"] = _outpaint(text["outpaint"], where)
     for name in FILES:
@@ -334,9 +335,11 @@ def _png_text(path: Path) -> dict[str, str]:
         return {str(name): value for name, value in image.info.items() if isinstance(value, str)}
 
 
-def _digest(path: Path) -> str:
+def _digest(path: AnyPath) -> str:
+    from sdxl_jax.weights.formats.local_copies import local_copy
+
     try:
-        with path.open("rb") as file:  # not read at once: a refiner has gigabytes
+        with local_copy(path).open("rb") as file:  # not read at once: a refiner has gigabytes
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise fault(error)(f"{path} cannot be read ({error}). Give a file that exists and is readable") from error
@@ -464,10 +467,11 @@ def _without_shared_text(model: "Model", refiner: "Model") -> "Model":
     return refiner._replace(params={name: part for name, part in refiner.params.items() if name != own.name})
 
 
-def _file_and_token(value: str) -> tuple[Path, str | None]:
-    """FILE or FILE:TOKEN. A file that exists is a file, whatever colons are in its name."""
+def _file_and_token(value: str) -> tuple[str, str | None]:
+    """FILE or FILE:TOKEN. A local file that exists is a file, whatever colons are in its name."""
     file, found, token = value.rpartition(":")
-    return (Path(value), None) if not found or Path(value).exists() else (Path(file), token)
+    is_file = not found or token.startswith("//") or Path(value).exists()
+    return (value, None) if is_file else (file, token)
 
 
 def _warn_of_truncated_prompts(model: "Model", tasks: list[Task]) -> None:

@@ -23,6 +23,7 @@ from sdxl_jax.commands import parsing
 from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened, texts_of, use_compilation_cache
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.files.text import printable
 from sdxl_jax.sharding import MeshConfig
 
@@ -35,13 +36,13 @@ if TYPE_CHECKING:
 class Serve(OpenFlags):
     """Sample images from a model on a web page. Only this machine can open it, unless --host says otherwise."""
 
-    model: tyro.conf.Positional[Path]
-    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
+    model: tyro.conf.Positional[AnyPath]
+    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file; local or gs://…."""
     out: Path | None = None
     """Folder for the images, numbered after those that it has. Default: temporary, removed when the server ends."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
-    refiner: Path | None = None
+    refiner: AnyPath | None = None
     """Refiner model, for the last steps."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE or FILE:TOKEN: a textual inversion, and its token in prompts. Default: the file's own token, or its name."""
@@ -49,9 +50,9 @@ class Serve(OpenFlags):
     """Address to listen on. 0.0.0.0: everybody who reaches this machine can sample; there is no password."""
     port: int = 7860
     """Port to listen on, 1 to 65535; 0: any free port."""
-    preview_autoencoder: Path | None = None
+    preview_autoencoder: AnyPath | None = None
     """TAESD decoder for previews. Default: a linear map from latent pixels to colours."""
-    compilation_cache: Path | None = None
+    compilation_cache: AnyPath | None = None
     """Folder for compiled programs, which later commands reuse."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""

@@ -11,6 +11,7 @@ import contextlib
 import fnmatch
 import functools
 import json
+import mimetypes
 import os
 import socket
 import threading
@@ -138,23 +139,29 @@ def files(path: epath.Path, what: str) -> dict[str, int]:
 
 
 def download(path: epath.Path, destination: Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:
-    """Copies an object to a local file, whole or not at all. wrote: called with the number of bytes."""
+    """Copies an object to a local file, whole or not at all. wrote: called with numbers of bytes as they arrive."""
+    from tqdm.utils import CallbackIOWrapper
+
     partial = destination.with_name(destination.name + PARTIAL)
     destination.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with reported(path, what):
-            _blob(path).download_to_filename(str(partial), timeout=TIMEOUT_SECONDS, retry=_retry())
+        with reported(path, what), partial.open("wb") as file:
+            counted = CallbackIOWrapper(wrote, file, "write")
+            _blob(path).download_to_file(counted, timeout=TIMEOUT_SECONDS, retry=_retry())
         partial.replace(destination)
     finally:
         partial.unlink(missing_ok=True)
-    wrote(destination.stat().st_size)
 
 
 def upload(source: Path, path: epath.Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:
-    """Copies a local file to an object, replacing it. wrote: called with the number of bytes."""
-    with reported(path, what):
-        _blob(path).upload_from_filename(str(source), timeout=TIMEOUT_SECONDS, retry=_retry())
-    wrote(source.stat().st_size)
+    """Copies a local file to an object, replacing it. wrote: called with numbers of bytes as they are sent."""
+    from tqdm.utils import CallbackIOWrapper
+
+    options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": _retry()}
+    kind = mimetypes.guess_type(source.name)[0]  # by which browsers show images
+    with reported(path, what), source.open("rb") as file:
+        counted = CallbackIOWrapper(wrote, file, "read")
+        _blob(path).upload_from_file(counted, size=source.stat().st_size, content_type=kind, **options)
 
 
 def delete(path: epath.Path, what: str) -> None:

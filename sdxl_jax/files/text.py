@@ -11,9 +11,10 @@ Not here: the meaning of the text.
 
 import codecs
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, fault
+from sdxl_jax.files.paths import AnyPath
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -68,7 +69,7 @@ def utf8_lines(path: Path) -> Iterator[bytes]:
         yield from (line.encode(errors="replace") for line in lines(text))
 
 
-def read_text(path: Path, *, remedy: str = "Save it as UTF-8") -> str:
+def read_text(path: AnyPath, *, remedy: str = "Save it as UTF-8") -> str:
     """The text of a file, as `decode`. Raises InputError for a file that cannot be read and for one that is not text.
 
     remedy: last sentence of the error for a file that is not text.
@@ -78,12 +79,12 @@ def read_text(path: Path, *, remedy: str = "Save it as UTF-8") -> str:
     except UnicodeError as problem:
         raise InputError(f"{path} is not UTF-8 text ({problem}). {remedy}") from problem
     except OSError as problem:
-        raise InputError(
+        raise fault(problem)(
             f"{path} cannot be read ({problem.strerror or problem}). Give a text file that can be read"
         ) from problem
 
 
-def printable(text: Path | str) -> str:
+def printable(text: PurePath | str) -> str:
     """A path, name or message that UTF-8 can encode, for files, pipes, PNGs and web pages. Bytes that are not UTF-8,
     which Python holds as half surrogate pairs, are written as \\udce9."""
     return str(text).encode("utf-8", "backslashreplace").decode()

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -27,7 +27,8 @@ from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, out_of_memory
-from sdxl_jax.files.paths import local
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import full, in_bucket, located
 from sdxl_jax.progress import tqdm
 from sdxl_jax.training.programs import Programs
 
@@ -77,11 +78,15 @@ def check_mappings(proc: Path = Path("/proc")) -> None:
         )
 
 
-def use_cache(folder: str | Path) -> None:
-    """Sets jax's persistent compilation cache: programs are read from the folder, or compiled and written there. Runs
-    and processes may share it. Raises InputError for the URL of a storage bucket."""
-    local(folder, "training.compilation_cache")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+def use_cache(folder: str | PurePath) -> None:
+    """Sets jax's persistent compilation cache: programs are read from the folder, local or in a bucket, or compiled and
+    written there. Runs and processes may share it. Raises InputError for a bucket that may not be written to,
+    MachineError for one that does not answer."""
+    path = located(folder, "the compilation cache")
+    if in_bucket(path):
+        buckets.check_writable(path, "the compilation cache")
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA's own are for local folders
+    jax.config.update("jax_compilation_cache_dir", full(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # or jax keeps using the previous folder

@@ -20,12 +20,12 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 from sdxl_jax.files import atomic
-from sdxl_jax.files.paths import local
+from sdxl_jax.files.paths import located
 
 
 def folder(cache: str) -> epath.Path:
-    """Their folder in `training.compilation_cache`. Raises InputError for the URL of a storage bucket."""
-    return epath.Path(local(cache, "training.compilation_cache")) / "ahead"
+    """Their folder in `training.compilation_cache`, local or in a bucket. Raises InputError for other URLs."""
+    return epath.Path(located(cache, "training.compilation_cache")) / "ahead"
 
 
 class Programs(NamedTuple):

@@ -9,6 +9,9 @@ The conversion back is exact, bit for bit and name for name: a layout records ho
 tensors, and carries along those that have no place in our model. Those that the destination has no place for either are
 reported. The write is atomic: a directory beside the destination, renamed when it is complete. The model card and the
 source's licence files go into the directory, or beside the file.
+
+A destination in a bucket (gs://…) is written to a temporary local directory and then uploaded, last the object without
+which none of it is taken for a model.
 """
 
 import contextlib
@@ -17,14 +20,17 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
+from etils import epath
 
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, MachineError
-from sdxl_jax.files.paths import local
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
@@ -64,7 +70,7 @@ class Written:
 
 
 def convert(
-    source: str | Path | Model | Weights, destination: str | Path, to: Layout | str, progress: bool = True
+    source: str | PurePath | Model | Weights, destination: str | PurePath, to: Layout | str, progress: bool = True
 ) -> Written:
     """Writes a model in a layout.
 
@@ -72,9 +78,12 @@ def convert(
     destination: a new directory; for a single file, a new .safetensors file. to: "orbax", "diffusers", "single-file".
 
     Raises InputError before anything is written if the destination exists, or if the layout cannot hold the model, and
-    MachineError if the disk has too little room. A conversion that fails leaves no files.
+    MachineError if the disk has too little room, or the bucket does not answer. A conversion that fails leaves no
+    files.
     """
-    to, destination = Layout(to), local(destination, "the destination")
+    to, destination = Layout(to), located(destination, _WHAT)
+    if in_bucket(destination):
+        buckets.check_writable(destination.parent, _WHAT)
     match source:
         case Weights():
             weights = source
@@ -85,26 +94,43 @@ def convert(
     write = {Layout.ORBAX: _orbax, Layout.DIFFUSERS: _diffusers, Layout.SINGLE_FILE: _single_file}[to]
     if to is Layout.SINGLE_FILE and destination.suffix != ".safetensors":
         raise InputError(f"A single file is a .safetensors file; given: {destination}. Use {destination}.safetensors")
-    if destination.exists():
+    if _exists(destination):
         raise InputError(f"{destination} exists already. Remove it, or choose another destination")
     if to is Layout.SINGLE_FILE:
-        _check_card(card.path_of(destination))
-    _check_room(weights, destination)
-    with _staged(destination) as staging, bar(weights, "converting", progress) as shown:
+        _check_card(destination.with_suffix(".md"))
+    with _staged(destination, weights, progress) as staging:
         made = staging / destination.name
-        written = write(weights, made, shown)
+        with bar(weights, "converting", progress) as shown:
+            written = write(weights, made, shown)
         licences = _copy_licences(weights, made)
         card.path_of(made).write_text(card.card(weights, to, destination.name, licences), encoding="utf-8")
     return written
 
 
-def _check_card(path: Path) -> None:
+_WHAT = "the destination"
+
+
+def _exists(destination: AnyPath) -> bool:
+    if in_bucket(destination):
+        return buckets.version(destination, _WHAT) is not None or bool(buckets.files(destination, _WHAT))
+    return destination.exists()
+
+
+def _check_card(path: AnyPath) -> None:
     """Raises InputError where the model card would replace a file that is not one of ours."""
-    if path.exists() and (not path.is_file() or card.WRITTEN_BY not in path.read_text("utf-8", errors="replace")):
+    content = _content(path)
+    if content is not None and card.WRITTEN_BY not in content.decode(errors="replace"):
         raise InputError(
             f"{path} exists already, and is not a model card of `sdxl-jax convert`, which would be written there. Move "
             "it, or give the file another name"
         )
+
+
+def _content(path: AnyPath) -> bytes | None:
+    """Of a file; b"" for a folder, None where there is nothing."""
+    if in_bucket(path):
+        return buckets.read_bytes(path, "a file beside the model")
+    return path.read_bytes() if path.is_file() else b"" if path.exists() else None
 
 
 def _check_room(weights: Weights, destination: Path) -> None:
@@ -125,7 +151,48 @@ def _check_room(weights: Weights, destination: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staged(destination: Path) -> Iterator[Path]:
+def _staged(destination: AnyPath, weights: Weights, progress: bool) -> Iterator[Path]:
+    """A directory whose files get into place at the end, or are removed."""
+    if in_bucket(destination):
+        with tempfile.TemporaryDirectory(prefix="sdxl-jax-convert-") as folder:
+            _check_room(weights, Path(folder) / destination.name)
+            yield Path(folder)
+            _upload(Path(folder), destination, progress)
+    else:
+        _check_room(weights, Path(destination))
+        with _beside(Path(destination)) as folder:
+            yield folder
+
+
+def _upload(folder: Path, destination: epath.Path, progress: bool) -> None:
+    """The files of a folder to where the destination is. After an error no new object stays in the bucket."""
+    made = folder / destination.name
+    if orbax.is_checkpoint(made):
+        (made / buckets.COMMITTED).write_text(f"Written by sdxl-jax convert to {destination}\n")
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    # What is last makes it a model: where the model is, its licence and card are too.
+    last = [made / name for name in ("config.json", "model_index.json", buckets.COMMITTED)] + [made]
+    paths.sort(key=lambda path: last.index(path) if path in last else -1)
+    sent: list[epath.Path] = []
+    with tqdm(
+        total=sum(path.stat().st_size for path in paths),
+        **{"desc": "uploading", "unit": "B", "unit_scale": True, "disable": not progress, "mininterval": 0.5},
+    ) as shown:
+        try:
+            for path in paths:
+                target = destination.parent / path.relative_to(folder).as_posix()
+                if buckets.version(target, _WHAT) is None:
+                    sent.append(target)
+                buckets.upload(path, target, _WHAT, shown.update)
+        except BaseException:
+            with contextlib.suppress(InputError, MachineError):  # the first error is raised
+                for target in reversed(sent):
+                    buckets.delete(target, _WHAT)
+            raise
+
+
+@contextlib.contextmanager
+def _beside(destination: Path) -> Iterator[Path]:
     """A directory beside the destination; its files are renamed into place at the end, or removed."""
     parents = [folder for folder in destination.absolute().parents if not folder.exists()]
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +219,7 @@ def _copy_licences(weights: Weights, made: Path) -> list[str]:
         place = folder / f"{prefix}{licence.name}"
         if place.exists():  # of another model, whose parts are in this one
             place = folder / f"{prefix}{licence.parent.name}.{licence.name}"
-        shutil.copyfile(licence, place)
+        place.write_bytes(_content(licence) or b"")
         copies.append(place.name)
     return copies
 

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import UNetConfig
@@ -36,7 +36,7 @@ def describe(weights: Weights) -> dict[str, Any]:
 
 
 def read_description(
-    text: str, namings: list[tuple[type, Naming]], path: Path
+    text: str, namings: list[tuple[type, Naming]], path: AnyPath
 ) -> tuple[ModelConfig, dict[str, FoundPart]]:
     """Configuration and parts of a file that we wrote, from its metadata.
 
@@ -64,7 +64,7 @@ def read_description(
 # ---- other people's files --------------------------------------------------------------------------------------------
 
 
-def check_groups(parts: Mapping[str, FoundPart], path: Path) -> None:
+def check_groups(parts: Mapping[str, FoundPart], path: AnyPath) -> None:
     """Raises InputError for networks whose norms cannot have the number of groups that all published ones have."""
     for part, place in parts.items():
         if isinstance(place.config, UNetConfig | VaeConfig):
@@ -78,7 +78,7 @@ def check_groups(parts: Mapping[str, FoundPart], path: Path) -> None:
                 )
 
 
-def check_noise(tensors: Iterable[str], path: Path) -> None:
+def check_noise(tensors: Iterable[str], path: AnyPath) -> None:
     """Raises InputError for a model of continuous noise levels, by the marks that ComfyUI recognises."""
     if marks := sorted(name for name in tensors if name.startswith("edm_")):
         kind = "of the kind of CosXL (EDM noise levels, v-prediction)"
@@ -92,7 +92,7 @@ def check_noise(tensors: Iterable[str], path: Path) -> None:
 
 
 def with_marks(
-    weights: Weights, metadata: Mapping[str, str], path: Path, prediction: Prediction | None, remedy: str
+    weights: Weights, metadata: Mapping[str, str], path: AnyPath, prediction: Prediction | None, remedy: str
 ) -> Weights:
     """A file's weights with the prediction and the schedule that its metadata, its marks or a norm imply.
 
@@ -133,7 +133,7 @@ def with_marks(
 # ---- licences --------------------------------------------------------------------------------------------------------
 
 
-def licences_in(path: Path) -> tuple[Path, ...]:
+def licences_in(path: AnyPath) -> tuple[AnyPath, ...]:
     """Licence files of a model: in its directory; beside a file, its own (NAME.LICENSE) before its folder's."""
     folder = path if path.is_dir() else path.parent
     files = sorted(file for file in folder.iterdir() if file.is_file() and _LICENCE.search(file.name))
@@ -143,7 +143,7 @@ def licences_in(path: Path) -> tuple[Path, ...]:
     return tuple(own or [file for file in files if _LICENCE.match(file.name) and file.name[0] != "."])
 
 
-def stated_licence(path: Path) -> str | None:
+def stated_licence(path: AnyPath) -> str | None:
     """The licence that a model's card states, an identifier of Hugging Face such as openrail++; None if it states none.
     The card is README.md in a directory; beside a file, its own (NAME.md) before its folder's."""
     cards = [path / "README.md"] if path.is_dir() else [path.with_suffix(".md"), path.parent / "README.md"]
@@ -151,8 +151,8 @@ def stated_licence(path: Path) -> str | None:
     if card is None:
         return None
     try:
-        with card.open(encoding="utf-8", errors="replace") as file:
-            found = _FRONT_MATTER.match(file.read(100_000))
+        with card.open("rb") as file:
+            found = _FRONT_MATTER.match(file.read(100_000).decode(errors="replace"))
     except OSError:  # a card that cannot be read states nothing; the weights may be fine
         return None
     stated = found and _STATED_LICENCE.search(found["fields"])

@@ -8,7 +8,6 @@ import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Shaped
 
 from sdxl_jax.arrays import flatten, type_of_array
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, fill
@@ -250,7 +250,7 @@ class Weights:
     origin: Origin
     carried: Mapping[tuple[str, str], Carried] = field(default_factory=dict)
     """Tensors without a place in our model: (part whose folder they are in, "" for a file of all parts; name)."""
-    licences: tuple[Path, ...] = ()
+    licences: tuple[AnyPath, ...] = ()
     """Licence files beside the weights."""
     notes: tuple[str, ...] = ()
     """Messages for the user about the files."""
@@ -307,7 +307,7 @@ def lacking_half(weights: Weights) -> str | None:
     return next((half for half in ("encoder", "decoder") if half not in halves), None)
 
 
-def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: Path) -> dict[str, Leaf]:
+def leaves_of(part: str, table: Table, tensors: Mapping[str, Tensor], where: AnyPath) -> dict[str, Leaf]:
     """The parameters of one part whose tensors are all there. Stacked layers that differ in dtype become float32, which
     holds their values exactly; `stored_dtypes` gives theirs."""
     leaves: dict[str, Leaf] = {}

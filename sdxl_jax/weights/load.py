@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -22,11 +22,11 @@ from sdxl_jax.weights.open import OpenOptions, open_model
 
 
 def load_model(
-    path: str | Path,
+    path: str | PurePath,
     dtype: np.dtype | type | str | None = None,
     mesh: Mesh | None = None,
     *,
-    parts_from: Sequence[str | Path] = (),
+    parts_from: Sequence[str | PurePath] = (),
     variant: str | None = None,
     prediction: Prediction | None = None,
     allow_partial: bool = False,
@@ -38,7 +38,7 @@ def load_model(
     file's tensors that its devices hold.
 
     Args:
-        path: what it may hold is listed in `open`. One network alone gives a model with that part.
+        path: local, or gs://…; what it may hold is listed in `open`. One network alone gives a model with that part.
         dtype: of the parameters; None keeps theirs; stacked layers that differ in dtype become float32. The dtype of
             the computation is set by `Compute`.
         parts_from: models, or networks alone, whose parts replace this model's; the last one wins.
@@ -48,7 +48,7 @@ def load_model(
         progress: show a progress bar for large models, and notes on the files.
 
     Raises InputError if there is no model that this version can read, and for tensors that are missing, unknown or of
-    another shape.
+    another shape; MachineError for a bucket that does not answer, and where the disk has no room for a copy.
     """
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target.name not in DTYPES:

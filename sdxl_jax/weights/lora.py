@@ -18,6 +18,7 @@ a file is merged completely or not at all. Sources: sd-scripts' `networks/lora.p
 `tuners/lora` and ComfyUI's `comfy/lora.py`.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -25,14 +26,15 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 
 from sdxl_jax.adapters.lora import Factors, Lora, Resolved, change, merged, summed
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.files.paths import local
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.files.text import read_text
 from sdxl_jax.model import Adapter, Model, ModelConfig
 from sdxl_jax.weights import names
@@ -93,12 +95,19 @@ _FAMILIES = {
 _CONTEXTS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL base", 1280: "the SDXL refiner"}
 
 
-def read(path: str | Path) -> Lora:
-    """A LoRA file; or a folder with one of PEFT's or diffusers' names in it.
+def read(given: str | PurePath) -> Lora:
+    """A LoRA file; or a folder with one of PEFT's or diffusers' names in it. Local, or in a bucket.
 
-    Raises InputError for a file that is missing, damaged or a pickle, or that holds anything but plain LoRA.
+    Raises InputError for a file that is missing, damaged or a pickle, or that holds anything but plain LoRA;
+    MachineError for a bucket that does not answer.
     """
-    file = path = local(path, "the LoRA")
+    path = located(given, "the LoRA")
+    with buckets.answering(path, "the LoRA") if in_bucket(path) else contextlib.nullcontext():
+        return _read(path)
+
+
+def _read(path: AnyPath) -> Lora:
+    file = path
     if path.is_dir():
         file = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
         if file is None:
@@ -126,7 +135,7 @@ def read(path: str | Path) -> Lora:
     return Lora(path.name, modules, file, tuple(dict.fromkeys(bundled)))
 
 
-def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _pairs(file: AnyPath, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """(down and up by module, alpha by module). Raises InputError for other tensors and for incomplete pairs."""
     pairs: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, Tensor] = {}
@@ -170,7 +179,7 @@ def _pairs(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
     return pairs, alphas
 
 
-def _parsed(text: str, path: Path) -> dict[str, Any]:
+def _parsed(text: str, path: AnyPath) -> dict[str, Any]:
     try:
         parsed = json.loads(text)
     except ValueError as error:
@@ -294,7 +303,7 @@ def _family(lora: Lora, config: ModelConfig) -> str:
     )
 
 
-def add(model: Model, lora: Lora | str | Path, scale: float = 1.0, name: str | None = None) -> Model:
+def add(model: Model, lora: Lora | str | PurePath, scale: float = 1.0, name: str | None = None) -> Model:
     """The model with a LoRA merged into it; the given model is not changed, and shares the unchanged parameters.
 
     scale: strength, 1 as trained; several LoRAs add up. name: for `remove`, default the file's. Sums are float32;
@@ -379,12 +388,12 @@ def listing(model: Model) -> list[str]:
     return [f"{adapter.name} × {adapter.scale:g}: {describe(adapter.lora)}" for adapter in model.adapters]
 
 
-def parse_option(text: str) -> tuple[Path, float]:
-    """(file, scale) of FILE or FILE:SCALE, as on the command line. A file whose name has a colon is found if it
+def parse_option(text: str) -> tuple[AnyPath, float]:
+    """(file, scale) of FILE or FILE:SCALE, as on the command line. A local file whose name has a colon is found if it
     exists. Raises InputError for a scale that is not a number."""
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or scale.startswith("//") or Path(text).exists():
+        return located(text, "the LoRA"), 1.0
     try:
         number = float(scale)
     except ValueError:
@@ -394,4 +403,4 @@ def parse_option(text: str) -> tuple[Path, float]:
             f"--lora {text}: there is no such file, and it is not FILE:SCALE with a number for the scale. Give e.g. "
             "style.safetensors:0.8"
         )
-    return Path(path), number
+    return located(path, "the LoRA"), number

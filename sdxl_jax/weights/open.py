@@ -9,12 +9,16 @@
 
 `load` reads the parameters to devices, `convert` writes them in another layout, `parts` replaces parts by another
 model's. What files say about their model is in `descriptions`, what names and shapes imply in `detect`.
+
+In a bucket (gs://…), checkpoints and small files are read where they are; .safetensors files are copied to the local
+disk first (`formats.local_copies`).
 """
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import numpy as np
@@ -22,7 +26,8 @@ import numpy as np
 from sdxl_jax.arrays import flatten
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.files.paths import local
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, absolute, in_bucket, located
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json
 from sdxl_jax.model import SD1, SDXL_BASE, ModelConfig
@@ -33,7 +38,7 @@ from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.weights import descriptions, detect, names
 from sdxl_jax.weights.descriptions import METADATA, licences_in
 from sdxl_jax.weights.detect import FoundPart
-from sdxl_jax.weights.formats import diffusers, diffusers_fields, json_files, orbax, run, safetensors
+from sdxl_jax.weights.formats import checkpoints, diffusers, diffusers_fields, json_files, orbax, run, safetensors
 from sdxl_jax.weights.formats.safetensors import Tensor
 from sdxl_jax.weights.lazy import (
     Carried,
@@ -66,7 +71,7 @@ class OpenOptions:
     """Whether the user can give these where the model is opened. A training run does not take them, and its messages
     name `sdxl-jax convert`, which does."""
 
-    def remedy(self, path: Path, option: str) -> str:
+    def remedy(self, path: AnyPath, option: str) -> str:
         """How the user gives one of these for a path. option: as on the command line."""
         if self.has_options:
             return f"give {option} (in Python: {option.split()[0].removeprefix('--').replace('-', '_')}=…)"
@@ -74,32 +79,34 @@ class OpenOptions:
 
 
 def open_model(
-    path: str | Path, options: OpenOptions = OpenOptions(), parts_from: Sequence[str | Path] = ()
+    path: str | PurePath, options: OpenOptions = OpenOptions(), parts_from: Sequence[str | PurePath] = ()
 ) -> Weights:
     """The model at a path: its configuration, and parameters that are not read yet.
 
-    Raises InputError as `load_model`.
+    Raises InputError and MachineError as `load_model`.
     """
-    weights = _open(local(path, "the model"), options)
+    weights = _open(path, "the model", options)
     for other in parts_from:
-        weights = with_parts(weights, _open(local(other, "the model of other parts"), options), other)
+        weights = with_parts(weights, _open(other, "the model of other parts", options), other)
     if options.prediction is None:
         return weights
     # The user's word overrides the files'.
     return dataclasses.replace(weights, config=dataclasses.replace(weights.config, prediction=options.prediction))
 
 
-def _open(path: Path, options: OpenOptions) -> Weights:
-    """One model, with what its files say of its origin."""
-    weights = _open_layout(path, options)
-    source = dataclasses.replace(weights.provenance, name=weights.provenance.name or path.absolute().name)
-    return dataclasses.replace(weights, licence=descriptions.stated_licence(path), provenance=source)
+def _open(given: str | PurePath, what: str, options: OpenOptions) -> Weights:
+    """One model, with what its files say of its origin. what: its role, for messages."""
+    path = located(given, what)
+    with buckets.answering(path, what) if in_bucket(path) else contextlib.nullcontext():
+        weights = _open_layout(path, options)
+        source = dataclasses.replace(weights.provenance, name=weights.provenance.name or absolute(path).name)
+        return dataclasses.replace(weights, licence=descriptions.stated_licence(path), provenance=source)
 
 
-def _open_layout(path: Path, options: OpenOptions) -> Weights:
-    absolute = path.absolute()
-    if absolute.name.isdecimal() and absolute.parent.name == "checkpoints":
-        return _open_run(absolute.parents[1], int(absolute.name))
+def _open_layout(path: AnyPath, options: OpenOptions) -> Weights:
+    whole = absolute(path)
+    if whole.name.isdecimal() and whole.parent.name == "checkpoints":
+        return _open_run(whole.parents[1], int(whole.name))
     if path.is_file():
         return _open_file(path, options)
     if not path.is_dir():
@@ -129,16 +136,17 @@ _EXPECTED = (
 # ---- our own layouts -------------------------------------------------------------------------------------------------
 
 
-def _open_run(run_dir: Path, step: int | None) -> Weights:
+def _open_run(run_dir: AnyPath, step: int | None) -> Weights:
     """The averaged weights of a checkpoint, or the parameters if the run has no average. step: None for the newest."""
     trained = run.trained(run_dir)
     config = trained.config
-    known = run.steps(run_dir / "checkpoints")
+    arrays = checkpoints.arrays(run_dir)
+    known = checkpoints.steps(arrays / "checkpoints")
     if not known:
         raise InputError(f"{run_dir} has no checkpoint yet. Resume the run, or wait for its first checkpoint")
     chosen = known[-1] if step is None else step
-    path = run_dir / "checkpoints" / str(chosen)
-    if not path.is_dir():
+    path = arrays / "checkpoints" / str(chosen)
+    if chosen not in known:
         listed = ", ".join(map(str, known[-8:]))
         raise InputError(f"{run_dir} has no checkpoint of step {chosen}. Give one of its newest: {listed}")
     state = orbax.leaves(path, run.metadata(path)[0])
@@ -146,10 +154,10 @@ def _open_run(run_dir: Path, step: int | None) -> Weights:
     prefix = "ema/" if has_average else "params/"
     leaves = {name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)}
     if leaves.keys() != abstract_leaves(config, trained.parts).keys():
-        leaves |= orbax.leaves(run_dir / "frozen", orbax.metadata(run_dir / "frozen")[0])
+        leaves |= orbax.leaves(arrays / "frozen", orbax.metadata(arrays / "frozen")[0])
     unfinished = step is None and chosen < trained.steps
     notes = (f"{run_dir} is at step {chosen} of {trained.steps}",) if unfinished else ()
-    provenance = Provenance(run_dir.absolute().name, chosen, trained.steps, has_average, trained.commit)
+    provenance = Provenance(absolute(run_dir).name, chosen, trained.steps, has_average, trained.commit)
     return Weights(
         config,
         _complete(config, leaves, path, trained.parts),
@@ -160,7 +168,7 @@ def _open_run(run_dir: Path, step: int | None) -> Weights:
     )
 
 
-def _open_orbax(path: Path) -> Weights:
+def _open_orbax(path: AnyPath) -> Weights:
     tree, custom = orbax.metadata(path)
     described = custom.get(METADATA)
     if not isinstance(described, dict) or "model" not in described:
@@ -182,7 +190,7 @@ def _open_orbax(path: Path) -> Weights:
 
 
 def _complete(
-    config: ModelConfig, leaves: Mapping[str, Leaf], where: Path, parts: Sequence[str] | None = None
+    config: ModelConfig, leaves: Mapping[str, Leaf], where: AnyPath, parts: Sequence[str] | None = None
 ) -> dict[str, Leaf]:
     """The parameters in our order. Raises InputError unless they are exactly those of the configuration."""
     expected = abstract_leaves(config, parts)
@@ -198,7 +206,7 @@ def _complete(
 # ---- other people's layouts ------------------------------------------------------------------------------------------
 
 
-def _open_diffusers(path: Path, options: OpenOptions) -> Weights:
+def _open_diffusers(path: AnyPath, options: OpenOptions) -> Weights:
     config = diffusers.read_model_config(path)
     leaves, carried, namings, notes = {}, {}, {}, []
     configs = part_configs(config)
@@ -222,7 +230,7 @@ def _open_diffusers(path: Path, options: OpenOptions) -> Weights:
     return Weights(config, leaves, Origin(SourceLayout.DIFFUSERS, namings), carried, licences_in(path), tuple(notes))
 
 
-def _open_component(path: Path, kind: str, options: OpenOptions) -> Weights:
+def _open_component(path: AnyPath, kind: str, options: OpenOptions) -> Weights:
     """One network's directory, as diffusers and transformers write it."""
     part_config = _component_config(path / "config.json", kind)
     tensors = _weight_files(path, options)
@@ -238,7 +246,7 @@ def _open_component(path: Path, kind: str, options: OpenOptions) -> Weights:
     )
 
 
-def _component_config(path: Path, kind: str) -> PartConfig:
+def _component_config(path: AnyPath, kind: str) -> PartConfig:
     read = {
         "unet": diffusers_fields.unet_config,
         "vae": diffusers_fields.vae_config,
@@ -264,7 +272,7 @@ def _around(part_config: PartConfig) -> tuple[str, ModelConfig]:
             return tower.name, dataclasses.replace(base, text=towers)
 
 
-def _open_file(path: Path, options: OpenOptions) -> Weights:
+def _open_file(path: AnyPath, options: OpenOptions) -> Weights:
     """A safetensors file of a whole model, or of one network, in any known naming."""
     tensors, metadata = safetensors.open_file(path)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -318,7 +326,7 @@ def _open_file(path: Path, options: OpenOptions) -> Weights:
 
 
 def _match_parts(
-    parts: dict[str, FoundPart], tensors: dict[str, Tensor], path: Path, options: OpenOptions
+    parts: dict[str, FoundPart], tensors: dict[str, Tensor], path: AnyPath, options: OpenOptions
 ) -> tuple[dict[str, Leaf], list[str]]:
     """(leaves, notes) of the parts of a file, each of which owns the tensors with its prefix."""
     leaves, notes, left = dict[str, Leaf](), list[str](), set(tensors)
@@ -348,7 +356,7 @@ class _Matched:
     notes: list[str]
 
 
-def _partial_remedy(path: Path, options: OpenOptions) -> str:
+def _partial_remedy(path: AnyPath, options: OpenOptions) -> str:
     return f"To load what fits, and leave the rest out, {options.remedy(path, '--allow-partial')}"
 
 
@@ -365,7 +373,7 @@ def _match(
     part_config: PartConfig,
     naming: Naming | None,
     tensors: Mapping[str, Tensor],
-    where: Path,
+    where: AnyPath,
     options: OpenOptions,
 ) -> _Matched:
     """A part's parameters among the tensors that should be its own. naming: None to detect it."""
@@ -401,14 +409,14 @@ def _initial(part_config: PartConfig, path: str) -> Initial:
     return Initial(tuple(shape), lambda: np.asarray(make(jax.random.key(0))))
 
 
-def _variants(folder: Path) -> dict[str, dict[str, Path]]:
+def _variants(folder: AnyPath) -> dict[str, dict[str, AnyPath]]:
     """The weight files of one network's directory, by variant ("" for those without): whole, index, a shard.
 
     Raises InputError for a directory without weights, or with pickles alone.
     """
     if not folder.is_dir():
         raise InputError(f"There is no directory {folder}, which model_index.json lists. Download it too")
-    variants: dict[str, dict[str, Path]] = {}
+    variants: dict[str, dict[str, AnyPath]] = {}
     for file in sorted(folder.iterdir()):
         if found := _WEIGHTS.fullmatch(file.name):
             kind = "index" if found["index"] else "shard" if found["shard"] else "whole"
@@ -420,7 +428,7 @@ def _variants(folder: Path) -> dict[str, dict[str, Path]]:
     return variants
 
 
-def _weight_files(folder: Path, options: OpenOptions) -> dict[str, Tensor]:
+def _weight_files(folder: AnyPath, options: OpenOptions) -> dict[str, Tensor]:
     """The tensors of one network's directory: of one file, or of its shards.
 
     Raises InputError as `_variants`, and for a directory without the variant, or with several to choose from.

@@ -5,16 +5,17 @@ tiny autoencoder joins the half that is there.
 """
 
 import dataclasses
-from pathlib import Path
+from pathlib import PurePath
 
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import absolute, located
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.weights.lazy import Weights, abstract_leaves, lacking_half, part_configs
 
 
-def with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
+def with_parts(weights: Weights, other: Weights, path: str | PurePath) -> Weights:
     """A model with another's parts in the place of its own, or added to them. path: of the other, for messages.
 
     Raises InputError for parts that the model has no place for, and for those that do not fit the others.
@@ -59,9 +60,8 @@ def with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
     notes = (*weights.notes, *other.notes)
     licences = tuple(dict.fromkeys((*weights.licences, *other.licences)))
     licence = weights.licence if weights.licence == other.licence else None
-    provenance = dataclasses.replace(
-        weights.provenance, parts_from=(*weights.provenance.parts_from, Path(path).absolute().name)
-    )
+    name = absolute(located(path, "the model of other parts")).name
+    provenance = dataclasses.replace(weights.provenance, parts_from=(*weights.provenance.parts_from, name))
     return dataclasses.replace(
         weights,
         config=config,
@@ -74,7 +74,7 @@ def with_parts(weights: Weights, other: Weights, path: str | Path) -> Weights:
     )
 
 
-def _replaced_vae(own: AnyVaeConfig, other: Weights, remaining: str | None, path: str | Path) -> AnyVaeConfig:
+def _replaced_vae(own: AnyVaeConfig, other: Weights, remaining: str | None, path: str | PurePath) -> AnyVaeConfig:
     """Another autoencoder in the place of a model's. remaining: the half of a tiny one that stays and is joined."""
     given = other.config.vae
     if isinstance(given, VaeConfig):

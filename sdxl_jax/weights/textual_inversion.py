@@ -20,7 +20,7 @@ added tokens; so diffusers' pooled vector, which SDXL uses, differs there.
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ from sdxl_jax.arrays import Params, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.files.paths import local
+from sdxl_jax.files.paths import AnyPath, located
 from sdxl_jax.model import Model
 from sdxl_jax.weights.formats.safetensors import PICKLES, Tensor, open_file
 
@@ -42,21 +42,22 @@ BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<key>clip_l|clip_g|emb_param
 """A tensor of an embedding bundled in a LoRA file."""
 _FORMS = 'Expected {"<token>": vectors}, {"emb_params": vectors} or {"clip_l": vectors, "clip_g": vectors}'
 
+_WHAT = "the embedding"
+
 Vectors = Float[np.ndarray, "_vectors _features"]
 Embedding = Float[type_of_array, "_vocabulary _features"]
 
 
-def read(path: Path, token: str | None = None) -> dict[str, Vectors]:
+def read(path: str | PurePath, token: str | None = None) -> dict[str, Vectors]:
     """The vectors of a file by its own keys, float32. token: the one to read, of several in a LoRA's file.
 
     Raises InputError for a file that is missing, damaged, pickled, or not a textual inversion.
     """
-    return _read(path, token)[0]
+    return _read(located(path, _WHAT), token)[0]
 
 
-def _read(path: Path, token: str | None) -> tuple[dict[str, Vectors], str]:
+def _read(path: AnyPath, token: str | None) -> tuple[dict[str, Vectors], str]:
     """(vectors by the file's keys, name of the embedding)."""
-    local(path, "the embedding")
     if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path} is a pickle, which can run any program when it is loaded. Convert it to .safetensors with the "
@@ -103,7 +104,7 @@ def _bundled(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def add(model: Model, path: str | Path, token: str | None = None) -> Model:
+def add(model: Model, path: str | PurePath, token: str | None = None) -> Model:
     """The model with one more concept; the given model is not changed.
 
     token: its name in prompts; default: the name in the file, or of the file. Selects one of several in a LoRA file.
@@ -111,7 +112,7 @@ def add(model: Model, path: str | Path, token: str | None = None) -> Model:
     Raises InputError for a file that `read` refuses, vectors that do not match all of this model's text encoders, and a
     token that the model has already or that cannot be added.
     """
-    path = Path(path)
+    path = located(path, _WHAT)
     vectors, name = _read(path, token)
     token = name if token is None else token
     given = _by_tower(model.config.text, vectors, path)
@@ -162,7 +163,7 @@ def names(model: Model) -> dict[str, int]:
     return counts
 
 
-def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: Path) -> dict[str, Vectors]:
+def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: AnyPath) -> dict[str, Vectors]:
     """The vectors by text encoder. Raises InputError if one does not fit, or is missing."""
     widths = {tower.name: tower.clip.width for tower in towers}
     if set(vectors) <= set(TOWERS):
@@ -187,7 +188,7 @@ def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: P
     return given
 
 
-def _check_names(tower: Tower, token: str, grown: tuple[str, ...], path: Path) -> None:
+def _check_names(tower: Tower, token: str, grown: tuple[str, ...], path: AnyPath) -> None:
     """Raises InputError if the tokens from len(tower.added_tokens) on are unusable, or ambiguous with others."""
     remedy = 'Give another name with token="…", or --embedding FILE:NAME on the command line'
     before, added = tower.added_tokens, grown[len(tower.added_tokens) :]

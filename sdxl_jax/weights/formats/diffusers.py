@@ -12,6 +12,7 @@ from typing import Any
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import ContextState, Tower, clip_vocabulary
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
@@ -45,7 +46,7 @@ _PIPELINES = {
 _TOKENIZER = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
-def _read_index(directory: Path) -> dict[str, Any]:
+def _read_index(directory: AnyPath) -> dict[str, Any]:
     index = json_files.read(directory / "model_index.json")
     name = str(index.get("_class_name"))
     if name not in _PIPELINES:
@@ -61,7 +62,7 @@ def _components(index: Fields) -> list[str]:
     return [name for name, value in index.items() if isinstance(value, list) and None not in value]
 
 
-def unused_components(directory: Path) -> tuple[str, ...]:
+def unused_components(directory: AnyPath) -> tuple[str, ...]:
     """Components of a diffusers directory that are not implemented here, such as safety_checker and image_encoder."""
     index = _read_index(directory)
     towers = ("text_encoder", "text_encoder_2") if _PIPELINES[index["_class_name"]] else ("text_encoder",)
@@ -69,7 +70,7 @@ def unused_components(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(set(_components(index)) - used))
 
 
-def _read_component(directory: Path, name: str, kind: str) -> tuple[dict[str, Any], str]:
+def _read_component(directory: AnyPath, name: str, kind: str) -> tuple[dict[str, Any], str]:
     """A part's fields and the path of its config.json."""
     path = directory / name / "config.json"
     fields = json_files.read(path)
@@ -82,7 +83,7 @@ def _read_component(directory: Path, name: str, kind: str) -> tuple[dict[str, An
     return fields, str(path)
 
 
-def _scheduler(directory: Path, is_xl: bool) -> tuple[Fields, str]:
+def _scheduler(directory: AnyPath, is_xl: bool) -> tuple[Fields, str]:
     """The scheduler's fields, with what the pipeline's class overrides, and the path of their file."""
     path = directory / "scheduler" / "scheduler_config.json"
     fields = json_files.read(path)
@@ -90,14 +91,14 @@ def _scheduler(directory: Path, is_xl: bool) -> tuple[Fields, str]:
     return (fields if is_xl else {**fields, "steps_offset": 1, "clip_sample": False}), str(path)
 
 
-def unfollowed(directory: Path) -> tuple[str, ...]:
+def unfollowed(directory: AnyPath) -> tuple[str, ...]:
     """Notes on sampling settings of a diffusers directory that are not followed."""
     fields, where = _scheduler(directory, _PIPELINES[_read_index(directory)["_class_name"]])
     zero_terminal_snr = schedule_config(fields, where)[0].zero_terminal_snr
     return diffusers_sampling.read(fields, where, zero_terminal_snr, is_distilled(fields))[1]
 
 
-def read_model_config(directory: Path) -> ModelConfig:
+def read_model_config(directory: AnyPath) -> ModelConfig:
     """The configuration of a diffusers directory: SDXL, its refiner, SD 1.x or 2.x, inpainting variants included."""
     index = _read_index(directory)
     is_xl = _PIPELINES[index["_class_name"]]

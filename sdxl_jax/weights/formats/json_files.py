@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.files.text import read_text
 
 Fields = Mapping[str, Any]
 """A parsed config.json."""
 
 
-def read(path: Path, optional: bool = False) -> dict[str, Any]:
+def read(path: AnyPath, optional: bool = False) -> dict[str, Any]:
     """The object in a file; optional: {} where there is none. Raises InputError if it is missing or unreadable."""
     if not path.is_file():
         if optional:

@@ -3,10 +3,14 @@
 A converted model is one checkpoint of the parameter tree, {"unet": …, "vae": …, "text_encoder": …}: Orbax's own
 `load(path)` gives the nested dict. Its custom metadata says under "sdxl_jax" what the model is. Tensors of other
 layouts that have no place in the tree are next to it, under "carried".
+
+Checkpoints in a bucket are read from it directly. Not here: writing them there, which Orbax can only do with the whole
+model in memory.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,43 +20,62 @@ from jaxtyping import Shaped
 
 from sdxl_jax.arrays import unflatten
 from sdxl_jax.errors import InputError, MachineError, fault
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, full, in_bucket
 from sdxl_jax.weights.lazy import Carried, Index, Leaf
 
 _GROUP_BYTES = 2**29
 """Parameters are read and written in groups up to this size: one by one, opening the checkpoint would dominate."""
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a directory is an Orbax checkpoint."""
-    return (path / "_CHECKPOINT_METADATA").is_file()
+def is_checkpoint(path: AnyPath) -> bool:
+    """Whether a directory is an Orbax checkpoint; in a bucket, a complete one."""
+    return (path / "_CHECKPOINT_METADATA").is_file() and (not in_bucket(path) or (path / buckets.COMMITTED).is_file())
 
 
-def metadata(path: Path) -> tuple[Any, dict[str, Any]]:
+def metadata(path: AnyPath) -> tuple[Any, dict[str, Any]]:
     """(abstract tree, custom metadata) of a checkpoint. Raises InputError if it cannot be read."""
     from orbax.checkpoint import v1 as ocp  # late: importing it takes seconds
 
-    try:
-        found = ocp.metadata(str(path.absolute()))
-    except Exception as error:  # Orbax raises many types for a damaged directory
-        raise _unreadable(path, error) from error
+    with _reading(path):
+        found = ocp.metadata(full(path))
     if found.metadata is None:  # Orbax's only sign of some kinds of damage
         raise _unreadable(path, ValueError("its arrays cannot be listed"))
     custom = found.custom_metadata
     return found.metadata, custom if isinstance(custom, dict) else {}
 
 
-def load(path: Path, abstract: Any) -> Any:
+def load(path: AnyPath, abstract: Any) -> Any:
     """Restores a checkpoint's tree with the shardings of `abstract`; leaves that are `ocp.PLACEHOLDER` are not read.
     Raises InputError."""
     from orbax.checkpoint import v1 as ocp  # late: importing it takes seconds
 
-    try:
-        return ocp.load(str(path.absolute()), abstract)
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
+    with _reading(path):
+        return ocp.load(full(path), abstract)
 
 
-def _unreadable(path: Path, error: Exception) -> InputError | MachineError:
+@contextlib.contextmanager
+def _reading(path: AnyPath) -> Iterator[None]:
+    """Turns what Orbax raises in the block into InputError, or MachineError where a disk or a bucket fails."""
+    with buckets.answering(path, "the checkpoint") if in_bucket(path) else contextlib.nullcontext():
+        if in_bucket(path):
+            _limit_retries()
+        try:
+            yield
+        except Exception as error:  # Orbax raises many types for a damaged directory
+            raise _unreadable(path, error) from error
+
+
+def _limit_retries() -> None:
+    """tensorstore repeats a request to a bucket 32 times, for 15 minutes; here for one. Orbax has no public option."""
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    limited: dict[str, Any] = {"gcs_request_retries": {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}}
+    tensorstore_utils._BASE_TS_CONTEXT.update(limited)
+    tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT.update(limited)
+
+
+def _unreadable(path: AnyPath, error: Exception) -> InputError | MachineError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     if (kind := fault(error)) is MachineError:
         return kind(f"The checkpoint {path} cannot be read now ({reason}). Nothing was changed. Try again")
@@ -73,7 +96,7 @@ class _Abstract:
 class _Reader:
     """Reads a checkpoint's arrays in groups, in the order of the tree, and keeps the last group."""
 
-    def __init__(self, path: Path, tree: Mapping[str, Any]):
+    def __init__(self, path: AnyPath, tree: Mapping[str, Any]):
         self._path = path
         self._abstract = {name: _Abstract(tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in _arrays(tree)}
         self._tree = tree
@@ -131,7 +154,7 @@ class FromCheckpoint:
         return value if index is None else value[index]
 
 
-def leaves(path: Path, tree: Any) -> dict[str, FromCheckpoint]:
+def leaves(path: AnyPath, tree: Any) -> dict[str, FromCheckpoint]:
     """The arrays of a checkpoint by path, keys joined by slashes. tree: as from `metadata`."""
     reader = _Reader(path, tree)
     return {name: FromCheckpoint(tuple(leaf.shape), np.dtype(leaf.dtype), name, reader) for name, leaf in _arrays(tree)}
@@ -140,7 +163,7 @@ def leaves(path: Path, tree: Any) -> dict[str, FromCheckpoint]:
 def write(
     path: Path, arrays: Mapping[str, Leaf | Carried], custom_metadata: dict[str, Any], wrote: Callable[[int], object]
 ) -> None:
-    """Writes a checkpoint, with no more than one group of arrays in memory.
+    """Writes a checkpoint to a local path, with no more than one group of arrays in memory.
 
     arrays: by path, keys joined by slashes. wrote: called with the number of bytes of every array, for progress.
     """

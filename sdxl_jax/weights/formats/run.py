@@ -1,4 +1,4 @@
-"""A run directory, as far as its weights are opened: which checkpoints there are, and what their metadata says.
+"""A run directory, as far as its weights are opened: its model, and what the metadata of a checkpoint says.
 
     RUN/config.json            the configuration
     RUN/checkpoints/<step>/    parameters, moving average and optimiser
@@ -12,8 +12,7 @@ import json
 from typing import Any, NamedTuple
 
 from sdxl_jax.errors import InputError
-from sdxl_jax.files.buckets import COMMITTED
-from sdxl_jax.files.paths import AnyPath, in_bucket, located
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.jsontree import from_json, read_saved
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.formats import orbax
@@ -57,27 +56,6 @@ def trained(run_dir: AnyPath) -> Trained:
         )
     steps = saved["config"].get("training", {}).get("steps", 0)
     return Trained(from_json(model, ModelConfig), saved.get("parts"), steps, saved.get("commit"))
-
-
-def arrays(run_dir: AnyPath) -> AnyPath:
-    """The folder of a run's checkpoints/ and frozen/: `checkpoint.directory` of its config.json, or RUN itself."""
-    path = run_dir / "config.json"
-    directory = read_saved(path)["config"].get("checkpoint", {}).get("directory") if path.exists() else None
-    return run_dir if directory is None else located(directory, "checkpoint.directory")
-
-
-def steps(directory: AnyPath) -> list[int]:
-    """Steps of the complete checkpoints in RUN/checkpoints, ascending. An interrupted save leaves another name, and in
-    a bucket no commit marker."""
-    names = [path.name for path in directory.glob("*") if path.name.isdecimal()]
-    if in_bucket(directory):
-        names = [name for name in names if (directory / name / COMMITTED).exists()]
-    return sorted(map(int, names))
-
-
-def latest_step(directory: AnyPath) -> int | None:
-    """Step of the newest checkpoint; None if there is none."""
-    return max(steps(directory), default=None)
 
 
 def metadata(path: AnyPath) -> tuple[Any, dict[str, Any]]:

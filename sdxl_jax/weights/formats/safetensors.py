@@ -19,7 +19,9 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 
 from sdxl_jax.errors import InputError, MachineError, fault
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.files.text import decode
+from sdxl_jax.weights.formats.local_copies import local_copy
 
 _DTYPES: dict[str, np.dtype] = {
     **{"F64": np.dtype("float64"), "F32": np.dtype("float32"), "F16": np.dtype("float16")},
@@ -39,7 +41,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     file: Any
-    path: Path
+    path: AnyPath
 
     def read(self, index: tuple[slice, ...] = ()) -> Shaped[np.ndarray, "..."]:
         """The tensor, or the part of it that slices of its first axes select. Nothing else is read."""
@@ -49,14 +51,14 @@ class Tensor:
             raise unreadable(self.path, error) from error
 
 
-def unreadable(path: Path, error: Exception) -> InputError | MachineError:
+def unreadable(path: AnyPath, error: Exception) -> InputError | MachineError:
     return fault(error)(
         f"{path} cannot be read as a safetensors file ({error}). It may be truncated or damaged: check the path and "
         "the size, or download it again"
     )
 
 
-def refuse_pickle(path: Path) -> None:
+def refuse_pickle(path: AnyPath) -> None:
     """Raises InputError for a file of weights in Python's pickle format."""
     if path.suffix.lower() in PICKLES:
         raise InputError(
@@ -66,16 +68,17 @@ def refuse_pickle(path: Path) -> None:
         )
 
 
-def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors by name, metadata) of one file, of which only the header is read.
+def open_file(path: AnyPath) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of one file, of which only the header is read. One in a bucket is copied first.
 
     Raises InputError for a pickle, a file that is missing, truncated or damaged, and for dtypes that are not
     implemented.
     """
     refuse_pickle(path)
+    local = local_copy(path)
     try:
         # pread: mapped pages would count as memory of this process, up to the size of the file.
-        file = safe_open(path, framework="numpy", backend="pread").__enter__()
+        file = safe_open(local, framework="numpy", backend="pread").__enter__()
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         described = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
         metadata = file.metadata() or {}
@@ -92,7 +95,7 @@ def open_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     }, metadata
 
 
-def open_files(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_files(paths: Sequence[AnyPath]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """`open_file` for several files that hold one model together. Raises InputError also for a name that is there
     twice."""
     tensors, metadata = {}, {}
@@ -108,7 +111,7 @@ def open_files(paths: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, metadata
 
 
-def open_index(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_index(path: AnyPath) -> tuple[dict[str, Tensor], dict[str, str]]:
     """`open_file` for the shards that an index file (`*.safetensors.index.json`) lists.
 
     Raises InputError for an index that is broken, shards that are missing, tensors that are not in the shard it names.

@@ -4,12 +4,12 @@ The vocabulary must be CLIP's own, no other is implemented; padding and added to
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.files.text import lines, read_text
 from sdxl_jax.weights.formats import json_files
 from sdxl_jax.weights.formats.json_files import Fields
@@ -20,7 +20,7 @@ def _content(token: Any) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
-def read(directory: Path, vocabulary_size: int) -> tuple[int, tuple[str, ...]]:
+def read(directory: AnyPath, vocabulary_size: int) -> tuple[int, tuple[str, ...]]:
     """(padding token, added tokens) of a folder whose vocabulary is CLIP's own.
 
     Where several files name the padding token, the one counts that transformers' `from_pretrained` uses. Raises
@@ -37,7 +37,7 @@ def read(directory: Path, vocabulary_size: int) -> tuple[int, tuple[str, ...]]:
         ) from error
 
 
-def _parsed_tokenizer(directory: Path, vocabulary_size: int) -> tuple[int, tuple[str, ...]]:
+def _parsed_tokenizer(directory: AnyPath, vocabulary_size: int) -> tuple[int, tuple[str, ...]]:
     whole = json_files.read(directory / "tokenizer.json", optional=True)
     if whole:
         vocabulary, merges = whole["model"]["vocab"], whole["model"]["merges"]
