@@ -41,6 +41,7 @@ IF_INSTALLED="test ! -e sdxl_jax/launch/lib/worker.sh ||"
 DRY_STATE=NONE # the slice's, in a dry run
 DRY_CODE=143   # of `sdxl-jax status`, in a dry run
 failures=0
+workers=0 # of the slice that have answered
 
 settings() {
   need NAME "the slice's name, e.g. sdxl" ZONE "its zone, e.g. us-west4-a" \
@@ -104,6 +105,7 @@ ensure_slice() {
     case $state in
       ACTIVE) return ;;
       NONE)
+        workers=0
         if slice_create; then
           # shellcheck disable=SC2034  # lib/ reads it
           DRY_STATE=ACTIVE
@@ -145,20 +147,24 @@ train() {
 
 stop() { on_workers all "$IF_INSTALLED $WORKER_SCRIPT stop"; }
 
-# running, refused (a worker ended with 2), ended, or unreachable.
+# Sets `seen`: running; refused, failed (a worker ended with 2, with something else); ended; or unreachable. gcloud
+# passes over a slice that it cannot reach, and ends with 0: fewer workers than before answer then.
 training_state() {
-  local answer
-  answer=$(on_workers all "$IF_INSTALLED $WORKER_SCRIPT state") || {
-    echo unreachable
-    return
-  }
-  [[ -n $answer ]] && say "$answer"
-  if grep --quiet --extended-regexp '^worker .*: failed 2$' <<<"$answer"; then
-    echo refused
-  elif [[ -n $answer ]] && ! grep --invert-match --quiet --extended-regexp '^worker .*: (active|activating) ' <<<"$answer"; then
-    echo running
-  else
-    echo ended
+  local answer count
+  seen=unreachable
+  answer=$(on_workers all "$IF_INSTALLED $WORKER_SCRIPT state") || return 0
+  count=$(grep --count '^worker ' <<<"$answer" || true)
+  ((count >= workers)) || return 0
+  workers=$count
+  seen=ended
+  ((count > 0)) || return 0
+  say "$answer"
+  if grep --quiet ': failed 2$' <<<"$answer"; then
+    seen=refused
+  elif grep --quiet ': failed ' <<<"$answer"; then
+    seen=failed
+  elif ! grep '^worker ' <<<"$answer" | grep --quiet --invert-match --extended-regexp ': (active|activating) '; then
+    seen=running
   fi
 }
 
@@ -170,12 +176,12 @@ run_code() {
   return "$code"
 }
 
-# Returns when training runs no longer on all workers; sets `seen` to why.
+# Returns when training runs no longer on all workers; `seen` says why.
 watch_training() {
   local unreachable=0
   while true; do
     pause
-    seen=$(training_state)
+    training_state
     case $seen in
       running) unreachable=0 ;;
       unreachable)
@@ -199,12 +205,12 @@ finished() {
 
 # refused_by MESSAGE: trying again does not help.
 refused_by() {
-  on_workers all "$WORKER_SCRIPT logs 40" || true
+  on_workers 0 "$WORKER_SCRIPT logs 40" || true
   refuse "$1: see above. $(costs)"
 }
 
 babysit() {
-  local began code seen
+  local began code seen=""
   trap 'say "babysit has ended; training has not. $(costs)"; exit 130' INT TERM
   while true; do
     if run_code; then
@@ -213,7 +219,7 @@ babysit() {
     fi
     ensure_slice
     began=$SECONDS
-    seen=$(training_state)
+    training_state
     if [[ $seen != running ]]; then
       if ! { stop && setup && train "$@"; }; then
         try_again "Training was not started on all workers"
@@ -232,11 +238,13 @@ babysit() {
     fi
     code=0
     run_code || code=$?
-    [[ $code != 2 ]] || refused_by "sdxl-jax status $RUN has ended with 2"
+    # After a machine's failure, 2 may mean that the run has not begun.
+    [[ $code != 2 || $seen == failed ]] || refused_by "sdxl-jax status $RUN has ended with 2"
     if [[ $code == 0 ]]; then
       finished
       return
     fi
+    on_workers 0 "$WORKER_SCRIPT logs 20" || true
     try_again "Training has ended on a worker, with work left"
   done
 }

@@ -31,6 +31,7 @@ SLICE = {"NAME": "sdxl", "ZONE": "us-west4-a", "TOPOLOGY": "v5e:4x4", "CAPACITY"
 
 MISSING = [1, "ERROR: NOT_FOUND: The resource was not found\n"]
 RUNNING = [0, "worker w-0: active 0\nworker w-1: active 0\n"]
+ENDED = [0, "worker w-0: inactive 0\nworker w-1: active 0\n"]
 WAITING, ACTIVE, SUSPENDED = [0, "WAITING_FOR_RESOURCES\n"], [0, "ACTIVE\n"], [0, "SUSPENDED\n"]
 WORKERS = r"ssh .*worker\.sh state"
 SETUP = r"ssh .*worker\.sh setup"
@@ -109,7 +110,7 @@ def babysit(
 def test_babysit_requests_a_preempted_slice_again_and_resumes_until_the_run_has_finished(machine: Machine) -> None:
     answers = {
         "describe sdxl": [MISSING, WAITING, ACTIVE, SUSPENDED, SUSPENDED, SUSPENDED, MISSING, ACTIVE],
-        WORKERS: [[0, ""], RUNNING, [255, ""], [0, ""], RUNNING, [0, "worker w-0: inactive 0\nworker w-1: active 0\n"]],
+        WORKERS: [[0, ""], RUNNING, [255, ""], [0, ""], RUNNING, ENDED],
         STATUS: [[2, ""], [143, ""], [0, ""]],
     }
     done = babysit(machine, answers)
@@ -145,7 +146,7 @@ def test_input_at_fault_ends_babysit_at_once_with_the_log(machine: Machine) -> N
 def test_a_run_that_status_refuses_ends_babysit_at_once(machine: Machine) -> None:
     answers = {
         "describe sdxl": [ACTIVE],
-        WORKERS: [[0, ""], [0, "worker w-0: inactive 0\n"]],
+        WORKERS: [[0, ""], ENDED],
         STATUS: [[143, ""], [2, ""]],
     }
     done = babysit(machine, answers)
@@ -157,7 +158,7 @@ def test_a_worker_that_fails_is_set_up_again_and_training_resumes(machine: Machi
     ended = [0, "worker w-0: failed 1\nworker w-1: activating 1\n"]
     answers = {
         "describe sdxl": [ACTIVE],
-        WORKERS: [[0, ""], [0, ""], RUNNING, ended, ended, RUNNING, [0, "worker w-0: inactive 0\n"]],
+        WORKERS: [[0, ""], [0, ""], RUNNING, ended, ended, RUNNING, ENDED],
         SETUP: [[1, "w-1: no route to package server\n"], [0, ""]],
         STATUS: [[2, ""], [2, ""], [143, ""], [143, ""], [0, ""]],
     }
@@ -168,6 +169,30 @@ def test_a_worker_that_fails_is_set_up_again_and_training_resumes(machine: Machi
     assert machine.count("worker.sh setup") == 3
     assert machine.count("worker.sh start") == 2
     assert machine.count("queued-resources create") == 0, "the slice is still there"
+
+
+def test_a_worker_that_fails_before_the_run_has_begun_is_no_fault_of_the_input(machine: Machine) -> None:
+    ended = [0, "worker w-0: failed 1\nworker w-1: failed 1\n"]
+    answers = {
+        "describe sdxl": [ACTIVE],
+        WORKERS: [[0, ""], ended, ended, RUNNING, ENDED],
+        STATUS: [[2, ""], [2, ""], [2, ""], [0, ""]],
+    }
+    done = babysit(machine, answers)
+    assert done.returncode == 0, done.stderr
+    assert machine.count("worker.sh start") == 2
+
+
+def test_a_slice_of_several_that_gcloud_passes_over_is_noticed(machine: Machine) -> None:
+    fewer = [0, "worker w-0: active 0\n"]
+    answers = {
+        "describe sdxl": [ACTIVE, SUSPENDED, SUSPENDED, SUSPENDED, MISSING, ACTIVE],
+        WORKERS: [[0, ""], RUNNING, fewer, [0, ""], RUNNING, ENDED],
+        STATUS: [[2, ""], [143, ""], [0, ""]],
+    }
+    done = babysit(machine, answers, SLICES="2")
+    assert done.returncode == 0, done.stderr
+    assert machine.count("queued-resources create sdxl .*--node-count 2") == 1
 
 
 def test_failures_that_do_not_end_end_babysit_with_1(machine: Machine) -> None:
@@ -182,7 +207,7 @@ def test_a_slice_whose_worker_never_answers_is_requested_again(machine: Machine)
     lost = [255, ""]
     answers = {
         "describe sdxl": [ACTIVE, ACTIVE, ACTIVE, ACTIVE, MISSING, ACTIVE],
-        WORKERS: [[0, ""], RUNNING, lost, lost, [0, ""], RUNNING, [0, "worker w-0: inactive 0\n"]],
+        WORKERS: [[0, ""], RUNNING, lost, lost, [0, ""], RUNNING, ENDED],
         STATUS: [[2, ""], [143, ""], [0, ""]],
     }
     done = babysit(machine, answers, ATTEMPTS="2")
@@ -194,7 +219,7 @@ def test_a_slice_whose_worker_never_answers_is_requested_again(machine: Machine)
 def test_babysit_leaves_training_alone_that_runs(machine: Machine) -> None:
     answers = {
         "describe sdxl": [ACTIVE],
-        WORKERS: [RUNNING, [0, "worker w-0: inactive 0\n"]],
+        WORKERS: [RUNNING, ENDED],
         STATUS: [[143, ""], [0, ""]],
     }
     done = babysit(machine, answers, KEEP="yes")
