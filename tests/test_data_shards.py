@@ -360,6 +360,6 @@ def test_damaged_captions_name_the_image(tmp_path):
     content[3] = 0xFF
     (folder / CAPTIONS).write_bytes(content)
     shards = open_shards(folder)
-    with pytest.raises(InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy that file again"):
+    with pytest.raises(InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy the whole folder again"):
         shards.captions(0)
     assert shards.captions(1) == ("b",)

@@ -20,6 +20,9 @@ text first. So a piece exists when both files do, an interrupted run leaves noth
 partial files are removed when the cache is complete. Records are not compressed, so that equal content makes equal
 files, and one record costs one read.
 
+A cache may be in a bucket (gs://…). It is read there; a piece is written on this machine's disk, and its two objects,
+each of which appears whole, are uploaded, the text first.
+
 Not here: encoding, and the choice of crop and caption in training.
 """
 
@@ -27,6 +30,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
@@ -34,13 +38,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import BFloat16, Int32, Shaped
 from ml_dtypes import bfloat16
 
 from sdxl_jax.data.record_files import RecordFiles, RecordWriter
 from sdxl_jax.errors import InputError, check_ranges, fault
+from sdxl_jax.files import buckets, objects
 from sdxl_jax.files.atomic import PARTIAL, partial_path, sync, write_text
-from sdxl_jax.files.paths import local
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.files.trees import differences
 
 FORMAT = 1
@@ -59,6 +65,7 @@ _LATENTS = np.dtype(
         ("captions", "<i4"),
     ]
 )
+_WHAT = "data.cache"
 _SHOWN_CHARACTERS = 60  # of a value in an error message
 
 
@@ -101,7 +108,7 @@ def _file_name(piece: int) -> str:
 class CachePlan:
     """The content of a complete cache and its files, and which of them are missing. Made by `begin`."""
 
-    folder: Path
+    folder: AnyPath
     made_from: dict[str, Any]
     """All that determines the content, as JSON values by name."""
     images: int
@@ -121,7 +128,7 @@ class CachePlan:
         assert 0 <= piece < self.pieces
         return range(piece * self.piece_images, min((piece + 1) * self.piece_images, self.images))
 
-    def path(self, kind: str, piece: int) -> Path:
+    def path(self, kind: str, piece: int) -> AnyPath:
         """Path of the piece's file of that kind, LATENTS or TEXT."""
         return self.folder / kind / _file_name(piece)
 
@@ -132,12 +139,12 @@ class CachePlan:
         piece do no harm: one of them works in vain.
         """
         assert 0 <= share < shares
-        existing = set(os.listdir(self.folder / LATENTS)).intersection(os.listdir(self.folder / TEXT))
+        existing = _names(self.folder / LATENTS).intersection(_names(self.folder / TEXT))
         return [piece for piece in range(share, self.pieces, shares) if _file_name(piece) not in existing]
 
     def clean(self) -> None:
         """Removes the partial files of interrupted writers."""
-        for kind in (LATENTS, TEXT):
+        for kind in () if in_bucket(self.folder) else (LATENTS, TEXT):
             for file in (self.folder / kind).glob(f"*{PARTIAL}"):
                 file.unlink(missing_ok=True)
 
@@ -146,12 +153,23 @@ class CachePlan:
         return self.pieces - len(self.missing())
 
 
-class _AtomicRecordWriter:
-    """Writes an ArrayRecord file atomically. Raises OSError where writing to the disk fails."""
+def _names(folder: AnyPath) -> set[str]:
+    """The names of the files in a folder. FileNotFoundError where there is none; in a bucket it is empty then."""
+    if in_bucket(folder):
+        return set(buckets.files(folder, _WHAT))
+    return set(os.listdir(folder))
 
-    def __init__(self, path: Path):
+
+class _AtomicRecordWriter:
+    """Writes an ArrayRecord file atomically, for a bucket in the folder for temporary files first.
+
+    Raises OSError where writing to the disk fails.
+    """
+
+    def __init__(self, path: AnyPath):
         # A unique name, so that another process that writes the same piece, by mistake, does no harm.
-        self._path, self._partial = path, partial_path(path, uuid.uuid4().hex)
+        folder = Path(tempfile.gettempdir()) if in_bucket(path) else path.parent
+        self._path, self._partial = path, partial_path(folder / path.name, uuid.uuid4().hex)
         self._writer = RecordWriter(self._partial)
         self.records = 0
 
@@ -165,7 +183,11 @@ class _AtomicRecordWriter:
         sync(self._partial)
 
     def publish(self) -> None:
-        """Renames the closed file to its final name."""
+        """Renames the closed file to its final name, or uploads it."""
+        if in_bucket(self._path):
+            buckets.upload(self._partial, self._path, _WHAT)
+            self._partial.unlink()
+            return
         os.replace(self._partial, self._path)
         sync(self._path.parent)
 
@@ -301,14 +323,15 @@ class PieceWriter:
         self._latents.publish()
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def _read_description(folder: AnyPath) -> dict[str, Any]:
     """The content of cache.json. Raises FileNotFoundError where there is none, InputError where it cannot be used."""
     file = folder / DESCRIPTION
     try:
-        description = json.loads(file.read_bytes())
+        content = objects.open_object(file, _WHAT).read() if in_bucket(file) else file.read_bytes()
+        description = json.loads(content)
         if not isinstance(description, dict) or "format" not in description:
             raise ValueError("it has no format number")
-    except FileNotFoundError:
+    except (FileNotFoundError, InputError):
         raise
     except (OSError, ValueError) as problem:
         raise fault(problem)(
@@ -324,7 +347,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def begin(
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     made_from: dict[str, Any],
     images: int,
@@ -337,30 +360,51 @@ def begin(
     made_from: all that determines the content, as JSON values by name. Any number of processes may begin the same cache
     at the same time. Raises InputError: the folder cannot be made, holds other files, or a cache of something else.
     """
-    folder = local(folder, "data.cache")
+    folder = located(folder, _WHAT)
     counts = {"images": images, "crops": crops, "piece_images": piece_images}
     check_ranges((name, count, 1, math.inf) for name, count in counts.items())
     content = {"made_from": made_from, "images": images, "crops": crops, "piece_images": piece_images}
     text = json.dumps({"format": FORMAT, **content, "towers": list(towers)}, indent=2)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        others = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
-    except OSError as problem:
-        raise fault(problem)(f"The folder {folder} cannot be made ({problem.strerror}). Give another one") from problem
-    if not (folder / DESCRIPTION).exists():  # checked after the names: another process that begins writes it first
-        if others:
-            raise InputError(f"{folder} holds other files and is not a cache. Give a new or an empty folder")
-        # A unique tag: any number of processes may begin at the same time.
-        write_text(folder / DESCRIPTION, text + "\n", tag=uuid.uuid4().hex, durable=True)
+    if in_bucket(folder):
+        _describe_in_bucket(folder, text + "\n")
+    else:
+        _describe(folder, text + "\n")
     description = _read_description(folder)
     if lines := differences(description, json.loads(text), longest=_SHOWN_CHARACTERS):
         raise InputError(
             "\n  ".join([f"{folder} holds a cache of something else, finished or not (in it -> given):", *lines])
             + "\nGive the same, or another folder, or remove this one to encode again"
         )
-    for kind in (LATENTS, TEXT):
+    for kind in () if in_bucket(folder) else (LATENTS, TEXT):
         (folder / kind).mkdir(exist_ok=True)
     return CachePlan(folder, description["made_from"], images, crops, piece_images, tuple(towers))
+
+
+def _describe(folder: Path, text: str) -> None:
+    """Makes the folder, and writes cache.json if there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [name for name in os.listdir(folder) if not name.endswith(PARTIAL)]
+    except OSError as problem:
+        raise fault(problem)(f"The folder {folder} cannot be made ({problem.strerror}). Give another one") from problem
+    if not (folder / DESCRIPTION).exists():  # checked after the names: another process that begins writes it first
+        _refuse_others(folder, bool(others))
+        # A unique tag: any number of processes may begin at the same time.
+        write_text(folder / DESCRIPTION, text, tag=uuid.uuid4().hex, durable=True)
+
+
+def _describe_in_bucket(folder: epath.Path, text: str) -> None:
+    """As `_describe`."""
+    buckets.check_writable(folder, _WHAT)
+    others = [name for name in buckets.files(folder, _WHAT) if not name.startswith(".probe-")]
+    if objects.size(folder / DESCRIPTION, _WHAT) is None:
+        _refuse_others(folder, bool(others))
+        objects.write_bytes(folder / DESCRIPTION, text.encode(), _WHAT)
+
+
+def _refuse_others(folder: AnyPath, others: bool) -> None:
+    if others:
+        raise InputError(f"{folder} holds other files and is not a cache. Give a new or an empty folder")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -447,7 +491,7 @@ class Cache:
             raise self._files.damaged(path, number, problem) from problem
 
 
-def open_cache(folder: str | Path, made_from: dict[str, Any], *, ignore: Collection[str] = ()) -> Cache:
+def open_cache(folder: str | AnyPath, made_from: dict[str, Any], *, ignore: Collection[str] = ()) -> Cache:
     """Opens a cache that must have been made from `made_from`. Reads cache.json and the names of the files, no piece.
 
     ignore: keys of `made_from` that may differ.
@@ -455,9 +499,9 @@ def open_cache(folder: str | Path, made_from: dict[str, Any], *, ignore: Collect
     Raises InputError: no such folder; not a cache; another format; made from something else, with all differences;
     pieces that are missing.
     """
-    folder = Path(folder)
+    folder = located(folder, _WHAT)
     expected = "Expected a folder that `sdxl-jax data encode` has written"
-    if not folder.is_dir():
+    if not in_bucket(folder) and not folder.is_dir():
         raise InputError(f"There is no folder {folder}. {expected}. Check the path, seen from {Path.cwd()}")
     try:
         description = _read_description(folder)

@@ -19,6 +19,7 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.cache import Cache, Crop, Text
 from sdxl_jax.data.mixture import Mixture
 from sdxl_jax.data.order import CHOICE_OF_CAPTION, CHOICE_OF_CROP, CROP, FIXED_CROP, Order
+from sdxl_jax.data.record_files import Unavailable
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.transforms import Example, cover_crop, cover_size
 from sdxl_jax.errors import InputError, MachineError
@@ -127,7 +128,8 @@ class Loader:
         """load(step, row, position) of the row's image or, where it is damaged, of the next usable one in its bucket's
         order. Appends the reason for each damaged image to `bad`.
 
-        Raises InputError or MachineError, as the last image did, where too many in a row are damaged.
+        Raises InputError or MachineError, as the last image did, where too many in a row are damaged; Unavailable where
+        the storage does not answer.
         """
         bucket = self.order.bucket(step)
         bad_before, kind = len(bad), InputError
@@ -135,6 +137,8 @@ class Loader:
             position = self.order.position(step, row, instead=instead)
             try:
                 return load(step, row, position)
+            except Unavailable:
+                raise
             except (InputError, MachineError) as problem:
                 kind = type(problem)
                 bad.append(str(problem))

@@ -22,7 +22,6 @@ import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -41,11 +40,11 @@ from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
-from sdxl_jax.data.shards import is_shard_set, open_shards
+from sdxl_jax.data.shards import DESCRIPTION, is_shard_set, open_shards
 from sdxl_jax.data.sources import ImageSource, OnRefused, Refused, stop_if_refused, summary
 from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError, check_ranges
-from sdxl_jax.files.paths import local
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.progress import tqdm
 
 Tokenize = Callable[[list[str]], dict[str, Int32[np.ndarray, "batch 77"]]]
@@ -250,7 +249,7 @@ class BucketedDataset:
     ):
         _check(config, process_index, process_count)
         if config.cache is not None:
-            local(config.cache, "data.cache")
+            located(config.cache, "data.cache")
         self.config = config
         self.tokenize = tokenize
         self.buckets = check_buckets(config.buckets)
@@ -385,23 +384,28 @@ class BucketedDataset:
 
 
 def open_images(
-    folder: str | Path,
+    folder: str | AnyPath,
     *,
     verify: bool = False,
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
 ) -> ImageSource:
-    """Opens a folder of images or a shard set. Refused images are left out and listed.
+    """Opens a folder of images, or a shard set, which may be in a bucket. Refused images are left out and listed.
 
     verify: decode every image of a folder now; those of a shard set were decoded when it was built.
     caption_lines: what the lines of a `.txt` in a folder are; a shard set already has its captions.
     captioned: whether captions are used.
 
-    Raises InputError as `open_folder` and `open_shards`.
+    Raises InputError as `open_folder` and `open_shards`, and for a folder of images in a bucket.
     """
-    folder = local(folder, "data.folder")
+    folder = located(folder, "data.folder")
     if is_shard_set(folder):
         return open_shards(folder)
+    if in_bucket(folder):
+        raise InputError(
+            f"data.folder={folder} is not a shard set: it has no {DESCRIPTION}. Expected one, since a bucket serves "
+            f"images one by one too slowly for training. Build it: `sdxl-jax data build {folder} gs://…/SHARDS`"
+        )
     return open_folder(
         folder, on_refused=OnRefused.SKIP, verify=verify, caption_lines=caption_lines, captioned=captioned
     )

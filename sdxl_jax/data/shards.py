@@ -13,7 +13,10 @@ Columns: `size` (height, width; upright, pixels), `shard` and `record` (where th
 `open_shards` memory-maps the columns and reads only their ends. Each shard is an ArrayRecord file of groups of one
 record, so that reading an image costs one read, and is checked when it is first read.
 
-Not here: writing one (build/shard_writing), reading sources (build/records), the parallel build (build/build).
+A shard set may be in a bucket (gs://…): its shards are read there, everything else from a copy on this machine's disk.
+
+Not here: writing one (build/shard_writing), reading sources (build/records), the parallel build (build/build), copies
+of an index (index_copies).
 """
 
 import dataclasses
@@ -26,11 +29,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Int64, Shaped, UInt8
 
+from sdxl_jax.data import index_copies
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.images import decode, why_unreadable
 from sdxl_jax.data.record_files import RecordFiles
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.errors import InputError, fault
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 
 FORMAT = 1
 """Version of the layout, in shards.json."""
@@ -52,7 +58,7 @@ COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
 """For each column of the index, the dtype and the shape of a row."""
 
 
-def shard_path(folder: Path, shard: int) -> Path:
+def shard_path(folder: AnyPath, shard: int) -> AnyPath:
     """Path of the shard of that number in the shard set `folder`."""
     return folder / SHARDS / f"{shard:05d}.array_record"
 
@@ -66,7 +72,8 @@ class ShardSet:
     the last.
     """
 
-    path: Path
+    path: AnyPath
+    """Its folder, which may be in a bucket."""
     fingerprint: str
     """A hash of the index, and so of the content of every image, which caches and resumed runs compare."""
     source: str
@@ -83,6 +90,8 @@ class ShardSet:
     """blake2b of each image file's bytes, 128 bits."""
     numbers: Mapping[str, Float32[np.ndarray, " images"]]
     """Numeric fields by name. NaN where an image has none."""
+    _index: Path = dataclasses.field(repr=False)
+    """The folder on this machine with everything but the shards: `path`, or the copy of it."""
     _columns: Mapping[str, Shaped[np.ndarray, "..."]] = dataclasses.field(repr=False)
     _files: RecordFiles = dataclasses.field(repr=False)
 
@@ -131,8 +140,8 @@ class ShardSet:
             return tuple(text.decode() for text in texts)
         except UnicodeDecodeError as problem:
             raise InputError(
-                f"The captions of {self.name(image)} in {self.path / CAPTIONS} are damaged ({problem}). Copy that file "
-                "again from where the shard set was built, or build the shard set again"
+                f"The captions of {self.name(image)} in {self._index / CAPTIONS} are damaged ({problem}). "
+                f"{_remedy(self.path, self._index)}"
             ) from problem
 
     def name(self, image: int) -> str:
@@ -166,41 +175,62 @@ class ShardSet:
 
     def refused(self) -> Iterator[Refused]:
         """The images that the build left out, with the reasons."""
-        with (self.path / REFUSED).open(encoding="utf-8") as lines:
+        with (self._index / REFUSED).open(encoding="utf-8") as lines:
             for line in lines:
                 yield Refused(**json.loads(line))
 
 
-def _open_again(path: Path, fingerprint: str) -> ShardSet:
+def _open_again(path: AnyPath, fingerprint: str) -> ShardSet:
     shards = open_shards(path)
     if shards.fingerprint != fingerprint:
         raise InputError(f"The shard set {path} was replaced while it was in use. Start again")
     return shards
 
 
-def is_shard_set(path: str | Path) -> bool:
+def _read(path: AnyPath) -> bytes | None:
+    """The content of a file of a shard set; None if there is none. Raises OSError, and for buckets as
+    `buckets.reported`."""
+    if in_bucket(path):
+        return buckets.read_bytes(path, "the shard set")
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def is_shard_set(path: str | AnyPath) -> bool:
     """Whether a folder holds a shard set or an unfinished build of one."""
-    return any((Path(path) / name).exists() for name in (DESCRIPTION, UNFINISHED))
+    path = located(path, "the shard set")
+    return any(
+        _read(path / name) is not None if in_bucket(path) else (path / name).exists()
+        for name in (DESCRIPTION, UNFINISHED)
+    )
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(path: AnyPath) -> dict[str, Any]:
     """The content of shards.json of a complete shard set. Raises InputError as `open_shards`, except for the index."""
+    return _description(path)[0]
+
+
+def _description(path: AnyPath) -> tuple[dict[str, Any], bytes]:
+    """As `read_description`, with the bytes of the file."""
     expected = "Expected a folder that `sdxl-jax data build SRC DST` has written"
-    if not path.is_dir():
+    if not in_bucket(path) and not path.is_dir():
         raise InputError(f"There is no folder {path}. {expected}. Check the path, seen from {Path.cwd()}")
     try:
-        description = json.loads((path / DESCRIPTION).read_bytes())
-    except FileNotFoundError:
-        if (path / UNFINISHED).exists():
-            raise InputError(
-                f"The shard set {path} is not finished: run the same command again (`sdxl-jax data build SRC {path}`), "
-                "it resumes where it stopped"
-            ) from None
-        raise InputError(f"{path} is not a shard set: it has no {DESCRIPTION}. {expected}") from None
-    except (OSError, ValueError) as problem:
+        content = _read(path / DESCRIPTION)
+        description = None if content is None else json.loads(content)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise fault(problem)(
             f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build the shard set again"
         ) from problem
+    if content is None:
+        if _read(path / UNFINISHED) is not None:
+            raise InputError(
+                f"The shard set {path} is not finished: run the same command again (`sdxl-jax data build SRC {path}`), "
+                "it resumes where it stopped"
+            )
+        raise InputError(f"{path} is not a shard set: it has no {DESCRIPTION}. {expected}")
     version = description.get("format") if isinstance(description, dict) else None
     if version != FORMAT:
         given = "no format number" if version is None else f"format {version}"
@@ -208,7 +238,13 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path / DESCRIPTION} has {given}, this version of sdxl-jax reads format {FORMAT}. Build the shard set "
             "again, or use the version that wrote it"
         )
-    return description
+    return description, content
+
+
+def _remedy(path: AnyPath, index: Path) -> str:
+    if in_bucket(path):
+        return f"Remove {index}, so that it is copied from the bucket again, or build the shard set again"
+    return "Copy the whole folder again from where the shard set was built, or build the shard set again"
 
 
 def _map(path: Path, dtype: str, shape: tuple[int, ...]) -> Shaped[np.ndarray, "..."]:
@@ -232,15 +268,21 @@ def _map_text(path: Path, size: int) -> UInt8[np.ndarray, " size"]:
     return np.memmap(path, np.uint8, mode="r") if size else np.zeros(0, np.uint8)
 
 
-def open_shards(path: str | Path) -> ShardSet:
-    """Opens a shard set. The index is memory-mapped, so that this takes the same time for any number of images.
+def open_shards(path: str | AnyPath) -> ShardSet:
+    """Opens a shard set. The index is memory-mapped, so that this takes the same time for any number of images; that of
+    a set in a bucket is copied to this machine's disk first, once.
 
     Raises InputError: no such folder; not a shard set; not finished; another format; an index that does not fit
-    shards.json (a file of it is missing, cut off, or of another build).
+    shards.json (a file of it is missing, cut off, or of another build). For buckets also as `index_copies.local_copy`.
     """
-    path = Path(path)
-    description = read_description(path)
-    file = path / DESCRIPTION
+    path = located(path, "the shard set")
+    description, content = _description(path)
+    index = (
+        index_copies.local_copy(path, path / DESCRIPTION, content, (INDEX, CAPTIONS, NAMES, REFUSED))
+        if in_bucket(path)
+        else path
+    )
+    file = index / DESCRIPTION
     try:
         images, captions = description["images"], description["captions"]
         rows: dict[str, int] = {name: images for name in COLUMN_TYPES} | {
@@ -251,19 +293,19 @@ def open_shards(path: str | Path) -> ShardSet:
         }
         columns: dict[str, np.ndarray] = {}
         for name, (dtype, row) in COLUMN_TYPES.items():
-            file = path / INDEX / f"{name}.npy"
+            file = index / INDEX / f"{name}.npy"
             columns[name] = _map(file, dtype, (rows[name], *row))
         numbers: dict[str, np.ndarray] = {}
         for number, name in enumerate(description["numbers"]):
-            file = path / INDEX / f"number_{number:03d}.npy"
+            file = index / INDEX / f"number_{number:03d}.npy"
             numbers[name] = _map(file, "<f4", (images,))
         for name, starts in ((CAPTIONS, "caption_start"), (NAMES, "name_start")):
-            file = path / name
+            file = index / name
             columns[name] = _map_text(file, int(columns[starts][-1]))
-        file = path / INDEX / "first_caption.npy"
+        file = index / INDEX / "first_caption.npy"
         if (last := int(columns["first_caption"][-1])) != captions:
             raise ValueError(f"it ends at caption {last}, expected {captions}")
-        file = path / DESCRIPTION
+        file = index / DESCRIPTION
         return ShardSet(
             path=path,
             fingerprint=description["fingerprint"],
@@ -275,11 +317,12 @@ def open_shards(path: str | Path) -> ShardSet:
             sizes=columns["size"],
             hashes=columns["hash"],
             numbers=numbers,
+            _index=index,
             _columns=columns,
             _files=RecordFiles("Copy it again from where the shard set was built, or build the shard set again"),
         )
     except (OSError, ValueError, EOFError, KeyError, TypeError) as problem:
         raise fault(problem)(
             f"The index of the shard set {path} does not fit its {DESCRIPTION}: {file} cannot be used "
-            f"({type(problem).__name__}: {problem}). Copy the whole folder again, or build the shard set again"
+            f"({type(problem).__name__}: {problem}). {_remedy(path, index)}"
         ) from problem

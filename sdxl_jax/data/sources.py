@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from sdxl_jax.errors import InputError, MachineError, fault
+from sdxl_jax.files.paths import AnyPath
 
 
 class OnRefused(enum.Enum):
@@ -55,8 +56,8 @@ class ImageSource(Protocol):
     """Captioned images that training can use, numbered from 0. It is sent to worker processes, so it can be pickled."""
 
     @property
-    def path(self) -> Path:
-        """The folder or the shard set."""
+    def path(self) -> AnyPath:
+        """The folder or the shard set, which may be in a bucket."""
         ...
 
     @property
