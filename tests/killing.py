@@ -41,7 +41,7 @@ from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.training.checkpoint import latest_step
 from sdxl_jax.training.observe.metrics import TIMES
 from sdxl_jax.weights.formats import orbax
-from sdxl_jax.weights.formats.run import steps
+from sdxl_jax.weights.formats.checkpoints import steps
 
 PROGRAM = Path(__file__).with_name("killed_run.py")
 

@@ -20,7 +20,8 @@ from sdxl_jax.files.paths import located
 from sdxl_jax.training import checkpoint, loop, run_directory
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.run_directory import RunDirectory, check_run, locked, opened, write_config
-from sdxl_jax.weights.formats.run import arrays, steps
+from sdxl_jax.training.status import State, holder, status
+from sdxl_jax.weights.formats.checkpoints import arrays, steps
 
 KILLS = int(os.environ.get("KILLS", "20"))
 WHAT = "the run directory"
@@ -178,6 +179,25 @@ def test_a_run_whose_checkpoints_are_elsewhere_does_not_start_again(
         check_run(moved, str(started))
     write_checkpoint(located(f"{bucket}/arrays", WHAT), 3)
     assert check_run(moved, str(started)) == [f"checkpoint.directory: None -> {bucket}/arrays"]
+
+
+# What `status` says
+
+
+def test_status_of_a_run_in_a_bucket(started: Any, quick_heartbeats: None) -> None:
+    (started / "metrics.jsonl").write_text('{"step": 4, "loss": 0.5, "step_seconds": 2.0, "images_per_second": 3.0}\n')
+    write_checkpoint(started, 3)
+    write_checkpoint(started, 4, committed=False)
+    found = status(started)
+    assert (found.state, found.step, found.steps, found.last_checkpoint) == (State.STOPPED, 4, 7, 3)
+    assert (found.loss, found.images_per_second) == (0.5, 3.0)
+    with opened(started) as directory, locked(directory):
+        assert status(started).state is State.RUNNING
+        assert (holder(started) or "").startswith(f"process {os.getpid()} on ")
+    write_checkpoint(started, 7)
+    assert status(started).state is State.FINISHED
+    with pytest.raises(InputError, match="there is no bucket no-such-bucket"):
+        status(located("gs://no-such-bucket/run", WHAT))
 
 
 # The lock

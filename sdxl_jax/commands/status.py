@@ -5,12 +5,12 @@ import json
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.training.observe.clock import read_starts, time_table
 from sdxl_jax.training.status import State, Status, holder, status
 
@@ -22,8 +22,8 @@ _UNFINISHED = 128 + signal.SIGTERM
 class Options:
     """Steps done and to do, last checkpoint, whether the run is running, and where the time went over all starts."""
 
-    run: tyro.conf.Positional[Path]
-    """The run directory."""
+    run: tyro.conf.Positional[AnyPath]
+    """The run directory; may be in a bucket, which says where the run stood at its last checkpoint."""
     json: bool = False
     """Print JSON instead of a table."""
     quiet: bool = False
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
         print(_text(options.run, found))
 
 
-def _code(run_dir: Path) -> int:
+def _code(run_dir: AnyPath) -> int:
     """The exit code of --quiet."""
     try:
         found = status(run_dir)
@@ -54,7 +54,7 @@ def _code(run_dir: Path) -> int:
     return InputError.code if refused else _UNFINISHED
 
 
-def _text(run_dir: Path, found: Status) -> str:
+def _text(run_dir: AnyPath, found: Status) -> str:
     lines = [f"{run_dir}: {found.state.value}{_reason(run_dir, found)}"]
     done = found.step / found.steps if found.steps else 1.0
     lines.append(f"  steps       {found.step} of {found.steps}, {done:.1%}")
@@ -70,7 +70,7 @@ def _text(run_dir: Path, found: Status) -> str:
     return "\n".join(lines)
 
 
-def _reason(run_dir: Path, found: Status) -> str:
+def _reason(run_dir: AnyPath, found: Status) -> str:
     owner = holder(run_dir)
     if found.state is State.RUNNING:
         return f" ({owner or 'just started'})"

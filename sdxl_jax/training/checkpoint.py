@@ -28,8 +28,9 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.sharding import path_name
 from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.state import TrainState
-from sdxl_jax.weights.formats import orbax, run
-from sdxl_jax.weights.formats.run import Damaged, latest_step
+from sdxl_jax.weights.formats import checkpoints, orbax, run
+from sdxl_jax.weights.formats.checkpoints import latest_step
+from sdxl_jax.weights.formats.run import Damaged
 
 _CHECKSUMS = "array_checksums"
 
@@ -189,7 +190,7 @@ def _reason(error: BaseException) -> str:
 
 def step_to_start_from(directory: AnyPath, from_step: int | None) -> int | None:
     """The newest checkpoint's step, or `from_step`. Raises InputError if that checkpoint does not exist."""
-    steps = run.steps(directory)
+    steps = checkpoints.steps(directory)
     if from_step is not None and from_step not in steps:
         raise InputError(
             f"There is no checkpoint of step {from_step} in {directory}. Give --from-step one of "
@@ -207,7 +208,7 @@ def set_aside_after(run_dir: AnyPath, step: int) -> list[AnyPath]:
     """
     moved = []
     # The newest first: if it is interrupted, the next start does not resume from one that was to be moved.
-    for newer in reversed(run.steps(run_dir / "checkpoints")):
+    for newer in reversed(checkpoints.steps(run_dir / "checkpoints")):
         if newer > step:
             name, number = str(newer), 1
             while (run_dir / "set_aside" / name).exists():
@@ -232,7 +233,7 @@ def restore(directory: AnyPath, step: int, abstract: TrainState) -> TrainState:
     try:
         return _load(directory / str(step), abstract)
     except Damaged as error:
-        earlier = [other for other in run.steps(directory) if other < step]
+        earlier = [other for other in checkpoints.steps(directory) if other < step]
         remedy = (
             f"resume from an earlier one: --from-step {earlier[-1]}"
             if earlier

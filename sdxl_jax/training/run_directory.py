@@ -27,13 +27,12 @@ from sdxl_jax.jsontree import from_json, read_saved, to_json
 from sdxl_jax.progress import tqdm
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.base import Objective
-from sdxl_jax.weights.formats.run import steps
+from sdxl_jax.training.status import LOCK
+from sdxl_jax.weights.formats.checkpoints import steps
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _FINGERPRINT = "data_fingerprint"
 _WHAT = "the run directory"
-LOCK = "lock"
-"""Of the run directory: a locked file, or an object (files.buckets.Lock)."""
 _FIRST_OBJECTIVE = "denoising"
 """The objective of runs whose config.json does not name one."""
 

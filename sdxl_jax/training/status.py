@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import buckets
+from sdxl_jax.files.paths import AnyPath, in_bucket
 from sdxl_jax.training.observe.clock import TimePart, read_starts, totals
+from sdxl_jax.weights.formats.checkpoints import arrays, latest_step
 
-RunPath = Any
-"""A `pathlib.Path`, or an `epath.Path` for a bucket."""
-
+LOCK = "lock"
+"""Of the run directory: a locked file, or an object (files.buckets.Lock)."""
 _TAIL_BYTES = 1 << 16
 """Of metrics.jsonl; the file of a long run has hundreds of MB."""
 _MEAN_STEPS = 50
@@ -71,11 +73,21 @@ class Status:
     """The error, or the signal, that ended the last start."""
 
 
-def status(run_dir: RunPath) -> Status:
-    """The state of a run. Raises InputError for a directory that is not one, or whose config.json cannot be read."""
+def status(run_dir: AnyPath) -> Status:
+    """The state of a run; of one in a bucket, as it was at the last checkpoint.
+
+    Raises InputError for a directory that is not a run, or whose config.json cannot be read, MachineError for a bucket
+    that does not answer.
+    """
+    if in_bucket(run_dir):
+        buckets.check(run_dir, "the run directory")
     steps = _steps(run_dir)
     running = is_running(run_dir)  # before the rest: a run that ends meanwhile is not taken for a killed one
-    starts, lines, checkpoint = read_starts(run_dir), _last_metrics(run_dir), last_checkpoint(run_dir)
+    starts, lines, checkpoint = (
+        read_starts(run_dir),
+        _last_metrics(run_dir),
+        latest_step(arrays(run_dir) / "checkpoints"),
+    )
     last = starts[-1] if starts and not running else None
     exit_code = None if last is None else last.exit_code
     if running:
@@ -103,10 +115,12 @@ def status(run_dir: RunPath) -> Status:
     )
 
 
-def is_running(run_dir: RunPath) -> bool | None:
+def is_running(run_dir: AnyPath) -> bool | None:
     """Whether a process trains in this directory; None: it cannot be found out from this machine. Nothing is
     written."""
-    path = run_dir / "lock"
+    path = run_dir / LOCK
+    if in_bucket(path):
+        return buckets.is_held(path, "the run directory")
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -123,19 +137,16 @@ def is_running(run_dir: RunPath) -> bool | None:
     return False if f" on {socket.gethostname()} since " in path.read_text() else None
 
 
-def holder(run_dir: RunPath) -> str | None:
+def holder(run_dir: AnyPath) -> str | None:
     """How the process that holds the lock, or was killed with it, describes itself."""
-    path = run_dir / "lock"
+    path = run_dir / LOCK
+    if in_bucket(path):
+        held = buckets.read_lock(path, "the run directory")
+        return None if held is None else held[0]["description"]
     return path.read_text().strip() or None if path.exists() else None
 
 
-def last_checkpoint(run_dir: RunPath) -> int | None:
-    """Step of the newest checkpoint; None if there is none. An interrupted save leaves another name."""
-    steps = (int(path.name) for path in (run_dir / "checkpoints").glob("*") if path.name.isdecimal())
-    return max(steps, default=None)
-
-
-def _steps(run_dir: RunPath) -> int:
+def _steps(run_dir: AnyPath) -> int:
     path = run_dir / "config.json"
     if not path.exists():
         raise InputError(
@@ -149,7 +160,7 @@ def _steps(run_dir: RunPath) -> int:
         ) from error
 
 
-def _last_metrics(run_dir: RunPath) -> list[dict[str, Any]]:
+def _last_metrics(run_dir: AnyPath) -> list[dict[str, Any]]:
     """The last lines of metrics.jsonl."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():

@@ -1,6 +1,6 @@
 """Which checkpoints a run has, and where. Without jax: `status` answers at once.
 
-    RUN/checkpoints/<step>/    or `checkpoint.directory` in place of RUN
+RUN/checkpoints/<step>/    or `checkpoint.directory` in place of RUN
 """
 
 import json
