@@ -4,12 +4,15 @@ Links in the documents are relative to the repository, where README.md and its k
 alone. So here
 
     a document at the root              becomes a page:  README.md -> index.md
+    a notebook                          becomes a page:  notebooks/quickstart.ipynb -> notebooks/quickstart.md
     a file that a document links to     becomes a page that shows it:  configs/sd15.py -> source/configs/sd15.py.md
     a link to either of them            leads to that page
 
 A link to anything else stays as it is, and `mkdocs build --strict` ends with an error.
 """
 
+import base64
+import json
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -24,8 +27,10 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "notebooks/README.md": "notebooks/index.md",
 }
-"""Documents at the root, by their names on the site."""
+PAGES |= {f"notebooks/{path.name}": f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+"""Documents outside of docs/, by their names on the site."""
 LANGUAGES = {".py": "python", ".yml": "yaml", ".cff": "yaml", ".toml": "toml", ".sh": "bash"}
 
 _LINK = re.compile(r"(\]\(<?)([^)\s>#]+)")
@@ -45,7 +50,8 @@ def rewritten(text: str, change: Callable[[str], str]) -> str:
 
 def home(page: str) -> str:
     """The folder in the repository that the links of a page of the site start from."""
-    return "" if page in PAGES.values() else posixpath.dirname(f"docs/{page}")
+    outside = {there: path for path, there in PAGES.items()}
+    return posixpath.dirname(outside.get(page, f"docs/{page}"))
 
 
 def page_of(path: str) -> str | None:
@@ -73,12 +79,38 @@ def shown(path: str) -> str:
     return f"{header}````{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}\n````\n"
 
 
+def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and the images that it shows, by their names."""
+    parts: list[str] = []
+    images: dict[str, bytes] = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for number, output in enumerate(cell["outputs"]):
+            if image := output.get("data", {}).get("image/jpeg"):
+                name = f"images/{path.stem}-{cell['id']}-{number}.jpg"
+                images[name] = base64.b64decode("".join(image))
+                parts.append(f"![What this cell shows]({name})")
+            else:
+                parts.append("```text\n" + "".join(output["text"]) + "\n```")
+    return "\n\n".join(parts) + "\n", images
+
+
 # What mkdocs calls
 
 
 def on_files(files: Files, config: Any) -> Files:
     for path, page in PAGES.items():
-        files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+        if not path.endswith(".ipynb"):
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+            continue
+        text, images = notebook(ROOT / path)
+        files.append(File.generated(config, page, content=text))
+        for name, image in images.items():
+            files.append(File.generated(config, f"notebooks/{name}", content=image))
     for file in list(files.documentation_pages()):
         for path in linked(file.content_string, file.src_uri):
             page = page_of(path)
