@@ -1,18 +1,22 @@
 """The promises of the watchdog: a run that hangs ends with exit code 1 and all stacks, one that works is left alone."""
 
 import dataclasses
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import killing
 import pytest
 import tiny
 
 from sdxl_jax.config import CompileAhead, TrainConfig
+from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.errors import MachineError
 from sdxl_jax.training.observe import watchdog
 from sdxl_jax.training.observe.clock import Clock, TimePart, read_starts
@@ -123,6 +127,24 @@ def test_sigusr1_prints_all_stacks_and_the_command_goes_on() -> None:
         out, _ = child.communicate("\n", timeout=60)
     assert "in wait_for_a_line" in "".join(stacks)
     assert (out, child.returncode) == ("done\n", 0)
+
+
+def worker(connection: Any) -> None:
+    end_with_parent()
+    connection.send("ready")
+    connection.recv()
+
+
+def test_sigusr1_ends_no_worker() -> None:
+    """A launcher signals all processes of a job."""
+    ours, theirs = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=worker, args=[theirs])
+    child.start()
+    assert ours.recv() == "ready" and child.pid is not None
+    os.kill(child.pid, signal.SIGUSR1)
+    ours.send("end")
+    child.join(60)
+    assert child.exitcode == 0
 
 
 # A whole run

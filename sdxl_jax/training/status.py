@@ -1,10 +1,7 @@
 """What a run directory says of its run, without jax and without disturbing it: `sdxl-jax status`.
 
-config.json      how many steps the run has
-metrics.jsonl    its last steps
-time.jsonl       where the time went, and how each start ended
-checkpoints/     what a resume starts from
-lock             whether a process trains in it
+It reads config.json (how many steps there are), metrics.jsonl (the last ones), time.jsonl (where the time went, and how
+each start ended), checkpoints/ (what a resume starts from), lock (whether a process trains in it).
 """
 
 import dataclasses
@@ -126,6 +123,7 @@ def is_running(run_dir: AnyPath) -> bool | None:
     except FileNotFoundError:
         return False
     try:
+        owner = os.read(descriptor, 4096).decode(errors="replace")
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -134,7 +132,7 @@ def is_running(run_dir: AnyPath) -> bool | None:
     finally:
         os.close(descriptor)
     # A killed process leaves its file. On some network file systems, locks of other machines are not seen.
-    return False if f" on {socket.gethostname()} since " in path.read_text() else None
+    return False if not owner or f" on {socket.gethostname()} since " in owner else None
 
 
 def holder(run_dir: AnyPath) -> str | None:
