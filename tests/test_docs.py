@@ -269,6 +269,14 @@ def test_links_of_the_readme_lead_to_pages_of_the_site(site: Path) -> None:
     assert "source/configs/finetune_1024.py/" in ours
 
 
+def test_every_notebook_is_a_page_with_the_images_that_it_keeps(site: Path) -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page = site / "notebooks" / path.stem
+        shown = re.findall(r'src="(\.\./images/[^"]+)"', (page / "index.html").read_text())
+        assert len(shown) == path.read_text().count('"image/jpeg"')
+        assert [target for target in shown if not (page / target).exists()] == []
+
+
 def test_the_site_loads_nothing_from_other_servers(site: Path) -> None:
     loaded = r"""<(?:script|img|iframe)[^>]+src=["']?https?:|<link[^>]+href=["']?https?:"""
     pages = sorted(site.rglob("*.html"))
