@@ -60,7 +60,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+def start(environment: dict[str, str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", JOIN],
         env=clean(os.environ) | {"JAX_PLATFORMS": "cpu"} | environment,

@@ -159,7 +159,8 @@ def _alone(error: Exception) -> bool:
         return True
     if "coordinator_address should be defined" in str(error):
         return (_number("OMPI_COMM_WORLD_SIZE") or 1) == 1  # jax does not detect every Open MPI
-    if _from(error, "requests") and len(_tpu_hosts()) < 2 and "MEGASCALE_NUM_SLICES" not in os.environ:
+    elsewhere = {"MEGASCALE_NUM_SLICES", "TPU_PROCESS_ADDRESSES_PATH"} & os.environ.keys()
+    if _from(error, "requests") and len(_tpu_hosts()) < 2 and not elsewhere:
         note = "This TPU machine has no metadata server, and no other machine is described"
     elif _in_pod() and not _from(error, "kubernetes") and _pod_of_no_job():
         note = "This pod belongs to no Job"
