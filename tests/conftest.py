@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bucket_server
+import checking
 import compiling
 import pytest
+
+checking.install()
 
 # Garbage collection scans all objects, and traced programs have millions of them: it took a sixth of the time.
 gc.set_threshold(100_000, 50, 1000)
