@@ -130,7 +130,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ProcessesConfig:
-    """The processes that train together, one per machine; the environment describes them (training/processes.py)."""
+    """The processes that train together, as the environment describes them (training/cluster.py)."""
 
     join_timeout_seconds: float = 300.0
     """How long to wait for all processes to join. Higher: slower machines may start later."""
