@@ -85,19 +85,18 @@ def open_model(
 
     Raises InputError and MachineError as `load_model`.
     """
-    weights = _open(path, "the model", options)
+    weights = _open(located(path, "the model"), options)
     for other in parts_from:
-        weights = with_parts(weights, _open(other, "the model of other parts", options), other)
+        weights = with_parts(weights, _open(located(other, "the model of other parts"), options), other)
     if options.prediction is None:
         return weights
     # The user's word overrides the files'.
     return dataclasses.replace(weights, config=dataclasses.replace(weights.config, prediction=options.prediction))
 
 
-def _open(given: str | PurePath, what: str, options: OpenOptions) -> Weights:
-    """One model, with what its files say of its origin. what: its role, for messages."""
-    path = located(given, what)
-    with buckets.answering(path, what) if in_bucket(path) else contextlib.nullcontext():
+def _open(path: AnyPath, options: OpenOptions) -> Weights:
+    """One model, with what its files say of its origin."""
+    with buckets.answering(path, "the model") if in_bucket(path) else contextlib.nullcontext():
         weights = _open_layout(path, options)
         source = dataclasses.replace(weights.provenance, name=weights.provenance.name or absolute(path).name)
         return dataclasses.replace(weights, licence=descriptions.stated_licence(path), provenance=source)
