@@ -39,12 +39,14 @@ def run(arguments: list[str], began: float) -> None:
     path = parsing.config_path(arguments, "train", USAGE)
     from sdxl_jax.config import load
     from sdxl_jax.jsontree import to_json
+    from sdxl_jax.progress import log_format, tqdm
 
     default = Train(run_dir=Path("runs") / path.stem)
     options, config = parsing.parse_with_config(default, load(path), arguments[1:], f"train {path}")
     from sdxl_jax.training import loop
 
-    print(json.dumps(to_json(config), indent=1))
+    with log_format(config.logging.format):
+        tqdm.write(json.dumps(to_json(config), indent=1))
     loop.train(
         config,
         options.run_dir,
