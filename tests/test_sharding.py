@@ -20,12 +20,14 @@ import sharded_step
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sdxl_jax import model, sharding
+from sdxl_jax.arrays import unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.optim import optimiser
 from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind
 from sdxl_jax.sharding import AXES, RULES, MeshConfig, path_name
 from sdxl_jax.training.state import create, partition
+from sdxl_jax.weights.lazy import abstract_leaves
 
 MODELS = {"SDXL base": model.SDXL_BASE, "SDXL refiner": model.SDXL_REFINER, "SD 1": model.SD1, "SD 2": model.SD2}
 
@@ -140,7 +142,7 @@ def test_batch_that_does_not_split_is_refused_with_a_size_that_does() -> None:
 @functools.cache
 def state_of(name: str) -> dict[str, Any]:
     """Shapes of everything that is sharded: the training state and the frozen parameters, at full size."""
-    params = jax.eval_shape(functools.partial(model.init, config=MODELS[name]), jax.random.key(0))
+    params = unflatten(abstract_leaves(MODELS[name]))
     trained, frozen = partition(params, ("^unet/",))
     make = functools.partial(create, optimiser=optimiser.make_optimiser(OptimiserConfig(), 1000), config=EmaConfig())
     return {"state": jax.eval_shape(make, trained), "frozen": frozen, "all": params}
@@ -160,7 +162,7 @@ def test_every_array_of_the_full_size_models_has_a_sharding(name: str, fsdp: int
 
 @pytest.mark.parametrize("kind", OptimiserKind)
 def test_every_array_of_every_optimiser_has_a_sharding(kind: OptimiserKind) -> None:
-    params = jax.eval_shape(functools.partial(model.init, config=MODELS["SDXL base"]), jax.random.key(0))
+    params = state_of("SDXL base")["all"]
     beta1 = 0.9 if kind is OptimiserKind.ADAFACTOR else None  # so that it has a first moment too
     state = jax.eval_shape(
         optimiser.make_optimiser(OptimiserConfig(kind, beta1=beta1), 1000).init, partition(params, (".",))[0]

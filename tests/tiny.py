@@ -10,17 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from sdxl_jax.arrays import unflatten
 from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.model import Model, ModelConfig, init
+from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
-from sdxl_jax.models.layers import abstract
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import OptimiserConfig
+from sdxl_jax.weights.lazy import abstract_leaves
 
 MODEL = ModelConfig(
     unet=UNetConfig(
@@ -58,7 +59,7 @@ def random_model(config: ModelConfig, seed: int) -> Model:
         embedding = names[-1] in ("embedding", "position_embedding")
         return jnp.asarray((1.0 if embedding else 0.1) * noise + (names[-1] == "scale"))
 
-    return Model(config, jax.tree_util.tree_map_with_path(draw, abstract(lambda key: init(key, config))))
+    return Model(config, jax.tree_util.tree_map_with_path(draw, unflatten(abstract_leaves(config))))
 
 
 def make_folder(folder: Path, images: int = 16) -> Path:

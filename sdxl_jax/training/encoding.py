@@ -41,7 +41,7 @@ from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.initial import initial_weights
 from sdxl_jax.training.state import partition
-from sdxl_jax.weights.lazy import part_configs
+from sdxl_jax.weights.lazy import abstract_leaves, part_configs
 
 _CODE = (
     *("arrays.py", "conditioning/clip_merges.txt.gz", "conditioning/text.py", "data/crops.py", "data/images.py"),
@@ -98,8 +98,7 @@ def check_frozen(config: TrainConfig) -> None:
     """Raises InputError if a cache is given and an encoder is trainable."""
     if config.data.cache is None:
         return
-    abstract = jax.eval_shape(functools.partial(model.init, config=config.model), jax.random.key(0))
-    trained, _ = partition(abstract, config.training.trainable)
+    trained, _ = partition(unflatten(abstract_leaves(config.model)), config.training.trainable)
     if trainable := [part for part in encoder_parts(config) if part in trained]:
         raise InputError(
             f"data.cache={config.data.cache} holds the outputs of {', '.join(trainable)} before training, but "
@@ -341,10 +340,12 @@ def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
 
     def make(key: Key[jax.Array, ""]) -> Params:
         fresh = flatten(model.init(key, config.model))
-        return {path: leaf for path, leaf in fresh.items() if path not in initial and path.split("/")[0] in parts}
+        return {path: fresh[path] for path in missing}
 
-    missing = jax.eval_shape(make, jax.random.key(0))
-    if progress and missing:
+    missing = {path: leaf for path, leaf in abstract_leaves(config.model, parts).items() if path not in initial}
+    if not missing:
+        return unflatten(initial)
+    if progress:
         random = sorted({path.split("/")[0] for path in missing})
         tqdm.write(f"  at random weights, at least in part: {', '.join(random)}")
     shardings = flatten(sharding.place(mesh, unflatten(missing)))

@@ -16,7 +16,7 @@ import abc
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
@@ -38,7 +38,7 @@ from sdxl_jax.training.initial import check_initial, initial_weights
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Metrics, Step, make_step
-from sdxl_jax.weights.lazy import part_configs
+from sdxl_jax.weights.lazy import abstract_leaves, part_configs
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -131,7 +131,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     def abstract_state(self, mesh: Mesh) -> tuple[TrainState, Params]:
         """Shapes, dtypes and shardings of the state and of the frozen parameters; no array is created."""
-        params = jax.eval_shape(self.init, jax.random.key(0))
+        params = unflatten(abstract_leaves(self.model_config, self.parts))
         trained, frozen = partition(params, self.config.training.trainable)
         make = functools.partial(create, optimiser=self.optimiser, config=self.config.ema)
         return sharding.placed(mesh, jax.eval_shape(make, trained)), sharding.placed(mesh, frozen)
@@ -145,6 +145,13 @@ class Objective(abc.ABC, Generic[Config]):
     ) -> tuple[TrainState, Params]:
         """The state before the first step and the frozen parameters. Each array is created with its sharding, or taken
         from `initial`, by path."""
+        with warnings.catch_warnings():
+            # The average starts as a copy of the trainable parameters: only one of the two can reuse a donated buffer.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            return self.jitted_start(abstract, abstract_frozen)(jax.random.key(self.config.training.seed), initial)
+
+    def jitted_start(self, abstract: TrainState, abstract_frozen: Params) -> Callable[..., tuple[TrainState, Params]]:
+        """(random key, initial parameters by path) → `fresh_state`. The given parameters are donated."""
 
         def make(key: Key[jax.Array, ""], initial: dict[str, Float32[jax.Array, "..."]]) -> tuple[TrainState, Params]:
             params = unflatten(flatten(self.init(key)) | initial)
@@ -152,11 +159,7 @@ class Objective(abc.ABC, Generic[Config]):
             return create(trained, self.optimiser, self.config.ema), frozen
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
-        with warnings.catch_warnings():
-            # The average starts as a copy of the trainable parameters: only one of the two can reuse a donated buffer.
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-            start = jax.jit(make, out_shardings=shardings, donate_argnums=1)
-            return start(jax.random.key(self.config.training.seed), initial)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=1)
 
     # Step
 
