@@ -77,3 +77,12 @@ def bucket(_bucket_server: str) -> str:
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     storage.Client(project="project").create_bucket(name)
     return f"gs://{name}"
+
+
+@pytest.fixture(scope="module")
+def shared_steps() -> Iterator[None]:
+    """`pytestmark = pytest.mark.usefixtures("shared_steps")` for files with many runs of one configuration."""
+    import sharing  # late: it imports the package
+
+    with sharing.shared_steps():
+        yield

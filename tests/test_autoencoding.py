@@ -37,6 +37,8 @@ from sdxl_jax.training.objectives.autoencoding import (
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import open_model
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 STEPS = 4
 VAE = VaeConfig(block_channels=(4, 4, 4, 4), resnets_per_block=1, groups=2)
 

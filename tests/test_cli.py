@@ -35,7 +35,7 @@ def get_config():
 """
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:

@@ -51,7 +51,7 @@ DAMAGED = (7, 8)
 UNET = dataclasses.replace(tiny.MODEL.unet, block_channels=(8,), transformer_depth=(0,), middle_depth=1, heads=(1,))
 MODEL = dataclasses.replace(tiny.MODEL, unet=UNET, vae=dataclasses.replace(tiny.MODEL.vae, block_channels=(4, 4)))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "shared_steps")
 
 
 def make_images(folder: Path) -> Path:

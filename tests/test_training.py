@@ -54,6 +54,8 @@ from sdxl_jax.training.step import Metrics, Step, make_step
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import open_model
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
 STEPS, EPOCH = 6, 4
 
 
