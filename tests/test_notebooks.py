@@ -200,7 +200,7 @@ def test_sample_sdxl_runs_with_base_and_refiner(run: Run, tmp_path: Path) -> Non
     )
     convert(base, tmp_path / "base", "orbax", progress=False)
     convert(tiny.random_model(refiner, 1), tmp_path / "refiner", "orbax", progress=False)
-    notebook = run("sample_sdxl", "MODEL = 'base'", "REFINER = 'refiner'", "SIDE = 32", "STEPS = 4")
+    notebook = run("sample_sdxl", "MODEL = 'base'", "REFINER = 'refiner'", "SIDE = 32", "STEPS = 10")
     assert images(notebook) == 6
 
 
