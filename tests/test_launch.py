@@ -2,6 +2,7 @@
 and clusters (tests/launch/stub.py); no cloud is reached."""
 
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
@@ -493,11 +494,27 @@ def test_missing_credentials_and_keys_are_refused_with_the_remedy(machine: Machi
     assert "fly: give one of the commands above" in done.stderr
 
 
-def test_the_preflight_refuses_a_topology_that_there_is_not(machine: Machine) -> None:
+def real_program(machine: Machine) -> None:
+    """Puts the package's own sdxl-jax in place of the stub."""
     shutil.copy(shutil.which("sdxl-jax", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "", machine.bin)
+
+
+def test_the_preflight_refuses_a_topology_that_there_is_not(machine: Machine) -> None:
+    real_program(machine)
     done = machine.call("tpu-vm.sh", "create", variables=VARIABLES["tpu-vm.sh"] | {"TOPOLOGY": "v5e:4x4x4"})
     assert done.returncode == 2
     assert "'v5e:4x4x4' has no arrangement of 2 axes" in done.stderr, done.stderr + done.stdout
+    assert machine.count(SUBMITS) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_aot
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu (extra aot) is not installed")
+def test_the_preflight_refuses_a_mesh_that_the_chips_do_not_fill(machine: Machine) -> None:
+    real_program(machine)
+    done = machine.call("tpu-vm.sh", "create", "--mesh.fsdp", "3", variables=VARIABLES["tpu-vm.sh"])
+    assert done.returncode == 2
+    assert "mesh.fsdp=3 × mesh.tensor=1 does not make 16 devices" in done.stderr, done.stderr + done.stdout
     assert machine.count(SUBMITS) == 0
 
 

@@ -25,7 +25,7 @@ retry() {
 setup() {
   export PATH=$HOME/.local/bin:$PATH PIP_BREAK_SYSTEM_PACKAGES=1
   type -P uv >/dev/null || retry python3 -m pip install --user --quiet uv
-  [[ -x $PYTHON ]] || retry uv venv --quiet --python 3.12 "$HOME/venv"
+  [[ -x $PYTHON ]] || retry uv venv --quiet --clear --python 3.12 "$HOME/venv"
   retry uv pip sync --quiet --python "$PYTHON" launch/requirements-tpu.txt
   retry uv pip install --quiet --python "$PYTHON" --no-deps --editable .
   # What a run's config.json has as its commit is read here.
