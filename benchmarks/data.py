@@ -461,12 +461,12 @@ def plot_memory(results: dict[str, Any], path: Path) -> None:
 def write_index(folder: Path, shards: Path, images: int) -> None:
     """An index of `images` images, whose sizes and records are drawn at random from a small shard set."""
     from sdxl_jax.data.build.shard_writing import Columns, IndexWriter
-    from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_path
+    from sdxl_jax.data.shards import DESCRIPTION, FORMAT, open_shards, shard_name
 
     small, rng = open_shards(shards), np.random.default_rng(0)
-    real = shard_path(folder, 0)
+    real = folder / shard_name(0)
     real.parent.mkdir(parents=True)
-    real.write_bytes(shard_path(shards, 0).read_bytes())
+    real.write_bytes((shards / shard_name(0)).read_bytes())
     with IndexWriter(folder, []) as index:
         for first in tqdm(range(0, images, 1_000_000), "Writing the index", unit="M images", leave=False, disable=None):
             block = min(1_000_000, images - first)

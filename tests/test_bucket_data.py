@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from image_sources import encoded, write_folder, write_tar
+from etils import epath
+from image_sources import encoded, write_folder, write_parquet, write_tar
 from test_data_cache import MADE_FROM, assert_holds_all, start, write, write_piece
 from test_data_resume import fields
 
@@ -26,22 +28,28 @@ from sdxl_jax.data.record_files import Unavailable
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.shards import open_shards
 from sdxl_jax.errors import InputError, MachineError
-from sdxl_jax.files import buckets
-from sdxl_jax.files.paths import located
+from sdxl_jax.files import buckets, objects
+from sdxl_jax.files.paths import in_bucket, located
 
 STEPS = 6
+
+
+def remote(path: str) -> epath.Path:
+    found = located(path, "the path")
+    assert in_bucket(found)
+    return found
 
 
 def upload(folder: Path, target: str) -> str:
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            buckets.upload(path, located(target, "target") / path.relative_to(folder).as_posix(), "target")
+            buckets.upload(path, remote(target) / path.relative_to(folder).as_posix(), "target")
     return target
 
 
 def content(target: str) -> dict[str, bytes]:
     """The bytes of all objects by name."""
-    folder = located(target, "target")
+    folder = remote(target)
     return {name: buckets.read_bytes(folder / name, "target") or b"" for name in buckets.files(folder, "target")}
 
 
@@ -188,7 +196,7 @@ def test_a_set_that_is_replaced_while_its_index_is_copied_is_refused(bucket, sha
     real = buckets.download
 
     def replaces(path, *arguments):
-        description = located(target, "") / "shards.json"
+        description = remote(target) / "shards.json"
         description.write_text(description.read_text().replace('"source"', '"origin"'))
         real(path, *arguments)
 
@@ -224,7 +232,7 @@ def test_a_folder_of_images_in_a_bucket_names_the_remedy(bucket, tmp_path):
 )
 def test_what_is_missing_or_damaged_in_the_bucket_is_named(bucket, shards, change, message):
     target = upload(shards, f"{bucket}/shards")
-    change(located(target, ""))
+    change(remote(target))
     with pytest.raises(InputError, match=message):
         open_shards(target).read(0)
 
@@ -238,6 +246,125 @@ def test_a_bucket_that_stops_answering_ends_the_data_and_replaces_no_image(bucke
     monkeypatch.setattr(ArrayRecordDataSource, "__getitem__", lambda self, record: threading.Event().wait())
     with pytest.raises(Unavailable, match=rf"{target}/shards/0000\d.* was not read within 0\.3 s"):
         next(dataset.iterate())
+
+
+# Building
+
+
+def as_tars(folder: Path) -> Path:
+    names = sorted(make_images())
+    for tar, part in enumerate((names[:6], names[6:10], names[10:])):
+        write_tar(folder / f"{tar}.tar.gz", {name: make_images()[name] for name in part}, "w:gz")
+    (folder / "1.tar.gz").write_bytes((folder / "1.tar.gz").read_bytes()[:-900])  # cut off: refused
+    return folder
+
+
+def as_table(folder: Path) -> Path:
+    images = [data for name, data in sorted(make_images().items()) if name.endswith(".jpg")]
+    columns = {"image": [*images, b"no image"], "text": [f"row {n}" for n in range(len(images) + 1)]}
+    write_parquet(folder / "a.parquet", columns, row_group_size=4)
+    write_parquet(folder / "b.parquet", columns, row_group_size=4)
+    return folder
+
+
+def as_folder(folder: Path) -> Path:
+    write_folder(folder, {f"sub/{name}": data for name, data in make_images().items()})
+    return write_folder(folder, {"bad.jpg": b"no image", "bad.txt": b"text", "alone.txt": b"no image", "x": encoded()})
+
+
+def as_metadata(folder: Path) -> Path:
+    images = {name: data for name, data in make_images().items() if name.endswith(".jpg")}
+    rows = "".join(f'{name},"text, of {name}"\n' for name in images)
+    return write_folder(folder, {**images, "metadata.csv": f"file_name,text\n{rows}none.jpg,x\n".encode("utf-16")})
+
+
+SOURCES = {"tars": as_tars, "table": as_table, "folder": as_folder, "metadata": as_metadata}
+
+
+def built(source: object, target: object) -> None:
+    build(str(source), located(str(target), "target"), workers=0, progress=False)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_a_source_in_a_bucket_is_built_to_the_bytes_of_the_same_folder(bucket, tmp_path, kind):
+    """All but the source's own path, in shards.json."""
+    local = SOURCES[kind](tmp_path / "source")
+    built(local, tmp_path / "local")
+    source = upload(local, f"{bucket}/source")
+    built(source, tmp_path / "remote")
+    one, other = files(tmp_path / "local"), files(tmp_path / "remote")
+    described, of_bucket = json.loads(one.pop("shards.json")), json.loads(other.pop("shards.json"))
+    assert one == other and one["refused.jsonl"]
+    assert of_bucket["source"] == source
+    assert {**described, "source": "", "pieces": ""} == {**of_bucket, "source": "", "pieces": ""}
+
+
+def test_a_set_built_in_a_bucket_has_the_bytes_of_the_folder(bucket, shards, tmp_path):
+    tars = as_tars(tmp_path / "tars")
+    built(tars, tmp_path / "local")
+    built(tars, f"{bucket}/shards")
+    assert content(f"{bucket}/shards") == files(tmp_path / "local")
+    built(f"{bucket}/shards", f"{bucket}/copy")
+    copy, local = open_shards(f"{bucket}/copy"), open_shards(tmp_path / "local")
+    assert [(copy.read(n), copy.captions(n)) for n in range(len(local))] == [
+        (local.read(n), local.captions(n)) for n in range(len(local))
+    ]
+
+
+def test_an_interrupted_build_in_a_bucket_is_no_set_and_is_resumed(bucket, tmp_path, monkeypatch):
+    tars, target, uploads = as_tars(tmp_path / "tars"), f"{bucket}/shards", []
+    built(tars, tmp_path / "local")
+    real = buckets.upload
+
+    def stops(source, path, *arguments):
+        uploads.append(str(path).removeprefix(f"{target}/"))
+        if len(uploads) in stops_at:
+            raise KeyboardInterrupt
+        real(source, path, *arguments)
+
+    monkeypatch.setattr(buckets, "upload", stops)
+    stops_at = {5}  # in the second piece
+    with pytest.raises(KeyboardInterrupt):
+        built(tars, target)
+    assert "shards.json" not in content(target)
+    with pytest.raises(InputError, match="is not finished: run the same command again"):
+        open_shards(target)
+    with pytest.raises(InputError, match=r"an unfinished build with source="):
+        built(as_table(tmp_path / "table"), target)
+    built(tars, target)
+    assert content(target) == files(tmp_path / "local")
+    assert uploads.count("parts/00000/columns.npz") == 1, "no finished piece is written again"
+    before = content(target)
+    built(tars, target)
+    assert content(target) == before
+
+
+def test_a_destination_in_a_bucket_that_holds_something_else_is_refused(bucket, shards, tmp_path):
+    upload(write_folder(tmp_path / "other", {"a": b"b"}), f"{bucket}/other")
+    tars = as_tars(tmp_path / "tars")
+    with pytest.raises(InputError, match="holds other files and is not a shard set"):
+        built(tars, f"{bucket}/other")
+    target = upload(shards, f"{bucket}/shards")
+    with pytest.raises(InputError, match="holds a finished build with source="):
+        built(tars, target)
+    with pytest.raises(InputError, match="does not exist: the bucket has no object of that name"):
+        built(f"{bucket}/nowhere", tmp_path / "local")
+    with pytest.raises(InputError, match="has no usable image"):
+        built(upload(write_folder(tmp_path / "bad", {"a.jpg": b"x", "a.txt": b"y"}), f"{bucket}/bad"), f"{bucket}/x")
+    assert content(f"{bucket}/x") == {}
+
+
+def test_an_object_that_is_deleted_while_it_is_read_is_an_error(bucket):
+    path = remote(f"{bucket}/object")
+    objects.write_bytes(path, b"0123456789" * 100, "")
+    with objects.open_object(path, "", 100) as file:
+        assert file.read(5) == b"01234" and file.seek(-3, 2) == 997 and file.read() == b"789"
+        file.seek(500)
+        buckets.delete(path, "")  # the server of the tests does not compare generations
+        with pytest.raises(OSError, match="replaced or deleted"):
+            file.read(200)
+    with pytest.raises(FileNotFoundError):
+        objects.open_object(remote(f"{bucket}/none"), "")
 
 
 # Caches
@@ -280,7 +407,7 @@ def test_a_cache_in_a_bucket_is_refused_as_in_a_folder(bucket, tmp_path):
     target = f"{bucket}/cache"
     with pytest.raises(InputError, match=f"is not a cache: it has no {DESCRIPTION}"):
         open_cache(target, MADE_FROM)
-    buckets.upload(Path(__file__), located(target, "") / "a file", "")
+    buckets.upload(Path(__file__), remote(target) / "a file", "")
     with pytest.raises(InputError, match="holds other files"):
         start(target)
     write(f"{bucket}/second")

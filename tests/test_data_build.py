@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdxl_jax.data.build import build as build_module
-from sdxl_jax.data.build.build import Built, _build, _identity, build, find_duplicates
+from sdxl_jax.data.build import destinations
+from sdxl_jax.data.build.build import Built, _build, _identity, build
+from sdxl_jax.data.build.destinations import find_duplicates
 from sdxl_jax.data.build.records import Record, Unit, units
 from sdxl_jax.data.shards import open_shards
 from sdxl_jax.data.sources import Refused
@@ -124,7 +125,7 @@ def test_duplicates_are_dropped_only_on_request_and_the_first_stays(finished, tm
 
 
 def test_duplicates_are_found_across_blocks_and_rounds(monkeypatch):
-    monkeypatch.setattr(build_module, "_BLOCK", 64)
+    monkeypatch.setattr(destinations, "_BLOCK", 64)
     hashes = np.random.default_rng(0).integers(0, 256, (3000, 16), np.uint8)
     hashes[:, 1:] = 0
     hashes[1000:, 9] = 1  # the halves alone are not equal

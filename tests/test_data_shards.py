@@ -19,7 +19,7 @@ from sdxl_jax.data.build.shard_writing import Columns, FinishedPart, IndexWriter
 from sdxl_jax.data.captions import NUMBERS_LIMIT
 from sdxl_jax.data.images import decode
 from sdxl_jax.data.record_files import RecordFiles
-from sdxl_jax.data.shards import CAPTIONS, DESCRIPTION, FORMAT, open_shards, shard_path
+from sdxl_jax.data.shards import CAPTIONS, DESCRIPTION, FORMAT, open_shards, shard_name
 from sdxl_jax.data.sources import ImageSource, Refused
 from sdxl_jax.errors import InputError
 
@@ -52,8 +52,8 @@ def write(folder: Path, pieces=PIECES) -> Path:
             index.append(part.columns(), np.full_like(record, number), record)
             size = 0
             if part.records.exists():
-                os.rename(part.records, shard_path(folder, number))
-                size = shard_path(folder, number).stat().st_size
+                os.rename(part.records, folder / shard_name(number))
+                size = (folder / shard_name(number)).stat().st_size
             index.append_shard(part.count(), size)
         description = index.finish()
     (folder / "refused.jsonl").write_bytes(b"".join(part.refused() for part in parts))
@@ -196,7 +196,7 @@ def test_a_damaged_shard_is_named_when_its_record_is_read(tmp_path, damage, mess
     rng = np.random.default_rng(0)
     pieces = [[(f"{n}", rng.bytes(65_000), (8, 8), ("x",), {}) for n in range(2)] for _ in range(2)]
     folder = write(tmp_path / "shards", pieces)
-    path = shard_path(folder, 0)
+    path = folder / shard_name(0)
     damaged = damage(path.read_bytes())
     path.unlink()
     if damaged is not None:
@@ -360,6 +360,8 @@ def test_damaged_captions_name_the_image(tmp_path):
     content[3] = 0xFF
     (folder / CAPTIONS).write_bytes(content)
     shards = open_shards(folder)
-    with pytest.raises(InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy the whole folder again"):
+    with pytest.raises(
+        InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy the whole"
+    ):
         shards.captions(0)
     assert shards.captions(1) == ("b",)

@@ -9,8 +9,10 @@ import tyro
 
 from sdxl_jax.commands import parsing, signals
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files.paths import AnyPath, local
 
 USAGE = """usage: sdxl-jax data build SRC DST             pack captioned images into shards
+       sdxl-jax data build SRC DST --runner beam -- PIPELINE OPTIONS
        sdxl-jax data inspect SRC-or-CONFIG     images, buckets and refusals, as training sees them
        sdxl-jax data encode CONFIG.py          latents and text states, computed once for all epochs
 
@@ -35,14 +37,19 @@ def run(arguments: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Build:
-    """Pack captioned images into shards for training. Runs in parallel, resumes, and lists what it refuses."""
+    """Pack captioned images into shards for training. Runs in parallel, resumes, and lists what it refuses.
+
+    With --runner beam everything after -- is an option of the Apache Beam pipeline, e.g. -- --runner DataflowRunner.
+    """
 
     source: tyro.conf.Positional[str]
-    """A folder of images, tars (WebDataset), Parquet files, or tfds:NAME."""
-    destination: tyro.conf.Positional[Path]
-    """A new folder, or that of an interrupted build of the same source, which is resumed."""
+    """A folder of images, tars (WebDataset), Parquet files, local or in a bucket (gs://...), or tfds:NAME."""
+    destination: tyro.conf.Positional[AnyPath]
+    """A new folder, local or in a bucket, or that of an interrupted build of the same source, which is resumed."""
     workers: int | None = None
     """Worker processes. Default: one per core."""
+    runner: Literal["local", "beam"] = "local"
+    """Who reads the source: local, processes of this machine; or beam, the workers of an Apache Beam pipeline."""
     drop_duplicates: bool = False
     """Leave out images whose files equal an earlier one's byte for byte. Default: count them only."""
     caption_lines: Literal["lines", "whole"] = "lines"
@@ -50,12 +57,20 @@ class Build:
 
 
 def _build(arguments: list[str]) -> None:
-    options = parsing.parse(Build, arguments, "data build")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, pipeline = parsing.parse(Build, arguments[:end], "data build"), arguments[end + 1 :]
+    if options.runner == "local" and pipeline:
+        raise InputError(f"Pipeline options are given ({' '.join(pipeline)}) without --runner beam. Add it")
+    if options.runner == "beam" and options.workers is not None:
+        raise InputError(
+            f"--workers {options.workers} has no effect with --runner beam. Give the pipeline's option instead, e.g. "
+            "-- --direct_num_workers 8"
+        )
     with signals.stop():
-        _run_build(options)
+        _run_build(options, pipeline if options.runner == "beam" else None)
 
 
-def _run_build(options: Build) -> None:
+def _run_build(options: Build, pipeline: list[str] | None) -> None:
     from sdxl_jax.data.build.build import build
     from sdxl_jax.data.captions import CaptionLines
 
@@ -65,6 +80,7 @@ def _run_build(options: Build) -> None:
         workers=options.workers,
         drop_duplicates=options.drop_duplicates,
         caption_lines=CaptionLines(options.caption_lines),
+        pipeline=pipeline,
     )
     done = "was finished already" if built.was_finished else "finished"
     print(
@@ -80,8 +96,8 @@ def _run_build(options: Build) -> None:
 class Inspect:
     """Inspect a dataset as training sees it: images, buckets, refusals."""
 
-    source: tyro.conf.Positional[Path]
-    """A folder of captioned images, a shard set, or a configuration file."""
+    source: tyro.conf.Positional[AnyPath]
+    """A folder of captioned images, a shard set, which may be in a bucket, or a configuration file."""
     json: bool = False
     """Print JSON instead of a table."""
     dump: Annotated[tuple[int, Path] | None, tyro.conf.arg(metavar="N DIR")] = None
@@ -97,7 +113,7 @@ def _inspect(arguments: list[str]) -> None:
     from sdxl_jax.data.settings import DataConfig
 
     is_config = options.source.suffix == ".py"
-    run = load(options.source) if is_config else None
+    run = load(local(options.source, "the configuration")) if is_config else None
     config = DataConfig(folder=str(options.source)) if run is None else run.data
     if options.plot is not None:
         plots.check(options.plot)
@@ -169,9 +185,11 @@ def _run_encode(path: Path, arguments: list[str]) -> None:
     from sdxl_jax.config import load
 
     options, config = parsing.parse_with_config(Encode(), load(path), arguments, f"data encode {path}")
+    from sdxl_jax.progress import log_format
     from sdxl_jax.training.encoding import encode
 
-    plan, refused = encode(config, batch_size=options.batch_size, share=options.share)
+    with log_format(config.logging.format):
+        plan, refused = encode(config, batch_size=options.batch_size, share=options.share)
     missing = len(plan.missing())
     state = f"{missing} of {plan.pieces} pieces are missing, of other shares" if missing else "complete"
     bad = f"; {refused} could not be encoded, training replaces them" if refused else ""

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float32, Int32, UInt8
 
 from sdxl_jax.data import formats
@@ -57,11 +58,15 @@ from sdxl_jax.data.sources import (
     summary,
 )
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import buckets, objects
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.files.text import encoding_of, printable, utf8_lines
 from sdxl_jax.progress import tqdm
 
 _PIECE_IMAGES = 1000  # enough that starting a piece costs nothing, few enough to balance workers
+_READ_TOGETHER = 64  # images of a bucket in memory
 _THREADS = 8  # they wait for the disk, and both decoders release the interpreter's lock
+_PEEK_BYTES = 1 << 16
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
@@ -79,9 +84,12 @@ class ListedImage(NamedTuple):
     numbers: Mapping[str, float] = {}
 
 
-def list_files(folder: Path) -> tuple[list[str], list[Refused]]:
+def list_files(folder: AnyPath) -> tuple[list[str], list[Refused]]:
     """All files in the folder and its subfolders, as sorted relative names, without hidden ones, and refusals of
-    folders that cannot be listed. Links to folders are followed."""
+    folders that cannot be listed. Links to folders are followed. The folder may be in a bucket."""
+    if in_bucket(folder):
+        found = buckets.files(folder, "the source")
+        return sorted(name for name in found if not any(part.startswith(".") for part in name.split("/"))), []
     names, seen, refused = [], set(), []
 
     def unreadable(problem: OSError) -> None:
@@ -101,7 +109,7 @@ def images_among(names: list[str]) -> list[str]:
     return [name for name in names if formats.is_image_name(name)]
 
 
-def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _metadata_lines(path: AnyPath) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number, fields or the reason for a refusal) for each line of `metadata.jsonl` or `metadata.csv`."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(utf8_lines(path), start=1):
@@ -113,7 +121,7 @@ def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         return
     with path.open("rb") as file:
         encoding = encoding_of(file.read(4))
-    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(path.open("rb"), encoding=encoding, errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
         if "file_name" not in header or caption_field(header) is None:
@@ -142,7 +150,7 @@ def _metadata_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield rows.line_num, fields
 
 
-def _images_in_metadata(path: Path, images: set[str]) -> tuple[dict[str, ListedImage], list[Refused]]:
+def _images_in_metadata(path: AnyPath, images: set[str]) -> tuple[dict[str, ListedImage], list[Refused]]:
     """The images of a metadata file by name, and refused lines and images. images: the names of those in the folder."""
     several_lines = path.suffix == ".csv"  # which has no lists
     listed: dict[str, ListedImage] = {}
@@ -207,7 +215,7 @@ class Listing(NamedTuple):
     """Number of images, usable or not."""
 
 
-def list_images(folder: Path, names: list[str]) -> Listing:
+def list_images(folder: AnyPath, names: list[str]) -> Listing:
     """The images among the files of a folder, and the refusals so far.
 
     Raises InputError: both kinds of metadata; a metadata.csv without the columns.
@@ -225,7 +233,7 @@ def list_images(folder: Path, names: list[str]) -> Listing:
     return Listing(usable, [*refused, *refused_images.values()], len(images) + len(refused_images))
 
 
-def _refused_by_name_or_content(folder: Path, names: list[str]) -> dict[str, Refused]:
+def _refused_by_name_or_content(folder: AnyPath, names: list[str]) -> dict[str, Refused]:
     """Refusals by name: images whose extension is never read, and images by content without an image's extension."""
     refused = {}
     for name in names:
@@ -255,13 +263,15 @@ def metadata_below(names: list[str]) -> list[str]:
 def _open(path: str) -> io.BufferedReader:
     """An open file, its first bytes buffered. Raises Unusable where it cannot be read, and InputError or MachineError
     where it disappeared or its storage failed since it was listed."""
+    if in_bucket(where := located(path, "the source")):
+        return _open_object(where)
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise Unusable("not a regular file")
         if status.st_size > BYTES_LIMIT:
             raise Unusable(f"{status.st_size} bytes, the limit is {BYTES_LIMIT}")
-        file: io.BufferedReader = io.BufferedReader(io.FileIO(path), 1 << 16)
+        file: io.BufferedReader = io.BufferedReader(io.FileIO(path), _PEEK_BYTES)
     except PermissionError as problem:
         raise Unusable(f"cannot be opened ({problem.strerror})") from None
     except OSError as problem:
@@ -273,6 +283,18 @@ def _open(path: str) -> io.BufferedReader:
     except OSError as problem:
         file.close()
         raise gone(path, problem) from problem
+    return file
+
+
+def _open_object(path: epath.Path) -> io.BufferedReader:
+    """As `_open`."""
+    try:
+        file = objects.open_object(path, "the source", _PEEK_BYTES)
+    except OSError as problem:
+        raise gone(str(path), problem) from problem
+    if (length := file.seek(0, os.SEEK_END)) > BYTES_LIMIT:
+        raise Unusable(f"{length} bytes, the limit is {BYTES_LIMIT}")
+    file.seek(0)
     return file
 
 
@@ -308,15 +330,24 @@ class FolderPiece(NamedTuple):
 
     def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
         """The images with their captions, in order, or their refusals. Raises as `_open`."""
-        for image in self.images:
-            try:
-                captions, numbers = _captions(self.folder, image, caption_lines)
-                yield RawExample(image.name, _file_bytes(f"{self.folder}/{image.name}"), captions, numbers)
-            except Unusable as problem:
-                yield Refused(image.name, str(problem))
+        read = functools.partial(_read_example, self.folder, caption_lines)
+        if not in_bucket(located(self.folder, "the source")):
+            yield from map(read, self.images)
+            return
+        with ThreadPool(_THREADS) as pool:  # every file is a request or two
+            for start in range(0, len(self.images), _READ_TOGETHER):
+                yield from pool.map(read, self.images[start : start + _READ_TOGETHER], chunksize=1)
 
 
-def pieces(folder: Path, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
+def _read_example(folder: str, caption_lines: CaptionLines, image: ListedImage) -> RawExample | Refused:
+    try:
+        captions, numbers = _captions(folder, image, caption_lines)
+        return RawExample(image.name, _file_bytes(f"{folder}/{image.name}"), captions, numbers)
+    except Unusable as problem:
+        return Refused(image.name, str(problem))
+
+
+def pieces(folder: AnyPath, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
     """The pieces of a folder, each with its name. Raises InputError as `list_images`."""
     images, refused, _ = list_images(folder, names)
     if refused:

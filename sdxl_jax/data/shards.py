@@ -58,9 +58,9 @@ COLUMN_TYPES: dict[str, tuple[str, tuple[int, ...]]] = {
 """For each column of the index, the dtype and the shape of a row."""
 
 
-def shard_path(folder: AnyPath, shard: int) -> AnyPath:
-    """Path of the shard of that number in the shard set `folder`."""
-    return folder / SHARDS / f"{shard:05d}.array_record"
+def shard_name(shard: int) -> str:
+    """Path of the shard of that number in the folder of a shard set."""
+    return f"{SHARDS}/{shard:05d}.array_record"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -157,7 +157,7 @@ class ShardSet:
         self._check(image)
         shard = int(self._columns["shard"][image])
         size = int(self._columns["shard_extent"][shard, 1])
-        return self._files.read(shard_path(self.path, shard), int(self._columns["record"][image]), size)
+        return self._files.read(self.path / shard_name(shard), int(self._columns["record"][image]), size)
 
     def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
         """RGB, 0..255, upright; with `at_least` it may be downscaled while decoding, as in `images.decode`.
@@ -219,7 +219,7 @@ def _description(path: AnyPath) -> tuple[dict[str, Any], bytes]:
         raise InputError(f"There is no folder {path}. {expected}. Check the path, seen from {Path.cwd()}")
     try:
         content = _read(path / DESCRIPTION)
-        description = None if content is None else json.loads(content)
+        description: Any = None if content is None else json.loads(content)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
         raise fault(problem)(
             f"{path / DESCRIPTION} cannot be read ({problem}). Copy it again, or build the shard set again"

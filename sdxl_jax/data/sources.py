@@ -9,6 +9,7 @@ Not here: any source. Folders of images are in `folders`, shard sets in `shards`
 """
 
 import enum
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from sdxl_jax.errors import InputError, MachineError, fault
-from sdxl_jax.files.paths import AnyPath
+from sdxl_jax.files import objects
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 
 
 class OnRefused(enum.Enum):
@@ -159,6 +161,13 @@ class Refusals(NamedTuple):
 
     def samples(self) -> Iterator[RawExample | Refused]:
         yield from self.refused
+
+
+def open_stream(path: str, chunk_bytes: int = objects.CHUNK_BYTES) -> io.BufferedReader:
+    """Opens a file of a source, local or in a bucket, for reading and seeking. Raises OSError, and for buckets as
+    `objects.open_object`, as do reads. chunk_bytes: of a request to a bucket, at least."""
+    where = located(path, "the source")
+    return objects.open_object(where, "the source", chunk_bytes) if in_bucket(where) else where.open("rb")
 
 
 def gone(path: str, problem: OSError) -> InputError | MachineError:

@@ -132,10 +132,11 @@ def version(path: epath.Path, what: str) -> tuple[int, int] | None:
 
 def files(path: epath.Path, what: str) -> dict[str, int]:
     """Objects below a folder, by their path from there, with their sizes in bytes."""
-    bucket, prefix = _split(path)
+    bucket, name = _split(path)
+    prefix = name and f"{name}/"
     with reported(path, what):
-        found = _client().list_blobs(bucket, prefix=f"{prefix}/", timeout=TIMEOUT_SECONDS, retry=_retry())
-        return {blob.name.removeprefix(f"{prefix}/"): blob.size for blob in found if not blob.name.endswith("/")}
+        found = _client().list_blobs(bucket, prefix=prefix, timeout=TIMEOUT_SECONDS, retry=_retry())
+        return {blob.name.removeprefix(prefix): blob.size for blob in found if not blob.name.endswith("/")}
 
 
 def download(path: epath.Path, destination: Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:

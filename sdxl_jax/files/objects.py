@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from sdxl_jax.files.buckets import TIMEOUT_SECONDS, _blob, _retry, check, reported
+from sdxl_jax.files.buckets import TIMEOUT_SECONDS, _blob, _retry, _split, check, reported
 
 CHUNK_BYTES = 8 << 20
 """Of one request of a file that is read from front to back."""
@@ -94,6 +94,8 @@ def _loaded(path: epath.Path, what: str) -> Any:
     """The object with its size and generation; None if there is none."""
     from google.api_core.exceptions import NotFound
 
+    if not _split(path)[1]:
+        return None  # the bucket itself
     blob = _blob(path)
     with reported(path, what):
         try:

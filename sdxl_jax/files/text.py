@@ -11,7 +11,7 @@ Not here: the meaning of the text.
 
 import codecs
 from collections.abc import Iterator
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from sdxl_jax.errors import InputError, fault
 from sdxl_jax.files.paths import AnyPath
@@ -48,7 +48,7 @@ def lines(text: str) -> list[str]:
     return found[:-1] if found[-1] == "" else found
 
 
-def utf8_lines(path: Path) -> Iterator[bytes]:
+def utf8_lines(path: AnyPath) -> Iterator[bytes]:
     """Streams the lines of a file as undecoded UTF-8, so that a line that is not valid does not affect the others.
 
     Lines end at LF alone, since CR is white space in JSON. Raises InputError where the byte order mark is that of

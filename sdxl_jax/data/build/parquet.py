@@ -10,17 +10,18 @@ Not here: which files are Parquet (records).
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdxl_jax.data.captions import CAPTION_FIELDS, NOT_TEXT, caption_field, captions_of, numbers_of
-from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refusals, Refused, Unusable, gone
+from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refusals, Refused, Unusable, gone, open_stream
 from sdxl_jax.errors import InputError
+from sdxl_jax.files.paths import AnyPath
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 
 _PIECE_BYTES = 256 << 20  # of a piece, at least, unless the file ends
 _ROWS = 16  # in memory at once
+_READ_BYTES = 1 << 20  # of a column at once
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -48,11 +49,12 @@ def _columns(arrow: Any, schema: Any) -> tuple[str | None, str | None, tuple[str
     return image, caption_field(kinds), numbers
 
 
-def holds_images(path: Path) -> bool:
+def holds_images(path: AnyPath) -> bool:
     """Whether a Parquet file has an image column; img2dataset writes a file without one beside each tar."""
     arrow, parquet = _pyarrow()
     try:
-        return _columns(arrow, parquet.read_schema(path))[0] is not None
+        with open_stream(str(path), _READ_BYTES) as file:
+            return _columns(arrow, parquet.read_schema(file))[0] is not None
     except (OSError, arrow.ArrowException):
         return False
 
@@ -93,7 +95,10 @@ class ParquetPiece(NamedTuple):
         row = self.row
         try:
             # With a buffer size pyarrow reads page by page, without one a whole column of a row group.
-            with parquet.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            with (
+                open_stream(self.path, _READ_BYTES) as opened,
+                parquet.ParquetFile(opened, buffer_size=_READ_BYTES, pre_buffer=False) as file,
+            ):
                 nested = arrow.types.is_struct(file.schema_arrow.field(self.image).type)
                 columns = [f"{self.image}.bytes" if nested else self.image, self.caption, *self.numbers]
                 for group in range(*self.groups):
@@ -119,7 +124,7 @@ class ParquetPiece(NamedTuple):
             ) from problem
 
 
-def pieces(paths: list[tuple[Path, str]]) -> Iterator[tuple[str, ParquetPiece | Refusals]]:
+def pieces(paths: list[tuple[AnyPath, str]]) -> Iterator[tuple[str, ParquetPiece | Refusals]]:
     """The pieces of Parquet files, each with its name. Reads the files' footers alone.
 
     paths: of the files, each with its name in the source.
@@ -130,7 +135,7 @@ def pieces(paths: list[tuple[Path, str]]) -> Iterator[tuple[str, ParquetPiece | 
     damaged = []
     for path, name in paths:
         try:
-            with parquet.ParquetFile(path) as file:
+            with open_stream(str(path), _READ_BYTES) as opened, parquet.ParquetFile(opened) as file:
                 metadata, schema = file.metadata, file.schema_arrow
         except (arrow.ArrowException, OSError) as problem:
             damaged.append(Refused(name, f"cannot be read as Parquet ({' '.join(str(problem).split())})"))

@@ -12,6 +12,8 @@ order is the same every time.
 | a shard set | 10,000 images | as they are in it |
 | `tfds:NAME[:SPLIT]` | one shard | tensorflow-datasets prepared as ArrayRecord; read without TensorFlow |
 
+All but the last may be in a bucket (gs://…).
+
 Each kind has its module, `folders`, `tars`, `parquet` and `tfds`; `captions` defines captions and numeric fields.
 Whatever cannot be used becomes a `Refused` with its reason. Files that are neither images nor captions are ignored.
 
@@ -30,7 +32,8 @@ from sdxl_jax.data.images import usable_size
 from sdxl_jax.data.shards import is_shard_set, open_shards
 from sdxl_jax.data.sources import Piece, RawExample, Refusals, Refused, Unusable
 from sdxl_jax.errors import InputError
-from sdxl_jax.files.paths import local
+from sdxl_jax.files import buckets, objects
+from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.files.text import printable
 
 _SHARD_SET_IMAGES = 10_000  # per piece of a shard set
@@ -77,29 +80,23 @@ class ShardSetPiece(NamedTuple):
             yield RawExample(shards.name(image), shards.read(image), shards.captions(image), numbers)
 
 
-def _shard_set_pieces(path: Path) -> Iterator[tuple[str, Piece]]:
+def _shard_set_pieces(path: AnyPath) -> Iterator[tuple[str, Piece]]:
     count = len(open_shards(path))
     for first in range(0, count, _SHARD_SET_IMAGES):
         last = min(count, first + _SHARD_SET_IMAGES)
         yield f"images {first} to {last - 1}", ShardSetPiece(str(path), first, last)
 
 
-def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
+def _pieces(path: AnyPath) -> Iterator[tuple[str, Piece]]:
     expected = "Expected a folder of images, .tar or .parquet files, one such file, a shard set, or tfds:NAME"
     if is_shard_set(path):
         yield from _shard_set_pieces(path)
         return
-    if not path.exists():
-        raise InputError(f"{path} does not exist. {expected}. Check the path, relative to {Path.cwd()}")
-    if path.is_dir():
-        names, refused = folders.list_files(path)
-        root = path
-    else:
-        names, refused = [path.name], []
-        root = path.parent
+    is_folder, names, refused = _list(path, expected)
+    root = path if is_folder else path.parent
     archives = [name for name in names if name.lower().endswith(tars.TAR_SUFFIXES)]
     tables = [name for name in names if name.lower().endswith(".parquet")]
-    images = folders.images_among(names) if path.is_dir() else []
+    images = folders.images_among(names) if is_folder else []
     if archives or tables:  # beside them an image of an unread format is refused, and is not a second kind
         others = [name for name in images if not formats.is_read_name(name)]
         images = [name for name in images if formats.is_read_name(name)]
@@ -109,7 +106,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
     kinds = {"images": images, "tars": archives, "Parquet files": tables}
     present = [f"{len(found)} {kind} ({found[0]}, …)" for kind, found in kinds.items() if found]
     if not present:
-        given = f"has no such files among its {len(names)}" if path.is_dir() else "is a file of another kind"
+        given = f"has no such files among its {len(names)}" if is_folder else "is a file of another kind"
         raise InputError(f"{path} {given}. {expected}")
     if len(present) > 1:
         raise InputError(f"{path} holds {' and '.join(present)}. {expected}, of one kind. Build a shard set of each")
@@ -124,7 +121,21 @@ def _pieces(path: Path) -> Iterator[tuple[str, Piece]]:
         yield from folders.pieces(root, names)
 
 
-def units(source: str | Path) -> list[Unit]:
+def _list(path: AnyPath, expected: str) -> tuple[bool, list[str], list[Refused]]:
+    """Whether a source is a folder, the names of its files, and what cannot be listed."""
+    if in_bucket(path):
+        if objects.size(path, "the source") is not None:
+            return False, [path.name], []
+        if not buckets.files(path, "the source"):
+            raise InputError(f"{path} does not exist: the bucket has no object of that name, or below it. {expected}")
+    elif not path.exists():
+        raise InputError(f"{path} does not exist. {expected}. Check the path, relative to {Path.cwd()}")
+    elif not path.is_dir():
+        return False, [path.name], []
+    return True, *folders.list_files(path)
+
+
+def units(source: str | AnyPath) -> list[Unit]:
     """The pieces of a source, always in the same order; images are not read yet.
 
     Reads the file names of a folder and its metadata file, the footers of Parquet files.
@@ -133,14 +144,14 @@ def units(source: str | Path) -> list[Unit]:
     column; a package that is missing; a TFDS data set that is not prepared.
     """
     found = list(
-        tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(local(source, "the source"))
+        tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(located(source, "the source"))
     )
     if not found:
         raise InputError(f"{source} is empty. Expected a source with at least one image. Give another source")
     return [Unit(number, printable(name), piece) for number, (name, piece) in enumerate(found)]
 
 
-def check_caption_lines(source: str | Path, found: list[Unit], caption_lines: CaptionLines) -> None:
+def check_caption_lines(source: str | AnyPath, found: list[Unit], caption_lines: CaptionLines) -> None:
     """InputError where the setting would have no effect: no `.txt` is read."""
     if caption_lines is not CaptionLines.LINES and not any(_reads_text_files(unit.piece) for unit in found):
         raise InputError(

@@ -22,7 +22,7 @@ from sdxl_jax.data.shards import CAPTIONS, COLUMN_TYPES, FORMAT, HASH_BYTES, IND
 from sdxl_jax.data.sources import Refused
 from sdxl_jax.files.atomic import sync, write_text
 
-_RECORDS, _COLUMNS = "records.array_record", "columns.npz"
+_RECORDS, COLUMNS = "records.array_record", "columns.npz"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -71,6 +71,7 @@ class PartWriter:
     def __init__(self, folder: Path):
         self.folder = folder
         self.images = 0
+        self.refusals = 0
         self._records: RecordWriter | None = None
         self._refused = (folder / REFUSED).open("w", encoding="utf-8", errors="backslashreplace")
         self._sizes: list[tuple[int, int]] = []
@@ -108,7 +109,13 @@ class PartWriter:
 
     def refuse(self, refused: Refused) -> None:
         """Records one entry of the source that is left out."""
+        self.refusals += 1
         self._refused.write(json.dumps(refused._asdict(), ensure_ascii=False) + "\n")
+
+    @property
+    def captions(self) -> int:
+        """Number of captions so far."""
+        return len(self._caption_lengths)
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -126,7 +133,7 @@ class PartWriter:
             with np.errstate(over="ignore"):  # beyond the range of float32 a number becomes infinite
                 row[list(values)] = list(values.values())
         np.savez(
-            self.folder / _COLUMNS,
+            self.folder / COLUMNS,
             size=np.array(self._sizes, np.int32).reshape(-1, 2),
             hash=np.frombuffer(self._hashes, np.uint8).reshape(-1, HASH_BYTES),
             name_lengths=np.array(self._name_lengths, np.int64),
@@ -151,7 +158,7 @@ class FinishedPart:
         """Exists where the part has a usable image, until the build moves it."""
 
     def _read(self, *names: str) -> list[Shaped[np.ndarray, "..."]]:
-        with np.load(self.folder / _COLUMNS) as arrays:
+        with np.load(self.folder / COLUMNS) as arrays:
             return [arrays[name] for name in names]
 
     def count(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from sdxl_jax.data import formats
 from sdxl_jax.data.captions import CaptionLines, described
-from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refused, Unusable, gone
+from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refused, Unusable, gone, open_stream
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -143,7 +143,7 @@ class TarPiece(NamedTuple):
         seen = images = 0
         last = "the beginning"
         try:
-            with tarfile.open(self.path, "r|*", tarinfo=_Member) as opened:
+            with open_stream(self.path) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as opened:
                 archive: Any = opened
                 while (member := archive.next()) is not None:
                     archive.members.clear()  # tarfile would keep every header in memory
