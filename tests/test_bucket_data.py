@@ -10,6 +10,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import bucket_server
 import numpy as np
 import pytest
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -18,6 +19,7 @@ from image_sources import encoded, write_folder, write_parquet, write_tar
 from test_data_cache import MADE_FROM, assert_holds_all, start, write, write_piece
 from test_data_resume import fields
 
+from sdxl_jax.commands import data
 from sdxl_jax.data import record_files
 from sdxl_jax.data.build.build import build
 from sdxl_jax.data.cache import DESCRIPTION, open_cache
@@ -246,6 +248,38 @@ def test_a_bucket_that_stops_answering_ends_the_data_and_replaces_no_image(bucke
     monkeypatch.setattr(ArrayRecordDataSource, "__getitem__", lambda self, record: threading.Event().wait())
     with pytest.raises(Unavailable, match=rf"{target}/shards/0000\d.* was not read within 0\.3 s"):
         next(dataset.iterate())
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_while_shards_are_read_ends_the_data(shards, monkeypatch):
+    """The clients of real life, without a stand-in."""
+    monkeypatch.setattr(record_files, "DEADLINE_SECONDS", 3.0)
+    buckets._client.cache_clear()
+    with bucket_server.serving() as url, bucket_server.in_environment(url):
+        buckets._client().create_bucket("a-bucket")
+        target = upload(shards, "gs://a-bucket/shards")
+        dataset = BucketedDataset(DataConfig(folder=target, buckets=((16, 32),), batch_size=4, read_ahead=1), tokenize)
+        iterator = dataset.iterate()
+        next(iterator)
+    buckets._client.cache_clear()
+    with pytest.raises(Unavailable, match=r"was not read within 3 s: the bucket does not answer"):
+        for _ in range(5):
+            next(iterator)
+
+
+# The command line
+
+
+def test_build_and_inspect_take_buckets(bucket, tmp_path, capsys):
+    source = upload(as_tars(tmp_path / "tars"), f"{bucket}/tars")
+    data.run(["build", source, f"{bucket}/shards", "--workers", "2"])
+    assert f"{bucket}/shards finished: 7 images" in capsys.readouterr().out
+    data.run(["inspect", f"{bucket}/shards", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["images_found"] == 8 and report["sources"][0]["folder"] == f"{bucket}/shards"
+    for arguments in (["build", str(tmp_path), "s3://b/x"], ["inspect", "s3://b/x"]):
+        with pytest.raises(InputError, match="s3:// is neither read nor written"):
+            data.run(arguments)
 
 
 # Building

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from ml_dtypes import bfloat16
 from PIL import Image
 
@@ -32,10 +33,12 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import END_OF_TEXT, ContextState, Tokenizer, Tower
 from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.build.build import build
 from sdxl_jax.data.cache import Cache, CachePlan, Unencoded, open_cache
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.transforms import CropMode
 from sdxl_jax.errors import InputError
+from sdxl_jax.files import buckets
 from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models import vae
 from sdxl_jax.models.clip import Activation, ClipTextConfig
@@ -744,3 +747,26 @@ def test_model_conditioned_on_scores_trains_from_its_cache(trainable: TrainConfi
     # Only the scores differ; with equal ones a run repeats bit for bit. Blocks and last layer are zero at first.
     assert changed[0] == expected[0]
     assert changed[2] != expected[2]
+
+
+@pytest.mark.slow
+def test_encoding_from_and_to_a_bucket_gives_the_bytes_of_folders(
+    config: TrainConfig, encoders: Params, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two shares, of which the second resumes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "copies"))
+    assert config.data.folder is not None
+    for destination in (tmp_path / "shards", epath.Path(f"{bucket}/shards")):
+        build(config.data.folder, destination, workers=0, progress=False)
+    local = with_data(config, folder=str(tmp_path / "shards"), cache=str(tmp_path / "cache"))
+    remote = with_data(config, folder=f"{bucket}/shards", cache=f"{bucket}/cache")
+    encode(local)
+    assert encode(remote, share=(1, 2)).missing() == [0, 2]
+    plan = encode(remote)
+    assert not plan.missing()
+    paths = [f"{kind}/{piece:05d}.array_record" for kind in ("latents", "text") for piece in range(plan.pieces)]
+    found = {name: buckets.read_bytes(epath.Path(f"{bucket}/cache/{name}"), "") for name in [*paths, "cache.json"]}
+    assert found == files(tmp_path / "cache")
+    one, other = (take(encoding.from_cache(each, open_dataset(each), encoders)) for each in (local, remote))
+    for a, b in zip(one, other, strict=True):
+        assert_identical(a, b)

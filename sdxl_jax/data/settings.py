@@ -25,7 +25,7 @@ class DataConfig:
     """What is trained on, and in which sizes and order."""
 
     folder: str | None = None
-    """Folder of captioned images, or a shard set of `sdxl-jax data build`."""
+    """Folder of captioned images, or a shard set of `sdxl-jax data build`, which may be in a bucket (gs://…)."""
     sources: tuple[Source, ...] = ()
     """Several folders or shard sets, each with a weight, in place of `folder`."""
     caption_lines: CaptionLines = CaptionLines.LINES
@@ -62,7 +62,8 @@ class DataConfig:
     """Name of the numeric field that holds each image's aesthetic score, on which the refiner is conditioned. Images
     without it are refused."""
     cache: str | None = None
-    """Cache written by `sdxl-jax data encode`: latents and text states are read from it, and no image is decoded."""
+    """Cache written by `sdxl-jax data encode`, which may be in a bucket (gs://…): latents and text states are read from
+    it, and no image is decoded."""
     cache_of_other_code: bool = False
     """Read a cache that another version of this code wrote: after an update that does not change what is encoded."""
     on_refused: OnRefused = OnRefused.ERROR
