@@ -121,24 +121,26 @@ def test_a_step_costs_no_more_with_minutes_than_without() -> None:
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_with_checkpoints_by_time_alone_resumes_from_one(
-    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, processes: int, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its steps are slowed down to 0.5 s; it is killed after a checkpoint, and finished by a second start."""
-    config = killing.train_config(tiny.make_folder(tmp_path / "images"), 40)
+    (tmp_path / "compiled").symlink_to(compiled)
+    config = killing.train_config(tiny.make_folder(tmp_path / "images"), 12)
     checkpoint = dataclasses.replace(config.checkpoint, every_steps=1000, every_minutes=3 / 60)
     config = dataclasses.replace(
         config, checkpoint=checkpoint, validation=dataclasses.replace(config.validation, every_steps=None)
     )
     monkeypatch.setenv("SECONDS_PER_STEP", "0.5")
     started = killing.Processes.start(config, tmp_path / "run", tmp_path, processes)
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 300
     while not (tmp_path / "run" / "config.json").exists() or not status(tmp_path / "run").last_checkpoint:
         assert time.monotonic() < deadline and all(child.poll() is None for child in started.children)
         time.sleep(0.2)
     started.kill(list(range(processes)))
     started.end()
     found = status(tmp_path / "run")
-    assert found.state is State.STOPPED and 0 < (found.last_checkpoint or 0) < 40
+    assert found.state is State.STOPPED and 0 < (found.last_checkpoint or 0) < 12
     monkeypatch.delenv("SECONDS_PER_STEP")
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(checkpoint, every_minutes=None))
     killing.uninterrupted(config, tmp_path / "run", tmp_path, processes)
     assert status(tmp_path / "run").state is State.FINISHED

@@ -160,13 +160,14 @@ def config_of(folder: Path, minutes: float) -> TrainConfig:
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_training_run_that_hangs_ends_with_1_and_resumes(
-    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, processes: int, compiled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last process hangs in its fifth step; with two, the other one waits for it in a collective."""
+    (tmp_path / "compiled").symlink_to(compiled)
     config = config_of(tmp_path, 0.15)
     monkeypatch.setenv("HANG_IN_STEP", f"5 {processes - 1}")
     started = killing.Processes.start(config, tmp_path / "run", tmp_path, processes)
-    codes = started.wait(180)
+    codes = started.wait(300)
     started.end()
     log = (tmp_path / f"log_{processes - 1}").read_text()
     assert codes == [1] * processes, log[-3000:]

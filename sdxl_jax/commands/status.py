@@ -65,9 +65,8 @@ def _text(run_dir: AnyPath, found: Status) -> str:
     if found.images_per_second is not None:
         lines.append(f"  throughput  {found.images_per_second:.1f} images/s")
     if found.goodput is not None:
-        lines.append(
-            f"  goodput     {found.goodput:.1%} of the time in new steps, {found.starts} start{'s' * (found.starts != 1)}"
-        )
+        starts = f"{found.starts} start{'s' * (found.starts != 1)}"
+        lines.append(f"  goodput     {found.goodput:.1%} of the time in new steps, {starts}")
         lines += ["where the time went", time_table(read_starts(run_dir))]
     return "\n".join(lines)
 
