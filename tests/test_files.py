@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,16 @@ def test_a_locked_folder_is_unchanged_and_has_one_holder_at_a_time(tmp_path: Pat
             pass
     with locks.locked_folder(tmp_path):
         pass
+
+
+def test_a_lock_that_another_process_only_glances_at_is_not_busy(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.touch()
+    with path.open() as file:
+        fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+        threading.Timer(0.01, fcntl.flock, (file.fileno(), fcntl.LOCK_UN)).start()
+        with locks.locked_file(path):
+            pass
 
 
 def test_a_folder_on_a_file_system_without_locks_is_used_unlocked(

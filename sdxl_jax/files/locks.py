@@ -9,8 +9,12 @@ import datetime
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_GLANCE_SECONDS = 0.05
+"""Longer than a process that only looks whether a lock is held (`training.status`) shares it."""
 
 
 class Busy(OSError):
@@ -62,4 +66,8 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 def _lock(descriptor: int) -> None:
     """Raises BlockingIOError where another process holds the lock, OSError where the file system has no locks."""
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_GLANCE_SECONDS)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
