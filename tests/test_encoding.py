@@ -160,7 +160,7 @@ def folder(config: TrainConfig) -> Path:
     """The cache, written in one run."""
     plan = encode(config)
     assert not plan.missing() and plan.pieces == 3
-    return plan.folder
+    return Path(plan.folder)
 
 
 @pytest.fixture(scope="module")

@@ -397,7 +397,7 @@ class _Bucket(Destination):
                 "ends, or give another place"
             ) from None
         if replaced:
-            tqdm.write(f"  the build of {replaced} is gone on with")
+            tqdm.write(f"  {replaced} is gone: its build is resumed")
         with lock:
             yield
 
@@ -406,7 +406,7 @@ class _Bucket(Destination):
         if content is not None:
             _check_unfinished(self.path, content, options)
             return
-        if set(buckets.files(self.path, _WHAT)) - {_LOCK}:
+        if any(not name.startswith(".") and name != _LOCK for name in buckets.files(self.path, _WHAT)):
             raise refuse_folder(self.path)
         objects.write_bytes(self.path / UNFINISHED, _json(options), _WHAT)
 
