@@ -346,7 +346,7 @@ def test_batch_size_of_encoding_changes_only_rounding(
 ) -> None:
     plan = encode(with_data(config, cache=str(tmp_path / "cache")), batch_size=BATCH + 1)
     # Equal sizes: what fills up a batch is not stored.
-    sizes = [{name: len(content) for name, content in files(each).items()} for each in (folder, plan.folder)]
+    sizes = [{name: len(content) for name, content in files(each).items()} for each in (folder, Path(plan.folder))]
     assert sizes[0] == sizes[1]
     other = open_cache(plan.folder, cache.made_from)
     for image, crop in itertools.product(range(IMAGES), range(CROPS)):

@@ -14,8 +14,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from etils import epath
@@ -97,14 +97,13 @@ def _copy(folder: epath.Path, destination: Path, others: Sequence[str]) -> None:
             f"{destination.parent}. Free space there, or set XDG_CACHE_HOME to a folder on another disk"
         )
     bar = tqdm(desc="Copying the index", unit="B", unit_scale=True, delay=2, disable=None)
-    with bar, ThreadPool(_THREADS) as pool:
+    with bar, ThreadPoolExecutor(_THREADS) as pool:  # waits for its threads, after an error too
 
         def fetch(name: str) -> None:
             buckets.download(folder / name, destination / name, _WHAT, bar.update)
             sync(destination / name)
 
-        for _ in pool.imap_unordered(fetch, sizes):
-            pass
+        list(pool.map(fetch, sizes))
 
 
 def _hash(content: bytes) -> str:

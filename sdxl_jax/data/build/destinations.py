@@ -19,9 +19,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -436,27 +436,32 @@ class _Bucket(Destination):
     def assemble(self, pieces: int, keep_all: bool, hide: bool | None) -> dict[str, Any]:
         sizes = buckets.files(self.path, _WHAT)
         of_parts = {name: size for name, size in sizes.items() if name.startswith(f"{_PARTS}/")}
-        with _temporary_folder() as folder, ThreadPool(_THREADS) as pool:
+        with _temporary_folder() as folder:
             if shutil.disk_usage(folder).free < (needed := 2 * sum(of_parts.values())):
                 raise MachineError(
                     f"Writing the index takes {needed / 1e9:.1f} GB in {folder.parent}, and there is less room. Free "
                     f"space there, or set TMPDIR to a folder on another disk. {RESUME}"
                 )
-            pool.map(lambda name: buckets.download(self.path / name, folder / name, _WHAT), of_parts)
+            _for_each(of_parts, lambda name: buckets.download(self.path / name, folder / name, _WHAT))
             described = _assemble(folder, pieces, keep_all, hide, lambda shard, _: sizes[shard_name(shard)])
             index = [path.relative_to(folder).as_posix() for path in (folder / INDEX).iterdir()]
             names = [CAPTIONS, NAMES, REFUSED, *index]
-            pool.map(lambda name: buckets.upload(folder / name, self.path / name, _WHAT), names)
+            _for_each(names, lambda name: buckets.upload(folder / name, self.path / name, _WHAT))
         return described
 
     def publish(self, described: dict[str, Any]) -> None:
         objects.write_bytes(self.path / DESCRIPTION, _json(described), _WHAT)
 
     def clean(self) -> None:
-        with ThreadPool(_THREADS) as pool:
-            names = buckets.files(self.path / _PARTS, _WHAT)
-            pool.map(lambda name: buckets.delete(self.path / _PARTS / name, _WHAT), names)
+        names = buckets.files(self.path / _PARTS, _WHAT)
+        _for_each(names, lambda name: buckets.delete(self.path / _PARTS / name, _WHAT))
         buckets.delete(self.path / UNFINISHED, _WHAT)
+
+
+def _for_each(names: Iterable[str], call: Callable[[str], object]) -> None:
+    """call(name) for each name, in threads, all of which have ended when it returns or raises."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(call, names))
 
 
 def _json(content: dict[str, Any]) -> bytes:
