@@ -6,6 +6,10 @@ from typing import Any
 
 import beartype
 import checking
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Float, TypeCheckError
@@ -63,6 +67,18 @@ def test_axes_named_after_arguments_are_checked() -> None:
     assert zeros(3).shape == (3, 2)
     with pytest.raises(TypeCheckError, match="return value"):
         zeros(3, wrong=1)
+
+
+@pytest.mark.parametrize("call", range(2))
+def test_parameters_of_another_shape_are_refused_by_linen(call: int) -> None:
+    del call
+    dense, x = nn.Dense(3), jnp.ones((2, 4))
+    params: Any = dense.init(jax.random.key(0), x)["params"]
+    assert dense.apply({"params": params}, x).shape == (2, 3)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        dense.apply({"params": params | {"kernel": jnp.ones((4, 5))}}, x)
+    with pytest.raises(flax.errors.ScopeParamShapeError):
+        dense.apply({"params": params}, jnp.ones((2, 5)))
 
 
 def test_fields_of_a_dataclass_are_checked_once() -> None:
