@@ -17,8 +17,17 @@ checking.install()
 gc.set_threshold(100_000, 50, 1000)
 
 
-LONG = ("test_training", "test_killing", "test_sharding", "test_cli", "test_encoding")
-"""Files whose tests take minutes. They run first, so that no worker runs them alone at the end."""
+LONG = (
+    "test_killing",
+    "test_training",
+    "test_cli",
+    "test_image_parity",
+    "test_sharding",
+    "test_autoencoding",
+    "test_encoding",
+    "test_models",
+)
+"""Files whose tests take longest, the longest first. They run first, so that no worker runs them alone at the end."""
 
 
 # torch's threads on top of the workers' would only wait for each other.
@@ -33,7 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
