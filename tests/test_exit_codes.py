@@ -124,7 +124,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
 
 
 SCHEMES = ["gs://bucket/x", "s3://bucket/x", "https://example.org/x"]
-URL = "gs://bucket/x"
+URL = "s3://bucket/x"
 
 
 def commands(home: Path, url: str) -> dict[str, list[object]]:
@@ -154,12 +154,14 @@ def commands(home: Path, url: str) -> dict[str, list[object]]:
 
 
 @pytest.mark.parametrize("option", commands(Path(), ""))
-def test_path_of_a_bucket_is_refused_by_every_option(home: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no folder named gs: is created."""
+def test_path_of_another_scheme_is_refused_by_every_option(
+    home: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no folder named s3: is created."""
     monkeypatch.chdir(home)
     outcome = call(*commands(home, URL)[option])
     assert outcome.code == 2, outcome
-    assert "gs://bucket/x" in outcome.err
+    assert "s3://bucket/x" in outcome.err
     assert "Copy it to a local folder first" in outcome.err
     assert sorted(path.name for path in home.iterdir()) == ["config.py", "images"]
 
@@ -178,7 +180,7 @@ def test_file_names_with_colons_are_accepted(path: str) -> None:
     assert local(path, "x") == Path(path)
 
 
-def test_python_functions_refuse_paths_of_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_functions_refuse_paths_of_another_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sdxl_jax import convert, load_model, train
     from sdxl_jax.data.build.build import build
     from sdxl_jax.weights.open import open_model
@@ -193,7 +195,7 @@ def test_python_functions_refuse_paths_of_a_bucket(tmp_path: Path, monkeypatch: 
         lambda: build(str(tmp_path / "images"), Path(URL)),
     ]
     for refused in calls:
-        with pytest.raises(InputError, match="gs://bucket/x"):
+        with pytest.raises(InputError, match="s3://bucket/x"):
             refused()
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
