@@ -1,6 +1,5 @@
 """What all tests have: quick compilation, with compiled programs kept from run to run, and the longest files first."""
 
-import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -10,11 +9,10 @@ import bucket_server
 import checking
 import compiling
 import pytest
+import starting
 
 checking.install()
-
-# Garbage collection scans all objects, and traced programs have millions of them: it took a sixth of the time.
-gc.set_threshold(100_000, 50, 1000)
+starting.collect_rarely()
 
 
 LONG = (

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import starting
+
 PHASE = Path(sys.argv[3])
 
 
@@ -50,10 +52,8 @@ def slowed(put_batch: Any) -> Any:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as the command does while there is nothing to save
     enter("start-up")
-    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
-    import tensorboardX  # noqa: F401  # imports torch if it is installed, which takes two seconds
-
-    del sys.modules["torch"]
+    starting.collect_rarely()
+    starting.without_torch()
     from sdxl_jax import sharding
     from sdxl_jax.config import TrainConfig, from_json
     from sdxl_jax.training import checkpoint, compilation, loop

@@ -47,11 +47,11 @@ PROGRAM = Path(__file__).with_name("killed_run.py")
 
 
 def train_config(folder: Path, steps: int) -> TrainConfig:
-    """The smallest run with all phases, since tracing dominates the start-up time: one text encoder, one level, one
-    bucket. Checkpoints every three steps, validation images every four."""
+    """The smallest run with all phases, since tracing dominates the start-up time: one text encoder, one level without
+    attention, one bucket. Checkpoints every three steps, validation images every four."""
     base = tiny.train_config(folder, steps)
     model = ModelConfig(
-        unet=UNetConfig((8,), 1, (1,), 1, (2,), context_dim=8, vector_dim=None, groups=4),
+        unet=UNetConfig((8,), 1, (0,), 1, (2,), context_dim=8, vector_dim=None, groups=4),
         vae=VaeConfig(block_channels=(4,), resnets_per_block=1, groups=2),
         text=(Tower("text_encoder", ClipTextConfig(8, 1, 2, 16), END_OF_TEXT),),
         micro=None,

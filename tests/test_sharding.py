@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 import sharded_step
+import starting
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from sdxl_jax import model, sharding
@@ -37,7 +38,7 @@ def results(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """What sharded_step.py prints."""
     script, scratch = Path(__file__).with_name("sharded_step.py"), tmp_path_factory.mktemp("sharded")
     environment = compiling.environment(compiled, devices=8)
-    command = [sys.executable, str(script), str(scratch)]
+    command = [sys.executable, starting.__file__, str(script), str(scratch)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
