@@ -207,6 +207,7 @@ def campaign(
     root: where the run directories are, e.g. in a bucket; None: in `scratch`.
 
     One of the processes is killed at a random moment up to `span` seconds after the start, the others shortly after.
+    The span is that of an uninterrupted run, when the machine may have been busier: runs that finish first shorten it.
     Returns the number of kills by phase.
     """
     rng = np.random.default_rng(seed)
@@ -214,7 +215,7 @@ def campaign(
     run, begun = 0, time.monotonic()
     while True:
         run_dir = (root or scratch) / f"killed_{run}"
-        before = _half_written(run_dir)
+        before, fresh, began = _half_written(run_dir), not run_dir.exists(), time.monotonic()
         started = Processes.start(config, run_dir, scratch, processes)
         try:
             left = kills - counts.total()
@@ -228,6 +229,7 @@ def campaign(
                     time.sleep(float(rng.uniform(0, 0.3)))  # in which the others may notice
         finally:
             started.end()
+        took = time.monotonic() - began
         if codes is None:
             if _half_written(run_dir) - before:
                 phase = "half-written checkpoint"
@@ -239,6 +241,8 @@ def campaign(
         copy = fetched(run_dir, scratch / "fetched")
         assert_same_run(copy, whole)
         report(f"{time.monotonic() - begun:7.0f} s  run {run} is finished, and the same")
+        if fresh:
+            span = min(span, took)
         shutil.rmtree(copy)
         run += 1
         if not left:
