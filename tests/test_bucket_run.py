@@ -229,7 +229,7 @@ def test_a_run_in_use_is_a_machine_error_that_names_the_owner(directory: RunDire
 
 def test_a_process_that_was_replaced_writes_no_more(directory: RunDirectory, quick_heartbeats: None) -> None:
     with locked(directory) as check_lock:
-        lock = directory.path / run_directory.LOCK
+        lock: Any = directory.path / run_directory.LOCK
         buckets.delete(lock, WHAT)
         assert buckets.Lock(lock, WHAT).acquire() is None
         with pytest.raises(MachineError, match="was taken over by process"):

@@ -27,6 +27,11 @@ def of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buckets, "_machine", lambda: "another machine")
 
 
+def at(text: str) -> Any:
+    """A path in a bucket."""
+    return located(text, WHAT)
+
+
 # Paths
 
 
@@ -67,8 +72,8 @@ def test_a_bucket_needs_a_name_and_the_extra(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_bucket_that_does_not_exist_is_refused(bucket: str) -> None:
     with pytest.raises(InputError, match=r"there is no bucket no-such-bucket.*gcloud storage buckets create"):
-        buckets.check(located("gs://no-such-bucket/run", WHAT), WHAT)
-    buckets.check(located(f"{bucket}/run", WHAT), WHAT)
+        buckets.check(at("gs://no-such-bucket/run"), WHAT)
+    buckets.check(at(f"{bucket}/run"), WHAT)
 
 
 @pytest.mark.parametrize(
@@ -99,23 +104,23 @@ def test_a_bucket_that_does_not_answer_ends_in_time(monkeypatch: pytest.MonkeyPa
     buckets._client.cache_clear()
     try:
         with bucket_server.in_environment("http://127.0.0.1:9"), pytest.raises(MachineError, match="did not answer"):
-            buckets.check(located("gs://bucket/run", WHAT), WHAT)
+            buckets.check(at("gs://bucket/run"), WHAT)
     finally:
         buckets._client.cache_clear()
     assert time.monotonic() - began < 20
 
 
 def test_listings_are_never_stale(bucket: str) -> None:
-    folder = located(f"{bucket}/folder", WHAT)
+    folder = at(f"{bucket}/folder")
     (folder / "one").write_text("1")
     assert [path.name for path in folder.iterdir()] == ["one"]
-    buckets._blob(folder / "two").upload_from_string("2")  # as another process does
+    buckets.object_at(folder / "two").upload_from_string("2")  # as another process does
     assert (folder / "two").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
 
 
 def test_files_come_and_go_whole(bucket: str, tmp_path: Path) -> None:
-    folder = located(f"{bucket}/a", WHAT)
+    folder = at(f"{bucket}/a")
     (tmp_path / "source").write_bytes(b"12345")
     wrote: list[int] = []
     buckets.upload(tmp_path / "source", folder / "b/c", WHAT, wrote.append)
@@ -129,11 +134,11 @@ def test_files_come_and_go_whole(bucket: str, tmp_path: Path) -> None:
 
 
 def test_a_moved_checkpoint_has_its_commit_marker_last(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = located(f"{bucket}/run", WHAT)
+    folder = at(f"{bucket}/run")
     for name in ("state/d/1", buckets.COMMITTED, "_METADATA"):
         (folder / "checkpoints/7" / name).write_text(name)
     with monkeypatch.context() as patch:  # it ends in the middle
-        patch.setattr(buckets, "_retry", iter([buckets._retry() for _ in range(5)]).__next__)
+        patch.setattr(buckets, "repeating", iter([buckets.repeating() for _ in range(5)]).__next__)
         with pytest.raises(StopIteration):
             buckets.move_checkpoint(folder / "checkpoints/7", folder / "set_aside/7", WHAT)
     for step in ("checkpoints/7", "set_aside/7"):
@@ -150,11 +155,11 @@ def test_a_moved_checkpoint_has_its_commit_marker_last(bucket: str, monkeypatch:
 
 @pytest.fixture
 def mirror(bucket: str, tmp_path: Path) -> buckets.Mirror:
-    return buckets.Mirror(tmp_path, located(f"{bucket}/run", WHAT), WHAT)
+    return buckets.Mirror(tmp_path, at(f"{bucket}/run"), WHAT)
 
 
 def content(bucket: str, name: str) -> bytes | None:
-    return buckets.read_bytes(located(f"{bucket}/run", WHAT) / name, WHAT)
+    return buckets.read_bytes(at(f"{bucket}/run") / name, WHAT)
 
 
 def test_a_mirror_sends_what_is_new_once(
@@ -165,7 +170,7 @@ def test_a_mirror_sends_what_is_new_once(
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "half.partial").write_text("")
     mirror.push()
-    assert buckets.files(located(f"{bucket}/run", WHAT), WHAT) == {"config.json": 2, "samples/1.png": 5}
+    assert buckets.files(at(f"{bucket}/run"), WHAT) == {"config.json": 2, "samples/1.png": 5}
     sent: list[str] = []
     upload = buckets.upload
     monkeypatch.setattr(buckets, "upload", lambda path, *rest: (sent.append(path.name), upload(path, *rest)))
@@ -198,7 +203,7 @@ def test_a_mirror_sends_a_rewritten_or_foreign_file_whole(bucket: str, mirror: b
     (tmp_path / "other").replace(path)
     mirror.push()
     assert content(bucket, "metrics.jsonl") == b"another beginning\n"
-    (located(f"{bucket}/run", WHAT) / "metrics.jsonl").write_text("of another process, of another length")
+    (at(f"{bucket}/run") / "metrics.jsonl").write_text("of another process, of another length")
     with path.open("a") as file:
         file.write("end\n")
     mirror.push()
@@ -207,7 +212,7 @@ def test_a_mirror_sends_a_rewritten_or_foreign_file_whole(bucket: str, mirror: b
 
 def test_a_pulled_file_goes_on_where_it_ended(bucket: str, mirror: buckets.Mirror, tmp_path: Path) -> None:
     for name in ("metrics.jsonl", "config.json", "samples/1.png"):
-        (located(f"{bucket}/run", WHAT) / name).write_text("first\n")
+        (at(f"{bucket}/run") / name).write_text("first\n")
     mirror.pull("*.json", "*.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -234,7 +239,7 @@ def test_a_mirror_says_when_something_is_left(
 
 @pytest.fixture
 def lock_path(bucket: str) -> Any:
-    return located(f"{bucket}/run/lock", WHAT)
+    return at(f"{bucket}/run/lock")
 
 
 @contextlib.contextmanager

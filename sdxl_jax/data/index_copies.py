@@ -10,12 +10,9 @@ Not here: which files a shard set has (shards); the shards, which are read strai
 """
 
 import hashlib
-import os
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from etils import epath
@@ -23,16 +20,12 @@ from etils import epath
 from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.files import buckets, objects
 from sdxl_jax.files.atomic import partial_path, sync
-from sdxl_jax.files.locks import Busy, locked_folder
+from sdxl_jax.files.locks import awaited_folder
+from sdxl_jax.files.paths import cache_folder
 from sdxl_jax.progress import tqdm
 
 _THREADS = 8
 _WHAT = "the shard set"
-
-
-def cache_folder() -> Path:
-    """The folder for what can be fetched again: $XDG_CACHE_HOME/sdxl_jax, by default ~/.cache/sdxl_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_jax"
 
 
 def local_copy(folder: epath.Path, description: epath.Path, content: bytes, others: Sequence[str]) -> Path:
@@ -50,7 +43,7 @@ def local_copy(folder: epath.Path, description: epath.Path, content: bytes, othe
         return copy
     try:
         of_path.mkdir(parents=True, exist_ok=True)
-        with _only_copier(of_path):
+        with awaited_folder(of_path):
             if not copy.exists():  # else another process made it while this one waited
                 for old in of_path.iterdir():
                     shutil.rmtree(old)
@@ -66,18 +59,6 @@ def local_copy(folder: epath.Path, description: epath.Path, content: bytes, othe
             "XDG_CACHE_HOME to a folder on another disk"
         ) from problem
     return copy
-
-
-@contextmanager
-def _only_copier(folder: Path) -> Iterator[None]:
-    """Waits for the lock on the folder, and holds it."""
-    while True:
-        try:
-            with locked_folder(folder):
-                yield
-            return
-        except Busy:
-            time.sleep(0.2)
 
 
 def _copy(folder: epath.Path, destination: Path, others: Sequence[str]) -> None:

@@ -82,8 +82,8 @@ def check(path: epath.Path, what: str) -> None:
     """Raises InputError for a bucket that does not exist or may not be read, MachineError for one that does not
     answer."""
     with reported(path, what):
-        bucket, prefix = _split(path)
-        list(_client().list_blobs(bucket, prefix=prefix, max_results=1, timeout=TIMEOUT_SECONDS, retry=_retry()))
+        bucket, prefix = split(path)
+        list(_client().list_blobs(bucket, prefix=prefix, max_results=1, timeout=TIMEOUT_SECONDS, retry=repeating()))
 
 
 @contextlib.contextmanager
@@ -103,10 +103,10 @@ def answering(path: epath.Path, what: str) -> Iterator[None]:
 
 def check_writable(path: epath.Path, what: str) -> None:
     """As `check`, and writes and deletes a small object in the folder."""
-    probe = _blob(path / f".probe-{uuid.uuid4().hex}")
+    probe = object_at(path / f".probe-{uuid.uuid4().hex}")
     with reported(path, what):
-        probe.upload_from_string(b"can this be written?", timeout=TIMEOUT_SECONDS, retry=_retry())
-        probe.delete(timeout=TIMEOUT_SECONDS, retry=_retry())
+        probe.upload_from_string(b"can this be written?", timeout=TIMEOUT_SECONDS, retry=repeating())
+        probe.delete(timeout=TIMEOUT_SECONDS, retry=repeating())
 
 
 def read_bytes(path: epath.Path, what: str) -> bytes | None:
@@ -115,7 +115,7 @@ def read_bytes(path: epath.Path, what: str) -> bytes | None:
 
     with reported(path, what):
         try:
-            return _blob(path).download_as_bytes(timeout=TIMEOUT_SECONDS, retry=_retry())
+            return object_at(path).download_as_bytes(timeout=TIMEOUT_SECONDS, retry=repeating())
         except NotFound:
             check(path, what)
             return None
@@ -124,18 +124,18 @@ def read_bytes(path: epath.Path, what: str) -> bytes | None:
 def version(path: epath.Path, what: str) -> tuple[int, int] | None:
     """(generation, size in bytes) of an object; None if there is none. Whoever replaces an object changes its
     generation."""
-    bucket, name = _split(path)
+    bucket, name = split(path)
     with reported(path, what):
-        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=_retry()) if name else None
+        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=repeating()) if name else None
     return None if blob is None else (blob.generation, blob.size)
 
 
 def files(path: epath.Path, what: str) -> dict[str, int]:
     """Objects below a folder, by their path from there, with their sizes in bytes."""
-    bucket, name = _split(path)
+    bucket, name = split(path)
     prefix = name and f"{name}/"
     with reported(path, what):
-        found = _client().list_blobs(bucket, prefix=prefix, timeout=TIMEOUT_SECONDS, retry=_retry())
+        found = _client().list_blobs(bucket, prefix=prefix, timeout=TIMEOUT_SECONDS, retry=repeating())
         return {blob.name.removeprefix(prefix): blob.size for blob in found if not blob.name.endswith("/")}
 
 
@@ -148,7 +148,7 @@ def download(path: epath.Path, destination: Path, what: str, wrote: Callable[[in
     try:
         with reported(path, what), partial.open("wb") as file:
             counted = CallbackIOWrapper(wrote, file, "write")
-            _blob(path).download_to_file(counted, timeout=TIMEOUT_SECONDS, retry=_retry())
+            object_at(path).download_to_file(counted, timeout=TIMEOUT_SECONDS, retry=repeating())
         partial.replace(destination)
     finally:
         partial.unlink(missing_ok=True)
@@ -158,11 +158,11 @@ def upload(source: Path, path: epath.Path, what: str, wrote: Callable[[int], obj
     """Copies a local file to an object, replacing it. wrote: called with numbers of bytes as they are sent."""
     from tqdm.utils import CallbackIOWrapper
 
-    options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": _retry()}
+    options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": repeating()}
     kind = mimetypes.guess_type(source.name)[0]  # by which browsers show images
     with reported(path, what), source.open("rb") as file:
         counted = CallbackIOWrapper(wrote, file, "read")
-        _blob(path).upload_from_file(counted, size=source.stat().st_size, content_type=kind, **options)
+        object_at(path).upload_from_file(counted, size=source.stat().st_size, content_type=kind, **options)
 
 
 def delete(path: epath.Path, what: str) -> None:
@@ -170,7 +170,7 @@ def delete(path: epath.Path, what: str) -> None:
     from google.api_core.exceptions import NotFound
 
     with reported(path, what), contextlib.suppress(NotFound):
-        _blob(path).delete(timeout=TIMEOUT_SECONDS, retry=_retry())
+        object_at(path).delete(timeout=TIMEOUT_SECONDS, retry=repeating())
 
 
 def move_checkpoint(source: epath.Path, destination: epath.Path, what: str) -> None:
@@ -182,13 +182,13 @@ def move_checkpoint(source: epath.Path, destination: epath.Path, what: str) -> N
     delete(source / COMMITTED, what)
     with reported(source, what):
         for name in names:
-            blob = _blob(source / name)
-            new = _blob(destination / name)
-            token = new.rewrite(blob, timeout=TIMEOUT_SECONDS, retry=_retry())[0]
+            blob = object_at(source / name)
+            new = object_at(destination / name)
+            token = new.rewrite(blob, timeout=TIMEOUT_SECONDS, retry=repeating())[0]
             while token is not None:
-                token = new.rewrite(blob, token=token, timeout=TIMEOUT_SECONDS, retry=_retry())[0]
+                token = new.rewrite(blob, token=token, timeout=TIMEOUT_SECONDS, retry=repeating())[0]
         if content is not None:
-            _blob(destination / COMMITTED).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=_retry())
+            object_at(destination / COMMITTED).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=repeating())
     for name in names:
         delete(source / name, what)
 
@@ -240,8 +240,8 @@ class Mirror:
         with path.open("rb") as file:
             file.seek(start)
             new = file.read(stop - start)
-        blob, part = _blob(self._target / name), _blob(self._target / (name + PARTIAL))
-        options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": _retry()}
+        blob, part = object_at(self._target / name), object_at(self._target / (name + PARTIAL))
+        options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": repeating()}
         with reported(self._target / name, self._what):
             try:
                 blob.reload(**options)
@@ -311,7 +311,9 @@ class Lock:
             return
         # A bucket that does not answer any more keeps the object, which is taken over in time.
         with contextlib.suppress(NotFound, PreconditionFailed, InputError, MachineError), reported(self._path, ""):
-            _blob(self._path).delete(if_generation_match=self._generation, timeout=TIMEOUT_SECONDS, retry=_retry())
+            object_at(self._path).delete(
+                if_generation_match=self._generation, timeout=TIMEOUT_SECONDS, retry=repeating()
+            )
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS) and self.lost is None:
@@ -332,14 +334,14 @@ class Lock:
         """Writes the object if it has this generation, 0: if there is none. Returns whether it was written."""
         from google.api_core.exceptions import PreconditionFailed
 
-        blob = _blob(self._path)
+        blob = object_at(self._path)
         with reported(self._path, self._what):
             try:
                 blob.upload_from_string(
                     json.dumps(self._owner),
                     if_generation_match=generation,
                     timeout=TIMEOUT_SECONDS,
-                    retry=_retry(),
+                    retry=repeating(),
                 )
             except PreconditionFailed:
                 return False
@@ -351,10 +353,10 @@ def read_lock(path: epath.Path, what: str) -> tuple[dict[str, Any], int] | None:
     """(the owner, the object's generation) of a lock; None if nobody holds it."""
     from google.api_core.exceptions import NotFound
 
-    blob = _blob(path)
+    blob = object_at(path)
     with reported(path, what):
         try:
-            content = blob.download_as_bytes(timeout=TIMEOUT_SECONDS, retry=_retry())
+            content = blob.download_as_bytes(timeout=TIMEOUT_SECONDS, retry=repeating())
         except NotFound:
             return None
     owner = json.loads(content)
@@ -363,9 +365,9 @@ def read_lock(path: epath.Path, what: str) -> tuple[dict[str, Any], int] | None:
 
 def is_held(path: epath.Path, what: str) -> bool:
     """Whether a lock was renewed lately, by the bucket's clock and ours; both are taken to be right to a minute."""
-    bucket, name = _split(path)
+    bucket, name = split(path)
     with reported(path, what):
-        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=_retry())
+        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=repeating())
     return blob is not None and (datetime.now(UTC) - blob.updated).total_seconds() < 60 + PATIENCE_SECONDS
 
 
@@ -399,20 +401,22 @@ def _client() -> Any:
     return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT"))
 
 
-def _retry() -> Any:
+def repeating() -> Any:
+    """How Google's client repeats requests."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     return DEFAULT_RETRY.with_timeout(DEADLINE_SECONDS)
 
 
-def _split(path: epath.Path) -> tuple[str, str]:
+def split(path: epath.Path) -> tuple[str, str]:
     """(bucket, name in it, "" for the bucket itself)."""
     bucket, _, name = str(path).removeprefix("gs://").partition("/")
     return bucket, name
 
 
-def _blob(path: epath.Path) -> Any:
-    bucket, name = _split(path)
+def object_at(path: epath.Path) -> Any:
+    """An object as Google's client has it, a `Blob`."""
+    bucket, name = split(path)
     return _client().bucket(bucket).blob(name)
 
 

@@ -64,6 +64,19 @@ def locked_folder(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def awaited_folder(path: Path) -> Iterator[None]:
+    """As `locked_folder`, but waits while another process holds it."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked_folder(path))
+                break
+            except Busy:
+                time.sleep(0.2)
+        yield
+
+
 def _lock(descriptor: int) -> None:
     """Raises BlockingIOError where another process holds the lock, OSError where the file system has no locks."""
     try:

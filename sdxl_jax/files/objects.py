@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from sdxl_jax.files.buckets import TIMEOUT_SECONDS, _blob, _retry, _split, check, reported
+from sdxl_jax.files.buckets import TIMEOUT_SECONDS, check, object_at, repeating, reported, split
 
 CHUNK_BYTES = 8 << 20
 """Of one request of a file that is read from front to back."""
@@ -26,7 +26,7 @@ def size(path: epath.Path, what: str) -> int | None:
 def write_bytes(path: epath.Path, content: bytes, what: str) -> None:
     """Writes an object, replacing it. Raises as `buckets.reported`."""
     with reported(path, what):
-        _blob(path).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=_retry())
+        object_at(path).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=repeating())
 
 
 def open_object(path: epath.Path, what: str, chunk_bytes: int = CHUNK_BYTES) -> io.BufferedReader:
@@ -82,7 +82,7 @@ class _Object(io.RawIOBase):
                     raw_download=True,
                     if_generation_match=self._blob.generation,
                     timeout=TIMEOUT_SECONDS,
-                    retry=_retry(),
+                    retry=repeating(),
                 )
             except (NotFound, PreconditionFailed) as error:
                 raise OSError(errno.ESTALE, "it was replaced or deleted while it was read", str(self._path)) from error
@@ -94,12 +94,12 @@ def _loaded(path: epath.Path, what: str) -> Any:
     """The object with its size and generation; None if there is none."""
     from google.api_core.exceptions import NotFound
 
-    if not _split(path)[1]:
+    if not split(path)[1]:
         return None  # the bucket itself
-    blob = _blob(path)
+    blob = object_at(path)
     with reported(path, what):
         try:
-            blob.reload(timeout=TIMEOUT_SECONDS, retry=_retry())
+            blob.reload(timeout=TIMEOUT_SECONDS, retry=repeating())
         except NotFound:
             check(path, what)  # raises where there is no bucket
             return None

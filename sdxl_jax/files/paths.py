@@ -67,6 +67,11 @@ def full(path: AnyPath) -> str:
     return str(absolute(path))
 
 
+def cache_folder() -> Path:
+    """This machine's folder for what can be fetched again: $XDG_CACHE_HOME/sdxl_jax, by default ~/.cache/sdxl_jax."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_jax"
+
+
 def _refused(path: str | PurePath, what: str, expected: str) -> InputError:
     found = _SCHEME.match(str(path))
     assert found is not None

@@ -6,20 +6,16 @@ A copy appears whole or not at all, and one process makes it while the others of
 replaced in the bucket, which changes its generation, is copied again, and the old copy is removed.
 """
 
-import contextlib
 import hashlib
-import os
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
 
 from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.files import buckets
-from sdxl_jax.files.locks import Busy, locked_folder
-from sdxl_jax.files.paths import AnyPath, in_bucket
+from sdxl_jax.files.locks import awaited_folder
+from sdxl_jax.files.paths import AnyPath, cache_folder, in_bucket
 from sdxl_jax.progress import tqdm
 
 _WHAT = "the file of weights"
@@ -40,7 +36,7 @@ def local_copy(path: AnyPath) -> Path:
     copy = of_path / str(generation) / path.name
     try:
         of_path.mkdir(parents=True, exist_ok=True)
-        with _only_copier(of_path):
+        with awaited_folder(of_path):
             if not copy.is_file() or copy.stat().st_size != size:
                 for old in of_path.iterdir():
                     shutil.rmtree(old)
@@ -55,7 +51,7 @@ def local_copy(path: AnyPath) -> Path:
 
 def folder() -> Path:
     """Where the copies are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_jax" / "models"
+    return cache_folder() / "models"
 
 
 def _make(copy: Path, path: epath.Path, size: int) -> None:
@@ -66,16 +62,3 @@ def _make(copy: Path, path: epath.Path, size: int) -> None:
         )
     with tqdm(total=size, desc=f"copying {path.name}", unit="B", unit_scale=True, delay=2, disable=None) as shown:
         buckets.download(path, copy, _WHAT, shown.update)
-
-
-@contextlib.contextmanager
-def _only_copier(directory: Path) -> Iterator[None]:
-    """Waits for the lock on a directory, and holds it."""
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked_folder(directory))
-                break
-            except Busy:
-                time.sleep(0.2)
-        yield
