@@ -548,6 +548,55 @@ def test_slurm_requeues_what_was_stopped_with_work_left(machine: Machine, code: 
     assert machine.call("slurm.sbatch", CONFIG).returncode == 2
 
 
+DATAFLOW = {"SRC": "gs://a/my images", "DST": "gs://b/shards", "TEMPORARY": "gs://b/tmp", "PROJECT": "p", "REGION": "r"}
+
+
+def test_dataflow_builds_with_a_wheel_of_this_checkout(machine: Machine) -> None:
+    machine.stub("pip")
+    done = machine.call("dataflow.sh", "--min-pixels", "65536", variables=DATAFLOW | {"WORKERS": "8"})
+    assert done.returncode == 0, done.stderr
+    assert machine.count("^gcloud storage buckets describe gs://[ab] ") == 3
+    call = machine.calls[-1]
+    assert call[:8] == [
+        "sdxl-jax",
+        "data",
+        "build",
+        "gs://a/my images",
+        "gs://b/shards",
+        "--min-pixels",
+        "65536",
+        "--runner",
+    ]
+    assert call[8:12] == ["beam", "--", "--runner", "DataflowRunner"]
+    assert call[-4:] == ["--max_num_workers", "8", "--disk_size_gb", "200"]
+    dry = machine.call("dataflow.sh", "--dry-run", variables=DATAFLOW)
+    assert dry.returncode == 0 and machine.calls == []
+    assert "--extra_package" in dry.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"DST": "", "REGION": ""}, "\n  DST: "),
+        ({"SRC": "/disk/images"}, "SRC=/disk/images is not seen by the workers"),
+        ({"WORKERS": "many"}, "WORKERS=many is no whole number"),
+    ],
+)
+def test_dataflow_refuses_what_workers_cannot_read(machine: Machine, variables: dict[str, str], says: str) -> None:
+    done = machine.call("dataflow.sh", variables=DATAFLOW | variables)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert machine.calls == []
+
+
+def test_dataflow_names_the_bucket_that_is_missing(machine: Machine) -> None:
+    machine.stub("pip")
+    done = machine.call("dataflow.sh", answers={"describe gs://b ": [[1, ""]]}, variables=DATAFLOW)
+    assert done.returncode == 2
+    assert "The bucket of DST=gs://b/shards does not exist" in done.stderr
+    assert machine.count("sdxl-jax|pip") == 0
+
+
 def test_skypilot_starts_training_on_every_node(machine: Machine) -> None:
     given = VARIABLES["sky.sh"] | {"RUN": "gs://bucket/a 'run'", "NODES": "2"}
     done = machine.call("sky.sh", *ODD, variables=given)

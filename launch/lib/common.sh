@@ -103,12 +103,14 @@ check_google_credentials() {
     refuse "gcloud has no valid credentials. Run: gcloud auth login && gcloud auth application-default login"
 }
 
+# check_bucket [VARIABLE]: that of RUN, or of another variable.
 check_bucket() {
-  [[ $RUN == gs://* ]] || return 0
-  local bucket=${RUN#gs://}
+  local variable=${1:-RUN} bucket
+  [[ ${!variable} == gs://* ]] || return 0
+  bucket=${!variable#gs://}
   bucket=gs://${bucket%%/*}
   run gcloud storage buckets describe "$bucket" --format 'value(location)' >/dev/null ||
-    refuse "The bucket of RUN=$RUN does not exist, or may not be read. Create it: gcloud storage buckets create $bucket"
+    refuse "The bucket of $variable=${!variable} does not exist, or may not be read. Create it: gcloud storage buckets create $bucket"
 }
 
 # check_fit [--section.field VALUE ...]: compiles the train step for TOPOLOGY, before anything is paid for.
