@@ -19,7 +19,7 @@ def _program() -> Path:
     return next(folder.iterdir())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -38,11 +38,14 @@ def environment(url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def serving(port: int | None = None) -> Iterator[str]:
-    """The server's address, until the block is left."""
-    port = _free_port() if port is None else port
+def serving(port: int | None = None, folder: Path | None = None) -> Iterator[str]:
+    """The server's address, until the block is left. folder: where it keeps its objects; None: in memory."""
+    port = free_port() if port is None else port
     url = f"http://127.0.0.1:{port}"
-    arguments = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory"]
+    arguments = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+    arguments += (
+        ["-backend", "memory"] if folder is None else ["-backend", "filesystem", "-filesystem-root", str(folder)]
+    )
     process = subprocess.Popen(
         [str(_program()), *arguments, "-external-url", url, "-public-host", f"127.0.0.1:{port}", "-log-level", "error"],
         stdout=subprocess.DEVNULL,

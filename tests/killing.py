@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,16 @@ class Processes:
 
     @classmethod
     def start(
-        cls, config: TrainConfig, run_dir: AnyPath, scratch: Path, count: int, log: Path | None = None
+        cls,
+        config: TrainConfig,
+        run_dir: AnyPath,
+        scratch: Path,
+        count: int,
+        log: Path | None = None,
+        *,
+        variables: Sequence[Mapping[str, str]] = (),
     ) -> "Processes":
+        """variables: those of each process's environment alone."""
         environment = compiling.environment(scratch / "compiled")
         if count > 1:
             with socket.socket() as free:
@@ -85,7 +94,8 @@ class Processes:
             environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
         phases = [scratch / f"phase_{number}" for number in range(count)]
         children = []
-        for number, phase in enumerate(phases):
+        for number, (phase, own) in enumerate(itertools.zip_longest(phases, variables, fillvalue={})):
+            assert isinstance(phase, Path)
             phase.write_text("interpreter")
             command = [
                 sys.executable,
@@ -98,7 +108,7 @@ class Processes:
                 children.append(
                     subprocess.Popen(
                         command,
-                        env=environment | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}),
+                        env=environment | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}) | dict(own),
                         stdout=output,
                         stderr=output,
                     )

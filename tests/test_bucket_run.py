@@ -1,5 +1,6 @@
 """A run directory in a bucket, on loopback: it resumes, is locked, and is the run of a local directory to the bit."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import bucket_server
 import killing
 import pytest
 import tiny
@@ -119,6 +121,66 @@ def test_an_earlier_checkpoint_sets_the_later_ones_aside(config: TrainConfig, ru
     checkpoint.restore(
         run / "set_aside", 7, objective_of(config).abstract_state(loop.sharding.make_mesh(config.mesh))[0]
     )
+
+
+@pytest.mark.slow
+def test_a_bucket_that_stops_answering_ends_the_run_and_loses_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The server is gone after step 4 and comes back: the run ends with a message, and resumes after step 3."""
+    objects, port = tmp_path / "objects", bucket_server.free_port()
+    monkeypatch.setattr(buckets, "DEADLINE_SECONDS", 5.0)
+    buckets._client.cache_clear()
+    with contextlib.ExitStack() as server, bucket_server.in_environment(f"http://127.0.0.1:{port}"):
+        server.enter_context(bucket_server.serving(port, objects))
+        (objects / "bucket").mkdir(parents=True, exist_ok=True)
+
+        def if_due(self: Any, step: int, state: Any) -> None:
+            if step == 4:
+                self._checkpoints.finish()
+                server.close()
+            save(self, step, state)
+
+        with monkeypatch.context() as patch:
+            save = loop.Saver.if_due
+            patch.setattr(loop.Saver, "if_due", if_due)
+            with pytest.raises(
+                MachineError, match=r"The checkpoint of step 6 was not written.*did not answer within 5 s"
+            ):
+                loop.train(config, "gs://bucket/run", progress=False)
+        assert "are kept in" in "".join(capsys.readouterr())
+
+        server.enter_context(bucket_server.serving(port, objects))
+        run = located("gs://bucket/run", WHAT)
+        assert steps(run / "checkpoints") == [3]
+        loop.train(config, "gs://bucket/run", progress=False)
+        assert steps(run / "checkpoints") == [6, 7]
+        assert lines(run) == [1, 2, 3, 4, 5, 6, 7]
+    buckets._client.cache_clear()
+
+
+@pytest.mark.slow
+def test_processes_with_different_views_of_the_bucket_are_refused(config: TrainConfig, tmp_path: Path) -> None:
+    with bucket_server.serving() as one, bucket_server.serving() as other:
+        for url in (one, other):
+            buckets._client.cache_clear()
+            with bucket_server.in_environment(url):
+                buckets._client().create_bucket("bucket")
+        buckets._client.cache_clear()
+        processes = killing.Processes.start(
+            config,
+            located("gs://bucket/run", WHAT),
+            tmp_path,
+            2,
+            variables=[*map(bucket_server.environment, (one, other))],
+        )
+        try:
+            assert processes.wait(300) == [2, 2]
+        finally:
+            processes.end()
+    for number in range(2):
+        log = (tmp_path / f"log_{number}").read_text()
+        assert "processes of this run disagree" in log and "lock of the run directory" in log
 
 
 # What is refused

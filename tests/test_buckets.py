@@ -79,7 +79,7 @@ def test_a_bucket_that_does_not_exist_is_refused(bucket: str) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        ("Forbidden", InputError, "these credentials may not use.*roles/storage.objectUser"),
+        ("Forbidden", InputError, "these credentials may not use.*roles/storage.objectUser and roles/storage.legacyBucketReader"),
         ("Unauthorized", InputError, "these credentials may not use"),
         ("ServiceUnavailable", MachineError, "did not answer within.*Nothing that was there is lost"),
     ],
@@ -89,6 +89,11 @@ def test_what_a_bucket_answers_is_one_sentence_with_its_remedy(error: str, kind:
 
     with pytest.raises(kind, match=message), buckets.reported("gs://bucket/run", WHAT):
         raise getattr(exceptions, error)("as the server says")
+
+
+def test_an_object_that_vanishes_is_not_taken_for_a_missing_bucket(bucket: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no gs://\S+/gone any more"):
+        buckets.download(at(f"{bucket}/gone"), tmp_path / "copy", WHAT)
 
 
 def test_no_credentials_are_said_with_the_command_that_makes_some() -> None:

@@ -54,14 +54,18 @@ def reported(path: epath.Path | str, what: str) -> Iterator[None]:
     try:
         yield
     except api.NotFound as error:
+        if f"/b/{bucket}/o/" in str(error) and "bucket does not exist" not in str(error):
+            raise InputError(
+                f"{what}: there is no {path} any more. Check whether another program deletes it"
+            ) from error
         raise InputError(
             f"{what} is {path}, but there is no bucket {bucket}, or these credentials may not see it. Check the name, "
             f"or make it with gcloud storage buckets create gs://{bucket}"
         ) from error
     except (api.Forbidden, api.Unauthorized) as error:
         raise InputError(
-            f"{what} is {path}, which these credentials may not use ({_line(error)}). Give their account the role "
-            f"roles/storage.objectUser on gs://{bucket}, or use other credentials"
+            f"{what} is {path}, which these credentials may not use ({_line(error)}). Give their account the roles "
+            f"roles/storage.objectUser and roles/storage.legacyBucketReader on gs://{bucket}, or use other credentials"
         ) from error
     except (auth.DefaultCredentialsError, auth.RefreshError) as error:
         raise InputError(
@@ -102,9 +106,10 @@ def answering(path: epath.Path, what: str) -> Iterator[None]:
 
 
 def check_writable(path: epath.Path, what: str) -> None:
-    """As `check`, and writes and deletes a small object in the folder."""
+    """As `check`, and writes and deletes a small object in the folder. Reads what kind of bucket it is, as Orbax does."""
     probe = object_at(path / f".probe-{uuid.uuid4().hex}")
     with reported(path, what):
+        _client().get_bucket(split(path)[0], timeout=TIMEOUT_SECONDS, retry=repeating())
         probe.upload_from_string(b"can this be written?", timeout=TIMEOUT_SECONDS, retry=repeating())
         probe.delete(timeout=TIMEOUT_SECONDS, retry=repeating())
 

@@ -70,6 +70,8 @@ class Checkpoints:
             )
             preserved.append(best)
         self._directory, self._go_on, self._agree = directory, go_on, agree
+        if in_bucket(directory):
+            orbax.limit_retries()
         self._policy: Any = policies.AnyPreservationPolicy(preserved)  # Any: Orbax's protocol does not accept its class
         self._checkpointer = self._open()
         self._writing: int | None = None

@@ -59,15 +59,15 @@ def _reading(path: AnyPath) -> Iterator[None]:
     """Turns what Orbax raises in the block into InputError, or MachineError where a disk or a bucket fails."""
     with buckets.answering(path, "the checkpoint") if in_bucket(path) else contextlib.nullcontext():
         if in_bucket(path):
-            _limit_retries()
+            limit_retries()
         try:
             yield
         except Exception as error:  # Orbax raises many types for a damaged directory
             raise _unreadable(path, error) from error
 
 
-def _limit_retries() -> None:
-    """tensorstore repeats a request to a bucket 32 times, for 15 minutes; here for one. Orbax has no public option."""
+def limit_retries() -> None:
+    """tensorstore repeats a request to a bucket 32 times, for 15 minutes; from now on for one. Orbax has no option."""
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
     limited: dict[str, Any] = {"gcs_request_retries": {"max_retries": 6, "initial_delay": "1s", "max_delay": "16s"}}
