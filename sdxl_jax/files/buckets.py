@@ -106,7 +106,8 @@ def answering(path: epath.Path, what: str) -> Iterator[None]:
 
 
 def check_writable(path: epath.Path, what: str) -> None:
-    """As `check`, and writes and deletes a small object in the folder. Reads what kind of bucket it is, as Orbax does."""
+    """As `check`; also writes and deletes a small object in the folder, and asks of what kind the bucket is, as Orbax
+    does."""
     probe = object_at(path / f".probe-{uuid.uuid4().hex}")
     with reported(path, what):
         _client().get_bucket(split(path)[0], timeout=TIMEOUT_SECONDS, retry=repeating())
