@@ -228,9 +228,9 @@ def test_work_without_a_loop_is_stopped_with_the_signals_code(
 SLOW_BUILD = """
 import sys, time
 from sdxl_jax import __main__ as command
-from sdxl_jax.data.build import build as builds
+from sdxl_jax.data.build import destinations
 
-write = builds._write_part
+write = destinations._write_part
 
 
 def slow(*arguments):
@@ -238,7 +238,7 @@ def slow(*arguments):
     time.sleep(60)
 
 
-builds._write_part = slow
+destinations._write_part = slow
 sys.argv[1:] = ["data", "build", *sys.argv[1:], "--workers", "0"]
 command.program()
 """

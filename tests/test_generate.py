@@ -474,7 +474,7 @@ def test_a_validation_grid_that_is_not_finite_is_noted_and_does_not_end_the_run(
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     write_grid(Denoising(config), create_autospec(BucketedDataset), processes, tmp_path, 7, broken, mesh)
     output = capsys.readouterr().out
-    assert output.startswith("note: no step_00000007.png: Image 0 and 1 more of its batch: non-finite")
+    assert output.startswith("note: no samples/step_00000007.png: Image 0 and 1 more of its batch: non-finite")
     assert "unet/conv_in/kernel" in output
     assert list(tmp_path.iterdir()) == []
 
