@@ -79,7 +79,11 @@ def test_a_bucket_that_does_not_exist_is_refused(bucket: str) -> None:
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        ("Forbidden", InputError, "these credentials may not use.*roles/storage.objectUser and roles/storage.legacyBucketReader"),
+        (
+            "Forbidden",
+            InputError,
+            "these credentials may not use.*roles/storage.objectUser and roles/storage.legacyBucketReader",
+        ),
         ("Unauthorized", InputError, "these credentials may not use"),
         ("ServiceUnavailable", MachineError, "did not answer within.*Nothing that was there is lost"),
     ],

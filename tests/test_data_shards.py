@@ -360,8 +360,6 @@ def test_damaged_captions_name_the_image(tmp_path):
     content[3] = 0xFF
     (folder / CAPTIONS).write_bytes(content)
     shards = open_shards(folder)
-    with pytest.raises(
-        InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy the whole"
-    ):
+    with pytest.raises(InputError, match=r"captions of a\.jpg in .*captions\.bin are damaged .*Copy the whole"):
         shards.captions(0)
     assert shards.captions(1) == ("b",)

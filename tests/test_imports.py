@@ -71,7 +71,10 @@ ALLOWED: dict[str, set[str]] = {
     "training.cluster": BASE,
     "training.heartbeats": set(),
     "training.processes": {"training.cluster", "training.heartbeats"} | BASE,
-    "training.run_directory": {"config", "data", "jsontree", "training.objectives", "training.status", "weights.formats.checkpoints"} | BASE,
+    "training.run_directory": {
+        *("config", "data", "jsontree", "training.objectives", "training.status", "weights.formats.checkpoints"),
+        *BASE,
+    },
     "training.checksums": set(),
     "training.checkpoint": {
         *("sharding", "weights.formats", "training.checksums", "training.state"),
