@@ -23,7 +23,7 @@ from sdxl_jax.training import checkpoint, loop, run_directory
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.run_directory import RunDirectory, check_run, locked, opened, write_config
 from sdxl_jax.training.status import State, holder, status
-from sdxl_jax.weights.formats.checkpoints import arrays, steps
+from sdxl_jax.weights.formats.checkpoints import COMMITTED, arrays, steps
 
 KILLS = int(os.environ.get("KILLS", "20"))
 WHAT = "the run directory"
@@ -56,7 +56,7 @@ def write_checkpoint(folder: Any, step: int, committed: bool = True) -> None:
     """What `steps` looks at."""
     (folder / "checkpoints" / str(step) / "array").write_text("1")
     if committed:
-        (folder / "checkpoints" / str(step) / buckets.COMMITTED).write_text("")
+        (folder / "checkpoints" / str(step) / COMMITTED).write_text("")
 
 
 # Training

@@ -36,6 +36,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.training import compilation, programs
 from sdxl_jax.weights import lora
 from sdxl_jax.weights.convert import Layout, convert
+from sdxl_jax.weights.formats.checkpoints import COMMITTED
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import OpenOptions, open_model
 
@@ -86,7 +87,7 @@ def upload(source: Path, target: str, *, committed: bool = True) -> str:
         name = "" if file == source else f"/{file.relative_to(source).as_posix()}"
         buckets.upload(file, place(f"{target}{name}"), WHAT)
         if committed and file.name == "_CHECKPOINT_METADATA":
-            (place(f"{target}{name}").parent / buckets.COMMITTED).write_text("complete")
+            (place(f"{target}{name}").parent / COMMITTED).write_text("complete")
     return target
 
 
@@ -151,7 +152,7 @@ def test_an_interrupted_conversion_leaves_nothing_in_the_bucket(
 
     def ends_before_the_last(source: Path, path: Any, *arguments: Any) -> None:
         sent.append(path.name)
-        if path.name in (buckets.COMMITTED, "model_index.json", "new.safetensors"):
+        if path.name in (COMMITTED, "model_index.json", "new.safetensors"):
             assert len(sent) > 1
             raise KeyboardInterrupt
         send(source, path, *arguments)
@@ -166,7 +167,7 @@ def test_an_interrupted_conversion_leaves_nothing_in_the_bucket(
 def test_a_killed_conversion_is_not_taken_for_a_model(layout: str, home: Path, bucket: str) -> None:
     """What is sent last is what makes it one."""
     convert(home / "base.safetensors", f"{bucket}/new", layout, progress=False)
-    last = {"orbax": buckets.COMMITTED, "diffusers": "model_index.json"}[layout]
+    last = {"orbax": COMMITTED, "diffusers": "model_index.json"}[layout]
     buckets.delete(place(f"{bucket}/new/{last}"), WHAT)
     with pytest.raises(InputError, match="There is no model at gs://"):
         open_model(f"{bucket}/new")
@@ -228,7 +229,7 @@ def test_a_run_directory_is_opened_at_its_last_complete_checkpoint(home: Path, b
     assert_holds(open_model(target), BASE, unet=4)
     assert_holds(open_model(f"{target}/checkpoints/2"), BASE, unet=2)
     assert open_model(target).provenance.name == "run"
-    buckets.delete(place(f"{target}/checkpoints/4/{buckets.COMMITTED}"), WHAT)
+    buckets.delete(place(f"{target}/checkpoints/4/{COMMITTED}"), WHAT)
     assert_holds(open_model(target), BASE, unet=2)
     with pytest.raises(InputError, match=r"has no checkpoint of step 4\. Give one of its newest: 2"):
         open_model(f"{target}/checkpoints/4")

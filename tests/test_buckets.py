@@ -13,6 +13,7 @@ from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.files import buckets, paths
 from sdxl_jax.files.locks import Busy
 from sdxl_jax.files.paths import located
+from sdxl_jax.weights.formats.checkpoints import COMMITTED
 
 WHAT = "the run directory"
 
@@ -144,19 +145,19 @@ def test_files_come_and_go_whole(bucket: str, tmp_path: Path) -> None:
 
 def test_a_moved_checkpoint_has_its_commit_marker_last(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = at(f"{bucket}/run")
-    for name in ("state/d/1", buckets.COMMITTED, "_METADATA"):
+    for name in ("state/d/1", COMMITTED, "_METADATA"):
         (folder / "checkpoints/7" / name).write_text(name)
     with monkeypatch.context() as patch:  # it ends in the middle
-        patch.setattr(buckets, "repeating", iter([buckets.repeating() for _ in range(5)]).__next__)
+        patch.setattr(buckets, "request_options", iter([buckets.request_options() for _ in range(5)]).__next__)
         with pytest.raises(StopIteration):
-            buckets.move_checkpoint(folder / "checkpoints/7", folder / "set_aside/7", WHAT)
+            buckets.move_folder(folder / "checkpoints/7", folder / "set_aside/7", COMMITTED, WHAT)
     for step in ("checkpoints/7", "set_aside/7"):
-        assert buckets.COMMITTED not in buckets.files(folder / step, WHAT)
-    (folder / "checkpoints/8" / buckets.COMMITTED).write_text("")
+        assert COMMITTED not in buckets.files(folder / step, WHAT)
+    (folder / "checkpoints/8" / COMMITTED).write_text("")
     (folder / "checkpoints/8/array").write_text("8")
-    buckets.move_checkpoint(folder / "checkpoints/8", folder / "set_aside/8", WHAT)
+    buckets.move_folder(folder / "checkpoints/8", folder / "set_aside/8", COMMITTED, WHAT)
     assert buckets.files(folder / "checkpoints/8", WHAT) == {}
-    assert buckets.files(folder / "set_aside/8", WHAT) == {buckets.COMMITTED: 0, "array": 1}
+    assert buckets.files(folder / "set_aside/8", WHAT) == {COMMITTED: 0, "array": 1}
 
 
 # The mirror

@@ -25,6 +25,7 @@ from typing import Any
 from etils import epath
 
 from sdxl_jax.errors import InputError, MachineError
+from sdxl_jax.files import atomic
 from sdxl_jax.files.atomic import PARTIAL
 from sdxl_jax.files.locks import Busy
 
@@ -36,8 +37,6 @@ HEARTBEAT_SECONDS = 10.0
 """Between two signs of life of a lock's owner."""
 PATIENCE_SECONDS = 3 * HEARTBEAT_SECONDS
 """Without a sign of life, after which a lock is taken over."""
-COMMITTED = "commit_success.txt"
-"""The object that Orbax writes last: a checkpoint in a bucket without it is incomplete."""
 
 
 @contextlib.contextmanager
@@ -87,7 +86,7 @@ def check(path: epath.Path, what: str) -> None:
     answer."""
     with reported(path, what):
         bucket, prefix = split(path)
-        list(_client().list_blobs(bucket, prefix=prefix, max_results=1, timeout=TIMEOUT_SECONDS, retry=repeating()))
+        list(_client().list_blobs(bucket, prefix=prefix, max_results=1, **request_options()))
 
 
 @contextlib.contextmanager
@@ -110,9 +109,9 @@ def check_writable(path: epath.Path, what: str) -> None:
     does."""
     probe = object_at(path / f".probe-{uuid.uuid4().hex}")
     with reported(path, what):
-        _client().get_bucket(split(path)[0], timeout=TIMEOUT_SECONDS, retry=repeating())
-        probe.upload_from_string(b"can this be written?", timeout=TIMEOUT_SECONDS, retry=repeating())
-        probe.delete(timeout=TIMEOUT_SECONDS, retry=repeating())
+        _client().get_bucket(split(path)[0], **request_options())
+        probe.upload_from_string(b"can this be written?", **request_options())
+        probe.delete(**request_options())
 
 
 def read_bytes(path: epath.Path, what: str) -> bytes | None:
@@ -121,7 +120,7 @@ def read_bytes(path: epath.Path, what: str) -> bytes | None:
 
     with reported(path, what):
         try:
-            return object_at(path).download_as_bytes(timeout=TIMEOUT_SECONDS, retry=repeating())
+            return object_at(path).download_as_bytes(**request_options())
         except NotFound:
             check(path, what)
             return None
@@ -130,9 +129,7 @@ def read_bytes(path: epath.Path, what: str) -> bytes | None:
 def version(path: epath.Path, what: str) -> tuple[int, int] | None:
     """(generation, size in bytes) of an object; None if there is none. Whoever replaces an object changes its
     generation."""
-    bucket, name = split(path)
-    with reported(path, what):
-        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=repeating()) if name else None
+    blob = found(path, what)
     return None if blob is None else (blob.generation, blob.size)
 
 
@@ -141,34 +138,27 @@ def files(path: epath.Path, what: str) -> dict[str, int]:
     bucket, name = split(path)
     prefix = name and f"{name}/"
     with reported(path, what):
-        found = _client().list_blobs(bucket, prefix=prefix, timeout=TIMEOUT_SECONDS, retry=repeating())
-        return {blob.name.removeprefix(prefix): blob.size for blob in found if not blob.name.endswith("/")}
+        blobs = _client().list_blobs(bucket, prefix=prefix, **request_options())
+        return {blob.name.removeprefix(prefix): blob.size for blob in blobs if not blob.name.endswith("/")}
 
 
 def download(path: epath.Path, destination: Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:
     """Copies an object to a local file, whole or not at all. wrote: called with numbers of bytes as they arrive."""
     from tqdm.utils import CallbackIOWrapper
 
-    partial = destination.with_name(destination.name + PARTIAL)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with reported(path, what), partial.open("wb") as file:
-            counted = CallbackIOWrapper(wrote, file, "write")
-            object_at(path).download_to_file(counted, timeout=TIMEOUT_SECONDS, retry=repeating())
-        partial.replace(destination)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(destination) as partial, reported(path, what), partial.open("wb") as file:
+        object_at(path).download_to_file(CallbackIOWrapper(wrote, file, "write"), **request_options())
 
 
 def upload(source: Path, path: epath.Path, what: str, wrote: Callable[[int], object] = lambda _: None) -> None:
     """Copies a local file to an object, replacing it. wrote: called with numbers of bytes as they are sent."""
     from tqdm.utils import CallbackIOWrapper
 
-    options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": repeating()}
     kind = mimetypes.guess_type(source.name)[0]  # by which browsers show images
     with reported(path, what), source.open("rb") as file:
         counted = CallbackIOWrapper(wrote, file, "read")
-        object_at(path).upload_from_file(counted, size=source.stat().st_size, content_type=kind, **options)
+        object_at(path).upload_from_file(counted, size=source.stat().st_size, content_type=kind, **request_options())
 
 
 def delete(path: epath.Path, what: str) -> None:
@@ -176,25 +166,23 @@ def delete(path: epath.Path, what: str) -> None:
     from google.api_core.exceptions import NotFound
 
     with reported(path, what), contextlib.suppress(NotFound):
-        object_at(path).delete(timeout=TIMEOUT_SECONDS, retry=repeating())
+        object_at(path).delete(**request_options())
 
 
-def move_checkpoint(source: epath.Path, destination: epath.Path, what: str) -> None:
-    """Moves a checkpoint's folder, by copies inside the bucket. At no moment is a part of it offered as a checkpoint:
-    its commit marker is deleted first, and written last."""
+def move_folder(source: epath.Path, destination: epath.Path, last: str, what: str) -> None:
+    """Moves a folder's objects, by copies inside the bucket. last: the one that marks the folder as complete, which is
+    deleted first and written last, so that at no moment a part of the folder has it."""
     names = files(source, what)
-    committed = names.pop(COMMITTED, None) is not None
-    content = read_bytes(source / COMMITTED, what) if committed else None
-    delete(source / COMMITTED, what)
+    content = read_bytes(source / last, what) if names.pop(last, None) is not None else None
+    delete(source / last, what)
     with reported(source, what):
         for name in names:
-            blob = object_at(source / name)
-            new = object_at(destination / name)
-            token = new.rewrite(blob, timeout=TIMEOUT_SECONDS, retry=repeating())[0]
+            old, new = object_at(source / name), object_at(destination / name)
+            token = new.rewrite(old, **request_options())[0]
             while token is not None:
-                token = new.rewrite(blob, token=token, timeout=TIMEOUT_SECONDS, retry=repeating())[0]
+                token = new.rewrite(old, token=token, **request_options())[0]
         if content is not None:
-            object_at(destination / COMMITTED).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=repeating())
+            object_at(destination / last).upload_from_string(content, **request_options())
     for name in names:
         delete(source / name, what)
 
@@ -247,15 +235,14 @@ class Mirror:
             file.seek(start)
             new = file.read(stop - start)
         blob, part = object_at(self._target / name), object_at(self._target / (name + PARTIAL))
-        options: dict[str, Any] = {"timeout": TIMEOUT_SECONDS, "retry": repeating()}
         with reported(self._target / name, self._what):
             try:
-                blob.reload(**options)
+                blob.reload(**request_options())
                 if blob.size != start:
                     return False
-                part.upload_from_string(new, **options)
-                blob.compose([blob, part], if_generation_match=blob.generation, **options)
-                part.delete(**options)
+                part.upload_from_string(new, **request_options())
+                blob.compose([blob, part], if_generation_match=blob.generation, **request_options())
+                part.delete(**request_options())
             except (NotFound, PreconditionFailed):
                 return False
         return True
@@ -317,9 +304,7 @@ class Lock:
             return
         # A bucket that does not answer any more keeps the object, which is taken over in time.
         with contextlib.suppress(NotFound, PreconditionFailed, InputError, MachineError), reported(self._path, ""):
-            object_at(self._path).delete(
-                if_generation_match=self._generation, timeout=TIMEOUT_SECONDS, retry=repeating()
-            )
+            object_at(self._path).delete(if_generation_match=self._generation, **request_options())
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS) and self.lost is None:
@@ -346,8 +331,7 @@ class Lock:
                 blob.upload_from_string(
                     json.dumps(self._owner),
                     if_generation_match=generation,
-                    timeout=TIMEOUT_SECONDS,
-                    retry=repeating(),
+                    **request_options(),
                 )
             except PreconditionFailed:
                 return False
@@ -362,7 +346,7 @@ def read_lock(path: epath.Path, what: str) -> tuple[dict[str, Any], int] | None:
     blob = object_at(path)
     with reported(path, what):
         try:
-            content = blob.download_as_bytes(timeout=TIMEOUT_SECONDS, retry=repeating())
+            content = blob.download_as_bytes(**request_options())
         except NotFound:
             return None
     owner = json.loads(content)
@@ -371,9 +355,7 @@ def read_lock(path: epath.Path, what: str) -> tuple[dict[str, Any], int] | None:
 
 def is_held(path: epath.Path, what: str) -> bool:
     """Whether a lock was renewed lately, by the bucket's clock and ours; both are taken to be right to a minute."""
-    bucket, name = split(path)
-    with reported(path, what):
-        blob = _client().bucket(bucket).get_blob(name, timeout=TIMEOUT_SECONDS, retry=repeating())
+    blob = found(path, what)
     return blob is not None and (datetime.now(UTC) - blob.updated).total_seconds() < 60 + PATIENCE_SECONDS
 
 
@@ -407,11 +389,11 @@ def _client() -> Any:
     return storage.Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT"))
 
 
-def repeating() -> Any:
-    """How Google's client repeats requests."""
+def request_options() -> dict[str, Any]:
+    """How long Google's client waits for an answer, and how it repeats the request."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
-    return DEFAULT_RETRY.with_timeout(DEADLINE_SECONDS)
+    return {"timeout": TIMEOUT_SECONDS, "retry": DEFAULT_RETRY.with_timeout(DEADLINE_SECONDS)}
 
 
 def split(path: epath.Path) -> tuple[str, str]:
@@ -424,6 +406,23 @@ def object_at(path: epath.Path) -> Any:
     """An object as Google's client has it, a `Blob`."""
     bucket, name = split(path)
     return _client().bucket(bucket).blob(name)
+
+
+def found(path: epath.Path, what: str) -> Any:
+    """As `object_at`, with its size, generation and time; None if there is none. Raises as `reported`, also for a
+    bucket that does not exist."""
+    from google.api_core.exceptions import NotFound
+
+    if not split(path)[1]:
+        return None  # the bucket itself
+    blob = object_at(path)
+    with reported(path, what):
+        try:
+            blob.reload(**request_options())
+        except NotFound:
+            check(path, what)  # raises where there is no bucket
+            return None
+    return blob
 
 
 def _line(error: BaseException) -> str:

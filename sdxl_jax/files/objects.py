@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from sdxl_jax.files.buckets import TIMEOUT_SECONDS, check, object_at, repeating, reported, split
+from sdxl_jax.files.buckets import found, object_at, reported, request_options
 
 CHUNK_BYTES = 8 << 20
 """Of one request of a file that is read from front to back."""
@@ -19,14 +19,14 @@ CHUNK_BYTES = 8 << 20
 def size(path: epath.Path, what: str) -> int | None:
     """An object's size in bytes; None if there is none. what: the path's role, for messages. Raises as
     `buckets.reported`."""
-    blob = _loaded(path, what)
+    blob = found(path, what)
     return None if blob is None else blob.size
 
 
 def write_bytes(path: epath.Path, content: bytes, what: str) -> None:
     """Writes an object, replacing it. Raises as `buckets.reported`."""
     with reported(path, what):
-        object_at(path).upload_from_string(content, timeout=TIMEOUT_SECONDS, retry=repeating())
+        object_at(path).upload_from_string(content, **request_options())
 
 
 def open_object(path: epath.Path, what: str, chunk_bytes: int = CHUNK_BYTES) -> io.BufferedReader:
@@ -35,7 +35,7 @@ def open_object(path: epath.Path, what: str, chunk_bytes: int = CHUNK_BYTES) -> 
     Opening and reading raise FileNotFoundError where there is none, OSError where it was replaced in the meantime, and
     as `buckets.reported`.
     """
-    blob = _loaded(path, what)
+    blob = found(path, what)
     if blob is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return io.BufferedReader(_Object(blob, path, what), chunk_bytes)
@@ -81,26 +81,9 @@ class _Object(io.RawIOBase):
                     end=end - 1,
                     raw_download=True,
                     if_generation_match=self._blob.generation,
-                    timeout=TIMEOUT_SECONDS,
-                    retry=repeating(),
+                    **request_options(),
                 )
             except (NotFound, PreconditionFailed) as error:
                 raise OSError(errno.ESTALE, "it was replaced or deleted while it was read", str(self._path)) from error
         self._at += len(data)
         return data
-
-
-def _loaded(path: epath.Path, what: str) -> Any:
-    """The object with its size and generation; None if there is none."""
-    from google.api_core.exceptions import NotFound
-
-    if not split(path)[1]:
-        return None  # the bucket itself
-    blob = object_at(path)
-    with reported(path, what):
-        try:
-            blob.reload(timeout=TIMEOUT_SECONDS, retry=repeating())
-        except NotFound:
-            check(path, what)  # raises where there is no bucket
-            return None
-    return blob

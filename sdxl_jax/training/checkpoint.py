@@ -29,7 +29,7 @@ from sdxl_jax.sharding import path_name
 from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.weights.formats import checkpoints, orbax, run
-from sdxl_jax.weights.formats.checkpoints import latest_step
+from sdxl_jax.weights.formats.checkpoints import COMMITTED, latest_step
 from sdxl_jax.weights.formats.run import Damaged
 
 _CHECKSUMS = "array_checksums"
@@ -218,7 +218,7 @@ def set_aside_after(run_dir: AnyPath, step: int) -> list[AnyPath]:
                 name = f"{newer}_{number}"
             if in_bucket(run_dir):
                 source, place = run_dir / "checkpoints" / str(newer), run_dir / "set_aside" / name
-                buckets.move_checkpoint(source, place, "the run directory")
+                buckets.move_folder(source, place, COMMITTED, "the run directory")
             else:
                 (run_dir / "set_aside").mkdir(exist_ok=True)
                 shutil.move(run_dir / "checkpoints" / str(newer), run_dir / "set_aside" / name)

@@ -39,6 +39,7 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.weights import card, names
 from sdxl_jax.weights.descriptions import METADATA, describe
 from sdxl_jax.weights.formats import diffusers, orbax, safetensors
+from sdxl_jax.weights.formats.checkpoints import COMMITTED
 from sdxl_jax.weights.lazy import (
     Carried,
     FirstLayers,
@@ -168,10 +169,10 @@ def _upload(folder: Path, destination: epath.Path, progress: bool) -> None:
     """The files of a folder to where the destination is. After an error no new object stays in the bucket."""
     made = folder / destination.name
     if orbax.is_checkpoint(made):
-        (made / buckets.COMMITTED).write_text(f"Written by sdxl-jax convert to {destination}\n")
+        (made / COMMITTED).write_text(f"Written by sdxl-jax convert to {destination}\n")
     paths = [path for path in folder.rglob("*") if path.is_file()]
     # What is last makes it a model: where the model is, its licence and card are too.
-    last = [made / name for name in ("config.json", "model_index.json", buckets.COMMITTED)] + [made]
+    last = [made / name for name in ("config.json", "model_index.json", COMMITTED)] + [made]
     paths.sort(key=lambda path: last.index(path) if path in last else -1)
     sent: list[epath.Path] = []
     with tqdm(

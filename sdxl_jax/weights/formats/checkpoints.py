@@ -6,8 +6,10 @@ RUN/checkpoints/<step>/    or `checkpoint.directory` in place of RUN
 import json
 
 from sdxl_jax.errors import InputError
-from sdxl_jax.files.buckets import COMMITTED
 from sdxl_jax.files.paths import AnyPath, in_bucket, located
+
+COMMITTED = "commit_success.txt"
+"""The object that Orbax writes last: a checkpoint in a bucket without it is incomplete."""
 
 
 def arrays(run_dir: AnyPath) -> AnyPath:

@@ -22,6 +22,7 @@ from sdxl_jax.arrays import unflatten
 from sdxl_jax.errors import InputError, MachineError, fault
 from sdxl_jax.files import buckets
 from sdxl_jax.files.paths import AnyPath, full, in_bucket
+from sdxl_jax.weights.formats.checkpoints import COMMITTED
 from sdxl_jax.weights.lazy import Carried, Index, Leaf
 
 _GROUP_BYTES = 2**29
@@ -30,7 +31,7 @@ _GROUP_BYTES = 2**29
 
 def is_checkpoint(path: AnyPath) -> bool:
     """Whether a directory is an Orbax checkpoint; in a bucket, a complete one."""
-    return (path / "_CHECKPOINT_METADATA").is_file() and (not in_bucket(path) or (path / buckets.COMMITTED).is_file())
+    return (path / "_CHECKPOINT_METADATA").is_file() and (not in_bucket(path) or (path / COMMITTED).is_file())
 
 
 def metadata(path: AnyPath) -> tuple[Any, dict[str, Any]]:
