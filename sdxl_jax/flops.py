@@ -8,7 +8,11 @@ and per chip, as its maker publishes them:
 
 - TPU: cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e ("peak compute per chip (bf16)", "HBM capacity"). The makers'
   GB are GiB there: a compiler for v5e reports 15.75 GiB that programs may use, for v5p 95.74.
-- H100: NVIDIA H100 data sheet, SXM; H200: NVIDIA H200 data sheet, SXM; A100: NVIDIA A100 data sheet, 80 GB and 40 GB.
+- GPU, peak and bandwidth: NVIDIA's data sheets of A100, H100, H200, HGX B200, L4, L40S, A10G, T4 and RTX A6000, and its
+  white papers on the GeForce of GA102, Ada and Blackwell (sums in float32, which halve a GeForce's peak); half of what
+  is given with sparsity. Bandwidth of A100, H100 and B200, and memory: what CUDA reports, as in XLA's
+  target_config/specs and in PyTorch's messages; error correction takes a part of some. A T4 has no units for bfloat16:
+  its peak is that of float32, in which XLA computes there.
 
 A device that is not listed, such as any CPU, has no known peak: then no MFU is reported.
 """
@@ -32,12 +36,29 @@ class Chip(NamedTuple):
     """Peak of bfloat16 products summed in float32."""
     memory_bytes: int
     """HBM. Programs may use a little less."""
+    bytes_per_second: float | None = None
+    """Bandwidth of the memory; None where no report needs it."""
 
 
 V4 = Chip("TPU v4", 275e12, 32 * _GIB)
 V5E = Chip("TPU v5e", 197e12, 16 * _GIB)
 V5P = Chip("TPU v5p", 459e12, 95 * _GIB)
 V6E = Chip("TPU v6e", 918e12, 32 * _GIB)
+
+A100_40 = Chip("A100 40 GB", 312e12, 42331013120, 1.5552e12)
+A100_80 = Chip("A100 80 GB", 312e12, 85100068864, 2.03904e12)
+H100 = Chip("H100 SXM", 989e12, 84942979072, 3.35232e12)
+H100_PCIE = Chip("H100 PCIe", 756e12, 84942979072, 2.03904e12)
+H200 = Chip("H200 SXM", 989e12, int(139.8 * _GIB), 4.8e12)
+B200 = Chip("B200", 2250e12, 191514411008, 7.67232e12)
+L4 = Chip("L4", 121e12, int(22.03 * _GIB), 300e9)
+L40S = Chip("L40S", 362e12, int(44.4 * _GIB), 864e9)
+A10G = Chip("A10G", 70e12, int(22.06 * _GIB), 600e9)
+T4 = Chip("T4", 8.1e12, int(14.75 * _GIB), 320e9)
+RTX_3090 = Chip("RTX 3090", 71e12, int(23.68 * _GIB), 936e9)
+RTX_4090 = Chip("RTX 4090", 165.2e12, int(23.64 * _GIB), 1008e9)
+RTX_5090 = Chip("RTX 5090", 209.5e12, int(31.36 * _GIB), 1792e9)
+RTX_A6000 = Chip("RTX A6000", 154.8e12, 51041271808, 768e9)
 
 _KINDS: tuple[tuple[str, Chip], ...] = (
     ("TPU v4", V4),
@@ -47,12 +68,22 @@ _KINDS: tuple[tuple[str, Chip], ...] = (
     ("TPU v5p", V5P),
     ("TPU v6 lite", V6E),
     ("TPU v6e", V6E),
-    ("NVIDIA A100-SXM4-40GB", Chip("A100 40 GB", 312e12, 40 * 10**9)),
-    ("NVIDIA A100-PCIE-40GB", Chip("A100 40 GB", 312e12, 40 * 10**9)),
-    ("NVIDIA A100-SXM4-80GB", Chip("A100 80 GB", 312e12, 80 * 10**9)),
-    ("NVIDIA A100 80GB PCIe", Chip("A100 80 GB", 312e12, 80 * 10**9)),
-    ("NVIDIA H100 80GB HBM3", Chip("H100 SXM", 989e12, 80 * 10**9)),
-    ("NVIDIA H200", Chip("H200 SXM", 989e12, 141 * 10**9)),
+    ("NVIDIA A100-SXM4-40GB", A100_40),
+    ("NVIDIA A100-PCIE-40GB", A100_40),
+    ("NVIDIA A100-SXM4-80GB", A100_80),
+    ("NVIDIA A100 80GB PCIe", A100_80),
+    ("NVIDIA H100 80GB HBM3", H100),
+    ("NVIDIA H100 PCIe", H100_PCIE),
+    ("NVIDIA H200", H200),
+    ("NVIDIA B200", B200),
+    ("NVIDIA L4", L4),
+    ("NVIDIA L40S", L40S),
+    ("NVIDIA A10G", A10G),
+    ("Tesla T4", T4),
+    ("NVIDIA GeForce RTX 3090", RTX_3090),
+    ("NVIDIA GeForce RTX 4090", RTX_4090),
+    ("NVIDIA GeForce RTX 5090", RTX_5090),
+    ("NVIDIA RTX A6000", RTX_A6000),
 )
 
 

@@ -1,4 +1,4 @@
-"""TPU topologies as devices to compile for, without a TPU. Needs libtpu.
+"""Topologies as devices to compile for, without such a device: TPUs here, GPUs in `gpus`. TPUs need libtpu.
 
 A topology's name is the chip and its arrangement: v5e:4x4 has 16 chips. A v4 or v5p slice has three axes, v5e and v6e
 two. jax.experimental.topologies; the chips' arrangements are those of cloud.google.com/tpu/docs.
@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from sdxl_jax import flops
+from sdxl_jax.aot import gpus
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.flops import Chip
 
@@ -28,12 +29,15 @@ KNOWN: dict[str, tuple[Chip, tuple[str, ...]]] = {
 
 def check(name: str) -> Chip:
     """The chip of a topology. Raises InputError for an unknown one, which lists the known."""
+    if gpus.known(name):
+        return gpus.check(name)
     kind, _, arrangement = name.partition(":")
     if kind not in KNOWN:
         known = [f"{chip}:{shape}" for chip, (_, shapes) in KNOWN.items() for shape in shapes]
+        known += [f"{gpu}:{count}" for gpu in gpus.KNOWN for count in (1, 8)]
         raise InputError(
             f"There is no topology {name!r}. Give one of (nearest first): {', '.join(nearest_first(name, known)[:12])}"
-            f"; the chips are {', '.join(KNOWN)}"
+            f"; the chips are {', '.join([*KNOWN, *gpus.KNOWN])}"
         )
     chip, shapes = KNOWN[kind]
     axes = 1 + shapes[0].count("x")
@@ -46,11 +50,13 @@ def check(name: str) -> Chip:
 
 
 def devices(name: str, slices: int = 1) -> list[Any]:
-    """The devices of `slices` slices. Raises InputError for a topology that the compiler does not know, and without
-    libtpu."""
+    """The devices of `slices` slices, of GPUs nodes. Raises InputError for a topology that the compiler does not know,
+    and without libtpu, or the plugin for GPUs."""
     check(name)
     if slices < 1:
         raise InputError(f"--slices {slices} is out of range. Give 1 or more")
+    if gpus.known(name):
+        return gpus.devices(name, slices)
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(
             "Compiling for TPUs needs libtpu, which is not installed; no TPU is needed. Install it: pip install "

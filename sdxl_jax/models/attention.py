@@ -101,7 +101,11 @@ def _platform() -> str:
     else the default ones. A GPU without cuDNN's attention is an "other gpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    return "other gpu" if platform == "gpu" and not _from_ampere_on(jax.devices()[0]) else platform
+    if platform != "gpu":
+        return platform
+    if jax.default_backend() != "gpu":  # it is not attached: NVIDIA's names of GPUs before Ampere begin with Tesla
+        return "other gpu" if device.device_kind.startswith("Tesla") else "gpu"
+    return "gpu" if _from_ampere_on(jax.devices()[0]) else "other gpu"
 
 
 def _from_ampere_on(device: Any) -> bool:
