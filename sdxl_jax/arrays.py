@@ -34,13 +34,6 @@ class AccumulatorDtype(enum.Enum):
         return jnp.dtype(self.value)
 
 
-class Size(NamedTuple):
-    """Size of one image, in pixels: the one type of a (height, width)."""
-
-    height: int
-    width: int
-
-
 Image = Float[type_of_array, "batch height width 3"]
 """Normalised image, -1..1."""
 

@@ -14,7 +14,6 @@ so that XLA's partitioner gathers parameters and never moves a batch; the rest i
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -25,6 +24,7 @@ from jaxtyping import Shaped
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
+from sdxl_jax.mesh import MeshConfig
 
 _Rows = TypeVar("_Rows")
 
@@ -56,24 +56,6 @@ RULES = (
 _SMALL = re.compile(r"(^|/)(v_row|v_col)/|(^|/)ns_coeffs$")
 """Optimiser state that is small compared with the parameter whose path it has, and is replicated: Adafactor's means
 over rows and columns, a thousandth of the parameter, and Muon's three numbers."""
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """The device mesh; −1 fills one axis with the remaining devices."""
-
-    data: int = -1
-    """Data parallelism: copies of the parameters within a slice. Higher: more images per step, the same memory on each
-    device."""
-    fsdp: int = 1
-    """Devices that one copy of the parameters is sharded over. Higher: less memory on each device, more
-    communication."""
-    tensor: int = 1
-    """Tensor parallelism: devices that share the heads and hidden features of one image's transformers. Higher: batches
-    smaller than the number of devices become possible; communication in every layer."""
-    slices: int = 1
-    """TPU slices (or groups of processes) connected by a slow network. Higher: more images per step; only the gradients
-    are exchanged between slices, once per step."""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:

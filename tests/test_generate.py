@@ -18,7 +18,6 @@ from PIL import Image
 from tiny import MODEL, random_model, train_config
 
 from sdxl_jax import sharding
-from sdxl_jax.arrays import Size
 from sdxl_jax.config import ValidationConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion.parameterisation import Prediction
@@ -30,9 +29,10 @@ from sdxl_jax.sampling import program
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Generated, encode_prompt, generate, micro_rows, text_to_image
 from sdxl_jax.sampling.nonfinite import NonFiniteError
-from sdxl_jax.sampling.options import Options, Position
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.program import Inputs, Recipe, SampledBatch
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.sizes import Position, Size
 from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.observe.validation import write_grid
 from sdxl_jax.training.processes import Processes

@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 
 import sdxl_jax
+from sdxl_jax.__main__ import _COMMANDS
 
 ROOT = Path(sdxl_jax.__file__).parent
 
-BASE = {"arrays", "errors", "files", "progress"}
+BASE = {"arrays", "errors", "files", "progress", "sizes"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "sizes": set(),
+    "mesh": set(),
     "arrays": set(),
     "files": {"files", "errors"},
     "progress": {"errors"},
     "flops": set(),
-    "sharding": BASE,
+    "sharding": {"mesh"} | BASE,
     "models": {"models", "sharding"} | BASE,
     "diffusion": {"diffusion"} | BASE,
     "conditioning": {"conditioning", "models"} | BASE,
@@ -297,6 +300,21 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     loaded = set(done.stdout.split())
     assert "sdxl_jax" in loaded
     assert not loaded & {"transformers", "orbax", "jax", "flax", "grain", "numpy"}
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    given = [[*name, "--help"] for name in (*[[name] for name in _COMMANDS], ["data", "build"], ["data", "inspect"])]
+    heavy = {"jax", "flax", "numpy", "transformers"}
+    program = f"""import contextlib, sys
+from sdxl_jax.__main__ import main
+for given in {given}:
+    with contextlib.suppress(SystemExit):
+        main(given)
+    print(given, *sorted({heavy} & {{*sys.modules}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    for each in given:
+        assert f"\n{each}\n" in done.stdout
 
 
 def test_files_imports_nothing_heavy() -> None:

@@ -32,9 +32,10 @@ from sdxl_jax.models.unet import UNetPart
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Sigmas, Spacing
 from sdxl_jax.sampling import program
 from sdxl_jax.sampling.generate import Generated, StepState, _Generation, generate, image_to_image, inpaint, refine
-from sdxl_jax.sampling.options import Options, Position
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import SegmentStart, Terms, plan_segments
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.sizes import Position
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -17,8 +17,8 @@ from tiny import MODEL
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.conditioning import text
-from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, PromptTokens, chunk_ends, weighted_texts
-from sdxl_jax.conditioning.text import ContextState, TextConditioning, Tokenizer, Tower
+from sdxl_jax.conditioning.prompts import CHUNK, LongPrompts, chunk_ends, weighted_texts
+from sdxl_jax.conditioning.text import ContextState, PromptTokens, TextConditioning, Tokenizer, Tower
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import clip
 from sdxl_jax.models.layers import abstract
@@ -346,7 +346,7 @@ def real_prompts() -> list[str]:
 def test_real_prompts_lose_and_double_no_token() -> None:
     prompts = real_prompts()
     read = TOKENIZER.prompts(prompts, CHUNKS)
-    expected = text._encode(prompts, None, (), verbose=False)
+    expected = text._encode(prompts, None, ())
     assert read.chunks > 1
     assert sum(len(row) > 77 for row in expected) > 100, "many are longer than a chunk"
     for chunks in read.tokens.values():

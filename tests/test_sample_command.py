@@ -16,12 +16,12 @@ from command import Outcome, call
 from PIL import Image
 from tiny import MODEL, random_model
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.commands import parsing, sample
 from sdxl_jax.errors import InputError
 from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.sampling.contact_sheet import save_png
-from sdxl_jax.sampling.options import Options, Position
+from sdxl_jax.sampling.options import Options
+from sdxl_jax.sizes import Position, Size
 from sdxl_jax.weights.convert import Layout, convert
 
 

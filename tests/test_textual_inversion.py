@@ -24,7 +24,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.models import clip
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.layers import abstract
-from sdxl_jax.sampling.generate import encode_prompt
+from sdxl_jax.sampling.generate import Generated, encode_prompt
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.weights import textual_inversion
 
@@ -373,9 +373,9 @@ def test_sample_draws_with_the_embeddings_it_is_given(
 ) -> None:
     used = []
 
-    def generate(model: Model, prompts: list[str], **options: object) -> SimpleNamespace:
+    def generate(model: Model, prompts: list[str], **options: object) -> Generated:
         used.append(model)
-        return SimpleNamespace(images=np.zeros((1, 8, 8, 3), np.uint8), latents=None)
+        return Generated(np.zeros((1, 8, 8, 3), np.uint8), np.zeros((1, 1, 1, 4), np.float32))
 
     monkeypatch.setattr("sdxl_jax.weights.open.open_model", lambda *_: SimpleNamespace(config=sdxl.config))
     monkeypatch.setattr("sdxl_jax.weights.load.load_weights", lambda *_: sdxl)

@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sdxl_jax import flops, sharding
 from sdxl_jax.aot import report, topologies
 from sdxl_jax.aot.report import ProgramInfo, Report, TooLarge
-from sdxl_jax.arrays import Size
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
@@ -32,6 +31,7 @@ from sdxl_jax.samplers import loop
 from sdxl_jax.sampling import generate, plan, program
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.sizes import Size
 from sdxl_jax.training import setup
 from sdxl_jax.training.compilation import REMEDIES, explained
 from sdxl_jax.training.objectives import objective_of

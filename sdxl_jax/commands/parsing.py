@@ -23,6 +23,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from sdxl_jax.errors import RENAMED, InputError, nearest_first
 from sdxl_jax.files.paths import AnyPath, in_bucket, local, located
 from sdxl_jax.files.text import printable
+from sdxl_jax.sizes import Position, Size
 
 if TYPE_CHECKING:
     from sdxl_jax.weights.open import OpenOptions
@@ -103,11 +104,6 @@ def config_path(arguments: list[str], command: str, usage: str) -> Path:
 
 @_REGISTRY.primitive_rule
 def _pixels(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    if ".Size" not in str(info.type) and ".Position" not in str(info.type):
-        return None  # most types; without importing jax
-    from sdxl_jax.arrays import Size
-    from sdxl_jax.sampling.options import Position
-
     for kind, separator, metavar in ((Size, "x", "HxW"), (Position, ",", "TOP,LEFT")):
         if info.type == kind | None:
 
@@ -153,9 +149,6 @@ def pair(option: str, value: str, separator: str, expected: str) -> tuple[int, i
 
 def words(value: Any) -> list[str]:
     """A field's value as words of the command line."""
-    from sdxl_jax.arrays import Size
-    from sdxl_jax.sampling.options import Position
-
     if isinstance(value, enum.Enum):
         return [str(value.value)]
     if isinstance(value, Size):
@@ -237,9 +230,6 @@ def _reason(output: str) -> str:
 
 def expected_value(kind: Any) -> str:
     """The values of a field's type, in words."""
-    from sdxl_jax.arrays import Size
-    from sdxl_jax.sampling.options import Position
-
     words_of = {
         int: "a whole number",
         float: "a number",

@@ -25,7 +25,7 @@ from sdxl_jax.commands.sample import COMMAND, Sample, Task, load, opened, texts_
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.files.text import printable
-from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.mesh import MeshConfig
 
 if TYPE_CHECKING:
     from sdxl_jax.model import ModelConfig

@@ -21,9 +21,11 @@ prompt of its own. A chunk ends after the last comma among its last 20 tokens, a
 (`modules/sd_hijack_clip.py`); if there is none, after a whole word or a whole concept of textual inversion; and if one
 of these fills a whole chunk, within it.
 
-Only the text is handled here: tokens and states are in `text`.
+Only the text is handled here: tokens and states are in `text`. No numpy, which the command line imports only after its
+arguments are read.
 """
 
+import array
 import enum
 import itertools
 import math
@@ -31,10 +33,6 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Float, Int32
-
-from sdxl_jax.arrays import type_of_array
 from sdxl_jax.errors import InputError
 
 CHUNK = 75
@@ -55,19 +53,6 @@ class LongPrompts(enum.Enum):
     """They are not read."""
     CHUNKS = "chunks"
     """They are encoded in further chunks, and the UNet attends to all: 77 more states per chunk."""
-
-
-class PromptTokens(NamedTuple):
-    """A batch of tokenised prompts, keyed by tower name. Every prompt has the same number of chunks."""
-
-    tokens: dict[str, Int32[type_of_array, "batch chunks 77"]]
-    """Each chunk with start, end and padding; chunks beyond a prompt's own are those of the empty prompt."""
-    weights: dict[str, Float[type_of_array, "batch chunks 77"]] | None = None
-    """Weight of each token, 1 for start, end and padding. None: unweighted, and nothing is computed for it."""
-
-    @property
-    def chunks(self) -> int:
-        return next(iter(self.tokens.values())).shape[1]
 
 
 class WeightedText(NamedTuple):
@@ -138,7 +123,7 @@ def weighted_texts(prompt: str) -> list[WeightedText]:
                 prompt, position, f"the weight is {size}", remedy + r", or write \: for a colon that is text"
             )
     # float32, as they are used: 1.1 · (1 / 1.1) must not differ from 1.
-    weighted = zip(characters, np.asarray(weights, np.float32).tolist(), strict=True)
+    weighted = zip(characters, array.array("f", weights), strict=True)
     groups = itertools.groupby(weighted, key=lambda pair: pair[1])
     return [WeightedText("".join(character for character, _ in group), weight) for weight, group in groups]
 

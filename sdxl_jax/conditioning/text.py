@@ -4,8 +4,9 @@
 
 SDXL concatenates the states of two towers along the features; the pooled vector is the projected one of the last tower.
 Towers differ in what they pad with: CLIP-L with end-of-text, bigG with 0. The vocabulary is CLIP's own, shipped with
-the package, or the `vocab.json` and `merges.txt` of a folder. The byte-pair encoding is transformers' `CLIPTokenizer`,
-which is what users of diffusers get; it differs from OpenAI's on curly quotes, HTML entities and full-width characters.
+the package, or the `vocab.json` and `merges.txt` of a folder. The byte-pair encoding is built from the
+parts of the package tokenizers as transformers' `CLIPTokenizer` is, which is what users of diffusers get; it differs
+from OpenAI's on curly quotes, HTML entities and full-width characters.
 
 A tower may have added tokens beyond that vocabulary, learnt by textual inversion (Gal et al. 2022, arXiv:2208.01618).
 They are found anywhere in a prompt, in any case, even within a word. Tokens `<tok>`, `<tok>_1`, `<tok>_2` are the
@@ -25,29 +26,25 @@ import functools
 import gzip
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Int32, Key, Num
-from tokenizers import pre_tokenizers
-
-# transformers would advise to install torch, which its tokenizers do not need.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-from transformers import CLIPTokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Encoder
+from tokenizers.models import BPE
 
 from sdxl_jax.arrays import Params, TokenIds, type_of_array
 from sdxl_jax.conditioning.prompts import (
     CHUNK,
     LongPrompts,
-    PromptTokens,
     WeightedText,
     check_text,
     chunk_ends,
@@ -92,10 +89,24 @@ class Tower:
 START_OF_TEXT, END_OF_TEXT = 49406, 49407
 FIRST_ADDED = END_OF_TEXT + 1
 """Id of the first of a tower's added tokens, and its row of the token embedding."""
+_START, _END = "<|startoftext|>", "<|endoftext|>"
 SDXL_BASE_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT), Tower("text_encoder_2", CLIP_BIGG, 0))
 SDXL_REFINER_TEXT = (Tower("text_encoder_2", CLIP_BIGG, 0),)
 SD1_TEXT = (Tower("text_encoder", CLIP_L, END_OF_TEXT, ContextState.LAST),)
 SD2_TEXT = (Tower("text_encoder", CLIP_H, 0, ContextState.PENULTIMATE_NORMED),)
+
+
+class PromptTokens(NamedTuple):
+    """A batch of tokenised prompts, keyed by tower name. Every prompt has the same number of chunks."""
+
+    tokens: dict[str, Int32[type_of_array, "batch chunks 77"]]
+    """Each chunk with start, end and padding; chunks beyond a prompt's own are those of the empty prompt."""
+    weights: dict[str, Float[type_of_array, "batch chunks 77"]] | None = None
+    """Weight of each token, 1 for start, end and padding. None: unweighted, and nothing is computed for it."""
+
+    @property
+    def chunks(self) -> int:
+        return next(iter(self.tokens.values())).shape[1]
 
 
 @functools.cache
@@ -105,39 +116,51 @@ def clip_vocabulary() -> tuple[dict[str, int], list[str]]:
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols)]
     tokens += ["".join(merge.split()) for merge in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    tokens += [_START, _END]
     return {token: token_id for token_id, token in enumerate(tokens)}, merges
 
 
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""What byte pairs are merged within: Radford et al.'s `simple_tokenizer.py`."""
+
+
 @functools.cache
-def _byte_pair_encoder(folder: str | None, added: tuple[str, ...] = ()) -> CLIPTokenizer:
-    """transformers' tokenizer over the shipped vocabulary, or that of a folder, with added tokens after it."""
-    encoder = _plain_encoder(folder)
-    if added:
-        encoder.add_tokens(list(added))
+def _encoder(folder: str | None, added: tuple[str, ...] = ()) -> Encoder:
+    """Text to start, tokens, end, over the shipped vocabulary, or that of a folder, with added tokens after it."""
+    encoder = Encoder(_byte_pairs(folder))
+    encoder.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    encoder.add_special_tokens([_START, _END])
+    start, end = ((token, encoder.token_to_id(token)) for token in (_START, _END))
+    encoder.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
+    encoder.add_tokens(list(added))
     return encoder
 
 
-def _plain_encoder(folder: str | None) -> CLIPTokenizer:
+@functools.cache
+def _byte_pairs(folder: str | None) -> BPE:
+    """The vocabulary and its merges, which take a tenth of a second to build: encoders share them."""
     if folder is None:
         vocabulary, lines = clip_vocabulary()
-        merges = [tuple(line.split()) for line in lines]
-        return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (pairs are taken)
-    paths = [Path(folder) / name for name in ("vocab.json", "merges.txt")]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise InputError(
-            f"{folder} has no {' and no '.join(missing)}. Give a tokenizer folder with vocab.json and merges.txt"
-        )
-    vocabulary = json.loads(paths[0].read_text())
-    lines = [line for line in paths[1].read_text().splitlines() if line and not line.startswith("#version")]
+    else:
+        paths = [Path(folder) / name for name in ("vocab.json", "merges.txt")]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise InputError(
+                f"{folder} has no {' and no '.join(missing)}. Give a tokenizer folder with vocab.json and merges.txt"
+            )
+        vocabulary = json.loads(paths[0].read_text())
+        lines = [line for line in paths[1].read_text().splitlines() if line and not line.startswith("#version")]
     merges = [tuple(line.split()) for line in lines]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges)  # pyright: ignore[reportArgumentType] (as above)
+    return BPE(vocabulary, merges, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=_END)  # pyright: ignore[reportArgumentType] (pairs are taken)
 
 
 def can_be_added(word: str) -> bool:
     """Whether the word can be an added token: not empty, no space around it, UTF-8, not in CLIP's own vocabulary."""
     usable = word == word.strip() != "" and not any("\ud800" <= character <= "\udfff" for character in word)
-    return usable and _byte_pair_encoder(None).backend_tokenizer.token_to_id(word) is None
+    return usable and _encoder(None).token_to_id(word) is None
 
 
 def concept_tokens(token: str, added: tuple[str, ...]) -> tuple[str, ...]:
@@ -153,27 +176,25 @@ def concepts(added: tuple[str, ...]) -> dict[str, int]:
     return {token: len(run) for token, run in runs.items() if token not in later}
 
 
-def _encode(prompts: list[str], folder: str | None, added: tuple[str, ...], **options: Any) -> list[list[int]]:
+def _encode(prompts: list[str], folder: str | None, added: tuple[str, ...]) -> list[list[int]]:
     """Start, tokens, end of each prompt, with all tokens of the concepts that it names."""
-    if not prompts:  # on which transformers fails
-        return []
-    encoder = _byte_pair_encoder(folder, added)
+    encoder = _encoder(folder, added)
     several = {token: " ".join(concept_tokens(token, added)) for token, count in concepts(added).items() if count > 1}
     if several:
         prompts = [_with_all_tokens(prompt, encoder, several) for prompt in prompts]
-    return encoder(prompts, **options)["input_ids"]
+    return [each.ids for each in encoder.encode_batch(prompts)]
 
 
-def _with_all_tokens(prompt: str, encoder: CLIPTokenizer, expanded: Mapping[str, str]) -> str:
+def _with_all_tokens(prompt: str, encoder: Encoder, expanded: Mapping[str, str]) -> str:
     """The prompt with "<tok> <tok>_1 <tok>_2" for "<tok>", as diffusers' `maybe_convert_prompt` does it.
 
     The text is changed, not the token ids, so that a prompt that names `<tok>_1` itself gives the same as there.
-    transformers finds added tokens in any case; diffusers then replaces only those in lower case, and uses the first
-    vector alone of the others. Here case matters to neither.
+    Added tokens are found in any case; diffusers then replaces only those in lower case, and uses the first vector
+    alone of the others. Here case matters to neither.
     """
-    found = set(encoder(prompt, verbose=False)["input_ids"])
+    found = set(encoder.encode(prompt).ids)
     for token, every in expanded.items():
-        if encoder.convert_tokens_to_ids(token) in found:
+        if encoder.token_to_id(token) in found:
             prompt = re.sub(re.escape(token), lambda _: every, prompt, flags=re.IGNORECASE)  # noqa: B023 (used at once)
     return prompt
 
@@ -193,11 +214,7 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
         """One entry per tower: start, the prompt's tokens (truncated to 75), end, padding."""
-        encoded = self._encoded(prompts, truncation=True, max_length=TOKENS)
-        return {
-            name: np.array([row + [pad] * (TOKENS - len(row)) for row in encoded[added]], np.int32).reshape(-1, TOKENS)
-            for name, pad, added in self.towers
-        }
+        return {name: tokens[:, 0] for name, tokens in self.prompts(prompts).tokens.items()}
 
     def prompts(
         self,
@@ -243,7 +260,7 @@ class Tokenizer:
     ) -> dict[tuple[str, ...], list[tuple[list[int], list[float]]]]:
         """By added tokens: all tokens of each prompt, without start and end, and their weights."""
         split = [weighted_texts(prompt) if weighted else [WeightedText(prompt, 1.0)] for prompt in prompts]
-        encoded = self._encoded([piece.text for row in split for piece in row], verbose=False)
+        encoded = self._encoded([piece.text for row in split for piece in row])
         tokenised = {}
         for added, every in encoded.items():
             rest = iter(every)
@@ -260,7 +277,7 @@ class Tokenizer:
             return [len(tokens)]
         if long is LongPrompts.TRUNCATE:
             return [CHUNK]
-        texts = list(_byte_pair_encoder(self.vocabulary, added).convert_ids_to_tokens(tokens))
+        texts = list(map(_encoder(self.vocabulary, added).id_to_token, tokens))
         successor = dict(pair for token in concepts(added) for pair in itertools.pairwise(concept_tokens(token, added)))
         joined = [
             successor.get(token) == following if token in added else not token.endswith("</w>")
@@ -268,13 +285,11 @@ class Tokenizer:
         ]
         return chunk_ends(joined, [token == ",</w>" for token in texts])
 
-    def _encoded(self, prompts: list[str], **options: Any) -> dict[tuple[str, ...], list[list[int]]]:
+    def _encoded(self, prompts: list[str]) -> dict[tuple[str, ...], list[list[int]]]:
         """Token ids by added tokens; towers with the same added tokens share one entry, encoded once."""
         for prompt in prompts:
             check_text(prompt, "A prompt")
-        return {
-            added: _encode(prompts, self.vocabulary, added, **options) for added in {each[2] for each in self.towers}
-        }
+        return {added: _encode(prompts, self.vocabulary, added) for added in {each[2] for each in self.towers}}
 
 
 class TextConditioning(NamedTuple):

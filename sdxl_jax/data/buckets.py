@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int32
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.errors import InputError
+from sdxl_jax.sizes import Size
 
 LATENT_FACTOR = 8
 """Image pixels per latent pixel along one axis: bucket sides are multiples of it."""

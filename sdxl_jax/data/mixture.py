@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.data.sources import ImageSource, Refused
+from sdxl_jax.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True)

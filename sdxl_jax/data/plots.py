@@ -19,11 +19,11 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from PIL import Image
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.data.loader import DecodedExample
 from sdxl_jax.data.pipeline import BucketedDataset, BucketReport
 from sdxl_jax.errors import InputError
 from sdxl_jax.files import atomic
+from sdxl_jax.sizes import Size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,8 +25,8 @@ import cv2
 import numpy as np
 from jaxtyping import Int32, UInt8
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.sizes import Size
 
 cv2.setNumThreads(1)  # many threads resize at a time already
 

@@ -9,7 +9,6 @@ What the vector holds is defined in `conditioning/micro.py`; here it is `vector_
 (arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
 """
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,6 +29,7 @@ from sdxl_jax.models.layers import (
     group_norm,
     sinusoidal_embedding,
 )
+from sdxl_jax.models.unet_parts import UNetPart
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,6 @@ SD2 = UNetConfig(
     context_dim=1024,
     vector_dim=None,
 )
-
-
-class UNetPart(enum.Enum):
-    """A part of the UNet in which `perturbed` rows lose their self-attention."""
-
-    DOWN = "down"
-    """All levels of the way down."""
-    MIDDLE = "mid"
-    """The middle: the default, and that of diffusers' `StableDiffusionXLPAGPipeline`."""
-    UP = "up"
-    """All levels of the way up."""
 
 
 class _Level(nn.Module):

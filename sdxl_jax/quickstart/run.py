@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import centred_crop
@@ -23,6 +22,7 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.quickstart import autoencoder, recipe
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Images, text_to_image
+from sdxl_jax.sizes import Size
 from sdxl_jax.training.loop import check_run, train
 
 IMAGES_ZIP = Path(__file__).with_name("pictures.zip")

@@ -37,28 +37,7 @@ from jaxtyping import Float
 from sdxl_jax.arrays import type_of_array
 from sdxl_jax.diffusion.schedule import Schedule
 from sdxl_jax.errors import InputError, nearest_first
-
-
-class Spacing(enum.Enum):
-    """Which of the training timesteps a sampler visits. Lin et al. (arXiv:2305.08891), table 2."""
-
-    LEADING = "leading"
-    """Multiples of T // steps, plus an offset: 1, 21, 41 … 981. What diffusers does with the SDXL weights."""
-    TRAILING = "trailing"
-    """Counted down from the last: 999, 979 … 19. What sgm does."""
-    LINSPACE = "linspace"
-    """Evenly from 0 to the last, both included; not whole numbers in general."""
-
-
-class Sigmas(enum.Enum):
-    """Spacing of the noise levels between the first and the last."""
-
-    SCHEDULE = "schedule"
-    """The noise levels of the timesteps that `Spacing` selects."""
-    KARRAS = "karras"
-    """Even in sigma^(1/7). Karras et al., arXiv:2206.00364, eq. 5."""
-    EXPONENTIAL = "exponential"
-    """Even in log sigma."""
+from sdxl_jax.samplers.defaults import Sigmas, Spacing
 
 
 def timesteps(count: int, schedule_length: int, spacing: Spacing, offset: int = 1) -> Float[np.ndarray, " steps"]:

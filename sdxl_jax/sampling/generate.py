@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 
 from sdxl_jax import sharding
-from sdxl_jax.arrays import MicroConditioning, Size, type_of_array
+from sdxl_jax.arrays import MicroConditioning, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.prompts import check_text
@@ -38,9 +38,10 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.loop import State
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
-from sdxl_jax.sampling.options import Options, Position
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import SegmentStart, levels_of, prepare
 from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, RowCallback, SampledBatch, Strengths
+from sdxl_jax.sizes import Position, Size
 
 Images = UInt8[np.ndarray, "images height width 3"]
 

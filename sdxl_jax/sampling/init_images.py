@@ -20,9 +20,9 @@ from einops import reduce
 from jaxtyping import Bool, Float32, UInt8
 from PIL import Image
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.data import images, transforms
 from sdxl_jax.errors import InputError, fault
+from sdxl_jax.sizes import Size
 
 Colour = tuple[int, int, int]
 """Red, green, blue, 0..255."""

@@ -1,26 +1,21 @@
 """Sampling options: image size, sampler, guidance, micro-conditioning, and batching. The command line has the same
-fields; `generate` acts on them.
+fields, and so imports this before anything that takes long; `generate` acts on them.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.errors import InputError, check_ranges
-from sdxl_jax.model import ModelConfig
-from sdxl_jax.models.unet import UNetPart
-from sdxl_jax.samplers.defaults import SamplingDefaults
-from sdxl_jax.samplers.steps import Family, Sampler, Sigmas, Spacing, find
+from sdxl_jax.models.unet_parts import UNetPart
+from sdxl_jax.samplers.defaults import SamplingDefaults, Sigmas, Spacing
+from sdxl_jax.sizes import Position, Size
 
-
-class Position(NamedTuple):
-    """Pixels from the image's top left corner."""
-
-    top: int
-    left: int
+if TYPE_CHECKING:
+    from sdxl_jax.model import ModelConfig
+    from sdxl_jax.samplers.steps import Sampler
 
 
 @dataclass(frozen=True)
@@ -99,13 +94,17 @@ class Options:
     """Decode latents in tiles of this many pixels per side, a multiple of 8 from 128 on: needs the memory of one tile.
     Default: the whole image at once."""
 
-    def method(self, config: ModelConfig) -> Sampler:
+    def method(self, config: "ModelConfig") -> "Sampler":
         """The sampler of these options for a model."""
+        from sdxl_jax.samplers.steps import find
+
         return find(self.resolved(config).sampler or "")
 
-    def resolved(self, config: ModelConfig) -> "Options":
+    def resolved(self, config: "ModelConfig") -> "Options":
         """With the defaults that depend on the model or the sampler filled in, and 1 for guidance that is off. Raises
         InputError for an unknown sampler."""
+        from sdxl_jax.samplers.steps import Family, find
+
         defaults, zero_terminal_snr = config.sampling or SamplingDefaults(), config.schedule.zero_terminal_snr
         sampler = defaults.sampler_of(zero_terminal_snr, config.distilled) if self.sampler is None else self.sampler
         spacing, guidance = self.timestep_spacing, self.guidance
@@ -117,7 +116,7 @@ class Options:
         sigmas = defaults.sigmas_of(sampler) if self.sigmas is None else self.sigmas
         return dataclasses.replace(self, sampler=sampler, timestep_spacing=spacing, sigmas=sigmas, guidance=guidance)
 
-    def check(self, config: ModelConfig) -> None:
+    def check(self, config: "ModelConfig") -> None:
         """Raises InputError for values out of range, and for options that have no effect on this model."""
         length, factor = config.schedule.timesteps, config.vae.downsampling
         sampler, sampler_name = self.method(config), self.resolved(config).sampler
@@ -157,7 +156,7 @@ class Options:
                 "or set it to 1"
             )
 
-    def notes(self, config: ModelConfig, negative: str | None = None) -> list[str]:
+    def notes(self, config: "ModelConfig", negative: str | None = None) -> list[str]:
         """Options that have no effect, though nothing is wrong, as notes to the user."""
         given = self.guidance
         off = f"guidance={1 if given is None else given:g} turns guidance off: it needs a scale above 1"

@@ -17,16 +17,16 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from sdxl_jax.arrays import Size
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
-from sdxl_jax.models.unet import UNetPart
+from sdxl_jax.models.unet_parts import UNetPart
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
 from sdxl_jax.sampling import init_images
 from sdxl_jax.sampling.options import Options, check_size
+from sdxl_jax.sizes import Size
 
 IMAGE_STRENGTH, HANDOFF = 0.3, 0.8
 """Defaults of `strength` and `handoff`, as diffusers has them for SDXL."""

@@ -24,8 +24,7 @@ from jaxtyping import Bool, Float, Int32, Key, UInt8
 from sdxl_jax import model
 from sdxl_jax.arrays import MicroConditioning, Params, normalise, to_bytes, type_of_array
 from sdxl_jax.conditioning import text
-from sdxl_jax.conditioning.prompts import PromptTokens
-from sdxl_jax.conditioning.text import TextConditioning, Tower
+from sdxl_jax.conditioning.text import PromptTokens, TextConditioning, Tower
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.conditioning import text
 from sdxl_jax.models import clip, layers, taesd, unet, vae
 from sdxl_jax.weights import names
 from sdxl_jax.weights.names import Dialect, Naming
@@ -165,6 +166,12 @@ def tiny_vae_model(config: taesd.TinyVaeConfig) -> Any:
         num_decoder_blocks=config.decoder_blocks,
         latent_channels=config.latent_channels,
     )
+
+
+def clip_tokenizer() -> Any:
+    """transformers' tokenizer over CLIP's vocabulary."""
+    vocabulary, merges = text.clip_vocabulary()
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=[tuple(merge.split()) for merge in merges])
 
 
 def tower_pair(config: clip.ClipTextConfig, seed: int = 0) -> Pair:

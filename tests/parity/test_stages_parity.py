@@ -50,10 +50,10 @@ from pipelines import (
 )
 from reference import diffusers, from_torch, randomise, to_torch
 
-from sdxl_jax.arrays import Size as Pixels
 from sdxl_jax.model import SDXL_BASE, Model
 from sdxl_jax.sampling.generate import generate
-from sdxl_jax.sampling.options import Position
+from sdxl_jax.sizes import Position
+from sdxl_jax.sizes import Size as Pixels
 from sdxl_jax.weights.load import load_model
 
 # Of diffusers' Euler alone: NumPy 2 asks more of torch's tensors than they offer.

@@ -74,7 +74,7 @@ class Pipeline(diffusers.loaders.TextualInversionLoaderMixin):
 def tokenizer(tower: Tower) -> Any:
     """transformers' own, over CLIP's vocabulary. The padding is set afterwards: given from the start, it is a special
     word, and every "!" of a prompt would be read as the padding of the second tower, 0, not as CLIP's own 256."""
-    encoder = text._plain_encoder(None)
+    encoder = reference.clip_tokenizer()
     encoder.pad_token = encoder.convert_ids_to_tokens(tower.pad_token)
     return encoder
 
