@@ -214,11 +214,11 @@ def image_flops(config: "ModelConfig", options: argparse.Namespace) -> float:
     from sdxl_jax import flops, model
     from sdxl_jax.conditioning import text
     from sdxl_jax.conditioning.text import Tokenizer
-    from sdxl_jax.models import layers, unet, vae
+    from sdxl_jax.models import unet, vae
     from sdxl_jax.models.layers import Attention, Compute
 
     compute = Compute(attention=Attention.XLA)  # the same FLOPs, and those of a kernel may be unknown
-    params = layers.abstract(lambda key: model.init(key, config))
+    params = model.abstract(config)
     both, side = 2, options.side // 8
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Key
 
 from sdxl_jax.adapters.lora import Lora
-from sdxl_jax.arrays import MicroConditioning, Params, TokenIds
+from sdxl_jax.arrays import MicroConditioning, Params, TokenIds, flatten, unflatten
 from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
@@ -23,7 +22,7 @@ from sdxl_jax.conditioning.text import TextConditioning, Tower
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import RENAMED, InputError
-from sdxl_jax.models import clip, unet, vae
+from sdxl_jax.models import clip, initialisers, unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
@@ -224,14 +223,17 @@ class Model(NamedTuple):
     """LoRAs that `weights.lora.add` has merged into the parameters, in that order."""
 
 
-def init(key: Key[jax.Array, ""], config: ModelConfig) -> Params:
-    """Random initial parameters of every part, float32."""
-    unet_key, vae_key, text_key = jax.random.split(key, 3)
-    towers = {
-        tower.name: clip.init(jax.random.fold_in(text_key, index), tower.clip)
-        for index, tower in enumerate(config.text)
-    }
-    return {"unet": unet.init(unet_key, config.unet), "vae": vae.init(vae_key, config.vae), **towers}
+def abstract(config: ModelConfig) -> Params:
+    """The parameters of every part and how they begin (`initialisers.Parameter`); nothing is computed."""
+    towers = {tower.name: clip.abstract(tower.clip) for tower in config.text}
+    return {"unet": unet.abstract(config.unet), "vae": vae.abstract(config.vae), **towers}
+
+
+def init(config: ModelConfig, seed: int) -> Params:
+    """Random initial parameters of every part, float32, on the default device: those of a run with this seed."""
+    parameters = flatten(abstract(config))
+    made = {path: jax.device_put(initialisers.sample(one, seed, path)) for path, one in parameters.items()}
+    return unflatten(made)
 
 
 def unconditional_text(

@@ -18,12 +18,11 @@ import tiny
 from layouts import LAYOUTS, Options
 
 from sdxl_jax import sharding
-from sdxl_jax.arrays import flatten
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.checkpoint import Checkpoints, restore
 from sdxl_jax.training.encoding import fingerprint
 from sdxl_jax.training.objectives.denoising import Denoising
-from sdxl_jax.training.state import TrainState, merge
+from sdxl_jax.training.state import TrainState
 
 STEPS = {"data 2 × fsdp 2 × tensor 2": 2}
 """Steps under each layout, all of one bucket. The other layouts, and changes of bucket, are test_layouts.py's."""
@@ -35,18 +34,12 @@ def mesh_of(name: str) -> Any:
 
 
 def fresh(name: str) -> tuple[Any, Any]:
-    """((state, frozen parameters), their abstract arrays) of a new run. Compiling the random initialisation of all of
-    them would take as long as everything else: only the middle block is initialised, the rest is given, as from a file
-    of weights."""
+    """((state, frozen parameters), their abstract arrays) of a new run."""
     config, mesh = layouts.train_config("unused", LAYOUTS[name]), mesh_of(name)
     objective = Denoising(config)
     with jax.set_mesh(mesh):
         abstract, abstract_frozen = objective.abstract_state(mesh)
-        state, frozen = layouts.initial(abstract, abstract_frozen)
-        places = merge(abstract.params, abstract_frozen)
-        given = flatten(layouts.placed(merge(state.params, frozen), places))
-        given = {path: value for path, value in given.items() if not path.startswith("unet/mid_block/")}
-        return objective.fresh_state(abstract, abstract_frozen, given), (abstract, abstract_frozen)
+        return objective.fresh_state(mesh, abstract, {}), (abstract, abstract_frozen)
 
 
 def split_share(state: Any, parts: int) -> float:

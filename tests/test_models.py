@@ -18,6 +18,7 @@ import pytest
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention, clip, layers, unet, vae
+from sdxl_jax.models.initialisers import Parameter, sample
 from sdxl_jax.models.layers import Compute, Dtype, Remat
 
 UNET = unet.UNetConfig((16, 32), 1, (0, 3), 2, (1, 2), 12, 24, groups=8)
@@ -28,23 +29,18 @@ TOWER = clip.ClipTextConfig(24, 3, 2, 48, clip.Activation.QUICK_GELU, 20, 60, 50
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
-def random_params(init: Callable[..., Params], config: Any, seed: int = 0) -> Params:
+def random_params(abstract: Callable[..., Params], config: Any, seed: int = 0) -> Params:
     """Parameters without zeros, scaled so that activations keep their size. Nothing is compiled for it."""
     rng = np.random.default_rng(seed)
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(path: tuple[Any, ...], leaf: Parameter) -> jax.Array:
         noise = rng.standard_normal(leaf.shape, np.float32)
         if path[-1].key == "kernel":
             stacked = any(key.key in ("transformer_blocks", "layers") for key in path)
             return jnp.asarray(noise / math.sqrt(math.prod(leaf.shape[stacked:-1])))
         return jnp.asarray(0.1 * noise + (path[-1].key == "scale"))
 
-    return jax.tree_util.tree_map_with_path(draw, abstract(init, config))
-
-
-@functools.cache
-def abstract(init: Callable[..., Params], config: Any) -> Params:
-    return layers.abstract(lambda key: init(key, config))
+    return jax.tree_util.tree_map_with_path(draw, abstract(config))
 
 
 def unet_inputs() -> dict[str, jax.Array]:
@@ -75,7 +71,7 @@ def unet_gradient(remat: Remat) -> tuple[jax.Array, Params]:
     """The mean squared prediction at random parameters, and its gradient."""
     apply = apply_unet(Compute(remat=remat))
     gradient = jax.value_and_grad(lambda params: jnp.mean(apply(params) ** 2))
-    return jax.jit(gradient, compiler_options=FAST_COMPILATION)(random_params(unet.init, UNET))
+    return jax.jit(gradient, compiler_options=FAST_COMPILATION)(random_params(unet.abstract, UNET))
 
 
 def relative(ours: jax.Array, expected: jax.Array) -> float:
@@ -98,20 +94,20 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("init", "config", "expected"),
+    ("abstract", "config", "expected"),
     [
-        (unet.init, unet.SDXL_BASE, 2_567_463_684),
-        (unet.init, unet.SDXL_REFINER, 2_259_526_660),
-        (unet.init, unet.SD1, 859_520_964),
-        (unet.init, unet.SD2, 865_910_724),
-        (vae.init, vae.SDXL_VAE, 83_653_863),
-        (clip.init, clip.CLIP_L, 123_060_480),
-        (clip.init, clip.CLIP_BIGG, 694_659_840),
+        (unet.abstract, unet.SDXL_BASE, 2_567_463_684),
+        (unet.abstract, unet.SDXL_REFINER, 2_259_526_660),
+        (unet.abstract, unet.SD1, 859_520_964),
+        (unet.abstract, unet.SD2, 865_910_724),
+        (vae.abstract, vae.SDXL_VAE, 83_653_863),
+        (clip.abstract, clip.CLIP_L, 123_060_480),
+        (clip.abstract, clip.CLIP_BIGG, 694_659_840),
     ],
     ids=["UNet base", "UNet refiner", "UNet SD 1.x", "UNet SD 2.x", "VAE", "CLIP-L", "CLIP-bigG"],
 )
-def test_full_size_has_the_published_number_of_parameters(init: Any, config: Any, expected: int) -> None:
-    params = abstract(init, config)
+def test_full_size_has_the_published_number_of_parameters(abstract: Any, config: Any, expected: int) -> None:
+    params = abstract(config)
     assert layers.count(params) == expected
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
 
@@ -126,7 +122,7 @@ def test_full_size_unet_predicts_the_shape_of_its_latent(config: unet.UNetConfig
     vector = None if config.vector_dim is None else jax.ShapeDtypeStruct((2, config.vector_dim), jnp.float32)
     out = jax.eval_shape(
         functools.partial(unet.apply, config, compute=compute),
-        abstract(unet.init, config),
+        unet.abstract(config),
         jax.ShapeDtypeStruct((2, side, side, 4), jnp.float32),
         jax.ShapeDtypeStruct((2,), jnp.int32),
         jax.ShapeDtypeStruct((2, 77, config.context_dim), jnp.float32),
@@ -137,7 +133,7 @@ def test_full_size_unet_predicts_the_shape_of_its_latent(config: unet.UNetConfig
 
 def test_full_size_autoencoder_and_towers_have_the_published_shapes() -> None:
     compute = Compute(Dtype.BFLOAT16)
-    params = abstract(vae.init, vae.SDXL_VAE)
+    params = vae.abstract(vae.SDXL_VAE)
     image = jax.ShapeDtypeStruct((2, 1024, 768, 3), jnp.float32)
     posterior = jax.eval_shape(functools.partial(vae.encode, vae.SDXL_VAE, compute=compute), params, image)
     assert posterior.mean.shape == posterior.log_variance.shape == (2, 128, 96, 4)
@@ -151,7 +147,7 @@ def test_full_size_autoencoder_and_towers_have_the_published_shapes() -> None:
         (clip.CLIP_BIGG, 1280, 1280),
     ):
         tower = functools.partial(clip.apply, config, compute=compute)
-        states = jax.eval_shape(tower, abstract(clip.init, config), tokens)
+        states = jax.eval_shape(tower, clip.abstract(config), tokens)
         for state in (states.penultimate, states.penultimate_normed, states.last):
             assert (state.shape, state.dtype) == ((2, 77, width), jnp.float32)
         assert states.pooled.shape == (2, width)
@@ -168,7 +164,7 @@ def test_unrolled_scan_has_the_same_parameters_and_the_same_result() -> None:
 
     scanned, unrolled = fresh(Compute()), fresh(Compute(unroll=True))
     assert jax.tree.map(lambda leaf: leaf.shape, scanned) == jax.tree.map(lambda leaf: leaf.shape, unrolled)
-    params = random_params(unet.init, UNET)
+    params = random_params(unet.abstract, UNET)
     # 1e-6: the compiler may fuse the copies differently, and so round differently.
     results = (compiled_unet(Compute(unroll=unroll))(params, **unet_inputs()) for unroll in (True, False))
     assert relative(*results) < 1e-6
@@ -186,7 +182,7 @@ def one_level_inputs() -> list[jax.Array]:
 
 
 def test_perturbed_rows_lose_their_self_attention_and_the_others_nothing() -> None:
-    params, inputs = random_params(unet.init, ONE_LEVEL), one_level_inputs()
+    params, inputs = random_params(unet.abstract, ONE_LEVEL), one_level_inputs()
     program = jax.jit(functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=tuple(unet.UNetPart)))
     none = program(params, *inputs, perturbed=jnp.array([False, False]))
     one = program(params, *inputs, perturbed=jnp.array([False, True]))
@@ -196,7 +192,7 @@ def test_perturbed_rows_lose_their_self_attention_and_the_others_nothing() -> No
 
 def test_self_attention_is_perturbed_in_the_named_parts_alone_and_by_default_nowhere() -> None:
     """The choice between value and attention is one operation in the body of a scan."""
-    params, inputs = abstract(unet.init, ONE_LEVEL), one_level_inputs()
+    params, inputs = unet.abstract(ONE_LEVEL), one_level_inputs()
 
     def choices(perturbed: jax.Array | None, *parts: unet.UNetPart) -> int:
         apply = functools.partial(unet.apply, ONE_LEVEL, perturbed_parts=parts)
@@ -228,7 +224,7 @@ def test_rematerialised_blocks_give_the_same_output_and_gradient() -> None:
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_rematerialised_blocks_keep_far_less_for_the_backward_pass(unroll: bool) -> None:
-    params = abstract(unet.init, UNET)
+    params = unet.abstract(UNET)
 
     def kept(remat: Remat) -> int:
         """Numbers kept between the forward and the backward pass, the parameters not counted."""
@@ -243,7 +239,7 @@ def test_rematerialised_blocks_keep_far_less_for_the_backward_pass(unroll: bool)
 
 
 def test_bfloat16_keeps_float32_parameters_and_output() -> None:
-    params = random_params(unet.init, UNET)
+    params = random_params(unet.abstract, UNET)
     low, high = (compiled_unet(Compute(dtype))(params, **unet_inputs()) for dtype in (Dtype.BFLOAT16, Dtype.FLOAT32))
     assert low.dtype == high.dtype == jnp.float32
     # bfloat16 has 8 bits: 0.4 % a rounding, and some twenty roundings one after the other.
@@ -254,12 +250,12 @@ def test_bfloat16_keeps_float32_parameters_and_output() -> None:
 
 def test_bfloat16_autoencoder_and_tower_return_float32() -> None:
     compute = Compute(Dtype.BFLOAT16)
-    params = random_params(vae.init, VAE)
+    params = random_params(vae.abstract, VAE)
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
     low, high = (jax.jit(functools.partial(vae.encode, VAE, compute=c))(params, image) for c in (compute, Compute()))
     assert low.mean.dtype == low.log_variance.dtype == jnp.float32
     assert relative(low.mean, high.mean) < 0.05
-    params = random_params(clip.init, TOWER)
+    params = random_params(clip.abstract, TOWER)
     tokens = jnp.arange(2 * 77, dtype=jnp.int32).reshape(2, 77) % 51
     low, high = (jax.jit(functools.partial(clip.apply, TOWER, compute=c))(params, tokens) for c in (compute, Compute()))
     for mine, expected in zip(low, high, strict=True):
@@ -322,7 +318,7 @@ def test_sinusoidal_embedding_distinguishes_neighbouring_sizes(type_of_number: A
 
 
 def test_bfloat16_unet_tells_neighbouring_timesteps_apart() -> None:
-    params = random_params(unet.init, UNET)
+    params = random_params(unet.abstract, UNET)
     apply = compiled_unet(Compute(Dtype.BFLOAT16))
     out = [apply(params, **{**unet_inputs(), "timestep": jnp.full(2, timestep)}) for timestep in (332, 333)]
     assert jnp.abs(out[0] - out[1]).max() > 0
@@ -342,7 +338,7 @@ def test_nearest_enlargement_reaches_any_size(size: int) -> None:
 
 
 def test_causal_attention_sees_no_later_token() -> None:
-    params = random_params(clip.init, TOWER)
+    params = random_params(clip.abstract, TOWER)
     tokens = jnp.arange(77, dtype=jnp.int32)[None] % 50
     apply = jax.jit(functools.partial(clip.apply, TOWER))
     before, after = apply(params, tokens).last, apply(params, tokens.at[0, 40].set(13)).last
@@ -351,7 +347,7 @@ def test_causal_attention_sees_no_later_token() -> None:
 
 
 def test_log_variance_is_clamped() -> None:
-    params = random_params(vae.init, VAE)
+    params = random_params(vae.abstract, VAE)
     quant = params["encoder"]["quant_conv"]
     quant["kernel"] = 100 * quant["kernel"]
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
@@ -361,7 +357,7 @@ def test_log_variance_is_clamped() -> None:
 
 def test_latent_scale_is_multiplied_on_the_way_in_and_divided_on_the_way_out() -> None:
     config, unscaled = VAE, vae.VaeConfig((16, 32), 1, groups=8, scale=1.0)
-    params = random_params(vae.init, VAE)
+    params = random_params(vae.abstract, VAE)
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
     keys = jax.random.split(jax.random.key(1), 2)
     posteriors = [jax.jit(functools.partial(vae.encode, c))(params, image) for c in (config, unscaled)]
@@ -378,10 +374,8 @@ def test_latent_scale_is_multiplied_on_the_way_in_and_divided_on_the_way_out() -
 
 
 def test_fresh_unet_predicts_zero() -> None:
-    config = unet.UNetConfig(
-        (8,), 1, (1,), 1, (1,), 4, None, groups=4
-    )  # small, and rbg: random numbers are slow to compile
-    params = jax.jit(lambda key: unet.init(key, config))(jax.random.key(0, impl="rbg"))
+    config = unet.UNetConfig((8,), 1, (1,), 1, (1,), 4, None, groups=4)
+    params = jax.tree.map(lambda leaf: jnp.asarray(sample(leaf, 0, "")), unet.abstract(config))
     prediction = jax.jit(functools.partial(unet.apply, config))(
         params, jnp.ones((1, 2, 2, 4)), jnp.ones(1), jnp.ones((1, 1, 4))
     )
@@ -469,5 +463,5 @@ def test_named_tuples_have_the_shapes_that_they_promise() -> None:
                 assert isinstance(getattr(given, field), hint), f"{type(given).__name__}.{field}"
 
     tokens, image = jnp.zeros((2, 77), jnp.int32), jnp.zeros((2, 8, 12, 3))
-    jax.eval_shape(lambda params: check(clip.apply(TOWER, params, tokens)), abstract(clip.init, TOWER))
-    jax.eval_shape(lambda params: check(vae.encode(VAE, params, image)), abstract(vae.init, VAE))
+    jax.eval_shape(lambda params: check(clip.apply(TOWER, params, tokens)), clip.abstract(TOWER))
+    jax.eval_shape(lambda params: check(vae.encode(VAE, params, image)), vae.abstract(VAE))

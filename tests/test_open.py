@@ -33,6 +33,7 @@ from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L, ClipTextConfig
+from sdxl_jax.models.initialisers import Distribution, Parameter, sample
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
@@ -599,14 +600,14 @@ def test_part_of_a_parameter_is_that_part_of_the_whole(tmp_path: Path, config: P
 
 def test_every_kind_of_leaf_reads_parts_of_itself() -> None:
     value = np.random.default_rng(0).standard_normal((4, 3, 5), np.float32)
-    memory = InMemory(value)
+    memory, normal = InMemory(value), Parameter(value.shape, Distribution(deviation=1.0))
     leaves = {
         "in memory": (memory, value),
         "on a device": (InMemory(jax.numpy.asarray(value)), value),
         "cast": (Cast(memory, np.dtype(np.float16), "path"), value.astype(np.float16)),
         "changed": (lazy.Changed(memory, lambda array: 2 * array, np.dtype(np.float32)), 2 * value),
         "first layers": (FirstLayers(memory, 2), value[:2]),
-        "initial": (Initial((4, 3, 5), lambda: value), value),
+        "initial": (Initial(normal, "path", 3), sample(normal, 3, "path")),
     }
     rng = np.random.default_rng(1)
     for name, (leaf, expected) in leaves.items():
@@ -917,7 +918,7 @@ def test_nothing_loads_in_part_unless_what_is_left_is_listed(vae: Path, capsys: 
     listed = re.search(r"2 parameters have their initial values: (.*)", said)
     assert listed and sorted(listed[1].split(", ")) == ["decoder/conv_out/bias", "encoder/conv_in/kernel"]
     params, expected = flatten(model.params["vae"]), flatten(foreign.part_params(VAE))
-    initial = flatten(jax.jit(names.init(VAE))(jax.random.key(0)))
+    initial = {path: sample(leaf, 0, f"vae/{path}") for path, leaf in names.abstract(VAE).items()}
     for path, value in params.items():
         source = initial if path in listed[1] else expected
         np.testing.assert_array_equal(value, source[path], err_msg=path)

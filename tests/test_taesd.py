@@ -185,10 +185,10 @@ def test_configuration_that_cannot_be_is_refused(config: TinyVaeConfig, expected
 
 def test_public_functions_take_either_autoencoder() -> None:
     """The published size; 1,222,532 and 1,222,531 weights are in the files."""
-    abstract = jax.eval_shape(lambda: vae.init(jax.random.key(0), taesd.TAESDXL))
+    abstract = vae.abstract(taesd.TAESDXL)
     assert count(abstract["encoder"]) == 1_222_532 and count(abstract["decoder"]) == 1_222_531
     for config in (taesd.TAESDXL, vae.SDXL_VAE):
-        params = jax.eval_shape(lambda config=config: vae.init(jax.random.key(0), config))
+        params = vae.abstract(config)
         image = jax.ShapeDtypeStruct((2, 64, 48, 3), jnp.float32)
         posterior = jax.eval_shape(functools.partial(vae.encode, config), params, image)
         assert posterior.mean.shape == posterior.log_variance.shape == (2, 8, 6, 4)
@@ -198,7 +198,7 @@ def test_public_functions_take_either_autoencoder() -> None:
 
 
 def test_latent_is_the_mean_exactly_and_not_scaled() -> None:
-    params = random_params(vae.init, TINY)
+    params = random_params(vae.abstract, TINY)
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
     posterior = vae.encode(TINY, params, image)
     latent = vae.scaled_sample(TINY, posterior, jax.random.split(jax.random.key(0), 2))
@@ -210,7 +210,7 @@ def test_latent_is_the_mean_exactly_and_not_scaled() -> None:
 
 
 def test_bfloat16_returns_float32() -> None:
-    params, compute = random_params(vae.init, TINY), Compute(Dtype.BFLOAT16)
+    params, compute = random_params(vae.abstract, TINY), Compute(Dtype.BFLOAT16)
     image = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 8, 12, 3)), jnp.float32)
     latent = vae.encode(TINY, params, image, compute).mean
     decoded = vae.decode(TINY, params, latent, compute)

@@ -23,7 +23,6 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.models import clip
 from sdxl_jax.models.clip import Activation, ClipTextConfig
-from sdxl_jax.models.layers import abstract
 from sdxl_jax.sampling.generate import Generated, encode_prompt
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.weights import textual_inversion
@@ -37,7 +36,7 @@ ROWS = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
 def make_model(*towers: Tower) -> Model:
     """Text encoders alone, every parameter random, numpy."""
     rng = np.random.default_rng(0)
-    shapes = {tower.name: abstract(lambda key, tower=tower: clip.init(key, tower.clip)) for tower in towers}
+    shapes = {tower.name: clip.abstract(tower.clip) for tower in towers}
     params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes)
     return Model(dataclasses.replace(MODEL, text=towers), params)
 

@@ -42,7 +42,7 @@ def decoders(config: AnyVaeConfig, compute: Compute = Compute()) -> tuple:
 @pytest.mark.parametrize("config", [LARGE, TINY], ids=["large", "tiny"])
 @pytest.mark.parametrize("size", [(29, 50), pytest.param((61, 9), marks=pytest.mark.slow)])
 def test_tiles_give_the_image_of_the_whole(config: AnyVaeConfig, size: tuple[int, int]) -> None:
-    params, latent = random_params(vae.init, config), latent_of(2, *size, 4)
+    params, latent = random_params(vae.abstract, config), latent_of(2, *size, 4)
     whole, tiled = (decode(params, latent) for decode in decoders(config))
     assert tiled.shape == whole.shape
     # The same sums in float32, and moments of norms added up in another order.
@@ -54,7 +54,7 @@ def test_tiles_give_the_image_of_the_whole(config: AnyVaeConfig, size: tuple[int
 
 @pytest.mark.slow
 def test_tiles_in_bfloat16_differ_by_its_rounding() -> None:
-    params, latent, compute = random_params(vae.init, LARGE), latent_of(1, 29, 50, 4), Compute(Dtype.BFLOAT16)
+    params, latent, compute = random_params(vae.abstract, LARGE), latent_of(1, 29, 50, 4), Compute(Dtype.BFLOAT16)
     whole, tiled = (decode(params, latent) for decode in decoders(LARGE, compute))
     exact = decoders(LARGE)[0](params, latent)
     assert jnp.abs(tiled - exact).mean() < 1.2 * jnp.abs(whole - exact).mean()
@@ -62,7 +62,7 @@ def test_tiles_in_bfloat16_differ_by_its_rounding() -> None:
 
 
 def test_rematerialisation_does_not_matter_to_tiles() -> None:
-    params, latent = random_params(vae.init, LARGE), latent_of(1, 29, 50, 4)
+    params, latent = random_params(vae.abstract, LARGE), latent_of(1, 29, 50, 4)
     again = jax.eval_shape(decoders(LARGE, Compute(remat=Remat.BLOCK))[1], params, latent)
     assert again.shape == (1, 58, 100, 3)
 
@@ -70,7 +70,7 @@ def test_rematerialisation_does_not_matter_to_tiles() -> None:
 def test_tiles_take_less_memory_than_the_whole() -> None:
     """Here 12 tiles, with what is kept whole beside them: the features of a level at half the image's sides."""
     config = dataclasses.replace(LARGE, block_channels=(16, 16))
-    params = jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
+    params = vae.abstract(config)
     latent = jax.ShapeDtypeStruct((1, 96, 128, 4), jnp.float32)
     tiled = functools.partial(vae.decode_tiled, config, tile=64)
 
@@ -83,7 +83,7 @@ def test_tiles_take_less_memory_than_the_whole() -> None:
 
 
 def test_image_that_fits_one_tile_is_decoded_whole() -> None:
-    params, latent = random_params(vae.init, LARGE), latent_of(1, 8, 16, 4)
+    params, latent = random_params(vae.abstract, LARGE), latent_of(1, 8, 16, 4)
     whole, tiled = (decode(params, latent) for decode in decoders(LARGE))
     assert relative(tiled, whole) < 1e-6
     traced = jax.make_jaxpr(functools.partial(vae.decode_tiled, LARGE, tile=32))(params, latent)
@@ -91,7 +91,7 @@ def test_image_that_fits_one_tile_is_decoded_whole() -> None:
 
 
 def test_tile_that_is_all_border_is_refused() -> None:
-    params, latent = random_params(vae.init, LARGE), latent_of(1, 29, 50, 4)
+    params, latent = random_params(vae.abstract, LARGE), latent_of(1, 29, 50, 4)
     with pytest.raises(InputError, match=r"A tile of 16 positions.*borders of 6 positions.*Give tiles of 24"):
         vae.decode_tiled(LARGE, params, latent, tile=16)
 

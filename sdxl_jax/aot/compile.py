@@ -24,7 +24,7 @@ from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError, out_of_memory
-from sdxl_jax.model import ModelConfig, init
+from sdxl_jax.model import ModelConfig, abstract
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers import loop
@@ -189,7 +189,7 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Program]:
     """The three programs of `program.staged`: text to states, noise to latents, latents to images."""
     model, images = config.model, sharding.batch_parts(mesh)
-    params = sharding.placed(mesh, jax.eval_shape(functools.partial(init, config=model), jax.random.key(0)))
+    params = sharding.placed(mesh, abstract(model))
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
     (segment,), (segment_arrays,) = plan.plan_segments(model, None, options)
     towers = {tower.name: params[tower.name] for tower in model.text}

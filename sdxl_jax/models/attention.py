@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 
 from sdxl_jax import sharding
 from sdxl_jax.errors import InputError
-from sdxl_jax.models import layers
+from sdxl_jax.models import initialisers, layers
 from sdxl_jax.models.layers import Attention, Compute, conv, dense, group_norm, layer_norm
 from sdxl_jax.sharding import constrain
 
@@ -294,4 +294,4 @@ class SpatialTransformer(nn.Module):
         blocks = stack(TransformerBlock, self.depth, self.compute)
         hidden, _ = blocks(self.heads, self.compute, name="transformer_blocks")(hidden, context, perturbed)
         hidden = hidden.reshape(batch, height, width, channels)
-        return x + project("proj_out", hidden, kernel_init=nn.initializers.zeros)
+        return x + project("proj_out", hidden, kernel_init=initialisers.zeros)

@@ -6,6 +6,7 @@ normed states before the last layer of H. Sources: Radford et al. (arXiv:2103.00
 """
 
 import enum
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Int
 
 from sdxl_jax.arrays import Params
+from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import dot_product_attention, stack
 from sdxl_jax.models.layers import Compute, dense, layer_norm
 
@@ -122,10 +124,10 @@ class ClipText(nn.Module):
             config.width,
             name="token_embedding",
             dtype=compute.activations,
-            embedding_init=nn.initializers.normal(0.02),
+            embedding_init=initialisers.normal(0.02),
         )
         positions = self.param(
-            "position_embedding", nn.initializers.normal(0.01), (config.tokens, config.width), jnp.float32
+            "position_embedding", initialisers.normal(0.01), (config.tokens, config.width), jnp.float32
         )
         hidden = embed(tokens) + positions[: tokens.shape[1]].astype(compute.activations)
         layers = stack(ClipLayer, config.layers, compute)(config, compute, name="layers")
@@ -149,6 +151,7 @@ def apply(
     return ClipText(config, compute).apply({"params": params}, tokens)  # pyright: ignore[reportReturnType]
 
 
-def init(key: Key[jax.Array, ""], config: ClipTextConfig) -> Params:
-    """Fresh float32 parameters."""
-    return ClipText(config).init(key, jnp.zeros((1, config.tokens), jnp.int32))["params"]  # pyright: ignore[reportReturnType]
+@functools.cache
+def abstract(config: ClipTextConfig) -> Params:
+    """The parameters and how they begin (`initialisers.Parameter`)."""
+    return initialisers.abstract(ClipText(config), jax.ShapeDtypeStruct((1, config.tokens), jnp.int32))

@@ -7,7 +7,6 @@ one.
 
 import enum
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from jaxtyping import Float, Num
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
+from sdxl_jax.models import initialisers
 from sdxl_jax.sharding import constrain
 
 
@@ -129,14 +129,15 @@ def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax
 
 
 def dense(features: int, name: str, compute: Compute, **options: Any) -> nn.Dense:
-    return nn.Dense(features, name=name, dtype=compute.activations, **options)
+    initial = {"kernel_init": initialisers.lecun_normal, "bias_init": initialisers.zeros}
+    return nn.Dense(features, name=name, dtype=compute.activations, **{**initial, **options})
 
 
 def conv(features: int, name: str, compute: Compute, size: int = 3, **options: Any) -> nn.Conv:
     """Convolution of size×size that keeps height and width unless `padding` or `strides` say otherwise."""
-    return nn.Conv(
-        features, (size, size), name=name, dtype=compute.activations, **{"padding": (size - 1) // 2, **options}
-    )
+    initial = {"kernel_init": initialisers.lecun_normal, "bias_init": initialisers.zeros}
+    options = {"padding": (size - 1) // 2, **initial, **options}
+    return nn.Conv(features, (size, size), name=name, dtype=compute.activations, **options)
 
 
 def _fast_variance(compute: Compute) -> bool:
@@ -150,12 +151,16 @@ def _fast_variance(compute: Compute) -> bool:
 
 
 def group_norm(groups: int, epsilon: float, name: str, compute: Compute) -> nn.GroupNorm:
-    fast = _fast_variance(compute)
-    return nn.GroupNorm(groups, epsilon=epsilon, name=name, dtype=compute.activations, use_fast_variance=fast)
+    return nn.GroupNorm(groups, epsilon=epsilon, name=name, **_norm_options(compute))
 
 
 def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, name=name, dtype=compute.activations, use_fast_variance=_fast_variance(compute))
+    return nn.LayerNorm(epsilon=1e-5, name=name, **_norm_options(compute))
+
+
+def _norm_options(compute: Compute) -> dict[str, Any]:
+    initial = {"scale_init": initialisers.ones, "bias_init": initialisers.zeros}
+    return {"dtype": compute.activations, "use_fast_variance": _fast_variance(compute), **initial}
 
 
 class EmbeddingMlp(nn.Module):
@@ -191,7 +196,7 @@ class ResnetBlock(nn.Module):
             hidden = hidden + shift[:, None, None, :]
         hidden = nn.silu(group_norm(self.groups, self.epsilon, "norm2", self.compute)(hidden))
         # Zero at the start, as sgm's zero_module: a fresh block is its shortcut.
-        hidden = conv(self.features, "conv2", self.compute, kernel_init=nn.initializers.zeros)(hidden)
+        hidden = conv(self.features, "conv2", self.compute, kernel_init=initialisers.zeros)(hidden)
         if x.shape[-1] != self.features:
             x = conv(self.features, "conv_shortcut", self.compute, size=1)(x)
         return constrain(x + hidden, "batch", None, None, None)
@@ -222,11 +227,6 @@ def nearest(
     if size == 2 * n:  # the usual case; a repeat is cheaper than a gather, and so is its gradient
         return jnp.repeat(x, 2, axis)
     return jnp.take(x, jnp.arange(size) * n // size, axis)
-
-
-def abstract(init: Callable[..., Any], *arguments: Any) -> Params:
-    """Shapes and dtypes of the parameters that `init(key, *arguments)` would make, without making any."""
-    return jax.eval_shape(init, jax.random.key(0), *arguments)
 
 
 def count(params: Params) -> int:

@@ -8,7 +8,7 @@ the mean that the large autoencoder would. It is trained on latents that are sca
 here (TAESDXL: those of SDXL × 0.13025). Inside, images are 0..1.
 
 Source: Ollin Boer Bohan's `taesd` (github.com/madebyollin/taesd, taesd.py), which diffusers has as `AutoencoderTiny`.
-`vae.encode`, `vae.decode` and `vae.init` take this autoencoder too; its training is not here.
+`vae.encode`, `vae.decode` and `vae.abstract` take this autoencoder too; its training is not here.
 """
 
 from dataclasses import dataclass

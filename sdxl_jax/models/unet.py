@@ -9,16 +9,18 @@ What the vector holds is defined in `conditioning/micro.py`; here it is `vector_
 (arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Key, Num
+from jaxtyping import Bool, Float, Num
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
+from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import SpatialTransformer
 from sdxl_jax.models.layers import (
     Compute,
@@ -218,7 +220,7 @@ class UNet(nn.Module):
         assert not skips
 
         x = nn.silu(group_norm(config.groups, 1e-5, "conv_norm_out", compute)(x))
-        out = conv(config.out_channels, "conv_out", compute, kernel_init=nn.initializers.zeros)
+        out = conv(config.out_channels, "conv_out", compute, kernel_init=initialisers.zeros)
         return out(x).astype(jnp.float32)
 
 
@@ -260,9 +262,15 @@ def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
         raise InputError(f"Attention is to be perturbed in {given}. This UNet has attention in {known}: name those")
 
 
-def init(key: Key[jax.Array, ""], config: UNetConfig) -> Params:
-    """Fresh float32 parameters. The output convolution and the last one of every block are zero, as in sgm."""
+@functools.cache
+def abstract(config: UNetConfig) -> Params:
+    """The parameters and how they begin (`initialisers.Parameter`). The output convolution and the last one of every
+    block begin at zero, as in sgm."""
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
     side = 2 ** (len(config.block_channels) - 1)
-    vector = None if config.vector_dim is None else jnp.zeros((1, config.vector_dim))
-    latent = jnp.zeros((1, side, side, config.in_channels))
-    return UNet(config).init(key, latent, jnp.zeros(1), jnp.zeros((1, 1, config.context_dim)), vector)["params"]  # pyright: ignore[reportReturnType]
+    latent, context = array(1, side, side, config.in_channels), array(1, 1, config.context_dim)
+    vector = None if config.vector_dim is None else array(1, config.vector_dim)
+    return initialisers.abstract(UNet(config), latent, array(1), context, vector)

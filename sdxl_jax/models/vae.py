@@ -4,10 +4,11 @@
 
 Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the
 encoder pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are
-not here. `encode`, `decode` and `init` take the tiny autoencoder of `taesd.py` as well, by the type of its
+not here. `encode`, `decode` and `abstract` take the tiny autoencoder of `taesd.py` as well, by the type of its
 configuration.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from jaxtyping import Float, Key
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
-from sdxl_jax.models import taesd, tiling
+from sdxl_jax.models import initialisers, taesd, tiling
 from sdxl_jax.models.attention import MultiHeadAttention
 from sdxl_jax.models.layers import Compute, Remat, ResnetBlock, Upsample, conv, group_norm
 from sdxl_jax.models.taesd import TinyVaeConfig
@@ -283,13 +284,11 @@ def _check_half(params: Params, half: str) -> None:
         )
 
 
-def init(key: Key[jax.Array, ""], config: AnyVaeConfig) -> Params:
-    """Fresh float32 parameters: {"encoder": …, "decoder": …}."""
-    encoder_key, decoder_key = jax.random.split(key)
+@functools.cache
+def abstract(config: AnyVaeConfig) -> Params:
+    """The parameters and how they begin (`initialisers.Parameter`): {"encoder": …, "decoder": …}."""
     encoder, decoder = _networks(config, Compute())
     side = config.downsampling
-    image, latent = jnp.zeros((1, side, side, 3)), jnp.zeros((1, 1, 1, config.latent_channels))
-    return {
-        "encoder": encoder.init(encoder_key, image)["params"],
-        "decoder": decoder.init(decoder_key, latent)["params"],
-    }
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    latent = jax.ShapeDtypeStruct((1, 1, 1, config.latent_channels), jnp.float32)
+    return {"encoder": initialisers.abstract(encoder, image), "decoder": initialisers.abstract(decoder, latent)}

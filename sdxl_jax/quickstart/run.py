@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -64,7 +63,7 @@ def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) ->
     )
     config = recipe.get_config(str(folder), weights, seed)
     model = train(config, run_dir)
-    random = init(jax.random.key(seed + 1), config.model)
+    random = init(config.model, seed + 1)
     untrained = Model(config.model, random | {"vae": model.params["vae"]})
 
     _print("4/5  Sampling the contact sheet")

@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Key
 
-from sdxl_jax import arrays, model, sharding
+from sdxl_jax import arrays, sharding
 from sdxl_jax.arrays import ImageBytes, Params, TokenIds, flatten, unflatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
@@ -39,7 +38,7 @@ from sdxl_jax.models import vae
 from sdxl_jax.progress import tqdm
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.checksums import checksums
-from sdxl_jax.training.initial import initial_weights
+from sdxl_jax.training.initial import initial_weights, random_weights
 from sdxl_jax.training.state import partition
 from sdxl_jax.weights.lazy import abstract_leaves, part_configs
 
@@ -337,16 +336,8 @@ def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
     """The encoders' parameters, as at the start of a run of this configuration."""
     parts = encoder_parts(config)
     initial = initial_weights(config.training, config.model, mesh, parts=parts, progress=progress)
-
-    def make(key: Key[jax.Array, ""]) -> Params:
-        fresh = flatten(model.init(key, config.model))
-        return {path: fresh[path] for path in missing}
-
-    missing = {path: leaf for path, leaf in abstract_leaves(config.model, parts).items() if path not in initial}
-    if not missing:
-        return unflatten(initial)
-    if progress:
-        random = sorted({path.split("/")[0] for path in missing})
-        tqdm.write(f"  at random weights, at least in part: {', '.join(random)}")
-    shardings = flatten(sharding.place(mesh, unflatten(missing)))
-    return unflatten(jax.jit(make, out_shardings=shardings)(jax.random.key(config.training.seed)) | initial)
+    random = random_weights(config.training, config.model, mesh, parts=parts, given=initial, progress=progress)
+    if random and progress:
+        named = sorted({path.split("/")[0] for path in random})
+        tqdm.write(f"  at random weights, at least in part: {', '.join(named)}")
+    return unflatten(random | initial)

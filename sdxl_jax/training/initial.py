@@ -1,8 +1,8 @@
-"""The initial weights of a run, loaded from `training.init_from` and checked against the configuration."""
+"""The initial weights of a run: loaded from `training.init_from` and checked against the configuration, else random."""
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import jax
 import numpy as np
@@ -17,8 +17,17 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.defaults import SamplingDefaults
-from sdxl_jax.weights.lazy import Weights, cast, lacking_half, part_configs
-from sdxl_jax.weights.load import load_weights
+from sdxl_jax.weights.lazy import (
+    Initial,
+    Origin,
+    SourceLayout,
+    Weights,
+    abstract_leaves,
+    cast,
+    lacking_half,
+    part_configs,
+)
+from sdxl_jax.weights.load import load_weights, place
 from sdxl_jax.weights.open import OpenOptions, open_model
 
 
@@ -46,6 +55,22 @@ def initial_weights(
             )
         initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
     return initial
+
+
+def random_weights(
+    training: LoopConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    parts: Sequence[str],
+    given: Collection[str],
+    progress: bool = True,
+) -> dict[str, Float32[jax.Array, "..."]]:
+    """The parameters that have random initial values, by path, with their shardings: all of `parts` but those at the
+    paths in `given`."""
+    abstract = abstract_leaves(model, parts)
+    leaves = {path: Initial(leaf, path, training.seed) for path, leaf in abstract.items() if path not in given}
+    return place(Weights(model, leaves, Origin(SourceLayout.MEMORY)), mesh, "initialising", progress)
 
 
 def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> list[Weights]:

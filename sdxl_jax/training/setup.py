@@ -234,7 +234,7 @@ def _state(
         state = on_this_mesh(lambda: restore(arrays / "checkpoints", last, abstract))
         return state, on_this_mesh(lambda: restore_frozen(arrays, abstract_frozen)), []
     initial = on_this_mesh(lambda: objective.initial_weights(mesh, options.progress))
-    state, frozen = on_this_mesh(lambda: objective.fresh_state(abstract, abstract_frozen, initial))
+    state, frozen = on_this_mesh(lambda: objective.fresh_state(mesh, abstract, initial, options.progress))
     return state, frozen, sorted(set(frozen) - {path.split("/")[0] for path in initial})
 
 

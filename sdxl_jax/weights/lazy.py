@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
@@ -19,6 +18,8 @@ from sdxl_jax.arrays import flatten, type_of_array
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.models import initialisers
+from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, fill
 from sdxl_jax.weights.names import Entry, Naming, PartConfig, Table
@@ -161,18 +162,23 @@ class FirstLayers:
 
 @dataclass(frozen=True)
 class Initial:
-    """A parameter that is missing on disk and has its initial value."""
+    """A parameter that is not on disk and has its initial values."""
 
-    shape: tuple[int, ...]
-    make: Callable[[], Shaped[np.ndarray, "..."]]
+    parameter: Parameter
+    path: str
+    """"unet/conv_in/kernel"."""
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.parameter.shape
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
+        return self.parameter.dtype
 
     def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
-        value = self.make()
-        return value if index is None else value[index]
+        return initialisers.sample(self.parameter, self.seed, self.path, index)
 
 
 @runtime_checkable
@@ -287,8 +293,8 @@ def part_configs(config: ModelConfig) -> dict[str, PartConfig]:
     return {"unet": config.unet, "vae": config.vae, **{tower.name: tower.clip for tower in config.text}}
 
 
-def abstract_leaves(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a model's parameters by path. parts: only those below these keys; None: all."""
+def abstract_leaves(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[str, Parameter]:
+    """A model's parameters and how they begin, by path. parts: only those below these keys; None: all."""
     below = tuple(f"{part}/" for part in (part_configs(config) if parts is None else parts))
     return {
         f"{part}/{path}": leaf

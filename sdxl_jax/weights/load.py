@@ -73,10 +73,14 @@ def load_weights(weights: Weights, mesh: Mesh | None = None, progress: bool = Tr
     if progress:
         say(weights.notes)
     mesh = mesh or sharding.make_mesh(MeshConfig())
-    abstract = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in weights.leaves.items()}
-    shardings = flatten(sharding.place(mesh, unflatten(abstract)))
+    return Model(weights.config, unflatten(place(weights, mesh, "loading", progress)))
+
+
+def place(weights: Weights, mesh: Mesh, what: str, progress: bool) -> dict[str, jax.Array]:
+    """Every parameter by path, on the devices that the sharding rules give it. what: for the progress bar."""
+    shardings = flatten(sharding.place(mesh, unflatten(dict(weights.leaves))))
     params = {}
-    with bar(weights, "loading", progress and weights.size > 2**28) as shown:
+    with bar(weights, what, progress and weights.size > 2**28) as shown:
         for path, leaf in weights.leaves.items():
             part = functools.cache(functools.partial(_part, leaf))
             params[path] = jax.make_array_from_callback(
@@ -86,7 +90,7 @@ def load_weights(weights: Weights, mesh: Mesh | None = None, progress: bool = Tr
             )
             # Waiting frees the host's copy before the next is read.
             shown.update(jax.block_until_ready(params[path]).nbytes)
-    return Model(weights.config, unflatten(params))
+    return params
 
 
 def _part(leaf: Leaf, bounds: tuple[tuple[int | None, int | None], ...]) -> Shaped[np.ndarray, "..."]:

@@ -14,17 +14,17 @@ Sources: `state_dict()` of the networks in diffusers, transformers, open_clip, a
 import enum
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
-from jaxtyping import Key, Shaped
+from jaxtyping import Shaped
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.models import clip, layers, unet, vae
+from sdxl_jax.models import clip, unet, vae
 from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
@@ -103,7 +103,7 @@ class Entry:
 class Table:
     """Every tensor of one part in one naming."""
 
-    abstract: Mapping[str, jax.ShapeDtypeStruct]
+    abstract: Mapping[str, Parameter]
     """Our parameters, by path."""
     entries: tuple[Entry, ...]
 
@@ -276,20 +276,15 @@ def _rules(config: PartConfig, dialect: Dialect) -> _Rules:
 
 
 @functools.cache
-def abstract(config: PartConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a part's parameters by path; nothing is computed."""
-    return flatten(layers.abstract(init(config)))
-
-
-def init(config: PartConfig) -> Callable[[Key[jax.Array, ""]], Params]:
-    """The function that initialises the parameters of a part from a random key."""
+def abstract(config: PartConfig) -> dict[str, Parameter]:
+    """A part's parameters and how they begin, by path; nothing is computed."""
     match config:
         case UNetConfig():
-            return lambda key: unet.init(key, config)
+            return flatten(unet.abstract(config))
         case VaeConfig() | TinyVaeConfig():
-            return lambda key: vae.init(key, config)
+            return flatten(vae.abstract(config))
         case ClipTextConfig():
-            return lambda key: clip.init(key, config)
+            return flatten(clip.abstract(config))
 
 
 @functools.cache
@@ -319,7 +314,7 @@ def table(config: PartConfig, naming: Naming) -> Table:
     return Table(params, tuple(entries))
 
 
-def _by_order_of_fusion(params: Mapping[str, jax.ShapeDtypeStruct]) -> Iterable[tuple[str, jax.ShapeDtypeStruct]]:
+def _by_order_of_fusion(params: Mapping[str, Parameter]) -> Iterable[tuple[str, Parameter]]:
     """Queries before keys before values, the order of OpenCLIP's in_proj."""
     order = {"q_proj": 0, "k_proj": 1, "v_proj": 2}
     return sorted(params.items(), key=lambda item: order.get(item[0].split("/")[-2] if "/" in item[0] else "", 3))

@@ -20,10 +20,8 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
-import jax
 import numpy as np
 
-from sdxl_jax.arrays import flatten
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import buckets
@@ -396,16 +394,9 @@ def _match(
             raise names.Mismatch(f"{error}. {_partial_remedy(where, options)}") from error
     leaves = leaves_of(part, table, own, where)
     if missing := [path for path in table.abstract if f"{part}/{path}" not in leaves]:
-        leaves |= {f"{part}/{path}": _initial(part_config, path) for path in missing}
+        leaves |= {f"{part}/{path}": Initial(table.abstract[path], f"{part}/{path}", 0) for path in missing}
         notes.append(f"{where}: {len(missing)} parameters have their initial values: {', '.join(missing)}")
     return _Matched({f"{part}/{path}": leaves[f"{part}/{path}"] for path in table.abstract}, carried, naming, notes)
-
-
-def _initial(part_config: PartConfig, path: str) -> Initial:
-    """The initial value of one parameter; the others are not computed."""
-    shape = names.abstract(part_config)[path].shape
-    make = jax.jit(lambda key: flatten(names.init(part_config)(key))[path])
-    return Initial(tuple(shape), lambda: np.asarray(make(jax.random.key(0))))
 
 
 def _variants(folder: AnyPath) -> dict[str, dict[str, AnyPath]]:

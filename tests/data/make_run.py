@@ -30,7 +30,7 @@ from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
-from sdxl_jax.models.layers import abstract
+from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 
@@ -101,7 +101,7 @@ def start_model() -> Model:
     embeddings repeat, and take no room in the archive."""
     rng = np.random.default_rng(0)
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(path: tuple[Any, ...], leaf: Parameter) -> jax.Array:
         names = [key.key for key in path]
         if names[-1] == "embedding":
             rows = rng.standard_normal((61, *leaf.shape[1:]), np.float32)
@@ -113,7 +113,7 @@ def start_model() -> Model:
             return jnp.asarray(gain * noise / math.sqrt(math.prod(leaf.shape[stacked:-1])))
         return jnp.asarray((1.0 if names[-1] == "position_embedding" else 0.1) * noise + (names[-1] == "scale"))
 
-    return Model(MODEL, jax.tree_util.tree_map_with_path(draw, abstract(lambda key: models.init(key, MODEL))))
+    return Model(MODEL, jax.tree_util.tree_map_with_path(draw, models.abstract(MODEL)))
 
 
 def hashes(path: Path) -> dict[str, list[Any]]:

@@ -16,8 +16,8 @@ from tiny import MODEL
 from sdxl_jax.conditioning.text import ContextState, Tokenizer, Tower
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
-from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
-from sdxl_jax.models import clip, layers, unet, vae
+from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, abstract
+from sdxl_jax.models import layers
 from sdxl_jax.weights.formats import diffusers as folders
 from sdxl_jax.weights.formats import diffusers_fields
 
@@ -57,11 +57,8 @@ def build(directory: Path, device: str = "meta") -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_modules_built_from_our_files_have_our_parameters(name: str, written: dict[str, Path]) -> None:
     config: ModelConfig = folders.as_diffusers_has_it(MODELS[name])
-    parts = {"unet": (unet.init, config.unet), "vae": (vae.init, config.vae)}
-    parts |= {tower.name: (clip.init, tower.clip) for tower in config.text}
-    for part, (init, description) in parts.items():
-        ours = layers.count(layers.abstract(lambda key, init=init, it=description: init(key, it)))
-        assert parameters(build(written[name] / part)) == ours, part
+    for part, ours in abstract(config).items():
+        assert parameters(build(written[name] / part)) == layers.count(ours), part
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -139,9 +139,6 @@ class Autoencoding(Objective[AutoencoderConfig]):
     def parts(self) -> tuple[str, ...]:
         return ("vae",)
 
-    def init(self, key: Key[jax.Array, ""]) -> Params:
-        return {"vae": vae.init(key, self.config.vae)}
-
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
     ) -> tuple[Float[jax.Array, ""], Metrics]:

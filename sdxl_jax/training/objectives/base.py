@@ -5,7 +5,7 @@ implemented here for one tree of parameters, a part of which is trainable, with 
 networks that train against each other (adversarial training) overrides the state and the step.
 
     batches                        tokenizer · batches · abstract_batch
-    state                          init · abstract_state · initial_weights · fresh_state
+    state                          abstract_state · initial_weights · fresh_state
     step                           loss · step · model_flops
     for sampling and export        model_config · parts · model · validation
 
@@ -15,7 +15,6 @@ Not here: compilation, checkpoints, processes, metrics, signals. The loop has th
 import abc
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -26,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Float32, Key, UInt8
 
 from sdxl_jax import flops, sharding
-from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten, unflatten
+from sdxl_jax.arrays import Batch, MicroConditioning, Params, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.buckets import Bucket
@@ -34,7 +33,7 @@ from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.optim.optimiser import make_optimiser
-from sdxl_jax.training.initial import check_initial, initial_weights
+from sdxl_jax.training.initial import check_initial, initial_weights, random_weights
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Metrics, Step, make_step
@@ -76,10 +75,6 @@ class Objective(abc.ABC, Generic[Config]):
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that the objective has, trainable or frozen."""
         return tuple(part_configs(self.model_config))
-
-    @abc.abstractmethod
-    def init(self, key: Key[jax.Array, ""]) -> Params:
-        """Randomly initialised float32 parameters, {part: …}, of every part that the step needs."""
 
     def model(self, state: TrainState, frozen: Params) -> Model:
         """The model to sample from or export: averaged weights and frozen parameters."""
@@ -141,25 +136,20 @@ class Objective(abc.ABC, Generic[Config]):
         return initial_weights(self.config.training, self.model_config, mesh, parts=self.parts, progress=progress)
 
     def fresh_state(
-        self, abstract: TrainState, abstract_frozen: Params, initial: dict[str, Float32[jax.Array, "..."]]
+        self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float32[jax.Array, "..."]], progress: bool = True
     ) -> tuple[TrainState, Params]:
-        """The state before the first step and the frozen parameters. Each array is created with its sharding, or taken
-        from `initial`, by path."""
-        with warnings.catch_warnings():
-            # The average starts as a copy of the trainable parameters: only one of the two can reuse a donated buffer.
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-            return self.jitted_start(abstract, abstract_frozen)(jax.random.key(self.config.training.seed), initial)
+        """The state before the first step and the frozen parameters. Parameters are taken from `initial`, by path, and
+        donated; those that it lacks are random. Each array is created with its sharding."""
+        training = self.config.training
+        random = random_weights(training, self.model_config, mesh, parts=self.parts, given=initial, progress=progress)
+        trained, frozen = partition(unflatten(random | initial), training.trainable)
+        return self.jitted_start(abstract)(trained), frozen
 
-    def jitted_start(self, abstract: TrainState, abstract_frozen: Params) -> Callable[..., tuple[TrainState, Params]]:
-        """(random key, initial parameters by path) → `fresh_state`. The given parameters are donated."""
-
-        def make(key: Key[jax.Array, ""], initial: dict[str, Float32[jax.Array, "..."]]) -> tuple[TrainState, Params]:
-            params = unflatten(flatten(self.init(key)) | initial)
-            trained, frozen = partition(params, self.config.training.trainable)
-            return create(trained, self.optimiser, self.config.ema), frozen
-
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, (abstract, abstract_frozen))
-        return jax.jit(make, out_shardings=shardings, donate_argnums=1)
+    def jitted_start(self, abstract: TrainState) -> Callable[[Params], TrainState]:
+        """Trainable parameters → the state before the first step. The parameters are donated."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        make = functools.partial(create, optimiser=self.optimiser, config=self.config.ema)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)
 
     # Step
 

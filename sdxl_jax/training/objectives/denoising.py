@@ -24,7 +24,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion import loss, schedule
-from sdxl_jax.model import Model, ModelConfig, condition, init, unconditional_text
+from sdxl_jax.model import Model, ModelConfig, condition, unconditional_text
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
@@ -50,9 +50,6 @@ class Denoising(Objective[TrainConfig]):
     @property
     def model_config(self) -> ModelConfig:
         return self.config.model
-
-    def init(self, key: Key[jax.Array, ""]) -> Params:
-        return init(key, self.config.model)
 
     def check(self) -> None:
         super().check()
