@@ -105,6 +105,10 @@ class Flops(NamedTuple):
         return self.products + self.kernels
 
 
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""Products of jax's primitives for cuDNN's attention: scores and result; scores again, and four gradients."""
+
+
 def count(function: Any, *arguments: Any) -> Flops:
     """FLOPs of one call. function: traceable; arguments: arrays or their `jax.ShapeDtypeStruct`.
 
@@ -124,6 +128,9 @@ def of_jaxpr(jaxpr: Any) -> Flops:
             products += _convolution(equation)
         elif name == "pallas_call":
             kernels += _kernel(equation)
+        elif name in _CUDNN_PRODUCTS:
+            (batch, queries, heads, dim), (_, keys, *_) = (v.aval.shape for v in equation.invars[:2])
+            kernels += 2.0 * _CUDNN_PRODUCTS[name] * batch * heads * queries * keys * dim
         else:
             times = parameters["length"] if name == "scan" else 1
             if name == "shard_map":  # its body is the work of one device

@@ -1,4 +1,4 @@
-"""AOT (ahead-of-time) compilation for TPU slices without a TPU: memory, estimated time and communication of a program.
+"""AOT (ahead-of-time) compilation for TPUs and GPUs that are not here: memory, time and communication of a program.
 
 The train step is exactly the one that training compiles. Only the configuration is read: no data, no weights.
 """
@@ -137,7 +137,7 @@ def _compile(
         try:
             with jax.set_mesh(mesh):
                 traced = program.function.trace(*program.arguments)
-                kernels = flops.of_jaxpr(traced.jaxpr.jaxpr).kernels
+                executed = flops.of_jaxpr(traced.jaxpr.jaxpr)
                 lowered = traced.lower()
                 compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -147,7 +147,7 @@ def _compile(
         result = report.make(
             compiled,
             info,
-            kernel_flops=kernels,
+            executed=executed,
             compile_seconds=time.monotonic() - start,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
@@ -182,7 +182,8 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
         arguments=(state, frozen, batch),
         images=batch_size,
         model_flops=objective.model_flops((state, frozen, batch)),
-        programs=setup.programs(objective.config, mesh),
+        # Nobody has seen training on a GPU read a program that was compiled without one: it is not kept.
+        programs=None if mesh.devices.flat[0].platform == "gpu" else setup.programs(objective.config, mesh),
     )
 
 

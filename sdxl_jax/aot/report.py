@@ -5,20 +5,24 @@ attention and without rematerialisation, traced and counted, so that recomputati
 the compiler's estimate with two corrections: it counts a loop's body once (`hlo.loop_factor`), and leaves out attention
 kernels, which are assumed to run at half of the chip's peak. It does not include waiting for data, and is not a
 measurement.
+
+For GPUs the compiler gives no estimate. The time is a bound there, a roofline: `Bound`.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from sdxl_jax.aot import hlo
 from sdxl_jax.aot.hlo import Collective
-from sdxl_jax.flops import Chip
+from sdxl_jax.flops import Chip, Flops
 
 _KERNEL_MFU = 0.5
 _GIB = 2**30
+_DEFAULT_SHARE = 0.75
+"""Of a GPU's memory, which jax takes unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,23 @@ class ProgramInfo:
         return _row("model FLOPs", f"{self.model_flops / 1e12:8.1f} TFLOP, {per_image:.2f} per image")
 
 
+class Bound(NamedTuple):
+    """The time that one execution takes at least, one kernel after another: products and attention at the peak, and the
+    bytes that all other kernels read and write, at the memory's bandwidth.
+
+    Without communication, launches, and waiting. A cache may save some of the bytes.
+    """
+
+    products: float
+    """Seconds."""
+    memory: float
+    """Seconds."""
+
+    @property
+    def seconds(self) -> float:
+        return self.products + self.memory
+
+
 @dataclass(frozen=True)
 class Report(ProgramInfo):
     """One program on one topology. Bytes and FLOPs as names say; seconds."""
@@ -77,6 +98,8 @@ class Report(ProgramInfo):
     """Of this process, earlier compilations included."""
     saved: bool = False
     """Whether it was saved in `training.compilation_cache`, where training finds it."""
+    bound: Bound | None = None
+    """On GPUs, in place of the compiler's estimate."""
 
     @property
     def bytes_total(self) -> int:
@@ -116,27 +139,50 @@ class Report(ProgramInfo):
             "seconds": self.seconds,
             "images_per_second_per_chip": self.images_per_second_per_chip,
             "mfu": self.mfu,
+            "bound_seconds": None if self.bound is None else self.bound._asdict(),
             "collectives": [each._asdict() for each in self.collectives],
             "compile_seconds": self.compile_seconds,
             "peak_host_bytes": self.peak_host_bytes,
         }
 
     def __str__(self) -> str:
-        def known(value: float | None, text: str) -> str:
-            return "unknown: the compiler's estimate is not plausible" if value is None else text.format(value)
-
         lines = [
             *self.lines(),
             _row("activations", _gib(self.bytes_activations)),
             _row("total, of a chip's", f"{_gib(self.bytes_total)} of {self.chip.memory_bytes / _GIB:.0f}"),
             self.operations(),
-            _row("time, estimated", known(self.seconds, "{:8.3f} s")),
-            _row("images/s per chip", known(self.images_per_second_per_chip, "{:8.2f}")),
-            _row("MFU", known(self.mfu, "{:8.1%}")),
+            *(self._estimated() if self.bound is None else self._bounded(self.bound)),
             *(_row(c.kind, f"{c.bytes / _GIB:8.2f} GiB per step, {c.count} times") for c in self.collectives),
             _row("compiled in", f"{self.compile_seconds:8.0f} s, {_gib(self.peak_host_bytes).strip()} of this machine"),
         ]
         return "\n".join(lines)
+
+    def _estimated(self) -> list[str]:
+        """The rows of the table with the compiler's estimate."""
+
+        def known(value: float | None, text: str) -> str:
+            return "unknown: the compiler's estimate is not plausible" if value is None else text.format(value)
+
+        return [
+            _row("time, estimated", known(self.seconds, "{:8.3f} s")),
+            _row("images/s per chip", known(self.images_per_second_per_chip, "{:8.2f}")),
+            _row("MFU", known(self.mfu, "{:8.1%}")),
+        ]
+
+    def _bounded(self, bound: Bound) -> list[str]:
+        """The rows of the table of a program for GPUs."""
+        seconds, per_chip = bound.seconds, self.images / self.chips
+        mfu = self.model_flops / self.chips / seconds / self.chip.flops_per_second
+        parts = f"{bound.products:.3f} s products at the peak, {bound.memory:.3f} s other memory traffic"
+        rows = [
+            _row("time, at least", f"{seconds:8.3f} s, a bound: {parts}"),
+            _row("images/s per GPU, at most", f"{per_chip / seconds:7.2f}"),
+            _row("MFU, at most", f"{mfu:8.1%}"),
+            _row("not counted", "what the GPU chooses by timing (autotuning): other kernels, their scratch memory"),
+        ]
+        if self.fits and self.bytes_total > _DEFAULT_SHARE * self.chip.memory_bytes:
+            rows.append(_row("set", f"XLA_PYTHON_CLIENT_MEM_FRACTION=.95: jax takes {_DEFAULT_SHARE:.0%} by default"))
+        return rows
 
 
 @dataclass(frozen=True)
@@ -172,24 +218,29 @@ def make(
     compiled: jax.stages.Compiled,
     info: ProgramInfo,
     *,
-    kernel_flops: float,
+    executed: Flops,
     compile_seconds: float,
     peak_host_bytes: int,
 ) -> Report:
-    """The report of a compiled program. kernel_flops: of attention kernels as the program has them."""
+    """The report of a compiled program. executed: FLOPs as the program has them, rematerialisation included."""
     memory: Any = compiled.memory_analysis()
-    costs: Any = compiled.cost_analysis()
+    costs: Any = compiled.cost_analysis() or {}  # none for GPUs
     found = list(hlo.instructions(compiled.as_text() or ""))
     # Layouts on the chip may pad inputs; the compiler's own sum counts.
     padding = memory.argument_size_in_bytes - sum(info.bytes_by_use.values())
     allocated = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     estimate = costs.get("optimal_seconds", 0.0)
+    chip, bound = info.chip, None
+    if chip.bytes_per_second is not None:
+        products = executed.total / info.chips / chip.flops_per_second
+        bound = Bound(products, hlo.moved_bytes(found) / chip.bytes_per_second)
     return Report(
         **vars(info),
         bytes_activations=padding + allocated,
-        kernel_flops=kernel_flops,
+        kernel_flops=executed.kernels,
         compiler_seconds=estimate * hlo.loop_factor(found) if estimate > 0 else None,
         collectives=tuple(hlo.collectives(found)),
         compile_seconds=compile_seconds,
         peak_host_bytes=peak_host_bytes,
+        bound=bound,
     )

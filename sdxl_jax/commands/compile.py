@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 USAGE = """usage: sdxl-jax compile CONFIG.py --topology NAME [--slices N] [--section.field VALUE ...]
 
-Ahead-of-time (AOT) compilation of a configuration's programs for a TPU slice, on a machine without one: memory per
-chip, operations, estimated time, collectives. Needs libtpu.
+Ahead-of-time (AOT) compilation of a configuration's programs for TPU slices and GPUs, on a machine without them: memory
+per chip, operations, time (an estimate for TPUs, a bound for GPUs), collectives. Needs libtpu, or jax's CUDA plugin.
 `sdxl-jax compile CONFIG.py --help` lists every field with its default in that file.
 """
 
 
 @dataclass(frozen=True)
 class Compile:
-    """Compile the train step or the sampler ahead of time (AOT), for a TPU slice that need not be attached."""
+    """Compile the train step or the sampler ahead of time (AOT), for TPUs or GPUs that need not be attached."""
 
     topology: str | None = None
-    """TPU slice: chip and arrangement, e.g. v5e:4x4, v5p:2x2x2, v6e:8x8. An unknown one lists the known ones."""
+    """TPU slice: chip and arrangement, e.g. v5e:4x4, v5p:2x2x2, v6e:8x8. GPUs: their number per node, e.g. h200:8,
+    a100-80gb:4, rtx-4090:1. An unknown one lists the known ones."""
     slices: int | None = None
-    """Number of slices, connected by the data-centre network. Default: mesh.slices."""
+    """Number of slices, connected by the data-centre network; of GPUs, nodes. Default: mesh.slices."""
     program: Literal["train", "sample"] = "train"
     """The train step; or the sampler, with the sizes, steps and guidance of validation."""
     bucket: str | None = None
@@ -101,12 +102,16 @@ def _buckets(options: Compile, config: "RunConfig") -> "list[Bucket] | None":
 
 
 def _print(options: Compile, config: "RunConfig", reports: "Sequence[Report | TooLarge]") -> None:
+    from sdxl_jax.aot import gpus
     from sdxl_jax.aot.compile import verdict
     from sdxl_jax.training.programs import folder
 
     for each in reports:
         print(f"{each}\n{verdict(each, config)}\n")
     if options.program == "sample":
+        return
+    if gpus.known(options.topology or ""):
+        print("Not saved: training on GPUs compiles its programs itself, and chooses kernels by timing them.")
         return
     cache = config.training.compilation_cache
     if cache is None:
