@@ -129,9 +129,10 @@ def sample(
     mean, deviation, bound = parameter.distribution
     index = index or (slice(None),) * len(parameter.shape)
     bounds = [part.indices(size)[:2] for part, size in zip(index, parameter.shape, strict=True)]
-    values = np.full([stop - start for start, stop in bounds], mean, np.float32)
+    sizes = [stop - start for start, stop in bounds]
     if deviation == 0:
-        return values
+        return np.full(sizes, mean, np.float32)
+    values = np.empty(sizes, np.float32)
     sides = [1] * len(bounds) + [*_TILE]
     sides = sides[-len(bounds) :]
     places = [range(start // side, -(-stop // side)) for (start, stop), side in zip(bounds, sides, strict=True)]
@@ -147,7 +148,7 @@ def sample(
                 first, last = max(start, at), min(stop, at + size)
                 inner.append(slice(first - at, last - at))
                 outer.append(slice(first - start, last - start))
-            values[tuple(outer)] += np.float32(deviation) * made[tuple(inner)]
+            values[tuple(outer)] = mean + np.float32(deviation) * made[tuple(inner)]
 
     count = min(_threads(), len(tiles))
     list(_pool().map(fill, [tiles[number::count] for number in range(count)]))
@@ -156,7 +157,7 @@ def sample(
 
 def _normal(key: str, count: int, bound: float) -> Float32[np.ndarray, " count"]:
     """Standard normal values; those beyond the bound are drawn again."""
-    generator = np.random.Generator(np.random.SFC64(list(key.encode())))
+    generator = np.random.Generator(np.random.SFC64(int.from_bytes(key.encode(), "little")))
     values = generator.standard_normal(count, np.float32)
     beyond = np.flatnonzero(np.abs(values) > bound) if bound < math.inf else np.empty(0, int)
     while len(beyond):
