@@ -72,24 +72,26 @@ class _Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):
         del index, params
         return self
 
-    remove_axis = add_axis
+    def remove_axis(self, index: int, params: Any) -> "_Declared":
+        del index, params
+        return self
 
 
-# Initialisers, as Flax's layers take them.
+# Initialisers, as Flax's layers take them. They return a `_Declared`, which Flax unboxes: `Any`.
 
 
-def zeros(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> _Declared:
+def zeros(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
     del key
     return _Declared(jnp.zeros(shape, dtype), Distribution())
 
 
-def ones(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> _Declared:
+def ones(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
     del key
     return _Declared(jnp.ones(shape, dtype), Distribution(1.0))
 
 
-def normal(deviation: float, bound: float = math.inf) -> Callable[..., _Declared]:
-    def declare(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> _Declared:
+def normal(deviation: float, bound: float = math.inf) -> Callable[..., Any]:
+    def declare(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         del key
         # NaN: Flax's own `init`, which would not make random values, is not to be used by mistake.
         return _Declared(jnp.full(shape, jnp.nan, dtype), Distribution(0.0, deviation, bound))
@@ -97,7 +99,7 @@ def normal(deviation: float, bound: float = math.inf) -> Callable[..., _Declared
     return declare
 
 
-def lecun_normal(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> _Declared:
+def lecun_normal(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
     """Normal, truncated at two deviations, with the variance 1 / fan-in. The last axis is the output's."""
     # The variance of a standard normal distribution truncated at ±2 is 0.8796².
     deviation = 1 / math.sqrt(math.prod(shape[:-1])) / 0.87962566103423978

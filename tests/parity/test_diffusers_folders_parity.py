@@ -17,7 +17,7 @@ from sdxl_jax.conditioning.text import ContextState, Tokenizer, Tower
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig, abstract
-from sdxl_jax.models import layers
+from sdxl_jax.models import clip, layers
 from sdxl_jax.weights.formats import diffusers as folders
 from sdxl_jax.weights.formats import diffusers_fields
 
