@@ -3,6 +3,7 @@
 Agreement with diffusers and transformers is in `parity/`. Sizes here are tiny, except where only shapes are traced.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -179,6 +180,24 @@ def one_level_inputs() -> list[jax.Array]:
     rng = np.random.default_rng(0)
     latent, context = (jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((1, 4, 4, 4), (1, 3, 4)))
     return [jnp.repeat(array, 2, axis=0) for array in (latent, jnp.array([500]), context)]
+
+
+def test_text_that_was_projected_before_gives_the_same_prediction() -> None:
+    config = dataclasses.replace(ONE_LEVEL, transformer_depth=(2,), middle_depth=3)
+    params, (latent, timestep, context) = random_params(unet.abstract, config), one_level_inputs()
+    context = context.at[1].add(1)
+    apply = jax.jit(functools.partial(unet.apply, config), compiler_options=FAST_COMPILATION)
+    text = unet.project_text(params, context)
+    assert {leaf.shape for leaf in jax.tree.leaves(text)} == {(2, 2, 3, 8), (2, 3, 3, 8)}
+    # 1e-6: the compiler may fuse the products differently.
+    assert relative(apply(params, latent, timestep, text), apply(params, latent, timestep, context)) < 1e-6
+
+
+def test_gelu_is_exact() -> None:
+    x = np.linspace(-8, 8, 4001, dtype=np.float32)
+    expected = np.array([value * 0.5 * math.erfc(-value / math.sqrt(2)) for value in x.astype(float)])
+    # Near −1 erf errs by a few of its roundings, of 2⁻²⁴, and it counts x/2 times.
+    np.testing.assert_allclose(layers.gelu(jnp.asarray(x)), expected, rtol=3e-7, atol=16 * 2**-24)
 
 
 def test_perturbed_rows_lose_their_self_attention_and_the_others_nothing() -> None:

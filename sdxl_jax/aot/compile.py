@@ -209,10 +209,10 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
     micro = jax.eval_shape(lambda: generate.micro_rows(options, images, size))
-    conditioning = functools.partial(_conditioning, states(plain), config=model)
+    conditioning = functools.partial(_conditioning, states(plain), config=model, compute=config.compute)
     sampled = (
         params["unet"],
-        _rows(mesh, jax.eval_shape(conditioning, towers, tokens, micro)),
+        _rows(mesh, jax.eval_shape(conditioning, params["unet"], towers, tokens, micro)),
         _abstract_start(mesh, segment_arrays, latent),
         _rows(mesh, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))),
         _whole(mesh, segment_arrays),
@@ -236,11 +236,12 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Progr
 
 
 def _conditioning(
-    states: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig
+    states: Any, params: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig, compute: Compute
 ) -> program.ConditioningPair:
     """The inputs of the UNet's prompt and negative prompt, from the function that encodes tokens."""
+    has_negative = jnp.ones(len(jax.tree.leaves(micro)[0]))
     return program.conditioning(
-        states(towers, tokens, tokens), jnp.ones(len(jax.tree.leaves(micro)[0])), micro, config=config
+        params, states(towers, tokens, tokens), has_negative, micro, config=config, compute=compute
     )
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from sdxl_jax import sharding
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import initialisers, layers
-from sdxl_jax.models.layers import Attention, Compute, conv, dense, group_norm, layer_norm
+from sdxl_jax.models.layers import Attention, Compute, conv, dense, gelu, group_norm, layer_norm
 from sdxl_jax.sharding import constrain
 
 _BLOCK = 512
@@ -176,6 +176,8 @@ def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Any:
 class MultiHeadAttention(nn.Module):
     """Queries from `hidden`, keys and values from `context`; the output projection alone has a bias, unless `bias`.
 
+    Without a context, keys and values are in the collection `layers.TEXT`, under the names of their projections.
+
     Rows that are `perturbed` have the identity as their attention map: each position takes its own value alone. Ahn et
     al. 2024, arXiv:2403.17377, section 4; diffusers `attention_processor.py:PAGIdentitySelfAttnProcessor2_0`.
     """
@@ -190,15 +192,18 @@ class MultiHeadAttention(nn.Module):
     def __call__(
         self,
         hidden: Float[jax.Array, "batch queries features"],
-        context: Float[jax.Array, "batch keys context"],
+        context: Float[jax.Array, "batch keys context"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch queries features"]:
         features = hidden.shape[-1]
 
         def project(
-            name: str, inputs: Float[jax.Array, "batch tokens features_in"]
+            name: str, inputs: Float[jax.Array, "batch tokens features_in"] | None
         ) -> Float[jax.Array, "batch tokens heads dim"]:
-            flat = dense(features, name, self.compute, use_bias=self.bias)(inputs)
+            if inputs is None:
+                flat = self.get_variable(layers.TEXT, name)
+            else:
+                flat = dense(features, name, self.compute, use_bias=self.bias)(inputs)
             split = rearrange(flat, "batch tokens (heads dim) -> batch tokens heads dim", heads=self.heads)
             return constrain(split, "batch", None, "tensor", None)
 
@@ -223,7 +228,7 @@ class FeedForward(nn.Module):
         features = hidden.shape[-1]
         value, gate = jnp.split(dense(8 * features, "proj_in", self.compute)(hidden), 2, axis=-1)
         value, gate = (constrain(part, "batch", None, "tensor") for part in (value, gate))
-        return dense(features, "proj_out", self.compute)(value * nn.gelu(gate, approximate=False))
+        return dense(features, "proj_out", self.compute)(value * gelu(gate))
 
 
 class TransformerBlock(nn.Module):
@@ -236,7 +241,7 @@ class TransformerBlock(nn.Module):
     def __call__(
         self,
         hidden: Float[jax.Array, "batch positions features"],
-        context: Float[jax.Array, "batch tokens context"],
+        context: Float[jax.Array, "batch tokens context"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> tuple[Float[jax.Array, "batch positions features"], None]:
         """Returns (hidden, None): the pair that a scan's body returns. `perturbed` concerns self-attention."""
@@ -253,7 +258,7 @@ def stack(block: type[nn.Module], depth: int, compute: Compute) -> Any:
     """`depth` copies of a block under one scan; parameters gain a leading axis of that length. Build it with a name."""
     return nn.scan(
         compute.block(block, in_scan=not compute.unroll),
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, layers.TEXT: 1},
         split_rngs={"params": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Linen's own marker)
         length=depth,
@@ -277,7 +282,7 @@ class SpatialTransformer(nn.Module):
     def __call__(
         self,
         x: Float[jax.Array, "batch height width channels"],
-        context: Float[jax.Array, "batch tokens context"],
+        context: Float[jax.Array, "batch tokens context"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch height width channels"]:
         batch, height, width, channels = x.shape

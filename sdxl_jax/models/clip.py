@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from sdxl_jax.arrays import Params
 from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import dot_product_attention, stack
-from sdxl_jax.models.layers import Compute, dense, layer_norm
+from sdxl_jax.models.layers import Compute, dense, gelu, layer_norm
 
 
 class Activation(enum.Enum):
@@ -105,7 +105,7 @@ class ClipLayer(nn.Module):
         inner = dense(config.mlp_width, "fc1", compute)(normed)
         match config.activation:
             case Activation.GELU:
-                inner = nn.gelu(inner, approximate=False)
+                inner = gelu(inner)
             case Activation.QUICK_GELU:
                 inner = inner * nn.sigmoid(1.702 * inner)
         return (hidden + dense(config.width, "fc2", compute)(inner), before), None

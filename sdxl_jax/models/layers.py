@@ -57,6 +57,8 @@ class Remat(enum.Enum):
 
 KEPT = "kept"
 """Checkpoint name of values that `Remat.DOTS` keeps although no matrix product made them: attention's."""
+TEXT = "text"
+"""Collection of what cross-attention makes of the text, where it was computed before. See `unet.project_text`."""
 ENTERING = "entering"
 """Checkpoint name of the inputs of transformer blocks, which `Remat.OFFLOAD` moves to host memory."""
 
@@ -161,6 +163,16 @@ def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
 def _norm_options(compute: Compute) -> dict[str, Any]:
     initial = {"scale_init": initialisers.ones, "bias_init": initialisers.zeros}
     return {"dtype": compute.activations, "use_fast_variance": _fast_variance(compute), **initial}
+
+
+def gelu(x: Float[jax.Array, "*axes"]) -> Float[jax.Array, "*axes"]:
+    """x Φ(x), the exact GELU. Hendrycks & Gimpel 2016, arXiv:1606.08415.
+
+    float32 by erf, as in torch, which costs a CPU less than erfc. In bfloat16 1 + erf would lose its digits.
+    """
+    if x.dtype != jnp.float32:
+        return nn.gelu(x, approximate=False)
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
 class EmbeddingMlp(nn.Module):

@@ -12,10 +12,12 @@ What the vector holds is defined in `conditioning/micro.py`; here it is `vector_
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
 
 from sdxl_jax.arrays import Params
@@ -23,6 +25,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import SpatialTransformer
 from sdxl_jax.models.layers import (
+    TEXT,
     Compute,
     EmbeddingMlp,
     ResnetBlock,
@@ -32,6 +35,7 @@ from sdxl_jax.models.layers import (
     sinusoidal_embedding,
 )
 from sdxl_jax.models.unet_parts import UNetPart
+from sdxl_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,10 @@ SD2 = UNetConfig(
 )
 
 
+_OF_TEXT = (("attn2", "to_k"), ("attn2", "to_v"))
+"""Layers whose input is the text."""
+
+
 class _Level(nn.Module):
     """What the blocks of the UNet share: its options, and how it builds a residual block and a transformer."""
 
@@ -127,7 +135,7 @@ class DownBlock(_Level):
         self,
         x: Float[jax.Array, "batch height width channels_in"],
         embedding: Float[jax.Array, "batch embedding"],
-        context: Float[jax.Array, "batch tokens context"],
+        context: Float[jax.Array, "batch tokens context"] | None,
         perturbed: Bool[jax.Array, "batch"] | None,
     ) -> list[Float[jax.Array, "batch _height _width _channels"]]:
         """Every intermediate result, in order: the way up takes them as skips, the last one enters the next level."""
@@ -152,7 +160,7 @@ class MiddleBlock(_Level):
         self,
         x: Float[jax.Array, "batch height width channels"],
         embedding: Float[jax.Array, "batch embedding"],
-        context: Float[jax.Array, "batch tokens context"],
+        context: Float[jax.Array, "batch tokens context"] | None,
         perturbed: Bool[jax.Array, "batch"] | None,
     ) -> Float[jax.Array, "batch height width channels"]:
         x = self.resnet(0)(x, embedding)
@@ -169,7 +177,7 @@ class UpBlock(_Level):
         x: Float[jax.Array, "batch height width channels_in"],
         skips: list[Float[jax.Array, "batch _height _width _channels"]],
         embedding: Float[jax.Array, "batch embedding"],
-        context: Float[jax.Array, "batch tokens context"],
+        context: Float[jax.Array, "batch tokens context"] | None,
         perturbed: Bool[jax.Array, "batch"] | None,
     ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
         """Takes its skips from the end of the list and removes them."""
@@ -195,12 +203,12 @@ class UNet(nn.Module):
         self,
         latent: Float[jax.Array, "batch height width channels_in"],
         timestep: Num[jax.Array, "batch"],
-        context: Float[jax.Array, "batch tokens context"],
+        context: Float[jax.Array, "batch tokens context"] | None,
         vector: Float[jax.Array, "batch vector"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch height width channels_out"]:
         config, compute, dtype = self.config, self.compute, self.compute.activations
-        context = context.astype(dtype)
+        context = None if context is None else context.astype(dtype)
 
         frequencies = sinusoidal_embedding(timestep, config.block_channels[0])
         embedding = EmbeddingMlp(config.embedding_dim, compute, name="time_embedding")(frequencies)
@@ -224,12 +232,35 @@ class UNet(nn.Module):
         return out(x).astype(jnp.float32)
 
 
+TextProjections = dict[str, Any]
+"""Keys and values of every cross-attention layer, each [batch, depth, tokens, features], at the paths of their kernels.
+"""
+
+
+def project_text(
+    params: Params, context: Float[jax.Array, "batch tokens context"], compute: Compute = Compute()
+) -> TextProjections:
+    """Keys and values of the text. They do not depend on the latent: the steps of a denoising schedule share them. At
+    256 × 256 they are up to a fifth of a step's products."""
+    context = context.astype(compute.activations)
+
+    def project(
+        kernels: Float[jax.Array, "depth context features"],
+    ) -> Float[jax.Array, "batch depth tokens features"]:
+        projected = jax.lax.map(lambda kernel: context @ kernel.astype(context.dtype), kernels)
+        return constrain(projected.swapaxes(0, 1), "batch", None, None, "tensor")
+
+    kernels = flatten_dict(params)
+    text = {path[:-1]: project(kernel) for path, kernel in kernels.items() if path[-3:-1] in _OF_TEXT}
+    return unflatten_dict(text)
+
+
 def apply(
     config: UNetConfig,
     params: Params,
     latent: Float[jax.Array, "batch height width channels_in"],
     timestep: Num[jax.Array, "batch"],
-    context: Float[jax.Array, "batch tokens context"],
+    context: Float[jax.Array, "batch tokens context"] | TextProjections,
     vector: Float[jax.Array, "batch vector"] | None = None,
     compute: Compute = Compute(),
     *,
@@ -239,7 +270,8 @@ def apply(
     """The network's prediction (ε, v or x₀, as it was trained), float32.
 
     latent: scaled and noised, any height and width. timestep: 0..999, integers or floats. context: text states,
-    [batch, 77, context_dim]. vector: [batch, vector_dim], None exactly if the configuration has none.
+    [batch, 77, context_dim], or what `project_text` makes of them. vector: [batch, vector_dim], None exactly if the
+    configuration has none.
 
     perturbed: rows whose self-attention in `perturbed_parts` is the identity, for perturbed-attention guidance (Ahn et
     al. 2024, arXiv:2403.17377; `samplers/guidance.py`). None: no row, and nothing more is computed. The parts are
@@ -249,7 +281,10 @@ def apply(
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
-    return network.apply({"params": params}, latent, timestep, context, vector, perturbed)  # pyright: ignore[reportReturnType]
+    variables: dict[str, Any] = {"params": params}
+    if isinstance(context, dict):
+        variables[TEXT], context = context, None
+    return network.apply(variables, latent, timestep, context, vector, perturbed)  # pyright: ignore[reportReturnType]
 
 
 def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:

@@ -16,7 +16,7 @@ Not here: evaluating the network, and strengths that depend on the timestep: the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,8 @@ Array = jax.Array
 class Conditioning(NamedTuple):
     """What the UNet is conditioned on, besides latent and timestep."""
 
-    context: Float[Array, "batch tokens features"]
-    """Text states, for cross-attention."""
+    context: Float[Array, "batch tokens features"] | dict[str, Any]
+    """Text states, for cross-attention; or what its layers make of them (`models.unet.project_text`)."""
     vector: Float[Array, "batch vector"] | None
     """Pooled text and micro-conditioning; None for models without it."""
 

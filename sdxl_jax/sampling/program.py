@@ -118,25 +118,37 @@ def text_states(
     compute: Compute,
 ) -> TextStates:
     """Text states of prompts and, if `guided`, of negative prompts. params: of each tower, by its name."""
-    positive = text.encode_prompts(towers, params, tokens, compute)
-    return positive, text.encode_prompts(towers, params, negative_tokens, compute) if guided else None
+    if not guided:
+        return text.encode_prompts(towers, params, tokens, compute), None
+    # One batch: their lengths and weights agree, as the UNet's batch needs.
+    both = jax.tree.map(lambda *each: jnp.concatenate(each), tokens, negative_tokens)
+    states = text.encode_prompts(towers, params, both, compute)
+    count = len(states.context) // 2
+    return jax.tree.map(lambda state: state[:count], states), jax.tree.map(lambda state: state[count:], states)
 
 
 def conditioning(
+    params: Params,
     states: TextStates,
     has_negative: Float[type_of_array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
     *,
     config: ModelConfig,
+    compute: Compute,
 ) -> ConditioningPair:
-    """What a model's UNet is conditioned on. An absent negative prompt is the unconditional embedding."""
+    """What a model's UNet is conditioned on. An absent negative prompt is the unconditional embedding.
+
+    params: the UNet's, for what its cross-attention makes of the text, which is the same at every step.
+    """
     positive, negative = states
     if negative is not None and config.unconditional is model.UnconditionalKind.ZEROS:
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
-    return ConditioningPair(
-        model.condition(config, positive, micro[0]),
-        None if negative is None else model.condition(config, negative, micro[1]),
-    )
+
+    def condition(states: TextConditioning, micro: MicroConditioning) -> Conditioning:
+        condition = model.condition(config, states, micro)
+        return condition._replace(context=unet.project_text(params, condition.context, compute))
+
+    return ConditioningPair(condition(positive, micro[0]), None if negative is None else condition(negative, micro[1]))
 
 
 def last_tower_states(states: TextConditioning | None, width: int) -> TextConditioning | None:
@@ -343,11 +355,13 @@ class ConditioningStage(Protocol):
 
     def __call__(
         self,
+        params: Params,
         states: TextStates,
         has_negative: Float[type_of_array, " batch"],
         micro: tuple[MicroConditioning, MicroConditioning],
         *,
         config: ModelConfig,
+        compute: Compute,
     ) -> ConditioningPair: ...
 
 
@@ -418,7 +432,7 @@ PLAIN = Stages(text_states, conditioning, encode, start_segment, denoise, decode
 
 STAGED = Stages(
     jax.jit(text_states, static_argnames=("towers", "guided", "compute")),
-    jax.jit(conditioning, static_argnames="config"),
+    jax.jit(conditioning, static_argnames=("config", "compute")),
     jax.jit(encode, static_argnames=("config", "compute")),
     jax.jit(start_segment, static_argnames="segment"),
     jax.jit(denoise, static_argnames=("config", "terms", "stochastic", "compute")),
@@ -445,8 +459,10 @@ def _conditioning_of_each_model(recipe: Recipe, inputs: Inputs, stages: Stages) 
                 stages.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
             )
     return [
-        stages.conditioning(each, inputs.has_negative, inputs.micro, config=config)
-        for config, each in zip(recipe.models, states, strict=True)
+        stages.conditioning(
+            params["unet"], each, inputs.has_negative, inputs.micro, config=config, compute=recipe.compute
+        )
+        for config, params, each in zip(recipe.models, inputs.params, states, strict=True)
     ]
 
 
