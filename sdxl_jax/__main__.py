@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 
+from sdxl_jax.allocator import keep_freed_memory
 from sdxl_jax.commands import pipes, signals
 from sdxl_jax.errors import REPORTED, InputError, exit_code, fault, nearest_first
 
@@ -79,6 +80,9 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training sees; encode: latents once"),
 }
 
+_COMPUTING = ("quickstart", "train", "sample", "serve")
+"""Commands that run a network, many times."""
+
 
 def _usage() -> str:
     width = max(map(len, _COMMANDS))
@@ -136,6 +140,8 @@ def program() -> None:
     """`main` as a process, which ends even while a step is being compiled in the background."""
     pipes.may_close()
     signals.print_stacks_on_sigusr1()
+    if sys.argv[1:2] and sys.argv[1] in _COMPUTING:
+        keep_freed_memory()
     try:
         code = main()
     except SystemExit as stopped:  # SIGTERM or Ctrl-C once all is saved; --help; invalid options

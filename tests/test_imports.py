@@ -20,6 +20,7 @@ ROOT = Path(sdxl_jax.__file__).parent
 BASE = {"arrays", "errors", "files", "progress", "sizes"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "allocator": set(),
     "sizes": set(),
     "mesh": set(),
     "arrays": set(),
@@ -70,7 +71,9 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
     },
     "training.programs": {"files"},
-    "training.compilation": {"config", "data", "training.programs"} | BASE,
+    "training.compilation_cache": BASE,
+    "training.traces": {"training.compilation_cache"},
+    "training.compilation": {"config", "data", "training.programs", "training.traces"} | BASE,
     "training.cluster": BASE,
     "training.heartbeats": set(),
     "training.processes": {"training.cluster", "training.heartbeats"} | BASE,
@@ -315,6 +318,14 @@ for given in {given}:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     for each in given:
         assert f"\n{each}\n" in done.stdout
+
+
+def test_training_starts_without_tensorboardx_and_what_it_imports() -> None:
+    program = "import sys, sdxl_jax.training.loop; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    loaded = set(done.stdout.split())
+    assert "orbax" in loaded
+    assert not loaded & {"tensorboardX", "torch", "transformers"}
 
 
 def test_files_imports_nothing_heavy() -> None:
