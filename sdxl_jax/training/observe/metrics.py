@@ -1,7 +1,6 @@
 """Metrics logging: RUN/metrics.jsonl with all digits, RUN/tensorboard, optionally Weights & Biases, and the progress
 bar, or lines, with loss, throughput and MFU."""
 
-import contextlib
 import json
 import math
 import os
@@ -9,13 +8,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jaxtyping import Num
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] (generated)
-from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] (generated)
 
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError
@@ -23,6 +19,9 @@ from sdxl_jax.files import atomic
 from sdxl_jax.progress import tqdm
 from sdxl_jax.training.observe.clock import Clock, TimePart
 from sdxl_jax.training.observe.mfu import MfuMeter
+
+if TYPE_CHECKING:
+    from sdxl_jax.training.observe.tensorboard import TensorBoard
 
 TIMES = ("step_seconds", "images_per_second", "data_seconds", "compile_seconds", "mfu")
 """Fields of a line that a resumed run does not reproduce: they measure time."""
@@ -76,7 +75,8 @@ class MetricsWriter:
         """`recomputed_until`: the last step that an earlier start had done."""
         self._file = self._path.open("ab", buffering=0)  # unbuffered: a kill loses the last line or two
         self._lines, self._full = list[str](), False
-        self._board = TensorBoard(run_dir / "tensorboard", start + 1) if writes else None
+        self._writes, self._start, self._board_folder = writes, start, run_dir / "tensorboard"
+        self._board: TensorBoard | None = None
         self._wandb, self._mfu_meter, self._clock, self._programs = board, mfu_meter, clock or Clock(), programs
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
         self._pending: tuple[int, Bucket, int, dict[str, Num[jax.Array, ""]], dict[str, float]] | None = None
@@ -118,7 +118,7 @@ class MetricsWriter:
         """Waits for the last step and writes all lines to disk."""
         self.settle()
         self._write_lines()
-        if self._board is not None:
+        if self._writes:
             os.fsync(self._file.fileno())
 
     def new_event_file(self) -> None:
@@ -181,8 +181,8 @@ class MetricsWriter:
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         self._lines.append(json.dumps(finite, allow_nan=False) + "\n")
         self._write_lines()
-        if self._board is not None:
-            self._board.add({name: line[name] for name in _SCALARS if name in line}, step)
+        if self._writes:
+            self._add_to_board({name: line[name] for name in _SCALARS if name in line}, step)
         if self._wandb is not None:
             self._wandb.log(line)
         shown = [f"loss {values['loss']:.4f}", f"{line['images_per_second']:.1f} images/s"]
@@ -199,43 +199,14 @@ class MetricsWriter:
         self._bar.fields = {"step": step, **{name: line[name] for name in _SHOWN if name in line}}
         self._bar.update()
 
+    def _add_to_board(self, scalars: Mapping[str, float], step: int) -> None:
+        if self._board is None:
+            # After the first step: tensorboardX imports torch, where there is one, which takes a second or more.
+            from sdxl_jax.training.observe.tensorboard import TensorBoard
 
-class TensorBoard:
-    """Scalars in an event file. Written synchronously: tensorboardX's background thread dies silently on a full disk,
-    and later writes then block for ever."""
-
-    def __init__(self, folder: Path, purge_step: int):
-        """purge_step: TensorBoard discards events of earlier starts from this step on."""
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._files, self._full = folder, 0, False
-        self._events: EventsWriter | None = None
-        """The file; None: the next event begins one."""
-        started = SessionLog(status=SessionLog.START)
-        self._write(Event(step=purge_step, wall_time=time.time(), session_log=started))
-
-    def add(self, scalars: Mapping[str, float], step: int) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._write(Event(step=step, wall_time=time.time(), summary=Summary(value=values)))
-
-    def close(self) -> None:
-        """Later scalars go to another file, which TensorBoard reads after this one."""
-        if self._events is not None:
-            with contextlib.suppress(OSError):  # reported already
-                self._events.close()
-            self._events = None
-
-    def _write(self, event: Event) -> None:
-        if self._full:
-            return
-        try:
-            if self._events is None:
-                self._files += 1  # keeps files of the same second apart
-                self._events = EventsWriter(str(self._folder / "events"), f".{self._files:06d}")
-            self._events.write_event(event)
-            self._events.flush()
-        except OSError as error:  # a partial event makes everything after it unreadable
-            tqdm.write(f"  TensorBoard gets no more scalars until the next start: {error.strerror}")
-            self._full = True
+            self._board = TensorBoard(self._board_folder, self._start + 1)
+            self._seconds_at_write = self._clock.seconds()
+        self._board.add(scalars, step)
 
 
 class WandbBoard:
