@@ -263,6 +263,7 @@ def stack(block: type[nn.Module], depth: int, compute: Compute) -> Any:
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Linen's own marker)
         length=depth,
         unroll=depth if compute.unroll else 1,
+        check_constancy_invariants=False,  # it traces the block a second time, for variables that are broadcast
     )
 
 
