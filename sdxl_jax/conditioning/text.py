@@ -134,7 +134,7 @@ def _encoder(folder: str | None, added: tuple[str, ...] = ()) -> Encoder:
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True)
     encoder.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     encoder.add_special_tokens([_START, _END])
-    start, end = ((token, encoder.token_to_id(token)) for token in (_START, _END))
+    start, end = ((token, encoder.encode(token).ids[0]) for token in (_START, _END))
     encoder.post_processor = processors.RobertaProcessing(end, start, trim_offsets=False, add_prefix_space=False)
     encoder.add_tokens(list(added))
     return encoder
@@ -214,7 +214,7 @@ class Tokenizer:
 
     def __call__(self, prompts: list[str]) -> dict[str, Int32[np.ndarray, "batch 77"]]:
         """One entry per tower: start, the prompt's tokens (truncated to 75), end, padding."""
-        return {name: tokens[:, 0] for name, tokens in self.prompts(prompts).tokens.items()}
+        return {name: np.asarray(tokens[:, 0]) for name, tokens in self.prompts(prompts).tokens.items()}
 
     def prompts(
         self,
@@ -277,7 +277,8 @@ class Tokenizer:
             return [len(tokens)]
         if long is LongPrompts.TRUNCATE:
             return [CHUNK]
-        texts = list(map(_encoder(self.vocabulary, added).id_to_token, tokens))
+        encoder = _encoder(self.vocabulary, added)
+        texts = [encoder.id_to_token(token) or "" for token in tokens]
         successor = dict(pair for token in concepts(added) for pair in itertools.pairwise(concept_tokens(token, added)))
         joined = [
             successor.get(token) == following if token in added else not token.endswith("</w>")
