@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sdxl_jax import flops, sharding
-from sdxl_jax.aot import report, topologies
+from sdxl_jax.aot import gpus, report, topologies
 from sdxl_jax.aot.report import ProgramInfo, Report, TooLarge
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
@@ -122,6 +122,7 @@ def _compile(
     programs: list[Program], mesh: Mesh, topology: str, parallel: int, progress: bool
 ) -> list[Report | TooLarge]:
     slices = mesh.shape["slice"]
+    options: Any = {"compiler_options": gpus.OPTIONS} if gpus.known(topology) else {}
 
     def one(program: Program) -> Report | TooLarge:
         start = time.monotonic()
@@ -139,7 +140,7 @@ def _compile(
                 traced = program.function.trace(*program.arguments)
                 executed = flops.of_jaxpr(traced.jaxpr.jaxpr)
                 lowered = traced.lower()
-                compiled = lowered.compile()
+                compiled = lowered.compile(**options)
         except jax.errors.JaxRuntimeError as error:
             if (reason := out_of_memory(error)) is not None:
                 return TooLarge(**vars(info), reason=reason)

@@ -8,7 +8,7 @@ the CUDA programming guide, "Technical specifications per compute capability". V
 are installed here.
 
 The compiler chooses kernels on the GPU by timing them ("autotuning"). Without one it takes default ones, so that the
-program which runs there may use other kernels, and other scratch memory.
+program which runs there may use other kernels, and other scratch memory. Products are cuBLAS's here (`OPTIONS`).
 """
 
 import importlib.metadata
@@ -76,6 +76,11 @@ KNOWN = {
     "rtx-a6000": Gpu(flops.RTX_A6000, "NVIDIA RTX A6000", (8, 6), 84, 6 * _MIB, 1.8),
 }
 """GPUs by the prefix of topology names."""
+
+
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+"""Compiler options. Triton's products need tile sizes from the autotuner: the default ones do not fit every shape, and
+the compiler then fails ("Couldn't find output tile sizes")."""
 
 
 def known(name: str) -> bool:
