@@ -44,7 +44,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 if TYPE_CHECKING:  # each process imports only what its side needs, or its peak memory would include the other's
-    from sdxl_jax.model import ModelConfig
+    from sdxl_jax.model import Model, ModelConfig
 
 PROMPTS = ("a photograph of a lighthouse above a stormy sea", "a red bicycle before a yellow wall, oil painting")
 MLPERF = "TensorRT on H200: 2.40 images/s (MLPerf Inference 5.1, 8-bit, not measured here)"
@@ -169,14 +169,18 @@ def write_weights(folder: Path, options: argparse.Namespace) -> None:
 
 def ours(folder: Path, options: argparse.Namespace) -> Side:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs its share of the GPU
+    from sdxl_jax.weights.load import load_model
+
+    return our_side(load_model(folder, progress=False), options)
+
+
+def our_side(model: "Model", options: argparse.Namespace) -> Side:
     import jax
 
     from sdxl_jax.flops import chip_of
     from sdxl_jax.models.layers import Compute, Dtype
     from sdxl_jax.sampling.generate import text_to_image
-    from sdxl_jax.weights.load import load_model
 
-    model = load_model(folder, progress=False)
     compute = Compute(dtype=Dtype(options.dtype))
     device = jax.devices()[0]
     chip = chip_of(device.device_kind)

@@ -15,6 +15,7 @@ device's bfloat16 peak, where that is known. --profile DIR writes a trace of our
 import argparse
 import dataclasses
 import importlib
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -53,7 +54,7 @@ TEXT = tuple(
 RATE, EPSILON, DECAY, CLIP = 1e-4, 1e-8, 1e-2, 1.0
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["small", "full"], default="small", help="of the UNet")
     parser.add_argument("--batch", type=int, default=2, help="images per step")
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="measured steps per side")
     parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
     parser.add_argument("--profile", help="folder for a trace of our steps")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def batch(options: argparse.Namespace) -> Batch:
@@ -114,16 +115,29 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
 
 def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], float], Any]:
     """(a function that runs one step and returns the loss; the same initial weights as our parameters)."""
+    model = their_model(unet)
+    tensors = {name: tensor.cpu().numpy() for name, tensor in model.state_dict().items()}
+    params = names.from_tensors(names.table(unet, Naming(Dialect.DIFFUSERS)), tensors)
+    return their_step(options, model), jax.tree.map(jnp.array, params)  # copies: torch updates its own in place
+
+
+def their_model(unet: UNetConfig) -> Any:
+    """diffusers' UNet with the weights that torch initialises, on the GPU if torch has one."""
     import torch
 
     diffusers: Any = importlib.import_module("diffusers")  # its classes are lazy attributes, which pyright refuses
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(unet))
-    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    params = names.from_tensors(names.table(unet, Naming(Dialect.DIFFUSERS)), tensors)
-    params = jax.tree.map(jnp.array, params)  # copies: torch updates its own in place
-    model = model.to(device).train()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return diffusers.UNet2DConditionModel.from_config(diffusers_fields.unet_fields(unet))
+
+
+def their_step(options: argparse.Namespace, model: Any) -> Callable[[], float]:
+    """A function that runs one step of diffusers' UNet and returns the loss."""
+    import torch
+
+    diffusers: Any = importlib.import_module("diffusers")
+    device = model.device.type
+    model = model.train()
     if device == "cuda":
         model = model.to(memory_format=torch.channels_last)
     network = model if options.eager else torch.compile(model)
@@ -134,7 +148,8 @@ def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], 
         return torch.from_numpy(rng.standard_normal((options.batch, *shape), np.float32)).to(device)
 
     side = options.side // 8
-    latent, context, pooled = normal(4, side, side), normal(77, unet.context_dim), normal(1280)
+    latent, context = normal(4, side, side), normal(77, model.config.cross_attention_dim)
+    pooled = normal(1280)
     sizes = torch.full((options.batch, 6), float(options.side), device=device)
     alpha_bar = diffusers.DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
@@ -156,11 +171,12 @@ def theirs(options: argparse.Namespace, unet: UNetConfig) -> tuple[Callable[[], 
         optimiser.zero_grad(set_to_none=True)
         return loss.item()  # synchronises with the device
 
-    return run, params
+    return run
 
 
 def main() -> None:
     options = arguments()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs its share of the GPU
     unet = SMALL if options.size == "small" else SDXL_BASE.unet
     their_step, params = theirs(options, unet)
     our_step, step_flops = ours(options, unet, params)

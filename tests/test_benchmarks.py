@@ -1,6 +1,7 @@
 """The benchmarks against torch run, and measure the same work on both sides. Their figures are not tested."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -10,16 +11,27 @@ from typing import Any
 import pytest
 
 SAMPLE = Path(__file__).parents[1] / "benchmarks" / "sample.py"
+ACCELERATOR = SAMPLE.with_name("accelerator.py")
 
 
-@pytest.fixture(scope="module")
-def sample() -> Any:
-    """benchmarks/sample.py as a module: it imports neither jax nor torch until it measures."""
-    spec = importlib.util.spec_from_file_location("sample_benchmark", SAMPLE)
+def module_of(path: Path) -> Any:
+    """A benchmark as a module: it imports neither jax nor torch until it measures."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_benchmark", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def sample() -> Any:
+    return module_of(SAMPLE)
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it adds its own folder
+    return module_of(ACCELERATOR)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "full"])
@@ -57,3 +69,66 @@ def test_sample_benchmark_generates_the_same_images_on_both_sides() -> None:
     assert found is not None, report
     assert int(found[1]) <= 1
     assert float(found[2]) < 1
+
+
+STUB = """
+import pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.write_text('{"what": "step", "result": "measured", "note": "", "seconds": 0.5, "images_per_second": 2.0}\\n')
+with out.open("a") as file:
+    file.write('{"what": "step", "result": "measured", "note": "gemm 50%"}\\n')
+"""
+
+
+def test_a_piece_that_fails_or_hangs_costs_itself_alone_and_what_no_longer_fits_is_named(
+    accelerator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stub = tmp_path / "stub.py"
+    monkeypatch.setattr(accelerator, "__file__", str(stub))
+    piece = accelerator.Piece(lambda *_: None, least=10, limit=30)
+
+    def rows(ending: str, left: float = 60.0, **changed: Any) -> list[dict[str, Any]]:
+        stub.write_text(STUB + ending)
+        return list(accelerator.run("piece", piece._replace(**changed), left, False))
+
+    step = {"what": "step", "result": "measured", "note": "gemm 50%", "seconds": 0.5, "images_per_second": 2.0}
+    assert rows("") == [step]
+    assert rows("raise SystemExit('RESOURCE_EXHAUSTED: out of memory')") == [
+        step,
+        {"what": "piece", "result": "FAILED", "note": "exit code 1: RESOURCE_EXHAUSTED: out of memory"},
+    ]
+    assert rows("time.sleep(60)", limit=1.0) == [step, {"what": "piece", "result": "FAILED", "note": "ended after 1 s"}]
+    (late,) = rows("", left=9.0)
+    assert late == {"what": "piece", "result": "left out", "note": "9 s left; raise --minutes"}
+    (missing,) = rows("", needs=("no_such_package",))
+    assert missing["note"] == "no_such_package is not installed"
+
+
+def test_the_table_of_an_accelerator_compares_with_diffusers(accelerator: Any) -> None:
+    rows = [
+        {"what": "step", "result": "measured", "note": "", "images_per_second": 3.0, "seconds": 0.5, "mfu": None},
+        {"what": "step, diffusers", "result": "measured", "note": "", "images_per_second": 2.0},
+        {"what": "attention", "result": "passed", "note": "error 2e-3"},
+    ]
+    accelerator.compare(rows)
+    assert list(accelerator.table(rows))[2:] == [
+        "| step | measured | 0.5000 | 3.000 |  |  | 1.50 |  |",
+        "| step, diffusers | measured |  | 2.000 |  |  |  |  |",
+        "| attention | passed |  |  |  |  |  | error 2e-3 |",
+    ]
+
+
+@pytest.mark.slow
+def test_every_piece_for_an_accelerator_runs_on_a_cpu(tmp_path: Path) -> None:
+    for library in ("torch", "diffusers"):
+        pytest.importorskip(library)
+    report = tmp_path / "rows.json"
+    command = [sys.executable, str(ACCELERATOR), "--quick", "--minutes", "20", "--json", str(report)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    rows = json.loads(report.read_text())
+    assert {row["result"] for row in rows} == {"passed", "measured"}, done.stdout
+    assert done.returncode == 0
+    measured = {row["what"]: row for row in rows if "images_per_second" in row}
+    for what in ("train step 1024², batch 4", "image 1024², batch 1", "image 1024², batch 8"):
+        assert measured[what]["ratio"] > 0
+    assert len(measured["train step 1024², batch 4"]["costs"]) == 3
