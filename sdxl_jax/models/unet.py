@@ -250,9 +250,8 @@ def project_text(
         projected = jax.lax.map(lambda kernel: context @ kernel.astype(context.dtype), kernels)
         return constrain(projected.swapaxes(0, 1), "batch", None, None, "tensor")
 
-    kernels = flatten_dict(params)
-    text = {path[:-1]: project(kernel) for path, kernel in kernels.items() if path[-3:-1] in _OF_TEXT}
-    return unflatten_dict(text)
+    kernels: Any = flatten_dict(params)
+    return unflatten_dict({path[:-1]: project(kernel) for path, kernel in kernels.items() if path[-3:-1] in _OF_TEXT})
 
 
 def apply(
@@ -281,10 +280,9 @@ def apply(
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
-    variables: dict[str, Any] = {"params": params}
-    if isinstance(context, dict):
-        variables[TEXT], context = context, None
-    return network.apply(variables, latent, timestep, context, vector, perturbed)  # pyright: ignore[reportReturnType]
+    text = {TEXT: context} if isinstance(context, dict) else {}
+    states = None if text else context
+    return network.apply({"params": params, **text}, latent, timestep, states, vector, perturbed)  # pyright: ignore[reportReturnType]
 
 
 def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:

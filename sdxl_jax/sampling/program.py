@@ -145,8 +145,8 @@ def conditioning(
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
 
     def condition(states: TextConditioning, micro: MicroConditioning) -> Conditioning:
-        condition = model.condition(config, states, micro)
-        return condition._replace(context=unet.project_text(params, condition.context, compute))
+        text = unet.project_text(params, states.context, compute)
+        return model.condition(config, states, micro)._replace(context=text)
 
     return ConditioningPair(condition(positive, micro[0]), None if negative is None else condition(negative, micro[1]))
 
