@@ -210,7 +210,18 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
             chosen = optax.contrib.schedule_free(optax.chain(rms, decay, scale), own_rate, beta1)
         case OptimiserKind.PRODIGY:
             chosen = _prodigy(beta1, beta2, epsilon, weight_decay, rate)
-    return chosen if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), chosen)
+    return chosen if config.clip_norm is None else optax.chain(_clip_by_global_norm(config.clip_norm), chosen)
+
+
+def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """As optax's, by one factor, which XLA fuses into the moments: optax's division became an array of its own."""
+
+    def clipped(gradient: Params, _: Params | None) -> Params:
+        norm = optax.tree.norm(gradient)
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradient)
+
+    return optax.stateless(cast(Any, clipped))
 
 
 def _decayed(params: Params) -> Params:
