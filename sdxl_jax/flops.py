@@ -169,9 +169,10 @@ def _convolution(equation: Any) -> float:
 
 def _kernel(equation: Any) -> float:
     name = equation.params["name"]
-    if name.startswith("splash_mha_fwd"):
+    if name.startswith("splash_mha_fwd") or name == "pair_attention_fwd":
         products = 2  # scores, result
-    elif name.startswith("splash_mha_dkv") and len(equation.outvars) > 4:  # fused: it also returns the query gradient
+    # splash's fused kernel also returns the query gradient
+    elif name == "pair_attention_bwd" or (name.startswith("splash_mha_dkv") and len(equation.outvars) > 4):
         products = 5  # scores again, and the gradients of weights, queries, keys and values
     else:
         raise NotImplementedError(f"The FLOPs of the kernel {name} are unknown. Add them to sdxl_jax/flops.py")

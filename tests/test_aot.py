@@ -30,14 +30,15 @@ from sdxl_jax.training.objectives import objective_of
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
-def test_flops_of_a_splash_kernel_are_two_products_forward_and_five_backward() -> None:
-    array = jax.ShapeDtypeStruct((2, 700, 3, 64), jnp.bfloat16)  # padded to 1024
+@pytest.mark.parametrize("kernel", [Attention.SPLASH, Attention.PAIRS])
+def test_flops_of_a_tpu_kernel_are_two_products_forward_and_five_backward(kernel: Attention) -> None:
+    array = jax.ShapeDtypeStruct((2, 700, 4, 64), jnp.bfloat16)  # padded to 1024
 
     def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return attention.dot_product_attention(query, key, value, Attention.SPLASH).sum()
+        return attention.dot_product_attention(query, key, value, kernel).sum()
 
     counted = flops.count(jax.grad(loss, argnums=(0, 1, 2)), array, array, array)
-    assert counted.kernels == 7 * 2 * (2 * 3 * 1024 * 1024 * 64)
+    assert counted.kernels == 7 * 2 * (2 * 4 * 1024 * 1024 * 64)
 
 
 def test_kernels_within_a_mesh_count_for_all_its_devices() -> None:

@@ -21,8 +21,9 @@ def inputs(tokens: int, keys: int | None = None, dim: int = 64) -> list[jax.Arra
     return [jax.random.normal(jax.random.key(number), shape) for number, shape in enumerate(shapes)]
 
 
+@pytest.mark.parametrize("kernel", [Attention.SPLASH, Attention.PAIRS])
 @pytest.mark.parametrize("tokens", [pytest.param(200, marks=pytest.mark.slow), 640])
-def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
+def test_a_tpu_kernel_is_xlas_attention_and_so_are_its_gradients(kernel: Attention, tokens: int) -> None:
     """200 is padded to 256, 640 to 1024: padding must have no effect."""
 
     def loss(implementation: Attention, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -31,13 +32,13 @@ def test_splash_attention_is_xlas_and_so_are_its_gradients(tokens: int) -> None:
 
     query, key, value = inputs(tokens)
     out, gradients = {}, {}
-    for implementation in (Attention.XLA, Attention.SPLASH):
+    for implementation in (Attention.XLA, kernel):
         out[implementation] = attention.dot_product_attention(query, key, value, implementation)
         gradients[implementation] = jax.grad(loss, argnums=(1, 2, 3))(implementation, query, key, value)
     # Sums of a few hundred float32 terms in another order.
-    np.testing.assert_allclose(out[Attention.SPLASH], out[Attention.XLA], atol=2e-6)
-    for kernel, plain in zip(gradients[Attention.SPLASH], gradients[Attention.XLA], strict=True):
-        np.testing.assert_allclose(kernel, plain, atol=1e-5)
+    np.testing.assert_allclose(out[kernel], out[Attention.XLA], atol=2e-6)
+    for own, plain in zip(gradients[kernel], gradients[Attention.XLA], strict=True):
+        np.testing.assert_allclose(own, plain, atol=1e-5)
 
 
 def loss_of(implementation: Attention, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -79,9 +80,10 @@ def test_attention_to_text_is_xlas_whatever_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("platform", "tokens", "keys", "dim", "dtype", "expected"),
     [
-        ("tpu", 4096, 4096, 64, jnp.bfloat16, Attention.SPLASH),
+        ("tpu", 4096, 4096, 64, jnp.bfloat16, Attention.PAIRS),
+        ("tpu", 4096, 4096, 128, jnp.bfloat16, Attention.SPLASH),
         ("tpu", 988, 988, 64, jnp.bfloat16, Attention.XLA),  # 832×1216's coarsest level: too short to pay
-        ("tpu", 3952, 3952, 64, jnp.bfloat16, Attention.SPLASH),  # its finer one, padded to 4096
+        ("tpu", 3952, 3952, 64, jnp.bfloat16, Attention.PAIRS),  # its finer one, padded to 4096
         ("tpu", 4096, 77, 64, jnp.bfloat16, Attention.XLA),
         ("tpu", 4096, 4096, 40, jnp.bfloat16, Attention.XLA),  # SD 1.x's finest level
         ("gpu", 4096, 4096, 64, jnp.bfloat16, Attention.CUDNN),
@@ -117,3 +119,9 @@ def test_activations_lie_along_the_axes_that_divide_them() -> None:
     spec = sharding.activation(mesh, (8, 5, 6, 64), "batch", None, "tensor", None)
     assert tuple(spec) == (batch, None, "tensor", None)
     assert tuple(sharding.activation(mesh, (4, 5, 5), "batch", None, "tensor")) == (None, None, None)
+
+
+def test_a_device_with_an_odd_number_of_heads_has_splash_attention() -> None:
+    query = jax.ShapeDtypeStruct((1, 1024, 5, 64), jnp.bfloat16)
+    traced = jax.make_jaxpr(lambda x: attention.dot_product_attention(x, x, x, Attention.PAIRS))(query)
+    assert "splash_mha_fwd" in str(traced)

@@ -7,6 +7,7 @@ has 70 blocks, in 11 stacks).
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float
 
 from sdxl_jax import sharding
 from sdxl_jax.errors import InputError
-from sdxl_jax.models import initialisers, layers
+from sdxl_jax.models import initialisers, layers, pair_attention
 from sdxl_jax.models.layers import Attention, Compute, conv, dense, gelu, group_norm, layer_norm
 from sdxl_jax.sharding import constrain
 
@@ -50,7 +51,9 @@ def dot_product_attention(
         implementation = Attention.XLA
     match implementation:
         case Attention.SPLASH:
-            return _splash(query, key, value)
+            return _on_each_device(_splash, query, key, value)
+        case Attention.PAIRS:
+            return _on_each_device(_pairs, query, key, value)
         case Attention.CUDNN:
             if _platform() != "gpu":
                 raise InputError(
@@ -90,7 +93,7 @@ def choose(platform: str, query: Any, key: Any) -> Attention:
     if query.shape != key.shape or tokens < _LONG:
         return Attention.XLA
     if platform == "tpu" and dim % 64 == 0:
-        return Attention.SPLASH
+        return Attention.PAIRS if dim == pair_attention.DIM else Attention.SPLASH
     if platform == "gpu" and dim % 8 == 0 and dim <= 128 and query.dtype in (jnp.bfloat16, jnp.float16):
         return Attention.CUDNN
     return Attention.XLA
@@ -115,37 +118,51 @@ def _from_ampere_on(device: Any) -> bool:
     return major.isdecimal() and int(major) >= 8
 
 
+def _on_each_device(
+    kernel: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    query: Float[jax.Array, "batch tokens heads dim"],
+    key: Float[jax.Array, "batch tokens heads dim"],
+    value: Float[jax.Array, "batch tokens heads dim"],
+) -> Float[jax.Array, "batch tokens heads dim"]:
+    """The kernel on each device's own images and heads: XLA cannot split a kernel by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return kernel(query, key, value)
+    spec = sharding.activation(mesh, query.shape, "batch", None, "tensor", None)
+    # The kernel does not declare how its result varies over the mesh, which check_vma would require.
+    return jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+
+
+def _pairs(
+    query: Float[jax.Array, "batch tokens heads dim"],
+    key: Float[jax.Array, "batch tokens heads dim"],
+    value: Float[jax.Array, "batch tokens heads dim"],
+) -> Float[jax.Array, "batch tokens heads dim"]:
+    """Attention of pairs of heads on one device, splash attention for what has no pairs."""
+    _, tokens, heads, dim = query.shape
+    if heads % 2 or dim != pair_attention.DIM or tokens > pair_attention.MOST_TOKENS:
+        return _splash(query, key, value)
+    flat = (rearrange(x, "batch tokens heads dim -> batch tokens (heads dim)") for x in (query, key, value))
+    out = pair_attention.pair_attention(*flat, _platform() != "tpu")
+    return rearrange(out, "batch tokens (heads dim) -> batch tokens heads dim", heads=heads)
+
+
 def _splash(
     query: Float[jax.Array, "batch tokens heads dim"],
     key: Float[jax.Array, "batch tokens heads dim"],
     value: Float[jax.Array, "batch tokens heads dim"],
 ) -> Float[jax.Array, "batch tokens heads dim"]:
-    """Splash attention on each device's own images and heads: XLA cannot split a kernel by itself."""
+    """Splash attention on one device."""
     _, tokens, heads, dim = query.shape
     query = query / math.sqrt(dim)  # the kernel applies no scale
     padding = -tokens % min(_BLOCK, -(-tokens // 128) * 128)
-    mesh = jax.sharding.get_abstract_mesh()
-    spread = not mesh.empty and mesh.size > 1 and not mesh.manual_axes
-    spec = sharding.activation(mesh, query.shape, "batch", None, "tensor", None) if spread else None
-    per_device = heads if spec is None or spec[2] is None else heads // mesh.shape["tensor"]
-    kernel = _splash_kernel(per_device, tokens + padding, interpret=_platform() != "tpu")
+    kernel = _splash_kernel(heads, tokens + padding, interpret=_platform() != "tpu")
     seen = jnp.arange(tokens + padding) >= tokens
     segments = splash_attention.SegmentIds(jnp.zeros_like(seen, jnp.int32), seen.astype(jnp.int32))
-
-    def local(
-        query: Float[jax.Array, "batch tokens heads dim"],
-        key: Float[jax.Array, "batch tokens heads dim"],
-        value: Float[jax.Array, "batch tokens heads dim"],
-    ) -> Float[jax.Array, "batch tokens heads dim"]:
-        heads_first = (rearrange(x, "batch tokens heads dim -> batch heads tokens dim") for x in (query, key, value))
-        padded = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first]
-        out = jax.vmap(functools.partial(kernel, segment_ids=segments if padding else None))(*padded)
-        return rearrange(out[:, :, :tokens], "batch heads tokens dim -> batch tokens heads dim")
-
-    if spec is None:
-        return local(query, key, value)
-    # The kernel does not declare how its result varies over the mesh, which check_vma would require.
-    return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+    heads_first = (rearrange(x, "batch tokens heads dim -> batch heads tokens dim") for x in (query, key, value))
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, padding), (0, 0))) for x in heads_first]
+    out = jax.vmap(functools.partial(kernel, segment_ids=segments if padding else None))(*padded)
+    return rearrange(out[:, :, :tokens], "batch heads tokens dim -> batch tokens heads dim")
 
 
 def _splash_kernel(heads: int, tokens: int, interpret: bool) -> Any:

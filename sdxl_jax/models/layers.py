@@ -37,6 +37,9 @@ class Attention(enum.Enum):
     """Runs everywhere, and materialises the scores: 640 MiB per image in each layer of 4096 tokens and 10 heads."""
     SPLASH = "splash"
     """The TPU kernel of jax.experimental.pallas, for self-attention; elsewhere it is interpreted, very slowly."""
+    PAIRS = "pairs"
+    """The TPU kernel of models/pair_attention.py, for self-attention with an even number of heads of 64, which saves
+    copies; elsewhere it is interpreted, very slowly. What it does not fit is SPLASH's."""
     CUDNN = "cudnn"
     """cuDNN's kernel, on NVIDIA GPUs from Ampere, for self-attention in bfloat16."""
 
@@ -55,6 +58,8 @@ class Remat(enum.Enum):
     """As BLOCK, and inputs of transformer blocks are offloaded to host memory. On a CPU that is the same memory."""
 
 
+_FEW_POSITIONS, _MANY_CHANNELS = 512, 256
+"""Where a CPU convolves by one product: up to so many positions, from so many channels on."""
 KEPT = "kept"
 """Checkpoint name of values that `Remat.DOTS` keeps although no matrix product made them: attention's."""
 TEXT = "text"
@@ -135,10 +140,35 @@ def dense(features: int, name: str, compute: Compute, **options: Any) -> nn.Dens
     return nn.Dense(features, name=name, dtype=compute.activations, **{**initial, **options})
 
 
+def _on_cpu() -> bool:
+    """Whether CPUs are compiled for: the mesh's devices, which need not be attached, else the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
+def _convolve(
+    x: Float[jax.Array, "batch height width channels_in"],
+    kernel: Float[jax.Array, "rows columns channels_in channels_out"],
+    strides: tuple[int, ...],
+    padding: list[tuple[int, int]],
+    **options: Any,
+) -> Float[jax.Array, "batch height_out width_out channels_out"]:
+    """`jax.lax.conv_general_dilated`. On a CPU, few positions with many channels are one product instead: of the nine
+    shifted inputs, side by side, with the kernel. There it is the faster of the two, forward and backward."""
+    plain = (kernel.shape[:2], tuple(strides), list(padding)) == ((3, 3), (1, 1), [(1, 1)] * 2)
+    few = math.prod(x.shape[:-1]) <= _FEW_POSITIONS and x.shape[-1] >= _MANY_CHANNELS
+    if not (plain and few and _on_cpu()):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    _, height, width, _ = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, row : row + height, column : column + width] for row in range(3) for column in range(3)]
+    return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
 def conv(features: int, name: str, compute: Compute, size: int = 3, **options: Any) -> nn.Conv:
     """Convolution of size×size that keeps height and width unless `padding` or `strides` say otherwise."""
     initial = {"kernel_init": initialisers.lecun_normal, "bias_init": initialisers.zeros}
-    options = {"padding": (size - 1) // 2, **initial, **options}
+    options = {"padding": (size - 1) // 2, "conv_general_dilated": _convolve, **initial, **options}
     return nn.Conv(features, (size, size), name=name, dtype=compute.activations, **options)
 
 
