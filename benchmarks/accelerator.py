@@ -99,7 +99,7 @@ def parity(out: Out, quick: bool) -> None:
         return rng.standard_normal(shape, np.float32)
 
     params = jax.tree.map(lambda leaf: 0.2 * normal(*leaf.shape), model.abstract(config))
-    given = normal(2, 8, 8, 4), np.array([3.0, 900.0], np.float32), normal(2, 77, 64), normal(2, config.unet.vector_dim)
+    given = normal(2, 8, 8, 4), np.array([3.0, 900.0], np.float32), normal(2, 77, 64), normal(2, config.unet.vector_dim or 0)
     networks: dict[str, Callable[[], Any]] = {
         "UNet": lambda: jax.jit(lambda *all: unet.apply(config.unet, *all))(params["unet"], *given),
         "decoder": lambda: jax.jit(lambda *all: vae.decode(config.vae, *all))(params["vae"], given[0]),
@@ -147,8 +147,8 @@ def attention(out: Out, quick: bool) -> None:
         def run(implementation: Attention, dtype: Any, arrays: Any = arrays) -> tuple[Any, float]:
             *inputs, weights = (jnp.asarray(each, jnp.bfloat16).astype(dtype) for each in arrays)
 
-            def loss(*inputs: Any) -> tuple[Any, Any]:
-                result = dot_product_attention(*inputs, implementation)
+            def loss(query: Any, key: Any, value: Any) -> tuple[Any, Any]:
+                result = dot_product_attention(query, key, value, implementation)
                 return jnp.sum((result * weights).astype(jnp.float32)), result
 
             step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
