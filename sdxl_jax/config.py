@@ -11,6 +11,7 @@ run as JSON and compared when the run is resumed.
 
 import dataclasses
 import enum
+import hashlib
 import math
 import runpy
 from collections.abc import Collection
@@ -78,9 +79,11 @@ class LoopConfig:
     compile_threads: int = 1
     """Buckets compiled at once. Higher: all are ready sooner; each takes cores and memory on every process (about 10
     GiB at full size), which data loading may need too."""
-    compilation_cache: str | None = None
+    compilation_cache: str | None = "user"
     """Folder of compiled programs, read and written; several runs may share it. AOT programs of `sdxl-jax compile` are
-    read from it too. None: jax's own setting (JAX_COMPILATION_CACHE_DIR), without which every start compiles again."""
+    read from it too. "user": jax's own setting (JAX_COMPILATION_CACHE_DIR), or without it a folder in the user's cache
+    folder, kept below 4 GiB (JAX_COMPILATION_CACHE_MAX_SIZE, in bytes). None: jax's own setting, without which every
+    start compiles again."""
     watchdog_minutes: float | None = 30.0
     """Minutes after which a run that hangs is ended, with exit code 1 and the stacks of all threads: the longest wait
     for a batch or for a step. A compilation, a checkpoint or validation images may take four times as long. Higher:
@@ -352,6 +355,11 @@ SAME_WITHIN_ROUNDING = ("compute.attention", "compute.compiler_options", "comput
 """Fields that may change on resume as well, with a note: they change the order of float additions."""
 
 
+FILES = set[str]()
+"""Checksums of the configuration files that this process has run. They are programs: what they change beside the values
+takes part in compiled programs."""
+
+
 def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
     """Runs a configuration file and returns the result of its `get_config()`, which must be an instance of `kind`.
 
@@ -363,6 +371,7 @@ def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
             f"There is no configuration file {path}. Give a Python file with a function get_config(), as in configs/"
         )
     try:
+        FILES.add(hashlib.sha256(path.read_bytes()).hexdigest())
         functions = runpy.run_path(str(path))
         if "get_config" not in functions:
             raise InputError(f"{path} has no get_config(). Define it, and return an sdxl_jax.config.TrainConfig")

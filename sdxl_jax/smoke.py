@@ -47,6 +47,7 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
     Of the buckets it keeps the widest, the squarest and the tallest.
     """
     data, training, validation = config.data, config.training, config.validation
+    cache = training.compilation_cache
 
     def inside(path: str) -> str:
         return str(PurePosixPath(root, path))
@@ -70,7 +71,7 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
             training,
             steps=STEPS,
             init_from=tuple(map(inside, training.init_from)),
-            compilation_cache=None if training.compilation_cache is None else inside(training.compilation_cache),
+            compilation_cache=cache if cache in (None, "user") else inside(cache),
         ),
         checkpoint=replace(config.checkpoint, every_steps=1, keep=STEPS),
         validation=replace(

@@ -1,6 +1,8 @@
 """What all tests have: quick compilation, with compiled programs kept from run to run, and the longest files first."""
 
 import os
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +37,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config: pytest.Config) -> None:
     if "not slow" in config.option.markexpr:  # slow tests compile with all optimisations
         compiling.set_quick_flags()
-    if not hasattr(config, "workerinput"):  # the process that starts the workers
+    if not hasattr(config, "workerinput"):  # the process that starts the workers, which inherit its environment
         compiling.limit_size(compiling.cache_folder(config))
+        os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="sdxl-jax-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

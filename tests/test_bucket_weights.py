@@ -33,7 +33,7 @@ from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.files import buckets, paths
 from sdxl_jax.files.paths import located
 from sdxl_jax.model import Model
-from sdxl_jax.training import compilation, programs
+from sdxl_jax.training import compilation_cache, programs
 from sdxl_jax.weights import lora
 from sdxl_jax.weights.convert import Layout, convert
 from sdxl_jax.weights.formats.checkpoints import COMMITTED
@@ -341,7 +341,7 @@ def _settings(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_settings")
 def test_compiled_programs_are_kept_in_the_bucket(bucket: str) -> None:
-    compilation.use_cache(f"{bucket}/cache")
+    compilation_cache.use(f"{bucket}/cache")
 
     def compiled() -> list[str]:
         jax.clear_caches()

@@ -3,8 +3,10 @@ exit."""
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,10 +29,11 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import compilation
+from sdxl_jax.training import compilation, compilation_cache
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.programs import Programs, folder
+from sdxl_jax.training.traces import Traces
 
 BUCKETS = [Bucket(8 * number, 8) for number in range(1, 6)]
 ARGUMENTS = {bucket: (bucket,) for bucket in BUCKETS}
@@ -236,7 +239,7 @@ def test_step_compiled_in_the_background_is_what_jit_compiles_bit_for_bit(tmp_pa
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), (state(), x)
     )
     with compiling.quick(tmp_path / "previous"):
-        compilation.use_cache(tmp_path / "cache")
+        compilation_cache.use(tmp_path / "cache")
         expected = jitted(state(), x)
         programs = set((tmp_path / "cache").glob("jit_step-*-cache"))
         assert len(programs) == 1
@@ -327,6 +330,172 @@ def test_aot_compiled_step_is_read_not_compiled(
     file.write_bytes(file.read_bytes()[:50])
     jax.tree.map(np.testing.assert_array_equal, run(aot_programs), compiled(given))
     assert "could not be read: " in capsys.readouterr().out
+
+
+class FakeTraces(Traces):
+    """Programs that other processes, or earlier starts, have compiled."""
+
+    def __init__(self) -> None:
+        self.programs: dict[tuple[Any, ...], Any] = {}
+
+    def exists(self, arguments: tuple[Any, ...]) -> bool:
+        return arguments in self.programs
+
+    def read(self, arguments: tuple[Any, ...]) -> Any:
+        return self.programs.get(arguments)
+
+    @contextlib.contextmanager
+    def recorded(self, arguments: tuple[Any, ...]) -> Iterator[list[Any]]:
+        compiled: list[Any] = []
+        yield compiled
+        (self.programs[arguments],) = compiled
+
+
+def shared(compiler: Compiler, known: Any, process: int, count: int, **options: Any) -> CompiledSteps[Any]:
+    return CompiledSteps(compiler, ARGUMENTS, MESH, traces=known, share=(process, count), **options)
+
+
+def test_processes_compile_in_turn_and_read_the_others_programs() -> None:
+    known = FakeTraces()
+    compilers = [Compiler(may=5) for _ in range(2)]
+    with shared(compilers[0], known, 0, 2) as first, shared(compilers[1], known, 1, 2) as second:
+        for steps in (first, second):
+            assert [steps.of(bucket)() for bucket in BUCKETS] == BUCKETS
+            assert steps.progress() == (5, 5)
+    assert compilers[0].started == BUCKETS[0::2] and compilers[1].started == BUCKETS[1::2]
+
+
+def test_on_demand_shares_nothing_out(compiler: Compiler) -> None:
+    compiler.may.release(5)
+    with shared(compiler, FakeTraces(), 1, 2, ahead=CompileAhead.ON_DEMAND) as steps:
+        assert steps.of(BUCKETS[0])() == BUCKETS[0]
+
+
+def test_a_process_whose_wait_is_too_long_compiles_for_itself(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compilation, "_PATIENCE_SECONDS", 0.3)
+    with shared(compiler, FakeTraces(), 0, 3) as steps:
+        eventually(lambda: compiler.started)
+        time.sleep(0.4)  # it has its own to do: it waits for nobody
+        assert compiler.started == BUCKETS[:1]
+        compiler.may.release(5)
+        assert steps.of(BUCKETS[4])() == BUCKETS[4]
+        eventually(lambda: steps.progress() == (5, 5))
+    assert compiler.started[:2] == [BUCKETS[0], BUCKETS[3]]
+    assert compiler.started[2] == BUCKETS[4], "what is needed now goes first"
+
+
+SHARED_PROGRAMS = Path(__file__).with_name("shared_programs.py")
+
+
+def processes(count: int, cache: Path, *given: str) -> list["subprocess.Popen[str]"]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    common = compiling.environment(cache) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    command = [sys.executable, str(SHARED_PROGRAMS), str(cache), *given]
+    return [
+        subprocess.Popen(command, env=common | {"JAX_PROCESS_ID": str(number)}, stdout=subprocess.PIPE, text=True)
+        for number in range(count)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_real_processes_share_the_programs_out(count: int, tmp_path: Path) -> None:
+    starts = []
+    for _ in range(2):
+        members = processes(count, tmp_path)
+        starts.append([json.loads(member.communicate(timeout=120)[0].splitlines()[-1]) for member in members])
+        assert [member.returncode for member in members] == [0] * count
+    first, second = starts
+    heights = [8, 16, 24, 32]
+    assert [each["compiled"] for each in first] == [heights[number::count] for number in range(count)]
+    assert [each["compiled"] for each in second] == [[]] * count, "their traces were read"
+    assert len({json.dumps(each["results"]) for each in first + second}) == 1
+    assert len(first[0]["results"]) == 4
+
+
+@pytest.mark.slow
+def test_real_processes_do_not_wait_for_one_that_never_finishes(tmp_path: Path) -> None:
+    members = processes(2, tmp_path, "1")
+    try:
+        line = (members[0].stdout or sys.stdin).readline()
+        assert json.loads(line)["compiled"] == [8, 16, 24, 32]
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
+
+
+def test_programs_not_used_for_longest_make_room(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room for three programs."""
+    known = FakeTraces()
+    made: list[CompiledSteps[Any]] = []
+
+    def check() -> None:
+        if made and len(made[0]._programs) >= 3:
+            raise InputError("too few memory mappings")
+
+    monkeypatch.setattr(compilation, "check_mappings", check)
+    with CompiledSteps(compiler, ARGUMENTS, MESH, traces=known) as steps:
+        made.append(steps)
+        compiler.may.release(5)
+        for bucket in BUCKETS[:2]:
+            assert steps.of(bucket)() == bucket
+        eventually(lambda: steps.progress() == (5, 5))
+        assert set(steps._programs) == {*BUCKETS[:2], BUCKETS[4]}, "used ones, and the newest"
+        for bucket in BUCKETS:
+            assert steps.of(bucket)() == bucket
+            assert bucket in steps._programs and len(steps._programs) <= 3
+        assert steps.of(BUCKETS[3])() == BUCKETS[3]
+    assert sorted(compiler.started) == BUCKETS, "read again, not compiled again"
+
+
+def test_without_a_cache_no_program_makes_room(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check() -> None:
+        if compiler.started:
+            raise InputError("too few memory mappings")
+
+    monkeypatch.setattr(compilation, "check_mappings", check)
+    compiler.may.release(5)
+    with CompiledSteps(compiler, ARGUMENTS, MESH) as steps, pytest.raises(InputError, match="too few memory mappings"):
+        steps.of(BUCKETS[1])
+
+
+def test_dropped_programs_give_their_mappings_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux's list of mappings")
+
+    def step(x: jax.Array) -> jax.Array:
+        for number in range(20):
+            x = jnp.sin(jnp.sort(x) * (number + 1.5)).reshape(2, -1).T.reshape(-1) + 1
+        return x
+
+    def check() -> None:
+        if steps._programs:
+            raise InputError("room for one")
+
+    monkeypatch.setattr(compilation, "check_mappings", check)
+    place = sharding.replicated(MESH)
+    arguments = {each: (jax.ShapeDtypeStruct((each.height,), jnp.float32, sharding=place),) for each in BUCKETS}
+    given = {each: jax.device_put(np.ones(each.height, np.float32), place) for each in BUCKETS}
+    steps: CompiledSteps[Any]
+    with compiling.quick(tmp_path / "unused"):
+        compilation_cache.use(tmp_path / "cache")
+        current = compilation_cache.current()
+        assert current is not None
+        known = Traces(current, "a test", MESH)
+        with CompiledSteps(jax.jit(step), arguments, MESH, CompileAhead.ON_DEMAND, traces=known) as steps:
+            steps.of(BUCKETS[0])(given[BUCKETS[0]])
+            before = mappings()
+            for bucket in [*BUCKETS[:3], *BUCKETS[:3]]:  # first compiled, then read
+                steps.of(bucket)(given[bucket])
+            assert mappings() < before + 20, "each takes about 40"
 
 
 @pytest.mark.parametrize("taken", [58_978, 100])

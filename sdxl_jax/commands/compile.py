@@ -114,8 +114,8 @@ def _print(options: Compile, config: "RunConfig", reports: "Sequence[Report | To
         print("Not saved: training on GPUs compiles its programs itself, and chooses kernels by timing them.")
         return
     cache = config.training.compilation_cache
-    if cache is None:
-        print("Not saved: training.compilation_cache is not set.")
+    if cache in (None, "user"):
+        print("Not saved: training.compilation_cache names no folder.")
         return
     print(
         f"{sum(each.saved for each in reports)} of {len(reports)} saved in {folder(cache)}: training with this "

@@ -16,10 +16,12 @@ class Quickstart:
     """Train the small autoencoder too (about an hour) instead of using the embedded one."""
     seed: int = 0
     """Random seed of the initial weights, the order of the data, and the noise."""
+    compilation_cache: str | None = "user"
+    """Folder for compiled programs, which later commands reuse. user: one in your cache folder. None: no folder."""
 
 
 def run(arguments: list[str]) -> None:
     options = parsing.parse(Quickstart, arguments, "quickstart")
     from sdxl_jax.quickstart.run import quickstart
 
-    quickstart(options.run_dir, options.train_autoencoder, options.seed)
+    quickstart(options.run_dir, options.train_autoencoder, options.seed, options.compilation_cache)

@@ -81,8 +81,8 @@ class Sample(OpenFlags):
     """Overwrite other images in the folder."""
     one_program: bool = False
     """Compile text encoders, sampling loop and decoder as one program: slightly faster, no progress per step."""
-    compilation_cache: AnyPath | None = None
-    """Folder for compiled programs, which later commands reuse."""
+    compilation_cache: str | None = "user"
+    """Folder for compiled programs, which later commands reuse. user: one in your cache folder. None: no folder."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
 
@@ -136,12 +136,11 @@ def run(arguments: list[str]) -> None:
     sample_images.write(sample, tasks, texts, generated)
 
 
-def use_compilation_cache(folder: AnyPath | None) -> None:
+def use_compilation_cache(folder: str | None) -> None:
     """Sets the persistent compilation cache of `--compilation-cache`."""
-    if folder is not None:
-        from sdxl_jax.training import compilation
+    from sdxl_jax.training import compilation_cache
 
-        compilation.use_cache(folder)
+    compilation_cache.use(folder)
 
 
 def _parsed(arguments: list[str]) -> Sample:

@@ -52,8 +52,8 @@ class Serve(OpenFlags):
     """Port to listen on, 1 to 65535; 0: any free port."""
     preview_autoencoder: AnyPath | None = None
     """TAESD decoder for previews. Default: a linear map from latent pixels to colours."""
-    compilation_cache: AnyPath | None = None
-    """Folder for compiled programs, which later commands reuse."""
+    compilation_cache: str | None = "user"
+    """Folder for compiled programs, which later commands reuse. user: one in your cache folder. None: no folder."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
 

@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import re
+import sys
 from pathlib import Path, PurePath
 
 from etils import epath
@@ -68,8 +69,10 @@ def full(path: AnyPath) -> str:
 
 
 def cache_folder() -> Path:
-    """This machine's folder for what can be fetched again: $XDG_CACHE_HOME/sdxl_jax, by default ~/.cache/sdxl_jax."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdxl_jax"
+    """This machine's folder for what can be made again: $XDG_CACHE_HOME/sdxl_jax, by default ~/.cache/sdxl_jax, on a Mac
+    ~/Library/Caches/sdxl_jax. Raises RuntimeError if there is no home."""
+    usual = "Library/Caches" if sys.platform == "darwin" else ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / usual) / "sdxl_jax"
 
 
 def _refused(path: str | PurePath, what: str, expected: str) -> InputError:

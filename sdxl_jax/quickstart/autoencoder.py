@@ -55,10 +55,15 @@ def get_config(images: str = "runs/quickstart/pictures", seed: int = 0, steps: i
     )
 
 
-def train_autoencoder(images: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = STEPS) -> VaeConfig:
+def train_autoencoder(
+    images: Path, run_dir: Path, out: Path, seed: int = 0, steps: int = STEPS, cache: str | None = "user"
+) -> VaeConfig:
     """Trains on a folder of images, or resumes, and writes the weights to `out` in float16. Returns the configuration,
-    with the measured latent scale."""
-    model = train(get_config(str(images), seed, steps), run_dir)
+    with the measured latent scale. cache: as `training.compilation_cache`."""
+    config = get_config(str(images), seed, steps)
+    model = train(
+        dataclasses.replace(config, training=dataclasses.replace(config.training, compilation_cache=cache)), run_dir
+    )
     assert isinstance(model.config.vae, VaeConfig)
     config = dataclasses.replace(model.config.vae, scale=_scale(images, model))
     half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), model.params)

@@ -6,6 +6,7 @@ All of it calls the same code as the full model; this module has the order of th
 import json
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +42,13 @@ class Examples(NamedTuple):
     captions: list[str]
 
 
-def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) -> Path:
-    """Runs all steps in `run_dir`, resuming an interrupted call. Returns the path of the contact sheet."""
+def quickstart(
+    run_dir: Path, train_autoencoder: bool = False, seed: int = 0, compilation_cache: str | None = "user"
+) -> Path:
+    """Runs all steps in `run_dir`, resuming an interrupted call. Returns the path of the contact sheet.
+
+    compilation_cache: as `training.compilation_cache`.
+    """
     began = time.monotonic()
     folder = run_dir / "pictures"
     weights = run_dir / "autoencoder.safetensors" if train_autoencoder else autoencoder.WEIGHTS
@@ -56,12 +62,13 @@ def quickstart(run_dir: Path, train_autoencoder: bool = False, seed: int = 0) ->
         _print(f"2/5  Using the autoencoder in {weights.name}")
     else:
         _print("2/5  Training the autoencoder, about an hour")
-        autoencoder.train_autoencoder(folder, run_dir / "autoencoder", weights, seed)
+        autoencoder.train_autoencoder(folder, run_dir / "autoencoder", weights, seed, cache=compilation_cache)
 
     _print(
         "3/5  Training a small SDXL. Before the first steps, compiling for three aspect ratios takes a minute or two"
     )
     config = recipe.get_config(str(folder), weights, seed)
+    config = replace(config, training=replace(config.training, compilation_cache=compilation_cache))
     model = train(config, run_dir)
     random = init(config.model, seed + 1)
     untrained = Model(config.model, random | {"vae": model.params["vae"]})

@@ -8,6 +8,8 @@ Nothing is written, and nothing takes long, before everything that can be refuse
 import contextlib
 import dataclasses
 import functools
+import json
+import uuid
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
@@ -17,12 +19,12 @@ from jax.sharding import Mesh
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
-from sdxl_jax.config import RunConfig
+from sdxl_jax.config import FILES, RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.progress import tqdm
-from sdxl_jax.training import checkpoint, compilation, run_directory
+from sdxl_jax.training import checkpoint, compilation, compilation_cache, run_directory, traces
 from sdxl_jax.training.checkpoint import restore, restore_frozen, save_frozen
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.objectives import objective_of
@@ -34,8 +36,11 @@ from sdxl_jax.training.programs import Programs, folder
 from sdxl_jax.training.run_directory import RunDirectory
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import Step
+from sdxl_jax.training.traces import Traces
 
 _T = TypeVar("_T")
+_NOT_IN_PROGRAMS = ("checkpoint", "logging", "processes", "validation")
+"""Sections of the configuration on which the step does not depend."""
 
 
 class StartOptions(NamedTuple):
@@ -107,7 +112,7 @@ def prepare(config: RunConfig, run_dir: str | PurePath, processes: Processes, op
         profile = profiling.check(options.profile, last or 0, config.training.steps)
         processes.gather("the directory is locked")
         processes.compare(_facts(config, directory, dataset, last))
-        steps, mfu_meter = _programs(objective, mesh, dataset, last or 0, abstract, abstract_frozen)
+        steps, mfu_meter = _programs(objective, processes, mesh, dataset, last or 0, abstract, abstract_frozen)
         stack.enter_context(steps)
         state, frozen, random = _state(
             objective, directory.arrays, processes, mesh, last, abstract, abstract_frozen, options
@@ -152,8 +157,7 @@ def _checked(config: RunConfig, directory: RunDirectory, options: StartOptions) 
     objective = objective_of(config)
     objective.check()
     metrics.check(config.logging.wandb_project)
-    if config.training.compilation_cache is not None:
-        compilation.use_cache(config.training.compilation_cache)
+    compilation_cache.use(config.training.compilation_cache)
     run_directory.check(config, directory, allow_changes=options.allow_changes)
     if checkpoint.latest_step(directory.checkpoints) is None:
         objective.check_start()
@@ -169,6 +173,7 @@ def _dataset(objective: Objective[Any], processes: Processes, mesh: Mesh) -> Buc
 
 def _programs(
     objective: Objective[Any],
+    processes: Processes,
     mesh: Mesh,
     dataset: BucketedDataset,
     first: int,
@@ -184,6 +189,7 @@ def _programs(
         for bucket, batch_size in needed.items()
     }
     mfu_meter = MfuMeter.of(lambda bucket: objective.model_flops(arguments[bucket]), jax.devices())
+    found, share = _traces(objective, processes, mesh)
     steps: CompiledSteps[Step] = CompiledSteps(
         jitted(objective, mesh, abstract),
         arguments,
@@ -192,8 +198,42 @@ def _programs(
         training.compile_threads,
         programs(objective.config, mesh),
         None if mfu_meter is None else mfu_meter.count,
+        found,
+        share,
     )
     return steps, mfu_meter
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+def _traces(objective: Objective[Any], processes: Processes, mesh: Mesh) -> tuple[Traces | None, tuple[int, int]]:
+    """(the traces of earlier starts and of the other processes, if there are any; (this process, processes) that share
+    the programs out: those that see the same cache.)"""
+    alone = 0, 1
+    cache, known = compilation_cache.current(), None
+    if cache is not None and _package(type(objective)) == _package(Objective):
+        values = {name: value for name, value in to_json(objective.config).items() if name not in _NOT_IN_PROGRAMS}
+        del values["training"]["compilation_cache"]
+        values |= {"objective": type(objective).__name__, "files": sorted(FILES)}
+        known = traces.fingerprint(values, mesh)
+    # A mark of the first process shows who sees its cache; its fingerprint is everybody's: files may differ in time.
+    mark = f"{uuid.uuid4().hex}-mark"
+    if known is not None and cache is not None and processes.is_first and processes.count > 1:
+        cache.put(mark, b"")
+    first = json.loads(processes.gather(json.dumps([known, mark]))[0])
+    sees = cache is not None and known is not None and (processes.count == 1 or cache.has(first[1]))
+    all_see = set(processes.gather(json.dumps(sees))) == {"true"}
+    if cache is None or known is None:
+        return None, alone
+    if processes.is_first:
+        cache.remove(mark)
+    if not all_see:
+        return Traces(cache, known, mesh), alone
+    # On GPUs XLA shares its timing of kernels between the processes, and waits for all of them to compile the same.
+    shared = mesh.devices.flat[0].platform != "gpu"
+    return Traces(cache, first[0], mesh), (processes.index, processes.count) if shared else alone
 
 
 def jitted(objective: Objective[Any], mesh: Mesh, abstract: TrainState) -> Any:
@@ -209,9 +249,9 @@ def jitted(objective: Objective[Any], mesh: Mesh, abstract: TrainState) -> Any:
 
 
 def programs(config: RunConfig, mesh: Mesh) -> Programs | None:
-    """The AOT-compiled programs in `training.compilation_cache`; None without such a folder."""
+    """The AOT-compiled programs in `training.compilation_cache`; None without a folder given by name."""
     cache = config.training.compilation_cache
-    return None if cache is None else Programs(folder(cache), mesh, _options(config, mesh))
+    return None if cache in (None, compilation_cache.USER) else Programs(folder(cache), mesh, _options(config, mesh))
 
 
 def _options(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
