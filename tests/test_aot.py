@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from sdxl_jax import flops, sharding
 from sdxl_jax.aot import compile as aot_compile
-from sdxl_jax.aot import hlo, report, topologies
+from sdxl_jax.aot import hlo, report, smallest, topologies
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention
 from sdxl_jax.models.layers import Attention, Compute, Remat
@@ -134,6 +134,11 @@ def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
         (["--topology", "v7:2x2"], "There is no topology 'v7:2x2'"),
         (["--topology", "v5e:2x2", "--bucket", "32x32", "--all-buckets"], "Give one of them"),
         (["--topology", "v5e:2x2", "--program", "sample", "--all-buckets"], "have no effect with --program sample"),
+        (
+            ["--topology", "v5e:2x2", "--smallest"],
+            "--smallest tries the arrangements of a chip. Give --topology v4, v5e",
+        ),
+        (["--topology", "v5e", "--smallest", "--all-buckets"], "--smallest has no effect with other options"),
         (["--topology", "v5e:2x2", "--parallel", "0"], "--parallel 0 is out of range. Give 1 or more"),
     ):
         outcome = call("compile", str(config), *arguments)
@@ -161,6 +166,16 @@ MADE = report.Report(
 REFUSED = report.TooLarge(
     "v5e:2x2", 4, "train step 64×64", 8, flops.V5E, {"parameters": 2 * GIB}, 8e12, "it requires 30.38G of 15.75G HBM"
 )
+
+
+def test_instructions_of_unknown_time_are_taken_out_of_the_estimate() -> None:
+    def fusions(cycles: int) -> list[hlo.Instruction]:
+        return [hlo.Instruction("a", "fusion", 0, cycles, "", 1), hlo.Instruction("b", "fusion", 0, cycles, "", 3)]
+
+    assert report._corrected(0.25, fusions(3)) == 2 * 0.25
+    assert report._corrected(0.25 - 300, fusions(225_000_000)) == 2 * 0.25
+    assert report._corrected(1.25 - 300, fusions(975_000_000)) == 2 * 1.25
+    assert report._corrected(0.0, []) is None
 
 
 def test_the_table_shows_the_cost_of_a_program_and_an_implausible_estimate_is_unknown() -> None:
@@ -268,6 +283,24 @@ def test_compile_prints_all_reports_and_ends_with_2_where_one_does_not_fit(
     else:
         assert "It fits: 9.0 of 16 GiB" in outcome.out and "It does not fit: it requires 30.38G" in outcome.out
         assert f"1 of 2 saved in {tmp_path / 'ahead'}" in outcome.out
+
+
+def test_the_smallest_slice_is_the_first_that_fits_and_hopeless_ones_are_not_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[tuple[str, int, int]] = []
+
+    def compile_step(config: Any, topology: str, **_: Any) -> list[Any]:
+        compiled.append((topology, config.mesh.fsdp, config.optimiser.accumulate))
+        return [MADE if topology == "v5e:2x4" else REFUSED]
+
+    monkeypatch.setattr(aot_compile, "compile_step", compile_step)
+    monkeypatch.setattr(smallest, "_state_bytes", lambda _, topology: 40 * GIB // topologies.chips(topology))
+    outcome = call("compile", str(config_file(tmp_path)), "--topology", "v5e", "--smallest")
+    assert outcome.code == 0
+    assert "v5e:1x1 --mesh.data 1 --mesh.fsdp 1 --optimiser.accumulate 8\n" in outcome.out
+    assert "It does not fit: state and gradients take 40.0 of 16 GiB" in outcome.out
+    assert compiled == [("v5e:2x2", 4, 2), ("v5e:2x4", 8, 1)]
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 Memory is what the compiler allocates on one chip. Model FLOPs are those of the mathematics: the same program with XLA's
 attention and without rematerialisation, traced and counted, so that recomputation does not raise the MFU. The time is
-the compiler's estimate with two corrections: it counts a loop's body once (`hlo.loop_factor`), and leaves out attention
-kernels, which are assumed to run at half of the chip's peak. It does not include waiting for data, and is not a
+the compiler's estimate with three corrections: it counts an instruction whose time it does not know as −1 s
+(`_corrected`) and a loop's body once (`hlo.loop_factor`), and it leaves out attention kernels, which are assumed to run
+at half of the chip's peak. It does not include waiting for data, and is not a
 measurement.
 
 For GPUs the compiler gives no estimate. The time is a bound there, a roofline: `Bound`.
@@ -20,6 +21,8 @@ from sdxl_jax.aot.hlo import Collective
 from sdxl_jax.flops import Chip, Flops
 
 _KERNEL_MFU = 0.5
+_CYCLES_PER_SECOND = 1.5e9
+"""Of a v5e."""
 _GIB = 2**30
 _DEFAULT_SHARE = 0.75
 """Of a GPU's memory, which jax takes unless it is told otherwise."""
@@ -214,6 +217,18 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def _corrected(estimate: float, found: list[hlo.Instruction]) -> float | None:
+    """The compiler's estimate with loops in full, None without one.
+
+    On chips with one core (v5e, v6e) an instruction whose time is not known, such as an attention kernel, counts −1 s:
+    a negative sum is right but for whole seconds, of which the instructions' cycles say how many there are.
+    """
+    if estimate < 0:
+        seconds = sum(each.cycles for each in found) / _CYCLES_PER_SECOND
+        estimate = estimate % 1 + max(round(seconds - estimate % 1), 0)
+    return estimate * hlo.loop_factor(found) if estimate else None
+
+
 def make(
     compiled: jax.stages.Compiled,
     info: ProgramInfo,
@@ -238,7 +253,7 @@ def make(
         **vars(info),
         bytes_activations=padding + allocated,
         kernel_flops=executed.kernels,
-        compiler_seconds=estimate * hlo.loop_factor(found) if estimate > 0 else None,
+        compiler_seconds=_corrected(estimate, found),
         collectives=tuple(hlo.collectives(found)),
         compile_seconds=compile_seconds,
         peak_host_bytes=peak_host_bytes,

@@ -37,6 +37,9 @@ class Compile:
     """HxW of the bucket that the train step is compiled for. Default: the one with the most pixels."""
     all_buckets: bool = False
     """Compile the train step for every bucket of the configuration."""
+    smallest: bool = False
+    """Find the smallest slice on which the train step fits, its state split over all chips, each with one image at a
+    time. --topology is then the chip alone, e.g. v5e."""
     parallel: int = 1
     """Programs compiled at once. Higher: faster with more cores; each takes about 10 GiB for the 2.6B model."""
     json: bool = False
@@ -51,6 +54,8 @@ def run(arguments: list[str]) -> None:
 
     options, config = parsing.parse_with_config(Compile(), load(path), arguments[1:], f"compile {path}")
     topology = _checked_topology(options)
+    if options.smallest:
+        return _smallest(config, topology)
     from sdxl_jax.aot.compile import compile_sampler, compile_step
 
     if options.program == "train":
@@ -74,6 +79,17 @@ def run(arguments: list[str]) -> None:
         )
 
 
+def _smallest(config: "RunConfig", chip: str) -> None:
+    from sdxl_jax.aot.smallest import attempts
+
+    fits = False
+    for attempt in attempts(config, chip):
+        print(f"{attempt}\n", flush=True)
+        fits = attempt.result is not None and attempt.result.fits
+    if not fits:
+        raise InputError(f"The step fits on no {chip} slice. Change what the last report advises")
+
+
 def _checked_topology(options: Compile) -> str:
     """The topology. Raises InputError for options that exclude each other."""
     if options.topology is None:
@@ -85,6 +101,9 @@ def _checked_topology(options: Compile) -> str:
             "--bucket, --all-buckets and --parallel have no effect with --program sample, whose sizes are "
             "validation.sizes. Leave them out"
         )
+    others = (options.slices, options.bucket, options.all_buckets, options.json, options.parallel, options.program)
+    if options.smallest and others != (None, None, False, False, 1, "train"):
+        raise InputError("--smallest has no effect with other options than --topology. Leave them out")
     if options.parallel < 1:
         raise InputError(f"--parallel {options.parallel} is out of range. Give 1 or more")
     return options.topology
