@@ -99,7 +99,12 @@ def parity(out: Out, quick: bool) -> None:
         return rng.standard_normal(shape, np.float32)
 
     params = jax.tree.map(lambda leaf: 0.2 * normal(*leaf.shape), model.abstract(config))
-    given = normal(2, 8, 8, 4), np.array([3.0, 900.0], np.float32), normal(2, 77, 64), normal(2, config.unet.vector_dim or 0)
+    given = (
+        normal(2, 8, 8, 4),
+        np.array([3.0, 900.0], np.float32),
+        normal(2, 77, 64),
+        normal(2, config.unet.vector_dim or 0),
+    )
     networks: dict[str, Callable[[], Any]] = {
         "UNet": lambda: jax.jit(lambda *all: unet.apply(config.unet, *all))(params["unet"], *given),
         "decoder": lambda: jax.jit(lambda *all: vae.decode(config.vae, *all))(params["vae"], given[0]),
