@@ -40,7 +40,7 @@ def main(cache: str, fails: int | None) -> None:
         compiled.append(height)
         return compile_lowered(lowered)
 
-    jax.stages.Lowered.compile = recorded
+    jax.stages.Lowered.compile = recorded  # pyright: ignore[reportAttributeAccessIssue]
     mesh = sharding.make_mesh(MeshConfig())
     rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     arguments = {

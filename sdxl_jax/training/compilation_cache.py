@@ -24,6 +24,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from typing import Any
 
 import jax
 from jax._src import compilation_cache as jax_cache  # a cache of one's own has no public name
@@ -83,7 +84,7 @@ class FolderCache(CacheInterface):
     def __init__(self, folder: AnyPath, limit_bytes: int | None = None, whole: Path | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._limit, self._whole = folder, limit_bytes, whole
-        self._path = folder  # jax's name for it
+        self._path: Any = folder  # jax's name for it
         self._lock, self._size, self._failed = threading.Lock(), None, False
         self._asked = threading.local()
 

@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 from jax._src import compilation_cache as jax_cache  # what is done here has no public names
-from jax._src.lib import _jax
-from jax._src.lib import xla_client as xc
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+from jax._src.lib import xla_client as xc  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
@@ -92,7 +92,8 @@ class Traces:
             yield compiled
         with contextlib.suppress(Exception):  # as above: the next start traces it
             ((program_key,), (program,)) = keys, compiled
-            executable = program._executable._unloaded_executable
+            loaded: Any = program._executable
+            executable = loaded._unloaded_executable
             if executable.host_callbacks or executable.keepalive or program._params.const_args:
                 return
             arguments_info, in_tree = jax.tree.flatten(program.args_info)
