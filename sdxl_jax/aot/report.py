@@ -220,8 +220,8 @@ def shard_bytes(tree: Any) -> int:
 def _corrected(estimate: float, found: list[hlo.Instruction]) -> float | None:
     """The compiler's estimate with loops in full, None without one.
 
-    For v5e an instruction whose time is not known, such as an attention kernel, counts −1 s: a negative sum is right but
-    for whole seconds, of which the instructions' cycles say how many there are.
+    For v5e an instruction whose time is not known, such as an attention kernel, counts −1 s: a negative sum is right
+    but for whole seconds, of which the instructions' cycles say how many there are.
     """
     if estimate < 0:
         seconds = sum(each.cycles for each in found) / _CYCLES_PER_SECOND
