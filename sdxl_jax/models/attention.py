@@ -143,7 +143,7 @@ def _pairs(
     if heads % 2 or dim != pair_attention.DIM or tokens > pair_attention.MOST_TOKENS:
         return _splash(query, key, value)
     flat = (rearrange(x, "batch tokens heads dim -> batch tokens (heads dim)") for x in (query, key, value))
-    out = pair_attention.pair_attention(*flat, _platform() != "tpu")
+    out: Any = pair_attention.pair_attention(*flat, _platform() != "tpu")
     return rearrange(out, "batch tokens (heads dim) -> batch tokens heads dim", heads=heads)
 
 
