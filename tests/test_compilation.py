@@ -426,7 +426,7 @@ def test_real_processes_do_not_wait_for_one_that_never_finishes(tmp_path: Path) 
     finally:
         for member in members:
             member.kill()
-            member.wait()
+            member.communicate()
 
 
 def test_programs_not_used_for_longest_make_room(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
