@@ -80,10 +80,10 @@ def test_attention_to_text_is_xlas_whatever_is_asked_for() -> None:
 @pytest.mark.parametrize(
     ("platform", "tokens", "keys", "dim", "dtype", "expected"),
     [
-        ("tpu", 4096, 4096, 64, jnp.bfloat16, Attention.PAIRS),
+        ("tpu", 4096, 4096, 64, jnp.bfloat16, Attention.SPLASH),
         ("tpu", 4096, 4096, 128, jnp.bfloat16, Attention.SPLASH),
         ("tpu", 988, 988, 64, jnp.bfloat16, Attention.XLA),  # 832×1216's coarsest level: too short to pay
-        ("tpu", 3952, 3952, 64, jnp.bfloat16, Attention.PAIRS),  # its finer one, padded to 4096
+        ("tpu", 3952, 3952, 64, jnp.bfloat16, Attention.SPLASH),  # its finer one, padded to 4096
         ("tpu", 4096, 77, 64, jnp.bfloat16, Attention.XLA),
         ("tpu", 4096, 4096, 40, jnp.bfloat16, Attention.XLA),  # SD 1.x's finest level
         ("gpu", 4096, 4096, 64, jnp.bfloat16, Attention.CUDNN),

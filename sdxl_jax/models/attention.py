@@ -93,7 +93,7 @@ def choose(platform: str, query: Any, key: Any) -> Attention:
     if query.shape != key.shape or tokens < _LONG:
         return Attention.XLA
     if platform == "tpu" and dim % 64 == 0:
-        return Attention.PAIRS if dim == pair_attention.DIM else Attention.SPLASH
+        return Attention.SPLASH
     if platform == "gpu" and dim % 8 == 0 and dim <= 128 and query.dtype in (jnp.bfloat16, jnp.float16):
         return Attention.CUDNN
     return Attention.XLA

@@ -39,7 +39,8 @@ class Attention(enum.Enum):
     """The TPU kernel of jax.experimental.pallas, for self-attention; elsewhere it is interpreted, very slowly."""
     PAIRS = "pairs"
     """The TPU kernel of models/pair_attention.py, for self-attention with an even number of heads of 64, which saves
-    copies; elsewhere it is interpreted, very slowly. What it does not fit is SPLASH's."""
+    copies; elsewhere it is interpreted, very slowly. What it does not fit is SPLASH's. AUTO does not choose it: it is
+    compiled for TPUs in the tests, and has run on none yet."""
     CUDNN = "cudnn"
     """cuDNN's kernel, on NVIDIA GPUs from Ampere, for self-attention in bfloat16."""
 
