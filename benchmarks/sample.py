@@ -26,7 +26,8 @@ start of the process, with imports and reading the weights. Our compilation cach
 torch.compile has caches of its own, which an earlier run may have filled.
 
 MFU: FLOPs of matrix products and convolutions (2·steps evaluations of the UNet, the text encoders for both prompts, one
-decode), counted in our traced functions, over the device's bfloat16 peak, where that is known.
+decode), counted in our traced functions, over the device's bfloat16 peak, where that is known. Each evaluation counts
+the keys and values of the text, which we compute once for all steps.
 """
 
 import argparse

@@ -110,6 +110,7 @@ def test_a_step_that_calls_python_keeps_no_trace(cache: compilation_cache.Folder
 def test_the_fingerprint_has_everything_that_a_program_is_made_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "/tests/started.py", raising=False)
     values = {"training": {"steps": 4}}
     before = traces.fingerprint(values, MESH)
     assert before is not None and traces.fingerprint(values, MESH) == before
