@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
@@ -22,6 +21,7 @@ from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, VaeConfig
 from sdxl_jax.weights import names
@@ -72,7 +72,7 @@ assert MODELS["SDXL refiner"].micro == MicroConfig(Numbers.SIZE_CROP_AESTHETIC, 
 def part_params(config: PartConfig, dtype: Any = np.float32, seed: int = 0) -> Params:
     """Random parameters, a tenth of the standard normal: float16 holds sums of them."""
 
-    def one(path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def one(path: str, leaf: Parameter) -> np.ndarray:
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
         return (0.1 * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
 

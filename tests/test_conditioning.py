@@ -388,7 +388,7 @@ def test_presets_fit_together_at_full_size(name: str) -> None:
     config = PRESETS[name]
     config.check()
 
-    def told_to_the_unet(params: Params) -> tuple[jax.Array, jax.Array | None]:
+    def told_to_the_unet(params: Params) -> tuple[Any, jax.Array | None]:
         tokens = {tower.name: jnp.full((1, 77), END, jnp.int32) for tower in config.text}
         pair = jnp.ones((1, 2), jnp.int32)
         sizes = MicroConditioning(pair, pair, pair, jnp.ones(1))

@@ -507,6 +507,7 @@ def test_guidance_takes_the_halves_in_the_order_in_which_they_are_joined() -> No
     joined = guidance.join([condition(-1.0), condition(2.0)])
     assert joined.vector is not None
     for part in (joined.context, joined.vector):
+        assert isinstance(part, jax.Array)
         output = part.reshape(4, 1, 1, -1)
         np.testing.assert_allclose(guided(output, 3), -1 + 3 * 3, rtol=1e-6)
 
@@ -515,6 +516,7 @@ def test_conditions_without_a_vector_are_joined_too() -> None:
     context = jnp.ones((2, 77, 3))
     joined = guidance.join([guidance.Conditioning(context, None)] * 2)
     assert joined.vector is None
+    assert isinstance(joined.context, jax.Array)
     assert joined.context.shape == (4, 77, 3)
 
 

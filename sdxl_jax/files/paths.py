@@ -69,8 +69,8 @@ def full(path: AnyPath) -> str:
 
 
 def cache_folder() -> Path:
-    """This machine's folder for what can be made again: $XDG_CACHE_HOME/sdxl_jax, by default ~/.cache/sdxl_jax, on a Mac
-    ~/Library/Caches/sdxl_jax. Raises RuntimeError if there is no home."""
+    """This machine's folder for what can be made again: $XDG_CACHE_HOME/sdxl_jax, by default ~/.cache/sdxl_jax, on a
+    Mac ~/Library/Caches/sdxl_jax. Raises RuntimeError if there is no home."""
     usual = "Library/Caches" if sys.platform == "darwin" else ".cache"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / usual) / "sdxl_jax"
 
