@@ -106,7 +106,7 @@ def _platform() -> str:
     platform = jax.default_backend() if device is None else device.platform
     if platform != "gpu":
         return platform
-    if device is not None and jax.default_backend() != "gpu":  # it is not attached: NVIDIA's names of GPUs before Ampere begin with Tesla
+    if device is not None and jax.default_backend() != "gpu":  # not attached; names before Ampere begin with Tesla
         return "other gpu" if device.device_kind.startswith("Tesla") else "gpu"
     return "gpu" if _from_ampere_on(jax.devices()[0]) else "other gpu"
 
