@@ -464,6 +464,7 @@ def test_without_a_cache_no_program_makes_room(compiler: Compiler, monkeypatch: 
         steps.of(BUCKETS[1])
 
 
+@pytest.mark.slow
 def test_dropped_programs_give_their_mappings_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mappings() -> int:
         return Path("/proc/self/maps").read_bytes().count(b"\n")

@@ -169,12 +169,14 @@ def text_of(notebook: NotebookNode, cell: str) -> str:
     return "".join(output.text for output in found.outputs)
 
 
+@pytest.mark.slow
 def test_captions_to_shards_runs(run: Run) -> None:
     notebook = run("captions_to_shards")
     assert "96 images, 96 captions, 2 refused" in text_of(notebook, "build")
     assert images(notebook) == 2
 
 
+@pytest.mark.slow
 def test_weights_in_and_out_runs(run: Run, tmp_path: Path) -> None:
     config = smoke_config(load(ROOT / "configs" / "finetune_1024.py", TrainConfig)).model
     convert(tiny.random_model(config, 0), tmp_path / "model", "orbax", progress=False)
