@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from sdxl_jax import sharding
+from sdxl_jax.allocator import keep_freed_memory
 from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning
 from sdxl_jax.config import TrainConfig, TrainingConfig
 from sdxl_jax.data.settings import DataConfig
@@ -176,6 +177,7 @@ def their_step(options: argparse.Namespace, model: Any) -> Callable[[], float]:
 
 def main() -> None:
     options = arguments()
+    keep_freed_memory()  # as `train` does; torch, in the same process, has it too
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs its share of the GPU
     unet = SMALL if options.size == "small" else SDXL_BASE.unet
     their_step, params = theirs(options, unet)
