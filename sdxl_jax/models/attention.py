@@ -100,12 +100,10 @@ def choose(platform: str, query: Any, key: Any) -> Attention:
 
 
 def _platform() -> str:
-    """Platform of the devices that are compiled for: those of the mesh, which need not be attached (AOT compilation),
-    else the default ones. A GPU without cuDNN's attention is an "other gpu"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    if platform != "gpu":
+    """As `layers.platform`; a GPU without cuDNN's attention is an "other gpu"."""
+    if (platform := layers.platform()) != "gpu":
         return platform
+    device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None and jax.default_backend() != "gpu":  # not attached; names before Ampere begin with Tesla
         return "other gpu" if device.device_kind.startswith("Tesla") else "gpu"
     return "gpu" if _from_ampere_on(jax.devices()[0]) else "other gpu"

@@ -141,10 +141,11 @@ def dense(features: int, name: str, compute: Compute, **options: Any) -> nn.Dens
     return nn.Dense(features, name=name, dtype=compute.activations, **{**initial, **options})
 
 
-def _on_cpu() -> bool:
-    """Whether CPUs are compiled for: the mesh's devices, which need not be attached, else the default ones."""
+def platform() -> str:
+    """Platform of the devices that are compiled for: those of the mesh, which need not be attached (AOT compilation),
+    else the default ones."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return jax.default_backend() if device is None else device.platform
 
 
 def _convolve(
@@ -158,7 +159,7 @@ def _convolve(
     shifted inputs, side by side, with the kernel. There it is the faster of the two, forward and backward."""
     plain = (kernel.shape[:2], tuple(strides), list(padding)) == ((3, 3), (1, 1), [(1, 1)] * 2)
     few = math.prod(x.shape[:-1]) <= _FEW_POSITIONS and x.shape[-1] >= _MANY_CHANNELS
-    if not (plain and few and _on_cpu()):
+    if not (plain and few and platform() == "cpu"):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     _, height, width, _ = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
