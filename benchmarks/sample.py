@@ -174,10 +174,10 @@ def write_weights(folder: Path, options: argparse.Namespace) -> None:
 
 def ours(folder: Path, options: argparse.Namespace) -> Side:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs its share of the GPU
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    from sdxl_jax.compilation import compilation_cache
     from sdxl_jax.weights.load import load_model
 
+    compilation_cache.use(folder / "programs")
     return our_side(load_model(folder, progress=False), options)
 
 

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdxl_jax import sharding
+from sdxl_jax.compilation import compilation_cache, traces
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import cluster, compilation, compilation_cache, traces
+from sdxl_jax.training import cluster, compilation
 from sdxl_jax.training.compilation import CompiledSteps
 
 BUCKETS = [Bucket(8 * number, 8) for number in range(1, 5)]
@@ -51,10 +52,11 @@ def main(cache: str, fails: int | None) -> None:
         for bucket in BUCKETS
     }
     jitted = jax.jit(lambda w, x: step(w, x), donate_argnums=0, out_shardings=(whole, whole))
-    fingerprint = traces.fingerprint({}, mesh)
+    devices = list(mesh.devices.flat)
+    fingerprint = traces.fingerprint({}, devices)
     current = compilation_cache.current()
     assert fingerprint is not None and current is not None
-    known = traces.Traces(current, fingerprint, mesh)
+    known = traces.Traces(current, fingerprint, devices)
     results = {}
     with CompiledSteps(jitted, arguments, mesh, traces=known, share=(index, count)) as steps:
         for bucket in BUCKETS:

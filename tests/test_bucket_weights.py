@@ -29,11 +29,12 @@ from test_open import assert_holds, component, make_run, with_variants
 
 from sdxl_jax.arrays import flatten
 from sdxl_jax.commands import parsing, sample
+from sdxl_jax.compilation import compilation_cache
 from sdxl_jax.errors import InputError, MachineError
 from sdxl_jax.files import buckets, paths
 from sdxl_jax.files.paths import located
 from sdxl_jax.model import Model
-from sdxl_jax.training import compilation_cache, programs
+from sdxl_jax.training import programs
 from sdxl_jax.weights import lora
 from sdxl_jax.weights.convert import Layout, convert
 from sdxl_jax.weights.formats.checkpoints import COMMITTED

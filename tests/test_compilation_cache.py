@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdxl_jax.training import compilation_cache
-from sdxl_jax.training.compilation_cache import FolderCache, processor_kind
+from sdxl_jax.compilation import compilation_cache
+from sdxl_jax.compilation.compilation_cache import FolderCache, processor_kind
 
 
 @pytest.fixture(autouse=True)

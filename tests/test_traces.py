@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from sdxl_jax import sharding
+from sdxl_jax.compilation import compilation_cache, traces
+from sdxl_jax.compilation.jitted import jit
+from sdxl_jax.compilation.traces import Traces
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import compilation_cache, traces
 from sdxl_jax.training.compilation import CompiledSteps
-from sdxl_jax.training.traces import Traces
 
 MESH = sharding.make_mesh(MeshConfig())
+DEVICES = list(MESH.devices.flat)
 BUCKET = Bucket(8, 8)
 PLACE = sharding.replicated(MESH)
 
@@ -63,14 +65,14 @@ def run(known: Traces, function: Any = step) -> tuple[list[bytes], bool, int]:
 
 
 def test_a_later_start_does_not_trace_and_is_the_same_bit_for_bit(cache: compilation_cache.FolderCache) -> None:
-    first, second = (run(Traces(cache, "same", MESH)) for _ in range(2))
+    first, second = (run(Traces(cache, "same", DEVICES)) for _ in range(2))
     assert (first[1:], second[1:]) == ((True, 1), (True, 0))
     assert first[0] == second[0]
-    assert run(Traces(cache, "other", MESH))[2] == 1
+    assert run(Traces(cache, "other", DEVICES))[2] == 1
 
 
 def test_other_arguments_have_other_traces(cache: compilation_cache.FolderCache) -> None:
-    known = Traces(cache, "same", MESH)
+    known = Traces(cache, "same", DEVICES)
     run(known)
     assert known.exists(arguments())
     other_place = jax.tree.map(
@@ -82,7 +84,7 @@ def test_other_arguments_have_other_traces(cache: compilation_cache.FolderCache)
 
 @pytest.mark.parametrize("kind", ["trace", "program", "program is gone"])
 def test_damage_is_made_good(cache: compilation_cache.FolderCache, tmp_path: Path, kind: str) -> None:
-    known = Traces(cache, "same", MESH)
+    known = Traces(cache, "same", DEVICES)
     expected = run(known)[0]
     (path,) = (tmp_path / "cache").glob("trace-*" if kind == "trace" else "jit_counted*")
     if kind == "program is gone":
@@ -103,7 +105,7 @@ def test_a_step_that_calls_python_keeps_no_trace(cache: compilation_cache.Folder
         jax.debug.callback(lambda: None)
         return step(state, x)
 
-    known = Traces(cache, "same", MESH)
+    known = Traces(cache, "same", DEVICES)
     assert [run(known, calls)[2] for _ in range(2)] == [1, 1]
 
 
@@ -112,14 +114,14 @@ def test_the_fingerprint_has_everything_that_a_program_is_made_from(
 ) -> None:
     monkeypatch.setattr(sys.modules["__main__"], "__file__", "/tests/started.py", raising=False)
     values = {"training": {"steps": 4}}
-    before = traces.fingerprint(values, MESH)
-    assert before is not None and traces.fingerprint(values, MESH) == before
+    before = traces.fingerprint(values, DEVICES)
+    assert before is not None and traces.fingerprint(values, DEVICES) == before
 
     def changed(change: Any) -> bool:
         with monkeypatch.context() as patch:
             change(patch)
-            found = traces.fingerprint(values, MESH)
-        assert traces.fingerprint(values, MESH) == before
+            found = traces.fingerprint(values, DEVICES)
+        assert traces.fingerprint(values, DEVICES) == before
         return found not in (before, None)
 
     own = tmp_path / "own.py"
@@ -143,6 +145,42 @@ def test_the_fingerprint_has_everything_that_a_program_is_made_from(
         return size_and_time(path) + ("later" if path.parts[-2:] == ("linen", "module.py") else "")
 
     assert changed(lambda patch: patch.setattr(traces, "_size_and_time", touched)), "flax's"
-    assert traces.fingerprint({"training": {"steps": 5}}, MESH) not in (before, None)
+    assert traces.fingerprint({"training": {"steps": 5}}, DEVICES) not in (before, None)
     monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
-    assert traces.fingerprint(values, MESH) is None, "a notebook"
+    assert traces.fingerprint(values, DEVICES) is None, "a notebook"
+
+
+# jit
+
+
+def test_a_function_of_a_command_is_not_traced_at_the_second_start(cache: compilation_cache.FolderCache) -> None:
+    traced = []
+
+    def blurred(params: Any, keys: jax.Array, *, noise: Any, config: str) -> jax.Array:
+        traced.append(config)
+        return params["w"] * noise + jax.vmap(jax.random.normal)(keys)
+
+    def start(config: str = "a", rows: int = 2) -> np.ndarray:
+        """What a new process would make of it."""
+        jax.clear_caches()
+        function = jit(blurred, ("config",))
+        keys = jax.random.split(jax.random.key(0), rows)
+        params = {"w": jax.device_put(np.arange(rows, dtype=np.float32), PLACE)}
+        results = [function(params, keys, noise=np.float32(3), config=config) for _ in range(2)]
+        assert function._cache_size() == 1
+        np.testing.assert_array_equal(*results)
+        return np.asarray(results[0])
+
+    first = start()
+    np.testing.assert_array_equal(start(), first)
+    assert traced == ["a"]
+    start("b")
+    start("a", rows=3)
+    assert traced == ["a", "b", "a"]
+
+
+def test_without_a_cache_it_is_that_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilation_cache, "current", lambda: None)
+    function = jit(lambda x, *, times: x * times, ("times",))
+    assert (function(np.float32(2), times=3), function(np.float32(4), times=3)) == (6, 12)
+    assert function.jitted._cache_size() == function._cache_size() == 1

@@ -138,7 +138,7 @@ def run(arguments: list[str]) -> None:
 
 def use_compilation_cache(folder: str | None) -> None:
     """Sets the persistent compilation cache of `--compilation-cache`."""
-    from sdxl_jax.training import compilation_cache
+    from sdxl_jax.compilation import compilation_cache
 
     compilation_cache.use(folder)
 

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int32, Key, UInt8
 
 from sdxl_jax import model
 from sdxl_jax.arrays import MicroConditioning, Params, normalise, to_bytes, type_of_array
+from sdxl_jax.compilation.jitted import jit
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import PromptTokens, TextConditioning, Tower
 from sdxl_jax.model import ModelConfig
@@ -264,7 +265,7 @@ def _shard_batch(state: State) -> State:
 
 
 def start_segment(
-    segment: Segment, row: Plan, state: State | None, noise: Latent | None, init_latent: Latent | None
+    row: Plan, state: State | None, noise: Latent | None, init_latent: Latent | None, *, segment: Segment
 ) -> State:
     """The state before a segment whose first row is `row`.
 
@@ -383,7 +384,7 @@ class StartStage(Protocol):
     """`start_segment`."""
 
     def __call__(
-        self, segment: Segment, row: Plan, state: State | None, noise: Latent | None, init_latent: Latent | None
+        self, row: Plan, state: State | None, noise: Latent | None, init_latent: Latent | None, *, segment: Segment
     ) -> State: ...
 
 
@@ -431,12 +432,12 @@ PLAIN = Stages(text_states, conditioning, encode, start_segment, denoise, decode
 
 
 STAGED = Stages(
-    jax.jit(text_states, static_argnames=("towers", "guided", "compute")),
-    jax.jit(conditioning, static_argnames=("config", "compute")),
-    jax.jit(encode, static_argnames=("config", "compute")),
-    jax.jit(start_segment, static_argnames="segment"),
-    jax.jit(denoise, static_argnames=("config", "terms", "stochastic", "compute")),
-    jax.jit(decode, static_argnames=("config", "compute", "tile")),
+    jit(text_states, ("towers", "guided", "compute")),
+    jit(conditioning, ("config", "compute")),
+    jit(encode, ("config", "compute")),
+    jit(start_segment, ("segment",)),
+    jit(denoise, ("config", "terms", "stochastic", "compute")),
+    jit(decode, ("config", "compute", "tile")),
 )
 
 RowCallback = Callable[[int, State], None]
@@ -487,7 +488,7 @@ def generate_batch(
     for segment, arrays in zip(recipe.segments, inputs.segment_arrays, strict=True):
         config = recipe.models[segment.model]
         noise = first_noise if state is None else inputs.refiner_noise
-        state = stages.start_segment(segment, arrays.plan.between(0, 1), state, noise, init_latent)
+        state = stages.start_segment(arrays.plan.between(0, 1), state, noise, init_latent, segment=segment)
         run = functools.partial(
             stages.denoise,
             inputs.params[segment.model]["unet"],

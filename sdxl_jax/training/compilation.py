@@ -29,13 +29,13 @@ from typing import Any, Generic, TypeVar
 import jax
 from jax.sharding import Mesh
 
+from sdxl_jax.compilation.traces import Traces
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError, out_of_memory
 from sdxl_jax.progress import tqdm
 from sdxl_jax.training.programs import Programs
-from sdxl_jax.training.traces import Traces
 
 _Program = TypeVar("_Program", bound=Callable[..., Any])
 

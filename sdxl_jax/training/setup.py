@@ -19,12 +19,14 @@ from jax.sharding import Mesh
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
+from sdxl_jax.compilation import compilation_cache, traces
+from sdxl_jax.compilation.traces import Traces
 from sdxl_jax.config import FILES, RunConfig
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.progress import tqdm
-from sdxl_jax.training import checkpoint, compilation, compilation_cache, run_directory, traces
+from sdxl_jax.training import checkpoint, compilation, run_directory
 from sdxl_jax.training.checkpoint import restore, restore_frozen, save_frozen
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.objectives import objective_of
@@ -36,7 +38,6 @@ from sdxl_jax.training.programs import Programs, folder
 from sdxl_jax.training.run_directory import RunDirectory
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.training.step import Step
-from sdxl_jax.training.traces import Traces
 
 _T = TypeVar("_T")
 _NOT_IN_PROGRAMS = ("checkpoint", "logging", "processes", "validation")
@@ -212,12 +213,12 @@ def _traces(objective: Objective[Any], processes: Processes, mesh: Mesh) -> tupl
     """(the traces of earlier starts and of the other processes, if there are any; (this process, processes) that share
     the programs out: those that see the same cache.)"""
     alone = 0, 1
-    cache, known = compilation_cache.current(), None
+    cache, known, devices = compilation_cache.current(), None, list(mesh.devices.flat)
     if cache is not None and _package(type(objective)) == _package(Objective):
         values = {name: value for name, value in to_json(objective.config).items() if name not in _NOT_IN_PROGRAMS}
         del values["training"]["compilation_cache"]
         values |= {"objective": type(objective).__name__, "files": sorted(FILES)}
-        known = traces.fingerprint(values, mesh)
+        known = traces.fingerprint(values, devices)
     # A mark of the first process shows who sees its cache; its fingerprint is everybody's: files may differ in time.
     mark = f"{uuid.uuid4().hex}-mark"
     if known is not None and cache is not None and processes.is_first and processes.count > 1:
@@ -230,10 +231,10 @@ def _traces(objective: Objective[Any], processes: Processes, mesh: Mesh) -> tupl
     if processes.is_first:
         cache.remove(mark)
     if not all_see:
-        return Traces(cache, known, mesh), alone
+        return Traces(cache, known, devices), alone
     # On GPUs XLA shares its timing of kernels between the processes, and waits for all of them to compile the same.
-    shared = mesh.devices.flat[0].platform != "gpu"
-    return Traces(cache, first[0], mesh), (processes.index, processes.count) if shared else alone
+    shared = devices[0].platform != "gpu"
+    return Traces(cache, first[0], devices), (processes.index, processes.count) if shared else alone
 
 
 def jitted(objective: Objective[Any], mesh: Mesh, abstract: TrainState) -> Any:

@@ -17,7 +17,7 @@ import os
 import pickle
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,21 @@ from jax._src import compilation_cache as jax_cache  # what is done here has no 
 from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib import xla_client as xc  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh
 
-from sdxl_jax.training.compilation_cache import FolderCache, processor_kind
+from sdxl_jax.compilation.compilation_cache import FolderCache, processor_kind
 
 _LIBRARIES = ("flax", "jax", "jaxlib", "optax")
 """Their files count by size and time: an edited one makes another program."""
 
 
-def fingerprint(configuration: Mapping[str, Any], mesh: Mesh) -> str | None:
+def fingerprint(configuration: Mapping[str, Any], devices: Sequence[jax.Device]) -> str | None:
     """A checksum of all that the programs of a run are made from, but for their arguments. None if part of the code is
     in no file.
 
-    configuration: as JSON, of an objective in this package.
+    configuration: as JSON, of code in this package. devices: that they run on, in order.
     """
     if (code := _code()) is None:
         return None
-    devices = list(mesh.devices.flat)
     facts = {
         "code": code,
         "configuration": configuration,
@@ -57,10 +55,10 @@ def fingerprint(configuration: Mapping[str, Any], mesh: Mesh) -> str | None:
 
 
 class Traces:
-    """The traces of one run, in a compilation cache."""
+    """The traces of programs with one fingerprint, in a compilation cache."""
 
-    def __init__(self, cache: FolderCache, fingerprint: str, mesh: Mesh):
-        self._cache, self._fingerprint, self._devices = cache, fingerprint, list(mesh.devices.flat)
+    def __init__(self, cache: FolderCache, fingerprint: str, devices: Sequence[jax.Device]):
+        self._cache, self._fingerprint, self._devices = cache, fingerprint, list(devices)
 
     def exists(self, arguments: tuple[Any, ...]) -> bool:
         """Whether there is a trace for these abstract arguments."""
@@ -108,9 +106,14 @@ class Traces:
 
     def _key(self, arguments: tuple[Any, ...]) -> str:
         leaves, tree = jax.tree.flatten(arguments)
-        shapes = [(leaf.shape, str(leaf.dtype), str(leaf.sharding)) for leaf in leaves]
+        shapes = [(leaf.shape, str(leaf.dtype), str(placement(leaf))) for leaf in leaves]
         text = f"{self._fingerprint} {tree} {shapes}"
         return f"trace-{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def placement(leaf: Any) -> jax.sharding.Sharding | None:
+    """The sharding that a program is compiled for; None where the argument is placed when it is called."""
+    return None if isinstance(leaf, jax.Array) and not leaf.committed else getattr(leaf, "sharding", None)
 
 
 class _Pickler(serialize_executable._JaxPjrtPickler):
