@@ -62,6 +62,7 @@ def write_checkpoint(folder: Any, step: int, committed: bool = True) -> None:
 # Training
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_stops_and_resumes(config: TrainConfig, run: Any) -> None:
     loop.train(until(config, 4), str(run), progress=False)
     assert steps(run / "checkpoints") == [3, 4]

@@ -23,17 +23,18 @@ import pytest
 import tiny
 
 from sdxl_jax import sharding
+from sdxl_jax.compilation import compilation_cache
+from sdxl_jax.compilation.traces import Traces
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import CompileAhead
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.sharding import MeshConfig
-from sdxl_jax.training import compilation, compilation_cache
+from sdxl_jax.training import compilation
 from sdxl_jax.training.compilation import CompiledSteps
 from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.programs import Programs, folder
-from sdxl_jax.training.traces import Traces
 
 BUCKETS = [Bucket(8 * number, 8) for number in range(1, 6)]
 ARGUMENTS = {bucket: (bucket,) for bucket in BUCKETS}
@@ -214,7 +215,12 @@ command.program()
 
 
 @pytest.mark.parametrize(
-    ("ending", "code"), [("return 3", 3), ("raise Interrupted('SIGTERM')", 143), ("raise OSError(28, 'disk')", 1)]
+    ("ending", "code"),
+    [
+        ("raise Interrupted('SIGTERM')", 143),
+        pytest.param("return 3", 3, marks=pytest.mark.slow),
+        pytest.param("raise OSError(28, 'disk')", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_process_ends_while_a_step_is_compiled(ending: str, code: int) -> None:
     """Without `leave`, Python aborts (exit code 134): seen with jax 0.10.2."""
@@ -429,6 +435,7 @@ def test_real_processes_do_not_wait_for_one_that_never_finishes(tmp_path: Path) 
             member.communicate()
 
 
+@pytest.mark.slow
 def test_programs_not_used_for_longest_make_room(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is room for three programs."""
     known = FakeTraces()
@@ -490,7 +497,7 @@ def test_dropped_programs_give_their_mappings_back(tmp_path: Path, monkeypatch: 
         compilation_cache.use(tmp_path / "cache")
         current = compilation_cache.current()
         assert current is not None
-        known = Traces(current, "a test", MESH)
+        known = Traces(current, "a test", list(MESH.devices.flat))
         with CompiledSteps(jax.jit(step), arguments, MESH, CompileAhead.ON_DEMAND, traces=known) as steps:
             steps.of(BUCKETS[0])(given[BUCKETS[0]])
             before = mappings()

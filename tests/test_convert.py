@@ -158,7 +158,7 @@ def round_trips(
     [
         ("SDXL base", "float16", (None,)),
         ("SDXL refiner", "float32", (None,)),
-        ("SD 1.x", "bfloat16", (None, Layout.ORBAX)),
+        pytest.param("SD 1.x", "bfloat16", (None, Layout.ORBAX), marks=pytest.mark.slow),
     ],
 )
 def test_model_returns_with_every_bit(

@@ -52,7 +52,9 @@ def test_size_histogram_has_each_image_in_the_bin_of_its_height_and_width(monkey
         assert counts[0, -1] == 1
 
 
-@pytest.mark.parametrize("suffix", plots.SUFFIXES)
+@pytest.mark.parametrize(
+    "suffix", [plots.SUFFIXES[0], *(pytest.param(each, marks=pytest.mark.slow) for each in plots.SUFFIXES[1:])]
+)
 def test_a_folder_is_drawn_whatever_its_captions_hold(config: DataConfig, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / "new" / f"data{suffix}"
     plots.plot(inspection.open_dataset(config), path)

@@ -288,6 +288,7 @@ def test_process_that_is_stopped_early_ends_with_the_signals_code(
 # A pipe that closes
 
 
+@pytest.mark.slow
 def test_closed_pipe_does_not_end_training(home: Path, compiled: Path) -> None:
     """`sdxl-jax train … 2>&1 | head -1` finishes, with exit code 0."""
     environment = compiling.environment(compiled)

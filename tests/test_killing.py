@@ -1,4 +1,4 @@
-"""A run that is killed at any moment ends like an undisturbed one: three kills by default, 200 with `-m slow`.
+"""A run that is killed at any moment ends like an undisturbed one: one kill by default, three and 200 with `-m slow`.
 
 The environment variable KILLS sets the number. The harness, and how to run it by hand with a log, is killing.py.
 """
@@ -45,9 +45,10 @@ def whole(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return whole_run(scratch, 1, 7)
 
 
-def test_run_killed_three_times_is_the_undisturbed_run(whole: Whole) -> None:
-    counts = killing.campaign(whole.config, whole.folder, whole.scratch, 1, 3, whole.seconds, seed=1)
-    assert counts.total() == 3
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_run_is_the_undisturbed_run(whole: Whole, kills: int) -> None:
+    counts = killing.campaign(whole.config, whole.folder, whole.scratch, 1, kills, whole.seconds, seed=1)
+    assert counts.total() == kills
 
 
 @pytest.mark.slow

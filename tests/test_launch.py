@@ -812,6 +812,7 @@ def commands(machine: Machine) -> list[str]:
     return sorted(set(found))
 
 
+@pytest.mark.slow
 def test_gcloud_knows_every_command_and_flag(machine: Machine) -> None:
     program = shutil.which("gcloud")
     if program is None:

@@ -7,7 +7,7 @@ of its own: every prompt, size and crop moves the latents by more than 100 times
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,12 @@ PIPELINES: dict[str, tuple[Any, Callable[[Sequence[Any]], Any]]] = {
     "SD 2.x v": (SD2, lambda tokenizers: sd(tokenizers, "gelu", "v_prediction", [2, 4], True)),
 }
 """By name: the published model whose tokenizers it has, and how it is built from them."""
+
+
+def first_by_default(models: Iterable[str]) -> list[Any]:
+    """The other models are `slow`."""
+    first, *others = sorted(models, key=list(PIPELINES).index)
+    return [first, *(pytest.param(each, marks=pytest.mark.slow) for each in others)]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +233,7 @@ def test_each_image_of_a_batch_has_its_own_negative_prompt(source: Callable[[str
     )
 
 
-@pytest.mark.parametrize("model", PIPELINES)
+@pytest.mark.parametrize("model", first_by_default(PIPELINES))
 def test_everything_that_is_varied_changes_the_image(model: str, source: Callable[[str], Source]) -> None:
     """Otherwise agreement would prove nothing."""
     is_xl = model == "SDXL base"
@@ -299,7 +305,7 @@ def converted(
     return functools.cache(make)
 
 
-@pytest.mark.parametrize("model", CONVERTED)
+@pytest.mark.parametrize("model", first_by_default(CONVERTED))
 def test_layouts_of_one_model_draw_the_same_image(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]], tmp_path: Path
 ) -> None:
