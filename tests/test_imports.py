@@ -97,7 +97,11 @@ ALLOWED: dict[str, set[str]] = {
     "training.status": {"training.observe.clock", "weights.formats.checkpoints"} | BASE,
     "training.setup": {"training", "compilation", "config", "data", "jsontree", "sharding"} | BASE,
     "training.loop": {"training", "config", "data", "jsontree", "model", "sharding"} | BASE,
-    "evaluation": {"evaluation", "sampling", "model", "conditioning", "models"} | BASE,
+    "evaluation": {
+        *("evaluation", "sampling", "model", "conditioning", "models", "weights", "sharding"),
+        *("data.folders", "data.images", "data.sources"),
+        *BASE,
+    },
     "serving": {"serving", "sampling", "model", "models", "conditioning", "samplers"} | BASE,
     "": {"sampling", "training.loop", "weights"},  # the package itself: the modules of its public names
 }
