@@ -11,6 +11,7 @@ kept for code that is in no file (a notebook, `python -c`). An entry is a pickle
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -143,7 +144,9 @@ def _code() -> str | None:
     for path in sorted(package.rglob("*.py")):
         checksum.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
     for name in _LIBRARIES:
-        folder = Path(sys.modules[name].__file__ or "").parent
+        spec = importlib.util.find_spec(name)  # which imports nothing
+        assert spec is not None and spec.origin is not None, "it is a dependency"
+        folder = Path(spec.origin).parent
         checksum.update("".join(sorted(map(_size_and_time, folder.rglob("*.py")))).encode())
     libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     others = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
