@@ -174,9 +174,11 @@ def write_weights(folder: Path, options: argparse.Namespace) -> None:
 
 def ours(folder: Path, options: argparse.Namespace) -> Side:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the other side needs its share of the GPU
+    from sdxl_jax.allocator import keep_freed_memory
     from sdxl_jax.compilation import compilation_cache
     from sdxl_jax.weights.load import load_model
 
+    keep_freed_memory()  # as the command does
     compilation_cache.use(folder / "programs")
     return our_side(load_model(folder, progress=False), options)
 
