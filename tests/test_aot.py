@@ -139,6 +139,8 @@ def test_compile_refuses_before_it_compiles(tmp_path: Path) -> None:
             "--smallest tries the arrangements of a chip. Give --topology v4, v5e",
         ),
         (["--topology", "v5e", "--smallest", "--all-buckets"], "--smallest has no effect with other options"),
+        (["--topology", "v5e:2x2", "--images", "2"], "--images 2 has no effect without --program sample"),
+        (["--topology", "v5e:2x2", "--program", "sample", "--images", "0"], "--images 0 is out of range"),
         (["--topology", "v5e:2x2", "--parallel", "0"], "--parallel 0 is out of range. Give 1 or more"),
     ):
         outcome = call("compile", str(config), *arguments)
@@ -341,9 +343,10 @@ def test_a_compiled_step_is_saved_under_the_same_name_each_time(tmp_path: Path) 
 def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     config = tiny.train_config(tmp_path)
     validation = dataclasses.replace(config.validation, sizes=((32, 32),), steps=3)
-    made = aot_compile.compile_sampler(dataclasses.replace(config, validation=validation), "v5e:2x2", progress=False)
+    config = dataclasses.replace(config, validation=validation)
+    made = aot_compile.compile_sampler(config, "v5e:2x2", images=2, progress=False)
     assert [each.program for each in made] == ["text encoders", "sampler 32×32, 3 steps", "decoder"]
-    assert all(each.fits and each.images == 4 and each.model_flops > 0 for each in made)
+    assert all(each.fits and each.images == 8 and each.model_flops > 0 for each in made)
 
 
 @pytest.mark.slow

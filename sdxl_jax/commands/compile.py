@@ -33,6 +33,8 @@ class Compile:
     """Number of slices, connected by the data-centre network; of GPUs, nodes. Default: mesh.slices."""
     program: Literal["train", "sample"] = "train"
     """The train step; or the sampler, with the sizes, steps and guidance of validation."""
+    images: int = 1
+    """With --program sample: images sampled at once, for each part of the mesh that the batch is split over."""
     bucket: str | None = None
     """HxW of the bucket that the train step is compiled for. Default: the one with the most pixels."""
     all_buckets: bool = False
@@ -62,7 +64,7 @@ def run(arguments: list[str]) -> None:
         buckets = _buckets(options, config)
         reports = compile_step(config, topology, slices=options.slices, buckets=buckets, parallel=options.parallel)
     elif isinstance(config, TrainConfig):
-        reports = compile_sampler(config, topology, slices=options.slices)
+        reports = compile_sampler(config, topology, slices=options.slices, images=options.images)
     else:
         raise InputError(
             f"--program sample compiles the sampler of a TrainConfig, and {path} gives {type(config).__name__}. Leave "
@@ -101,6 +103,13 @@ def _checked_topology(options: Compile) -> str:
             "--bucket, --all-buckets and --parallel have no effect with --program sample, whose sizes are "
             "validation.sizes. Leave them out"
         )
+    if options.images != 1 and options.program == "train":
+        raise InputError(
+            f"--images {options.images} has no effect without --program sample: the train step has data.batch-size. "
+            "Leave it out"
+        )
+    if options.images < 1:
+        raise InputError(f"--images {options.images} is out of range. Give 1 or more")
     others = (options.slices, options.bucket, options.all_buckets, options.json, options.parallel, options.program)
     if options.smallest and others != (None, None, False, False, 1, "train"):
         raise InputError("--smallest has no effect with other options than --topology. Leave them out")
