@@ -93,10 +93,11 @@ def compile_step(
 
 
 def compile_sampler(
-    config: RunConfig, topology: str, *, slices: int | None = None, progress: bool = True
+    config: RunConfig, topology: str, *, slices: int | None = None, images: int = 1, progress: bool = True
 ) -> list[Report | TooLarge]:
-    """Compiles text encoders, sampler and decoder, one image per group of chips that share parameters, with the sizes,
-    steps and guidance of `validation`. Raises InputError as `compile_step`, and for an objective without a sampler."""
+    """Compiles text encoders, sampler and decoder with the sizes, steps and guidance of `validation`. images: at once,
+    per part of the mesh that the batch is split over. Raises InputError as `compile_step`, and for an objective without
+    a sampler."""
     objective = objective_of(config)
     if "sample" not in objective.programs:
         raise InputError(
@@ -106,7 +107,7 @@ def compile_sampler(
     assert isinstance(config, TrainConfig), "an objective with a sampler has a model"
     mesh = _mesh(objective, topology, slices)
     sizes = config.validation.sizes or (config.model.default_size,)
-    programs = [program for size in sizes for program in _sampler_programs(config, mesh, Size(*size))]
+    programs = [program for size in sizes for program in _sampler_programs(config, mesh, Size(*size), images)]
     return _compile(programs, mesh, topology, 1, progress)
 
 
@@ -188,9 +189,9 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
     )
 
 
-def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size) -> list[Program]:
+def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_part: int) -> list[Program]:
     """The three programs of `program.staged`: text to states, noise to latents, latents to images."""
-    model, images = config.model, sharding.batch_parts(mesh)
+    model, images = config.model, images_per_part * sharding.batch_parts(mesh)
     params = sharding.placed(mesh, abstract(model))
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
     (segment,), (segment_arrays,) = plan.plan_segments(model, None, options)
