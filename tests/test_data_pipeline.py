@@ -226,7 +226,7 @@ def damaged(folder, tmp_path):
     return copied, damage
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_image_is_replaced_by_the_next_of_its_bucket_reported_once_and_counted(
     config, damaged, workers, capsys
 ):

@@ -303,6 +303,7 @@ def check_killed(sources, folder, kills, steps):
     assert file.read_text().splitlines() == [digest(batch) for batch in itertools.islice(batches, steps)]
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_batches_of_an_uninterrupted_one(sources, tmp_path):
     check_killed(sources, tmp_path, 2, 40)
 
@@ -356,6 +357,7 @@ def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
     )
 
 
+@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (0, 2), (0, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("workers", "processes"), [(0, 1), (0, 2), (0, 4), (2, 2)])
 def test_reading_a_cache_resumes_from_any_step_with_any_number_of_processes(cached, workers, processes):
     expected = read(cached(), 0, 10 + STEPS)

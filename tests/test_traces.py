@@ -153,7 +153,10 @@ def test_the_fingerprint_has_everything_that_a_program_is_made_from(
 # jit
 
 
-def test_a_function_of_a_command_is_not_traced_at_the_second_start(cache: compilation_cache.FolderCache) -> None:
+def test_a_function_of_a_command_is_not_traced_at_the_second_start(
+    cache: compilation_cache.FolderCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", __file__, raising=False)
     traced = []
 
     def blurred(params: Any, keys: jax.Array, *, noise: Any, config: str) -> jax.Array:
@@ -177,6 +180,9 @@ def test_a_function_of_a_command_is_not_traced_at_the_second_start(cache: compil
     start("b")
     start("a", rows=3)
     assert traced == ["a", "b", "a"]
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")  # as in a notebook
+    start()
+    assert traced == ["a", "b", "a", "a"]
 
 
 def test_without_a_cache_it_is_that_of_jax(monkeypatch: pytest.MonkeyPatch) -> None:

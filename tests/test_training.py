@@ -468,7 +468,7 @@ def test_time_of_all_starts_is_accounted_for(crashed: Run, resumed: Run) -> None
     assert clock.totals([first, second])["restart"] == second.seconds["start"] + second.seconds["recomputed"]
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [4, pytest.param(6, marks=pytest.mark.slow)])
 def test_load_model_gives_the_averaged_weights_of_a_step(whole: Run, abstract: TrainState, step: int) -> None:
     model = load_model(whole.folder / "checkpoints" / str(step))
     state = whole.state(step, abstract)

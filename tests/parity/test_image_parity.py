@@ -317,7 +317,7 @@ def test_layouts_of_one_model_draw_the_same_image(
         np.testing.assert_array_equal(again.images, sampled.images, err_msg=name)
 
 
-@pytest.mark.parametrize("model", CONVERTED)
+@pytest.mark.parametrize("model", first_by_default(CONVERTED))
 def test_diffusers_draws_the_same_image_from_what_we_write(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]]
 ) -> None:
