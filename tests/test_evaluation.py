@@ -90,6 +90,7 @@ def test_streamed_moments_are_those_of_two_passes() -> None:
     features = normal(50_000, 24)
     streamed = moments(features, 333)  # the last batch is ragged
     exact = features.astype(np.float64)
+    assert len(streamed._waiting) > 0, "some batches are not summed up yet"
     assert streamed.count == 50_000
     assert streamed.mean == pytest.approx(exact.mean(axis=0), rel=1e-6)
     assert streamed.covariance == pytest.approx(np.cov(exact, rowvar=False), rel=1e-6, abs=1e-9)

@@ -15,8 +15,10 @@ others do not say all of it:
 ADM, EDM, clean-fid and pytorch-fid read ours. Pickles are not read: reading one runs the code in it.
 """
 
+import contextlib
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +40,8 @@ _CLEAN_FID_MODES = {
     "legacy_pytorch": ResizeMode.PYTORCH,
 }
 _CLEAN_FID_NAME = re.compile(rf"_({'|'.join(_CLEAN_FID_MODES)})_(custom|test|train|trainfull|val|trainval70k)_")
+_WAITING_ROWS = 1024
+"""Features that are multiplied at a time."""
 _ROWS = 256
 """Rows of a matrix that processes exchange at a time."""
 
@@ -49,22 +53,33 @@ class Moments:
         self.count = 0
         self._sum = np.zeros(features)
         self._products = np.zeros((features, features))
+        self._waiting = list[Float[np.ndarray, "_batch features"]]()
 
     def add(self, features: Float[np.ndarray, "batch features"]) -> None:
         """Adds a batch of any size."""
-        features = features.astype(np.float64)
         self.count += len(features)
-        self._sum += features.sum(axis=0)
-        self._products += features.T @ features
+        self._waiting.append(features)
+        if sum(map(len, self._waiting)) >= _WAITING_ROWS:
+            self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Small batches are multiplied together: else the time goes into reading and writing the sums."""
+        if self._waiting:
+            features = np.concatenate(self._waiting, dtype=np.float64)
+            self._waiting.clear()
+            self._sum += features.sum(axis=0)
+            self._products += features.T @ features
 
     def merge(self, other: "Moments") -> None:
         """Adds everything that was added to `other`."""
+        other._sum_up()
         self.count += other.count
         self._sum += other._sum
         self._products += other._products
 
     def of_all_processes(self) -> "Moments":
         """The moments of what all JAX processes have added; every process calls it."""
+        self._sum_up()
         if jax.process_count() == 1:
             return self
         total = Moments(len(self._sum))
@@ -77,6 +92,7 @@ class Moments:
     @property
     def mean(self) -> Float64[np.ndarray, " features"]:
         """Of one image or more."""
+        self._sum_up()
         return self._sum / self.count
 
     @property
@@ -129,14 +145,17 @@ def sfid(one: Statistics, other: Statistics) -> float:
     """FID of spatial features: Nash et al. 2021, arXiv:2103.03841. Raises InputError as `check_comparable`, and where
     one side has no spatial features."""
     check_comparable(one, other)
-    for each in (one, other):
-        if each.spatial is None:
-            raise InputError(
-                f"sFID needs the moments of spatial features (mu_s, sigma_s), and {each.source} has none. Give its "
-                "images, or statistics that ADM or sdxl-jax evaluate has saved"
-            )
-    assert one.spatial is not None and other.spatial is not None
-    return frechet(*one.spatial, *other.spatial)
+    return frechet(*check_spatial(one), *check_spatial(other))
+
+
+def check_spatial(one: Statistics) -> Gaussian:
+    """The moments of spatial features. Raises InputError where there are none."""
+    if one.spatial is None:
+        raise InputError(
+            f"sfid needs the moments of spatial features (mu_s, sigma_s), and {one.source} has none. Give its images, "
+            "or statistics that ADM or sdxl-jax evaluate has saved"
+        )
+    return one.spatial
 
 
 def check_comparable(one: Statistics, other: Statistics) -> None:
@@ -174,22 +193,23 @@ def holds_statistics(path: Path) -> bool:
         return "mu" in arrays or "feats" in arrays
 
 
-def open_arrays(path: Path) -> np.lib.npyio.NpzFile:
+@contextlib.contextmanager
+def open_arrays(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
     """An .npz, of which nothing is read yet. Raises InputError for other files, and for pickles by name."""
     if path.suffix in (".pkl", ".pickle"):
         raise InputError(
             f"{path} is a pickle, which is not read: reading it would run the code in it. Give an .npz with mu and "
             "sigma; whoever trusts the file makes one with numpy.savez"
         )
-    try:
-        arrays = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise fault(error)(f"{path} cannot be read as .npz ({error}). Give a file that numpy.savez wrote") from error
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise InputError(
-            f"{path} is an .npy with a single array. Give an .npz with mu and sigma, or with images, arr_0"
-        )
-    return arrays
+    with path.open("rb") as file:
+        try:
+            arrays = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise fault(error)(f"{path} cannot be read as .npz ({error}). Give a file of numpy.savez") from error
+        if not isinstance(arrays, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds a single array. Give an .npz with mu and sigma, or with images, arr_0")
+        with arrays:
+            yield arrays
 
 
 def read_array(arrays: np.lib.npyio.NpzFile, name: str, path: Path) -> Shaped[np.ndarray, "..."]:
