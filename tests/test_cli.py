@@ -20,6 +20,7 @@ from command import call
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from sdxl_jax.commands import sample as sample_command
 from sdxl_jax.quickstart import autoencoder
 
 CONFIG = """
@@ -503,6 +504,16 @@ def test_seed_zero_is_a_seed(home: Path, sampled: Path, tmp_path: Path) -> None:
         assert call(*sample(home, "--seed", 0, "--save-latents", "--out", tmp_path / name)).code == 0
     assert listing(tmp_path / "one") == listing(tmp_path / "two")
     assert not np.array_equal(np.load(tmp_path / "one" / "latents.npy"), np.load(sampled / "latents.npy"))
+
+
+def test_the_raw_weights_of_a_run_give_another_image_that_says_so(home: Path, sampled: Path, tmp_path: Path) -> None:
+    outcome = call(*sample(home, "--weights", "raw", "--save-latents", "--seed", 3, "--out", tmp_path / "raw"))
+    assert outcome.code == 0, outcome
+    assert not np.array_equal(np.load(tmp_path / "raw" / "latents.npy"), np.load(sampled / "latents.npy"))
+    assert [sample_command.read_text(path / "000000.png").get("weights") for path in (tmp_path / "raw", sampled)] == [
+        "raw",
+        None,
+    ]
 
 
 def test_initial_noise_replaces_the_seeded_noise(home: Path, tmp_path: Path) -> None:

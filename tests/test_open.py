@@ -294,6 +294,11 @@ def test_files_without_a_variant_are_the_default(tmp_path: Path) -> None:
     assert_part_holds(open_model(folder, OpenOptions(variant="non_ema")), "vae", VAE, seed=3)
 
 
+def test_only_a_run_has_raw_weights(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--weights raw has no effect on .*, which is not a training run"):
+        open_model(with_variants(tmp_path, ""), OpenOptions(raw=True))
+
+
 def test_the_only_variant_is_the_default(tmp_path: Path) -> None:
     assert_part_holds(open_model(with_variants(tmp_path, "fp16")), "vae", VAE, seed=1)
 

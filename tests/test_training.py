@@ -479,6 +479,8 @@ def test_load_model_gives_the_averaged_weights_of_a_step(whole: Run, abstract: T
     assert not np.array_equal(flat[kernel], flatten(state.params)[kernel])  # the average differs from the parameters
     newest = flatten(load_model(whole.folder).params)
     assert np.array_equal(flat[kernel], newest[kernel]) == (step == 6)
+    raw = flatten(load_model(whole.folder / "checkpoints" / str(step), raw=True).params)
+    assert_identical({path: raw[path] for path in flatten(state.params)}, flatten(state.params))
 
 
 def test_missing_step_names_the_newest(whole: Run) -> None:

@@ -266,10 +266,12 @@ class OpenFlags:
     """Prediction type of the UNet, for files that do not say."""
     allow_partial: bool = False
     """Load a model although some of its tensors do not fit. Those keep their initial values, and are listed."""
+    weights: Literal["averaged", "raw"] = "averaged"
+    """Of a training run: the average of the weights (EMA), or the weights themselves."""
 
     def open_options(self) -> "OpenOptions":
         from sdxl_jax.diffusion import parameterisation
         from sdxl_jax.weights.open import OpenOptions
 
         prediction = None if self.prediction is None else parameterisation.Prediction(self.prediction)
-        return OpenOptions(self.variant, prediction, self.allow_partial)
+        return OpenOptions(self.variant, prediction, self.allow_partial, self.weights == "raw")

@@ -156,7 +156,7 @@ def _parsed(arguments: list[str]) -> Sample:
     settings["prompt"] = () if sample.prompt else (text["prompt"],)
     for name in ("negative_prompt", "background", "variant"):
         settings[name] = text.get(name, parsing.fields(Sample)[name])
-    for name in ("dtype", "prediction"):
+    for name in ("dtype", "prediction", "weights"):
         settings[name] = _choice(text, name, where)
     for name in ("lora", "embedding", "parts_from"):
         settings[name] = () if getattr(sample, name) else _list_of_texts(text, name, where)
@@ -297,6 +297,8 @@ def _shared_text(sample: Sample) -> dict[str, str]:
     for name in ("variant", "prediction"):
         if (value := getattr(sample, name)) is not None:
             settings[name] = value
+    if sample.weights != "averaged":
+        settings["weights"] = sample.weights
     if sample.init_image is not None:
         settings["background"] = sample.background
     if sample.outpaint is not None:

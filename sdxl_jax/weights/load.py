@@ -30,6 +30,7 @@ def load_model(
     variant: str | None = None,
     prediction: Prediction | None = None,
     allow_partial: bool = False,
+    raw: bool = False,
     progress: bool = True,
 ) -> Model:
     """The model at a path, its parameters placed on `mesh` (default: a copy on every device).
@@ -45,6 +46,7 @@ def load_model(
         variant: of a diffusers directory, e.g. "fp16"; None: the files without a variant.
         prediction: what the UNet outputs, where the files do not say.
         allow_partial: load a model whose tensors do not all fit; those that are left out are listed.
+        raw: of a run, the trained weights instead of their average.
         progress: show a progress bar for large models, and notes on the files.
 
     Raises InputError if there is no model that this version can read, and for tensors that are missing, unknown or of
@@ -53,7 +55,7 @@ def load_model(
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target.name not in DTYPES:
         raise InputError(f"dtype={target.name} is not implemented for parameters. Choose one of {', '.join(DTYPES)}")
-    weights = open_model(path, OpenOptions(variant, prediction, allow_partial), parts_from)
+    weights = open_model(path, OpenOptions(variant, prediction, allow_partial, raw), parts_from)
     return load_weights(weights if target is None else cast(weights, target), mesh, progress)
 
 

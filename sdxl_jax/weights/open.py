@@ -65,6 +65,8 @@ class OpenOptions:
     """What the UNet outputs, where the files do not say; None: as they say."""
     allow_partial: bool = False
     """Load the tensors that fit, with initial values for missing parameters. Otherwise a misfit is an error."""
+    raw: bool = False
+    """Of a run: the trained weights instead of their average."""
     has_options: bool = True
     """Whether the user can give these where the model is opened. A training run does not take them, and its messages
     name `sdxl-jax convert`, which does."""
@@ -86,6 +88,8 @@ def open_model(
     weights = _open(located(path, "the model"), options)
     for other in parts_from:
         weights = with_parts(weights, _open(located(other, "the model of other parts"), options), other)
+    if options.raw and weights.origin.layout is not SourceLayout.RUN:
+        raise InputError(f"--weights raw has no effect on {path}, which is not a training run. Leave it out")
     if options.prediction is None:
         return weights
     # The user's word overrides the files'.
@@ -103,7 +107,7 @@ def _open(path: AnyPath, options: OpenOptions) -> Weights:
 def _open_layout(path: AnyPath, options: OpenOptions) -> Weights:
     whole = absolute(path)
     if whole.name.isdecimal() and whole.parent.name == "checkpoints":
-        return _open_run(whole.parents[1], int(whole.name))
+        return _open_run(whole.parents[1], int(whole.name), options.raw)
     if path.is_file():
         return _open_file(path, options)
     if not path.is_dir():
@@ -116,7 +120,7 @@ def _open_layout(path: AnyPath, options: OpenOptions) -> Weights:
     if (path / "config.json").is_file():
         if (kind := diffusers_fields.component_kind(json_files.read(path / "config.json"))) is not None:
             return _open_component(path, kind, options)
-        return _open_run(path, None)
+        return _open_run(path, None, options.raw)
     if pickles := sorted(file for file in path.iterdir() if file.suffix.lower() in safetensors.PICKLES):
         safetensors.refuse_pickle(pickles[0])
     files = sorted(file.name for file in path.glob("*.safetensors"))
@@ -133,8 +137,9 @@ _EXPECTED = (
 # ---- our own layouts -------------------------------------------------------------------------------------------------
 
 
-def _open_run(run_dir: AnyPath, step: int | None) -> Weights:
-    """The averaged weights of a checkpoint, or the parameters if the run has no average. step: None for the newest."""
+def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
+    """The averaged weights of a checkpoint, or the parameters if the run has no average. step: None for the newest.
+    raw: the parameters in any case."""
     trained = run.trained(run_dir)
     config = trained.config
     arrays = checkpoints.arrays(run_dir)
