@@ -108,7 +108,7 @@ class ModelConfig:
             )
         grouped: list[tuple[str, UNetConfig | VaeConfig]] = [("unet", self.unet)]
         if isinstance(self.vae, TinyVaeConfig):
-            self._check_tiny(self.vae)
+            self.vae.check("model.vae")
         else:
             grouped.append(("vae", self.vae))
         for name, part in grouped:
@@ -132,18 +132,6 @@ class ModelConfig:
             raise InputError(
                 "model.schedule.zero_terminal_snr=True with model.prediction=epsilon: the last timestep is noise "
                 "alone, from which noise cannot be predicted. Set model.prediction=v_prediction"
-            )
-
-    def _check_tiny(self, tiny: TinyVaeConfig) -> None:
-        if tiny.channels < 1 or min(tiny.encoder_blocks + tiny.decoder_blocks, default=0) < 1:
-            raise InputError(
-                f"model.vae has channels={tiny.channels}, encoder_blocks={_listed(tiny.encoder_blocks)} and "
-                f"decoder_blocks={_listed(tiny.decoder_blocks)}. Give 1 or more everywhere"
-            )
-        if len(tiny.encoder_blocks) != len(tiny.decoder_blocks):
-            raise InputError(
-                f"model.vae.encoder_blocks={_listed(tiny.encoder_blocks)} and decoder_blocks="
-                f"{_listed(tiny.decoder_blocks)} differ in length. Give each of them one number per level"
             )
 
     def _check_text(self) -> None:

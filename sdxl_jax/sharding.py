@@ -43,6 +43,7 @@ class Rule(NamedTuple):
 
 
 RULES = (
+    Rule(r"(^|/)(discriminator|lpips)/", None),  # networks of an autoencoder's loss, small: replicated
     Rule(r"quant_conv/kernel$", None),  # 4 × 4 or 8 × 8 numbers
     Rule(r"conv_out/kernel$", -2),  # few output channels: split the input channels
     # Kernels that produce heads and hidden features, and those that consume them: one all-reduce over `tensor` a pair.

@@ -135,7 +135,8 @@ def test_divergence_is_zero_for_the_standard_normal_distribution_and_known_for_a
 def test_run_opens_as_an_autoencoder_with_its_averaged_weights(whole: Path, tmp_path: Path) -> None:
     weights = open_model(whole)
     assert list(weights.parts) == ["vae"]
-    assert weights.config.vae == VAE
+    measured = json.loads((whole / "config.json").read_text())["measured"]
+    assert weights.config.vae == dataclasses.replace(VAE, scale=measured["latent_scale"])
     outcome = call("convert", whole, tmp_path / "vae.safetensors", "--to", "single-file")
     assert outcome.code == 0, outcome.err
     expected, found = (
@@ -146,20 +147,45 @@ def test_run_opens_as_an_autoencoder_with_its_averaged_weights(whole: Path, tmp_
         np.testing.assert_array_equal(leaf, found[path], err_msg=path)
 
 
-def test_validation_shows_originals_over_reconstructions(whole: Path, config: AutoencoderConfig) -> None:
+def test_validation_shows_originals_beside_reconstructions(whole: Path, config: AutoencoderConfig) -> None:
     assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
     with Image.open(whole / "samples" / "step_00000004.png") as grid:
         text, width = grid.info, grid.width
     assert text["step"] == "4" and text["images"] == "3"
-    assert 0 < float(text["psnr_db"]) < 60
-    assert width > 3 * min(bucket[1] for bucket in config.data.buckets)
+    assert 0 < float(text["psnr_db"]) < 60 and -1 < float(text["ssim"]) < 1
+    assert width > 3 * max(bucket[1] for bucket in config.data.buckets)  # original, reconstruction, difference
 
 
-def test_psnr_follows_its_definition() -> None:
-    one, other = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
-    assert autoencoding.psnr(one, one) == math.inf
-    assert autoencoding.psnr(one, other) == 0
-    assert autoencoding.psnr(one, one + 1) == pytest.approx(20 * math.log10(255))
+def test_difference_is_grey_where_there_is_none() -> None:
+    original = np.array([[[0, 100, 255]]], np.uint8)
+    shown = autoencoding.signed_difference(original, np.array([[[255, 100, 250]]], np.uint8))
+    assert shown.tolist() == [[[255, 128, 123]]]
+
+
+def test_latents_have_unit_variance_with_the_measured_scale(config: AutoencoderConfig, whole: Path) -> None:
+    """Over samples of the posteriors of all images, computed in numpy."""
+    measured = json.loads((whole / "config.json").read_text())["measured"]
+    model = load_model(whole, progress=False)
+    dataset = BucketedDataset(config.data, None)
+    posteriors = [
+        vae.encode(VAE, model.params["vae"], normalise(image[None])) for image in autoencoding.examples(dataset, 16)
+    ]
+    means, variances = (np.concatenate([np.ravel(x) for x in each]) for each in zip(*posteriors, strict=True))
+    deviation = math.sqrt(np.var(means, dtype=np.float64) + np.exp(np.float64(variances)).mean())
+    assert measured["latent_images"] == 16 and measured["step"] == STEPS
+    assert measured["latent_standard_deviation"] == pytest.approx(deviation, rel=1e-5)  # float32 sums
+    assert measured["latent_scale"] == pytest.approx(1 / deviation, rel=1e-4)  # five digits
+
+
+def test_scale_is_measured_once_and_exported(
+    config: AutoencoderConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoding, "latent_deviation", None)
+    model = loop.train(config, whole, progress=False)  # finished already
+    measured = json.loads((whole / "config.json").read_text())["measured"]
+    assert model.config.vae.scale == measured["latent_scale"]
+    assert call("convert", whole, tmp_path / "vae", "--to", "orbax").code == 0
+    assert open_model(tmp_path / "vae").config.vae.scale == measured["latent_scale"]
 
 
 def test_decoder_alone_can_be_trained(config: AutoencoderConfig) -> None:

@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.objectives": {
         *("config", "data", "model", "models", "conditioning", "diffusion", "optim", "sampling", "weights.lazy"),
+        *("evaluation.image_metrics", "evaluation.weights"),
         *("sharding", "flops", "training.encoding", "training.initial", "training.objectives"),
         *("training.processes", "training.state", "training.step"),
         *BASE,
@@ -77,7 +78,8 @@ ALLOWED: dict[str, set[str]] = {
     "training.heartbeats": set(),
     "training.processes": {"training.cluster", "training.heartbeats"} | BASE,
     "training.run_directory": {
-        *("config", "data", "jsontree", "training.objectives", "training.status", "weights.formats.checkpoints"),
+        *("config", "data", "jsontree", "model", "training.objectives", "training.status"),
+        "weights.formats.checkpoints",
         *BASE,
     },
     "training.checksums": set(),

@@ -174,6 +174,7 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
         "parameters": state.params,
         "average": state.ema,
         "optimiser": state.optimiser,
+        "auxiliary": state.auxiliary,
         "frozen": frozen,
         "batch": batch,
     }

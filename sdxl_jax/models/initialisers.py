@@ -35,13 +35,15 @@ holds. Smaller: less is made in vain at the edges of a shard, more generators.""
 
 
 class Distribution(NamedTuple):
-    """A constant, or a normal distribution."""
+    """A constant, a normal distribution, or a uniform one."""
 
     mean: float = 0.0
     deviation: float = 0.0
     """Standard deviation before truncation; 0: a constant."""
     bound: float = math.inf
     """Deviations from the mean at which it is truncated."""
+    half_width: float = 0.0
+    """Half the width of a uniform distribution around the mean; 0: it is normal, or a constant."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,11 @@ def sample(
 ) -> Float32[np.ndarray, "..."]:
     """The initial values of a parameter, or the part of them that slices of all its axes select. path: "unet/…"; two
     parameters with the same path and seed have the same values."""
-    mean, deviation, bound = parameter.distribution
+    mean, deviation, bound, half_width = parameter.distribution
     index = index or (slice(None),) * len(parameter.shape)
     bounds = [part.indices(size)[:2] for part, size in zip(index, parameter.shape, strict=True)]
     sizes = [stop - start for start, stop in bounds]
-    if deviation == 0:
+    if deviation == half_width == 0:
         return np.full(sizes, mean, np.float32)
     values = np.empty(sizes, np.float32)
     sides = [1] * len(bounds) + [*_TILE]
@@ -144,13 +146,14 @@ def sample(
         for tile in tiles:
             corner = [place * side for place, side in zip(tile, sides, strict=True)]
             shape = [min(side, size - at) for side, size, at in zip(sides, parameter.shape, corner, strict=True)]
-            made = _normal(f"{seed}/{path}/{tile}", math.prod(shape), bound).reshape(shape)
+            key, count = f"{seed}/{path}/{tile}", math.prod(shape)
+            made = (_uniform(key, count) if half_width else _normal(key, count, bound)).reshape(shape)
             inner, outer = [], []
             for (start, stop), at, size in zip(bounds, corner, shape, strict=True):
                 first, last = max(start, at), min(stop, at + size)
                 inner.append(slice(first - at, last - at))
                 outer.append(slice(first - start, last - start))
-            values[tuple(outer)] = mean + np.float32(deviation) * made[tuple(inner)]
+            values[tuple(outer)] = mean + np.float32(half_width or deviation) * made[tuple(inner)]
 
     count = min(_threads(), len(tiles))
     list(_pool().map(fill, [tiles[number::count] for number in range(count)]))
@@ -159,13 +162,22 @@ def sample(
 
 def _normal(key: str, count: int, bound: float) -> Float32[np.ndarray, " count"]:
     """Standard normal values; those beyond the bound are drawn again."""
-    generator = np.random.Generator(np.random.SFC64(int.from_bytes(key.encode(), "little")))
+    generator = _generator(key)
     values = generator.standard_normal(count, np.float32)
     beyond = np.flatnonzero(np.abs(values) > bound) if bound < math.inf else np.empty(0, int)
     while len(beyond):
         values[beyond] = again = generator.standard_normal(len(beyond), np.float32)
         beyond = beyond[np.abs(again) > bound]
     return values
+
+
+def _uniform(key: str, count: int) -> Float32[np.ndarray, " count"]:
+    """Values uniform in −1..1."""
+    return 2 * _generator(key).random(count, np.float32) - 1
+
+
+def _generator(key: str) -> np.random.Generator:
+    return np.random.Generator(np.random.SFC64(int.from_bytes(key.encode(), "little")))
 
 
 def _threads() -> int:

@@ -71,7 +71,7 @@ _LAYERS: dict[Backbone, tuple[_Conv | _Pool, ...]] = {
         *(_Conv(384, compared=True), _Conv(256, compared=True), _Conv(256, compared=True)),
     ),
 }
-_SMALLEST = {Backbone.VGG: 16, Backbone.ALEX: 31}
+SMALLEST = {Backbone.VGG: 16, Backbone.ALEX: 31}
 """Pixels of the shorter side at which the last layer still has a position."""
 
 
@@ -101,7 +101,7 @@ def _differences(
 ) -> list[Float[jax.Array, "batch rows columns channels"]]:
     """(n_x − n_y)² of each layer."""
     height, width = x.shape[1:3]
-    if min(height, width) < (smallest := _SMALLEST[backbone]):
+    if min(height, width) < (smallest := SMALLEST[backbone]):
         raise InputError(
             f"LPIPS ({backbone.value}) compares images of {smallest} pixels and more; these are {height}×{width}. Give "
             "larger images, or enlarge both alike"
@@ -142,7 +142,7 @@ def psim(params: Params, x: Image, y: Image) -> Float[jax.Array, "batch"]:
 @functools.cache
 def abstract(backbone: Backbone) -> Params:
     """The parameters and how they begin (`initialisers.Parameter`): features random, w one."""
-    side = _SMALLEST[backbone]
+    side = SMALLEST[backbone]
     features = initialisers.abstract(_Features(backbone), jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32))
     compared = [layer for layer in _LAYERS[backbone] if isinstance(layer, _Conv) and layer.compared]
     weights = {

@@ -8,7 +8,8 @@ the mean that the large autoencoder would. It is trained on latents that are sca
 here (TAESDXL: those of SDXL × 0.13025). Inside, images are 0..1.
 
 Source: Ollin Boer Bohan's `taesd` (github.com/madebyollin/taesd, taesd.py), which diffusers has as `AutoencoderTiny`.
-`vae.encode`, `vae.decode` and `vae.abstract` take this autoencoder too; its training is not here.
+`vae.encode`, `vae.decode` and `vae.abstract` take this autoencoder too. Its training is that of the large ones
+(training/objectives/autoencoding.py).
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from sdxl_jax.errors import InputError
 from sdxl_jax.models.layers import Compute, conv, nearest
 
 _CLAMP = 3.0
@@ -46,6 +48,20 @@ class TinyVaeConfig:
     def scale(self) -> float:
         """Its latents have unit variance as they are."""
         return 1.0
+
+    def check(self, name: str) -> None:
+        """Raises InputError for numbers below 1, and for halves with different numbers of levels. name: its field."""
+        encoder, decoder = (", ".join(map(str, blocks)) for blocks in (self.encoder_blocks, self.decoder_blocks))
+        if self.channels < 1 or min(self.encoder_blocks + self.decoder_blocks, default=0) < 1:
+            raise InputError(
+                f"{name} has channels={self.channels}, encoder_blocks={encoder} and decoder_blocks={decoder}. Give 1 "
+                "or more everywhere"
+            )
+        if len(self.encoder_blocks) != len(self.decoder_blocks):
+            raise InputError(
+                f"{name}.encoder_blocks={encoder} and decoder_blocks={decoder} differ in length. Give each of them one "
+                "number per level"
+            )
 
 
 TAESDXL = TinyVaeConfig()
@@ -87,10 +103,14 @@ class TinyEncoder(nn.Module):
 
 
 def decoder_level(
-    config: TinyVaeConfig, compute: Compute, level: int, x: Float[jax.Array, "batch height width channels"]
+    config: TinyVaeConfig,
+    compute: Compute,
+    level: int,
+    x: Float[jax.Array, "batch height width channels"],
+    conv_out: bool = True,
 ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
     """A level of the decoder, numbered from the coarsest, in the scope of a module: the upsampling before it, its
-    blocks, and after the last level the output layer."""
+    blocks, and after the last level the output layer, if `conv_out`."""
     if level:
         for axis in (1, 2):
             x = nearest(x, 2 * x.shape[axis], axis)
@@ -99,17 +119,20 @@ def decoder_level(
         x = nn.relu(conv(config.channels, "conv_in", compute)(_CLAMP * jnp.tanh(x / _CLAMP)))
     for index in range(config.decoder_blocks[level]):
         x = compute.block(Block)(compute, name=f"up_blocks_{level}_blocks_{index}")(x)
-    return x if level + 1 < len(config.decoder_blocks) else 2 * conv(3, "conv_out", compute)(x) - 1
+    last = level + 1 == len(config.decoder_blocks) and conv_out
+    return 2 * conv(3, "conv_out", compute)(x) - 1 if last else x
 
 
 class TinyDecoder(nn.Module):
     config: TinyVaeConfig
     compute: Compute
+    conv_out: bool = True
+    """Whether it ends with its last convolution, or with what goes into that."""
 
     @nn.compact
     def __call__(
         self, x: Float[jax.Array, "batch latent_height latent_width channels"]
-    ) -> Float[jax.Array, "batch height width 3"]:
+    ) -> Float[jax.Array, "batch height width channels_out"]:
         for level in range(len(self.config.decoder_blocks)):
-            x = decoder_level(self.config, self.compute, level, x)
+            x = decoder_level(self.config, self.compute, level, x, self.conv_out)
         return x

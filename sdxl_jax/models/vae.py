@@ -4,8 +4,8 @@
 
 Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the
 encoder pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are
-not here. `encode`, `decode` and `abstract` take the tiny autoencoder of `taesd.py` as well, by the type of its
-configuration.
+in training/objectives/. `encode`, `decode` and `abstract` take the tiny autoencoder of `taesd.py` as well, by the type
+of its configuration.
 """
 
 import functools
@@ -130,10 +130,14 @@ def _entry(
 
 
 def _level(
-    config: VaeConfig, compute: Compute, level: int, x: Float[jax.Array, "batch height width channels"]
+    config: VaeConfig,
+    compute: Compute,
+    level: int,
+    x: Float[jax.Array, "batch height width channels"],
+    conv_out: bool = True,
 ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
     """A level of the decoder, numbered from the coarsest: the upsampling before it, its blocks, and after the last
-    level the output layers."""
+    level the output layers. conv_out: whether the last convolution is among them."""
     block = compute.block(ResnetBlock)
     if level:
         _, height, width, _ = x.shape
@@ -144,20 +148,22 @@ def _level(
     if level + 1 < len(config.block_channels):
         return x
     x = nn.silu(group_norm(config.groups, _EPSILON, "conv_norm_out", compute)(x))
-    return conv(3, "conv_out", compute)(x)
+    return conv(3, "conv_out", compute)(x) if conv_out else x
 
 
 class Decoder(nn.Module):
     config: VaeConfig
     compute: Compute
+    conv_out: bool = True
+    """Whether it ends with its last convolution, or with what goes into that."""
 
     @nn.compact
     def __call__(
         self, x: Float[jax.Array, "batch latent_height latent_width channels"]
-    ) -> Float[jax.Array, "batch height width 3"]:
+    ) -> Float[jax.Array, "batch height width channels_out"]:
         x = _entry(self.config, self.compute, x)
         for level in range(len(self.config.block_channels)):
-            x = _level(self.config, self.compute, level, x)
+            x = _level(self.config, self.compute, level, x, self.conv_out)
         return x
 
 
@@ -234,6 +240,29 @@ def decode(
     _, decoder = _networks(config, compute)
     image = decoder.apply({"params": params["decoder"]}, latent / config.scale)
     return jnp.asarray(image, jnp.float32)
+
+
+def decode_features(
+    config: AnyVaeConfig,
+    params: Params,
+    latent: Float[jax.Array, "batch latent_height latent_width channels"],
+    compute: Compute = Compute(),
+) -> Float[jax.Array, "batch height width features"]:
+    """`decode` up to its last convolution: `features_to_image` of this is the image."""
+    decoder = taesd.TinyDecoder if isinstance(config, TinyVaeConfig) else Decoder
+    features = decoder(config, compute, conv_out=False)  # pyright: ignore[reportArgumentType]
+    return jnp.asarray(features.apply({"params": params["decoder"]}, latent / config.scale))
+
+
+def features_to_image(
+    config: AnyVaeConfig,
+    last: Params,
+    features: Float[jax.Array, "batch height width features"],
+    compute: Compute = Compute(),
+) -> Float[jax.Array, "batch height width 3"]:
+    """The last convolution of `decode`, float32. last: its parameters, decoder/conv_out."""
+    image = jnp.asarray(conv(3, "conv_out", compute).apply({"params": last}, features))
+    return jnp.asarray(2 * image - 1 if isinstance(config, TinyVaeConfig) else image, jnp.float32)
 
 
 def decode_tiled(

@@ -14,9 +14,11 @@ Saving is asynchronous: it continues in the background, and `Checkpoints.finish`
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import optax
+from jaxtyping import Int
 from orbax.checkpoint import v1 as ocp
 
 from sdxl_jax.arrays import Params
@@ -33,6 +35,20 @@ from sdxl_jax.weights.formats.checkpoints import COMMITTED, latest_step
 from sdxl_jax.weights.formats.run import Damaged
 
 _CHECKSUMS = "array_checksums"
+
+
+class _WithoutAuxiliary(NamedTuple):
+    """A state of which nothing else is trained, as it is stored: Orbax does not restore a tree with another field."""
+
+    step: Int[jax.Array, ""]
+    params: Params
+    ema: Params | None
+    optimiser: optax.OptState
+
+
+def _stored(state: TrainState) -> TrainState | _WithoutAuxiliary:
+    """The tree that a checkpoint of this state has."""
+    return state if state.auxiliary is not None else _WithoutAuxiliary(*state[:4])
 
 
 class Checkpoints:
@@ -131,7 +147,10 @@ class Checkpoints:
         failed = ""
         try:
             response = self._checkpointer.save_async(
-                step, state, custom_metadata=custom_metadata, metrics=None if metrics is None else dict(metrics)
+                step,
+                _stored(state),
+                custom_metadata=custom_metadata,
+                metrics=None if metrics is None else dict(metrics),
             )
             assert response is not None, f"Orbax skipped the checkpoint of step {step}"
         except Exception as error:  # OSError, or what Orbax and tensorstore wrap it in
@@ -233,7 +252,7 @@ def restore(directory: AnyPath, step: int, abstract: TrainState) -> TrainState:
     disk is changed.
     """
     try:
-        return _load(directory / str(step), abstract)
+        return TrainState(*_load(directory / str(step), _stored(abstract)))
     except Damaged as error:
         earlier = [other for other in checkpoints.steps(directory) if other < step]
         remedy = (

@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from sdxl_jax.arrays import flatten
+from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.config import MEANING, LoopConfig, is_within
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
@@ -19,6 +19,7 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.lazy import (
     Initial,
+    Leaf,
     Origin,
     SourceLayout,
     Weights,
@@ -71,6 +72,14 @@ def random_weights(
     abstract = abstract_leaves(model, parts)
     leaves = {path: Initial(leaf, path, training.seed) for path, leaf in abstract.items() if path not in given}
     return place(Weights(model, leaves, Origin(SourceLayout.MEMORY)), mesh, "initialising", progress)
+
+
+def placed_network(name: str, leaves: Mapping[str, Leaf], mesh: Mesh) -> Params:
+    """A network that is not a part of the model, on the devices that the sharding rules of NAME/… give it. leaves: its
+    parameters, by path."""
+    named = {f"{name}/{path}": leaf for path, leaf in leaves.items()}
+    weights = Weights(ModelConfig(), named, Origin(SourceLayout.MEMORY))
+    return unflatten(place(weights, mesh, f"loading {name}", progress=False))[name]
 
 
 def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> list[Weights]:

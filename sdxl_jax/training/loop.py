@@ -8,6 +8,7 @@ as if nothing had happened.
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Collection, Generator, Iterator
 from pathlib import Path, PurePath
@@ -72,9 +73,26 @@ def train(
     ):
         with _tools(run, clock) as tools:
             state = _loop(run, tools)
+            model = _measured(run, clock, run.objective.model(state, run.frozen))
         if run.progress:
             tqdm.write(f"where the time went\n{time_table(read_starts(run.run_dir))}")
-    return run.objective.model(state, run.frozen)
+    return model
+
+
+def _measured(run: Run, clock: Clock, model: Model) -> Model:
+    """The trained model, with what is measured on it when training ends; config.json keeps that."""
+    # The first process decides: the others may see an older state of a network file system.
+    known = run_directory.measured_model(run.directory, run.stop) if run.processes.is_first else None
+    if json.loads(run.processes.gather(json.dumps(known is not None))[0]):
+        known = known or run_directory.measured_model(run.directory, run.stop)
+        return model if known is None else model._replace(config=known)
+    with clock.during(TimePart.EVALUATION):
+        measured = run.objective.measure(model, run.dataset, run.mesh, run.processes, run.progress)
+    if measured is None:
+        return model
+    if run.processes.is_first:
+        run_directory.write_measured(run.directory, run.stop, measured)
+    return model._replace(config=measured.model)
 
 
 def _loop(run: Run, tools: "Tools") -> TrainState:

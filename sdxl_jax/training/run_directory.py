@@ -24,14 +24,15 @@ from sdxl_jax.files import atomic, buckets, locks
 from sdxl_jax.files.paths import AnyPath, in_bucket, located
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, read_saved, to_json
+from sdxl_jax.model import ModelConfig
 from sdxl_jax.progress import tqdm
 from sdxl_jax.training.objectives import objective_of
-from sdxl_jax.training.objectives.base import Objective
+from sdxl_jax.training.objectives.base import Measured, Objective
 from sdxl_jax.training.status import LOCK
 from sdxl_jax.weights.formats.checkpoints import steps
 
 _LIBRARIES = ("sdxl_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-_FINGERPRINT = "data_fingerprint"
+_FINGERPRINT, _MEASURED = "data_fingerprint", "measured"
 _WHAT = "the run directory"
 _FIRST_OBJECTIVE = "denoising"
 """The objective of runs whose config.json does not name one."""
@@ -327,7 +328,8 @@ def write_config(
     """Writes config.json, also into `checkpoint.directory`, which can be opened as a run so. changed: differences from
     the present one, which are appended to its history."""
     path = directory.files / "config.json"
-    history: list[Any] = read_saved(path).get("history", []) if path.exists() else []
+    saved = read_saved(path) if path.exists() else {}
+    history: list[Any] = saved.get("history", [])
     if changed:
         history.append({"after_step": step, "changed": changed})
     content = {
@@ -336,10 +338,29 @@ def write_config(
         "commit": commit(),
         "history": history,
     }
+    if saved.get(_MEASURED, {}).get("step") == step:
+        content |= {name: saved[name] for name in ("model", _MEASURED)}
+    _write(directory, content)
+
+
+def _write(directory: RunDirectory, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=1)
-    atomic.write_text(path, text)
+    atomic.write_text(directory.files / "config.json", text)
     if directory.arrays is not directory.path:
         (directory.arrays / "config.json").write_text(text)
+
+
+def write_measured(directory: RunDirectory, step: int, measured: Measured) -> None:
+    """Writes what was measured on the trained model into config.json, whose model is exported from then on."""
+    content = read_saved(directory.files / "config.json")
+    content |= {"model": to_json(measured.model), _MEASURED: {"step": step, **measured.values}}
+    _write(directory, content)
+
+
+def measured_model(directory: RunDirectory, step: int) -> ModelConfig | None:
+    """The model's configuration with what was measured on it after this step; None: nothing was."""
+    saved = read_saved(directory.files / "config.json")
+    return from_json(saved["model"], ModelConfig) if saved.get(_MEASURED, {}).get("step") == step else None
 
 
 def commit() -> str | None:

@@ -1,7 +1,7 @@
 """The training state: one tree with every array that a step changes. Frozen parameters are not in it."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ class TrainState(NamedTuple):
     """Their moving average; None: no average is kept."""
     optimiser: optax.OptState
     """The optimiser's moments."""
+    auxiliary: Any = None
+    """What else the objective trains, which is neither sampled from nor exported: a discriminator with its optimiser,
+    weights of the loss. None: nothing."""
 
     @property
     def sampled(self) -> Params:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from einops import rearrange
-from jaxtyping import Float, Int, Key, Num
+from jaxtyping import Bool, Float, Int, Key, Num
 
 from sdxl_jax.arrays import Batch, Params
 from sdxl_jax.config import OnNonfinite, RunConfig
@@ -66,7 +66,7 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
         updates, moments = optimiser.update(gradient, state.optimiser, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
         next_step = state.step + 1
-        average = _updated_average(config.ema, state.ema, params, moments, update_count, step_key)
+        average = updated_average(config.ema, state.ema, params, moments, update_count, step_key)
         new_state = TrainState(next_step, params, average, moments)
         metrics = {
             "loss": value,
@@ -77,16 +77,20 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
         }
         if config.training.on_nonfinite is OnNonfinite.SKIP:
             finite = jnp.isfinite(value) & jnp.isfinite(norm)
-            # Not lax.cond: XLA fuses a select into the update, which then writes in place of the old value.
-            selected = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, state)
-            new_state = selected._replace(step=new_state.step)
+            new_state = unless_skipped(finite, new_state, state)
             metrics["skipped"] = jnp.where(finite, 0, 1)
         return new_state, metrics
 
     return step
 
 
-def _updated_average(
+def unless_skipped(finite: Bool[jax.Array, ""], new: TrainState, old: TrainState) -> TrainState:
+    """The new state; if the step is not finite, the old one with the step counted."""
+    # Not lax.cond: XLA fuses a select into the update, which then writes in place of the old value.
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)._replace(step=new.step)
+
+
+def updated_average(
     config: EmaConfig,
     average: Params | None,
     params: Params,
@@ -94,10 +98,12 @@ def _updated_average(
     update_count: Int[jax.Array, ""],
     step_key: Key[jax.Array, ""],
 ) -> Params | None:
-    """The moving average after an update. params, moments: after the update; update_count: the updates before it."""
+    """The moving average after an update. params, moments: after the update; those that are not in the average are left
+    out. update_count: the updates before it."""
     if average is None:
         return None
     key = jax.random.fold_in(step_key, _AVERAGE)
     if config.kind is EmaKind.OPTIMISER:
         params = own_average(moments, params)
+    params = {part: params[part] for part in average}
     return ema.update(average, params, ema.weight_at(config, update_count), key)

@@ -152,11 +152,14 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
         listed = ", ".join(map(str, known[-8:]))
         raise InputError(f"{run_dir} has no checkpoint of step {chosen}. Give one of its newest: {listed}")
     state = orbax.leaves(path, run.metadata(path)[0])
-    has_average = any(name.startswith("ema/") for name in state)
+    has_average = not raw and any(name.startswith("ema/") for name in state)
     prefix = "ema/" if has_average else "params/"
     leaves = {name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)}
-    if leaves.keys() != abstract_leaves(config, trained.parts).keys():
-        leaves |= orbax.leaves(arrays / "frozen", orbax.metadata(arrays / "frozen")[0])
+    expected = abstract_leaves(config, trained.parts).keys()
+    if leaves.keys() != expected:
+        frozen = orbax.leaves(arrays / "frozen", orbax.metadata(arrays / "frozen")[0])
+        # Networks of the loss are there too.
+        leaves |= {name: leaf for name, leaf in frozen.items() if name.split("/")[0] in part_configs(config)}
     unfinished = step is None and chosen < trained.steps
     notes = (f"{run_dir} is at step {chosen} of {trained.steps}",) if unfinished else ()
     provenance = Provenance(absolute(run_dir).name, chosen, trained.steps, has_average, trained.commit)

@@ -7,7 +7,7 @@ networks that train against each other (adversarial training) overrides the stat
     batches                        tokenizer · batches · abstract_batch
     state                          abstract_state · initial_weights · fresh_state
     step                           loss · step · model_flops
-    for sampling and export        model_config · parts · model · validation
+    for sampling and export        model_config · parts · model · validation · measure
 
 Not here: compilation, checkpoints, processes, metrics, signals. The loop has them once, for all objectives.
 """
@@ -50,6 +50,15 @@ class Grid(NamedTuple):
     columns: int
     text: Mapping[str, Any]
     """The settings that they were generated with, for the PNG's text."""
+
+
+class Measured(NamedTuple):
+    """What is measured on the trained model when training ends."""
+
+    model: ModelConfig
+    """The model's configuration with it, which is exported from then on."""
+    values: Mapping[str, float | int]
+    """By name, for config.json."""
 
 
 class Objective(abc.ABC, Generic[Config]):
@@ -128,8 +137,11 @@ class Objective(abc.ABC, Generic[Config]):
         """Shapes, dtypes and shardings of the state and of the frozen parameters; no array is created."""
         params = unflatten(abstract_leaves(self.model_config, self.parts))
         trained, frozen = partition(params, self.config.training.trainable)
-        make = functools.partial(create, optimiser=self.optimiser, config=self.config.ema)
-        return sharding.placed(mesh, jax.eval_shape(make, trained)), sharding.placed(mesh, frozen)
+        return sharding.placed(mesh, jax.eval_shape(self.create, trained)), sharding.placed(mesh, frozen)
+
+    def create(self, params: Params) -> TrainState:
+        """The state before the first step, of trainable parameters. Pure: compiled by `jitted_start`."""
+        return create(params, self.optimiser, self.config.ema)
 
     def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float32[jax.Array, "..."]]:
         """The parameters that are not initialised at random, by path, with their shardings."""
@@ -148,8 +160,7 @@ class Objective(abc.ABC, Generic[Config]):
     def jitted_start(self, abstract: TrainState) -> Callable[[Params], TrainState]:
         """Trainable parameters → the state before the first step. The parameters are donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        make = functools.partial(create, optimiser=self.optimiser, config=self.config.ema)
-        return jax.jit(make, out_shardings=shardings, donate_argnums=0)
+        return jax.jit(self.create, out_shardings=shardings, donate_argnums=0)
 
     # Step
 
@@ -181,6 +192,13 @@ class Objective(abc.ABC, Generic[Config]):
     @abc.abstractmethod
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images that show what was learnt. All processes compute them together."""
+
+    def measure(
+        self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes, progress: bool = True
+    ) -> Measured | None:
+        """What an export has to know of the trained model besides its parameters, measured when training ends, by all
+        processes together. None, as here: nothing."""
+        del model, dataset, mesh, processes, progress
 
 
 def abstract_rows(mesh: Mesh | AbstractMesh, batch_size: int, dtype: Any, *shape: int) -> Any:

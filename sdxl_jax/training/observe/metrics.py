@@ -176,8 +176,9 @@ class MetricsWriter:
         mfu = None if self._mfu_meter is None else self._mfu_meter.mfu(bucket, seconds)
         if mfu is not None:
             line["mfu"] = mfu
-        if not math.isfinite(values["loss"] + values["grad_norm"]) and not values.get("skipped"):
-            raise NonFinite(step, values["loss"], values["grad_norm"])
+        norms = sum(value for name, value in values.items() if name.endswith("grad_norm"))
+        if not math.isfinite(values["loss"] + norms) and not values.get("skipped"):
+            raise NonFinite(step, values["loss"], norms)
         finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         self._lines.append(json.dumps(finite, allow_nan=False) + "\n")
         self._write_lines()
