@@ -145,7 +145,9 @@ def inception(params: Params, mode: ResizeMode, spatial: bool) -> Network:
         features = network.features(params, x)
         return features.pool, features.spatial if spatial else None
 
-    return Network(INCEPTION, functools.partial(resize.prepare, mode=mode), jax.jit(apply), params)
+    options = network.CPU_OPTIONS if jax.default_backend() == "cpu" else None
+    apply = jax.jit(apply, compiler_options=options)
+    return Network(INCEPTION, functools.partial(resize.prepare, mode=mode), apply, params)
 
 
 def statistics_of(
