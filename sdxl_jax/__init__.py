@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sdxl_jax.evaluation.scores import evaluate
     from sdxl_jax.sampling.generate import encode_prompt, generate, image_to_image, inpaint, refine, text_to_image
     from sdxl_jax.sampling.options import Options
     from sdxl_jax.training.loop import train
@@ -17,6 +18,7 @@ __all__ = [
     "Options",
     "convert",
     "encode_prompt",
+    "evaluate",
     "generate",
     "image_to_image",
     "inpaint",
@@ -30,6 +32,7 @@ _HOMES = {
     "Options": "sdxl_jax.sampling.options",
     "convert": "sdxl_jax.weights.convert",
     "encode_prompt": "sdxl_jax.sampling.generate",
+    "evaluate": "sdxl_jax.evaluation.scores",
     "generate": "sdxl_jax.sampling.generate",
     "image_to_image": "sdxl_jax.sampling.generate",
     "inpaint": "sdxl_jax.sampling.generate",

@@ -2,7 +2,8 @@
 is in commands/.
 
 Exit code 0 when done; 2 when the input is at fault, 1 when the machine is, with one message on stderr and no traceback
-unless --debug; 143 and 130 for `train`, `data encode` and `data build` that SIGTERM or Ctrl-C stopped with work left.
+unless --debug; 143 and 130 for `train`, `evaluate`, `data encode` and `data build` that SIGTERM or Ctrl-C stopped with
+work left.
 """
 
 import sys
@@ -69,18 +70,25 @@ def _data(arguments: list[str]) -> None:
     data.run(arguments)
 
 
+def _evaluate(arguments: list[str]) -> None:
+    from sdxl_jax.commands import evaluate
+
+    evaluate.run(arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
     "train": (_train, "train a model from a configuration file, or resume a run"),
     "status": (_status, "steps done and to do, last checkpoint, where the time went; running, finished or failed"),
     "compile": (_compile, "compile it ahead of time for TPU slices: memory per chip, estimated time"),
     "sample": (_sample, "sample images from a model: text to image, image to image, inpainting"),
+    "evaluate": (_evaluate, "metrics: FID, KID, CLIP score and more, of images, a model, an autoencoder"),
     "serve": (_serve, "sample images on a web page"),
     "convert": (_convert, "convert a model to another layout: diffusers, a single file, Orbax"),
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training sees; encode: latents once"),
 }
 
-_COMPUTING = ("quickstart", "train", "sample", "serve")
+_COMPUTING = ("quickstart", "train", "sample", "serve", "evaluate")
 """Commands that run a network, many times."""
 
 

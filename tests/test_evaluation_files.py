@@ -213,9 +213,14 @@ def test_files_of_others_are_read(
 ) -> None:
     whole = stored()
     assert whole.spatial is not None and whole.features is not None
-    values = {"mu": whole.pool.mean, "sigma": whole.pool.covariance, "feats": whole.features, "arr_0": IMAGES}
+    values: dict[str, Any] = {
+        "mu": whole.pool.mean,
+        "sigma": whole.pool.covariance,
+        "feats": whole.features,
+        "arr_0": IMAGES,
+    }
     values |= {"mu_s": whole.spatial.mean, "sigma_s": whole.spatial.covariance}
-    np.savez(tmp_path / name, **{each: values[each] for each in arrays})
+    np.savez(tmp_path / name, allow_pickle=False, **{each: values[each] for each in arrays})
     found = statistics.load(tmp_path / name, said)
     assert found.resize is mode
     assert (found.spatial is not None) == ("mu_s" in arrays)
@@ -269,7 +274,7 @@ def test_pickles_are_refused_and_their_code_is_not_run(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_statistics_are_refused(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "file.npz", **arrays)
+    np.savez(tmp_path / "file.npz", allow_pickle=False, **arrays)
     with pytest.raises(InputError, match=message):
         statistics.load(tmp_path / "file.npz", ResizeMode.TF1)
 

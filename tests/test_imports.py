@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "data.build": {"data"} | BASE,
     "jsontree": {"models"} | BASE,
     "config": {"model", "conditioning", "diffusion", "models", "data", "jsontree", "optim", "sharding"} | BASE,
-    "smoke": {"config", "model", "models", "conditioning", "sharding"},
+    "smoke": {"config", "model", "models", "conditioning", "sharding", "training.objectives"},
     "weights": {
         *("weights", "adapters", "jsontree"),
         *("model", "models", "conditioning", "diffusion", "samplers.defaults", "samplers.steps", "sharding"),
@@ -105,7 +105,8 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
     },
     "serving": {"serving", "sampling", "model", "models", "conditioning", "samplers"} | BASE,
-    "": {"sampling", "training.loop", "weights"},  # the package itself: the modules of its public names
+    # The package itself: the modules of its public names.
+    "": {"evaluation.scores", "sampling", "training.loop", "weights"},
 }
 """Which of our modules each module may import; the row with the longest matching prefix counts. A name includes all
 modules below it."""

@@ -207,7 +207,7 @@ def _outpaint(value: str, where: str) -> tuple[int, ...]:
 def _tasks(sample: Sample) -> list[Task]:
     given = [PromptSettings(prompt, sample.negative_prompt, sample.options) for prompt in sample.prompt]
     if sample.prompts_file is not None:
-        given += _read_prompts(sample.prompts_file, sample)
+        given += read_prompts(sample.prompts_file, sample)
     if not given:
         raise InputError("There is no prompt. Give --prompt TEXT, once or several times, or --prompts-file FILE")
     tasks, index = [], 0
@@ -221,7 +221,8 @@ def _tasks(sample: Sample) -> list[Task]:
     return tasks
 
 
-def _read_prompts(path: Path, sample: Sample) -> Iterator[PromptSettings]:
+def read_prompts(path: Path, sample: Sample) -> Iterator[PromptSettings]:
+    """The prompts of a `--prompts-file`; each with the options of its line, and otherwise those of `sample`."""
     lines = texts.lines(texts.read_text(path))
     as_json = any(line.lstrip().startswith("{") for line in lines)
     for number, line in enumerate(lines, 1):
