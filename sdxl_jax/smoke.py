@@ -8,13 +8,17 @@ them prediction, loss, conditioning, precision, rematerialisation, optimiser and
 import math
 from dataclasses import replace
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from sdxl_jax.conditioning.text import Tower
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
+
+_Config = TypeVar("_Config", bound=RunConfig)
 
 SMALLER = 8
 """Divisor of image sides."""
@@ -33,6 +37,9 @@ SHRUNK = (
     *("training.steps", "training.init_from", "training.compilation_cache"),
     *("checkpoint.every_steps", "checkpoint.keep"),
     *("validation.every_steps", "validation.prompts", "validation.sizes", "validation.steps"),
+    *("vae.block_channels", "vae.resnets_per_block", "vae.groups"),
+    *("vae.channels", "vae.encoder_blocks", "vae.decoder_blocks", "validation.images"),
+    *("discriminator.network.base_channels", "discriminator.network.layers", "discriminator.start_step"),
 )
 """Fields in which a smoke configuration may differ. In `model.text` these are the towers' widths, layers, heads and
 projections."""
@@ -46,8 +53,38 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
 
     Of the buckets it keeps the widest, the squarest and the tallest.
     """
-    data, training, validation = config.data, config.training, config.validation
-    cache = training.compilation_cache
+    small, validation = _small_run(config, root), config.validation
+    return replace(
+        small,
+        model=_small_model(config.model),
+        validation=replace(
+            validation,
+            every_steps=None if validation.every_steps is None else STEPS,
+            prompts=validation.prompts[:1],
+            sizes=tuple(_smaller(size) for size in validation.sizes[:1]),
+            steps=2,
+        ),
+    )
+
+
+def smoke_autoencoder(config: AutoencoderConfig, root: str = "smoke") -> AutoencoderConfig:
+    """The smoke configuration of an autoencoder's training. root: as for `smoke_config`."""
+    validation, discriminator = config.validation, config.discriminator
+    if discriminator is not None:
+        network = replace(discriminator.network, base_channels=4, layers=min(2, discriminator.network.layers))
+        discriminator = replace(discriminator, network=network, start_step=min(1, discriminator.start_step))
+    every = None if validation.every_steps is None else STEPS
+    return replace(
+        _small_run(config, root),
+        vae=_small_vae(config.vae),
+        discriminator=discriminator,
+        validation=replace(validation, every_steps=every, images=2),
+    )
+
+
+def _small_run(config: _Config, root: str) -> _Config:
+    """What runs of every objective have, in small."""
+    data, training, cache = config.data, config.training, config.training.compilation_cache
 
     def inside(path: str) -> str:
         return str(PurePosixPath(root, path))
@@ -64,7 +101,6 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
             batch_size=8,
             batch_pixels=None,
         ),
-        model=_small_model(config.model),
         mesh=MeshConfig(),
         optimiser=replace(config.optimiser, warmup_steps=min(1, config.optimiser.warmup_steps), accumulate=1),
         training=replace(
@@ -74,13 +110,6 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
             compilation_cache=cache if cache in (None, "user") else inside(cache),
         ),
         checkpoint=replace(config.checkpoint, every_steps=1, keep=STEPS),
-        validation=replace(
-            validation,
-            every_steps=None if validation.every_steps is None else STEPS,
-            prompts=validation.prompts[:1],
-            sizes=tuple(_smaller(size) for size in validation.sizes[:1]),
-            steps=2,
-        ),
     )
 
 

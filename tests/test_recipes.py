@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from PIL import Image
+from test_autoencoder_recipes import AUTOENCODERS
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
@@ -59,8 +60,9 @@ def recipe(name: str) -> TrainConfig:
 
 
 def test_every_recipe_is_tested_and_has_its_smoke_configuration() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {*NAMES, "quickstart", "quickstart_autoencoder"}
-    assert {path.stem for path in (CONFIGS / "smoke").glob("*.py")} == set(NAMES)
+    every = {*NAMES, *AUTOENCODERS}
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*every, "quickstart", "quickstart_autoencoder"}
+    assert {path.stem for path in (CONFIGS / "smoke").glob("*.py")} == every
 
 
 @pytest.mark.parametrize("name", NAMES)

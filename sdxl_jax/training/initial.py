@@ -125,7 +125,8 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
         _check_meaning(path, weights, training, model)
         opened.append(weights)
     lacking = [lacking_half(weights) for weights in opened if "vae" in weights.parts]
-    if lacking and None not in lacking and len(set(lacking)) == 1:
+    trained = any(re.search(pattern, f"vae/{lacking[0]}/conv_out/kernel") for pattern in training.trainable if lacking)
+    if lacking and None not in lacking and len(set(lacking)) == 1 and not trained:
         raise InputError(
             f"training.init_from={','.join(training.init_from)} holds a tiny autoencoder without its {lacking[0]}, "
             f"which would have random weights. Add the {lacking[0]}'s file (taesdxl_{lacking[0]}.safetensors)"

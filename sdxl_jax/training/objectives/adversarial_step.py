@@ -126,9 +126,9 @@ def _has_started(config: DiscriminatorConfig, step: Int[jax.Array, ""]) -> Bool[
     return step >= config.start_step
 
 
-def _updated(parts: Parts, adversary: Adversary, gradient: Params | None, step: Int[jax.Array, ""]) -> Adversary:
+def _updated(parts: Parts, adversary: Adversary | None, gradient: Params | None, step: Int[jax.Array, ""]) -> Adversary:
     """The discriminator after the step, unchanged before its first."""
-    assert parts.discriminator is not None and gradient is not None
+    assert parts.discriminator is not None and adversary is not None and gradient is not None
     config = parts.discriminator
     return jax.lax.cond(
         _has_started(config, step),
@@ -155,11 +155,15 @@ def _accumulated(
 
     def add(carry: Any, rows: Any) -> tuple[Any, None]:
         total, adversary = carry
-        found, adversary = gradients(parts, optimised, frozen, adversary, *rows, step)
+        found, adversary = gradients(parts, optimised, frozen, adversary, rows[0], rows[1], step)
         return (jax.tree.map(lambda a, b: a + b / count, total, found), adversary), None
 
-    first = jax.tree.map(lambda x: x[0], micro)
-    shapes, _ = jax.eval_shape(lambda *rows: gradients(parts, optimised, frozen, adversary, *rows, step), *first)
+    first_batch, first_keys = jax.tree.map(lambda x: x[0], micro)
+
+    def of_first(batch: Batch, keys: Key[jax.Array, " rows"]) -> tuple[_Gradients, Adversary | None]:
+        return gradients(parts, optimised, frozen, adversary, batch, keys, step)
+
+    shapes, _ = jax.eval_shape(of_first, first_batch, first_keys)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return jax.lax.scan(add, (zero, adversary), micro)[0]
 

@@ -29,7 +29,7 @@ from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.errors import RENAMED, InputError, check_ranges
-from sdxl_jax.evaluation import image_metrics
+from sdxl_jax.evaluation import image_metrics, weights
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import lpips, patchgan, vae
 from sdxl_jax.models.lpips import SMALLEST, Backbone
@@ -49,8 +49,9 @@ from sdxl_jax.weights.lazy import Initial, InMemory, abstract_leaves
 
 SCALE_LATENTS = 10_000
 """Images of whose latents the scale is measured; all of the data, if there are fewer."""
+_LPIPS_FILE = "lpips_vgg"
 _MEASURED_TOGETHER = 16
-"""Of these, images at a time."""
+"""Images of which latents are measured at a time."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Autoencoding(Objective[AutoencoderConfig]):
     def check_start(self) -> None:
         super().check_start()
         if self._has_lpips:
-            lpips_parameters()
+            check_lpips()
 
     # State
 
@@ -296,11 +297,14 @@ class Autoencoding(Objective[AutoencoderConfig]):
         return Measured(replace(model.config, vae=replace(config, scale=scale)), values)
 
 
-def lpips_parameters() -> Params:
-    """Those of LPIPS with VGG16. Raises InputError where they have not been fetched."""
-    from sdxl_jax.evaluation import weights
+def check_lpips() -> None:
+    """Raises InputError if the weights of LPIPS have not been fetched."""
+    weights.check(_LPIPS_FILE)
 
-    return weights.load("lpips_vgg")
+
+def lpips_parameters() -> Params:
+    """Those of LPIPS with VGG16. Raises InputError as `check_lpips`."""
+    return weights.load(_LPIPS_FILE)
 
 
 def examples(dataset: BucketedDataset, count: int) -> list[UInt8[np.ndarray, "_height _width 3"]]:

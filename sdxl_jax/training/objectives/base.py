@@ -7,7 +7,7 @@ networks that train against each other (adversarial training) overrides the stat
     batches                        tokenizer · batches · abstract_batch
     state                          abstract_state · initial_weights · fresh_state
     step                           loss · step · model_flops
-    for sampling and export        model_config · parts · model · validation · measure
+    for sampling and export        model_config · parts · model · validation · counterparts · measure
 
 Not here: compilation, checkpoints, processes, metrics, signals. The loop has them once, for all objectives.
 """
@@ -27,7 +27,7 @@ from jaxtyping import Float, Float32, Key, UInt8
 from sdxl_jax import flops, sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import RunConfig
+from sdxl_jax.config import RunConfig, ValidationMetricsConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.model import Model, ModelConfig
@@ -50,6 +50,14 @@ class Grid(NamedTuple):
     columns: int
     text: Mapping[str, Any]
     """The settings that they were generated with, for the PNG's text."""
+
+
+class Examples(NamedTuple):
+    """A fixed set of examples of the data, of one size."""
+
+    images: UInt8[np.ndarray, "images height width 3"]
+    captions: Sequence[str]
+    """Of each image the first one, or "" where there is none."""
 
 
 class Measured(NamedTuple):
@@ -192,6 +200,18 @@ class Objective(abc.ABC, Generic[Config]):
     @abc.abstractmethod
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images that show what was learnt. All processes compute them together."""
+
+    @property
+    def validation_metrics(self) -> ValidationMetricsConfig | None:
+        """Which metrics are measured during training; None: the objective has none."""
+        return None
+
+    def counterparts(
+        self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
+    ) -> UInt8[np.ndarray, "images height width 3"]:
+        """The model's own images for examples of the data, which `validation_metrics` compares with them: samples of
+        their captions, reconstructions. All processes compute them together, the same ones each time."""
+        raise NotImplementedError
 
     def measure(
         self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes, progress: bool = True

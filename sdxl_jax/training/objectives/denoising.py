@@ -95,6 +95,35 @@ class Denoising(Objective[TrainConfig]):
         return batch_loss(trained, frozen, batch, keys, self.config, self._empty), {}
 
     @property
+    def validation_metrics(self) -> ValidationMetricsConfig:
+        return self.config.validation
+
+    def counterparts(
+        self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
+    ) -> UInt8[np.ndarray, "images height width 3"]:
+        """Samples of the captions, with the steps and guidance of the validation grids."""
+        validation, images = self.config.validation, list[UInt8[np.ndarray, "batch height width 3"]]()
+        _, height, width, _ = examples.images.shape
+        batch_size = max(_SAMPLED_TOGETHER, sharding.batch_parts(mesh))
+        for first in range(0, len(examples.captions), batch_size):
+            processes.stop_point()
+            with jax.set_mesh(mesh):
+                made = generate.text_to_image(
+                    model,
+                    examples.captions[first : first + batch_size],
+                    height=height,
+                    width=width,
+                    seed=_GRID_SEED,
+                    first_index=first,
+                    steps=validation.steps,
+                    guidance=validation.guidance,
+                    batch_size=batch_size,
+                    compute=self.config.compute,
+                )
+            images.append(made)
+        return np.concatenate(images)
+
+    @property
     def validates_every(self) -> int | None:
         return self.config.validation.every_steps if self.config.validation.prompts else None
 

@@ -1,0 +1,14 @@
+"""Smoke configuration of configs/sdxl_vae.py: the same run, small. See sdxl_jax/smoke.py.
+
+command    sdxl-jax train configs/smoke/sdxl_vae.py --run-dir smoke/runs/sdxl_vae
+"""
+
+from pathlib import Path
+
+from sdxl_jax.config import load
+from sdxl_jax.smoke import smoke_autoencoder
+from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
+
+
+def get_config() -> AutoencoderConfig:
+    return smoke_autoencoder(load(Path(__file__).parents[1] / "sdxl_vae.py", AutoencoderConfig))
