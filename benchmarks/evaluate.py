@@ -114,7 +114,8 @@ def theirs(paths: list[Path], batch: int) -> dict[str, Callable[[], Any]]:
     decoded = [dataset[number][None].float() for number in range(len(paths))]
 
     def resized(image: Any) -> Any:
-        return (tensorflow_1.interpolate_bilinear_2d_like_tensorflow1x(image, size=(299, 299)) - 128) / 128
+        resize = tensorflow_1.interpolate_bilinear_2d_like_tensorflow1x
+        return (resize(image, size=(299, 299), align_corners=False) - 128) / 128
 
     prepared = torch.cat([resized(image) * 128 + 128 for image in decoded[:batch]]).to(torch.uint8)
 

@@ -1,6 +1,9 @@
 """Sets of images, their features through a small network, files of statistics: what is read, written and refused."""
 
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -302,3 +305,25 @@ def test_statistics_of_two_modes_or_networks_are_never_compared() -> None:
         statistics.sfid(one, stored(network="clip"))
     with pytest.raises(InputError, match=r"sfid needs the moments of spatial features"):
         statistics.sfid(one, stored(spatial=None))
+
+
+@pytest.mark.slow
+def test_features_are_the_same_on_several_devices(tmp_path: Path) -> None:
+    """Batches of 3 become batches of 4; the last one is padded."""
+    script = (
+        "import jax, numpy as np\n"
+        "from test_evaluation_files import IMAGES, small_network\n"
+        "from sdxl_jax.evaluation import features, image_sets\n"
+        "from sdxl_jax.evaluation.settings import ResizeMode\n"
+        "images = image_sets.of_array(IMAGES, 'images')\n"
+        "found = features.statistics_of(small_network(), images, ResizeMode.TF1, features.Wanted(features=True), 3)\n"
+        "print(jax.device_count())\n"
+        "np.save('features.npy', found.features)\n"
+    )
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "4"
+    assert np.load(tmp_path / "features.npy") == pytest.approx(expected(IMAGES), rel=1e-5)

@@ -38,10 +38,13 @@ ImageScore = Callable[[Sequence[UInt8[np.ndarray, "height width 3"]], Sequence[s
 
 
 class Clip(NamedTuple):
-    """A CLIP model: both towers, whose embeddings have unit length."""
+    """A CLIP model, whose embeddings have unit length."""
 
     image: Network
-    text: Callable[[Sequence[str]], Float32[np.ndarray, "prompts projection"]]
+    text: Callable[[Sequence[str]], Float32[np.ndarray, "prompts projection"]] | None
+    """None: it has no text tower."""
+    reason: str = ""
+    """Why there is no text tower."""
 
 
 class Score(NamedTuple):
@@ -170,7 +173,7 @@ class Measurement:
         elif reference is not None and self.of_inception and self._chosen is None:
             image_sets.check_one_size(reference)
         _check_given(wanted, self.clip, self.head, self.probe)
-        for name in _weights_of(wanted, self.keep):
+        for name in weights_of(wanted, self.keep):
             weights.check(name)
 
     def check(self, images: ImageSet, prompts: Sequence[str] | None) -> None:
@@ -249,7 +252,7 @@ class Measurement:
             convention = f"{name}, σ 10, × 1000"
             found.append(Score("cmmd", distances.mmd(own, reference), None, count, len(reference), "none", convention))
         if Metric.CLIP_SCORE in self.metrics:
-            assert prompts is not None
+            assert prompts is not None and self.clip.text is not None
             cosines = (own * self.clip.text(prompts)).sum(axis=1, dtype=np.float64)
             convention = f"{name}, 100 · max(cosine, 0)"
             found.append(Score("clip_score", *_mean(100 * cosines.clip(0)), count, None, "none", convention))
@@ -360,6 +363,11 @@ def _check_given(wanted: Sequence[Metric], clip: Clip | None, head: Linear | Non
                 f"{metric.value} needs weights that are neither part of FID's network nor given. Give "
                 f"{remedies[metric][1]}; or leave the metric out"
             )
+    if Metric.CLIP_SCORE in wanted and clip is not None and clip.text is None:
+        raise InputError(
+            f"clip_score needs the text tower, too, and --clip {clip.image.name} has none ({clip.reason}). Give a "
+            "whole CLIP model"
+        )
 
 
 def _check_pairs(images: ImageSet, reference: ImageSet, metric: str) -> None:
@@ -382,7 +390,8 @@ def _check_pairs(images: ImageSet, reference: ImageSet, metric: str) -> None:
     image_sets.check_one_size(images)
 
 
-def _weights_of(wanted: Sequence[Metric], keep: Wanted | None = None) -> list[str]:
+def weights_of(wanted: Sequence[Metric], keep: Wanted | None = None) -> list[str]:
+    """The names of the networks' weights that metrics need, as in `weights.NAMES`."""
     of_inception = keep is not None or any(each in (*OF_INCEPTION, *OF_CLASSES) for each in wanted)
     names = ["inception"] if of_inception else []
     names += ["lpips_alex"] if Metric.LPIPS_ALEX in wanted else []
@@ -487,7 +496,7 @@ def perceptual(metrics: Sequence[Metric]) -> Network:
     """The perceptual distances among the metrics, of pairs of images 0..255. Rows are a dict by the metric's value."""
     backbones = {Metric.LPIPS_ALEX: Backbone.ALEX, Metric.LPIPS_VGG: Backbone.VGG, Metric.PSIM: Backbone.VGG}
     of_network = [metric for metric in metrics if metric in backbones]
-    params = {name: weights.load(name) for name in _weights_of(of_network)}
+    params = {name: weights.load(name) for name in weights_of(of_network)}
 
     def apply(params: Params, pair: tuple[Any, Any]) -> dict[str, Float32[jax.Array, " batch"]]:
         x, y = map(normalise, pair)
