@@ -8,7 +8,7 @@ normed states before the last layer of H. Sources: Radford et al. (arXiv:2103.00
 import enum
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -73,11 +73,30 @@ class TextStates(NamedTuple):
     """`pooled` times the text projection: the pooled vector of SDXL. None without a projection."""
 
 
-class ClipLayer(nn.Module):
-    """Causal self-attention and feed-forward, each after its norm, around a residual; every projection has a bias."""
+@runtime_checkable
+class LayerConfig(Protocol):
+    """What the layers of a tower of text or of images depend on."""
 
-    config: ClipTextConfig
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def mlp_width(self) -> int: ...
+
+    @property
+    def activation(self) -> Activation: ...
+
+
+class ClipLayer(nn.Module):
+    """Self-attention and feed-forward, each after its norm, around a residual; every projection has a bias."""
+
+    config: LayerConfig
     compute: Compute
+    causal: bool = True
+    """Of text: a token sees itself and those before it."""
 
     @nn.compact
     def __call__(
@@ -97,7 +116,7 @@ class ClipLayer(nn.Module):
 
         normed = layer_norm("layer_norm1", compute)(hidden)
         query, key, value = (project(name, normed) for name in ("q_proj", "k_proj", "v_proj"))
-        mixed = dot_product_attention(query, key, value, compute.attention, causal=True)
+        mixed = dot_product_attention(query, key, value, compute.attention, causal=self.causal)
         mixed = rearrange(mixed, "batch tokens heads dim -> batch tokens (heads dim)")
         hidden = hidden + dense(config.width, "out_proj", compute)(mixed)
 

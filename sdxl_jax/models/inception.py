@@ -82,12 +82,12 @@ def _tower(
 
 
 def _heads(
-    x: Float[jax.Array, "batch height width channels"], pooled: str | None = None, **features: int
+    x: Float[jax.Array, "batch height width channels"], features: dict[str, int], pooled: str | None = None
 ) -> list[Float[jax.Array, "batch height width features"]]:
     """1×1 convolutions of the same map and their ReLUs, computed as one product.
 
-    pooled: the one whose input is averaged over 3×3 positions. It is averaged after the product, which gives the same
-    and has fewer channels.
+    features: of each, by name. pooled: the one whose input is averaged over 3×3 positions. It is averaged after the
+    product, which gives the same and has fewer channels.
     """
     kernels, biases = zip(
         *(_Conv(count, (1, 1), name=name)(x.shape[-1]) for name, count in features.items()), strict=True
@@ -124,9 +124,8 @@ class _Mixed35(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "batch height width channels"]) -> Any:
-        conv, tower, tower_1, tower_2 = _heads(
-            x, "tower_2_conv", conv=64, tower_conv=48, tower_1_conv=64, tower_2_conv=self.pooled
-        )
+        widths = {"conv": 64, "tower_conv": 48, "tower_1_conv": 64, "tower_2_conv": self.pooled}
+        conv, tower, tower_1, tower_2 = _heads(x, widths, "tower_2_conv")
         tower = _tower(tower, "tower", (64, (5, 5), None))
         tower_1 = _tower(tower_1, "tower_1", (96, (3, 3), None), (96, (3, 3), None))
         return _join(conv, tower, tower_1, tower_2)
@@ -136,7 +135,7 @@ class _To17(nn.Module):
     @nn.compact
     def __call__(self, x: Float[jax.Array, "batch height width channels"]) -> Any:
         conv = _conv(x, "conv", 384, (3, 3), 2)
-        (tower,) = _heads(x, tower_conv=64)
+        (tower,) = _heads(x, {"tower_conv": 64})
         return _join(conv, _tower(tower, "tower", (96, (3, 3), None), (96, (3, 3), 2)), _halve(x))
 
 
@@ -148,9 +147,8 @@ class _Mixed17(nn.Module):
     @nn.compact
     def __call__(self, x: Float[jax.Array, "batch height width channels"]) -> Any:
         width, row, column = self.width, (1, 7), (7, 1)
-        conv, tower, tower_1, tower_2 = _heads(
-            x, "tower_2_conv", conv=192, tower_conv=width, tower_1_conv=width, tower_2_conv=192
-        )
+        widths = {"conv": 192, "tower_conv": width, "tower_1_conv": width, "tower_2_conv": 192}
+        conv, tower, tower_1, tower_2 = _heads(x, widths, "tower_2_conv")
         tower = _tower(tower, "tower", (width, row, None), (192, column, None))
         one_by_one = (width, column, None), (width, row, None), (width, column, None), (192, row, None)
         return _join(conv, tower, _tower(tower_1, "tower_1", *one_by_one), tower_2), conv
@@ -159,7 +157,7 @@ class _Mixed17(nn.Module):
 class _To8(nn.Module):
     @nn.compact
     def __call__(self, x: Float[jax.Array, "batch height width channels"]) -> Any:
-        tower, tower_1 = _heads(x, tower_conv=192, tower_1_conv=192)
+        tower, tower_1 = _heads(x, {"tower_conv": 192, "tower_1_conv": 192})
         tower = _tower(tower, "tower", (320, (3, 3), 2))
         tower_1 = _tower(tower_1, "tower_1", (192, (1, 7), None), (192, (7, 1), None), (192, (3, 3), 2))
         return _join(tower, tower_1, _halve(x))
@@ -175,10 +173,10 @@ class _Mixed8(nn.Module):
     def __call__(self, x: Float[jax.Array, "batch height width channels"]) -> Any:
         widths = {"conv": 320, "tower_conv": 384, "tower_1_conv": 448}
         if self.by_maximum:
-            conv, tower, tower_1 = _heads(x, **widths)
-            (tower_2,) = _heads(nn.max_pool(x, (3, 3), padding="SAME"), tower_2_conv=192)
+            conv, tower, tower_1 = _heads(x, widths)
+            (tower_2,) = _heads(nn.max_pool(x, (3, 3), padding="SAME"), {"tower_2_conv": 192})
         else:
-            conv, tower, tower_1, tower_2 = _heads(x, "tower_2_conv", **widths, tower_2_conv=192)
+            conv, tower, tower_1, tower_2 = _heads(x, {**widths, "tower_2_conv": 192}, "tower_2_conv")
         tower_1 = _tower(tower_1, "tower_1", (384, (3, 3), None))
         split = [
             _conv(each, f"{name}_mixed_conv{suffix}", 384, size)

@@ -22,14 +22,17 @@ from jaxtyping import Shaped
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.models import clip, unet, vae
+from sdxl_jax.models import clip, clip_vision, unet, vae
 from sdxl_jax.models.clip import ClipTextConfig
+from sdxl_jax.models.clip_vision import ClipVisionConfig
 from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 
 PartConfig = UNetConfig | VaeConfig | TinyVaeConfig | ClipTextConfig
+TableConfig = PartConfig | ClipVisionConfig
+"""Networks that have tables: parts of a model, and the image towers of CLIP."""
 
 
 class Dialect(enum.Enum):
@@ -172,6 +175,23 @@ _OPENCLIP: _Rules = (
     (r"^layers\.fc2\.", "transformer.resblocks.{layer}.mlp.c_proj."),
 )
 
+# The layers of text and image towers have the same names.
+_VISION_TRANSFORMERS: _Rules = (
+    (r"^((?:class|patch|position)_embedding)", r"vision_model.embeddings.\1"),
+    (r"position_embedding$", "position_embedding.weight"),
+    (r"^pre_layernorm", "vision_model.pre_layrnorm"),  # spelt like this in every file
+    (r"^post_layernorm", "vision_model.post_layernorm"),
+    *((pattern, new.replace("text_model", "vision_model")) for pattern, new in _TRANSFORMERS[3:]),
+)
+_VISION_OPENCLIP: _Rules = (
+    (r"position_embedding$", "positional_embedding"),
+    (r"^patch_embedding\.", "conv1."),
+    (r"^pre_layernorm", "ln_pre"),
+    (r"^post_layernorm", "ln_post"),
+    (r"^visual_projection\.weight", "proj"),
+    *_OPENCLIP[3:],
+)
+
 
 def _original_unet(config: UNetConfig) -> _Rules:
     """Rules from diffusers' names. Blocks are numbered consecutively: a down- or upsampling belongs to the block that
@@ -251,7 +271,7 @@ def _tiny_vae(config: TinyVaeConfig, dialect: Dialect) -> _Rules:
     return (*rules, (r"\.conv1\.", ".conv.0."), (r"\.conv2\.", ".conv.2."), (r"\.conv3\.", ".conv.4."))
 
 
-def _rules(config: PartConfig, dialect: Dialect) -> _Rules:
+def _rules(config: TableConfig, dialect: Dialect) -> _Rules:
     match config, dialect:
         case TinyVaeConfig(), Dialect.DIFFUSERS | Dialect.TAESD_ENCODER | Dialect.TAESD_DECODER:
             return _tiny_vae(config, dialect)
@@ -271,12 +291,16 @@ def _rules(config: PartConfig, dialect: Dialect) -> _Rules:
             return _TRANSFORMERS_5
         case ClipTextConfig(), Dialect.OPENCLIP:
             return _OPENCLIP
+        case ClipVisionConfig(), Dialect.TRANSFORMERS:
+            return _VISION_TRANSFORMERS
+        case ClipVisionConfig(), Dialect.OPENCLIP:
+            return _VISION_OPENCLIP
         case _:
             raise AssertionError(f"{dialect} has no names for {type(config).__name__}")
 
 
 @functools.cache
-def abstract(config: PartConfig) -> dict[str, Parameter]:
+def abstract(config: TableConfig) -> dict[str, Parameter]:
     """A part's parameters and how they begin, by path; nothing is computed."""
     match config:
         case UNetConfig():
@@ -285,10 +309,12 @@ def abstract(config: PartConfig) -> dict[str, Parameter]:
             return flatten(vae.abstract(config))
         case ClipTextConfig():
             return flatten(clip.abstract(config))
+        case ClipVisionConfig():
+            return flatten(clip_vision.abstract(config))
 
 
 @functools.cache
-def table(config: PartConfig, naming: Naming) -> Table:
+def table(config: TableConfig, naming: Naming) -> Table:
     """The table of one part of a model in one naming; of half the part, if the naming covers half."""
     half = HALVES.get(naming.dialect, "")
     params = {path: leaf for path, leaf in abstract(config).items() if path.startswith(half)}
@@ -322,7 +348,8 @@ def _by_order_of_fusion(params: Mapping[str, Parameter]) -> Iterable[tuple[str, 
 
 def _axes(path: str, rank: int, dialect: Dialect) -> tuple[int, ...]:
     """Our axes in torch's order."""
-    if not path.endswith("kernel") or (dialect is Dialect.OPENCLIP and path == "text_projection/kernel"):
+    projections = ("text_projection/kernel", "visual_projection/kernel")
+    if not path.endswith("kernel") or (dialect is Dialect.OPENCLIP and path in projections):
         return tuple(range(rank))
     return (1, 0) if rank == 2 else (3, 2, 0, 1)
 

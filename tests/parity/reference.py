@@ -97,7 +97,7 @@ def weights(model: Any) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def _pair(model: Any, config: names.PartConfig, dialect: Dialect, seed: int) -> Pair:
+def pair_of(model: Any, config: names.TableConfig, dialect: Dialect, seed: int) -> Pair:
     randomise(model, seed)
     table = names.table(config, Naming(dialect))
     params = names.from_tensors(table, weights(model))
@@ -105,7 +105,7 @@ def _pair(model: Any, config: names.PartConfig, dialect: Dialect, seed: int) -> 
 
 
 def unet_pair(config: unet.UNetConfig, seed: int = 0) -> Pair:
-    return _pair(unet_model(config), config, Dialect.DIFFUSERS, seed)
+    return pair_of(unet_model(config), config, Dialect.DIFFUSERS, seed)
 
 
 def unet_model(config: unet.UNetConfig, fourier_dim: int = FOURIER_DIM) -> Any:
@@ -144,11 +144,11 @@ def vae_pair(config: vae.VaeConfig, seed: int = 0) -> Pair:
         layers_per_block=config.resnets_per_block,
         latent_channels=config.latent_channels,
     )
-    return _pair(model, config, Dialect.DIFFUSERS, seed)
+    return pair_of(model, config, Dialect.DIFFUSERS, seed)
 
 
 def tiny_vae_pair(config: taesd.TinyVaeConfig, seed: int = 0) -> Pair:
-    return _pair(tiny_vae_model(config), config, Dialect.DIFFUSERS, seed)
+    return pair_of(tiny_vae_model(config), config, Dialect.DIFFUSERS, seed)
 
 
 def tiny_vae_with(config: taesd.TinyVaeConfig, params: Params) -> Pair:
@@ -190,7 +190,7 @@ def tower_pair(config: clip.ClipTextConfig, seed: int = 0) -> Pair:
     with_projection = config.projection_dim is not None
     model = (transformers.CLIPTextModelWithProjection if with_projection else transformers.CLIPTextModel)(description)
     short = "embeddings.token_embedding.weight" in model.state_dict()  # transformers 5 leaves a prefix out
-    return _pair(model, config, Dialect.TRANSFORMERS_5 if short else Dialect.TRANSFORMERS, seed)
+    return pair_of(model, config, Dialect.TRANSFORMERS_5 if short else Dialect.TRANSFORMERS, seed)
 
 
 class UNetInputs(NamedTuple):

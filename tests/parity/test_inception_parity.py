@@ -6,6 +6,7 @@
 import io
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,6 @@ from sdxl_jax.evaluation import resize, weights
 from sdxl_jax.evaluation.settings import ResizeMode
 from sdxl_jax.models import inception, initialisers
 
-_Tensor = torch.Tensor
 _functional = torch.nn.functional
 
 
@@ -30,35 +30,35 @@ class Twin:
         self.flat = {path: torch.from_numpy(np.array(value)) for path, value in flat.items()}
         self.block = ""
 
-    def conv(self, x: _Tensor, name: str, stride: int = 1, padded: bool = True) -> _Tensor:
+    def conv(self, x: Any, name: str, stride: int = 1, padded: bool = True) -> Any:
         kernel = self.flat[f"{self.block}{name}/kernel"].permute(3, 2, 0, 1)
         padding = (kernel.shape[2] // 2, kernel.shape[3] // 2) if padded else 0
         return _functional.conv2d(x, kernel, self.flat[f"{self.block}{name}/bias"], stride, padding).relu()
 
-    def chain(self, x: _Tensor, tower: str, length: int, last_halves: bool = False) -> _Tensor:
+    def chain(self, x: Any, tower: str, length: int, last_halves: bool = False) -> Any:
         for number in range(length):
             halves = last_halves and number == length - 1
             name = f"{tower}_conv_{number}" if number else f"{tower}_conv"
             x = self.conv(x, name, *((2, False) if halves else (1, True)))
         return x
 
-    def mixed(self, x: _Tensor, towers: tuple[int, int], pool: Callable[[_Tensor], _Tensor]) -> _Tensor:
+    def mixed(self, x: Any, towers: tuple[int, int], pool: Callable[[Any], Any]) -> Any:
         pooled = self.conv(pool(x), "tower_2_conv")
         chains = [self.chain(x, tower, length) for tower, length in zip(("tower", "tower_1"), towers, strict=True)]
         return torch.cat([self.conv(x, "conv"), *chains, pooled], 1)
 
-    def mixed_8(self, x: _Tensor, pool: Callable[[_Tensor], _Tensor]) -> _Tensor:
+    def mixed_8(self, x: Any, pool: Callable[[Any], Any]) -> Any:
         parts = [self.conv(x, "conv")]
         for tower, length in (("tower", 1), ("tower_1", 2)):
             inner = self.chain(x, tower, length)
             parts += [self.conv(inner, f"{tower}_mixed_conv"), self.conv(inner, f"{tower}_mixed_conv_1")]
         return torch.cat([*parts, self.conv(pool(x), "tower_2_conv")], 1)
 
-    def __call__(self, x: _Tensor) -> tuple[_Tensor, _Tensor]:
-        def average(x: _Tensor) -> _Tensor:
+    def __call__(self, x: Any) -> tuple[Any, Any]:
+        def average(x: Any) -> Any:
             return _functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
-        def halve(x: _Tensor) -> _Tensor:
+        def halve(x: Any) -> Any:
             return _functional.max_pool2d(x, 3, 2)
 
         x = self.conv(self.conv(x, "conv", 2, False), "conv_1", 1, False)

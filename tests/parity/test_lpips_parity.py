@@ -4,6 +4,8 @@
 rounding alone decides which way it goes. On larger ones a gradient differs by 1e-3 where one does.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,12 +35,12 @@ def random(backbone: Backbone) -> Params:
     return unflatten(params)
 
 
-def twin(backbone: Backbone, params: Params, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def twin(backbone: Backbone, params: Params, x: Any, y: Any) -> tuple[Any, Any]:
     """(LPIPS, psim) of images [batch, 3, height, width]."""
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     functional = torch.nn.functional
 
-    def features(image: torch.Tensor) -> list[torch.Tensor]:
+    def features(image: Any) -> list[Any]:
         hidden, found = (image - shift[:, None, None]) / scale[:, None, None], []
         for number in range(_COMPARED[backbone][-1] + 1):
             if number in _POOLED_BEFORE[backbone]:
