@@ -23,6 +23,7 @@ from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import RENAMED, InputError, check_ranges, nearest_first, old_names
+from sdxl_jax.evaluation.settings import OF_INCEPTION, SCORES, Metric
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
@@ -139,9 +140,42 @@ class ProcessesConfig:
     """How long to wait for all processes to join. Higher: slower machines may start later."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ValidationMetricsConfig:
+    """Metrics of the model during training, of a fixed set of images of the data: those of the largest bucket."""
+
+    metrics: tuple[Metric, ...] = ()
+    """Metrics, e.g. fid or psnr, logged as validation_fid, validation_psnr. Their weights come from `sdxl-jax evaluate
+    --fetch-weights`."""
+    metrics_every_steps: int = 5000
+    """Steps between measurements. Lower: more often, slower training."""
+    metrics_images: int = 256
+    """Images of the set, evenly spread over the data. Higher: more reliable scores, slower measurements; FID needs
+    2,048."""
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Their names among the metrics of a step."""
+        return tuple(f"validation_{name}" for metric in self.metrics for name in SCORES[metric])
+
+    def check_metrics(self, possible: Collection[Metric]) -> None:
+        """Raises InputError for numbers out of range, and for a metric that is not one of those."""
+        check_ranges(
+            [
+                ("validation.metrics_every_steps", self.metrics_every_steps, 1, math.inf),
+                ("validation.metrics_images", self.metrics_images, 2, math.inf),
+            ]
+        )
+        if wrong := [metric.value for metric in self.metrics if metric not in possible]:
+            raise InputError(
+                f"validation.metrics has {wrong[0]}, which is not measured during training. Give some of "
+                f"{', '.join(metric.value for metric in possible)}; `sdxl-jax evaluate` has all"
+            )
+
+
 @dataclass(frozen=True)
-class ValidationConfig:
-    """The validation grids in RUN/samples."""
+class ValidationConfig(ValidationMetricsConfig):
+    """The validation grids in RUN/samples, and metrics during training."""
 
     every_steps: int | None = 5000
     """Steps between grids; None: no grids. Lower: more often, slower training."""
@@ -202,6 +236,11 @@ class RunConfig:
         return ()
 
     @property
+    def validation_scores(self) -> tuple[str, ...]:
+        """The names of the scores of `validation.metrics`."""
+        return ()
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics of a step (training/step.py)."""
         skips = self.training.on_nonfinite is OnNonfinite.SKIP
@@ -224,7 +263,7 @@ class RunConfig:
             ]
         )
         best = self.checkpoint.keep_best
-        if best is not None and best not in (metrics := self.metrics):
+        if best is not None and best not in (metrics := (*self.metrics, *self.validation_scores)):
             known = ", ".join(nearest_first(best, metrics))
             raise InputError(
                 f"checkpoint.keep_best={best} is not a logged metric. Give one of these, nearest first: {known}"
@@ -261,12 +300,17 @@ class TrainConfig(RunConfig):
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """The validation grids in RUN/samples."""
+    """The validation grids in RUN/samples, and metrics during training."""
+
+    @property
+    def validation_scores(self) -> tuple[str, ...]:
+        return self.validation.scores
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
         self.model.check()
         super().check()
+        self.validation.check_metrics(OF_INCEPTION)
         check_ranges(
             [
                 ("training.caption_dropout", self.training.caption_dropout, 0, 1),

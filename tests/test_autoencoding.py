@@ -20,6 +20,7 @@ from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, flatten, normalise, unflatten
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.evaluation.settings import Metric
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import vae
 from sdxl_jax.models.initialisers import sample
@@ -35,6 +36,8 @@ from sdxl_jax.training.objectives.autoencoding import (
     AutoencodingLossConfig,
     AutoencodingValidationConfig,
 )
+from sdxl_jax.training.observe.scores import Scores, fixed_examples
+from sdxl_jax.training.processes import Processes
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import open_model
 
@@ -55,8 +58,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AutoencoderConfig:
         optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=2),
         ema=EmaConfig(decay=0.9),
         training=AutoencodingLoopConfig(steps=STEPS),
-        checkpoint=configuration.CheckpointConfig(every_steps=2, keep=2),
-        validation=AutoencodingValidationConfig(every_steps=2, images=3),
+        checkpoint=configuration.CheckpointConfig(every_steps=2, keep=2, keep_best="validation_psnr"),
+        validation=AutoencodingValidationConfig(
+            every_steps=2, images=3, metrics=(Metric.PSNR, Metric.SSIM), metrics_every_steps=2, metrics_images=3
+        ),
     )
 
 
@@ -90,11 +95,24 @@ def test_resumed_run_repeats_every_loss_bit_for_bit(config: AutoencoderConfig, w
             loop.train(config, tmp_path / "run", progress=False)
     model = loop.train(config, tmp_path / "run", progress=False)
     repeated = ("step", "loss", "l1", "edges", "kl", "grad_norm", "learning_rate", "bucket", "images_seen")
+    repeated += ("validation_psnr", "validation_ssim")
     for one, other in zip(lines(whole), lines(tmp_path / "run"), strict=True):
-        assert {name: one[name] for name in repeated} == {name: other[name] for name in repeated}
+        assert {name: one.get(name) for name in repeated} == {name: other.get(name) for name in repeated}
     expected = flatten(load_model(whole, progress=False).params)
     for path, leaf in flatten(model.params).items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
+
+
+def test_metrics_during_training_are_those_of_the_checkpoints(config: AutoencoderConfig, whole: Path) -> None:
+    assert [line["step"] for line in lines(whole) if "validation_psnr" in line] == [2, 4]
+    dataset, mesh = BucketedDataset(config.data, None), sharding.make_mesh(MeshConfig())
+    scores = Scores(objective_of(config), dataset, mesh, Processes(1.0))
+    for line in lines(whole)[1::2]:
+        found = scores.of(load_model(whole / "checkpoints" / str(line["step"]), progress=False))
+        assert found == {name: line[name] for name in ("validation_psnr", "validation_ssim")}
+    examples = fixed_examples(dataset, 100)
+    assert examples.images.shape[1:3] in [tuple(bucket) for bucket in config.data.buckets]
+    assert len(examples.images) == len(examples.captions) > len(fixed_examples(dataset, 2).images) == 2
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(config: AutoencoderConfig, whole: Path) -> None:
@@ -200,6 +218,11 @@ def test_decoder_alone_can_be_trained(config: AutoencoderConfig) -> None:
     [
         ({"data": {"cache": "somewhere"}}, "data.cache=somewhere has no effect: an autoencoder learns from"),
         ({"data": {"aesthetic": "score"}}, "data.aesthetic=score has no effect"),
+        (
+            {"validation": {"metrics": (Metric.PSNR, Metric.CMMD)}},
+            "validation.metrics has cmmd, which is not measured during training",
+        ),
+        ({"validation": {"metrics_images": 1}}, "validation.metrics_images=1 is out of range. Give 2 or more"),
         (
             {"data": {"buckets": ((32, 36),)}},
             "data.buckets has 32×36. This autoencoder takes multiples of 8. Use 32×32",

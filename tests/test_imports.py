@@ -38,7 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"data"} | BASE,
     "data.build": {"data"} | BASE,
     "jsontree": {"models"} | BASE,
-    "config": {"model", "conditioning", "diffusion", "models", "data", "jsontree", "optim", "sharding"} | BASE,
+    "config": {
+        *("model", "conditioning", "diffusion", "models", "data", "evaluation.settings", "jsontree", "optim"),
+        "sharding",
+        *BASE,
+    },
     "smoke": {"config", "model", "models", "conditioning", "sharding", "training.objectives"},
     "weights": {
         *("weights", "adapters", "jsontree"),
@@ -67,7 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.objectives": {
         *("config", "data", "model", "models", "conditioning", "diffusion", "optim", "sampling", "weights.lazy"),
-        *("evaluation.image_metrics", "evaluation.weights"),
+        "evaluation",
         *("sharding", "flops", "training.encoding", "training.initial", "training.objectives"),
         *("training.processes", "training.state", "training.step"),
         *BASE,
@@ -95,10 +99,16 @@ ALLOWED: dict[str, set[str]] = {
         "sampling.nonfinite",
         *("training.objectives.base", "training.processes"),
     },
+    "training.observe.scores": {
+        *("data", "evaluation.scores", "model", "training.objectives.base", "training.processes"),
+    },
     "training.save_timer": {"training.processes"},
     "training.status": {"training.observe.clock", "weights.formats.checkpoints"} | BASE,
     "training.setup": {"training", "compilation", "config", "data", "jsontree", "sharding"} | BASE,
-    "training.loop": {"training", "config", "data", "jsontree", "model", "sharding"} | BASE,
+    "training.loop": {
+        *("training", "config", "data", "evaluation.settings", "jsontree", "model", "sampling.nonfinite", "sharding"),
+        *BASE,
+    },
     "evaluation": {
         *("evaluation", "sampling", "model", "conditioning", "models", "weights", "sharding"),
         *("data.folders", "data.images", "data.sources"),

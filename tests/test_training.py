@@ -37,6 +37,7 @@ from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion.loss import LossConfig, Weighting
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
+from sdxl_jax.evaluation.settings import Metric
 from sdxl_jax.model import UnconditionalKind
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import Posterior
@@ -49,6 +50,8 @@ from sdxl_jax.training.objectives import denoising, objective_of
 from sdxl_jax.training.objectives.denoising import Denoising
 from sdxl_jax.training.observe import clock, profiling
 from sdxl_jax.training.observe.metrics import TIMES, MetricsWriter
+from sdxl_jax.training.observe.scores import fixed_examples
+from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Metrics, Step, make_step
 from sdxl_jax.weights.load import load_model
@@ -193,6 +196,17 @@ def test_validation_images_that_a_stop_left_out_are_generated_on_resume(config: 
     missing.unlink()
     loop.train(config, resumed.folder, progress=False)
     assert missing.read_bytes() == before
+
+
+def test_metrics_during_training_compare_samples_of_captions_with_their_images(config: TrainConfig, whole: Run) -> None:
+    dataset, mesh = BucketedDataset(config.data, objective_of(config).tokenizer), sharding.make_mesh(MeshConfig())
+    examples = fixed_examples(dataset, 3)
+    model = load_model(whole.folder)
+    one, other = (objective_of(config).counterparts(model, examples, mesh, Processes(1.0)) for _ in range(2))
+    assert one.shape == examples.images.shape and one.dtype == np.uint8
+    np.testing.assert_array_equal(one, other)
+    metrics = dataclasses.replace(config.validation, metrics=(Metric.FID, Metric.PRECISION_RECALL))
+    assert metrics.scores == ("validation_fid", "validation_precision", "validation_recall")
 
 
 def test_inputs_of_a_step_with_a_non_finite_loss_are_written_to_a_file(

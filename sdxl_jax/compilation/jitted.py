@@ -21,7 +21,7 @@ class jit:
     def __init__(self, function: Callable[..., Any], static_argnames: tuple[str, ...]):
         functools.update_wrapper(self, function)
         self._static = static_argnames
-        self.jitted = jax.jit(function, static_argnames=static_argnames)
+        self.jitted: Any = jax.jit(function, static_argnames=static_argnames)
         self._programs: dict[Hashable, Callable[..., Any]] = {}
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
@@ -51,7 +51,7 @@ class jit:
         return self.jitted._cache_size() + len(self._programs)
 
 
-def _devices(leaves: list[Any]) -> list[jax.Device]:
+def _devices(leaves: list[Any]) -> list[Any]:
     """Those of the first array that is placed; else the default one."""
     placed = (leaf.sharding for leaf in leaves if traces.placement(leaf) is not None)
     devices = next((each.device_set for each in placed), jax.devices()[:1])

@@ -34,7 +34,7 @@ _LIBRARIES = ("flax", "jax", "jaxlib", "optax")
 """Their files count by size and time: an edited one makes another program."""
 
 
-def fingerprint(configuration: Mapping[str, Any], devices: Sequence[jax.Device]) -> str | None:
+def fingerprint(configuration: Mapping[str, Any], devices: Sequence[Any]) -> str | None:
     """A checksum of all that the programs of a run are made from, but for their arguments. None if part of the code is
     in no file.
 
@@ -58,7 +58,7 @@ def fingerprint(configuration: Mapping[str, Any], devices: Sequence[jax.Device])
 class Traces:
     """The traces of programs with one fingerprint, in a compilation cache."""
 
-    def __init__(self, cache: FolderCache, fingerprint: str, devices: Sequence[jax.Device]):
+    def __init__(self, cache: FolderCache, fingerprint: str, devices: Sequence[Any]):
         self._cache, self._fingerprint, self._devices = cache, fingerprint, list(devices)
 
     def exists(self, arguments: tuple[Any, ...]) -> bool:

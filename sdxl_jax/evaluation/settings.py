@@ -46,6 +46,10 @@ class Metric(enum.Enum):
     """Unweighted perceptual distance of pairs, 0 to 5: likely what SDXL's table 3 calls LPIPS. Lower is better."""
 
 
+SCORES = {metric: (metric.value,) for metric in Metric} | {Metric.PRECISION_RECALL: ("precision", "recall")}
+"""The names of a metric's scores."""
+HIGHER_IS_BETTER = ("precision", "recall", "inception_score", "probe_score", "clip_score", "psnr", "ssim")
+"""Scores of which the highest is best; of the others, the lowest."""
 OF_INCEPTION = (Metric.FID, Metric.SFID, Metric.KID, Metric.PRECISION_RECALL)
 """Metrics of two sets of Inception's features."""
 OF_CLASSES = (Metric.INCEPTION_SCORE, Metric.PROBE_SCORE)

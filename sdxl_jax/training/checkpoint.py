@@ -57,7 +57,7 @@ class Checkpoints:
     Args:
         keep: number of newest checkpoints to keep.
         keep_every_hours: also keeps one per so many hours, for ever.
-        keep_best: also keeps the one with the lowest value of this metric.
+        keep_best: also keeps the one with the lowest value of this metric, or the highest (`best_is_highest`).
         go_on: whether training continues after a failed save, with a note, or ends with an error. A failed last save
             is always an error.
         agree: gathers a text from all processes, so that all treat the failure of one in the same way.
@@ -70,6 +70,7 @@ class Checkpoints:
         *,
         keep_every_hours: float | None = None,
         keep_best: str | None = None,
+        best_is_highest: bool = False,
         go_on: bool = False,
         agree: Callable[[str], Sequence[str]] = lambda text: [text],
     ):
@@ -78,8 +79,9 @@ class Checkpoints:
         if keep_every_hours is not None:
             preserved.append(policies.EveryNSeconds(int(keep_every_hours * 3600)))
         if keep_best is not None:
+            sign = -1 if best_is_highest else 1
             best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics.get(keep_best, math.inf),  # without this metric: the worst
+                get_metric_fn=lambda metrics: sign * metrics.get(keep_best, sign * math.inf),  # without it: the worst
                 reverse=True,  # descending, and Orbax keeps the last: the lowest
                 n=1,
                 keep_checkpoints_without_metrics=False,

@@ -9,27 +9,29 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Mapping
 from pathlib import Path, PurePath
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Num
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch
 from sdxl_jax.config import OnFailedSave, RunConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.errors import InputError, MachineError
+from sdxl_jax.evaluation.settings import HIGHER_IS_BETTER
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
 from sdxl_jax.progress import log_format, tqdm
+from sdxl_jax.sampling.nonfinite import NonFiniteError
 from sdxl_jax.training import cluster, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.observe import profiling, validation
 from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart, read_starts, time_table
 from sdxl_jax.training.observe.metrics import MetricsWriter, NonFinite, WandbBoard
+from sdxl_jax.training.observe.scores import Scores
 from sdxl_jax.training.observe.watchdog import Watchdog
 from sdxl_jax.training.processes import Interrupted, Processes
 from sdxl_jax.training.run_directory import check_run
@@ -107,7 +109,7 @@ def _loop(run: Run, tools: "Tools") -> TrainState:
             with tools.step(step):
                 state, metrics = program(state, run.frozen, batch)
                 step += 1
-                tools.log(step, metrics)
+                tools.log(step, metrics, tools.validator.scores_if_due(step, state))
             tools.count_step(step)
             tools.saver.if_due(step, state)
             tools.validator.if_due(step, state)
@@ -137,11 +139,12 @@ class Tools:
         with self.clock.during(part), self.profiler.step(step + 1, self.writer.settle):
             yield
 
-    def log(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of a step that has been dispatched; they may not be computed yet."""
-        self.saver.add(metrics)
+    def log(self, step: int, metrics: Metrics, scores: Mapping[str, float]) -> None:
+        """Takes the metrics of a step that has been dispatched; they may not be computed yet. scores: of the model
+        after it."""
+        self.saver.add({**metrics, **scores})
         dataset = self.run.dataset
-        self.writer.log(step, dataset.bucket_of(step - 1), dataset.batch_size_of(step - 1), metrics)
+        self.writer.log(step, dataset.bucket_of(step - 1), dataset.batch_size_of(step - 1), metrics, scores)
 
     def count_step(self, step: int) -> None:
         """Counts a step in RUN/time.jsonl."""
@@ -236,7 +239,7 @@ class Saver:
         self._saved, self._timer = run.first, SaveTimer(run.config.checkpoint.every_minutes, run.processes)
         self._mean = _MeanMetric(run.config.checkpoint.keep_best)
 
-    def add(self, metrics: Metrics) -> None:
+    def add(self, metrics: Mapping[str, Any]) -> None:
         """Takes the metrics of a step; `checkpoint.keep_best` compares one of them."""
         self._mean.add(metrics)
 
@@ -293,10 +296,23 @@ class Saver:
 
 
 class Validator:
-    """Decides when validation images are generated."""
+    """Decides when validation images are generated, and when the model is measured."""
 
     def __init__(self, run: Run, clock: Clock, writer: MetricsWriter):
         self._run, self._clock, self._writer = run, clock, writer
+        self._scores = Scores(run.objective, run.dataset, run.mesh, run.processes)
+
+    def scores_if_due(self, step: int, state: TrainState) -> dict[str, float]:
+        """The scores of the model after a step, if they are due: before it is saved, which may depend on them."""
+        if not _due(step, self._scores.every, self._run.stop):
+            return {}
+        with self._clock.during(TimePart.EVALUATION):
+            try:
+                return self._scores.of(self._run.objective.model(state, self._run.frozen))
+            except NonFiniteError as error:  # raised on all processes; only a non-finite loss ends the run
+                if self._run.processes.is_first:
+                    tqdm.write(f"note: no scores of step {step}: {error}")
+                return {}
 
     def if_due(self, step: int, state: TrainState) -> None:
         if _due(step, self._run.objective.validates_every, self._run.stop):
@@ -328,6 +344,7 @@ def _checkpoints(run: Run) -> Checkpoints:
         options.keep,
         keep_every_hours=options.keep_every_hours,
         keep_best=options.keep_best,
+        best_is_highest=(options.keep_best or "").removeprefix("validation_") in HIGHER_IS_BETTER,
         go_on=options.on_failed_save is OnFailedSave.GO_ON,
         # A checkpoint is written by all processes or by none, so no stop comes in between.
         agree=functools.partial(run.processes.gather, stops=False),
@@ -335,22 +352,21 @@ def _checkpoints(run: Run) -> Checkpoints:
 
 
 class _MeanMetric:
-    """The mean of one metric over the steps since it was last taken; read from the device when it is taken."""
+    """The mean of one metric over the steps since it was last taken, if they had it; read from the device when it is
+    taken."""
 
     def __init__(self, name: str | None):
-        self._name, self._values = name, list[Num[jax.Array, ""]]()
+        self._name, self._values = name, list[Any]()
 
-    def add(self, metrics: Metrics) -> None:
-        if self._name is not None:
+    def add(self, metrics: Mapping[str, Any]) -> None:
+        if self._name is not None and self._name in metrics:
             self._values.append(metrics[self._name])
 
     def take(self) -> dict[str, float] | None:
-        if self._name is None:
-            return None
         values = np.asarray(jax.device_get(self._values))
         self._values = []
         values = values[np.isfinite(values)]  # a skipped step's may be NaN or inf
-        return {self._name: float(np.mean(values)) if len(values) else math.inf}
+        return {self._name: float(np.mean(values))} if self._name is not None and len(values) else None
 
 
 def _push(run: Run, writer: MetricsWriter) -> str:

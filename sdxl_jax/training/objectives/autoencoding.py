@@ -24,12 +24,13 @@ from jaxtyping import Float, Float32, Int, Key, UInt8
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, ImageBytes, Params, flatten, normalise, to_bytes, unflatten
-from sdxl_jax.config import LoopConfig, RunConfig
+from sdxl_jax.config import LoopConfig, RunConfig, ValidationMetricsConfig
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.errors import RENAMED, InputError, check_ranges
 from sdxl_jax.evaluation import image_metrics, weights
+from sdxl_jax.evaluation.settings import OF_INCEPTION, OF_PAIRS
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import lpips, patchgan, vae
 from sdxl_jax.models.lpips import SMALLEST, Backbone
@@ -40,7 +41,7 @@ from sdxl_jax.training.initial import placed_network, random_weights
 from sdxl_jax.training.objectives import adversarial, adversarial_step
 from sdxl_jax.training.objectives.adversarial import DiscriminatorConfig
 from sdxl_jax.training.objectives.adversarial_step import DISCRIMINATOR, LPIPS, Parts
-from sdxl_jax.training.objectives.base import Grid, Measured, Objective
+from sdxl_jax.training.objectives.base import Examples, Grid, Measured, Objective
 from sdxl_jax.training.objectives.reconstruction import AutoencodingLossConfig, kl_divergence, reconstruction_loss
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, merge, partition
@@ -64,8 +65,9 @@ class AutoencodingLoopConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
-class AutoencodingValidationConfig:
-    """The validation grids in RUN/samples: each row has an original, its reconstruction, and their difference."""
+class AutoencodingValidationConfig(ValidationMetricsConfig):
+    """The validation grids in RUN/samples: each row has an original, its reconstruction, and their difference. And
+    metrics of reconstructions during training."""
 
     every_steps: int | None = 1000
     """Steps between grids; None: no grids. Lower: more often, slower training."""
@@ -108,9 +110,14 @@ class AutoencoderConfig(RunConfig):
         names += ("nll", *(name for name, has in more if has))
         return names if self.discriminator is None else (*names, *adversarial.METRICS, "discriminator_grad_norm")
 
+    @property
+    def validation_scores(self) -> tuple[str, ...]:
+        return self.validation.scores
+
     def check(self) -> None:
         """Raises InputError for numbers out of range, and for fields that have no effect here."""
         super().check()
+        self.validation.check_metrics((*OF_PAIRS, *OF_INCEPTION))
         self.loss.check()
         check_ranges(
             [
@@ -280,6 +287,21 @@ class Autoencoding(Objective[AutoencoderConfig]):
         ratio, similarity = np.mean(scores, axis=0)
         text = {"psnr_db": f"{ratio:.3f}", "ssim": f"{similarity:.4f}", "images": len(originals)}
         return Grid(images, captions, 3, text)
+
+    @property
+    def validation_metrics(self) -> ValidationMetricsConfig:
+        return self.config.validation
+
+    def counterparts(
+        self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
+    ) -> UInt8[np.ndarray, "images height width 3"]:
+        """Reconstructions."""
+        reconstruct = reconstructor(self.config, model.params["vae"], mesh)
+        made = list[UInt8[np.ndarray, "batch height width 3"]]()
+        for first in range(0, len(examples.images), _MEASURED_TOGETHER):
+            processes.stop_point()
+            made.append(reconstruct(examples.images[first : first + _MEASURED_TOGETHER]))
+        return np.concatenate(made)
 
     def measure(
         self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes, progress: bool = True

@@ -30,6 +30,8 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, ValidationMetricsConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.evaluation import weights
+from sdxl_jax.evaluation.scores import weights_of
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.optim.optimiser import make_optimiser
@@ -102,6 +104,9 @@ class Objective(abc.ABC, Generic[Config]):
     def check(self) -> None:
         """Raises InputError for a configuration that cannot be trained. No data and no weights are read."""
         self.config.check()
+        measured = self.validation_metrics
+        for name in weights_of(() if measured is None else measured.metrics):
+            weights.check(name)
 
     def check_start(self) -> None:
         """Raises InputError if a new run could not start: initial weights that are missing, or of another model."""
@@ -141,7 +146,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     # State
 
-    def abstract_state(self, mesh: Mesh) -> tuple[TrainState, Params]:
+    def abstract_state(self, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Params]:
         """Shapes, dtypes and shardings of the state and of the frozen parameters; no array is created."""
         params = unflatten(abstract_leaves(self.model_config, self.parts))
         trained, frozen = partition(params, self.config.training.trainable)

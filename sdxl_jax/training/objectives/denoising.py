@@ -20,7 +20,7 @@ from sdxl_jax import arrays, sharding
 from sdxl_jax.arrays import Batch, EncodedBatch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import TrainConfig, ValidationMetricsConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion import loss, schedule
@@ -30,7 +30,7 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
 from sdxl_jax.training import encoding
-from sdxl_jax.training.objectives.base import Grid, Objective, abstract_rows
+from sdxl_jax.training.objectives.base import Examples, Grid, Objective, abstract_rows
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import merge
 from sdxl_jax.training.step import Metrics
@@ -39,6 +39,8 @@ EmptyTokens = Int32[np.ndarray, "1 77"]
 """The token numbers of "", by one tower's tokenizer."""
 
 _GRID_SEED = 0
+_SAMPLED_TOGETHER = 8
+"""Images at a time, for metrics during training."""
 
 
 class Denoising(Objective[TrainConfig]):
@@ -102,26 +104,18 @@ class Denoising(Objective[TrainConfig]):
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
     ) -> UInt8[np.ndarray, "images height width 3"]:
         """Samples of the captions, with the steps and guidance of the validation grids."""
-        validation, images = self.config.validation, list[UInt8[np.ndarray, "batch height width 3"]]()
+        validation = self.config.validation
         _, height, width, _ = examples.images.shape
+        options = {"seed": _GRID_SEED, "steps": validation.steps, "guidance": validation.guidance}
         batch_size = max(_SAMPLED_TOGETHER, sharding.batch_parts(mesh))
-        for first in range(0, len(examples.captions), batch_size):
-            processes.stop_point()
+
+        def sample() -> UInt8[np.ndarray, "images height width 3"]:
+            size = {"height": height, "width": width, "batch_size": batch_size}
             with jax.set_mesh(mesh):
-                made = generate.text_to_image(
-                    model,
-                    examples.captions[first : first + batch_size],
-                    height=height,
-                    width=width,
-                    seed=_GRID_SEED,
-                    first_index=first,
-                    steps=validation.steps,
-                    guidance=validation.guidance,
-                    batch_size=batch_size,
-                    compute=self.config.compute,
-                )
-            images.append(made)
-        return np.concatenate(images)
+                return generate.text_to_image(model, examples.captions, **size, **options, compute=self.config.compute)
+
+        # With several processes it must not be abandoned: the others would wait in its collectives.
+        return processes.wait(sample) if processes.count == 1 else sample()
 
     @property
     def validates_every(self) -> int | None:

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -46,6 +47,10 @@ class NonFinite(InputError):
         self.step = step
 
 
+_Pending = tuple[int, Bucket, int, dict[str, Num[jax.Array, ""]], Mapping[str, float], dict[str, float]]
+"""(step, bucket, batch size, metrics, scores, times) of a step that may not be done."""
+
+
 class MetricsWriter:
     """Writes one line per step. A context manager: leaving it writes the last lines.
 
@@ -79,7 +84,7 @@ class MetricsWriter:
         self._board: TensorBoard | None = None
         self._wandb, self._mfu_meter, self._clock, self._programs = board, mfu_meter, clock or Clock(), programs
         self._bar = tqdm(total=stop, initial=start, desc="training", unit="step", disable=not progress, smoothing=0.05)
-        self._pending: tuple[int, Bucket, int, dict[str, Num[jax.Array, ""]], dict[str, float]] | None = None
+        self._pending: _Pending | None = None
         self._seconds_at_log = self._seconds_at_write = self._clock.seconds()
         self._skipped, self._bar_updated = 0, -math.inf
 
@@ -98,14 +103,22 @@ class MetricsWriter:
         if self._wandb is not None:
             self._wandb.finish(failed=kind is not None and not issubclass(kind, SystemExit))
 
-    def log(self, step: int, bucket: Bucket, batch_size: int, metrics: dict[str, Num[jax.Array, ""]]) -> None:
-        """Takes the metrics of a step that has been dispatched, and writes those of the previous one."""
+    def log(
+        self,
+        step: int,
+        bucket: Bucket,
+        batch_size: int,
+        metrics: dict[str, Num[jax.Array, ""]],
+        scores: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Takes the metrics of a step that has been dispatched, and writes those of the previous one. scores: of the
+        model after it."""
         self._write()
         seconds = self._clock.seconds()
         waited = {part: seconds[part] - self._seconds_at_log[part] for part in (TimePart.DATA, TimePart.COMPILE)}
         self._seconds_at_log = seconds
         times = {f"{part.value}_seconds": value for part, value in waited.items() if value}
-        self._pending = step, bucket, batch_size, metrics, times
+        self._pending = step, bucket, batch_size, metrics, scores, times
         if all(value.is_ready() for value in metrics.values()):  # pyright: ignore[reportAttributeAccessIssue]
             self._write()  # synchronous devices (CPUs) have finished: their time would go to the wrong line
 
@@ -157,7 +170,7 @@ class MetricsWriter:
     def _write(self) -> None:
         if self._pending is None:
             return
-        step, bucket, batch_size, metrics, times = self._pending
+        step, bucket, batch_size, metrics, scores, times = self._pending
         self._pending = None
         values = {name: float(value) for name, value in metrics.items()}  # waits for the device
         now, previous = self._clock.seconds(), self._seconds_at_write
@@ -167,6 +180,7 @@ class MetricsWriter:
         line: dict[str, Any] = {
             "step": step,
             **values,
+            **scores,
             "bucket": list(bucket),
             "images_seen": self._images_seen,
             "step_seconds": seconds,
@@ -183,7 +197,7 @@ class MetricsWriter:
         self._lines.append(json.dumps(finite, allow_nan=False) + "\n")
         self._write_lines()
         if self._writes:
-            self._add_to_board({name: line[name] for name in _SCALARS if name in line}, step)
+            self._add_to_board({name: line[name] for name in (*_SCALARS, *scores) if name in line}, step)
         if self._wandb is not None:
             self._wandb.log(line)
         shown = [f"loss {values['loss']:.4f}", f"{line['images_per_second']:.1f} images/s"]
