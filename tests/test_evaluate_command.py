@@ -368,6 +368,8 @@ def test_bad_input_of_a_model_is_said_before_it_is_loaded(
     assert message in outcome.err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_curve_is_one_table_and_one_plot_for_several_models(
     model: Path, prompts: Path, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:

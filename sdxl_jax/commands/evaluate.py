@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> None:
     if arguments[0] not in commands:
         nearest = ", ".join(nearest_first(arguments[0], [*commands, "--fetch-weights"]))
         raise InputError(f"There is no command `sdxl-jax evaluate {arguments[0]}`. Known, nearest first: {nearest}")
-    with signals.stop():
+    with signals.end_at_once() if arguments[0] == "images" else signals.stop():
         commands[arguments[0]](arguments[1:])
 
 
@@ -84,6 +84,8 @@ class Measures:
     """Print JSON instead of a table."""
     report: Path | None = None
     """Markdown file to add a line to."""
+    compilation_cache: str | None = "user"
+    """Folder for compiled programs, which later commands reuse. user: one in your cache folder. None: no folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +120,6 @@ class Sampling(OpenFlags):
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations."""
-    compilation_cache: str | None = "user"
-    """Folder for compiled programs, which later commands reuse. user: one in your cache folder. None: no folder."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
     measures: tyro.conf.OmitArgPrefixes[Measures] = field(default_factory=Measures)
@@ -186,6 +186,7 @@ def _measurement(measures: Measures, reference: Any, default: tuple[Metric, ...]
 
     if measures.save_features and measures.save_statistics is None:
         raise InputError("--save-features has no effect without --save-statistics FILE. Give both, or leave it out")
+    sample.use_compilation_cache(measures.compilation_cache)
     if measures.clip is not None and prompted:
         default += (Metric.CLIP_SCORE,)
     return Measurement(
@@ -268,7 +269,6 @@ def _model(arguments: list[str]) -> None:
     reference = options.captions if options.reference is None else options.reference
     default = () if reference is None else (Metric.FID, Metric.KID)
     measurement = _measurement(options.measures, reference, default, True)
-    sample.use_compilation_cache(options.compilation_cache)
     settings = _sample(options, options.model, options.out, prompts)
     _report(measurement.of(options.out, prompts.per_image), options.measures, sampling=settings)
 
@@ -287,7 +287,6 @@ def _curve(arguments: list[str]) -> None:
     metrics = options.measures.metrics or (Metric.FID, Metric.CLIP_SCORE)
     measures = dataclasses.replace(options.measures, metrics=metrics)
     measurement = _measurement(measures, reference, (), True)
-    sample.use_compilation_cache(options.compilation_cache)
     points = []
     for label, model in zip(_labels(options.models), options.models, strict=True):
         for scale in options.guidance_scales:
