@@ -9,13 +9,17 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from PIL import Image  # noqa: E402 (after the check for torch)
+from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from sdxl_jax.conditioning.text import SD1_TEXT, Tokenizer  # noqa: E402
 from sdxl_jax.errors import InputError  # noqa: E402
 from sdxl_jax.evaluation.clip_models import open_clip  # noqa: E402
 from sdxl_jax.evaluation.scores import evaluate  # noqa: E402
+from sdxl_jax.weights import names  # noqa: E402
 from sdxl_jax.weights.clip_vision import open_tower, write  # noqa: E402
+from sdxl_jax.weights.load import load_weights  # noqa: E402
 from sdxl_jax.weights.names import Dialect  # noqa: E402
+from sdxl_jax.weights.open import open_model  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 PROMPTS = ["a red balloon over the sea", "two dogs", "", "a painting " * 60]
@@ -24,7 +28,7 @@ PROMPTS = ["a red balloon over the sea", "two dogs", "", "a painting " * 60]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole CLIP model on disk."""
-    shared = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_act": "gelu"}
+    shared = {"num_hidden_layers": 2, "num_attention_heads": 1, "hidden_act": "gelu"}
     text = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 49408, "eos_token_id": 49407, **shared}
     vision = {"hidden_size": 24, "intermediate_size": 48, "image_size": 28, "patch_size": 14, **shared}
     torch.manual_seed(0)
@@ -58,3 +62,22 @@ def test_an_image_tower_alone_gives_cmmd_but_no_clip_score(folder: Path, tmp_pat
     assert found.scores[0].value == pytest.approx(whole.scores[0].value, rel=1e-6) and found.scores[0].value > 0
     with pytest.raises(InputError, match=r"clip_score needs the text tower, too, and --clip vision, 28 px has none"):
         evaluate(images, prompts=["x"] * 5, metrics=["clip_score"], clip=clip)
+
+
+def test_a_file_in_the_naming_of_open_clip_gives_the_same_score(folder: Path, tmp_path: Path) -> None:
+    """Without a config.json: the configuration follows from names and shapes."""
+    write(open_tower(folder), tmp_path / "image.safetensors", Dialect.OPENCLIP)
+    opened = open_model(folder)
+    (tower,) = (tower for tower in opened.config.text if tower.name in opened.parts)
+    of_text = names.to_tensors(
+        names.table(tower.clip, names.Naming(Dialect.OPENCLIP, "")), load_weights(opened).params[tower.name]
+    )
+    both = {**load_file(tmp_path / "image.safetensors"), **{name: np.asarray(each) for name, each in of_text.items()}}
+    assert {"visual.proj", "text_projection", "token_embedding.weight"} <= set(both)
+    save_file({name: np.ascontiguousarray(each) for name, each in both.items()}, tmp_path / "open_clip.safetensors")
+    images = np.random.default_rng(0).integers(0, 256, (4, 40, 52, 3), np.uint8)
+    one, other = (
+        evaluate(images, prompts=PROMPTS, metrics=["clip_score"], clip=open_clip(path)).scores[0].value
+        for path in (folder, tmp_path / "open_clip.safetensors")
+    )
+    assert one == pytest.approx(other, rel=1e-6)
