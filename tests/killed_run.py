@@ -57,6 +57,7 @@ def main() -> None:
     from sdxl_jax import sharding
     from sdxl_jax.config import TrainConfig, from_json
     from sdxl_jax.training import checkpoint, compilation, loop
+    from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
     from sdxl_jax.training.observe import validation
 
     validation.write_grid = within("evaluation", validation.write_grid, "step")
@@ -71,7 +72,8 @@ def main() -> None:
     checkpoint.Checkpoints.save = within("save", checkpoint.Checkpoints.save, "step")
     checkpoint.Checkpoints.finish = within("save", checkpoint.Checkpoints.finish, "step")
     sharding.put_batch = slowed(sharding.put_batch)
-    config = from_json(json.loads(sys.argv[1]), TrainConfig)
+    value = json.loads(sys.argv[1])
+    config = from_json(value, AutoencoderConfig if "vae" in value else TrainConfig)
     loop.train(config, sys.argv[2], progress="--progress" in sys.argv)
     enter("end")
 

@@ -31,7 +31,7 @@ import numpy as np
 import tiny
 
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
-from sdxl_jax.config import CheckpointConfig, TrainConfig, ValidationConfig
+from sdxl_jax.config import CheckpointConfig, RunConfig, TrainConfig, ValidationConfig
 from sdxl_jax.files import buckets
 from sdxl_jax.files.paths import AnyPath, in_bucket
 from sdxl_jax.jsontree import to_json
@@ -77,7 +77,7 @@ class Processes:
     @classmethod
     def start(
         cls,
-        config: TrainConfig,
+        config: RunConfig,
         run_dir: AnyPath,
         scratch: Path,
         count: int,
@@ -136,7 +136,7 @@ class Processes:
             child.wait()
 
 
-def uninterrupted(config: TrainConfig, run_dir: AnyPath, scratch: Path, count: int, limit: float = 600) -> float:
+def uninterrupted(config: RunConfig, run_dir: AnyPath, scratch: Path, count: int, limit: float = 600) -> float:
     """Runs without a kill. Returns the seconds that it took."""
     began = time.monotonic()
     processes = Processes.start(config, run_dir, scratch, count)
@@ -201,7 +201,7 @@ def _half_written(run_dir: AnyPath) -> set[tuple[str, float]]:
 
 
 def campaign(
-    config: TrainConfig,
+    config: RunConfig,
     whole: Path,
     scratch: Path,
     processes: int,

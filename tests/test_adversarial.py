@@ -6,11 +6,15 @@ import dataclasses
 import functools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import compiling
 import jax
 import jax.numpy as jnp
+import killing
 import numpy as np
 import pytest
 import tiny
@@ -332,6 +336,38 @@ def test_tiny_autoencoder_trains_with_the_same_loss(config: AutoencoderConfig) -
     assert "kl" not in metrics and math.isfinite(float(metrics["loss"])) and float(metrics["grad_norm"]) > 0
     moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (state.params, after.params)), strict=True)]
     assert np.mean(moved) > 0.9
+
+
+@pytest.mark.slow
+def test_killed_run_is_the_undisturbed_run(config: AutoencoderConfig, tmp_path: Path) -> None:
+    """kill -9 at random moments, until six runs or so are finished: every line, array and validation image."""
+    given = dataclasses.replace(
+        config,
+        loss=dataclasses.replace(LOSS, perceptual_weight=0.0),
+        training=dataclasses.replace(config.training, steps=9),
+        validation=AutoencodingValidationConfig(every_steps=4, images=2),
+    )
+    killing.uninterrupted(given, tmp_path / "whole", tmp_path, 1)
+    seconds = killing.uninterrupted(given, tmp_path / "again", tmp_path, 1)  # its programs are compiled
+    killing.assert_same_run(tmp_path / "again", tmp_path / "whole")
+    counts = killing.campaign(given, tmp_path / "whole", tmp_path, 1, 6, seconds, seed=0)
+    assert counts.total() == 6
+
+
+@pytest.mark.slow
+def test_several_devices_train_as_one(tmp_path: Path) -> None:
+    """Two and four simulated devices, the latter with split parameters: the batch norm and the adaptive weight are over
+    the whole batch. The tolerance is that of float32 sums in another order, through Adam, whose first steps divide by
+    the gradient's own size."""
+    program = Path(__file__).with_name("sharded_adversarial.py")
+    environment = compiling.environment(tmp_path, devices=4)
+    done = subprocess.run([sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two, four = json.loads(done.stdout.splitlines()[-1])
+    for many in (two, four):
+        for step in range(len(one)):
+            for name, value in one[step].items():
+                assert many[step][name] == pytest.approx(value, rel=1e-4, abs=1e-6), (step, name)
 
 
 # Bad input

@@ -5,8 +5,10 @@ diffusion and generative-models: every term, the adaptive weight, every gradient
 a sum, or a KL in the adaptive weight, would be 1e-3 and more.
 """
 
+import dataclasses
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,18 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 from agreement import Agree, Note
+from command import call
 from reference import torch
 
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten, normalise, unflatten
-from sdxl_jax.models import patchgan
+from sdxl_jax.models import patchgan, vae
 from sdxl_jax.models.initialisers import sample
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.models.patchgan import Norm, PatchGanConfig
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.training import loop
 from sdxl_jax.training.objectives import adversarial, adversarial_step
 from sdxl_jax.training.objectives.adversarial import AdversarialLoss, Adversary, DiscriminatorConfig
 from sdxl_jax.training.objectives.adversarial_step import Parts
+from sdxl_jax.training.objectives.autoencoding import (
+    AutoencoderConfig,
+    AutoencodingLoopConfig,
+    AutoencodingValidationConfig,
+)
 from sdxl_jax.training.objectives.reconstruction import AutoencodingLossConfig, PixelLoss, Reduction
 from sdxl_jax.weights import names
 
@@ -301,3 +311,33 @@ def test_loss_and_every_gradient_match_torch(
     for key, statistics in after.carried.items():
         layer = judge[int(key.removeprefix("main_"))]
         agree(f"{name}: running variance of {key}", statistics["variance"], layer.running_var, TOLERANCE)
+
+
+# Export
+
+
+@pytest.mark.slow
+def test_autoencoder_trained_here_reconstructs_the_same_in_diffusers(
+    agree: Agree, tmp_path: Path, quick_compilation: None
+) -> None:
+    """A run, converted by the command, with the latent scale that was measured on it."""
+    base = tiny.train_config(tiny.make_folder(tmp_path / "images"), steps=2)
+    config = AutoencoderConfig(
+        data=dataclasses.replace(base.data, buckets=((32, 32),), batch_size=4),
+        vae=VAE,
+        optimiser=base.optimiser,
+        ema=base.ema,
+        training=AutoencodingLoopConfig(steps=2),
+        validation=AutoencodingValidationConfig(every_steps=None),
+    )
+    model = loop.train(config, tmp_path / "run", progress=False)
+    done = call("convert", tmp_path / "run", tmp_path / "vae", "--to", "diffusers")
+    assert done.code == 0, done.err
+    theirs = reference.diffusers.AutoencoderKL.from_pretrained(str(tmp_path / "vae"))
+    assert theirs.config.scaling_factor == model.config.vae.scale != VAE.scale
+    image = images(3, 32)
+    with torch.no_grad():
+        expected = theirs.decode(theirs.encode(reference.to_torch(image)).latent_dist.mean).sample
+    params, given = model.params["vae"], model.config.vae
+    latent = vae.encode(given, params, jnp.asarray(image)).mean * given.scale
+    agree("trained autoencoder", vae.decode(given, params, latent), reference.from_torch(expected), TOLERANCE)
