@@ -394,6 +394,8 @@ def test_a_curve_is_one_table_and_one_plot_for_several_models(
 # autoencoder
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_reconstructions_are_compared_with_centred_squares(model: Path, tmp_path: Path) -> None:
     folder = write(tmp_path / "data", 5, size=(40, 70))
     given = ["evaluate", "autoencoder", model, folder, "--size", 32, "--batch-size", 2, "--json"]
@@ -416,6 +418,8 @@ def test_reconstructions_are_compared_with_centred_squares(model: Path, tmp_path
     assert refused.code == 2 and "--size 30: this autoencoder takes multiples of 8. Give 32" in refused.err
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
 def test_a_reconstruction_that_is_not_finite_is_named(tmp_path: Path) -> None:
     broken = random_model(MODEL, 0)
     broken.params["vae"]["decoder"]["conv_out"]["bias"] *= np.nan
