@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import real_data
 from agreement import Agree
 from reference import torch
 
@@ -89,3 +90,16 @@ def test_lpips_and_its_gradient_match_torch(backbone: Backbone, side: int, agree
         agree(f"LPIPS {backbone.value}: gradient of {name}", gradient, given.grad.permute(0, 2, 3, 1), 1e-5)
     if backbone is Backbone.VGG:
         agree("psim", ours[1], similarity.detach(), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", list(Backbone))
+def test_lpips_with_the_published_weights_matches_torch(
+    backbone: Backbone, agree: Agree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = real_data.metric_params(f"lpips_{backbone.value}", monkeypatch)
+    x, y = images(64)
+    with torch.no_grad():
+        theirs, _ = twin(backbone, params, *(torch.from_numpy(each).permute(0, 3, 1, 2) for each in (x, y)))
+    ours = jax.jit(lambda params, x, y: lpips.lpips(backbone, params, x, y))(params, x, y)
+    agree(f"published LPIPS {backbone.value}", ours, theirs, 1e-5)
