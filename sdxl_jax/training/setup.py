@@ -276,7 +276,8 @@ def _state(
         return state, on_this_mesh(lambda: restore_frozen(arrays, abstract_frozen)), []
     initial = on_this_mesh(lambda: objective.initial_weights(mesh, options.progress))
     state, frozen = on_this_mesh(lambda: objective.fresh_state(mesh, abstract, initial, options.progress))
-    return state, frozen, sorted(set(frozen) - {path.split("/")[0] for path in initial})
+    loaded = {path.split("/")[0] for path in initial}
+    return state, frozen, sorted(set(frozen) & set(objective.parts) - loaded)
 
 
 def on_mesh(processes: Processes, mesh: Mesh, work: Callable[[], _T]) -> _T:
