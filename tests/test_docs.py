@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 AT_ROOT = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 DOCUMENTS = [*AT_ROOT, *sorted((ROOT / "docs").rglob("*.md"))]
 
-CODE = ("sdxl_jax", "tests", "benchmarks", "configs")
+CODE = ("sdxl_jax", "tests", "benchmarks", "configs", "experiments")
 
 COMING: set[str] = set()
 """What the page describes and other changes bring: a name leaves this list with the change that brings it."""

@@ -1,11 +1,9 @@
 """`sdxl-jax evaluate`: metrics of images, of a model over prompts, of an autoencoder, over guidance scales."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +14,7 @@ import tyro
 from sdxl_jax.commands import parsing, sample, signals
 from sdxl_jax.commands.parsing import OpenFlags
 from sdxl_jax.errors import InputError, check_ranges, nearest_first
-from sdxl_jax.evaluation.settings import OF_PAIRS, Metric, ResizeMode
+from sdxl_jax.evaluation.settings import Metric, ResizeMode
 from sdxl_jax.files import atomic
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.mesh import MeshConfig
@@ -178,29 +176,34 @@ def _images(arguments: list[str]) -> None:
     _report(measurement.of(options.images, prompts), options.measures)
 
 
-def _measurement(measures: Measures, reference: Any, default: tuple[Metric, ...], prompted: bool) -> "Measurement":
-    """What is measured, checked, before the images are. default: metrics, to which the CLIP score is added where there
-    are prompts and a CLIP model."""
+def _measured(measures: Measures, default: tuple[Metric, ...], prompted: bool) -> dict[str, Any]:
+    """The arguments of `Measurement`. default: metrics, to which the CLIP score is added where there are prompts and a
+    CLIP model."""
     from sdxl_jax.evaluation.features import Wanted
-    from sdxl_jax.evaluation.scores import Measurement
 
     if measures.save_features and measures.save_statistics is None:
         raise InputError("--save-features has no effect without --save-statistics FILE. Give both, or leave it out")
     sample.use_compilation_cache(measures.compilation_cache)
     if measures.clip is not None and prompted:
         default += (Metric.CLIP_SCORE,)
-    return Measurement(
-        reference,
-        metrics=measures.metrics or default,
-        resize=measures.resize,
-        reference_resize=measures.reference_resize,
-        clip=_clip(measures),
-        inception_head=measures.inception_head,
-        probe=measures.probe,
-        scores=[(name, _function(name)) for name in measures.score],
-        batch_size=measures.feature_batch_size,
-        keep=None if measures.save_statistics is None else Wanted(spatial=True, features=measures.save_features),
-    )
+    return {
+        "metrics": measures.metrics or default,
+        "resize": measures.resize,
+        "reference_resize": measures.reference_resize,
+        "clip": _clip(measures),
+        "inception_head": measures.inception_head,
+        "probe": measures.probe,
+        "scores": [(name, _function(name)) for name in measures.score],
+        "batch_size": measures.feature_batch_size,
+        "keep": None if measures.save_statistics is None else Wanted(spatial=True, features=measures.save_features),
+    }
+
+
+def _measurement(measures: Measures, reference: Any, default: tuple[Metric, ...], prompted: bool) -> "Measurement":
+    """What is measured, checked, before the images are."""
+    from sdxl_jax.evaluation.scores import Measurement
+
+    return Measurement(reference, **_measured(measures, default, prompted))
 
 
 def _clip(measures: Measures) -> Any:
@@ -369,44 +372,23 @@ def _sample(options: Sampling, model: AnyPath, out: Path, prompts: _Prompts) -> 
 
 # autoencoder
 
-_OF_AUTOENCODERS = (*OF_PAIRS, Metric.FID)
-
 
 def _autoencoder(arguments: list[str]) -> None:
     options = parsing.parse(Autoencoder, arguments, "evaluate autoencoder")
     if options.lora:
         raise InputError(f"--lora {options.lora[0]} has no effect on an autoencoder. Leave it out")
-    import numpy as np
+    from sdxl_jax.evaluation.reconstruction import OF_AUTOENCODERS, evaluate_autoencoder
 
-    from sdxl_jax.evaluation import reconstruction
-    from sdxl_jax.evaluation.image_sets import Squares, open_images
-    from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.weights.lazy import cast
-    from sdxl_jax.weights.load import load_weights
-    from sdxl_jax.weights.open import open_model
-
-    images = open_images(options.folder, "the folder")
-    count = len(images.names)
-    check_ranges([("images", options.images, 2, count), ("batch_size", options.batch_size, 1, math.inf)])
-    squares = Squares(images, options.images or count, options.size)
-    measurement = _measurement(options.measures, squares, _OF_AUTOENCODERS, False)
-    weights = open_model(options.model, options.open_options(), options.parts_from)
-    if "vae" not in weights.parts:
-        raise InputError(f"{options.model} has no autoencoder, only {', '.join(weights.parts)}. Give one that has")
-    leaves = {path: leaf for path, leaf in weights.leaves.items() if path.startswith("vae/")}
-    weights = cast(dataclasses.replace(weights, leaves=leaves), np.dtype(np.float32))
-    config = weights.config.vae
-    reconstruction.check_side(options.size, config)
-    settings = {"model": str(options.model), "dtype": options.dtype}
-    settings |= {"parts_from": json.dumps([str(each) for each in options.parts_from])} if options.parts_from else {}
-    texts = reconstruction.texts(squares, settings)
-    with contextlib.ExitStack() as stack:
-        out = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reconstructions-")))
-        params = load_weights(weights).params["vae"]
-        network = reconstruction.network(config, params, Compute(dtype=Dtype(options.dtype)))
-        reconstruction.reconstruct(network, squares, out, texts, options.batch_size)
-        evaluation = measurement.of(out)
-    scores = [score._replace(name="rfid") if score.name == "fid" else score for score in evaluation.scores]
-    notes = [*evaluation.notes, "latents are the posterior's mean; reconstructions are rounded to uint8"]
-    evaluation = evaluation._replace(images=f"reconstructions by {options.model}", scores=scores, notes=notes)
+    evaluation = evaluate_autoencoder(
+        options.model,
+        options.folder,
+        side=options.size,
+        count=options.images,
+        out=options.out,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        options=options.open_options(),
+        parts_from=options.parts_from,
+        measured=_measured(options.measures, OF_AUTOENCODERS, False),
+    )
     _report(evaluation, options.measures)

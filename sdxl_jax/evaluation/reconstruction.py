@@ -5,8 +5,15 @@
 The latent is the posterior's mean, not a sample of it. The folder is resumable, as those of `samples`.
 """
 
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +22,71 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from sdxl_jax.arrays import Params, normalise, to_bytes
-from sdxl_jax.errors import InputError
+from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.evaluation import features, samples
 from sdxl_jax.evaluation.features import Network
-from sdxl_jax.evaluation.image_sets import Squares
+from sdxl_jax.evaluation.image_sets import Squares, open_images
+from sdxl_jax.evaluation.scores import Evaluation, Measurement
+from sdxl_jax.evaluation.settings import OF_PAIRS, Metric
 from sdxl_jax.models import vae
-from sdxl_jax.models.layers import Compute
+from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.models.vae import AnyVaeConfig
 from sdxl_jax.sampling.contact_sheet import save_png
+from sdxl_jax.weights.lazy import cast
+from sdxl_jax.weights.load import load_weights
+from sdxl_jax.weights.open import OpenOptions, open_model
 
+OF_AUTOENCODERS = (*OF_PAIRS, Metric.FID)
 _THREADS = 4
+
+
+def evaluate_autoencoder(
+    path: str | PurePath,
+    images: str | PurePath,
+    *,
+    side: int = 256,
+    count: int | None = None,
+    out: Path | None = None,
+    batch_size: int = 8,
+    dtype: str = "float32",
+    options: OpenOptions = OpenOptions(),
+    parts_from: Sequence[str | PurePath] = (),
+    measured: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Scores of an autoencoder's reconstructions of a folder's images; "rfid" is their FID.
+
+    Args:
+        path: the autoencoder: a model, an autoencoder alone, a run. options, parts_from: as for `open_model`.
+        images: the folder, or an .npz; the centred square of each is resized to `side` pixels.
+        count: of the images, the first by name; None: all.
+        out: folder for the reconstructions, which a later call resumes; None: a temporary one.
+        batch_size, dtype: of the autoencoder.
+        measured: arguments of `Measurement`; None: all metrics of pairs, and FID.
+
+    Raises InputError before work begins, as `evaluate` and `open_model`, and for a path without an autoencoder.
+    """
+    opened = open_images(images, "the folder")
+    check_ranges([("images", count, 2, len(opened.names)), ("batch_size", batch_size, 1, math.inf)])
+    squares = Squares(opened, count or len(opened.names), side)
+    measurement = Measurement(squares, **({"metrics": OF_AUTOENCODERS} if measured is None else measured))
+    weights = open_model(path, options, parts_from)
+    if "vae" not in weights.parts:
+        raise InputError(f"{path} has no autoencoder, only {', '.join(weights.parts)}. Give one that has")
+    leaves = {name: leaf for name, leaf in weights.leaves.items() if name.startswith("vae/")}
+    weights = cast(replace(weights, leaves=leaves), np.dtype(np.float32))
+    check_side(side, weights.config.vae)
+    settings = {"model": str(path), "dtype": dtype}
+    settings |= {"parts_from": json.dumps([str(each) for each in parts_from])} if parts_from else {}
+    settings |= {"weights": "raw"} if options.raw else {}
+    with contextlib.ExitStack() as stack:
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reconstructions-")))
+        params = load_weights(weights).params["vae"]
+        autoencoder = network(weights.config.vae, params, Compute(dtype=Dtype(dtype)))
+        reconstruct(autoencoder, squares, folder, texts(squares, settings), batch_size)
+        evaluation = measurement.of(folder)
+    scores = [score._replace(name="rfid") if score.name == "fid" else score for score in evaluation.scores]
+    notes = [*evaluation.notes, "latents are the posterior's mean; reconstructions are rounded to uint8"]
+    return evaluation._replace(images=f"reconstructions by {path}", scores=scores, notes=notes)
 
 
 def network(config: AnyVaeConfig, params: Params, compute: Compute) -> Network:

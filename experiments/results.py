@@ -1,0 +1,55 @@
+"""What every experiment writes into its folder: `table.md`, `results.json`, and `figure.png` if it has a plot.
+
+`results.json` has the experiment's name, the paper's rows, ours, notes, versions, commit, hardware, and seconds.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+
+from sdxl_jax.evaluation.report import number
+from sdxl_jax.files import atomic
+from sdxl_jax.training.run_directory import commit, versions
+
+Row = Mapping[str, str | float | int | None]
+"""One line of a table, by column."""
+
+
+def write(
+    folder: Path, name: str, paper: Sequence[Row], rows: Sequence[Row], notes: Sequence[str], began: float
+) -> str:
+    """Writes `table.md` and `results.json`; returns the table. began: `time.monotonic()` when the experiment began."""
+    device = jax.devices()[0].device_kind
+    found = {
+        "name": name,
+        "paper": paper,
+        "rows": rows,
+        "notes": notes,
+        "versions": versions(),
+        "commit": commit(),
+        "hardware": f"{jax.device_count()} × {device}, {os.cpu_count()} processors",
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    text = f"# {name}\n\n## The paper\n\n{markdown(paper)}\n## Here\n\n{markdown(rows)}\n"
+    text += "".join(f"- {note}\n" for note in notes)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / "table.md", text)
+    atomic.write_text(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return text
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A Markdown table: a column for each key, in order of first appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: str | float | int | None) -> str:
+    if value is None:
+        return "–"
+    return number(value) if isinstance(value, float) else str(value).replace("|", "\\|")
