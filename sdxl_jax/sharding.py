@@ -43,7 +43,6 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(r"(^|/)(discriminator|lpips)/", None),  # networks of an autoencoder's loss, small: replicated
     Rule(r"quant_conv/kernel$", None),  # 4 × 4 or 8 × 8 numbers
     Rule(r"conv_out/kernel$", -2),  # few output channels: split the input channels
     # Kernels that produce heads and hidden features, and those that consume them: one all-reduce over `tensor` a pair.
@@ -54,9 +53,9 @@ RULES = (
 )
 """The first matching rule applies."""
 
-_SMALL = re.compile(r"(^|/)(v_row|v_col)/|(^|/)ns_coeffs$")
-"""Optimiser state that is small compared with the parameter whose path it has, and is replicated: Adafactor's means
-over rows and columns, a thousandth of the parameter, and Muon's three numbers."""
+_SMALL = re.compile(r"(^|/)(v_row|v_col|discriminator|lpips)/|(^|/)ns_coeffs$")
+"""What is small and replicated: Adafactor's means over rows and columns, a thousandth of the parameter whose path they
+have, and Muon's three numbers; the networks of an autoencoder's loss."""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
