@@ -46,7 +46,7 @@ def main() -> None:
         row: dict[str, str | float | int | None] = {"autoencoder": Path(model).stem}
         for score in found.scores:
             row[score.name] = score.value
-        rows.append({**row, "N": found.scores[0].images, "resize": found.scores[-1].resize})
+        rows.append({**row, "N": found.scores[0].images, "resize": found.scores[0].resize})
         columns.append(folder)
     notes = list(dict.fromkeys(found.notes)) if options.models else []
     print(results.write(options.out, "Table 3: autoencoders", PAPER, rows, notes, began))
