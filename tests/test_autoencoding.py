@@ -180,6 +180,7 @@ def test_difference_is_grey_where_there_is_none() -> None:
     assert shown.tolist() == [[[255, 128, 123]]]
 
 
+@pytest.mark.slow
 def test_latents_have_unit_variance_with_the_measured_scale(config: AutoencoderConfig, whole: Path) -> None:
     """Over samples of the posteriors of all images, computed in numpy."""
     measured = json.loads((whole / "config.json").read_text())["measured"]
@@ -284,6 +285,7 @@ def file(config: AutoencoderConfig, tmp_path_factory: pytest.TempPathFactory) ->
     return path
 
 
+@pytest.mark.slow
 def test_command_line_trains_it_with_its_own_fields(file: Path, tmp_path: Path) -> None:
     helped = call("train", file, "--help")
     assert helped.code == 0

@@ -295,6 +295,7 @@ def sampled(parts: Path | str, out: Path) -> np.ndarray:
         return np.asarray(image)
 
 
+@pytest.mark.slow
 def test_an_image_from_the_bucket_is_that_from_the_local_disk(parts: Path, bucket: str, tmp_path: Path) -> None:
     expected = sampled(parts, tmp_path / "local")
     for name in ("model", "vae"):

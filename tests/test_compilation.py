@@ -377,6 +377,7 @@ def test_on_demand_shares_nothing_out(compiler: Compiler) -> None:
         assert steps.of(BUCKETS[0])() == BUCKETS[0]
 
 
+@pytest.mark.slow
 def test_a_process_whose_wait_is_too_long_compiles_for_itself(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,7 +157,7 @@ def round_trips(
     ("name", "dtype", "through"),
     [
         ("SDXL base", "float16", (None,)),
-        ("SDXL refiner", "float32", (None,)),
+        pytest.param("SDXL refiner", "float32", (None,), marks=pytest.mark.slow),
         pytest.param("SD 1.x", "bfloat16", (None, Layout.ORBAX), marks=pytest.mark.slow),
     ],
 )

@@ -236,6 +236,7 @@ def others_of(session: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_build_killed_with_its_workers_running_resumes_to_the_same_bytes(tmp_path):
     Fake(12, 20, 0.005).build(tmp_path / "reference")
     destination = tmp_path / "shards"

@@ -358,7 +358,6 @@ def cached(sources, tmp_path_factory) -> Callable[..., BucketedDataset]:
 
 
 @pytest.mark.parametrize(("workers", "processes"), [(0, 1), (0, 2), (0, 4), pytest.param(2, 2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(("workers", "processes"), [(0, 1), (0, 2), (0, 4), (2, 2)])
 def test_reading_a_cache_resumes_from_any_step_with_any_number_of_processes(cached, workers, processes):
     expected = read(cached(), 0, 10 + STEPS)
     assert any(batch[".replaced"].any() for batch in expected[10:])

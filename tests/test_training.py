@@ -356,6 +356,7 @@ def test_everything_can_train(tmp_path: Path) -> None:
     assert_identical(merge(trained, checkpoint.restore_frozen(tmp_path, frozen)), params)
 
 
+@pytest.mark.slow
 def test_run_without_an_average_opens_with_its_parameters(
     config: TrainConfig, whole: Run, abstract: TrainState, tmp_path: Path
 ) -> None:
