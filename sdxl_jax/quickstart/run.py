@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 
@@ -70,8 +71,10 @@ def quickstart(
     config = recipe.get_config(str(folder), weights, seed)
     config = replace(config, training=replace(config.training, compilation_cache=compilation_cache))
     model = train(config, run_dir)
-    random = init(config.model, seed + 1)
-    untrained = Model(config.model, random | {"vae": model.params["vae"]})
+    random = init(config.model, seed + 1) | {"vae": model.params["vae"]}
+    # Placed as the trained weights are, it is sampled from with their programs.
+    placed = jax.tree.map(lambda value, trained: jax.device_put(value, trained.sharding), random, model.params)
+    untrained = Model(config.model, placed)
 
     _print("4/5  Sampling the contact sheet")
     examples = _examples(folder)
