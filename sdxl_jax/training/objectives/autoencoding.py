@@ -20,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Float32, Int, Key, UInt8
+from jaxtyping import Float, Float32, Key, UInt8
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, ImageBytes, Params, flatten, normalise, to_bytes, unflatten
 from sdxl_jax.config import LoopConfig, RunConfig, ValidationMetricsConfig
-from sdxl_jax.data.buckets import Bucket, assign
+from sdxl_jax.data.examples import crop_of, evenly_spread, images_of, sizes_of
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.errors import RENAMED, InputError, check_ranges
 from sdxl_jax.evaluation import image_metrics, weights
 from sdxl_jax.evaluation.settings import OF_INCEPTION, OF_PAIRS
@@ -331,25 +330,8 @@ def lpips_parameters() -> Params:
 
 def examples(dataset: BucketedDataset, count: int) -> list[UInt8[np.ndarray, "_height _width 3"]]:
     """Images evenly spread over the data, each as a centred crop of its bucket's size; the same ones each time."""
-    numbers = example_numbers(dataset, count)
-    return [example(dataset, image, size) for image, size in zip(numbers, _sizes(dataset, numbers), strict=True)]
-
-
-def example_numbers(dataset: BucketedDataset, count: int) -> Int[np.ndarray, " images"]:
-    """Numbers of images evenly spread over the data."""
-    trained_on = np.unique(dataset.order.numbers)
-    return trained_on[np.linspace(0, len(trained_on) - 1, min(count, len(trained_on))).round().astype(int)]
-
-
-def example(dataset: BucketedDataset, image: int | np.integer, size: Bucket) -> UInt8[np.ndarray, "height width 3"]:
-    """A centred crop of an image."""
-    return centred_crop(dataset.source.pixels(int(image), size), size)
-
-
-def _sizes(dataset: BucketedDataset, numbers: Int[np.ndarray, " images"]) -> list[Bucket]:
-    """The bucket of each image."""
-    buckets = dataset.buckets
-    return [buckets[int(bucket)] for bucket in assign(dataset.source.sizes[numbers], buckets).bucket]
+    numbers = evenly_spread(images_of(dataset), count)
+    return [crop_of(dataset, image, size) for image, size in zip(numbers, sizes_of(dataset, numbers), strict=True)]
 
 
 def reconstructor(
@@ -392,8 +374,8 @@ def latent_deviation(
 
     The variance of samples is that of the posteriors' means plus the mean of the posteriors' variances.
     """
-    numbers, place = example_numbers(dataset, SCALE_LATENTS), sharding.batch_sharding(mesh)
-    sizes, parts = _sizes(dataset, numbers), sharding.batch_parts(mesh)
+    numbers, place = evenly_spread(images_of(dataset), SCALE_LATENTS), sharding.batch_sharding(mesh)
+    sizes, parts = sizes_of(dataset, numbers), sharding.batch_parts(mesh)
     rows = max(1, _MEASURED_TOGETHER // parts) * parts
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
@@ -410,7 +392,7 @@ def latent_deviation(
                 processes.stop_point()
                 chosen = images[start : start + rows]
                 # The last batch is filled up with its own images, which do not count twice.
-                batch = np.stack([example(dataset, image, size) for image in np.resize(chosen, rows)])
+                batch = np.stack([crop_of(dataset, image, size) for image in np.resize(chosen, rows)])
                 on_devices = jax.make_array_from_callback(batch.shape, place, lambda index, batch=batch: batch[index])
                 found = np.asarray(moments(params, on_devices).addressable_data(0), np.float64)[: len(chosen)]
                 total, pixels = (

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sdxl_jax.data.buckets import assign
+from sdxl_jax.data.examples import buckets_of, crop_of, evenly_spread, images_of
 from sdxl_jax.data.pipeline import BucketedDataset
-from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.evaluation.scores import Measurement
 from sdxl_jax.model import Model
 from sdxl_jax.training.objectives.base import Examples, Objective
@@ -51,12 +50,11 @@ class Scores:
 
 def fixed_examples(dataset: BucketedDataset, count: int) -> Examples:
     """Images of the bucket that has the most, evenly spread over the data; all, if there are fewer than `count`."""
-    source, trained_on = dataset.source, np.unique(dataset.order.numbers)
-    buckets = assign(source.sizes[trained_on], dataset.buckets).bucket
+    numbers = images_of(dataset)
+    buckets = buckets_of(dataset, numbers)
     largest = int(np.bincount(buckets).argmax())
-    numbers = trained_on[buckets == largest]
-    numbers = numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)]
     size = dataset.buckets[largest]
-    images = np.stack([centred_crop(source.pixels(int(number), size), size) for number in numbers])
-    captions = [next(iter(source.captions(int(number))), "") for number in numbers]
+    numbers = evenly_spread(numbers[buckets == largest], count)
+    images = np.stack([crop_of(dataset, image, size) for image in numbers])
+    captions = [next(iter(dataset.source.captions(int(image))), "") for image in numbers]
     return Examples(images, captions)
