@@ -236,9 +236,9 @@ class RunConfig:
         return ()
 
     @property
-    def validation_scores(self) -> tuple[str, ...]:
-        """The names of the scores of `validation.metrics`."""
-        return ()
+    def validation_metrics(self) -> ValidationMetricsConfig | None:
+        """Which metrics are measured during training; None: the objective has none."""
+        return None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -262,8 +262,9 @@ class RunConfig:
                 ("processes.join_timeout_seconds", self.processes.join_timeout_seconds, 1, math.inf),
             ]
         )
-        best = self.checkpoint.keep_best
-        if best is not None and best not in (metrics := (*self.metrics, *self.validation_scores)):
+        best, measured = self.checkpoint.keep_best, self.validation_metrics
+        metrics = self.metrics if measured is None else (*self.metrics, *measured.scores)
+        if best is not None and best not in metrics:
             known = ", ".join(nearest_first(best, metrics))
             raise InputError(
                 f"checkpoint.keep_best={best} is not a logged metric. Give one of these, nearest first: {known}"
@@ -303,8 +304,8 @@ class TrainConfig(RunConfig):
     """The validation grids in RUN/samples, and metrics during training."""
 
     @property
-    def validation_scores(self) -> tuple[str, ...]:
-        return self.validation.scores
+    def validation_metrics(self) -> ValidationMetricsConfig:
+        return self.validation
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""

@@ -110,8 +110,8 @@ class AutoencoderConfig(RunConfig):
         return names if self.discriminator is None else (*names, *adversarial.METRICS, "discriminator_grad_norm")
 
     @property
-    def validation_scores(self) -> tuple[str, ...]:
-        return self.validation.scores
+    def validation_metrics(self) -> ValidationMetricsConfig:
+        return self.validation
 
     def check(self) -> None:
         """Raises InputError for numbers out of range, and for fields that have no effect here."""
@@ -286,10 +286,6 @@ class Autoencoding(Objective[AutoencoderConfig]):
         ratio, similarity = np.mean(scores, axis=0)
         text = {"psnr_db": f"{ratio:.3f}", "ssim": f"{similarity:.4f}", "images": len(originals)}
         return Grid(images, captions, 3, text)
-
-    @property
-    def validation_metrics(self) -> ValidationMetricsConfig:
-        return self.config.validation
 
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes

@@ -27,7 +27,7 @@ from jaxtyping import Float, Float32, Key, UInt8
 from sdxl_jax import flops, sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import RunConfig, ValidationMetricsConfig
+from sdxl_jax.config import RunConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.evaluation import weights
@@ -104,7 +104,7 @@ class Objective(abc.ABC, Generic[Config]):
     def check(self) -> None:
         """Raises InputError for a configuration that cannot be trained. No data and no weights are read."""
         self.config.check()
-        measured = self.validation_metrics
+        measured = self.config.validation_metrics
         for name in weights_of(() if measured is None else measured.metrics):
             weights.check(name)
 
@@ -206,16 +206,11 @@ class Objective(abc.ABC, Generic[Config]):
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images that show what was learnt. All processes compute them together."""
 
-    @property
-    def validation_metrics(self) -> ValidationMetricsConfig | None:
-        """Which metrics are measured during training; None: the objective has none."""
-        return None
-
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
     ) -> UInt8[np.ndarray, "images height width 3"]:
-        """The model's own images for examples of the data, which `validation_metrics` compares with them: samples of
-        their captions, reconstructions. All processes compute them together, the same ones each time."""
+        """The model's own images for examples of the data, with which `config.validation_metrics` compares them:
+        samples of their captions, reconstructions. All processes compute them together, the same ones each time."""
         raise NotImplementedError
 
     def measure(

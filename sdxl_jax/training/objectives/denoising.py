@@ -20,7 +20,7 @@ from sdxl_jax import arrays, sharding
 from sdxl_jax.arrays import Batch, EncodedBatch, Params
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig, ValidationMetricsConfig
+from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion import loss, schedule
@@ -95,10 +95,6 @@ class Denoising(Objective[TrainConfig]):
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
     ) -> tuple[Float[jax.Array, ""], Metrics]:
         return batch_loss(trained, frozen, batch, keys, self.config, self._empty), {}
-
-    @property
-    def validation_metrics(self) -> ValidationMetricsConfig:
-        return self.config.validation
 
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes

@@ -23,29 +23,24 @@ class Scores:
 
     def __init__(self, objective: Objective[Any], dataset: BucketedDataset, mesh: Mesh, processes: Processes):
         self._objective, self._dataset, self._mesh, self._processes = objective, dataset, mesh, processes
+        self._config = objective.config.validation_metrics
 
     @property
     def every(self) -> int | None:
         """Steps between measurements; None: there are no metrics."""
-        config = self._objective.validation_metrics
-        return config.metrics_every_steps if config is not None and config.metrics else None
+        return self._config.metrics_every_steps if self._config is not None and self._config.metrics else None
 
     def of(self, model: Model) -> dict[str, float]:
         """By name, as in `ValidationMetricsConfig.scores`."""
-        images = self._objective.counterparts(model, self._examples, self._mesh, self._processes)
-        return {f"validation_{score.name}": score.value for score in self._measurement.of(images).scores}
+        examples, measurement = self._set
+        images = self._objective.counterparts(model, examples, self._mesh, self._processes)
+        return {f"validation_{score.name}": score.value for score in measurement.of(images).scores}
 
     @functools.cached_property
-    def _examples(self) -> Examples:
-        config = self._objective.validation_metrics
-        assert config is not None
-        return fixed_examples(self._dataset, config.metrics_images)
-
-    @functools.cached_property
-    def _measurement(self) -> Measurement:
-        config = self._objective.validation_metrics
-        assert config is not None
-        return Measurement(self._examples.images, metrics=config.metrics)
+    def _set(self) -> tuple[Examples, Measurement]:
+        assert self._config is not None
+        examples = fixed_examples(self._dataset, self._config.metrics_images)
+        return examples, Measurement(examples.images, metrics=self._config.metrics)
 
 
 def fixed_examples(dataset: BucketedDataset, count: int) -> Examples:
