@@ -10,7 +10,7 @@ run repeats bit for bit, and an example draws the same numbers however the batch
 """
 
 from collections.abc import Callable
-from typing import cast
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,11 @@ Loss = Callable[[Params, Params, Batch, Key[jax.Array, " batch"]], tuple[Float[j
 """(trained, frozen, (micro-)batch, one key per example) -> (the mean loss, its terms by name, which are logged too)."""
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 """(state, frozen, batch) -> (the state after the step, its metrics)."""
+Rows = tuple[Batch, Key[jax.Array, " batch"]]
+"""A (micro-)batch, and one key per example."""
 _LossAndGradient = tuple[tuple[Float[jax.Array, ""], Metrics], Params]
+_Result = TypeVar("_Result")
+_Carry = TypeVar("_Carry")
 
 _AVERAGE = 2**32 - 1
 """Folded into a step's key for the rounding of the average. Its examples' keys are folded with 0, 1, 2, …"""
@@ -42,26 +46,14 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     rate = learning_rate(config.optimiser, config.training.steps)
 
-    def accumulated(trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]) -> _LossAndGradient:
-        """((mean loss, its terms), gradient), accumulated over the micro-batches in turn."""
-        count = config.optimiser.accumulate
-        if count == 1:
-            return value_and_grad(trained, frozen, batch, keys)
-        # Rows are dealt out in turn, so that each micro-batch still has rows on every device.
-        micro = jax.tree.map(lambda x: rearrange(x, "(rows count) ... -> count rows ...", count=count), (batch, keys))
-
-        def add(total: _LossAndGradient, part: tuple[Batch, Key[jax.Array, " rows"]]) -> tuple[_LossAndGradient, None]:
-            result = value_and_grad(trained, frozen, *part)
-            return jax.tree.map(lambda a, b: a + b / count, total, result), None
-
-        first = jax.eval_shape(value_and_grad, trained, frozen, *jax.tree.map(lambda x: x[0], micro))
-        zero = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first[0]), jax.tree.map(jnp.zeros_like, trained))
-        return jax.lax.scan(add, zero, micro)[0]
-
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
         keys = jax.random.split(step_key, len(batch.example))
-        (value, terms), gradient = accumulated(state.params, frozen, batch, keys)
+
+        def of_rows(carry: None, rows: Rows) -> tuple[_LossAndGradient, None]:
+            return value_and_grad(state.params, frozen, *rows), carry
+
+        ((value, terms), gradient), _ = over_micro_batches(config.optimiser.accumulate, of_rows, None, (batch, keys))
         norm, update_count = optax.tree.norm(gradient), updates_made(state.optimiser)
         updates, moments = optimiser.update(gradient, state.optimiser, state.params)
         params = cast(Params, optax.apply_updates(state.params, updates))
@@ -82,6 +74,25 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
         return new_state, metrics
 
     return step
+
+
+def over_micro_batches(
+    count: int, function: Callable[[_Carry, Rows], tuple[_Result, _Carry]], carry: _Carry, rows: Rows
+) -> tuple[_Result, _Carry]:
+    """(the mean of what a function makes of `count` micro-batches, in turn; what it carried from one to the next)."""
+    if count == 1:
+        return function(carry, rows)
+    # Rows are dealt out in turn, so that each micro-batch still has rows on every device.
+    micro = jax.tree.map(lambda x: rearrange(x, "(rows count) ... -> count rows ...", count=count), rows)
+
+    def add(before: tuple[_Result, _Carry], part: Rows) -> tuple[tuple[_Result, _Carry], None]:
+        total, carry = before
+        result, carry = function(carry, part)
+        return (jax.tree.map(lambda a, b: a + b / count, total, result), carry), None
+
+    first, _ = jax.eval_shape(function, carry, jax.tree.map(lambda x: x[0], micro))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    return jax.lax.scan(add, (zero, carry), micro)[0]
 
 
 def unless_skipped(finite: Bool[jax.Array, ""], new: TrainState, old: TrainState) -> TrainState:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 from jaxtyping import Bool, Float, Int, Key
 
 from sdxl_jax.arrays import Batch, Image, Params, normalise
@@ -32,7 +31,7 @@ from sdxl_jax.training.objectives import adversarial, reconstruction
 from sdxl_jax.training.objectives.adversarial import Adversary, DiscriminatorConfig
 from sdxl_jax.training.objectives.reconstruction import AutoencodingLossConfig
 from sdxl_jax.training.state import TrainState, merge
-from sdxl_jax.training.step import Metrics, Step, unless_skipped, updated_average
+from sdxl_jax.training.step import Metrics, Rows, Step, over_micro_batches, unless_skipped, updated_average
 
 LPIPS = "lpips"
 """Where the frozen parameters have those of LPIPS."""
@@ -92,22 +91,24 @@ def make_step(parts: Parts, config: RunConfig, optimiser: optax.GradientTransfor
         keys = jax.random.split(step_key, len(batch.example))
         optimised, auxiliary = _optimised(state), dict(state.auxiliary or {})
         adversary = auxiliary.get(DISCRIMINATOR)
-        gradients, adversary = _accumulated(
-            parts, config.optimiser.accumulate, optimised, frozen, adversary, batch, keys, state.step
-        )
-        norm, update_count = optax.tree.norm(gradients.autoencoder), updates_made(state.optimiser)
-        updates, moments = optimiser.update(gradients.autoencoder, state.optimiser, optimised)
+
+        def of_rows(adversary: Adversary | None, rows: Rows) -> tuple[_Gradients, Adversary | None]:
+            return gradients(parts, optimised, frozen, adversary, *rows, state.step)
+
+        found, adversary = over_micro_batches(config.optimiser.accumulate, of_rows, adversary, (batch, keys))
+        norm, update_count = optax.tree.norm(found.autoencoder), updates_made(state.optimiser)
+        updates, moments = optimiser.update(found.autoencoder, state.optimiser, optimised)
         params = cast(Params, optax.apply_updates(optimised, updates))
         average = updated_average(config.ema, state.ema, params, moments, update_count, step_key)
         metrics = {
-            **gradients.metrics,
+            **found.metrics,
             "learning_rate": jnp.asarray(rate(update_count)),
             "grad_norm": norm,
             "replaced": jnp.sum(batch.replaced),
         }
         if parts.discriminator is not None:
-            metrics["discriminator_grad_norm"] = optax.tree.norm(gradients.discriminator)
-            auxiliary[DISCRIMINATOR] = _updated(parts, adversary, gradients.discriminator, state.step)
+            metrics["discriminator_grad_norm"] = optax.tree.norm(found.discriminator)
+            auxiliary[DISCRIMINATOR] = _updated(parts, adversary, found.discriminator, state.step)
         if _LOG_VARIANCE in auxiliary:
             auxiliary[_LOG_VARIANCE] = params.pop(_LOSS)[_LOG_VARIANCE]
         new_state = TrainState(state.step + 1, params, average, moments, auxiliary or None)
@@ -135,37 +136,6 @@ def _updated(parts: Parts, adversary: Adversary | None, gradient: Params | None,
         lambda: adversarial.update(config, parts.steps, adversary, gradient),
         lambda: adversary,
     )
-
-
-def _accumulated(
-    parts: Parts,
-    count: int,
-    optimised: Params,
-    frozen: Params,
-    adversary: Adversary | None,
-    batch: Batch,
-    keys: Key[jax.Array, " batch"],
-    step: Int[jax.Array, ""],
-) -> tuple[_Gradients, Adversary | None]:
-    """(mean gradients and metrics over `count` micro-batches in turn; the discriminator with its statistics)."""
-    if count == 1:
-        return gradients(parts, optimised, frozen, adversary, batch, keys, step)
-    # Rows are dealt out in turn, so that each micro-batch still has rows on every device.
-    micro = jax.tree.map(lambda x: rearrange(x, "(rows count) ... -> count rows ...", count=count), (batch, keys))
-
-    def add(carry: Any, rows: Any) -> tuple[Any, None]:
-        total, adversary = carry
-        found, adversary = gradients(parts, optimised, frozen, adversary, rows[0], rows[1], step)
-        return (jax.tree.map(lambda a, b: a + b / count, total, found), adversary), None
-
-    first_batch, first_keys = jax.tree.map(lambda x: x[0], micro)
-
-    def of_first(batch: Batch, keys: Key[jax.Array, " rows"]) -> tuple[_Gradients, Adversary | None]:
-        return gradients(parts, optimised, frozen, adversary, batch, keys, step)
-
-    shapes, _ = jax.eval_shape(of_first, first_batch, first_keys)
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, (zero, adversary), micro)[0]
 
 
 def gradients(
