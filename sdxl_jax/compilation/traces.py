@@ -10,6 +10,7 @@ kept for code that is in no file (a notebook, `python -c`). An entry is a pickle
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
@@ -30,6 +31,7 @@ from jax.experimental import serialize_executable
 
 from sdxl_jax.compilation.compilation_cache import FolderCache, processor_kind
 
+_PACKAGE = Path(__file__).parents[1]
 _LIBRARIES = ("flax", "jax", "jaxlib", "optax")
 """Their files count by size and time: an edited one makes another program."""
 
@@ -139,19 +141,25 @@ def _code() -> str | None:
     """A checksum of the code that may take part in tracing; None if the program that was started is in no file."""
     if not getattr(sys.modules["__main__"], "__file__", None):
         return None
+    checksum = hashlib.sha256(_sources().encode())
+    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    others = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
+    own = {file for file in others if file and not file.startswith((*libraries, str(_PACKAGE)))}
+    checksum.update("".join(sorted(_size_and_time(Path(file)) for file in own)).encode())
+    return checksum.hexdigest()
+
+
+@functools.cache
+def _sources() -> str:
+    """A checksum of this package and of the libraries, as they are when it is first asked for."""
     checksum = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for path in sorted(package.rglob("*.py")):
-        checksum.update(f"{path.relative_to(package)}\n".encode() + path.read_bytes())
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        checksum.update(f"{path.relative_to(_PACKAGE)}\n".encode() + path.read_bytes())
     for name in _LIBRARIES:
         spec = importlib.util.find_spec(name)  # which imports nothing
         assert spec is not None and spec.origin is not None, "it is a dependency"
         folder = Path(spec.origin).parent
         checksum.update("".join(sorted(map(_size_and_time, folder.rglob("*.py")))).encode())
-    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-    others = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
-    own = {file for file in others if file and not file.startswith((*libraries, str(package)))}
-    checksum.update("".join(sorted(_size_and_time(Path(file)) for file in own)).encode())
     return checksum.hexdigest()
 
 
