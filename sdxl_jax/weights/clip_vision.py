@@ -28,8 +28,9 @@ from sdxl_jax.models.clip_vision import ClipVisionConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats import json_files, safetensors
 from sdxl_jax.weights.formats.safetensors import Tensor
-from sdxl_jax.weights.lazy import Leaf, leaves_of, stored_dtypes
+from sdxl_jax.weights.lazy import Leaf, leaves_of
 from sdxl_jax.weights.names import Dialect, Naming
+from sdxl_jax.weights.writing import tensors_of, write_leaves
 
 _MARKS = {
     "vision_model.embeddings.class_embedding": (Dialect.TRANSFORMERS, ""),
@@ -101,25 +102,10 @@ def write(tower: ImageTower, destination: Path, dialect: Dialect) -> None:
         (destination / "config.json").write_text(json.dumps(_fields(tower.config), indent=2) + "\n")
     file = destination if as_file else destination / "model.safetensors"
     table = names.table(tower.config, Naming(dialect, "visual." if dialect is Dialect.OPENCLIP else ""))
-    tensors = {entry.name: (entry.shape, _stored(tower, entry)) for entry in table.entries}
+    leaves = {f"{_PART}/{path}": leaf for path, leaf in tower.leaves.items()}
+    tensors = tensors_of(_PART, table, leaves, "Use a file of one dtype")
     with safetensors.Writer(file, tensors, {"format": "pt"}) as writer:
-        for path, rows in table.by_path.items():
-            value = tower.leaves[path].read()
-            for entry, number in rows:
-                layer = entry.places[number].layer
-                one = (value if layer is None else value[layer]).astype(tensors[entry.name][1], copy=False)
-                writer.put(entry.name, entry.theirs(one), number)
-
-
-def _stored(tower: ImageTower, entry: names.Entry) -> np.dtype:
-    """The dtype of a tensor to write: that in which its places are stored."""
-    dtypes = set()
-    for place in entry.places:
-        stored = stored_dtypes(tower.leaves[place.path])
-        dtypes.add(stored[0 if place.layer is None or len(stored) == 1 else place.layer])
-    if len(dtypes) > 1:
-        raise InputError(f"{entry.name} would hold {' and '.join(sorted(map(str, dtypes)))}. Use a file of one dtype")
-    return dtypes.pop()
+        write_leaves(writer, _PART, table, leaves, tensors)
 
 
 def _tensors(path: AnyPath) -> dict[str, Tensor]:

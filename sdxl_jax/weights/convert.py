@@ -56,6 +56,7 @@ from sdxl_jax.weights.lazy import (
 from sdxl_jax.weights.load import bar
 from sdxl_jax.weights.names import Dialect, Naming
 from sdxl_jax.weights.open import open_model
+from sdxl_jax.weights.writing import listed, tensors_of, write_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,12 +248,8 @@ def _check_stacks(weights: Weights) -> None:
     for path, leaf in weights.leaves.items():
         if len(dtypes := set(stored_dtypes(leaf))) > 1:
             raise InputError(
-                f"Layers of {path} are {_listed(dtypes)}, and an Orbax checkpoint has them in one array. {_GIVE_DTYPE}"
+                f"Layers of {path} are {listed(dtypes)}, and an Orbax checkpoint has them in one array. {_GIVE_DTYPE}"
             )
-
-
-def _listed(dtypes: set[np.dtype]) -> str:
-    return " and ".join(sorted(map(str, dtypes)))
 
 
 _GIVE_DTYPE = "Give one dtype for all parameters: --dtype (in Python: load_model with a dtype, and convert the result)"
@@ -409,21 +406,10 @@ def _write_tensors(
     tables = {part: names.table(configs[part], naming) for part, naming in namings.items()}
     tensors = {name: (tensor.shape, tensor.dtype) for (_, name), tensor in weights.carried.items()}
     for part, table in tables.items():
-        for entry in table.entries:
-            stored = [(stored_dtypes(weights.leaves[f"{part}/{place.path}"]), place.layer) for place in entry.places]
-            dtypes = {each[0 if layer is None or len(each) == 1 else layer] for each, layer in stored}
-            if len(dtypes) > 1:
-                raise InputError(f"{entry.name} would hold {_listed(dtypes)}. {_GIVE_DTYPE}")
-            tensors[entry.name] = entry.shape, dtypes.pop()
+        tensors |= tensors_of(part, table, weights.leaves, _GIVE_DTYPE)
     with safetensors.Writer(path, tensors, metadata) as writer:
         for part, table in tables.items():
-            for our_path, rows in table.by_path.items():
-                value = weights.leaves[f"{part}/{our_path}"].read()
-                for entry, number in rows:
-                    layer = entry.places[number].layer
-                    one = (value if layer is None else value[layer]).astype(tensors[entry.name][1], copy=False)
-                    writer.put(entry.name, entry.theirs(one), number)
-                shown.update(value.nbytes)
+            write_leaves(writer, part, table, weights.leaves, tensors, shown.update)
         for (_, name), tensor in weights.carried.items():
             writer.put(name, tensor.read())
     return len(tensors)
