@@ -18,6 +18,7 @@ import killing
 import numpy as np
 import pytest
 import tiny
+from crashing import crash_before
 
 from sdxl_jax import config as configuration
 from sdxl_jax import sharding
@@ -98,10 +99,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AutoencoderConfig:
 def whole(config: AutoencoderConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     loop.train(config, folder := tmp_path_factory.mktemp("whole") / "run", progress=False)
     return folder
-
-
-class Crash(Exception):
-    pass
 
 
 # The discriminator's network
@@ -245,19 +242,8 @@ def test_average_is_of_the_autoencoder_alone(whole: Path) -> None:
 
 def test_resumed_run_repeats_every_bit(config: AutoencoderConfig, whole: Path, tmp_path: Path) -> None:
     """Losses; both optimisers, the average, the running statistics, LeCam's means and the log-variance."""
-    steps = 0
-
-    def put(mesh: Any, batch: Any, original: Any = sharding.put_batch) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
-            raise Crash
-        return original(mesh, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "put_batch", put)
-        with pytest.raises(Crash):
-            loop.train(config, tmp_path / "run", progress=False)
+    with crash_before(4):
+        loop.train(config, tmp_path / "run", progress=False)
     loop.train(config, tmp_path / "run", progress=False)
     for one, other in zip(lines(whole), lines(tmp_path / "run"), strict=True):
         assert {name: one[name] for name in config.metrics} == {name: other[name] for name in config.metrics}

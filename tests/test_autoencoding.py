@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from command import call
+from crashing import crash_before
 from PIL import Image
 
 from sdxl_jax import config as configuration
@@ -65,10 +66,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> AutoencoderConfig:
     )
 
 
-class Crash(Exception):
-    pass
-
-
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -80,19 +77,8 @@ def whole(config: AutoencoderConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_resumed_run_repeats_every_loss_bit_for_bit(config: AutoencoderConfig, whole: Path, tmp_path: Path) -> None:
-    steps = 0
-
-    def put(mesh: Any, batch: Any, original: Any = sharding.put_batch) -> Any:
-        nonlocal steps
-        steps += 1
-        if steps == 4:
-            raise Crash
-        return original(mesh, batch)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "put_batch", put)
-        with pytest.raises(Crash):
-            loop.train(config, tmp_path / "run", progress=False)
+    with crash_before(4):
+        loop.train(config, tmp_path / "run", progress=False)
     model = loop.train(config, tmp_path / "run", progress=False)
     repeated = ("step", "loss", "l1", "edges", "kl", "grad_norm", "learning_rate", "bucket", "images_seen")
     repeated += ("validation_psnr", "validation_ssim")

@@ -17,7 +17,7 @@ from sdxl_jax.__main__ import _COMMANDS
 
 ROOT = Path(sdxl_jax.__file__).parent
 
-BASE = {"arrays", "errors", "files", "progress", "sizes"}
+BASE = {"arrays", "errors", "files", "processors", "progress", "sizes"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "allocator": set(),
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "arrays": set(),
     "files": {"files", "errors"},
     "progress": {"errors"},
+    "processors": set(),
     "flops": set(),
     "sharding": {"mesh"} | BASE,
     "models": {"models", "sharding"} | BASE,

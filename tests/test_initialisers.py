@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from sdxl_jax import model
+from sdxl_jax import model, processors
 from sdxl_jax.arrays import flatten
 from sdxl_jax.models import clip, initialisers, taesd, unet, vae
 from sdxl_jax.models.initialisers import Distribution, Parameter, sample
@@ -106,7 +106,7 @@ def test_a_part_makes_only_the_tiles_that_it_touches(monkeypatch: pytest.MonkeyP
 
 def test_digits_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = sample(KERNEL, 0, "unet/a")
-    monkeypatch.setattr(initialisers, "_threads", lambda: 7)
+    monkeypatch.setattr(processors, "usable", lambda: 7)
     np.testing.assert_array_equal(sample(KERNEL, 0, "unet/a"), expected)
 
 

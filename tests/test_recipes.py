@@ -65,7 +65,7 @@ def test_every_recipe_is_tested_and_has_its_smoke_configuration() -> None:
     assert {path.stem for path in (CONFIGS / "smoke").glob("*.py")} == every
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *AUTOENCODERS])
 def test_header_has_hardware_hours_metric_command_and_last_run(name: str) -> None:
     header = (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     rows = dict(line.split(maxsplit=1) for line in header.split("\n\n")[1].replace("last run", "last_run").splitlines())

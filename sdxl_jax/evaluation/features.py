@@ -7,7 +7,6 @@ of the images; what they found is joined at the end (`Moments.of_all_processes`,
 """
 
 import functools
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32, Shaped, UInt8
 
+from sdxl_jax import processors
 from sdxl_jax.arrays import Params
 from sdxl_jax.evaluation import resize
 from sdxl_jax.evaluation.image_sets import ImageSet
@@ -93,7 +93,7 @@ def rows(
 
 def _batches(load: Callable[[int], Any], numbers: Sequence[int], batch_size: int) -> Iterator[list[Any]]:
     """Loaded images in lists of batch_size, the last one shorter; no more than two batches are loaded ahead."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = processors.usable()
     waiting: deque[Future[Any]] = deque()
     pool = ThreadPoolExecutor(threads)
     try:

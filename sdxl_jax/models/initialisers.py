@@ -13,7 +13,6 @@ same on any mesh and number of processes. Threads share the tiles.
 import functools
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from flax import struct
 from flax.core import meta
 from jaxtyping import Float32
 
+from sdxl_jax import processors
 from sdxl_jax.arrays import Params
 
 _TILE = 512, 128
@@ -155,7 +155,7 @@ def sample(
                 outer.append(slice(first - start, last - start))
             values[tuple(outer)] = mean + np.float32(half_width or deviation) * made[tuple(inner)]
 
-    count = min(_threads(), len(tiles))
+    count = min(processors.usable(), len(tiles))
     list(_pool().map(fill, [tiles[number::count] for number in range(count)]))
     return values
 
@@ -180,11 +180,6 @@ def _generator(key: str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(int.from_bytes(key.encode(), "little")))
 
 
-def _threads() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_threads(), "initial-values")
+    return ThreadPoolExecutor(processors.usable(), "initial-values")

@@ -21,7 +21,6 @@ import itertools
 import math
 import multiprocessing
 import multiprocessing.connection
-import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdxl_jax import processors
 from sdxl_jax.data.build.destinations import (
     RESUME,
     Destination,
@@ -201,7 +201,7 @@ def _build(
 ) -> Built:
     to, hide = at(located(destination, "the destination")), None if progress else True
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = processors.usable()
     check_ranges([("workers", workers, 0, math.inf)])
     options: dict[str, Any] = {
         "format": FORMAT,
