@@ -193,6 +193,15 @@ def test_scale_is_measured_once_and_exported(
     assert open_model(tmp_path / "vae").config.vae.scale == measured["latent_scale"]
 
 
+def test_weights_with_another_scale_can_be_trained_on(config: AutoencoderConfig, whole: Path) -> None:
+    """The scale is measured again, unless the encoder, and with it the scale, stays."""
+    after = dataclasses.replace(config.training, init_from=(str(whole),))
+    objective_of(dataclasses.replace(config, training=after)).check_start()
+    frozen = dataclasses.replace(after, trainable=("^vae/decoder/",))
+    with pytest.raises(InputError, match=r"scale: \d.* Set vae to the file's configuration"):
+        objective_of(dataclasses.replace(config, training=frozen)).check_start()
+
+
 def test_decoder_alone_can_be_trained(config: AutoencoderConfig) -> None:
     training = dataclasses.replace(config.training, trainable=("^vae/decoder/",))
     objective = objective_of(dataclasses.replace(config, training=training))

@@ -32,21 +32,30 @@ from sdxl_jax.weights.load import load_weights, place
 from sdxl_jax.weights.open import OpenOptions, open_model
 
 
-def check_initial(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> None:
+def check_initial(
+    training: LoopConfig, model: ModelConfig, parts: Collection[str], *, measures_scale: bool = False
+) -> None:
     """Raises InputError wherever `initial_weights` would; reads only the files' headers."""
-    _opened(training, model, parts)
+    _opened(training, model, parts, measures_scale)
 
 
 def initial_weights(
-    training: LoopConfig, model: ModelConfig, mesh: Mesh, *, parts: Collection[str], progress: bool = True
+    training: LoopConfig,
+    model: ModelConfig,
+    mesh: Mesh,
+    *,
+    parts: Collection[str],
+    measures_scale: bool = False,
+    progress: bool = True,
 ) -> dict[str, Float32[jax.Array, "..."]]:
     """The parameters that `training.init_from` gives, by path, with their shardings.
 
-    model: the model to initialise; only its `parts` are used. Raises InputError for a path without a model, and for a
+    model: the model to initialise; only its `parts` are used. measures_scale: whether the latent scale is measured
+    after training, so that the one before it may be any. Raises InputError for a path without a model, and for a
     part that the model does not have, or has with another configuration.
     """
     initial = dict[str, jax.Array]()
-    for path, weights in zip(training.init_from, _opened(training, model, parts), strict=True):
+    for path, weights in zip(training.init_from, _opened(training, model, parts, measures_scale), strict=True):
         for line in _meaning_differences(weights, model):
             tqdm.write(f"  note: the UNet of {path} was trained with a different {line} (there -> in this run)")
         if lines := _sampling_differences(weights, model):
@@ -82,7 +91,7 @@ def placed_network(name: str, leaves: Mapping[str, Leaf], mesh: Mesh) -> Params:
     return unflatten(place(weights, mesh, f"loading {name}", progress=False))[name]
 
 
-def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) -> list[Weights]:
+def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str], measures_scale: bool) -> list[Weights]:
     """The weights at each path of `training.init_from`, opened but not read: those of `parts` that are to be loaded,
     once checked that they fit."""
     opened: list[Weights] = []
@@ -112,15 +121,15 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str]) ->
         weights = _only(weights, parts)
         for part in weights.parts:
             have, want = (to_json(configs[part]) for configs in (part_configs(weights.config), known))
-            if not weights.scale_is_known:
+            if part == "vae" and (measures_scale or not weights.scale_is_known):
                 have["scale"] = want["scale"]
             if part == "vae" and (half := lacking_half(weights)) is not None:
                 have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # not in the other half's file
             if different := differences(have, want):
                 raise InputError(
                     f"The {part} in {path} (training.init_from) has a different configuration: {'; '.join(different)} "
-                    f"(in the file -> in this run). Set {_field_of(part, model)} to the file's configuration, or "
-                    f"leave the {part} out of training.init_parts"
+                    f"(in the file -> in this run). Set {_field_of(part, model, parts)} to the file's configuration, "
+                    f"or leave the {part} out of training.init_parts"
                 )
         _check_meaning(path, weights, training, model)
         opened.append(weights)
@@ -174,7 +183,9 @@ def _only(weights: Weights, parts: Collection[str]) -> Weights:
     return dataclasses.replace(weights, leaves=leaves)
 
 
-def _field_of(part: str, model: ModelConfig) -> str:
-    """The configuration field of a part."""
+def _field_of(part: str, model: ModelConfig, parts: Collection[str]) -> str:
+    """The configuration field of a part. parts: those of the objective; the autoencoder's own has no other."""
+    if set(parts) == {"vae"}:
+        return "vae"
     names = [tower.name for tower in model.text]
     return f"model.text[{names.index(part)}].clip" if part in names else f"model.{part}"

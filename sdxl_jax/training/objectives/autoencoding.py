@@ -188,6 +188,13 @@ class Autoencoding(Objective[AutoencoderConfig]):
     def parts(self) -> tuple[str, ...]:
         return ("vae",)
 
+    @property
+    def measures_scale(self) -> bool:
+        trained, _ = partition(
+            unflatten(abstract_leaves(self.model_config, self.parts)), self.config.training.trainable
+        )
+        return isinstance(self.config.vae, VaeConfig) and "encoder" in trained["vae"]
+
     def model(self, state: TrainState, frozen: Params) -> Model:
         return super().model(state, {part: value for part, value in frozen.items() if part != LPIPS})
 
@@ -302,9 +309,8 @@ class Autoencoding(Objective[AutoencoderConfig]):
         self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes, progress: bool = True
     ) -> Measured | None:
         """The latent's scale, if the encoder was trained."""
-        config, patterns = self.config.vae, self.config.training.trainable
-        trained, _ = partition(unflatten(abstract_leaves(self.model_config, self.parts)), patterns)
-        if isinstance(config, TinyVaeConfig) or "encoder" not in trained["vae"]:
+        config = self.config.vae
+        if not self.measures_scale or isinstance(config, TinyVaeConfig):
             return None
         images, deviation = latent_deviation(self.config, model.params["vae"], dataset, mesh, processes, progress)
         scale = float(f"{1 / deviation:.5g}")

@@ -95,6 +95,11 @@ class Objective(abc.ABC, Generic[Config]):
         """The parts of the model that the objective has, trainable or frozen."""
         return tuple(part_configs(self.model_config))
 
+    @property
+    def measures_scale(self) -> bool:
+        """Whether `measure` measures the latent scale, so that initial weights may have another one. Here: no."""
+        return False
+
     def model(self, state: TrainState, frozen: Params) -> Model:
         """The model to sample from or export: averaged weights and frozen parameters."""
         return Model(self.model_config, merge(state.sampled, frozen))
@@ -110,7 +115,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     def check_start(self) -> None:
         """Raises InputError if a new run could not start: initial weights that are missing, or of another model."""
-        check_initial(self.config.training, self.model_config, self.parts)
+        check_initial(self.config.training, self.model_config, self.parts, measures_scale=self.measures_scale)
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises InputError for a mesh over which the batch or the attention heads cannot be split."""
@@ -158,7 +163,14 @@ class Objective(abc.ABC, Generic[Config]):
 
     def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float32[jax.Array, "..."]]:
         """The parameters that are not initialised at random, by path, with their shardings."""
-        return initial_weights(self.config.training, self.model_config, mesh, parts=self.parts, progress=progress)
+        return initial_weights(
+            self.config.training,
+            self.model_config,
+            mesh,
+            parts=self.parts,
+            measures_scale=self.measures_scale,
+            progress=progress,
+        )
 
     def fresh_state(
         self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float32[jax.Array, "..."]], progress: bool = True
