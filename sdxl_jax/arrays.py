@@ -8,6 +8,8 @@ until the Fourier embedding, because bfloat16 represents integers exactly only u
 """
 
 import enum
+import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,30 @@ class AccumulatorDtype(enum.Enum):
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.value)
+
+
+class Distribution(NamedTuple):
+    """A constant, a normal distribution, or a uniform one."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    """Standard deviation before truncation; 0: a constant."""
+    bound: float = math.inf
+    """Deviations from the mean at which it is truncated."""
+    half_width: float = 0.0
+    """Half the width of a uniform distribution around the mean; 0: it is normal, or a constant."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter that is not made yet; it can stand in for an abstract array (ShapeDtypeStruct)."""
+
+    shape: tuple[int, ...]
+    distribution: Distribution
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
 
 
 Image = Float[type_of_array, "batch height width 3"]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 
-from sdxl_jax.adapters.lora import Lora
+from sdxl_jax.adapters.changes import Lora
 from sdxl_jax.arrays import MicroConditioning, Params, TokenIds, flatten, unflatten
 from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning import text

@@ -14,7 +14,7 @@ import yaml
 from foreign import MODELS, STABLE_1
 from test_open import component, make_run
 
-from sdxl_jax.adapters.lora import Lora
+from sdxl_jax.adapters.changes import Lora
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, Adapter, Model, ModelConfig
 from sdxl_jax.weights import card

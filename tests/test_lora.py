@@ -20,11 +20,14 @@ from safetensors.numpy import save_file
 from tiny import MODEL
 
 from sdxl_jax import model as models
-from sdxl_jax.adapters.lora import delta
+from sdxl_jax.adapters import changes as adapter_changes
+from sdxl_jax.adapters.changes import Lora, Module
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.weights import lora, names
+from sdxl_jax.weights.lora_files import resolve
+from sdxl_jax.weights.lora_names import known_modules
 from sdxl_jax.weights.names import Dialect, Entry, Naming
 
 Tensors = dict[str, np.ndarray]
@@ -133,14 +136,15 @@ def small(path: Path, spelling: str, down: np.ndarray, up: np.ndarray, **more: A
 
 def changes(path: Path, config: ModelConfig = MODEL) -> Tensors:
     """Our path -> change."""
-    resolved, every = lora.resolve(lora.read(path), config), shapes(config)
-    found = {name: delta(resolved, name, every[name]) for name in resolved}
-    return {name: value for name, value in found.items() if value is not None}
+    resolved, every = resolve(lora.read(path), config), shapes(config)
+    return {name: adapter_changes.change(rows, every[name]) for name, rows in resolved.items()}
 
 
 def entry_of(path: str, layer: int | None, config: ModelConfig = MODEL) -> Entry:
     found = [
-        entry for _, (part, entry) in lora.known_modules(config).items() if f"{part}/{entry.places[0].path}" == path
+        target.weight
+        for target in known_modules(config).values()
+        if f"{target.part}/{target.weight.places[0].path}" == path
     ]
     return next(entry for entry in found if entry.places[0].layer == layer)
 
@@ -238,8 +242,8 @@ def test_both_spellings_of_the_unet_give_every_module_the_same_change(tmp_path: 
 def test_the_count_of_modules_is_that_of_sd_scripts(config: ModelConfig, unet: int, text: tuple[int, ...]) -> None:
     # What its log says of the transformers' layers: "create LoRA for U-Net: 722 modules". SD 2 has 24 text layers here,
     # of which sd-scripts uses and trains 23.
-    known = lora.known_modules(config)
-    places = {(part, *entry.places) for part, entry in known.values()}
+    kernels = [target for target in known_modules(config).values() if target.weight.places[0].path.endswith("kernel")]
+    places = {(target.part, *target.weight.places) for target in kernels}
     assert sum(part == "unet" and "/attentions_" in place.path for part, place in places) == unet
     for tower, count in zip(config.text, text, strict=True):
         assert sum(part == tower.name and place.path.startswith("layers/") for part, place in places) == count
@@ -262,7 +266,7 @@ BLOCKS = "attentions_0/transformer_blocks"
     ],
 )  # fmt: skip
 def test_names_of_real_sdxl_files_are_known(name: str, path: str, layer: int | None) -> None:
-    (place,) = lora.known_modules(models.SDXL_BASE)[name][1].places
+    (place,) = known_modules(models.SDXL_BASE)[name].weight.places
     assert (place.path, place.layer) == (f"{path}/kernel", layer)
 
 
@@ -324,41 +328,81 @@ def test_a_linear_layer_and_a_1x1_convolution_stand_for_each_other(
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
-def test_files_of_every_precision_are_read_as_float32(tmp_path: Path, dtype: Any) -> None:
+def test_files_of_every_precision_keep_it_and_change_weights_in_float32(tmp_path: Path, dtype: Any) -> None:
     entry = entry_of("unet/mid_block/attentions_0/transformer_blocks/attn1/to_q/kernel", 0)
     down, up = (value.astype(dtype) for value in factors(entry, 2, 0))
-    read = lora.read(small(tmp_path / "x.safetensors", ALPHA + ".lora_{letter}.weight", down, up)).modules[ALPHA]
-    assert read.down.dtype == read.up.dtype == np.float32
-    np.testing.assert_array_equal(read.down, down.astype(np.float32))
+    file = small(tmp_path / "x.safetensors", ALPHA + ".lora_{letter}.weight", down, up)
+    read = lora.read(file).modules[ALPHA].factors
+    assert read["down"].dtype == read["up"].dtype == dtype
+    (change,) = changes(file).values()
+    assert change.dtype == np.float32
+    np.testing.assert_allclose(
+        change[0], entry.ours(up.astype(np.float32) @ down.astype(np.float32)), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("x.lora_mid.weight", "Tucker"),
-        ("x.hada_w1_a", "LoHa"),
-        ("x.lokr_w1", "LoKr"),
-        ("x.dora_scale", "DoRA"),
-        ("x.lora_magnitude_vector", "DoRA"),
-        ("x.lora_magnitude_vector.default.weight", "DoRA"),
-        ("x.oft_blocks", "OFT"),
-        ("x.diff", "difference"),
-        ("x.diff_b", "difference"),
-        ("x.lora_B.bias", "bias"),
-        ("x.lora_embedding_A", "embedding"),
-        ("model.diffusion_model.out.2.bias", "not a tensor of a LoRA"),
+        ("x.oft_blocks", "an OFT's"),
+        ("x.a1.weight", "a GLoRA's"),
+        ("x.reshape_weight", "an enlarged weight"),
+        ("x.lora_B.bias", "the bias of a LoRA's factor"),
+        ("x.lora_embedding_A", "a change of an embedding"),
+        ("model.diffusion_model.out.2.weight", "or of a model"),
+        ("model.diffusion_model.out.2.bias", "not one of an adapter"),
     ],
 )
-def test_what_is_no_plain_lora_is_refused_by_its_tensor(tmp_path: Path, tensor: str, what: str) -> None:
+def test_what_is_not_of_a_known_kind_is_refused_by_its_tensor(tmp_path: Path, tensor: str, what: str) -> None:
     more = {"tensors": {tensor: np.zeros((2, 2), np.float32)}}
     file = small(tmp_path / "x.safetensors", "x.lora_{side}.weight", np.ones((1, 2)), np.ones((2, 1)), **more)
     with pytest.raises(InputError, match=rf"{re.escape(tensor)} \(2, 2\), which is .*{what}.*nothing was"):
         lora.read(file)
 
 
+def test_all_unknown_tensors_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    more: Tensors = {f"x.oft_{number}": np.zeros((2, 2), np.float32) for number in range(6)}
+    file = small(tmp_path / "x.safetensors", "x.lora_{side}.weight", np.ones((1, 2)), np.ones((2, 1)), tensors=more)
+    with pytest.raises(InputError, match=r"x\.oft_0 \(2, 2\) \(and 5 others: x\.oft_1, x\.oft_2, x\.oft_3 …\)"):
+        lora.read(file)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -4.0])
+def test_an_alpha_that_is_not_above_zero_is_refused(tmp_path: Path, alpha: float) -> None:
+    one = np.ones((1, 1), np.float32)
+    file = small(
+        tmp_path / "x.safetensors", "x.lora_{side}.weight", one, one, tensors={"x.alpha": np.array(alpha, np.float16)}
+    )
+    with pytest.raises(InputError, match=rf"x\.alpha has alpha {alpha:g}\. Give a number above 0"):
+        lora.read(file)
+    file = small(tmp_path / "x.safetensors", "unet.x.lora_{letter}.weight", one, one, **_settings(lora_alpha=alpha))
+    with pytest.raises(InputError, match=rf"settings of unet\.x\.lora_A\.weight has alpha {alpha:g}"):
+        lora.read(file)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("tensor", ["x.lora_down.weight", "x.alpha"])
+def test_numbers_that_are_not_finite_are_refused_by_their_tensor(tmp_path: Path, tensor: str, value: float) -> None:
+    one = np.ones((1, 1), np.float32)
+    tensors = {f"x.{name}": one for name in ("lora_down.weight", "lora_up.weight", "alpha")} | {tensor: one * value}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=rf"has {re.escape(tensor)} with non-finite numbers"):
+        lora.read(tmp_path / "x.safetensors")
+
+
+def test_two_changes_of_one_weight_are_refused(tmp_path: Path) -> None:
+    more: Tensors = {"x.diff": np.zeros((2, 2), np.float32)}
+    file = small(tmp_path / "x.safetensors", "x.lora_{side}.weight", np.ones((1, 2)), np.ones((2, 1)), tensors=more)
+    with pytest.raises(InputError, match=r"x\.diff and x\.lora_down\.weight, two changes of one weight of x"):
+        lora.read(file)
+
+
 def test_half_a_pair_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    for name, missing in (("x.lora_down.weight", "up"), ("x.lora_B.weight", "down"), ("x.alpha", "down and no up")):
+    halves = {"x.lora_down.weight": "up", "x.lora_B.weight": "down", "x.alpha": "down and no up"}
+    halves |= {"x.hada_w1_a": "down_1 and no down_2 and no up_2", "x.lokr_w1": "w2_down and no w2_up"}
+    halves |= {"x.lokr_w2_a": "w1_down and no w1_up and no w2_down", "x.dora_scale": "down and no up"}
+    for name, missing in halves.items():
         save_file({name: np.ones((1, 1), np.float32)}, file)
         with pytest.raises(InputError, match=rf"has {re.escape(name)}, but no {missing} with it"):
             lora.read(file)
@@ -373,7 +417,7 @@ def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
 
 def test_factors_of_neither_two_nor_four_axes_are_refused(tmp_path: Path) -> None:
     file = small(tmp_path / "x.safetensors", "x.lora_{side}.weight", np.ones((2, 3, 3)), np.ones((2, 2)))
-    with pytest.raises(InputError, match=r"x\.lora_down\.weight \(2, 3, 3\).*Expected two factors"):
+    with pytest.raises(InputError, match=r"x\.lora_down\.weight \(2, 3, 3\).*has no place in a layer"):
         lora.read(file)
 
 
@@ -411,7 +455,7 @@ def test_an_unknown_module_is_refused_with_the_nearest_names(tmp_path: Path) -> 
     file = small(tmp_path / "x.safetensors", name + ".lora_{side}.weight", np.ones((1, 16)), np.ones((16, 1)))
     nearest = r"Nearest known names: lora_unet_input_blocks_3_1_transformer_blocks_[01]_attn1_to_k"
     with pytest.raises(InputError, match=rf"1 modules, of 1, .*{name} .*{nearest}.*Nothing was merged"):
-        lora.resolve(lora.read(file), MODEL)
+        resolve(lora.read(file), MODEL)
 
 
 def test_a_module_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
@@ -420,7 +464,7 @@ def test_a_module_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -
         file = small(tmp_path / "x.safetensors", name + ".lora_{side}.weight", np.ones(down), np.ones(up))
         shown = rf"{name} has down {re.escape(str(down))} and up {re.escape(str(up))}.* is \(16, 16\) \(unet/"
         with pytest.raises(InputError, match=shown):
-            lora.resolve(lora.read(file), MODEL)
+            resolve(lora.read(file), MODEL)
 
 
 @pytest.mark.parametrize(
@@ -436,9 +480,9 @@ def test_a_module_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -
     ],
 )
 def test_the_error_for_a_lora_of_another_family_names_it(module: str, width: int, message: str) -> None:
-    other = lora.Lora("x", {module: lora.Factors(np.ones((4, width), np.float32), np.ones((640, 4), np.float32), 4)})
+    factors = {"down": np.ones((4, width), np.float32), "up": np.ones((640, 4), np.float32)}
     with pytest.raises(InputError, match=message):
-        lora.resolve(other, models.SDXL_BASE)
+        resolve(Lora("x", {module: Module(factors)}), models.SDXL_BASE)
 
 
 def test_a_module_in_two_spellings_counts_once_and_must_agree(tmp_path: Path) -> None:
@@ -475,7 +519,7 @@ def test_a_lora_that_does_not_fit_is_not_merged_in_part(whole: Path) -> None:
     model = random_model(MODEL)
     before = flatten(model.params)
     with pytest.raises(InputError, match="Nothing was merged"):
-        lora.add(model, lora.Lora("x", modules))
+        lora.add(model, Lora("x", modules))
     assert all(flatten(model.params)[path] is value for path, value in before.items())
 
 
@@ -536,7 +580,8 @@ def test_the_listing_says_what_was_merged(whole: Path) -> None:
     model = lora.add(lora.add(random_model(MODEL), whole, 0.8), whole, 1.0, "again")
     what = "115 modules of unet, 12 of text_encoder, 13 of text_encoder_2, ranks 1 to 3"
     assert lora.listing(model) == [f"style.safetensors × 0.8: {what}", f"again × 1: {what}"]
-    one = lora.Lora("x", {"text_encoder.y": lora.Factors(np.ones((4, 2), np.float32), np.ones((2, 4), np.float32), 1)})
+    factors = {"down": np.ones((4, 2), np.float32), "up": np.ones((2, 4), np.float32)}
+    one = Lora("x", {"text_encoder.y": Module(factors)})
     assert lora.describe(one) == "1 modules of text_encoder, rank 4"
     assert lora.listing(random_model(MODEL)) == []
 

@@ -1,97 +1,71 @@
-"""LoRA: W' = W + Σ scale · (alpha / rank) · up · down.
+"""LoRA: ΔW = alpha / rank · down · up, of two narrow factors.
 
-Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, section 4.1) changes a linear layer or a convolution by a product
-of two small factors, down [rank, in, …] and up [out, rank]. Merged into the weights it costs nothing in sampling. Files
-are read by `weights.lora`, which resolves their modules to parameters.
+    down [in, rank]                                         up [rank, out]    a linear layer
+    down [height, width, in, rank]                          up [rank, out]    a convolution: a narrow one, then 1×1
+    down [in, rank]    mid [height, width, rank, rank]      up [rank, out]    with a middle factor: 1×1, narrow, 1×1
+
+Low-rank adaptation: Hu et al. 2021, arXiv:2106.09685, section 4.1. The middle factor is LyCORIS' (Yeh et al. 2023,
+arXiv:2309.14859: a Tucker decomposition).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import PurePath
-from typing import Any, NamedTuple
+import math
+import operator
+from collections.abc import Callable
 
-import jax
-import numpy as np
 from jaxtyping import Float
 
-from sdxl_jax.arrays import Params, flatten, type_of_array, unflatten
+from sdxl_jax.arrays import Distribution, Parameter, type_of_array
+
+Product = Callable[[type_of_array, type_of_array], type_of_array]
+"""(input, kernel) -> output: the layer's own product, a matrix product or a convolution with its strides and padding.
+"""
 
 
-class Factors(NamedTuple):
-    """The low-rank factors of one layer's change. With a file's axes [rank, in, …] and [out, rank, …], or with ours,
-    [… in, rank] and [rank, out]."""
-
-    down: Float[np.ndarray, "*_down"]
-    up: Float[np.ndarray, "*_up"]
-    alpha: float
-    """The change is up · down · alpha / rank."""
+def kaiming_uniform(fan_in: int) -> Distribution:
+    """torch's `kaiming_uniform_(a=√5)`, with which the factors begin everywhere: uniform within ±1/√fan-in."""
+    return Distribution(half_width=1 / math.sqrt(fan_in))
 
 
-@dataclass(frozen=True, eq=False)
-class Lora:
-    """The contents of a LoRA file."""
+def abstract(shape: tuple[int, ...], rank: int, middle: bool = False) -> dict[str, Parameter]:
+    """The factors of a kernel [in, out] or [height, width, in, out], and how they begin: up is zero, and so is ΔW.
 
-    name: str
-    """The file's, or the folder's."""
-    modules: Mapping[str, Factors]
-    """By the file's names of modules: float32, with the file's axes."""
-    source: PurePath | None = None
-    """The path that it was read from."""
-    embeddings: tuple[str, ...] = ()
-    """Names of textual inversions that are in the file as well."""
-
-    @property
-    def ranks(self) -> list[int]:
-        """The distinct ranks, ascending."""
-        return sorted({factors.down.shape[0] for factors in self.modules.values()})
-
-
-Resolved = dict[str, list[tuple[int | None, Factors]]]
-"""The changes of a LoRA by parameter: our path, "unet/…/kernel" -> (layer of a stacked parameter or None, factors with
-our axes: down [in, rank] or [height, width, in, rank], up [rank, out])."""
-
-
-def delta(resolved: Resolved, path: str, shape: tuple[int, ...]) -> Float[np.ndarray, "..."] | None:
-    """The change of one parameter, float32 and of its shape, before the user's scale; None if it does not change.
-
-    path: "unet/…/kernel". Layers of a stacked parameter without factors do not change.
+    middle: with a middle factor, for windows above 1×1.
     """
-    if path not in resolved:
-        return None
-    total = np.zeros(shape, np.float32)
-    for layer, (down, up, alpha) in resolved[path]:
-        np.matmul(down, up * np.float32(alpha / len(up)), out=total if layer is None else total[layer])
-    return total
+    *window, inputs, outputs = shape
+    up = Parameter((rank, outputs), Distribution())
+    if not middle or math.prod(window) == 1:
+        return {"down": Parameter((*window, inputs, rank), kaiming_uniform(math.prod(shape[:-1]))), "up": up}
+    mid = Parameter((*window, rank, rank), kaiming_uniform(math.prod(window) * rank))
+    return {"down": Parameter((inputs, rank), kaiming_uniform(inputs)), "mid": mid, "up": up}
 
 
-def change(resolved: Resolved, path: str, shape: tuple[int, ...], scale: float) -> Float[np.ndarray, "..."]:
-    """The change of a parameter in `resolved`, with the user's scale."""
-    changed = delta(resolved, path, shape)
-    assert changed is not None
-    changed *= np.float32(scale)
-    return changed
+def product(
+    down: Float[type_of_array, "*window_in _rank"],
+    up: Float[type_of_array, "_rank _out"],
+    mid: Float[type_of_array, "_height _width _rank _rank"] | None = None,
+) -> Float[type_of_array, "*window_in _out"]:
+    """down · mid · up, before alpha / rank; numpy or jax arrays."""
+    return (down if mid is None else down @ mid) @ up
 
 
-def summed(
-    value: Float[type_of_array, "*shape"], changed: Float[type_of_array, "*shape"]
-) -> Float[type_of_array, "*shape"]:
-    """Parameter plus change, summed in float32, in the parameter's dtype; numpy or jax arrays."""
-    return (value.astype(np.float32) + changed).astype(value.dtype)
+def shape(
+    down: Float[type_of_array, "..."], up: Float[type_of_array, "..."], mid: Float[type_of_array, "..."] | None = None
+) -> tuple[int, ...]:
+    """The kernel's shape. Raises ValueError for factors that do not fit together."""
+    window = () if mid is None else mid.shape[:-2]
+    ranks = [down.shape[-1], *(() if mid is None else mid.shape[-2:]), up.shape[0]]
+    if up.ndim != 2 or len({*ranks}) != 1 or (mid is not None and (down.ndim, mid.ndim) != (2, 4)):
+        raise ValueError("factors of different ranks")
+    return (*window, *down.shape[:-1], up.shape[-1])
 
 
-_summed_on_devices = jax.jit(summed)
-
-
-def merged(params: Params, resolved: Resolved, scale: float) -> dict[str, Any]:
-    """Parameters with a LoRA merged into them; dtypes and shardings stay. Unchanged parameters are the given arrays."""
-    flat = flatten(params)
-    for path in resolved:
-        value = flat[path]
-        changed = change(resolved, path, value.shape, scale)
-        if isinstance(value, jax.Array):
-            # One parameter at a time: the largest stack of SDXL is 0.5 GB in float32.
-            changed = jax.device_put(changed, value.sharding)
-            flat[path] = jax.device_put(_summed_on_devices(value, changed), value.sharding)
-        else:
-            flat[path] = summed(value, changed)
-    return unflatten(flat)
+def side(
+    x: Float[type_of_array, "... _in"],
+    down: Float[type_of_array, "*window_in _rank"],
+    up: Float[type_of_array, "_rank _out"],
+    mid: Float[type_of_array, "_height _width _rank _rank"] | None = None,
+    convolve: Product = operator.matmul,
+) -> Float[type_of_array, "... _out"]:
+    """What ΔW makes of the layer's input, without ΔW, before alpha / rank."""
+    narrow = convolve(x, down) if mid is None else convolve(x @ down, mid)
+    return narrow @ up

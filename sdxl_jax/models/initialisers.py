@@ -15,8 +15,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,35 +26,11 @@ from flax.core import meta
 from jaxtyping import Float32
 
 from sdxl_jax import processors
-from sdxl_jax.arrays import Params
+from sdxl_jax.arrays import Distribution, Parameter, Params
 
 _TILE = 512, 128
 """Elements along the last two axes that one generator makes, one along all others: 256 KiB, which a core's cache
 holds. Smaller: less is made in vain at the edges of a shard, more generators."""
-
-
-class Distribution(NamedTuple):
-    """A constant, a normal distribution, or a uniform one."""
-
-    mean: float = 0.0
-    deviation: float = 0.0
-    """Standard deviation before truncation; 0: a constant."""
-    bound: float = math.inf
-    """Deviations from the mean at which it is truncated."""
-    half_width: float = 0.0
-    """Half the width of a uniform distribution around the mean; 0: it is normal, or a constant."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A parameter that is not made yet; it can stand in for an abstract array (ShapeDtypeStruct)."""
-
-    shape: tuple[int, ...]
-    distribution: Distribution
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
 
 
 class _Declared(struct.PyTreeNode, meta.AxisMetadata[Any]):

@@ -1,0 +1,286 @@
+"""The kinds of adapters: which factors a parameter's change has, how they begin, and what they do.
+
+A tree of adapters has the paths of the parameters that it changes, and at each the change's factors by name:
+
+    {"unet": {"mid_block": {"attentions_0": {"transformer_blocks": {"attn1": {"to_q": {"kernel":
+        {"down": [layers, in, rank], "up": [layers, rank, out], "alpha": [layers]}}}}}}}}
+
+| kind | factors |
+|---|---|
+| `LORA` | down, up, with or without mid |
+| `LOHA` | down_1, up_1, down_2, up_2, with or without mid_1 and mid_2 |
+| `LOKR` | w1, or w1_down and w1_up; w2, or w2_down and w2_up, with or without w2_mid |
+| `DIFFERENCE` | diff: of any parameter, so also of biases and norms |
+| `REPLACEMENT` | replacement: the parameter itself; of some files, never trained |
+
+The names of the factors say the kind. The first three have alpha, which is not trained, and may have a magnitude: that
+is DoRA. Functions here take the factors of one parameter without the axis of stacked layers, numpy or jax arrays;
+`jax.vmap` takes them over layers, as the scan over blocks does. Formulas are in the module of each kind.
+"""
+
+import enum
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from sdxl_jax.adapters import dora, loha, lokr, lora
+from sdxl_jax.adapters.lokr import Part
+from sdxl_jax.adapters.lora import Product
+from sdxl_jax.arrays import Distribution, Parameter, type_of_array
+from sdxl_jax.errors import InputError
+
+Factors = Mapping[str, Float[type_of_array, "..."]]
+"""The factors of one parameter's change by name."""
+
+
+class Kind(enum.Enum):
+    """What a change of a parameter consists of."""
+
+    LORA = "lora"
+    """A product of two narrow factors."""
+    LOHA = "loha"
+    """The elementwise product of two such products."""
+    LOKR = "lokr"
+    """A Kronecker product."""
+    DIFFERENCE = "difference"
+    """The whole difference."""
+    REPLACEMENT = "replacement"
+    """The changed parameter itself."""
+
+
+FROZEN = ("alpha",)
+"""Factors that are not trained."""
+_NAMES = {
+    Kind.LORA: {"down", "up", "mid"},
+    Kind.LOHA: {f"{name}_{half}" for name in ("down", "up", "mid") for half in (1, 2)},
+    Kind.LOKR: {"w1", "w2", *(f"{part}_{name}" for part in ("w1", "w2") for name in ("down", "up", "mid"))},
+    Kind.DIFFERENCE: {"diff"},
+    Kind.REPLACEMENT: {"replacement"},
+}
+_SCALED = {Kind.LORA: ("up",), Kind.LOHA: ("up_1",), Kind.LOKR: ("w1", "w1_up")}
+"""The factor that alpha / rank is multiplied into."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The factors of a new adapter."""
+
+    kind: Kind = Kind.LORA
+    """LORA, LOHA, LOKR or DIFFERENCE."""
+    rank: int = 16
+    """Width of the factors: more learns more, and makes a larger file."""
+    alpha: float = 16.0
+    """ΔW is scaled by alpha / rank: more learns faster, as a larger learning rate does."""
+    rank_stabilised: bool = False
+    """ΔW is scaled by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732). Files hold alpha · √rank, for readers that
+    divide by the rank."""
+    middle: bool = False
+    """Convolutions with a middle factor: much smaller files."""
+    factor: int | None = None
+    """LOKR: the smaller divisor of each axis; None: nearest to a square. Larger: a larger w1, a smaller w2."""
+    full_matrix: bool = False
+    """LOKR: w1 and w2 whole. rank and alpha then have no effect."""
+    decompose_both: bool = False
+    """LOKR: w1 as a product too, where its rank is less than half its width."""
+    magnitude: dora.Axis | None = None
+    """DoRA, with magnitudes along this axis; IN is read alike by most programs."""
+
+    def check(self) -> None:
+        """Raises InputError for numbers that are out of range."""
+        if self.kind is Kind.REPLACEMENT:
+            raise InputError("A replacement is not trained. Give lora, loha, lokr or difference")
+        if self.rank < 1 or (self.factor is not None and self.factor < 1):
+            raise InputError(f"An adapter has rank={self.rank} and factor={self.factor}. Give 1 or more")
+        check_alpha(self.alpha, "An adapter")
+        if self.kind is Kind.DIFFERENCE and self.magnitude is not None:
+            raise InputError("DoRA rescales the change of a low-rank adapter. Give lora, loha or lokr with magnitude")
+
+
+def check_alpha(alpha: float, where: str) -> None:
+    """Raises InputError for an alpha that is not above 0. where: begins the message."""
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise InputError(
+            f"{where} has alpha {alpha:g}. Give a number above 0: the change is scaled by alpha / rank, and a negative "
+            "strength is given where it is applied"
+        )
+
+
+def abstract(settings: Settings, path: str, shape: tuple[int, ...], layers: int | None = None) -> dict[str, Parameter]:
+    """The factors of a parameter, none of them made (`initialisers.sample` makes them). The change begins at zero.
+
+    path: of the parameter, for messages. shape: of one layer. layers: how many are stacked; None: it is not stacked.
+    A magnitude is declared as ones: it begins as `dora.norm` of the base's kernel.
+
+    Raises InputError for settings that `Settings.check` refuses, and for a rank above the width of the layer.
+    """
+    settings.check()
+    if settings.kind is Kind.DIFFERENCE or len(shape) < 2:
+        found = {"diff": Parameter(shape, Distribution())}
+    else:
+        found = _factors(settings, path, shape)
+        # The axis of layers comes after fan-in is known.
+        stored = settings.alpha * (math.sqrt(settings.rank) if settings.rank_stabilised else 1)
+        found["alpha"] = Parameter((), Distribution(stored))
+        if settings.magnitude is not None:
+            found["magnitude"] = Parameter(dora.magnitude_shape(shape, settings.magnitude), Distribution(1.0))
+    lead = () if layers is None else (layers,)
+    return {name: Parameter((*lead, *each.shape), each.distribution) for name, each in found.items()}
+
+
+def _factors(settings: Settings, path: str, shape: tuple[int, ...]) -> dict[str, Parameter]:
+    rank, middle = settings.rank, settings.middle
+    if settings.kind is Kind.LOKR:
+        options = settings.factor, settings.full_matrix, settings.decompose_both, middle
+        return lokr.abstract(shape, rank, *options)
+    if rank > (width := min(math.prod(shape[:-1]), shape[-1])):
+        raise InputError(
+            f"An adapter of rank {rank} is to change {path} {shape}, whose own rank is at most {width}. Give a rank up "
+            f"to {width}, or leave this layer out"
+        )
+    return (lora if settings.kind is Kind.LORA else loha).abstract(shape, rank, middle)
+
+
+def kind_of(factors: Mapping[str, object]) -> Kind:
+    """By the names of the factors, of which some may be missing."""
+    return next((kind for kind, names in _NAMES.items() if names & factors.keys()), Kind.LORA)
+
+
+def rank_of(factors: Factors) -> int | None:
+    """The rank that alpha is divided by; None for kinds without one, and a LOKR of two whole matrices."""
+    narrow = next((factors[name] for name in ("up", "up_1", "w2_up", "w1_up") if name in factors), None)
+    return None if narrow is None else narrow.shape[-2]
+
+
+def shape_of(factors: Factors) -> tuple[int, ...]:
+    """The shape of the parameter. Raises ValueError for factors that do not fit together."""
+    match kind_of(factors):
+        case Kind.LORA:
+            found = lora.shape(*_half(factors))
+        case Kind.LOHA:
+            found = loha.shape(_half(factors, "_1"), _half(factors, "_2"))
+        case Kind.LOKR:
+            found = lokr.shape(*_parts(factors))
+        case Kind.DIFFERENCE:
+            found = factors["diff"].shape
+        case Kind.REPLACEMENT:
+            found = factors["replacement"].shape
+    if "magnitude" in factors:
+        expected = [dora.magnitude_shape(found, axis) for axis in dora.Axis]
+        if factors["magnitude"].shape not in expected:
+            raise ValueError("magnitudes of another shape")
+    return found
+
+
+def _half(
+    factors: Factors, suffix: str = ""
+) -> tuple[Float[type_of_array, "..."], Float[type_of_array, "..."], Float[type_of_array, "..."] | None]:
+    return factors[f"down{suffix}"], factors[f"up{suffix}"], factors.get(f"mid{suffix}")
+
+
+def _parts(factors: Factors) -> tuple[Part, Part]:
+    one, two = ([factors.get(f"{part}{name}") for name in ("", "_down", "_up", "_mid")] for part in ("w1", "w2"))
+    return Part(*one), Part(*two)
+
+
+def scaled(factors: Factors) -> dict[str, Float[type_of_array, "..."]]:
+    """The factors with alpha / rank multiplied into one of them, and without alpha."""
+    rank, names = rank_of(factors), _SCALED.get(kind_of(factors), ())
+    scale = 1 if rank is None else factors["alpha"] / rank
+    return {
+        name: value * scale if name in names and rank is not None else value
+        for name, value in factors.items()
+        if name != "alpha"
+    }
+
+
+def delta(factors: Factors) -> Float[type_of_array, "..."]:
+    """ΔW, scaled, without the magnitude of a DoRA. Not of a REPLACEMENT."""
+    each = scaled(factors)
+    match kind_of(each):
+        case Kind.LORA:
+            return lora.product(*_half(each))
+        case Kind.LOHA:
+            return loha.product(_half(each, "_1"), _half(each, "_2"))
+        case Kind.LOKR:
+            return lokr.product(*_parts(each))
+        case Kind.DIFFERENCE:
+            return each["diff"]
+        case Kind.REPLACEMENT:
+            raise AssertionError("a replacement is no sum")
+
+
+def is_sum(factors: Mapping[str, object]) -> bool:
+    """Whether the changed parameter is W + ΔW, with a ΔW that does not depend on W."""
+    return "magnitude" not in factors and "replacement" not in factors
+
+
+def changed(
+    value: Float[type_of_array, "*shape"], factors: Factors, strength: float = 1.0
+) -> Float[type_of_array, "*shape"]:
+    """The changed parameter, float32 as its arguments: W + strength · (W' − W), as ComfyUI has it. A replacement takes
+    the parameter's place whatever the strength."""
+    if "replacement" in factors:
+        return factors["replacement"]
+    if "magnitude" not in factors:
+        return value + strength * delta(factors)
+    whole = dora.changed(value, delta(factors), factors["magnitude"])
+    return whole if strength == 1 else value + strength * (whole - value)
+
+
+def side(
+    x: Float[type_of_array, "... _in"], factors: Factors, convolve: Product = operator.matmul
+) -> Float[type_of_array, "... _out"]:
+    """What ΔW makes of a layer's input, in its dtype, by products as narrow as the factors; without the magnitude of a
+    DoRA. convolve: the layer's own product."""
+    each = {name: value.astype(x.dtype) for name, value in scaled(factors).items()}
+    match kind_of(each):
+        case Kind.LORA:
+            return lora.side(x, *_half(each), convolve)
+        case Kind.LOHA:
+            return loha.side(x, _half(each, "_1"), _half(each, "_2"), convolve)
+        case Kind.LOKR:
+            return lokr.side(x, *_parts(each), convolve)
+        case Kind.DIFFERENCE:
+            return convolve(x, each["diff"])
+        case Kind.REPLACEMENT:
+            raise AssertionError("a replacement is no sum")
+
+
+def applied(
+    x: Float[type_of_array, "... _in"],
+    base: Callable[[type_of_array], type_of_array],
+    factors: Factors,
+    convolve: Product = operator.matmul,
+    kernel: Float[type_of_array, "*kernel"] | None = None,
+) -> Float[type_of_array, "... _out"]:
+    """The output of a changed layer, without its bias and without the changed kernel.
+
+    base: the frozen product, x -> x · W. kernel: W, which a DoRA needs for its norm. Gradients flow through the
+    factors, the magnitude and x, not through the norm.
+    """
+    if "magnitude" not in factors:
+        return base(x) + side(x, factors, convolve)
+    assert kernel is not None, "a DoRA needs the kernel"
+    axis = dora.axis_of(factors["magnitude"].shape)
+    scale = dora.scale(factors["magnitude"], _norm(factors, kernel, axis)).reshape(-1).astype(x.dtype)
+    if axis is dora.Axis.IN:
+        x = x * scale
+        return base(x) + side(x, factors, convolve)
+    return (base(x) + side(x, factors, convolve)) * scale
+
+
+def _norm(factors: Factors, kernel: Float[type_of_array, "*kernel"], axis: dora.Axis) -> Float[type_of_array, "..."]:
+    """‖W + ΔW‖: of a LoRA without ΔW, of other kinds with it."""
+    kernel = kernel.astype(np.float32)
+    each = {
+        name: jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value for name, value in factors.items()
+    }
+    if kind_of(each) is not Kind.LORA:
+        return dora.norm(kernel + delta(each), axis)
+    down, up, mid = _half(scaled(each))
+    return dora.norm_with_lora(kernel, down if mid is None else down @ mid, up, axis)
