@@ -260,14 +260,14 @@ def test_an_invalid_request_is_an_input_error_and_leaves_nothing(session: Sessio
 
 def test_an_init_image_is_saved_under_its_checksum(session: Session) -> None:
     content = png(np.zeros((16, 24, 3), np.uint8))
-    path = session.save_init_image("../../holiday.png", content)
+    path = session.save_image("../../holiday.png", content)
     assert path.parent == session.folder / "init"
     assert path.read_bytes() == content
-    assert session.save_init_image("same.png", content) == path
+    assert session.save_image("same.png", content) == path
     with pytest.raises(
         InputError, match=r"The image notes.txt cannot be read: in no known image format.*Save it again, as PNG or JPEG"
     ):
-        session.save_init_image("notes.txt", b"hello")
+        session.save_image("notes.txt", b"hello")
     assert list(path.parent.iterdir()) == [path]
 
 

@@ -10,18 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from sdxl_jax.arrays import unflatten
+from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.models import clip_vision
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.clip_vision import ClipVisionConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import OptimiserConfig
-from sdxl_jax.weights.lazy import abstract_leaves
+from sdxl_jax.weights import clip_vision as towers
+from sdxl_jax.weights.lazy import Initial, abstract_leaves
+from sdxl_jax.weights.names import Dialect, Naming
 
 MODEL = ModelConfig(
     unet=UNetConfig(
@@ -60,6 +64,14 @@ def random_model(config: ModelConfig, seed: int) -> Model:
         return jnp.asarray((1.0 if embedding else 0.1) * noise + (names[-1] == "scale"))
 
     return Model(config, jax.tree_util.tree_map_with_path(draw, unflatten(abstract_leaves(config))))
+
+
+def write_image_tower(path: Path, projection: int = 8) -> Path:
+    """An image tower of CLIP with random weights, in a new .safetensors file."""
+    config = ClipVisionConfig(64, 1, 1, 64, Activation.GELU, projection, 28, 14)
+    leaves = {name: Initial(leaf, name, 0) for name, leaf in flatten(clip_vision.abstract(config)).items()}
+    towers.write(towers.ImageTower(config, leaves, Naming(Dialect.OPENCLIP, "visual.")), path, Dialect.OPENCLIP)
+    return path
 
 
 def make_folder(folder: Path, images: int = 16) -> Path:

@@ -263,7 +263,7 @@ class _Prompts(NamedTuple):
 
     @property
     def per_image(self) -> list[str]:
-        return [task.prompt for task in self.tasks for _ in range(task.options.num_images)]
+        return [task.prompt or "" for task in self.tasks for _ in range(task.options.num_images)]
 
 
 def _model(arguments: list[str]) -> None:
@@ -357,7 +357,7 @@ def _sample(options: Sampling, model: AnyPath, out: Path, prompts: _Prompts) -> 
     singles = [(task, number) for task in prompts.tasks for number in range(task.options.num_images)]
     requests = [
         samples.Request(
-            task.prompt,
+            task.prompt or "",
             task.negative,
             dataclasses.replace(task.options, num_images=1, first_index=task.options.first_index + task.index + number),
             text,

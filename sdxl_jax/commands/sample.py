@@ -8,6 +8,7 @@ their place is refused.
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import typing
 from collections.abc import Iterator, Sequence
@@ -60,6 +61,12 @@ class Sample(OpenFlags):
     """TOP RIGHT BOTTOM LEFT: pixels to add on each side of the init image, and to paint."""
     background: str = "white"
     """Colour behind an init image's transparency: white, black, or #rrggbb."""
+    image_prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """FILE or FILE:STRENGTH: an image that the model is conditioned on, besides the text prompt or alone. Given several
+    times, their embeddings are added, each times its strength (1). Needs --image-encoder."""
+    image_encoder: AnyPath | None = None
+    """CLIP's image tower for --image-prompt, that of the model's last text encoder; SDXL: OpenCLIP's ViT-bigG. A
+    directory with config.json, or a .safetensors file such as clip_vision_g.safetensors."""
     init_noise: Path | None = None
     """NPY file with the initial noise, in place of the seeded one: normal float32 [images, height/8, width/8, 4]."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -90,7 +97,7 @@ class Sample(OpenFlags):
 COMMAND = ("out", "overwrite", "prompts_file", "from_png", "sweep", "contact_sheet", "save_latents", "preview")
 """Fields of `Sample` that an image does not depend on."""
 COMMAND += ("preview_autoencoder", "compilation_cache", "mesh", "one_program")
-FILES = ("refiner", "init_image", "mask", "init_noise")
+FILES = ("refiner", "init_image", "mask", "image_encoder", "init_noise")
 """Fields that name a file or folder that an image depends on, besides the model's own."""
 
 
@@ -105,7 +112,8 @@ class PromptSettings(NamedTuple):
 class Task(NamedTuple):
     """`PromptSettings` as one of several: the images of one prompt, with one value of each sweep."""
 
-    prompt: str
+    prompt: str | None
+    """None: the image prompts alone."""
     negative: str | None
     options: Options
     index: int
@@ -122,17 +130,19 @@ def run(arguments: list[str]) -> None:
     from sdxl_jax.sampling.plan import prepare
 
     noise, init = sample_images.read_noise(sample), sample_images.read_init(sample)
+    image_prompts = sample_images.ImagePrompts(sample)
     use_compilation_cache(sample.compilation_cache)
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
-        prepare(weights[0].config, weights[1] and weights[1].config, options, *init)
+        prepare(weights[0].config, weights[1] and weights[1].config, options, *init, image_prompts.width)
     for note in dict.fromkeys(note for each in tasks for note in each.options.notes(weights[0].config, each.negative)):
         print(f"note: {note}", file=sys.stderr)
     texts = list(texts_of(sample, tasks, weights[0].config))
     _check_out(sample, texts)
+    encoded = image_prompts.encode()  # before the model is loaded: the image encoder is large
     models = load(sample, weights)
     _warn_of_truncated_prompts(models[0], tasks)
-    generated = sample_images.generate(sample, models, tasks, noise, *init)
+    generated = sample_images.generate(sample, models, tasks, noise, *init, encoded)
     sample_images.write(sample, tasks, texts, generated)
 
 
@@ -153,12 +163,12 @@ def _parsed(arguments: list[str]) -> Sample:
     given = {name: value for name, value in text.items() if name in parsing.fields(Options)}
     given |= {"num_images": 1, "first_index": text["index"]}
     settings: dict[str, Any] = {"options": parsing.from_mapping(Options(), given, where)}
-    settings["prompt"] = () if sample.prompt else (text["prompt"],)
+    settings["prompt"] = () if sample.prompt or "prompt" not in text else (text["prompt"],)
     for name in ("negative_prompt", "background", "variant"):
         settings[name] = text.get(name, parsing.fields(Sample)[name])
     for name in ("dtype", "prediction", "weights"):
         settings[name] = _choice(text, name, where)
-    for name in ("lora", "embedding", "parts_from"):
+    for name in ("lora", "embedding", "image_prompt", "parts_from"):
         settings[name] = () if getattr(sample, name) else _list_of_texts(text, name, where)
     settings["parts_from"] = tuple(located(path, "parts_from") for path in settings["parts_from"])
     if "outpaint" in text:
@@ -172,6 +182,12 @@ def _parsed(arguments: list[str]) -> Sample:
                 f"{where} was made with a different {parsing.flag(name)}: {settings[name]} has changed since. Restore "
                 f"that file, or give another with {parsing.flag(name)}"
             )
+    digests = [_digest(path) for path, _ in map(file_and_strength, settings["image_prompt"])]
+    if digests and digests != list(_list_of_texts(text, "image_prompt_sha256", where)):
+        raise InputError(
+            f"{where} was made with different image prompts: {', '.join(settings['image_prompt'])} have changed since. "
+            "Restore the files, or give others with --image-prompt"
+        )
     return parsing.parse(Sample, arguments, "sample", default=dataclasses.replace(sample, **settings))
 
 
@@ -208,13 +224,17 @@ def _tasks(sample: Sample) -> list[Task]:
     given = [PromptSettings(prompt, sample.negative_prompt, sample.options) for prompt in sample.prompt]
     if sample.prompts_file is not None:
         given += read_prompts(sample.prompts_file, sample)
+    images_alone = bool(sample.image_prompt) and not given
+    if images_alone:
+        given = [PromptSettings("", sample.negative_prompt, sample.options)]
     if not given:
         raise InputError("There is no prompt. Give --prompt TEXT, once or several times, or --prompts-file FILE")
     tasks, index = [], 0
     for number, each in enumerate(given, 1):
         check_text(each.prompt, f"Prompt {number}")
         check_text(each.negative or "", f"The negative prompt of prompt {number}")
-        tasks.append(Task(*each, index=index))
+        task = Task(*each, index=index)
+        tasks.append(task._replace(prompt=None) if images_alone else task)
         index += each.options.num_images
     for sweep in sample.sweep:
         tasks = [_with_value(task, name, value) for name, value in _parse_sweep(sweep) for task in tasks]
@@ -277,7 +297,9 @@ def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> It
     for task in tasks:
         options = task.options.resolved(config)
         settings = {name: " ".join(parsing.words(value)) for name, value in vars(options).items() if value is not None}
-        settings |= {**shared, "prompt": task.prompt}
+        settings |= shared
+        if task.prompt is not None:
+            settings["prompt"] = task.prompt
         if task.negative is not None:
             settings["negative_prompt"] = task.negative
         for number in range(options.num_images):
@@ -292,9 +314,12 @@ def _shared_text(sample: Sample) -> dict[str, str]:
             settings[name] = printable(path)
             if path.is_file():
                 settings[f"{name}_sha256"] = _digest(path)
-    for name in ("lora", "embedding", "parts_from"):
+    for name in ("lora", "embedding", "image_prompt", "parts_from"):
         if value := getattr(sample, name):
             settings[name] = json.dumps([str(each) for each in value])
+    if sample.image_prompt:
+        digests = [_digest(path) for path, _ in map(file_and_strength, sample.image_prompt)]
+        settings["image_prompt_sha256"] = json.dumps(digests)
     for name in ("variant", "prediction"):
         if (value := getattr(sample, name)) is not None:
             settings[name] = value
@@ -315,7 +340,7 @@ def read_text(path: Path) -> dict[str, str]:
         raise fault(error)(
             f"--from-png {path} cannot be read ({error}). Give a PNG that sdxl-jax sample has written"
         ) from error
-    required = ("prompt", "index", "sampler", "steps")
+    required = ("image_prompt" if "image_prompt" in text else "prompt", "index", "sampler", "steps")
     if missing := [name for name in required if name not in text]:
         raise InputError(
             f"--from-png {path} has no settings in its PNG text: {', '.join(missing)} missing. Give a PNG that "
@@ -369,6 +394,14 @@ def _check_files(sample: Sample) -> None:
             raise InputError(f"{parsing.flag(name)} needs an --init-image. Give both")
     if sample.mask is not None and sample.outpaint is not None:
         raise InputError("--mask and --outpaint are both given. --outpaint makes its own mask, so give one of them")
+    if sample.image_prompt and sample.image_encoder is None:
+        raise InputError(
+            f"--image-prompt {sample.image_prompt[0]} needs CLIP's image tower, which is not a part of the model. Give "
+            "it with --image-encoder PATH; for SDXL that is OpenCLIP's ViT-bigG, e.g. clip_vision_g.safetensors of "
+            "Stability's control-lora repository"
+        )
+    if sample.image_encoder is not None and not sample.image_prompt:
+        raise InputError("--image-encoder has no effect without --image-prompt FILE. Give both, or leave it out")
     if sample.preview_autoencoder is not None and sample.preview is None:
         raise InputError("--preview-autoencoder has no effect without --preview FILE. Give both, or leave it out")
     if sample.one_program and sample.preview is not None:
@@ -435,6 +468,21 @@ def _file_and_token(value: str) -> tuple[str, str | None]:
     file, found, token = value.rpartition(":")
     is_file = not found or token.startswith("//") or Path(value).exists()
     return (value, None) if is_file else (file, token)
+
+
+def file_and_strength(value: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH of an image prompt. Raises InputError for a strength that is not a finite number."""
+    file, strength = _file_and_token(value)
+    try:
+        number = 1.0 if strength is None else float(strength)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(
+            f"--image-prompt {value}: there is no such file, and it is not FILE:STRENGTH with a number for the "
+            "strength. Give e.g. photo.jpg:0.8"
+        )
+    return Path(file), number
 
 
 def _warn_of_truncated_prompts(model: "Model", tasks: list[Task]) -> None:

@@ -5,13 +5,15 @@ contact sheet written. What needs numpy and jax is here, and imported once the a
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from sdxl_jax.commands.preview import Previews
-from sdxl_jax.commands.sample import Sample, Task
+from sdxl_jax.commands.sample import Sample, Task, file_and_strength
 from sdxl_jax.errors import InputError, fault
 from sdxl_jax.files.text import printable
 from sdxl_jax.model import Model
@@ -20,6 +22,8 @@ from sdxl_jax.sampling import generate as sampling
 from sdxl_jax.sampling import init_images
 from sdxl_jax.sampling.contact_sheet import contact_sheet, labelled_grid, save_png
 from sdxl_jax.sampling.generate import Generated
+from sdxl_jax.sampling.image_prompts import ImagePrompt, encode_images
+from sdxl_jax.weights.clip_vision import open_tower
 
 
 def read_noise(sample: Sample) -> Float[np.ndarray, "*shape"] | None:
@@ -55,6 +59,30 @@ def read_init(
     return image, None if sample.mask is None else init_images.read_mask(sample.mask, image.shape[:2])
 
 
+class ImagePrompts:
+    """The image prompts of the options: images and their encoder, opened and read, and encoded when it is time."""
+
+    def __init__(self, sample: Sample):
+        """Raises InputError for images and encoders that cannot be read."""
+        given = [file_and_strength(value) for value in sample.image_prompt]
+        self._images = [init_images.read(path) for path, _ in given]
+        self._strengths = [strength for _, strength in given]
+        self._tower = None if sample.image_encoder is None else open_tower(sample.image_encoder)
+        self._dtype = Dtype(sample.dtype)
+
+    @property
+    def width(self) -> int | None:
+        """Of an embedding; None: there are no image prompts."""
+        return None if self._tower is None else self._tower.config.projection_dim
+
+    def encode(self) -> list[ImagePrompt]:
+        if self._tower is None:
+            return []
+        params, compute = self._tower.load(jnp.dtype(self._dtype.value)), Compute(dtype=self._dtype)
+        embeddings = encode_images(self._tower.config, params, self._images, compute)
+        return [ImagePrompt(*each) for each in zip(embeddings, self._strengths, strict=True)]
+
+
 def generate(
     sample: Sample,
     models: tuple[Model, Model | None],
@@ -62,6 +90,7 @@ def generate(
     noise: Float[np.ndarray, "..."] | None,
     init_image: UInt8[np.ndarray, "height width 3"] | None,
     mask: Bool[np.ndarray, "mask_height mask_width"] | None,
+    image_prompts: Sequence[ImagePrompt] = (),
 ) -> list[Generated]:
     """The images of all tasks. Consecutive tasks with the same options are sampled together."""
     generated = []
@@ -79,6 +108,7 @@ def generate(
                 models[0],
                 [task.prompt for task in members],
                 negative_prompts=[task.negative for task in members],
+                image_prompts=image_prompts,
                 refiner=models[1],
                 init_image=init_image,
                 mask=mask,
@@ -101,7 +131,7 @@ def write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], genera
         if len({each.latents.shape[1:] for each in generated}) > 1:
             raise InputError("--save-latents: the images have different sizes. Sample the images of one size at a time")
         np.save(sample.out / "latents.npy", np.concatenate([each.latents for each in generated]))
-    captions = [task.prompt for task in tasks for _ in range(task.options.num_images)]
+    captions = [task.prompt or "" for task in tasks for _ in range(task.options.num_images)]
     if sample.contact_sheet:
         columns = min(8, max(1, round(len(images) ** 0.5)))
         save_png(contact_sheet(images, captions, columns), sample.out / "contact_sheet.png")
@@ -116,7 +146,7 @@ def _write_sweep(sample: Sample, tasks: list[Task], images: list[UInt8[np.ndarra
     firsts = list(dict.fromkeys(label[0] for label in labels))
     columns = [[image for image, label in zip(images, labels, strict=True) if label[0] == first] for first in firsts]
     prompts = [
-        "\n".join([*label[1:], task.prompt])
+        "\n".join([*label[1:], task.prompt or ""])
         for task, label in ((task, task.label) for task in tasks for _ in range(task.options.num_images))
         if label[0] == firsts[0]
     ]

@@ -29,7 +29,8 @@ from sdxl_jax.mesh import MeshConfig
 
 if TYPE_CHECKING:
     from sdxl_jax.model import ModelConfig
-    from sdxl_jax.serving.session import Description, Preview, Request
+    from sdxl_jax.models.layers import Compute
+    from sdxl_jax.serving.session import Description, EncodeImage, Preview, Request
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Serve(OpenFlags):
     """Refiner model, for the last steps."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """FILE or FILE:TOKEN: a textual inversion, and its token in prompts. Default: the file's own token, or its name."""
+    image_encoder: AnyPath | None = None
+    """CLIP's image tower for image prompts, that of the model's last text encoder; SDXL: OpenCLIP's ViT-bigG. Default:
+    none, and no image prompts."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0: everybody who reaches this machine can sample; there is no password."""
     port: int = 7860
@@ -75,9 +79,15 @@ def run(arguments: list[str]) -> None:
         sample = as_sample(serve)
         model, refiner = load(sample, opened(sample))
         compute = Compute(dtype=Dtype(serve.dtype))
-        preview = _preview(serve, model.config)
+        preview, encode_image = _preview(serve, model.config), _image_encoder(serve, model.config, compute)
         session = Session(
-            model, Path(folder), lambda each: describe(serve, each, model.config), refiner, compute, preview
+            model,
+            Path(folder),
+            lambda each: describe(serve, each, model.config),
+            refiner,
+            compute,
+            preview,
+            encode_image,
         )
         page.serve(session, printable(serve.model), serve.host, port)
 
@@ -99,6 +109,20 @@ def _preview(serve: Serve, config: "ModelConfig") -> "Preview | None":
         if serve.preview_autoencoder is not None:
             raise
         return None  # another latent space than SDXL's: no previews
+
+
+def _image_encoder(serve: Serve, config: "ModelConfig", compute: "Compute") -> "EncodeImage | None":
+    if serve.image_encoder is None:
+        return None
+    import jax
+
+    from sdxl_jax.sampling import image_prompts
+    from sdxl_jax.weights.clip_vision import open_tower
+
+    tower = open_tower(serve.image_encoder)
+    image_prompts.check_width(config, tower.config.projection_dim)
+    params = jax.device_put(tower.load(jax.numpy.dtype(serve.dtype)))
+    return lambda image: image_prompts.encode_images(tower.config, params, [image], compute)[0]
 
 
 def free_port(host: str, port: int) -> int:
@@ -131,10 +155,12 @@ def as_sample(serve: Serve, request: "Request | None" = None) -> Sample:
     return Sample(
         **shared,
         out=out,
-        prompt=(request.prompt,),
+        prompt=() if request.prompt is None else (request.prompt,),
         negative_prompt=request.negative,
         options=request.options,
         init_image=request.init_image,
+        image_prompt=tuple(f"{path}:{strength}" for path, strength in request.image_prompts),
+        image_encoder=serve.image_encoder if request.image_prompts else None,
     )
 
 

@@ -23,11 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Bool, Float, Int32, Shaped, UInt8
+from jaxtyping import Bool, Float, Int32, Key, Shaped, UInt8
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import MicroConditioning, type_of_array
+from sdxl_jax.conditioning import image as image_conditioning
 from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.image import ImageConditioning
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
@@ -38,6 +40,7 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.loop import State
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
+from sdxl_jax.sampling.image_prompts import ImagePrompt
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import SegmentStart, levels_of, prepare
 from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, RowCallback, SampledBatch, Strengths
@@ -81,9 +84,10 @@ def encode_prompt(model: Model, prompts: Sequence[str], compute: Compute = Compu
 
 def generate(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | None],
     *,
     negative_prompts: Sequence[str | None] | None = None,
+    image_prompts: Sequence[ImagePrompt] = (),
     refiner: Model | None = None,
     init_image: UInt8[np.ndarray, "init_height init_width 3"] | None = None,
     mask: Bool[np.ndarray, "mask_height mask_width"] | None = None,
@@ -97,7 +101,10 @@ def generate(
     """Images and their latents, in order of prompts, then images.
 
     Args:
+        prompts: with image prompts, None is the images alone, which is not the same as "".
         negative_prompts: one per prompt; None, or a None in the list: no negative prompt, which is not the same as "".
+        image_prompts: images that every prompt is conditioned on besides its text, in the place of the pooled text; the
+            refiner is not.
         refiner: runs the last steps (`handoff`), or refines the finished latent (`refine_strength`). It may lack its
             own text encoder, if the model has the same.
         init_image: 0..255; the image that sampling starts from. It is resized to cover height × width and cropped at
@@ -114,17 +121,19 @@ def generate(
     """
     given = options.pop("options", None)
     given = given or Options(**options)
-    generation = _Generation(model, refiner, prompts, negative_prompts, init_image, mask, init_noise, given)
+    generation = _Generation(
+        model, refiner, prompts, negative_prompts, image_prompts, init_image, mask, init_noise, given
+    )
     return generation.run(compute, one_program, progress, callback)
 
 
-def text_to_image(model: Model, prompts: Sequence[str], **options: Any) -> Images:
+def text_to_image(model: Model, prompts: Sequence[str | None], **options: Any) -> Images:
     """Images of prompts, uint8 0..255. The options are those of `generate`, which also gives the latents."""
     return generate(model, prompts, **options).images
 
 
 def image_to_image(
-    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "init_height init_width 3"], **options: Any
+    model: Model, prompts: Sequence[str | None], image: UInt8[np.ndarray, "init_height init_width 3"], **options: Any
 ) -> Images:
     """Image to image, SDEdit: Meng et al. 2021, arXiv:2108.01073. The image is noised, and `strength` (0.3) of the
     denoising schedule is run from there. The options are those of `generate`."""
@@ -133,7 +142,7 @@ def image_to_image(
 
 def inpaint(
     model: Model,
-    prompts: Sequence[str],
+    prompts: Sequence[str | None],
     image: UInt8[np.ndarray, "init_height init_width 3"],
     mask: Bool[np.ndarray, "mask_height mask_width"],
     **options: Any,
@@ -144,7 +153,7 @@ def inpaint(
 
 
 def refine(
-    model: Model, prompts: Sequence[str], image: UInt8[np.ndarray, "init_height init_width 3"], **options: Any
+    model: Model, prompts: Sequence[str | None], image: UInt8[np.ndarray, "init_height init_width 3"], **options: Any
 ) -> Images:
     """Image to image with a refiner as the model: Podell et al. (arXiv:2307.01952), section 2.5."""
     return image_to_image(model, prompts, image, **options)
@@ -157,8 +166,9 @@ class _Generation:
         self,
         model: Model,
         refiner: Model | None,
-        prompts: Sequence[str],
+        prompts: Sequence[str | None],
         negatives: Sequence[str | None] | None,
+        image_prompts: Sequence[ImagePrompt],
         init_image: UInt8[np.ndarray, "init_height init_width 3"] | None,
         mask: Bool[np.ndarray, "mask_height mask_width"] | None,
         init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None,
@@ -175,13 +185,16 @@ class _Generation:
                 f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one per prompt, or none"
             )
         for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True), 1):
-            check_text(prompt, f"Prompt {number}")
+            if prompt is None and not image_prompts:
+                raise InputError(f"Prompt {number} is None, and there is no image prompt. Give a text, or images")
+            check_text(prompt or "", f"Prompt {number}")
             check_text(negative or "", f"Negative prompt {number}")
         _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
         self.shares_text = False if refiner is None else _shares_text(model, refiner)
-        prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask)
+        width = _width(image_prompts)
+        prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask, width)
         self.size, self.init_image, self.mask, self.segments, self.segment_arrays = prepared
-        self.model, self.refiner, self.options = model, refiner, options
+        self.model, self.refiner, self.options, self.image_prompts = model, refiner, options, image_prompts
         prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
         self.count = len(prompts)
         self.rows = self._make_rows(
@@ -195,7 +208,7 @@ class _Generation:
 
     def _make_rows(
         self,
-        prompts: list[str],
+        prompts: list[str | None],
         negatives: list[str | None],
         init_noise: Float[np.ndarray, "_images _latent_height _latent_width _channels"] | None,
     ) -> dict[str, Any]:
@@ -220,11 +233,11 @@ class _Generation:
         renoised = any(segment.start is SegmentStart.RENOISE and segment.model for segment in self.segments)
         tokenizer = Tokenizer.of(config.text)
         tokenise = functools.partial(tokenizer.prompts, long=options.long_prompts, weighted=options.prompt_weights)
-        texts = [each or "" for each in negatives]
-        tokens, negative = tokenise(prompts), tokenise(texts)
+        texts, negative_texts = ([each or "" for each in rows] for rows in (prompts, negatives))
+        tokens, negative = tokenise(texts), tokenise(negative_texts)
         chunks = max(tokens.chunks, negative.chunks)
         if tokens.chunks != negative.chunks:
-            tokens, negative = tokenise(prompts, chunks=chunks), tokenise(texts, chunks=chunks)
+            tokens, negative = tokenise(texts, chunks=chunks), tokenise(negative_texts, chunks=chunks)
         return {
             "tokens": tokens,
             "negative_tokens": negative,
@@ -234,7 +247,20 @@ class _Generation:
             "refiner_noise": normal(2) if renoised else None,
             "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             "init_inputs": self._init_rows(),
+            "image_prompt": self._image_rows(prompts, keys),
         }
+
+    def _image_rows(self, prompts: list[str | None], keys: Key[jax.Array, " images"]) -> ImageConditioning | None:
+        if not self.image_prompts:
+            return None
+        embeddings, strengths = zip(*self.image_prompts, strict=True)
+        embedding = image_conditioning.summed(
+            jnp.asarray(np.stack(embeddings), jnp.float32),
+            jnp.asarray(strengths, jnp.float32),
+            self.options.noise_augmentation or 0.0,
+            jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys),
+        )
+        return ImageConditioning(embedding, np.array([each is not None for each in prompts], np.float32))
 
     def _init_rows(self) -> InitInputs | None:
         if self.init_image is None:
@@ -333,6 +359,18 @@ def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroCondition
         either(options.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE),
     )
     return positive, negative
+
+
+def _width(image_prompts: Sequence[ImagePrompt]) -> int | None:
+    """Of the embeddings. Raises InputError for several widths, and for strengths that are not finite."""
+    if len(widths := {len(each.embedding) for each in image_prompts}) > 1:
+        raise InputError(
+            f"The image prompts have embeddings of widths {', '.join(map(str, sorted(widths)))}. Encode all of them "
+            "with one image encoder"
+        )
+    if wrong := [each.strength for each in image_prompts if not np.isfinite(each.strength)]:
+        raise InputError(f"An image prompt has the strength {wrong[0]}. Give a finite number, e.g. 1")
+    return next(iter(widths), None)
 
 
 def _shares_text(model: Model, refiner: Model) -> bool:

@@ -88,6 +88,9 @@ class Options:
     experts). Default: 0.8, unless --refine-strength is given."""
     refine_strength: float | None = None
     """With a refiner: fraction of the denoising schedule, 0 to 1, that it runs on the finished latent (SDEdit)."""
+    noise_augmentation: float | None = None
+    """With image prompts: noise added to their embeddings, 0 to 1, as a fraction of the noise schedule. Higher: less of
+    the images remains, and more varied results. Default: 0."""
     batch_size: int = 4
     """Images per batch, 1 or more. Higher: faster, until memory runs out."""
     decode_tile: int | None = None
@@ -170,7 +173,7 @@ class Options:
 
 
 _RANGES = {"eta": 1, "guidance_rescale": 1, "strength": 1, "handoff": 1, "refine_strength": 1, "guidance": 1000}
-_RANGES |= {"pag": 1000, "aesthetic_score": 100, "negative_aesthetic_score": 100}
+_RANGES |= {"noise_augmentation": 1, "pag": 1000, "aesthetic_score": 100, "negative_aesthetic_score": 100}
 """Largest value of options that start at 0. Guidance beyond 1000 is a slip: float32 overflows."""
 
 

@@ -24,7 +24,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet_parts import UNetPart
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
-from sdxl_jax.sampling import init_images
+from sdxl_jax.sampling import image_prompts, init_images
 from sdxl_jax.sampling.options import Options, check_size
 from sdxl_jax.sizes import Size
 
@@ -228,12 +228,20 @@ def prepare(
     options: Options,
     init_image: UInt8[np.ndarray, "init_height init_width 3"] | None = None,
     mask: Bool[np.ndarray, "mask_height mask_width"] | None = None,
+    embedding_width: int | None = None,
 ) -> Prepared:
     """Checks options, refiner, init image and mask, and plans the segments. Raises InputError. Quick: needs no weights.
 
-    mask: of the init image's size.
+    mask: of the init image's size. embedding_width: of the embeddings of image prompts, if there are any.
     """
     options.check(config)
+    if embedding_width is not None:
+        image_prompts.check_width(config, embedding_width)
+    elif options.noise_augmentation is not None:
+        raise InputError(
+            f"noise_augmentation={options.noise_augmentation:g} has no effect without an image prompt. Give one, or "
+            "leave it out"
+        )
     _check_refiner(config, refiner, options)
     size = _size(config, options, init_image)
     if init_image is None and options.strength is not None:

@@ -24,7 +24,9 @@ from jaxtyping import Bool, Float, Int32, Key, UInt8
 from sdxl_jax import model
 from sdxl_jax.arrays import MicroConditioning, Params, normalise, to_bytes, type_of_array
 from sdxl_jax.compilation.jitted import jit
+from sdxl_jax.conditioning import image as image_conditioning
 from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.image import ImageConditioning
 from sdxl_jax.conditioning.text import PromptTokens, TextConditioning, Tower
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models import unet, vae
@@ -104,6 +106,8 @@ class Inputs(NamedTuple):
     """Of each segment of the recipe."""
     strengths: Strengths
     init_inputs: InitInputs | None
+    image_prompt: ImageConditioning | None = None
+    """Of the prompt, for the first model."""
 
 
 # Text
@@ -133,6 +137,7 @@ def conditioning(
     states: TextStates,
     has_negative: Float[type_of_array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
+    image_prompt: ImageConditioning | None = None,
     *,
     config: ModelConfig,
     compute: Compute,
@@ -142,6 +147,8 @@ def conditioning(
     params: the UNet's, for what its cross-attention makes of the text, which is the same at every step.
     """
     positive, negative = states
+    if image_prompt is not None:
+        positive = image_conditioning.in_place_of_pooled(positive, image_prompt)
     if negative is not None and config.unconditional is model.UnconditionalKind.ZEROS:
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
 
@@ -360,6 +367,7 @@ class ConditioningStage(Protocol):
         states: TextStates,
         has_negative: Float[type_of_array, " batch"],
         micro: tuple[MicroConditioning, MicroConditioning],
+        image_prompt: ImageConditioning | None = None,
         *,
         config: ModelConfig,
         compute: Compute,
@@ -459,11 +467,12 @@ def _conditioning_of_each_model(recipe: Recipe, inputs: Inputs, stages: Stages) 
             states.append(
                 stages.text_states(towers, *tokens, towers=config.text, guided=guided, compute=recipe.compute)
             )
+    image_prompts = [inputs.image_prompt, *[None] * (len(recipe.models) - 1)]  # a refiner has the text
     return [
         stages.conditioning(
-            params["unet"], each, inputs.has_negative, inputs.micro, config=config, compute=recipe.compute
+            params["unet"], each, inputs.has_negative, inputs.micro, image, config=config, compute=recipe.compute
         )
-        for config, params, each in zip(recipe.models, inputs.params, states, strict=True)
+        for config, params, each, image in zip(recipe.models, inputs.params, states, image_prompts, strict=True)
     ]
 
 

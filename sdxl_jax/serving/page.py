@@ -14,6 +14,7 @@ import secrets
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 from nicegui import app, events, run, ui
@@ -44,6 +45,7 @@ _NUMBERS = {
     "first_index": ("First image's number", 1),
     "handoff": ("Refiner from", 0.05),
     "strength": ("Strength", 0.05),
+    "noise_augmentation": ("Noise", 0.05),
 }
 """Labels of fields, and the step of their arrow keys. The page has no limits of its own: a value out of range is
 answered by a message, not changed to another."""
@@ -57,6 +59,7 @@ _HINTS = {
     "first_index": "Image k of a seed is always the same: this is the first k",
     "handoff": "Fraction of the denoising schedule, 0 to 1, after which the refiner takes over",
     "strength": "Fraction of the denoising schedule to run, 0 to 1. Higher: less of the init image remains",
+    "noise_augmentation": "Noise added to the images' embeddings, 0 to 1. Higher: less of the images remains",
 }
 
 
@@ -107,6 +110,7 @@ class Page:
         self._job: Job | None = None
         self._fields: dict[str, Any] = {}
         self._init_image: Any = None
+        self._image_prompts: list[tuple[Path, Any]] = []
         self._shown: int | None = None
         self._listed = 0
         ui.add_css(_STYLE)
@@ -145,23 +149,32 @@ class Page:
         if self._session.refiner is not None:
             self._number("handoff")
         with ui.expansion("Start from an image", icon="image").classes("w-full"):
-            self._upload = ui.upload(
-                label="PNG, JPEG, …",
-                auto_upload=True,
-                max_files=1,
-                max_file_size=INIT_IMAGE_BYTES,
-                on_upload=self._upload_init_image,
-                on_rejected=lambda: self._show_message(
-                    f"The image is larger than {INIT_IMAGE_BYTES >> 20} MiB. Give a smaller one"
-                ),
-            )
-            self._upload.props("flat bordered").classes("w-full sdxl-upload")
+            self._upload = self._make_upload(self._upload_init_image)
             with ui.row().classes("w-full items-center no-wrap"):
                 self._number("strength")
                 ui.button(icon="delete", on_click=lambda: self._set_init_image(None)).props("flat round")
             self._init_label = ui.label().classes("text-sm opacity-70")
+        if self._session.takes_image_prompts:
+            with ui.expansion("Image prompts", icon="collections").classes("w-full"):
+                self._prompt_upload = self._make_upload(self._upload_image_prompt)
+                ui.label("With the prompt above, or alone where it is empty.").classes("text-sm opacity-70")
+                self._prompt_list = ui.column().classes("w-full gap-1")
+                self._number("noise_augmentation")
         with ui.expansion("More", icon="tune").classes("w-full"):
             self._number("first_index")
+
+    def _make_upload(self, on_upload: Any) -> Any:
+        upload = ui.upload(
+            label="PNG, JPEG, …",
+            auto_upload=True,
+            max_files=1,
+            max_file_size=INIT_IMAGE_BYTES,
+            on_upload=on_upload,
+            on_rejected=lambda: self._show_message(
+                f"The image is larger than {INIT_IMAGE_BYTES >> 20} MiB. Give a smaller one"
+            ),
+        )
+        return upload.props("flat bordered").classes("w-full sdxl-upload")
 
     def _pairs(self, *pairs: tuple[str, str]) -> None:
         with ui.grid(columns=2).classes("w-full gap-2"):
@@ -273,7 +286,7 @@ class Page:
             image.props("no-spinner loading=lazy").move(target_index=0)
             image.on("click", functools.partial(self._show, number), args=[])
             with image:
-                ui.tooltip(f"{result.request.prompt[:200]} · {self._settings(result)}")
+                ui.tooltip(f"{(result.request.prompt or '')[:200]} · {self._settings(result)}")
         self._listed = len(self._session.results)
 
     def _download(self) -> None:
@@ -285,30 +298,59 @@ class Page:
             self._fill(fields_of(self._config, self._session.results[self._shown].request))
 
     def _values(self) -> dict[str, Any]:
-        values = {"handoff": None}  # without a refiner there is no field
-        return values | {name: each.value for name, each in self._fields.items()} | {"init_image": self._init_image}
+        values = {"handoff": None, "noise_augmentation": None}  # there may be no field
+        values |= {name: each.value for name, each in self._fields.items()} | {"init_image": self._init_image}
+        return values | {"image_prompts": [(path, strength.value) for path, strength in self._image_prompts]}
 
     def _fill(self, values: dict[str, Any]) -> None:
         for name, each in self._fields.items():
             each.value = values[name]
         self._set_init_image(values["init_image"])
+        if self._session.takes_image_prompts:
+            self._prompt_list.clear()
+            self._image_prompts = []
+            for path, strength in values["image_prompts"]:
+                self._add_image_prompt(path, strength, path.name)
 
     def _random_seed(self) -> None:
         self._fields["seed"].value = secrets.randbelow(2**32)
 
     async def _upload_init_image(self, event: events.UploadEventArguments) -> None:
+        if (path := await self._uploaded(event)) is not None:
+            self._set_init_image(path, event.file.name)
+        self._upload.reset()
+
+    async def _upload_image_prompt(self, event: events.UploadEventArguments) -> None:
+        if (path := await self._uploaded(event)) is not None:
+            self._add_image_prompt(path, 1.0, event.file.name)
+        self._prompt_upload.reset()
+
+    async def _uploaded(self, event: events.UploadEventArguments) -> Path | None:
+        """The uploaded image as a file; None, with a message, if it is not an image."""
         content = await event.file.read()
         try:
-            self._set_init_image(self._session.save_init_image(event.file.name, content), event.file.name)
-            self._show_message("")
+            path = self._session.save_image(event.file.name, content)
         except InputError as error:
-            self._upload.reset()
             self._show_message(str(error))
+            return None
+        self._show_message("")
+        return path
+
+    def _add_image_prompt(self, path: Path, strength: float, name: str) -> None:
+        with self._prompt_list, ui.row().classes("w-full items-center no-wrap") as row:
+            field = ui.number(f"Strength of {name}", value=strength, step=0.1).props("outlined dense").classes("grow")
+            entry = (path, field)
+
+            def remove() -> None:
+                self._image_prompts.remove(entry)
+                row.delete()
+
+            ui.button(icon="delete", on_click=remove).props("flat round")
+        self._image_prompts.append(entry)
 
     def _set_init_image(self, path: Any, name: str | None = None) -> None:
         self._init_image = path
         self._init_label.text = "No init image" if path is None else f"Init image: {name or path.name}"
-        self._upload.reset()
 
     def _show_message(self, message: str) -> None:
         self._message.text = message

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from sdxl_jax.conditioning.text import Tokenizer
@@ -30,17 +30,21 @@ from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.sampling import init_images
 from sdxl_jax.sampling.contact_sheet import save_png
 from sdxl_jax.sampling.generate import StepState, generate
+from sdxl_jax.sampling.image_prompts import ImagePrompt
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import HANDOFF, IMAGE_STRENGTH
 
 
 class Request(NamedTuple):
-    """One set of settings: prompt, negative prompt, options, init image."""
+    """One set of settings: prompt, negative prompt, options, init image, image prompts."""
 
-    prompt: str
+    prompt: str | None
+    """None: the image prompts alone."""
     negative: str | None
     options: Options
     init_image: Path | None = None
+    image_prompts: tuple[tuple[Path, float], ...] = ()
+    """Files, each with its strength."""
 
 
 class Result(NamedTuple):
@@ -69,6 +73,10 @@ Describe = Callable[[Request], Description]
 
 Preview = Callable[[StepState], UInt8[np.ndarray, "images height width 3"]]
 """Preview images of the latents after a step."""
+
+
+EncodeImage = Callable[[UInt8[np.ndarray, "height width 3"]], Float[np.ndarray, " projection"]]
+"""The embedding of an image prompt."""
 
 
 class Stopped(Exception):
@@ -129,14 +137,20 @@ class Session:
         refiner: Model | None = None,
         compute: Compute = Compute(),
         preview: Preview | None = None,
+        encode_image: EncodeImage | None = None,
     ):
-        """folder: for the images, 000000.png and so on, numbered after those that it has. preview: None for none."""
+        """folder: for the images, 000000.png and so on, numbered after those that it has. preview: None for none.
+        encode_image: None: there are no image prompts."""
         self.model, self.folder, self.refiner, self.compute = model, folder, refiner, compute
         self.results: list[Result] = []
         """Oldest first."""
         self._describe, self._running = describe, threading.Lock()
         self._jobs: set[Job] = set()
-        self._preview = preview
+        self._preview, self._encode_image = preview, encode_image
+
+    @property
+    def takes_image_prompts(self) -> bool:
+        return self._encode_image is not None
 
     def run(self, request: Request, job: Job) -> list[Result]:
         """Samples and saves the images of a request, once the requests before it are done.
@@ -159,10 +173,16 @@ class Session:
     def _run(self, request: Request, job: Job) -> list[Result]:
         job.status = "Preparing; the first image of a size takes longer"
         init_image = None if request.init_image is None else init_images.read(request.init_image)
+        image_prompts = [
+            ImagePrompt(self._encode_image(init_images.read(path)), strength)
+            for path, strength in request.image_prompts
+            if self._encode_image is not None
+        ]
         generated = generate(
             self.model,
             [request.prompt],
             negative_prompts=[request.negative],
+            image_prompts=image_prompts,
             refiner=self.refiner,
             init_image=init_image,
             callback=lambda state: job.update(state, request.options, self._preview),
@@ -179,9 +199,9 @@ class Session:
         self.results.append(Result(path, request, image.shape[:2], description.command))
         return self.results[-1]
 
-    def save_init_image(self, name: str, content: bytes) -> Path:
-        """Saves an uploaded init image under its checksum, for `sample` to find it. Raises InputError if it is not an
-        image."""
+    def save_image(self, name: str, content: bytes) -> Path:
+        """Saves an uploaded init image or image prompt under its checksum, for `sample` to find it. Raises InputError
+        if it is not an image."""
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / "init" / f"{digest[:16]}{Path(name).suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +216,7 @@ class Session:
     def notes(self, request: Request) -> list[str]:
         """Notes on what the user may not expect, though nothing is wrong: truncated prompts, options without effect."""
         tokenizer = Tokenizer.of(self.model.config.text)
-        given = {"prompt": request.prompt, "negative prompt": request.negative or ""}
+        given = {"prompt": request.prompt or "", "negative prompt": request.negative or ""}
         truncated = {name: tokenizer.truncated([text], False)[0] for name, text in given.items()}
         return [
             f"{count} tokens of the {name} beyond the first 75 are ignored"
@@ -219,7 +239,7 @@ def one_by_one(request: Request) -> list[Request]:
 
 def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, Any]:
     """The values of the page's fields for a request, or their defaults. `read_fields` is the reverse."""
-    prompt, negative, options, init_image = request or Request("", None, Options())
+    prompt, negative, options, init_image, image_prompts = request or Request("", None, Options())
     height, width = config.default_size
     resolved = options.resolved(config)
 
@@ -227,7 +247,7 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
         return other if value is None else value
 
     return {
-        "prompt": prompt,
+        "prompt": prompt or "",
         "negative_prompt": negative or "",
         "height": either(options.height, height),
         "width": either(options.width, width),
@@ -243,15 +263,18 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
         "handoff": either(options.handoff, HANDOFF),
         "strength": either(options.strength, IMAGE_STRENGTH),
         "init_image": init_image,
+        "noise_augmentation": options.noise_augmentation or 0.0,
+        "image_prompts": image_prompts,
     }
 
 
 def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = False) -> Request:
     """The request of the fields' values. Options at their defaults are None, so that the command line leaves them out.
 
-    Raises InputError for a field that is empty or not a number; `generate` checks the rest.
+    Without a prompt, image prompts are alone. Raises InputError for a field that is empty or not a number; `generate`
+    checks the rest.
     """
-    image = given["init_image"]
+    image, image_prompts = given["init_image"], tuple(given["image_prompts"])
     height, width = _whole("height", given["height"]), _whole("width", given["width"])
     is_default_size = image is None and (height, width) == tuple(config.default_size)
     spacing, default_sampler = given["timestep_spacing"], Options().resolved(config).sampler
@@ -271,8 +294,11 @@ def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = Fals
         num_images=_whole("num_images", given["num_images"]),
         handoff=_unless("handoff", given["handoff"], HANDOFF) if refiner else None,
         strength=None if image is None else _unless("strength", given["strength"], IMAGE_STRENGTH),
+        noise_augmentation=_unless("noise_augmentation", given["noise_augmentation"], 0.0) if image_prompts else None,
     )
-    return Request(given["prompt"] or "", given["negative_prompt"] or None, options, image)
+    prompt = given["prompt"] or (None if image_prompts else "")
+    checked = tuple((path, _number("strength of an image prompt", strength)) for path, strength in image_prompts)
+    return Request(prompt, given["negative_prompt"] or None, options, image, checked)
 
 
 def _unless(name: str, value: Any, default: float | None) -> float | None:

@@ -54,9 +54,9 @@ class ImageTower:
     """By path: "patch_embedding/kernel"."""
     naming: Naming
 
-    def load(self) -> Params:
-        """The parameters as float32."""
-        return unflatten({path: leaf.read().astype(np.float32) for path, leaf in self.leaves.items()})
+    def load(self, dtype: Any = np.float32) -> Params:
+        """The parameters, cast to a dtype."""
+        return unflatten({path: leaf.read().astype(dtype) for path, leaf in self.leaves.items()})
 
 
 def open_tower(path: str | PurePath) -> ImageTower:
