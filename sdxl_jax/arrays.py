@@ -128,6 +128,8 @@ class EncodedBatch(NamedTuple):
     """Text states for the UNet's cross-attention."""
     pooled: Float[type_of_array, "batch projection"] | None
     """Pooled text embedding; None for models without one."""
+    image_embedding: Float[type_of_array, "batch projection"] | None = None
+    """Of the crop, by CLIP's image tower; None where there are no image prompts."""
 
 
 class Batch(NamedTuple):

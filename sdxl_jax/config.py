@@ -17,7 +17,7 @@ import runpy
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.settings import DataConfig
@@ -98,6 +98,24 @@ class TrainingConfig(LoopConfig):
     caption_dropout: float = 0.1
     """Share of examples trained unconditionally, their text replaced by the null embedding, 0 to 1. Higher: better
     guidance, weaker prompts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePromptConfig:
+    """Training with image prompts (training/objectives/image_prompts.py). Needs data.cache, in which `sdxl-jax data
+    encode` puts the embedding of each crop."""
+
+    NORMS: ClassVar = ("pooled_text_norm", "image_embedding_norm")
+    """Metrics of a step."""
+
+    encoder: str = "weights/clip_vision_g.safetensors"
+    """CLIP's image tower, that of the model's last text encoder; SDXL: OpenCLIP's ViT-bigG. A directory with
+    config.json, or a .safetensors file."""
+    text_dropout: float = 0.5
+    """Share of examples conditioned on the image alone, with zeros for the text states, 0 to 1. Higher: more is learnt
+    from the image, less for images with text."""
+    pooled_rows_alone: bool = False
+    """Train the rows of add_embedding's first kernel that read the pooled vector, and nothing else."""
 
 
 class OnFailedSave(enum.Enum):
@@ -300,8 +318,14 @@ class TrainConfig(RunConfig):
     """The loss: weights, noise and timesteps."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
+    image_prompt: ImagePromptConfig | None = None
+    """Conditioning on the image's embedding in the place of the pooled text; None: on the pooled text."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The validation grids in RUN/samples, and metrics during training."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        return () if self.image_prompt is None else ImagePromptConfig.NORMS
 
     @property
     def validation_metrics(self) -> ValidationMetricsConfig:
@@ -328,6 +352,7 @@ class TrainConfig(RunConfig):
                 f"{self.model.vae.latent_channels}"
             )
         self._check_data()
+        self._check_image_prompt()
         check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
         for number, prompt in enumerate(self.validation.prompts, 1):
             check_text(prompt, f"Prompt {number} of validation.prompts")
@@ -357,6 +382,28 @@ class TrainConfig(RunConfig):
             )
 
 
+    def _check_image_prompt(self) -> None:
+        given, model = self.image_prompt, self.model
+        if given is None:
+            return
+        check_ranges([("image_prompt.text_dropout", given.text_dropout, 0, 1)])
+        if model.micro is None or not model.text or model.text[-1].clip.projection_dim is None:
+            raise InputError(
+                "image_prompt has no effect: this model has no pooled text, in whose place the image's embedding would "
+                "be. Leave it out (None), or train SDXL"
+            )
+        if self.data.cache is None:
+            raise InputError(
+                "image_prompt needs data.cache, which holds the images' embeddings. Set data.cache to a folder, and "
+                "run `sdxl-jax data encode` with this configuration first"
+            )
+        if given.pooled_rows_alone and self.optimiser.kind is OptimiserKind.SCHEDULE_FREE:
+            raise InputError(
+                "image_prompt.pooled_rows_alone keeps all other rows to the bit, which the average of "
+                "optimiser.kind=schedule_free does not. Use another optimiser, e.g. adamw"
+            )
+
+
 def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> None:
     """Raises InputError for a (height, width) that is not a multiple of the autoencoder's downsampling `factor`."""
     for height, width in sizes:
@@ -381,6 +428,7 @@ MAY_CHANGE = (
     "data.sources",
     "data.verify_images",
     "data.workers",
+    "image_prompt.encoder",
     "logging",
     "model.sampling",
     "processes",

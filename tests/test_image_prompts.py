@@ -252,6 +252,7 @@ def test_a_colon_in_a_name_that_exists_is_not_a_strength(tmp_path: Path) -> None
 # The web page
 
 
+@pytest.mark.slow
 def test_the_pages_image_is_that_of_its_command(
     model: Model, saved: Path, tower: Path, photos: list[Path], tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "training.encoding": {
         *("config", "data", "jsontree", "model", "models", "conditioning", "weights.lazy", "sharding"),
         *("training.checksums", "training.initial", "training.state"),
+        *("sampling.clip_images", "sampling.image_prompts", "weights.clip_vision"),
         *BASE,
     },
     "training.objectives": {

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from PIL import Image
 from test_autoencoder_recipes import AUTOENCODERS
+from tiny import write_image_tower
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
@@ -31,6 +32,7 @@ from sdxl_jax.models.layers import Dtype, Remat
 from sdxl_jax.optim import optimiser
 from sdxl_jax.sharding import AXES, MeshConfig
 from sdxl_jax.smoke import SHRUNK, STEPS, smoke_config
+from sdxl_jax.training.encoding import encode
 from sdxl_jax.training.loop import train
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.state import create, partition
@@ -41,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("sdxl_base_256", "sdxl_base_512", "sdxl_base_1024_multi_aspect", "sdxl_refiner")
-OTHERS = ("finetune_1024", "sd15", "sd21_v")
+OTHERS = ("finetune_1024", "sdxl_image_prompt", "sd15", "sd21_v")
 NAMES = STAGES + OTHERS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
 PUBLISHED |= {"stable-diffusion-2": "sd21_v"}
@@ -180,6 +182,8 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
         config = configs[name].model
         params = random_parameters(config, np.random.default_rng(number))
         convert(Model(config, params), root / "weights" / file, "single-file" if "." in file else "diffusers", False)
+    projection = configs["sdxl_image_prompt"].model.text[-1].clip.projection_dim
+    write_image_tower(root / "weights" / "clip_vision_g.safetensors", projection or 0)
     return Chain(root, configs)
 
 
@@ -189,6 +193,8 @@ def trained(chain: Chain, name: str) -> Path:
     if not run_dir.exists():
         if name in STAGES[1:]:
             trained(chain, STAGES[STAGES.index(name) - 1])
+        if chain.configs[name].data.cache is not None:
+            encode(chain.configs[name], progress=False)
         train(chain.configs[name], run_dir, progress=False)
     return run_dir
 

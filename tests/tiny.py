@@ -66,10 +66,10 @@ def random_model(config: ModelConfig, seed: int) -> Model:
     return Model(config, jax.tree_util.tree_map_with_path(draw, unflatten(abstract_leaves(config))))
 
 
-def write_image_tower(path: Path, projection: int = 8) -> Path:
+def write_image_tower(path: Path, projection: int, seed: int = 0) -> Path:
     """An image tower of CLIP with random weights, in a new .safetensors file."""
     config = ClipVisionConfig(64, 1, 1, 64, Activation.GELU, projection, 28, 14)
-    leaves = {name: Initial(leaf, name, 0) for name, leaf in flatten(clip_vision.abstract(config)).items()}
+    leaves = {name: Initial(leaf, name, seed) for name, leaf in flatten(clip_vision.abstract(config)).items()}
     towers.write(towers.ImageTower(config, leaves, Naming(Dialect.OPENCLIP, "visual.")), path, Dialect.OPENCLIP)
     return path
 

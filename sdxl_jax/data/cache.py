@@ -9,7 +9,7 @@ latents record is number (image − first image of the piece) · K + crop of its
 the image's captions in the piece's text file: there is no other index. Arrays are bfloat16, or int32 where they hold
 pixels or tokens, little-endian, one after the other:
 
-    latents   header (`_LATENTS`), mean, log-variance
+    latents   header (`_LATENTS`), mean, log-variance, and with image prompts the crop's embedding
     text      header (int32: image, tokens of each tower, context's tokens and features, pooled features or 0), tokens
               of each tower in the order of cache.json, context, pooled
 
@@ -85,6 +85,8 @@ class Crop(NamedTuple):
     target_size: Int32[np.ndarray, "2"]
     """(height, width) of the bucket."""
     flipped: bool
+    embedding: BFloat16[np.ndarray, " projection"] | None = None
+    """By CLIP's image tower; None in a cache without image prompts."""
 
 
 class Text(NamedTuple):
@@ -118,6 +120,8 @@ class CachePlan:
     """Images per piece; the last one may have fewer."""
     towers: tuple[str, ...]
     """Names of the text towers."""
+    embedding_width: int = 0
+    """Of the crops' embeddings; 0: there are none."""
 
     @property
     def pieces(self) -> int:
@@ -211,7 +215,9 @@ def _pack_crop(image: int, crop: Crop, captions: range) -> bytes:
     for name in ("original_size", "crop_top_left", "target_size", "flipped"):
         header[name] = getattr(crop, name)
     header["first_caption"], header["captions"] = captions.start, len(captions)
-    return b"".join([header.tobytes(), _bytes(crop.mean, bfloat16), _bytes(crop.log_variance, bfloat16)])
+    embedding = [] if crop.embedding is None else [crop.embedding]
+    arrays = [crop.mean, crop.log_variance, *embedding]
+    return b"".join([header.tobytes(), *(_bytes(array, bfloat16) for array in arrays)])
 
 
 def _pack_refusal(image: int, reason: str) -> bytes:
@@ -221,20 +227,23 @@ def _pack_refusal(image: int, reason: str) -> bytes:
     return header.tobytes() + reason.encode(errors="backslashreplace")
 
 
-def _unpack_crop(record: bytes, image: int) -> tuple[Crop, range] | str:
+def _unpack_crop(record: bytes, image: int, embedding_width: int) -> tuple[Crop, range] | str:
     """The crop and the numbers of its text records, or the reason for a refusal. ValueError for any other record."""
     header = np.frombuffer(record, _LATENTS, 1)[0]
     _check_image(int(header["image"]), image)
     shape = tuple(header["shape"].tolist())
     if shape == (0, 0, 0):
         return record[_LATENTS.itemsize :].decode()
-    if min(shape) < 1 or len(record) != _LATENTS.itemsize + 2 * 2 * math.prod(shape):
+    if min(shape) < 1 or len(record) != _LATENTS.itemsize + 2 * (2 * math.prod(shape) + embedding_width):
         expected = "×".join(map(str, shape))
-        raise ValueError(f"its {len(record)} bytes do not hold a mean and a log-variance of {expected} values")
-    mean, log_variance = np.frombuffer(record, bfloat16, offset=_LATENTS.itemsize).reshape(2, *shape)
+        more = f" and an embedding of {embedding_width}" if embedding_width else ""
+        raise ValueError(f"its {len(record)} bytes do not hold a mean and a log-variance of {expected} values{more}")
+    values = np.frombuffer(record, bfloat16, offset=_LATENTS.itemsize)
+    mean, log_variance = values[: 2 * math.prod(shape)].reshape(2, *shape)
     crop = Crop(
         mean=mean,
         log_variance=log_variance,
+        embedding=values[-embedding_width:] if embedding_width else None,
         original_size=header["original_size"],
         crop_top_left=header["crop_top_left"],
         target_size=header["target_size"],
@@ -354,6 +363,7 @@ def begin(
     crops: int,
     towers: Sequence[str],
     piece_images: int = 1024,
+    embedding_width: int = 0,
 ) -> CachePlan:
     """Creates a cache in the folder, or resumes one that was begun there before.
 
@@ -364,6 +374,8 @@ def begin(
     counts = {"images": images, "crops": crops, "piece_images": piece_images}
     check_ranges((name, count, 1, math.inf) for name, count in counts.items())
     content = {"made_from": made_from, "images": images, "crops": crops, "piece_images": piece_images}
+    if embedding_width:
+        content["embedding_width"] = embedding_width
     text = json.dumps({"format": FORMAT, **content, "towers": list(towers)}, indent=2)
     if in_bucket(folder):
         _describe_in_bucket(folder, text + "\n")
@@ -377,7 +389,7 @@ def begin(
         )
     for kind in () if in_bucket(folder) else (LATENTS, TEXT):
         (folder / kind).mkdir(exist_ok=True)
-    return CachePlan(folder, description["made_from"], images, crops, piece_images, tuple(towers))
+    return CachePlan(folder, description["made_from"], images, crops, piece_images, tuple(towers), embedding_width)
 
 
 def _describe(folder: Path, text: str) -> None:
@@ -471,7 +483,7 @@ class Cache:
         path, number = self._plan.path(LATENTS, piece), place * self.crops + crop
         record = self._files.read(path, number)
         try:
-            unpacked = _unpack_crop(record, image)
+            unpacked = _unpack_crop(record, image, self._plan.embedding_width)
         except ValueError as problem:
             raise self._files.damaged(path, number, problem) from problem
         if isinstance(unpacked, str):
@@ -507,7 +519,8 @@ def open_cache(folder: str | AnyPath, made_from: dict[str, Any], *, ignore: Coll
         description = _read_description(folder)
         images, crops, piece_images = (description[name] for name in ("images", "crops", "piece_images"))
         towers = tuple(description["towers"])
-        plan = CachePlan(folder, description["made_from"], images, crops, piece_images, towers)
+        width = description.get("embedding_width", 0)
+        plan = CachePlan(folder, description["made_from"], images, crops, piece_images, towers, width)
     except FileNotFoundError:
         raise InputError(f"{folder} is not a cache: it has no {DESCRIPTION}. {expected}") from None
     except (KeyError, TypeError) as problem:

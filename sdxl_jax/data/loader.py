@@ -180,6 +180,7 @@ class Loader:
     def _cached_batch(self, cached: list[CachedExample]) -> Batch:
         crops, texts = [one.crop for one in cached], [one.text for one in cached]
         pooled = [text.pooled for text in texts if text.pooled is not None]
+        embeddings = [crop.embedding for crop in crops if crop.embedding is not None]
         return self._empty_batch([one.image for one in cached], crops)._replace(
             tokens={name: np.stack([text.tokens[name] for text in texts]) for name in texts[0].tokens},
             encoded=EncodedBatch(
@@ -187,6 +188,7 @@ class Loader:
                 log_variance=np.stack([crop.log_variance for crop in crops]),
                 context=np.stack([text.context for text in texts]),
                 pooled=np.stack(pooled) if pooled else None,
+                image_embedding=np.stack(embeddings) if embeddings else None,
             ),
         )
 

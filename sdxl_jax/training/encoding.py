@@ -3,6 +3,8 @@
     images ── K crops each ── autoencoder ── mean, log-variance ─┐
     captions ── tokens ── text towers ── states, pooled ─────────┴─ bfloat16 ── cache (data.cache)
 
+With `image_prompt`, the crops go through CLIP's image tower too.
+
 The posterior's moments are stored, not a sample, so that training samples from it at every step. The cache records
 its provenance: the images, their crops and buckets, the encoders' weights, and this code. Training computes the same
 record, and refuses a cache with another one.
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
 
 from sdxl_jax import arrays, sharding
 from sdxl_jax.arrays import ImageBytes, Params, TokenIds, flatten, unflatten
@@ -34,17 +37,21 @@ from sdxl_jax.data.crops import Crops, load_crops
 from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
-from sdxl_jax.models import vae
+from sdxl_jax.models import clip_vision, vae
 from sdxl_jax.progress import tqdm
+from sdxl_jax.sampling.clip_images import preprocess
+from sdxl_jax.sampling.image_prompts import check_width
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.checksums import checksums
 from sdxl_jax.training.initial import initial_weights, random_weights
 from sdxl_jax.training.state import partition
+from sdxl_jax.weights.clip_vision import ImageTower, open_tower
 from sdxl_jax.weights.lazy import abstract_leaves, part_configs
 
 _CODE = (
     *("arrays.py", "conditioning/clip_merges.txt.gz", "conditioning/text.py", "data/crops.py", "data/images.py"),
     *("data/loader.py", "data/transforms.py", "models/attention.py", "models/clip.py", "models/layers.py"),
+    *("models/clip_vision.py", "sampling/clip_images.py"),
     *("models/vae.py", "models/taesd.py", "training/encoding.py"),
 )
 """Files that determine the content of a cache."""
@@ -58,9 +65,22 @@ def encoder_parts(config: TrainConfig) -> list[str]:
 def fingerprint(params: Params) -> str:
     """A hash of the values of parameters, independent of their sharding and of the dtype that they are stored in."""
     leaves = dict(sorted(flatten(params).items()))
-    sums = checksums(leaves.values(), jnp.float32)
+    sums = checksums(map(jnp.asarray, leaves.values()), jnp.float32)
     lines = [f"{path} {leaf.shape} {number}\n" for (path, leaf), number in zip(leaves.items(), sums, strict=True)]
     return hashlib.blake2b("".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def image_tower(config: TrainConfig) -> ImageTower | None:
+    """The image tower of `image_prompt`, opened; None: there are no image prompts. Raises InputError for one that does
+    not fit the model."""
+    if config.image_prompt is None:
+        return None
+    try:
+        tower = open_tower(config.image_prompt.encoder)
+        check_width(config.model, tower.config.projection_dim)
+    except InputError as error:
+        raise InputError(f"image_prompt.encoder={config.image_prompt.encoder}: {error}") from error
+    return tower
 
 
 @functools.cache
@@ -77,6 +97,8 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
         part: {"config": to_json(part_configs(config.model)[part]), "values": fingerprint(values)}
         for part, values in encoders.items()
     }
+    if (tower := image_tower(config)) is not None:
+        weights["image_encoder"] = {"config": to_json(tower.config), "values": fingerprint(tower.load())}
     return {
         "images": [source.fingerprint for source in dataset.source.sources],
         "buckets": dataset.assignment,
@@ -128,6 +150,8 @@ class _Encoders(NamedTuple):
     batch_size: int
     images: Callable[[ImageBytes], vae.Posterior]
     captions: Callable[[dict[str, TokenIds]], text.TextConditioning]
+    embeddings: Callable[[UInt8[np.ndarray, "images height width 3"]], Float[jax.Array, "batch projection"]] | None
+    """Of crops on the host; None: there are no image prompts."""
 
     def put(self, rows: _Rows) -> _Rows:
         """Rows on the devices, padded to a whole batch by repeating the last one."""
@@ -149,7 +173,20 @@ def _encoders(config: TrainConfig, params: Params, mesh: Mesh, batch_size: int) 
     def captions(params: Params, tokens: dict[str, TokenIds]) -> text.TextConditioning:
         return rounded(text.encode(parts.text, params, tokens, compute))
 
-    return _Encoders(mesh, batch_size, functools.partial(images, params), functools.partial(captions, params))
+    encoders = _Encoders(mesh, batch_size, functools.partial(images, params), functools.partial(captions, params), None)
+    if (tower := image_tower(config)) is None:
+        return encoders
+    tower_params = jax.device_put(tower.load(), sharding.replicated(mesh))
+
+    @jax.jit
+    def embed(params: Params, pixels: Float[jax.Array, "batch side side 3"]) -> Float[jax.Array, "batch projection"]:
+        return rounded(clip_vision.encode(tower.config, params, pixels, compute).embedding)
+
+    def embeddings(crops: UInt8[np.ndarray, "images height width 3"]) -> Float[jax.Array, "batch projection"]:
+        pixels = np.stack([preprocess(crop, tower.config.side) for crop in crops])
+        return embed(tower_params, encoders.put(pixels))
+
+    return encoders._replace(embeddings=embeddings)
 
 
 class _Pending(NamedTuple):
@@ -162,6 +199,8 @@ class _Pending(NamedTuple):
     """One per crop, each of a batch of images."""
     conditions: list[text.TextConditioning]
     """One per batch of captions."""
+    embeddings: list[Float[jax.Array, "batch projection"]] | None
+    """One per crop, each of a batch of images; None: there are no image prompts."""
 
 
 def _start(encoders: _Encoders, tokenizer: Tokenizer, crops: Crops) -> _Pending:
@@ -173,13 +212,16 @@ def _start(encoders: _Encoders, tokenizer: Tokenizer, crops: Crops) -> _Pending:
     for start in range(0, len(captions), encoders.batch_size):
         batch = {name: rows[start : start + encoders.batch_size] for name, rows in tokens.items()}
         conditions.append(encoders.captions(encoders.put(batch)))
-    return _Pending(crops, tokens, posteriors, conditions)
+    embed = encoders.embeddings
+    embeddings = None if embed is None else [embed(crops.pixels(crop)) for crop in range(count)]
+    return _Pending(crops, tokens, posteriors, conditions, embeddings)
 
 
 def _write(writer: PieceWriter, pending: _Pending) -> None:
     """Waits for the devices, and writes the group to the cache."""
     crops = pending.crops
-    posteriors = jax.device_get(pending.posteriors)
+    posteriors, embeddings = jax.device_get((pending.posteriors, pending.embeddings))
+    of_crops = [None] * len(posteriors) if embeddings is None else embeddings
     texts = _texts(pending.tokens, jax.device_get(pending.conditions))
     for row, (examples, reason, captions) in enumerate(zip(crops.examples, crops.reasons, crops.captions, strict=True)):
         if not examples:
@@ -193,8 +235,9 @@ def _write(writer: PieceWriter, pending: _Pending) -> None:
                 crop_top_left=example.crop_top_left,
                 target_size=example.target_size,
                 flipped=example.flipped,
+                embedding=None if embedding is None else embedding[row],
             )
-            for posterior, example in zip(posteriors, examples, strict=True)
+            for posterior, embedding, example in zip(posteriors, of_crops, examples, strict=True)
         ]
         writer.add(encoded, list(itertools.islice(texts, len(captions))))
 
@@ -254,6 +297,7 @@ def encode(
             crops=config.data.crops_per_image,
             towers=tuple(tower.name for tower in config.model.text),
             piece_images=piece_images,
+            embedding_width=0 if (tower := image_tower(config)) is None else tower.config.projection_dim,
         )
         encoders = _encoders(config, params, mesh, batch_size)
         pieces = plan.missing(index, count)

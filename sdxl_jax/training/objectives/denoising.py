@@ -30,6 +30,7 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
 from sdxl_jax.training import encoding
+from sdxl_jax.training.objectives import image_prompts
 from sdxl_jax.training.objectives.base import Examples, Grid, Objective, abstract_rows
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import merge
@@ -49,13 +50,31 @@ class Denoising(Objective[TrainConfig]):
     name = "denoising"
     programs = ("train", "sample")
 
+    def __init__(self, config: TrainConfig):
+        super().__init__(config)
+        if self._trains_rows:
+            self.optimiser = image_prompts.updating_pooled_rows(self.optimiser, self._pooled_width)
+
     @property
     def model_config(self) -> ModelConfig:
         return self.config.model
 
+    @property
+    def _trains_rows(self) -> bool:
+        return self.config.image_prompt is not None and self.config.image_prompt.pooled_rows_alone
+
+    @property
+    def _pooled_width(self) -> int:
+        return self.config.model.text[-1].clip.projection_dim or 0
+
     def check(self) -> None:
         super().check()
         encoding.check_frozen(self.config)
+        image_prompts.check(self.config)
+
+    def check_start(self) -> None:
+        super().check_start()
+        encoding.image_tower(self.config)
 
     def check_heads(self, mesh: Mesh) -> None:
         sharding.check_heads(mesh, self.config.model.unet.attention_heads)
@@ -88,13 +107,17 @@ class Denoising(Objective[TrainConfig]):
             log_variance=array(jnp.bfloat16, *latent),
             context=array(jnp.bfloat16, 77, model.unet.context_dim),
             pooled=None if projection is None else array(jnp.bfloat16, projection),
+            image_embedding=None if self.config.image_prompt is None else array(jnp.bfloat16, self._pooled_width),
         )
         return batch._replace(image=None, encoded=encoded)
 
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
     ) -> tuple[Float[jax.Array, ""], Metrics]:
-        return batch_loss(trained, frozen, batch, keys, self.config, self._empty), {}
+        terms: Metrics = {} if self.config.image_prompt is None else image_prompts.norms(batch)
+        if self._trains_rows:
+            trained = image_prompts.pooled_rows(trained, self._pooled_width)
+        return batch_loss(trained, frozen, batch, keys, self.config, self._empty), terms
 
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
@@ -157,6 +180,9 @@ def batch_loss(
     posterior, prompt = _encoded(batch, params, parts, compute)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
     unconditional = unconditional_text(parts, params, empty, compute)
+    if config.image_prompt is not None:
+        keys_of_text = jax.vmap(lambda key: jax.random.fold_in(key, 2))(dropout_keys)
+        prompt = image_prompts.conditioned(prompt, batch, keys_of_text, config.image_prompt)
     prompt = text.drop(prompt, unconditional, dropout_keys, config.training.caption_dropout)
     conditioning = condition(parts, prompt, batch.micro)
 
@@ -174,7 +200,7 @@ def _encoded(
 ) -> tuple[vae.Posterior, text.TextConditioning]:
     """(posterior of the latents, text states), from the encoders or from the cache."""
     if batch.encoded is not None:
-        mean, log_variance, context, pooled = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch.encoded)
+        mean, log_variance, context, pooled, _ = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch.encoded)
         return vae.Posterior(mean, log_variance), text.TextConditioning(context, pooled)
     assert batch.image is not None
     posterior = vae.encode(parts.vae, params["vae"], arrays.normalise(batch.image), compute)
