@@ -1,10 +1,11 @@
-"""`sdxl-jax evaluate`: metrics of images, of a model over prompts, of an autoencoder, over guidance scales."""
+"""`sdxl-jax evaluate`: metrics of images, of a model over prompts, of an autoencoder, over guidance scales. The command
+of people's votes is in `side_by_side`."""
 
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ USAGE = """usage: sdxl-jax evaluate images IMAGES [REFERENCE]      two sets of i
        sdxl-jax evaluate model MODEL --out DIR         samples of a model over many prompts, resumable
        sdxl-jax evaluate autoencoder MODEL FOLDER      reconstructions of a folder's images
        sdxl-jax evaluate curve MODEL… --out DIR        FID against CLIP score over guidance scales
+       sdxl-jax evaluate side-by-side A B --out DIR    a blind page on which people compare two models, and their votes
        sdxl-jax evaluate --fetch-weights               downloads the weights of Inception and LPIPS, once
 
 `sdxl-jax evaluate images --help` and so on list the options."""
@@ -34,6 +36,7 @@ USAGE = """usage: sdxl-jax evaluate images IMAGES [REFERENCE]      two sets of i
 
 def run(arguments: list[str]) -> None:
     commands = {"images": _images, "model": _model, "autoencoder": _autoencoder, "curve": _curve}
+    commands["side-by-side"] = _side_by_side
     if arguments == ["--fetch-weights"]:
         from sdxl_jax.evaluation import weights
 
@@ -100,8 +103,21 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(OpenFlags):
+class SamplingFlags(OpenFlags):
     """How images of prompts are sampled."""
+
+    negative_prompt: str | None = None
+    """Negative prompt of every image."""
+    options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(SamplingFlags):
+    """Images of prompts that are sampled, and measured."""
 
     out: Path
     """Folder for the images. The same command again resumes: images that are there are kept."""
@@ -113,13 +129,6 @@ class Sampling(OpenFlags):
     """Folder of captioned images, as for training: the first caption of each image is a prompt."""
     prompts: int | None = None
     """Number of prompts to sample, the first ones. Default: all."""
-    negative_prompt: str | None = None
-    """Negative prompt of every image."""
-    options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and activations."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
     measures: tyro.conf.OmitArgPrefixes[Measures] = field(default_factory=Measures)
 
 
@@ -329,21 +338,30 @@ def _prompts(options: Sampling) -> _Prompts:
     check_ranges([("prompts", options.prompts, 1, math.inf)])
     if options.prompts is not None and options.prompts > len(given):
         raise InputError(f"--prompts {options.prompts}: there are {len(given)} prompts. Give at most that many")
+    return _numbered(given[: options.prompts])
+
+
+def _numbered(given: Sequence[sample.PromptSettings]) -> _Prompts:
     tasks, index = [], 0
-    for each in given[: options.prompts]:
+    for each in given:
         tasks.append(sample.Task(*each, index=index))
         index += each.options.num_images
     return _Prompts(tasks)
 
 
-def _sample_options(options: Sampling, model: AnyPath, out: Path) -> sample.Sample:
+def sample_into(folder: Path, options: SamplingFlags, model: AnyPath, prompts: Sequence[sample.PromptSettings]) -> None:
+    """Samples the images of prompts that a folder lacks."""
+    _sample(options, model, folder, _numbered(prompts))
+
+
+def _sample_options(options: SamplingFlags, model: AnyPath, out: Path) -> sample.Sample:
     """As `sdxl-jax sample` has them."""
     names = [entry.name for entry in dataclasses.fields(OpenFlags)]
     shared = {name: getattr(options, name) for name in (*names, "negative_prompt", "options", "dtype", "mesh")}
     return sample.Sample(model=model, out=out, **shared)
 
 
-def _sample(options: Sampling, model: AnyPath, out: Path, prompts: _Prompts) -> dict[str, str]:
+def _sample(options: SamplingFlags, model: AnyPath, out: Path, prompts: _Prompts) -> dict[str, str]:
     """Samples the images that `out` lacks. Returns the settings that all images share."""
     from sdxl_jax.evaluation import samples
     from sdxl_jax.models.layers import Compute, Dtype
@@ -368,6 +386,15 @@ def _sample(options: Sampling, model: AnyPath, out: Path, prompts: _Prompts) -> 
         loaded, _ = sample.load(as_sample, weights)
         samples.sample(loaded, requests, out, Compute(dtype=Dtype(options.dtype)))
     return {name: value for name, value in texts[0].items() if all(text.get(name) == value for text in texts)}
+
+
+# side-by-side
+
+
+def _side_by_side(arguments: list[str]) -> None:
+    from sdxl_jax.commands import side_by_side  # it imports this module
+
+    side_by_side.run(arguments)
 
 
 # autoencoder
