@@ -140,15 +140,15 @@ def test_a_refiner_is_conditioned_on_the_text() -> None:
     """Its images of the prompt, and the negative prompt, are as without image prompts."""
     seen: list[Any] = []
 
-    def conditioning(params: Any, states: Any, has: Any, micro: Any, image: Any, **_: Any) -> ConditioningPair:
-        seen.append(image)
+    def conditioning(*arguments: Any, **_: Any) -> ConditioningPair:
+        seen.append(next((each for each in arguments if isinstance(each, ImageConditioning)), None))
         return ConditioningPair(Conditioning({}, None), None)
 
     stages = program.PLAIN._replace(conditioning=conditioning, text_states=lambda *_, **__: (None, None))
     recipe = program.Recipe((MODEL, MODEL), False, (), Compute(), None)
     image = ImageConditioning(prompt(0).embedding[None], np.ones(1, np.float32))
     params = {"unet": {}, **{tower.name: {} for tower in MODEL.text}}
-    fields = dict.fromkeys(program.Inputs._fields) | {"params": (params, params), "image_prompt": image}
+    fields: dict[str, Any] = dict.fromkeys(program.Inputs._fields) | {"params": (params, params), "image_prompt": image}
     program._conditioning_of_each_model(recipe, program.Inputs(**fields), stages)
     assert seen == [image, None]
 

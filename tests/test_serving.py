@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from command import call
 from PIL import Image
-from tiny import MODEL, random_model
+from tiny import MODEL, random_model, write_image_tower
 
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.preview import Previews
@@ -329,6 +329,7 @@ def address(saved: Path, tmp_path: Path, compiled: Path) -> Iterator[str]:
     environment.pop("PYTEST_CURRENT_TEST", None)  # NiceGUI listens elsewhere when it sees it
     command = [sys.executable, "-m", "sdxl_jax", "serve", saved, "--port", "0", "--out", tmp_path / "images"]
     command += ["--preview-autoencoder", saved]
+    command += ["--image-encoder", write_image_tower(tmp_path / "clip_vision.safetensors", 8)]
     with (tmp_path / "log").open("w+") as log:
         server = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=tmp_path
@@ -378,6 +379,17 @@ def test_the_page_samples_stops_and_shows_errors(address: str, tmp_path: Path) -
             page.get_by_role("button", name="Download").click()
         assert read_text(Path(download.value.path())) == read_text(tmp_path / "images" / "000000.png")
 
+        image = {"name": "photo.png", "mimeType": "image/png", "buffer": png(np.zeros((40, 30, 3), np.uint8))}
+        page.get_by_text("Image prompts").click()
+        page.locator("input[type=file]").last.set_input_files(files=[image])
+        page.get_by_label("Strength of photo.png").fill("0.6")
+        generate.click()
+        page.locator(".sdxl-command code", has_text="--image-prompt").wait_for()
+        again = parsing.parse(Sample, shlex.split(page.locator(".sdxl-command code").inner_text())[2:], "sample")
+        (prompt_file,) = (tmp_path / "images" / "init").iterdir()
+        assert again.image_prompt == (f"{prompt_file}:0.6",)
+        page.screenshot(path=tmp_path / "image_prompt.png")
+
         page.get_by_label("Height").fill("12")
         generate.click()
         message = page.get_by_text("height 12 × width 24: expected positive multiples of 8")
@@ -393,12 +405,14 @@ def test_the_page_samples_stops_and_shows_errors(address: str, tmp_path: Path) -
         page.screenshot(path=tmp_path / "preview.png")
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped.").wait_for()
-        assert len(list((tmp_path / "images").glob("*.png"))) == 1
+        assert len(list((tmp_path / "images").glob("*.png"))) == 2
         browser.close()
     # Everything is loaded from this server.
-    assert {urlparse(url).netloc for url in loaded if not url.startswith("data:")} == {urlparse(address).netloc}
+    assert {urlparse(url).netloc for url in loaded if not url.startswith(("data:", "blob:"))} == {
+        urlparse(address).netloc
+    }
     # Under a host name of somebody else (DNS rebinding) the page does not open.
     other = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
     with pytest.raises(OSError, match="400"):
         urllib.request.urlopen(other)
-    assert os.listdir(tmp_path / "images") == ["000000.png"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["000000.png", "000001.png", "init"]

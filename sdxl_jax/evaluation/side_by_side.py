@@ -29,6 +29,7 @@ from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.files.text import read_text
 from sdxl_jax.progress import tqdm
 from sdxl_jax.sampling import init_images
+from sdxl_jax.weights.formats.local_copies import local_copy
 
 PAGE, KEY = "page.html", "key.json"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -112,7 +113,7 @@ class ImageFolder(NamedTuple):
     names: Sequence[str]
 
     def read(self, place: int) -> UInt8[np.ndarray, "height width 3"]:
-        return init_images.read(self.folder / self.names[place])
+        return init_images.read(local_copy(self.folder / self.names[place]))
 
 
 def has_images(folder: AnyPath) -> bool:

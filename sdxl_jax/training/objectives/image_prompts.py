@@ -7,7 +7,7 @@ The layer is `add_embedding`, two matrices (the paper: "a single network layer")
 the pooled vector, then for sizes and crop: `pooled_rows_alone` trains the former, whatever the optimiser.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,12 +50,13 @@ def conditioned(
 
 def norms(batch: Batch) -> Metrics:
     """Mean lengths of both embeddings: that they differ is a part of what is to be learnt."""
-    assert batch.encoded is not None and batch.encoded.pooled is not None
+    encoded = batch.encoded
+    assert encoded is not None and encoded.pooled is not None and encoded.image_embedding is not None
 
     def length(embedding: Float[jax.Array, "batch projection"]) -> Float[jax.Array, ""]:
-        return jnp.linalg.norm(jnp.asarray(embedding, jnp.float32), axis=-1).mean()
+        return jnp.linalg.norm(embedding, axis=-1).mean()
 
-    both = length(batch.encoded.pooled), length(jnp.asarray(batch.encoded.image_embedding))
+    both = [length(jnp.asarray(each, jnp.float32)) for each in (encoded.pooled, encoded.image_embedding)]
     return dict(zip(ImagePromptConfig.NORMS, both, strict=True))
 
 
@@ -73,7 +74,7 @@ def updating_pooled_rows(optimiser: optax.GradientTransformation, count: int) ->
         # −0, not 0: 0 would turn a parameter of −0 into 0.
         return jax.tree.map(lambda update: jnp.where(_is_pooled(update, count), update, -0.0), updates)
 
-    return optax.chain(optimiser, optax.stateless(cast(optax.TransformUpdateFn, masked)))
+    return optax.chain(optimiser, optax.stateless(cast(Any, masked)))
 
 
 def _is_pooled(kernel: Float[jax.Array, "rows features"], count: int) -> Bool[jax.Array, "rows 1"]:
