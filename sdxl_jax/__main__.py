@@ -76,6 +76,12 @@ def _evaluate(arguments: list[str]) -> None:
     evaluate.run(arguments)
 
 
+def _lora(arguments: list[str]) -> None:
+    from sdxl_jax.commands import lora
+
+    lora.run(arguments)
+
+
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
     "train": (_train, "train a model from a configuration file, or resume a run"),
@@ -85,6 +91,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "evaluate": (_evaluate, "metrics: FID, KID, CLIP score and more, of images, a model, an autoencoder"),
     "serve": (_serve, "sample images on a web page"),
     "convert": (_convert, "convert a model to another layout: diffusers, a single file, Orbax"),
+    "lora": (_lora, "adapter files (LoRA and its kin): list, extract, merge, resize, convert"),
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training sees; encode: latents once"),
 }
 

@@ -170,7 +170,8 @@ def _widened(factors: dict[str, Any], rank: int) -> dict[str, Any]:
     more, found = rank - (kinds.rank_of(factors) or 0), {}
     for name, value in factors.items():
         at = {"up": [-2], "down": [-1], "mid": [-2, -1]}.get(name.split("_")[0], [])
-        found[name] = np.pad(value, [(0, more if axis - value.ndim in at else 0) for axis in range(value.ndim)])
+        widths = [(0, more if axis - value.ndim in at else 0) for axis in range(value.ndim)]
+        found[name] = np.pad(value, widths) if at else value
     if rank > more:
         found["alpha"] = factors["alpha"] * np.float32(rank / (rank - more))
     return found

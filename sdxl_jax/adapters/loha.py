@@ -14,7 +14,7 @@ from sdxl_jax.adapters.lora import Product
 from sdxl_jax.arrays import Distribution, Parameter, type_of_array
 
 Half = tuple[
-    Float[type_of_array, "*window_in _rank"],
+    Float[type_of_array, "... _in _rank"],
     Float[type_of_array, "_rank _out"],
     Float[type_of_array, "_height _width _rank _rank"] | None,
 ]
@@ -43,9 +43,7 @@ def shape(one: Half, two: Half) -> tuple[int, ...]:
     return found
 
 
-def as_lora(
-    one: Half, two: Half
-) -> tuple[Float[type_of_array, "*window_in _rank2"], Float[type_of_array, "_rank2 _out"]]:
+def as_lora(one: Half, two: Half) -> tuple[Float[type_of_array, "... _in _rank2"], Float[type_of_array, "_rank2 _out"]]:
     """(down, up) of the LoRA of rank² with the same product: a row of its down is the outer product of the rows of
     down_1 and down_2, a column of its up that of the columns of up_1 and up_2."""
     (down_1, up_1, mid_1), (down_2, up_2, mid_2) = one, two

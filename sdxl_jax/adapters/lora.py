@@ -40,10 +40,10 @@ def abstract(shape: tuple[int, ...], rank: int, middle: bool = False) -> dict[st
 
 
 def product(
-    down: Float[type_of_array, "*window_in _rank"],
+    down: Float[type_of_array, "... _in _rank"],
     up: Float[type_of_array, "_rank _out"],
     mid: Float[type_of_array, "_height _width _rank _rank"] | None = None,
-) -> Float[type_of_array, "*window_in _out"]:
+) -> Float[type_of_array, "... _in _out"]:
     """down · mid · up, before alpha / rank; numpy or jax arrays."""
     return (down if mid is None else down @ mid) @ up
 
@@ -61,7 +61,7 @@ def shape(
 
 def side(
     x: Float[type_of_array, "... _in"],
-    down: Float[type_of_array, "*window_in _rank"],
+    down: Float[type_of_array, "... _in _rank"],
     up: Float[type_of_array, "_rank _out"],
     mid: Float[type_of_array, "_height _width _rank _rank"] | None = None,
     convolve: Product = operator.matmul,

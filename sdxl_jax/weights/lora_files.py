@@ -22,12 +22,12 @@ from sdxl_jax.adapters.changes import Lora, Module, Resolved
 from sdxl_jax.adapters.kinds import Kind
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import buckets
-from sdxl_jax.files.paths import AnyPath, in_bucket, located
+from sdxl_jax.files.paths import AnyPath, absolute, in_bucket, located
 from sdxl_jax.files.text import read_text
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
 from sdxl_jax.weights.lora_names import PEFT, Target, known_modules, part_of, prefix_of
-from sdxl_jax.weights.lora_tensors import ours, parse
+from sdxl_jax.weights.lora_tensors import MAGNITUDE, ours, parse
 from sdxl_jax.weights.textual_inversion import BUNDLED
 
 SETTINGS = "lora_adapter_metadata"
@@ -67,9 +67,13 @@ def read(given: str | PurePath) -> Lora:
 def _read(path: AnyPath) -> Lora:
     file = path
     if path.is_dir():
-        file = next((path / name for name in _FOLDER_FILES if (path / name).is_file()), None)
+        named = (
+            *_FOLDER_FILES,
+            f"{absolute(path).name}.safetensors",
+        )  # the last of a training run: RUN/RUN.safetensors
+        file = next((path / name for name in named if (path / name).is_file()), None)
         if file is None:
-            raise InputError(f"{path} has no {' and no '.join(_FOLDER_FILES)}. Give a LoRA's .safetensors file")
+            raise InputError(f"{path} has no {' and no '.join(named)}. Give a LoRA's .safetensors file")
     tensors, metadata = open_file(file)
     settings = _settings(path, file, metadata)
     bundled = {name: tensor for name, tensor in tensors.items() if BUNDLED.fullmatch(name)}
@@ -188,6 +192,8 @@ def _needed(kind: Kind, found: Collection[str]) -> set[str]:
 def _finite(file: AnyPath, tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     """A tensor's values. Raises InputError if they are not finite."""
     value = tensor.read()
+    if MAGNITUDE in tensor.name:  # along the outputs, also where a convolution's have the shape of inputs
+        value = value.reshape(-1)
     if not np.isfinite(value.astype(np.float32)).all():
         raise InputError(f"{file} has {tensor.name} with non-finite numbers (NaN or inf). {_AGAIN}")
     return value
@@ -301,10 +307,11 @@ def _misfit(lora: Lora, module: str, target: Target, config: ModelConfig, what: 
 def _unknown_modules(lora: Lora, unknown: list[str], known: Mapping[str, Any], config: ModelConfig) -> str:
     """The message about modules that the model does not have."""
     family = _family(lora, config)
-    factor, value = next(iter(lora.modules[unknown[0]].factors.items()))
+    factors = lora.modules[unknown[0]].factors
+    factor = next((factor for factor in factors if factor != "alpha"), "alpha")
     message = (
         f"{lora.name} changes {len(unknown)} modules, of {len(lora.modules)}, that this model does not have. The first "
-        f"is {unknown[0]} ({factor} {value.shape})."
+        f"is {unknown[0]} ({factor} {factors[factor].shape})."
     )
     if not family:
         prefix = prefix_of(unknown[0])
@@ -386,7 +393,7 @@ def notes(lora: Lora) -> list[str]:
     magnitudes = [module.factors["magnitude"] for module in lora.modules.values() if "magnitude" in module.factors]
     if any(value.shape[0] != 1 or value.ndim == 1 for value in magnitudes):
         found.append(
-            f"{lora.name} is a DoRA along the outputs: merged as LyCORIS and PEFT train it; ComfyUI divides by another "
-            "norm, and A1111 does not read it"
+            f"{lora.name} is a DoRA along the outputs: merged as LyCORIS and PEFT train it. ComfyUI and A1111 divide "
+            "by other norms"
         )
     return found

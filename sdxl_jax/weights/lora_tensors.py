@@ -6,7 +6,7 @@
 | down_n, up_n, mid_n | hada_wn_b, hada_wn_a, hada_tn | [rank, in · window], [out, rank], [rank, rank, …] |
 | w1, w1_down, w1_up | lokr_w1, lokr_w1_b, lokr_w1_a | [out_1, in_1], [rank, in_1], [out_1, rank] |
 | w2, w2_down, w2_up, w2_mid | lokr_w2, lokr_w2_b, lokr_w2_a, lokr_t2 | as those of w1, with the window; |
-| magnitude | dora_scale | [1, in, …] or [out, 1, …] |
+| magnitude | dora_scale | [1, in, …], [out, 1, …] or [out] |
 | diff, bias | diff, diff_b; of norms w_norm, b_norm | the parameter's |
 | replacement | set_weight | the parameter's |
 
@@ -43,6 +43,8 @@ _SIDE = re.compile(
     r"(?:\.lora_(?P<peft>[AB])(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"  # with or without the adapter's name
     r"|(?:[._]lora|\.lora_linear_layer)\.(?P<diffusers>down|up)\.weight)"
 )
+MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name of magnitudes, which are [out], of a convolution [1, out, 1, 1]."""
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 _WINDOWED = ("down", "mid", "down_1", "mid_1", "down_2", "mid_2", "w2", "w2_down", "w2_mid")
 """Factors that have the window of a convolution, unless a middle factor has it."""
@@ -92,7 +94,6 @@ def ours(factors: Mapping[str, Shaped[np.ndarray, "..."]], entry: Entry) -> dict
 def _our_magnitude(value: Shaped[np.ndarray, "..."], entry: Entry) -> Shaped[np.ndarray, "..."]:
     outputs, inputs = entry.shape[:2]
     ones = (1,) * (len(entry.axes) - 2)
-    # PEFT's are [out], of a convolution [1, out, 1, 1].
     if value.ndim > 1 and value.shape[0] == 1 and value.size == inputs:
         return value.reshape(*ones, inputs, 1)
     return value.reshape(*ones, 1, outputs)

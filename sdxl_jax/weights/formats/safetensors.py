@@ -147,18 +147,22 @@ def fill(out: Shaped[np.ndarray, "*shape"], value: Shaped[np.ndarray, "*shape"])
             out[..., start : start + 32] = value[..., start : start + 32]
 
 
+def in_order(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> list[str]:
+    """Names in the order in which a file has them, the library's: by the item size, largest first, for alignment; then
+    by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+
+
 class Writer:
     """Writes one file, its tensors in any order. A context manager: its end checks that all tensors were written."""
 
     def __init__(
         self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], metadata: Mapping[str, str]
     ):
-        # The library's order: by the item size, largest first, for alignment; then by name.
-        order = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         start = 0
         self._places: dict[str, tuple[int, int]] = {}
-        for name in order:
+        for name in in_order(tensors):
             shape, dtype = tensors[name]
             stop = start + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
             header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, stop]}
