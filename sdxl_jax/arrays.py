@@ -115,6 +115,9 @@ class MicroConditioning(NamedTuple):
     """Size of the training image after the crop: the bucket's (height, width)."""
     aesthetic_score: Float[type_of_array, "batch"] | None = None
     """Rating of the image, about 1 to 10. Only the refiner is conditioned on it."""
+    kept: Float[type_of_array, "batch conditions"] | None = None
+    """1 where a condition is kept, 0 where it is dropped, in the order of the model's conditions
+    (`conditioning.micro`). None: all are kept."""
 
 
 class EncodedBatch(NamedTuple):
@@ -124,8 +127,8 @@ class EncodedBatch(NamedTuple):
     """Mean of the autoencoder's posterior, unscaled: each epoch draws a new sample from it."""
     log_variance: Float[type_of_array, "batch latent_height latent_width channels"]
     """Logarithm of the posterior's variance."""
-    context: Float[type_of_array, "batch 77 features"]
-    """Text states for the UNet's cross-attention."""
+    context: Float[type_of_array, "batch 77 features"] | None
+    """Text states for the UNet's cross-attention; None for models without text encoders."""
     pooled: Float[type_of_array, "batch projection"] | None
     """Pooled text embedding; None for models without one."""
     image_embedding: Float[type_of_array, "batch projection"] | None = None
@@ -146,3 +149,5 @@ class Batch(NamedTuple):
     """Which examples replace a damaged image: for logs."""
     encoded: EncodedBatch | None = None
     """Precomputed encodings from a cache."""
+    label: Int32[type_of_array, "batch"] | None = None
+    """Number of each image's class; None where the model is not conditioned on classes."""

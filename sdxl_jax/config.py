@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from sdxl_jax.conditioning.classes import check as check_classes
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
@@ -97,7 +98,13 @@ class TrainingConfig(LoopConfig):
 
     caption_dropout: float = 0.1
     """Share of examples trained unconditionally, their text replaced by the null embedding, 0 to 1. Higher: better
-    guidance, weaker prompts."""
+    guidance, weaker prompts. Has no effect on a model without text encoders."""
+    class_dropout: float = 0.0
+    """Share of examples whose class is dropped, independently of everything else, 0 to 1; sgm's ImageNet models: 0.2.
+    Higher: better guidance, less of the class."""
+    micro_dropout: float = 0.0
+    """Share of examples for which a condition of micro-conditioning is dropped: original size, crop, target size or
+    score, each independently, 0 to 1; sgm's ImageNet models: 0.2. Higher: images follow sizes less closely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +206,8 @@ class ValidationConfig(ValidationMetricsConfig):
     """Steps between grids; None: no grids. Lower: more often, slower training."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample; one image per prompt and size."""
+    classes: tuple[int, ...] = ()
+    """Classes to sample, of a model with classes: one image per class, prompt (if there are any) and size."""
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
     """(height, width) of the images, in pixels."""
     steps: int = 30
@@ -328,6 +337,10 @@ class TrainConfig(RunConfig):
         return () if self.image_prompt is None else ImagePromptConfig.NORMS
 
     @property
+    def wants_captions(self) -> bool:
+        return bool(self.model.text)
+
+    @property
     def validation_metrics(self) -> ValidationMetricsConfig:
         return self.validation
 
@@ -339,6 +352,8 @@ class TrainConfig(RunConfig):
         check_ranges(
             [
                 ("training.caption_dropout", self.training.caption_dropout, 0, 1),
+                ("training.class_dropout", self.training.class_dropout, 0, 1),
+                ("training.micro_dropout", self.training.micro_dropout, 0, 1),
                 ("validation.every_steps", self.validation.every_steps, 1, math.inf),
                 ("validation.steps", self.validation.steps, 1, self.model.schedule.timesteps),
                 ("validation.guidance", self.validation.guidance, 0, 1000),
@@ -352,15 +367,17 @@ class TrainConfig(RunConfig):
                 f"{self.model.vae.latent_channels}"
             )
         self._check_data()
+        self._check_classes()
         self._check_image_prompt()
         check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
         for number, prompt in enumerate(self.validation.prompts, 1):
             check_text(prompt, f"Prompt {number} of validation.prompts")
-        if self.validation.prompts and not self.validation.sizes:
-            raise InputError(
-                "validation.prompts has no effect without validation.sizes. Give at least one (height, width), or "
-                "leave out the prompts"
-            )
+        for name in ("prompts", "classes"):
+            if getattr(self.validation, name) and not self.validation.sizes:
+                raise InputError(
+                    f"validation.{name} has no effect without validation.sizes. Give at least one (height, width), or "
+                    f"leave out the {name}"
+                )
 
     def _check_data(self) -> None:
         needs_score = self.model.is_refiner
@@ -375,12 +392,22 @@ class TrainConfig(RunConfig):
                 f"data.aesthetic={self.data.aesthetic} has no effect: this model is not conditioned on a score. Leave "
                 "it out (None), or set model.micro.numbers=size_crop_aesthetic, as in the refiner"
             )
+        has_classes, label = self.model.unet.classes is not None, self.data.label
+        if has_classes and label is None:
+            raise InputError(
+                "model.unet.classes needs a class for every image. Set data.label to the name of the field in the data "
+                "(sdxl-jax data inspect lists the names), or to folder, where the subfolders are the classes"
+            )
+        if label is not None and not has_classes:
+            raise InputError(
+                f"data.label={label} has no effect: this model is not conditioned on classes. Leave it out (None), or "
+                "set model.unet.classes"
+            )
         if self.data.cache is not None and self.data.crops_per_image is None:
             raise InputError(
                 f"data.cache={self.data.cache} holds a fixed number of crops per image. Set data.crops_per_image to "
                 "that number, e.g. 4 (with 1, training sees a single crop of each image)"
             )
-
 
     def _check_image_prompt(self) -> None:
         given, model = self.image_prompt, self.model
@@ -402,6 +429,27 @@ class TrainConfig(RunConfig):
                 "image_prompt.pooled_rows_alone keeps all other rows to the bit, which the average of "
                 "optimiser.kind=schedule_free does not. Use another optimiser, e.g. adamw"
             )
+
+    def _check_classes(self) -> None:
+        """Raises InputError for conditions to drop, and prompts and classes to sample, that the model does not have."""
+        given, training = self.model, self.training
+        for name, share, has, remedy in (
+            ("class_dropout", training.class_dropout, given.unet.classes is not None, "model.unet.classes"),
+            ("micro_dropout", training.micro_dropout, given.micro is not None, "model.micro"),
+        ):
+            if share and not has:
+                raise InputError(
+                    f"training.{name}={share:g} has no effect on a model with {remedy}=None. Set it to 0, or set "
+                    f"{remedy}"
+                )
+        if self.validation.prompts and not given.text:
+            raise InputError(
+                "validation.prompts has no effect on a model without text encoders. Give validation.classes instead"
+            )
+        try:
+            check_classes(given.unet.classes, self.validation.classes)
+        except InputError as error:
+            raise InputError(f"validation.classes: {error}") from error
 
 
 def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> None:

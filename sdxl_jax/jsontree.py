@@ -17,7 +17,8 @@ from cattrs.gen import make_dict_structure_fn
 from sdxl_jax.errors import InputError, fault, old_names
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, LearntVaeConfig, VaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 
 _T = TypeVar("_T")
 
@@ -28,8 +29,9 @@ _converter.register_unstructure_hook(enum.Enum, lambda given: given.value if isi
 
 def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
     """The kind of autoencoder is not stored: its fields determine it."""
-    kind = TinyVaeConfig if isinstance(value, dict) and "decoder_blocks" in value else VaeConfig
-    return _converter.structure(value, kind)
+    marks = {"decoder_blocks": TinyVaeConfig, "levels": WaveletConfig}
+    found = (kind for mark, kind in marks.items() if isinstance(value, dict) and mark in value)
+    return _converter.structure(value, next(found, VaeConfig))
 
 
 def _reader(kind: type[_T]) -> Callable[[Any, Any], _T]:
@@ -47,6 +49,7 @@ def _reader(kind: type[_T]) -> Callable[[Any, Any], _T]:
 
 _converter.register_structure_hook_factory(dataclasses.is_dataclass, _reader)
 _converter.register_structure_hook(AnyVaeConfig, _either_vae)
+_converter.register_structure_hook(LearntVaeConfig, _either_vae)
 
 
 def to_json(config: Any) -> Any:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+from jaxtyping import Float, Int32
 
 from sdxl_jax.adapters.changes import Lora
-from sdxl_jax.arrays import MicroConditioning, Params, TokenIds, flatten, unflatten
+from sdxl_jax.arrays import MicroConditioning, Params, TokenIds, flatten, type_of_array, unflatten
+from sdxl_jax.conditioning import classes, text
 from sdxl_jax.conditioning import micro as micro_conditioning
-from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import TextConditioning, Tower
 from sdxl_jax.diffusion.parameterisation import Prediction
@@ -24,9 +25,9 @@ from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import RENAMED, InputError
 from sdxl_jax.models import clip, initialisers, unet, vae
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.unet import ClassPlace, UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.guidance import Conditioning
 
@@ -39,6 +40,14 @@ class UnconditionalKind(enum.Enum):
     """Embeddings of zeros: SDXL base."""
     EMPTY = "empty"
     """The embeddings of "": SDXL refiner, SD 1.x and 2.x."""
+    ALL_ZEROS = "all_zeros"
+    """Embeddings of zeros, of the sizes and positions too: sgm's class-conditional models, trained with
+    `training.micro_dropout`."""
+
+    @property
+    def zeros_text(self) -> bool:
+        """Whether the text's embeddings are zeros."""
+        return self is not UnconditionalKind.EMPTY
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,10 @@ class ModelConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
     """The denoising network."""
     vae: AnyVaeConfig = field(default_factory=VaeConfig)
-    """The autoencoder between images and latents: the full one, or a tiny one (TAESD) with the same latents."""
+    """The autoencoder between images and latents: the full one, or a tiny one (TAESD) with the same latents; or the
+    exact one, for diffusion of pixels."""
     text: tuple[Tower, ...] = text.SDXL_BASE_TEXT
-    """The text encoders, in the order in which their states are concatenated."""
+    """The text encoders, in the order in which their states are concatenated. (): none, of a model of classes."""
     micro: MicroConfig | None = field(default_factory=MicroConfig)
     """Micro-conditioning: the sizes and positions that the UNet is conditioned on; None: no micro-conditioning (SD 1.x
     and 2.x)."""
@@ -73,6 +83,16 @@ class ModelConfig:
         return self.micro is not None and self.micro.numbers is Numbers.SIZE_CROP_AESTHETIC
 
     @property
+    def has_autoencoder(self) -> bool:
+        """Whether the autoencoder has parameters and so is a part of the model; the exact one has none."""
+        return not isinstance(self.vae, WaveletConfig)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The keys of the parameters."""
+        return ("unet", *(("vae",) if self.has_autoencoder else ()), *(tower.name for tower in self.text))
+
+    @property
     def sees_mask(self) -> bool:
         """Whether the UNet is one for inpainting: its input is latent, mask, and the latent of the masked image."""
         return self.unet.in_channels == 2 * self.vae.latent_channels + 1
@@ -83,34 +103,17 @@ class ModelConfig:
         for name in ("resnets_per_block", "middle_depth", "in_channels", "out_channels", "groups"):
             if (value := getattr(self.unet, name)) < 1:  # parameters without elements, which no checkpoint holds
                 raise InputError(f"model.unet.{name}={value}. Give 1 or more")
-        context = sum(tower.clip.width for tower in self.text)
-        if context != self.unet.context_dim:
-            raise InputError(
-                f"model.unet.context_dim={self.unet.context_dim}, but the concatenated text states have a width of "
-                f"{context}. Set it to {context}"
-            )
-        pooled = self.text[-1].clip.projection_dim
-        if self.micro is not None and pooled is None:
-            raise InputError(
-                "model.micro needs a pooled text vector, and the last encoder of model.text has clip.projection_dim="
-                "None. Set its projection_dim, or set model.micro=None"
-            )
-        expected = None if self.micro is None or pooled is None else pooled + self.micro.vector_dim
-        if expected != self.unet.vector_dim:
-            width = f"pooled text and micro-conditioning have a width of {expected} together"
-            if expected is None:
-                width = "model.micro=None: there is no micro-conditioning"
-            raise InputError(f"model.unet.vector_dim={self.unet.vector_dim}, but {width}. Set it to {expected}")
+        self._check_conditioning()
         if self.vae.latent_channels != self.unet.out_channels:
             raise InputError(
                 f"model.vae.latent_channels={self.vae.latent_channels} and model.unet.out_channels="
                 f"{self.unet.out_channels} differ. Set both to the same number"
             )
         grouped: list[tuple[str, UNetConfig | VaeConfig]] = [("unet", self.unet)]
-        if isinstance(self.vae, TinyVaeConfig):
-            self.vae.check("model.vae")
-        else:
+        if isinstance(self.vae, VaeConfig):
             grouped.append(("vae", self.vae))
+        else:
+            self.vae.check("model.vae")
         for name, part in grouped:
             if uneven := [channels for channels in part.block_channels if channels % part.groups]:
                 raise InputError(
@@ -134,11 +137,45 @@ class ModelConfig:
                 "alone, from which noise cannot be predicted. Set model.prediction=v_prediction"
             )
 
+    def _check_conditioning(self) -> None:
+        """Raises InputError for a UNet whose inputs do not have the widths of what it is conditioned on."""
+        is_token = self.unet.classes is not None and self.unet.classes.place is ClassPlace.TOKEN
+        given, context = self.unet.context_dim, sum(tower.clip.width for tower in self.text)
+        if self.text and context != given:
+            raise InputError(
+                f"model.unet.context_dim={given}, but the concatenated text states have a width of {context}. Set it "
+                f"to {context}"
+            )
+        if not self.text and (given is not None) != is_token:
+            remedy = "a width, e.g. 1024" if is_token else "None"
+            attended = "its class token" if is_token else "nothing"
+            raise InputError(
+                f"model.unet.context_dim={given}, but without text encoders the UNet attends to {attended}. Set it to "
+                f"{remedy}"
+            )
+        pooled = self.text[-1].clip.projection_dim if self.text else 0
+        if self.micro is not None and pooled is None:
+            raise InputError(
+                "model.micro needs a pooled text vector, and the last encoder of model.text has clip.projection_dim="
+                "None. Set its projection_dim, or set model.micro=None"
+            )
+        expected = None if self.micro is None or pooled is None else pooled + self.micro.vector_dim
+        if expected != self.unet.vector_dim:
+            width = f"pooled text and micro-conditioning have a width of {expected} together"
+            if expected is None:
+                width = "model.micro=None: there is no micro-conditioning"
+            raise InputError(f"model.unet.vector_dim={self.unet.vector_dim}, but {width}. Set it to {expected}")
+
     def _check_text(self) -> None:
         names = [tower.name for tower in self.text]
-        if not names or len(set(names)) < len(names):
+        if (not names and self.unet.classes is None) or len(set(names)) < len(names):
             given = f"the names {_listed(names)}" if names else "no text encoder"
-            raise InputError(f"model.text has {given}. Give at least one text encoder, each with its own name")
+            raise InputError(
+                f"model.text has {given}. Give at least one text encoder, each with its own name, or classes "
+                "(model.unet.classes)"
+            )
+        if self.unet.classes is not None and self.unet.classes.number < 1:
+            raise InputError(f"model.unet.classes.number={self.unet.classes.number}. Give 1 or more")
         for tower in self.text:
             clip_config = tower.clip
             if clip_config.tokens != text.TOKENS or clip_config.vocabulary <= text.END_OF_TEXT:
@@ -214,7 +251,8 @@ class Model(NamedTuple):
 def abstract(config: ModelConfig) -> Params:
     """The parameters of every part and how they begin (`initialisers.Parameter`); nothing is computed."""
     towers = {tower.name: clip.abstract(tower.clip) for tower in config.text}
-    return {"unet": unet.abstract(config.unet), "vae": vae.abstract(config.vae), **towers}
+    autoencoder = {"vae": vae.abstract(config.vae)} if config.has_autoencoder else {}
+    return {"unet": unet.abstract(config.unet), **autoencoder, **towers}
 
 
 def init(config: ModelConfig, seed: int) -> Params:
@@ -229,12 +267,34 @@ def unconditional_text(
 ) -> TextConditioning:
     """The unconditional (null) embedding, batch 1. empty: the token numbers of [""]."""
     condition = text.encode(config.text, params, empty, compute)
-    return text.zeros_like(condition) if config.unconditional is UnconditionalKind.ZEROS else condition
+    return text.zeros_like(condition) if config.unconditional.zeros_text else condition
 
 
-def condition(config: ModelConfig, prompt: TextConditioning, micro: MicroConditioning) -> Conditioning:
-    """The UNet's conditioning: text states, and the vector of pooled text and micro-conditioning."""
-    if config.micro is None:
-        return Conditioning(prompt.context, None)
-    assert prompt.pooled is not None, "the last text encoder of a model with a conditioning vector has a projection"
-    return Conditioning(prompt.context, micro_conditioning.vector(config.micro, prompt.pooled, micro))
+def class_embedding(
+    config: ModelConfig, unet_params: Params, label: Int32[type_of_array, " batch"] | None
+) -> Float[jax.Array, "batch features"] | None:
+    """The embeddings of class labels; None for a model without classes. unet_params: the UNet's."""
+    if config.unet.classes is None:
+        return None
+    assert label is not None, "every example of a model with classes has a label"
+    return classes.embed(config.unet.classes, unet_params, label)
+
+
+def condition(
+    config: ModelConfig,
+    prompt: TextConditioning,
+    micro: MicroConditioning,
+    embedded: Float[jax.Array, "batch features"] | None = None,
+) -> Conditioning:
+    """The UNet's conditioning: text states, and the vector of pooled text and micro-conditioning; with the class, where
+    `class_embedding` gives one (`embedded`)."""
+    context, added = prompt.context, embedded
+    if embedded is not None and config.unet.classes is not None and config.unet.classes.place is ClassPlace.TOKEN:
+        context, added = classes.with_token(context, embedded), None
+    vector = None if config.micro is None else micro_conditioning.vector(config.micro, prompt.pooled, micro)
+    return Conditioning(context, vector, added)
+
+
+def autoencoder(params: Params) -> Params:
+    """The autoencoder's parameters among a model's. An exact autoencoder has none, and so no part."""
+    return params.get("vae", {})

@@ -14,7 +14,8 @@ from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.vae import AnyVaeConfig
+from sdxl_jax.models.vae import LearntVaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
 
@@ -132,7 +133,8 @@ def _small_model(config: ModelConfig) -> ModelConfig:
     """A model with the same levels, the same kinds of blocks, and widths in about the same proportions."""
     towers = tuple(map(_small_tower, config.text))
     micro = None if config.micro is None else replace(config.micro, embedding_dim=4)
-    pooled, unet = towers[-1].clip.projection_dim, config.unet
+    pooled, unet = towers[-1].clip.projection_dim if towers else 0, config.unet
+    alone = None if unet.context_dim is None else 16
     return replace(
         config,
         unet=replace(
@@ -141,19 +143,19 @@ def _small_model(config: ModelConfig) -> ModelConfig:
             resnets_per_block=1,
             transformer_depth=tuple(min(2, depth) for depth in unet.transformer_depth),
             middle_depth=min(2, unet.middle_depth),
-            heads=tuple(heads // 5 for heads in unet.heads),  # SDXL: 1, 2, 4
-            context_dim=sum(tower.clip.width for tower in towers),
+            heads=tuple(heads // unet.heads[0] for heads in unet.heads),  # SDXL: 1, 2, 4
+            context_dim=sum(tower.clip.width for tower in towers) if towers else alone,
             vector_dim=None if micro is None or pooled is None else pooled + micro.vector_dim,
             groups=4,
         ),
-        vae=_small_vae(config.vae),
+        vae=config.vae if isinstance(config.vae, WaveletConfig) else _small_vae(config.vae),
         text=towers,
         micro=micro,
         default_size=_smaller(config.default_size),
     )
 
 
-def _small_vae(config: AnyVaeConfig) -> AnyVaeConfig:
+def _small_vae(config: LearntVaeConfig) -> LearntVaeConfig:
     if isinstance(config, TinyVaeConfig):
         one = (1,) * len(config.decoder_blocks)
         return replace(config, channels=4, encoder_blocks=one, decoder_blocks=one)

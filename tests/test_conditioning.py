@@ -377,7 +377,7 @@ def test_without_a_prompt_sdxl_is_told_zeros_and_other_models_the_empty_prompt(
         nothing = models.unconditional_text(config, params, empty, Compute())
         for ours, encoded in zip(nothing, expected, strict=True):
             assert np.abs(np.asarray(encoded)).max() > 0.1
-            np.testing.assert_array_equal(ours, 0 if unconditional is models.UnconditionalKind.ZEROS else encoded)
+            np.testing.assert_array_equal(ours, 0 if unconditional is not models.UnconditionalKind.EMPTY else encoded)
 
 
 # The parts of a model fit together

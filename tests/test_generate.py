@@ -170,9 +170,9 @@ def test_guidance_1_evaluates_the_prompt_alone(model: Model, monkeypatch: pytest
     batches: list[int] = []
     evaluate = program.unet.apply
 
-    def spy(config: Any, params: Any, latent: jax.Array, *rest: Any) -> jax.Array:
+    def spy(config: Any, params: Any, latent: jax.Array, *rest: Any, **options: Any) -> jax.Array:
         batches.append(len(latent))
-        return evaluate(config, params, latent, *rest)
+        return evaluate(config, params, latent, *rest, **options)
 
     monkeypatch.setattr(program.unet, "apply", spy)
     monkeypatch.setattr(program, "staged", traced)
@@ -272,7 +272,7 @@ def test_negative_sizes_are_right_for_every_image_of_a_batch(model: Model) -> No
 
 
 def test_sizes_are_height_then_width_and_by_default_the_images_own() -> None:
-    for rows in micro_rows(Options(), 2, Size(24, 40)):
+    for rows in micro_rows(MODEL, Options(), 2, Size(24, 40)):
         np.testing.assert_array_equal(rows.original_size, [[24, 40]] * 2)
         np.testing.assert_array_equal(rows.crop_top_left, [[0, 0]] * 2)
         np.testing.assert_array_equal(rows.target_size, [[24, 40]] * 2)
@@ -284,14 +284,15 @@ def test_sizes_are_height_then_width_and_by_default_the_images_own() -> None:
         aesthetic_score=7.5,
         negative_crop=Position(0, 0),
     )
-    positive, negative = micro_rows(given, 1, Size(24, 40))
+    positive, negative = micro_rows(MODEL, given, 1, Size(24, 40))
     assert [np.asarray(array).ravel().tolist() for array in positive] == [[1, 2], [3, 4], [5, 6], [7.5]]
     assert [np.asarray(array).ravel().tolist() for array in negative] == [[1, 2], [0, 0], [5, 6], [2.5]]
 
 
 def test_the_negative_has_its_own_aesthetic_score() -> None:
     def conditioning(**options: Any) -> list[list[float]]:
-        return [np.asarray(rows.aesthetic_score).tolist() for rows in micro_rows(Options(**options), 2, Size(8, 8))]
+        both = micro_rows(MODEL, Options(**options), 2, Size(8, 8))
+        return [np.asarray(rows.aesthetic_score).tolist() for rows in both]
 
     assert conditioning() == [[6.0] * 2, [2.5] * 2]
     assert conditioning(aesthetic_score=9.0) == [[9.0] * 2, [2.5] * 2]

@@ -43,7 +43,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("sdxl_base_256", "sdxl_base_512", "sdxl_base_1024_multi_aspect", "sdxl_refiner")
-OTHERS = ("finetune_1024", "sdxl_image_prompt", "sd15", "sd21_v")
+IMAGENET = ("imagenet_512_only", "imagenet_512_nocond", "imagenet_512_size_cond")
+OTHERS = ("finetune_1024", "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
 NAMES = STAGES + OTHERS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
 PUBLISHED |= {"stable-diffusion-2": "sd21_v"}
@@ -52,7 +53,11 @@ UNET_PARAMETERS = {
     "sdxl_refiner": 2_259_526_660,
     "sd15": 859_520_964,
     "sd21_v": 865_910_724,
+    "imagenet_512_only": 406_231_812,
+    "imagenet_512_nocond": 406_231_812,
+    "imagenet_512_size_cond": 408_331_012,
 }
+"""Of the ImageNet models none is published: these are the counts of sgm's configuration here."""
 SDXL_BASE_PARAMETERS = 2_567_463_684
 
 
@@ -103,6 +108,13 @@ def test_recipe_has_the_published_size_and_fits_its_mesh(name: str) -> None:
             sharding.check_batch(mesh, config.data.batch_size, config.optimiser.accumulate)
 
 
+def test_models_of_table_2_differ_in_their_images_and_sizes_alone() -> None:
+    only, nocond, size_cond = map(to_json, map(recipe, IMAGENET))
+    assert differences(only, nocond) == ["data.min_size: 512 -> 1"]
+    changed = {line.split(":", 1)[0] for line in differences(nocond, size_cond)}
+    assert changed == {"model.micro", "model.unet.vector_dim", "training.micro_dropout"}
+
+
 def test_numbers_are_those_of_the_paper() -> None:
     stages = [recipe(name) for name in STAGES]
     assert [config.training.steps for config in stages[:2]] == [600_000, 200_000]
@@ -146,12 +158,13 @@ class Chain(NamedTuple):
 
 
 def make_images(folder: Path) -> None:
-    """Eight images of each of three sizes, two of them elongated, with a score."""
-    folder.mkdir(parents=True)
+    """Eight images of each of three sizes, two of them elongated, with a score; by size in subfolders."""
+    for part in range(3):
+        (folder / str(part)).mkdir(parents=True)
     rng, lines = np.random.default_rng(0), []
     for number in range(24):
         height, width = [(64, 256), (130, 129), (260, 64)][number % 3]
-        name = f"{number:02d}.png"
+        name = f"{number % 3}/{number:02d}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": f"image number {number}", "aesthetic": 4 + number / 10}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
@@ -176,6 +189,7 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """Data and weights at the paths of the smoke configurations."""
     root = tmp_path_factory.mktemp("recipes")
     make_images(root / "data" / "shards")
+    (root / "data" / "imagenet").symlink_to(root / "data" / "shards")
     (root / "weights").mkdir()
     configs = {name: smoke(name, root) for name in NAMES}
     for number, (file, name) in enumerate(PUBLISHED.items()):

@@ -24,7 +24,7 @@ from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.pipeline import batch_sizes
 from sdxl_jax.errors import InputError, out_of_memory
-from sdxl_jax.model import ModelConfig, abstract
+from sdxl_jax.model import ModelConfig, abstract, autoencoder
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers import loop
@@ -211,7 +211,7 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_pa
     plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
     rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
-    micro = jax.eval_shape(lambda: generate.micro_rows(options, images, size))
+    micro = jax.eval_shape(lambda: generate.micro_rows(model, options, images, size))
     conditioning = functools.partial(_conditioning, states(plain), config=model, compute=config.compute)
     sampled = (
         params["unet"],
@@ -233,8 +233,9 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_pa
         for name, function, given in (
             ("text encoders", states, (towers, rows, rows)),
             (f"sampler {size.height}×{size.width}, {options.steps} steps", sample, sampled),
-            ("decoder", decode, (params["vae"], latent)),
+            ("decoder", decode, (autoencoder(params), latent)),
         )
+        if jax.tree.leaves(given[:2])  # without text encoders there is nothing to compile
     ]
 
 
@@ -242,9 +243,11 @@ def _conditioning(
     states: Any, params: Any, towers: Any, tokens: Any, micro: Any, *, config: ModelConfig, compute: Compute
 ) -> program.ConditioningPair:
     """The inputs of the UNet's prompt and negative prompt, from the function that encodes tokens."""
-    has_negative = jnp.ones(len(jax.tree.leaves(micro)[0]))
+    count = len(jax.tree.leaves(micro)[0])
+    label = None if config.unet.classes is None else jnp.zeros(count, jnp.int32)
+    has_negative = jnp.ones(count)
     return program.conditioning(
-        params, states(towers, tokens, tokens), has_negative, micro, config=config, compute=compute
+        params, states(towers, tokens, tokens), has_negative, micro, label=label, config=config, compute=compute
     )
 
 

@@ -54,6 +54,11 @@ class Build:
     """Leave out images whose files equal an earlier one's byte for byte. Default: count them only."""
     caption_lines: Literal["lines", "whole"] = "lines"
     """Captions of a .txt file: lines, one caption per line; or whole, one caption, e.g. in paragraphs."""
+    captions: bool = True
+    """Images without a caption are refused. --no-captions: captions are not read, for models of classes and
+    autoencoders."""
+    class_folders: bool = False
+    """Number the subfolders of a folder of images, in alphabetical order, as classes: numeric field "folder"."""
 
 
 def _build(arguments: list[str]) -> None:
@@ -80,6 +85,8 @@ def _run_build(options: Build, pipeline: list[str] | None) -> None:
         workers=options.workers,
         drop_duplicates=options.drop_duplicates,
         caption_lines=CaptionLines(options.caption_lines),
+        captions=options.captions,
+        class_folders=options.class_folders,
         pipeline=pipeline,
     )
     done = "was finished already" if built.was_finished else "finished"
@@ -140,6 +147,8 @@ def _table(report: dict[str, Any]) -> str:
         ]
     if report["numbers"]:
         lines.append(f"numbers of every source: {', '.join(report['numbers'])}")
+    if classes := report.get("classes"):
+        lines.append(f"{classes['found']} classes, of {classes['fewest']} to {classes['most']} images")
     lines.append(f"{report['epoch_steps']:.6g} steps per epoch")
     lines.append("  height  width  images  batches  batch size  left out  repeated")
     for b in report["buckets"]:

@@ -365,12 +365,14 @@ def _sample(options: SamplingFlags, model: AnyPath, out: Path, prompts: _Prompts
     """Samples the images that `out` lacks. Returns the settings that all images share."""
     from sdxl_jax.evaluation import samples
     from sdxl_jax.models.layers import Compute, Dtype
-    from sdxl_jax.sampling.plan import prepare
+    from sdxl_jax.sampling.plan import check_prompts, prepare
 
     as_sample = _sample_options(options, model, out)
     weights = sample.opened(as_sample)
     for each in dict.fromkeys(task.options for task in prompts.tasks):
         prepare(weights[0].config, None, each)
+    given = [text for task in prompts.tasks for text in (task.prompt, task.negative)]
+    check_prompts(weights[0].config, given, [task.class_ for task in prompts.tasks])
     texts = list(sample.texts_of(as_sample, prompts.tasks, weights[0].config))
     singles = [(task, number) for task in prompts.tasks for number in range(task.options.num_images)]
     requests = [
@@ -379,6 +381,7 @@ def _sample(options: SamplingFlags, model: AnyPath, out: Path, prompts: _Prompts
             task.negative,
             dataclasses.replace(task.options, num_images=1, first_index=task.options.first_index + task.index + number),
             text,
+            task.class_,
         )
         for (task, number), text in zip(singles, texts, strict=True)
     ]

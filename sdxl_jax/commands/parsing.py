@@ -161,7 +161,8 @@ def words(value: Any) -> list[str]:
 
 
 def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    """Of a field. A name that would be a keyword of Python has an underscore at its end: class_."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def path_of_printable(name: str) -> AnyPath:

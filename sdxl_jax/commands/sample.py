@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 
@@ -46,6 +46,9 @@ class Sample(OpenFlags):
     prompts_file: Path | None = None
     """File of further prompts: one per line, or JSON lines, {"prompt": "a cat", "steps": 20, …}, with any of the
     sampling options per line."""
+    class_: Annotated[tuple[int, ...], tyro.conf.arg(name="class"), tyro.conf.UseAppendAction] = ()
+    """Number of the class to sample, from 0, of a class-conditional model. Given several times: every prompt, if there
+    are any, with each of them. Default: no class."""
     negative_prompt: str | None = None
     """Negative prompt: guidance leads away from it; no effect without guidance. Absent is not the same as empty."""
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
@@ -107,6 +110,8 @@ class PromptSettings(NamedTuple):
     prompt: str
     negative: str | None
     options: Options
+    class_: int | None = None
+    """None: no class."""
 
 
 class Task(NamedTuple):
@@ -116,6 +121,7 @@ class Task(NamedTuple):
     """None: the image prompts alone."""
     negative: str | None
     options: Options
+    class_: int | None
     index: int
     """Number of its first image among those of all prompts; a sweep uses the same noise for every value."""
     label: tuple[str, ...] = ()
@@ -127,7 +133,7 @@ def run(arguments: list[str]) -> None:
     tasks = _tasks(sample)
     _check_files(sample)
     from sdxl_jax.commands import sample_images
-    from sdxl_jax.sampling.plan import prepare
+    from sdxl_jax.sampling.plan import check_prompts, prepare
 
     noise, init = sample_images.read_noise(sample), sample_images.read_init(sample)
     image_prompts = sample_images.ImagePrompts(sample)
@@ -135,6 +141,11 @@ def run(arguments: list[str]) -> None:
     weights = opened(sample)
     for options in dict.fromkeys(task.options for task in tasks):
         prepare(weights[0].config, weights[1] and weights[1].config, options, *init, image_prompts.width)
+    check_prompts(
+        weights[0].config,
+        (text for task in tasks for text in (task.prompt, task.negative)),
+        (task.class_ for task in tasks),
+    )
     for note in dict.fromkeys(note for each in tasks for note in each.options.notes(weights[0].config, each.negative)):
         print(f"note: {note}", file=sys.stderr)
     texts = list(texts_of(sample, tasks, weights[0].config))
@@ -164,6 +175,7 @@ def _parsed(arguments: list[str]) -> Sample:
     given |= {"num_images": 1, "first_index": text["index"]}
     settings: dict[str, Any] = {"options": parsing.from_mapping(Options(), given, where)}
     settings["prompt"] = () if sample.prompt or "prompt" not in text else (text["prompt"],)
+    settings["class_"] = () if sample.class_ or "class" not in text else (int(text["class"]),)
     for name in ("negative_prompt", "background", "variant"):
         settings[name] = text.get(name, parsing.fields(Sample)[name])
     for name in ("dtype", "prediction", "weights"):
@@ -225,10 +237,14 @@ def _tasks(sample: Sample) -> list[Task]:
     if sample.prompts_file is not None:
         given += read_prompts(sample.prompts_file, sample)
     images_alone = bool(sample.image_prompt) and not given
-    if images_alone:
+    if images_alone or (sample.class_ and not given):
         given = [PromptSettings("", sample.negative_prompt, sample.options)]
     if not given:
-        raise InputError("There is no prompt. Give --prompt TEXT, once or several times, or --prompts-file FILE")
+        raise InputError(
+            "There is no prompt. Give --prompt TEXT, once or several times, or --prompts-file FILE; for a "
+            "class-conditional model, --class N"
+        )
+    given = [each._replace(class_=label) for each in given for label in _classes_of(each, sample)]
     tasks, index = [], 0
     for number, each in enumerate(given, 1):
         check_text(each.prompt, f"Prompt {number}")
@@ -239,6 +255,11 @@ def _tasks(sample: Sample) -> list[Task]:
     for sweep in sample.sweep:
         tasks = [_with_value(task, name, value) for name, value in _parse_sweep(sweep) for task in tasks]
     return tasks
+
+
+def _classes_of(settings: PromptSettings, sample: Sample) -> tuple[int | None, ...]:
+    """Those of `--class`, unless a line of a file has its own."""
+    return (sample.class_ or (None,)) if settings.class_ is None else (settings.class_,)
 
 
 def read_prompts(path: Path, sample: Sample) -> Iterator[PromptSettings]:
@@ -258,18 +279,21 @@ def read_prompts(path: Path, sample: Sample) -> Iterator[PromptSettings]:
             raise InputError(
                 f'{where} is not JSON ({error}). Give {{"prompt": "…"}} on every line, or on none'
             ) from error
-        if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
+        label = given.pop("class", None) if isinstance(given, dict) else None
+        if not isinstance(given, dict) or not isinstance(given.get("prompt", None if label is None else ""), str):
             raise InputError(f'{where} is not a JSON object with a prompt. Give {{"prompt": "…", …}}')
-        prompt = given.pop("prompt")
+        if label is not None and type(label) is not int:
+            raise InputError(f"{where}: class is {json.dumps(label)}, expected a whole number")
+        prompt = given.pop("prompt", "")
         negative = next((given.pop(name) for name in ("negative_prompt", "negative-prompt") if name in given), None)
         negative = sample.negative_prompt if negative is None else str(negative)
-        yield PromptSettings(prompt, negative, parsing.from_mapping(sample.options, given, where))
+        yield PromptSettings(prompt, negative, parsing.from_mapping(sample.options, given, where), label)
 
 
 def _parse_sweep(sweep: str) -> list[tuple[str, str]]:
     """(option, value) of each value of a sweep."""
     name, found, values = sweep.partition("=")
-    known = [*parsing.fields(Options), "negative_prompt"]
+    known = [*parsing.fields(Options), "negative_prompt", "class"]
     if not found or not values:
         raise InputError(f"--sweep {sweep!r}: expected OPTION=VALUE,VALUE,…, e.g. guidance=1,3,5")
     if name.replace("-", "_") not in known:
@@ -284,6 +308,10 @@ def _with_value(task: Task, name: str, value: str) -> Task:
     if name.replace("-", "_") == "negative_prompt":
         check_text(value, f"--sweep {name}")
         return task._replace(negative=value, label=label)
+    if name == "class":
+        if not value.isdecimal():
+            raise InputError(f"--sweep {name}={value}: expected a whole number")
+        return task._replace(class_=int(value), label=label)
     options = parsing.from_mapping(task.options, {name: value}, f"--sweep {name}={value}")
     return task._replace(options=options, label=label)
 
@@ -302,6 +330,8 @@ def texts_of(sample: Sample, tasks: Sequence[Task], config: "ModelConfig") -> It
             settings["prompt"] = task.prompt
         if task.negative is not None:
             settings["negative_prompt"] = task.negative
+        if task.class_ is not None:
+            settings["class"] = str(task.class_)
         for number in range(options.num_images):
             yield settings | {"index": str(options.first_index + task.index + number)}
 

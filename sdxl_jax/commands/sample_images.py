@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdxl_jax.commands.preview import Previews
 from sdxl_jax.commands.sample import Sample, Task, file_and_strength
+from sdxl_jax.conditioning.classes import caption
 from sdxl_jax.errors import InputError, fault
 from sdxl_jax.files.text import printable
 from sdxl_jax.model import Model
@@ -108,6 +109,7 @@ def generate(
                 models[0],
                 [task.prompt for task in members],
                 negative_prompts=[task.negative for task in members],
+                classes=[task.class_ for task in members],
                 image_prompts=image_prompts,
                 refiner=models[1],
                 init_image=init_image,
@@ -131,7 +133,7 @@ def write(sample: Sample, tasks: list[Task], texts: list[dict[str, str]], genera
         if len({each.latents.shape[1:] for each in generated}) > 1:
             raise InputError("--save-latents: the images have different sizes. Sample the images of one size at a time")
         np.save(sample.out / "latents.npy", np.concatenate([each.latents for each in generated]))
-    captions = [task.prompt or "" for task in tasks for _ in range(task.options.num_images)]
+    captions = [caption(task.prompt, task.class_) for task in tasks for _ in range(task.options.num_images)]
     if sample.contact_sheet:
         columns = min(8, max(1, round(len(images) ** 0.5)))
         save_png(contact_sheet(images, captions, columns), sample.out / "contact_sheet.png")
@@ -146,7 +148,7 @@ def _write_sweep(sample: Sample, tasks: list[Task], images: list[UInt8[np.ndarra
     firsts = list(dict.fromkeys(label[0] for label in labels))
     columns = [[image for image, label in zip(images, labels, strict=True) if label[0] == first] for first in firsts]
     prompts = [
-        "\n".join([*label[1:], task.prompt or ""])
+        "\n".join([*label[1:], caption(task.prompt, task.class_)])
         for task, label in ((task, task.label) for task in tasks for _ in range(task.options.num_images))
         if label[0] == firsts[0]
     ]

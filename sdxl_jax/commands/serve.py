@@ -156,6 +156,7 @@ def as_sample(serve: Serve, request: "Request | None" = None) -> Sample:
         **shared,
         out=out,
         prompt=() if request.prompt is None else (request.prompt,),
+        class_=() if request.class_ is None else (request.class_,),
         negative_prompt=request.negative,
         options=request.options,
         init_image=request.init_image,
@@ -169,7 +170,9 @@ def describe(serve: Serve, request: "Request", config: "ModelConfig") -> "Descri
     from sdxl_jax.serving.session import Description
 
     sample = as_sample(serve, request)
-    (text,) = texts_of(sample, [Task(request.prompt, request.negative, request.options, index=0)], config)
+    (text,) = texts_of(
+        sample, [Task(request.prompt, request.negative, request.options, request.class_, index=0)], config
+    )
     return Description(command_line(sample), text)
 
 

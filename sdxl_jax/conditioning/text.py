@@ -42,6 +42,7 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.models import BPE
 
 from sdxl_jax.arrays import Params, TokenIds, type_of_array
+from sdxl_jax.conditioning.dropout import dropped_rows
 from sdxl_jax.conditioning.prompts import (
     CHUNK,
     LongPrompts,
@@ -106,7 +107,8 @@ class PromptTokens(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        return next(iter(self.tokens.values())).shape[1]
+        """1 for a model without text encoders."""
+        return next((tokens.shape[1] for tokens in self.tokens.values()), 1)
 
 
 @functools.cache
@@ -253,6 +255,8 @@ class Tokenizer:
     def truncated(self, prompts: list[str], weighted: bool = False) -> list[int]:
         """Number of each prompt's tokens beyond the 75 that a tower reads; the most of any tower."""
         tokenised = self._tokenised(prompts, weighted).values()
+        if not tokenised:  # no text encoders, which truncate nothing
+            return [0] * len(prompts)
         return [max(0, *(len(tokens) - CHUNK for tokens, _ in rows)) for rows in zip(*tokenised, strict=True)]
 
     def _tokenised(
@@ -296,8 +300,8 @@ class Tokenizer:
 class TextConditioning(NamedTuple):
     """Text conditioning: what the UNet receives of the prompt, float32."""
 
-    context: Float[jax.Array, "batch tokens features"]
-    """States that the UNet attends to."""
+    context: Float[jax.Array, "batch tokens features"] | None
+    """States that the UNet attends to; None for models without text encoders."""
     pooled: Float[jax.Array, "batch projection"] | None
     """One vector per prompt, for the conditioning vector; None for models without it."""
 
@@ -306,6 +310,8 @@ def encode(
     towers: tuple[Tower, ...], params: Params, tokens: Mapping[str, TokenIds], compute: Compute = Compute()
 ) -> TextConditioning:
     """Runs every tower. params and tokens are keyed by tower name; other keys are not read."""
+    if not towers:
+        return TextConditioning(None, None)
     states = [clip.apply(tower.clip, params[tower.name], jnp.asarray(tokens[tower.name]), compute) for tower in towers]
     context = [getattr(state, tower.context.value) for tower, state in zip(towers, states, strict=True)]
     return TextConditioning(jnp.concatenate(context, axis=-1), states[-1].projected)
@@ -321,8 +327,11 @@ def encode_prompts(
     """
     tokens = {tower.name: _in_a_row(prompts.tokens[tower.name]) for tower in towers}
     context, pooled = encode(towers, params, tokens, compute)
+    if context is None:
+        return TextConditioning(None, None)
     if prompts.weights is not None:
         empty = encode(towers, params, {tower.name: _empty_prompt(tower) for tower in towers}, compute).context
+        assert empty is not None
         each = {tower: _in_a_row(jnp.asarray(prompts.weights[tower.name])) for tower in towers}
         widened = [jnp.repeat(each[tower][..., None], tower.clip.width, axis=-1) for tower in towers]
         weights = jnp.concatenate(widened, axis=-1)
@@ -357,7 +366,7 @@ def drop(
     """Conditioning dropout: replaces each example's text by `unconditional` (batch 1) with the given probability, so
     that the network learns the unconditional prediction of classifier-free guidance. keys: one per example. All
     embeddings of an example are replaced together."""
-    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+    dropped = dropped_rows(keys, probability)
 
     def choose(
         given: Float[jax.Array, "batch *features"], null: Float[jax.Array, "1 *features"]

@@ -99,15 +99,31 @@ def json_fields(data: bytes, what: str) -> dict[str, Any]:
     return fields
 
 
+def class_of(data: bytes) -> dict[str, float]:
+    """The numeric field "cls" from the content of an image's `.cls`, as WebDataset has it. Raises Unusable for anything
+    but a number."""
+    try:
+        number = int(decode(data))
+    except (UnicodeError, ValueError):
+        raise Unusable("its .cls is not a whole number") from None
+    return numbers_of({"cls": number})
+
+
+UNCAPTIONED = ("",)
+"""The captions of an image where captions are not used."""
+
+
 def described(
-    text: bytes | None, fields: bytes | None, caption_lines: CaptionLines = CaptionLines.LINES
+    text: bytes | None, fields: bytes | None, caption_lines: CaptionLines | None = CaptionLines.LINES
 ) -> tuple[tuple[str, ...], dict[str, float]]:
     """Captions and numeric fields from the contents of an image's `.txt` and `.json`, None where there is no such file.
 
-    Captions come from the `.txt` where there is one, and numeric fields always from the `.json`. Raises Unusable
-    where neither has a caption.
+    Captions come from the `.txt` where there is one, and numeric fields always from the `.json`. caption_lines: None
+    where captions are not used. Raises Unusable where neither has a caption.
     """
     found = {} if fields is None else json_fields(fields, "its .json")
+    if caption_lines is None:
+        return UNCAPTIONED, numbers_of(found)
     name = caption_field(found)
     if text is not None:
         try:

@@ -7,6 +7,9 @@ Captions and numeric fields come from
   read. In CSV an image may have several lines, one caption each;
 - otherwise a `.txt` or `.json` beside each image, with the same stem.
 
+Where classes are asked for, the subfolders are numbered in alphabetical order, and the numeric field "folder" is that
+of the subfolder that an image is in, as in ImageNet's train/n01440764/.
+
 Their content is described in `captions`. A metadata file in a subfolder is not read, which a warning says
 (`FolderSource.notes`). Every file with an image's extension counts as an image, in any format (formats). Listing reads
 names, the metadata file, and the first bytes of files with unknown extensions. The images, and the files beside them,
@@ -37,6 +40,7 @@ from jaxtyping import Float32, Int32, UInt8
 from sdxl_jax.data import formats
 from sdxl_jax.data.captions import (
     CAPTION_FIELDS,
+    UNCAPTIONED,
     CaptionLines,
     caption_field,
     captions_of,
@@ -68,6 +72,8 @@ _READ_TOGETHER = 64  # images of a bucket in memory
 _THREADS = 8  # they wait for the disk, and both decoders release the interpreter's lock
 _PEEK_BYTES = 1 << 16
 _METADATA = ("metadata.jsonl", "metadata.csv")
+FOLDER = "folder"
+"""Numeric field of the classes that subfolders are."""
 
 
 # Listing
@@ -109,7 +115,7 @@ def images_among(names: list[str]) -> list[str]:
     return [name for name in names if formats.is_image_name(name)]
 
 
-def _metadata_lines(path: AnyPath) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def _metadata_lines(path: AnyPath, captioned: bool) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(line number, fields or the reason for a refusal) for each line of `metadata.jsonl` or `metadata.csv`."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(utf8_lines(path), start=1):
@@ -124,7 +130,7 @@ def _metadata_lines(path: AnyPath) -> Iterator[tuple[int, dict[str, Any] | str]]
     with io.TextIOWrapper(path.open("rb"), encoding=encoding, errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
-        if "file_name" not in header or caption_field(header) is None:
+        if "file_name" not in header or (captioned and caption_field(header) is None):
             raise InputError(
                 f"{path} has the columns {', '.join(header) or '(none)'}. Expected file_name and one of "
                 f"{', '.join(CAPTION_FIELDS)}. Rename the columns in its first line"
@@ -150,17 +156,20 @@ def _metadata_lines(path: AnyPath) -> Iterator[tuple[int, dict[str, Any] | str]]
             yield rows.line_num, fields
 
 
-def _images_in_metadata(path: AnyPath, images: set[str]) -> tuple[dict[str, ListedImage], list[Refused]]:
-    """The images of a metadata file by name, and refused lines and images. images: the names of those in the folder."""
+def _images_in_metadata(
+    path: AnyPath, images: set[str], captioned: bool
+) -> tuple[dict[str, ListedImage], list[Refused]]:
+    """The images of a metadata file by name, and refused lines and images. images: the names of those in the folder;
+    where captions are not used, those without a line are images too."""
     several_lines = path.suffix == ".csv"  # which has no lists
     listed: dict[str, ListedImage] = {}
     refused = []
     bad_captions = set()
-    for number, fields in _metadata_lines(path):
+    for number, fields in _metadata_lines(path, captioned):
         where = f"{path.name} line {number}"
         if isinstance(fields, str):
             refused.append(Refused(where, fields))
-        elif (column := caption_field(fields)) is None or not isinstance(fields.get("file_name"), str):
+        elif not isinstance(fields.get("file_name"), str) or (captioned and caption_field(fields) is None):
             refused.append(Refused(where, 'expected fields like {"file_name": ..., "text": ...}'))
         elif (name := posixpath.normpath(fields["file_name"])) not in images:
             refused.append(Refused(where, f"no image {fields['file_name']} in the folder ({formats.EXAMPLES})"))
@@ -168,16 +177,17 @@ def _images_in_metadata(path: AnyPath, images: set[str]) -> tuple[dict[str, List
             refused.append(Refused(where, f"{name} has a caption from an earlier line, which stands"))
         else:
             try:
-                captions = captions_of(fields[column])
+                captions = captions_of(fields[caption_field(fields) or ""]) if captioned else UNCAPTIONED
             except Unusable as problem:
                 refused.append(Refused(where, f"{name}: {problem}"))
                 bad_captions.add(name)
                 continue
             earlier = listed.get(name, ListedImage(name))
-            listed[name] = earlier._replace(
-                captions=earlier.captions + captions, numbers={**numbers_of(fields), **earlier.numbers}
-            )
+            both = earlier.captions + captions if captioned else captions
+            listed[name] = earlier._replace(captions=both, numbers={**numbers_of(fields), **earlier.numbers})
     missing = images - set(listed) - bad_captions
+    if not captioned:
+        return listed | {name: ListedImage(name, captions=UNCAPTIONED) for name in missing}, refused
     refused += [
         Refused(name, f"image without a caption: no usable line in {path.name} names it") for name in sorted(missing)
     ]
@@ -215,10 +225,12 @@ class Listing(NamedTuple):
     """Number of images, usable or not."""
 
 
-def list_images(folder: AnyPath, names: list[str]) -> Listing:
+def list_images(folder: AnyPath, names: list[str], captioned: bool = True, class_folders: bool = False) -> Listing:
     """The images among the files of a folder, and the refusals so far.
 
-    Raises InputError: both kinds of metadata; a metadata.csv without the columns.
+    captioned: whether captions are used. class_folders: whether the subfolders are classes (`FOLDER`).
+
+    Raises InputError: both kinds of metadata; a metadata.csv without the columns; classes without subfolders.
     """
     refused_images = _refused_by_name_or_content(folder, names)
     images = [name for name in images_among(names) if name not in refused_images]
@@ -226,11 +238,30 @@ def list_images(folder: AnyPath, names: list[str]) -> Listing:
     if len(metadata) > 1:
         raise InputError(f"{folder} holds both {' and '.join(metadata)}. Expected one of them. Remove the other")
     if metadata:
-        listed, refused = _images_in_metadata(folder / metadata[0], set(images))
+        listed, refused = _images_in_metadata(folder / metadata[0], set(images), captioned)
     else:
         listed, refused = _images_with_files_beside(names, images, list(refused_images))
     usable = [listed[name] for name in images if name in listed]
+    if class_folders:
+        usable = _with_classes(folder, usable)
     return Listing(usable, [*refused, *refused_images.values()], len(images) + len(refused_images))
+
+
+def _with_classes(folder: AnyPath, images: list[ListedImage]) -> list[ListedImage]:
+    """The images with the number of their subfolder; those in no subfolder have no class."""
+    classes = sorted({image.name.split("/")[0] for image in images if "/" in image.name})
+    if not classes:
+        raise InputError(
+            f"{folder} has no subfolders with images, which the classes would be. Put the images of each class into a "
+            "subfolder, or name another field of the data"
+        )
+    numbers = {name: float(number) for number, name in enumerate(classes)}
+    return [
+        image._replace(numbers={**image.numbers, FOLDER: numbers[top]})
+        if (top := image.name.split("/")[0]) != image.name
+        else image
+        for image in images
+    ]
 
 
 def _refused_by_name_or_content(folder: AnyPath, names: list[str]) -> dict[str, Refused]:
@@ -306,12 +337,16 @@ def _file_bytes(path: str) -> bytes:
             raise gone(path, problem) from problem
 
 
-def _captions(folder: str, image: ListedImage, caption_lines: CaptionLines) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Captions and numeric fields of one image. Raises Unusable where there is no caption."""
+def _captions(
+    folder: str, image: ListedImage, caption_lines: CaptionLines | None
+) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Captions and numeric fields of one image. caption_lines: None where captions are not used. Raises Unusable where
+    there is no caption."""
     if image.captions:
         return image.captions, dict(image.numbers)
     text, fields = (None if name is None else _file_bytes(f"{folder}/{name}") for name in image.beside)
-    return described(text, fields, caption_lines)
+    captions, numbers = described(text, fields, caption_lines)
+    return captions, {**numbers, **image.numbers}
 
 
 # For a shard build
@@ -328,7 +363,7 @@ class FolderPiece(NamedTuple):
         """Whether `CaptionLines` has an effect on it."""
         return any(image.beside[0] is not None for image in self.images)
 
-    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
+    def samples(self, caption_lines: CaptionLines | None = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
         """The images with their captions, in order, or their refusals. Raises as `_open`."""
         read = functools.partial(_read_example, self.folder, caption_lines)
         if not in_bucket(located(self.folder, "the source")):
@@ -339,7 +374,7 @@ class FolderPiece(NamedTuple):
                 yield from pool.map(read, self.images[start : start + _READ_TOGETHER], chunksize=1)
 
 
-def _read_example(folder: str, caption_lines: CaptionLines, image: ListedImage) -> RawExample | Refused:
+def _read_example(folder: str, caption_lines: CaptionLines | None, image: ListedImage) -> RawExample | Refused:
     try:
         captions, numbers = _captions(folder, image, caption_lines)
         return RawExample(image.name, _file_bytes(f"{folder}/{image.name}"), captions, numbers)
@@ -347,9 +382,11 @@ def _read_example(folder: str, caption_lines: CaptionLines, image: ListedImage) 
         return Refused(image.name, str(problem))
 
 
-def pieces(folder: AnyPath, names: list[str]) -> Iterator[tuple[str, FolderPiece | Refusals]]:
-    """The pieces of a folder, each with its name. Raises InputError as `list_images`."""
-    images, refused, _ = list_images(folder, names)
+def pieces(
+    folder: AnyPath, names: list[str], captioned: bool = True, class_folders: bool = False
+) -> Iterator[tuple[str, FolderPiece | Refusals]]:
+    """The pieces of a folder, each with its name; arguments and errors of `list_images`."""
+    images, refused, _ = list_images(folder, names, captioned, class_folders)
     if refused:
         yield "refused when listed", Refusals(tuple(refused))
     for start in range(0, len(images), _PIECE_IMAGES):
@@ -468,14 +505,14 @@ def _columns(numbers: list[Mapping[str, float]]) -> dict[str, Float32[np.ndarray
 _EXPECTED = f"Expected a folder of images ({formats.EXAMPLES}) with captions"
 
 
-def _list_folder(folder: Path) -> tuple[list[str], list[Refused], Listing]:
+def _list_folder(folder: Path, captioned: bool, class_folders: bool) -> tuple[list[str], list[Refused], Listing]:
     """Names of all files, refusals of subfolders, and the images. Raises InputError where there are no images."""
     if not folder.exists():
         raise InputError(f"data.folder={folder} does not exist. {_EXPECTED}. Check the path, seen from {Path.cwd()}")
     if not folder.is_dir():
         raise InputError(f"data.folder={folder} is not a folder. {_EXPECTED}. Give the folder that holds the images")
     names, unlisted = list_files(folder)
-    listing = list_images(folder, names)
+    listing = list_images(folder, names, captioned, class_folders)
     if not listing.found:
         raise InputError(
             f"data.folder={folder} holds no images among its {len(names)} files. {_EXPECTED}. "
@@ -485,12 +522,15 @@ def _list_folder(folder: Path) -> tuple[list[str], list[Refused], Listing]:
 
 
 def _read_header(
-    folder: Path, verify: bool, caption_lines: CaptionLines | None, image: ListedImage
+    folder: Path, verify: bool, caption_lines: CaptionLines | None, numeric: bool, image: ListedImage
 ) -> _UsableImage | Refused:
-    """Captions and size of one image. verify: decodes it too. caption_lines: None where captions are not used."""
+    """Captions and size of one image. verify: decodes it too. caption_lines: None where captions are not used; numeric:
+    whether numeric fields are then."""
     path = folder / image.name
     try:
-        captions, numbers = (("",), {}) if caption_lines is None else _captions(str(folder), image, caption_lines)
+        captions, numbers = UNCAPTIONED, {}
+        if numeric or caption_lines is not None:
+            captions, numbers = _captions(str(folder), image, caption_lines)
         with _open(str(path)) as file:
             length = os.fstat(file.fileno()).st_size
             size = usable_size(file, verify=verify)
@@ -506,22 +546,24 @@ def open_folder(
     verify: bool = False,
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
+    label: str | None = None,
 ) -> FolderSource:
     """Opens a folder of captioned images, recursively, without hidden files; captions stay in memory.
 
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels are found now instead of
     during training; that costs one full pass over the images: reading them all, and some 15 ms of one core per
-    megapixel of JPEG, in eight threads. captioned=False: captions are not used, and every image has "". Refused are: an
-    image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a caption without
-    its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file; an image by its
-    extension in a format that is not read, and an image by its content without an image's extension.
+    megapixel of JPEG, in eight threads. captioned=False: captions are not used, every image has "", and there are
+    numeric fields only where a label is one. label: the numeric field of the classes; `FOLDER`: the subfolders. Refused
+    are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a caption
+    without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file; an image
+    by its extension in a format that is not read, and an image by its content without an image's extension.
 
     Raises InputError: no such folder; no image in it; none usable; metadata as in `list_images`; too many numeric
     fields; an image that disappears meanwhile; any refusal where on_refused is ERROR.
     """
     folder = Path(folder)
-    names, unlisted, listing = _list_folder(folder)
-    read = functools.partial(_read_header, folder, verify, caption_lines if captioned else None)
+    names, unlisted, listing = _list_folder(folder, captioned, label == FOLDER)
+    read = functools.partial(_read_header, folder, verify, caption_lines if captioned else None, label is not None)
     title = "Decoding every image" if verify else "Reading captions and image headers"
     images = _in_threads(read, listing.images, title)
     usable = [image for image in images if isinstance(image, _UsableImage)]

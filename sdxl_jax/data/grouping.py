@@ -1,19 +1,20 @@
 """Assigns all images to buckets, and filters them by size, aspect ratio and score, from the index alone.
 
 Left out are images with a shorter side below the minimum, those whose aspect ratio is too far from every bucket's, and,
-where the model is conditioned on a score, those without one. Each is counted, and can be listed.
+where the model is conditioned on a score or a class, those without one. Each is counted, and can be listed.
 
 Not here: their order (order), reading them.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Float32, Int32
 
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.mixture import Mixture
@@ -38,6 +39,8 @@ class Grouping:
     """The nearest bucket of each of the misfits."""
     unrated: Int32[np.ndarray, " _"]
     """Images without the score that is required."""
+    unlabelled: Int32[np.ndarray, " _"]
+    """Images without the class that is required."""
     too_small: Int32[np.ndarray, " _"]
     """Images with a shorter side below the minimum."""
     closest: float
@@ -58,12 +61,22 @@ class _Chunk(NamedTuple):
     closest: float
 
 
-def _check_score(mixture: Mixture, score: str) -> None:
-    for source in mixture.sources:
-        if score not in source.numbers:
-            fields = ", ".join(nearest_first(score, source.numbers))
+def _check_fields(mixture: Mixture, fields: Mapping[str, str | None]) -> None:
+    """Raises InputError where a source lacks a numeric field. fields: by the option that names them."""
+    for source, (option, name) in itertools.product(mixture.sources, fields.items()):
+        if name is not None and name not in source.numbers:
+            fields = ", ".join(nearest_first(name, source.numbers))
             known = f"Give one that it has, nearest first: {fields}" if fields else "It has none. Use another source"
-            raise InputError(f"data.aesthetic={score}: {source.path} has no numeric field of that name. {known}")
+            raise InputError(f"{option}={name}: {source.path} has no numeric field of that name. {known}")
+
+
+_MOST_CLASSES = 1 << 24
+"""Numbers below it are exact in float32."""
+
+
+def _is_class(values: Float32[np.ndarray, " images"]) -> Bool[np.ndarray, " images"]:
+    """Whether each value is the number of a class: whole, from 0."""
+    return (values >= 0) & (values < _MOST_CLASSES) & (values == np.floor(values))
 
 
 def group(
@@ -73,11 +86,12 @@ def group(
     max_aspect_distance: float = math.inf,
     min_size: int = 1,
     score: str | None = None,
+    label: str | None = None,
 ) -> Grouping:
     """Assigns every image to the bucket of the nearest aspect ratio, or to those that are left out.
 
-    max_aspect_distance: largest |ln(h/w) − ln(H/W)|. min_size: pixels of the shorter side. score: name of a numeric
-    field that every image must have.
+    max_aspect_distance: largest |ln(h/w) − ln(H/W)|. min_size: pixels of the shorter side. score, label: names of
+    numeric fields that every image must have; a label is a whole number from 0.
 
     Raises InputError where a source has no numeric field of that name.
     """
@@ -90,9 +104,10 @@ def group(
         if min_size > 1:
             large = np.minimum(sizes[:, 0], sizes[:, 1]) >= min_size
             left_out["too_small"], sizes, numbers = numbers[~large], sizes[large], numbers[large]
-        if score is not None:
-            rated = np.isfinite(source.numbers[score][numbers - start])
-            left_out["unrated"], sizes, numbers = numbers[~rated], sizes[rated], numbers[rated]
+        for name, field, usable in (("unrated", score, np.isfinite), ("unlabelled", label, _is_class)):
+            if field is not None:
+                has = usable(source.numbers[field][numbers - start])
+                left_out[name], sizes, numbers = numbers[~has], sizes[has], numbers[has]
         nearest, distance = assign(sizes, buckets)
         closest = float(distance.min(initial=math.inf))
         fits = distance <= max_aspect_distance
@@ -104,8 +119,7 @@ def group(
         ends = np.cumsum(np.bincount(nearest, minlength=len(buckets)))[:-1]
         return _Chunk(np.split(numbers[by_bucket], ends), left_out, closest)
 
-    if score is not None:
-        _check_score(mixture, score)
+    _check_fields(mixture, {"data.aesthetic": score, "data.label": label})
     of_sources = []
     with ThreadPool(_THREADS) as pool:  # numpy releases the interpreter's lock
         for source, start in zip(mixture.sources, mixture.starts, strict=False):
@@ -121,7 +135,7 @@ def group(
         ],
         **{
             name: np.concatenate([empty, *(chunk.left_out.get(name, empty) for chunk in chunks)])
-            for name in ("misfits", "nearest", "unrated", "too_small")
+            for name in ("misfits", "nearest", "unrated", "unlabelled", "too_small")
         },
         closest=min((chunk.closest for chunk in chunks), default=math.inf),
     )
@@ -153,8 +167,10 @@ def merge_small(
     return dataclasses.replace(grouping, members=members), moved
 
 
-def refusals(grouping: Grouping, mixture: Mixture, buckets: Sequence[Bucket], score: str | None) -> Iterator[Refused]:
-    """The misfits and the unrated images, with the reasons."""
+def refusals(
+    grouping: Grouping, mixture: Mixture, buckets: Sequence[Bucket], score: str | None, label: str | None
+) -> Iterator[Refused]:
+    """The misfits, the unrated and the unlabelled images, with the reasons."""
     for image, nearest in zip(grouping.misfits.tolist(), grouping.nearest.tolist(), strict=True):
         height, width = mixture.size(image)
         bucket = buckets[nearest]
@@ -165,6 +181,10 @@ def refusals(grouping: Grouping, mixture: Mixture, buckets: Sequence[Bucket], sc
         )
     for image in grouping.unrated.tolist():
         yield Refused(mixture.name(image), f"has no {score}, which data.aesthetic requires")
+    for image in grouping.unlabelled.tolist():
+        value = mixture.number(image, label or "")
+        given = f"has no {label}" if math.isnan(value) else f"has {label}={value:g}"
+        yield Refused(mixture.name(image), f"{given}; data.label requires the number of a class, 0, 1, …")
 
 
 def too_small(grouping: Grouping, mixture: Mixture, min_size: int) -> Iterator[Refused]:

@@ -37,7 +37,8 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
     `images_found` counts image files; `refused` also has captions and lines of metadata without an image. `too_small`
     counts the images that `data.min_size` leaves out. `notes` are the warnings of the sources. Each of `buckets` is a
     pipeline.BucketReport, each of `sources` a mixture.Share. `numbers` are the names of the numeric fields that every
-    source has. `epoch_steps` sums the batches.
+    source has. `classes`, with data.label, are their number and the images of the rarest and of the commonest.
+    `epoch_steps` sums the batches.
     """
     buckets = [bucket._asdict() for bucket in dataset.report()]
     refused = itertools.chain(dataset.source.refused(built=True), dataset.refused())
@@ -49,9 +50,17 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
         "too_small": dataset.too_small_count(),
         "sources": [share._asdict() for share in dataset.shares()],
         "numbers": sorted(set.intersection(*(set(source.numbers) for source in dataset.source.sources))),
+        **_classes(dataset),
         "buckets": buckets,
         "epoch_steps": dataset.epoch_steps,
     }
+
+
+def _classes(dataset: BucketedDataset) -> dict[str, Any]:
+    if dataset.config.label is None:
+        return {}
+    counts = np.unique(dataset.labels(), return_counts=True)[1]
+    return {"classes": {"found": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}}
 
 
 def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
@@ -81,5 +90,7 @@ def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
             "flipped": example.flipped,
             "caption": caption,
         }
+        if (name := dataset.config.label) is not None:
+            record["label"] = int(dataset.source.number(image, name))
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"
         (directory / f"{number:06d}.json").write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning
 from sdxl_jax.data.buckets import Bucket
@@ -45,7 +45,8 @@ class CachedExample(NamedTuple):
     image: int
     """Number of the image."""
     crop: Crop
-    text: Text
+    text: Text | None
+    """None: the cache is of a model without text encoders."""
 
 
 class Loaded(NamedTuple):
@@ -115,7 +116,7 @@ class Loader:
         """As `decode_example`, from the cache."""
         assert self.cache is not None
         crop, captions = self.cache.crop(position, self._choose(self.cache.crops, CHOICE_OF_CROP, step, row))
-        text = captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)]
+        text = captions[self._choose(len(captions), CHOICE_OF_CAPTION, step, row)] if self.cache.towers else None
         return CachedExample(int(self.order.numbers[position]), crop, text)
 
     def _rng(self, *seed: int) -> np.random.Generator:
@@ -178,15 +179,17 @@ class Loader:
         return self._empty_batch([one.image for one in decoded], examples)._replace(image=images)
 
     def _cached_batch(self, cached: list[CachedExample]) -> Batch:
-        crops, texts = [one.crop for one in cached], [one.text for one in cached]
+        crops, texts = [one.crop for one in cached], [one.text for one in cached if one.text is not None]
         pooled = [text.pooled for text in texts if text.pooled is not None]
         embeddings = [crop.embedding for crop in crops if crop.embedding is not None]
         return self._empty_batch([one.image for one in cached], crops)._replace(
-            tokens={name: np.stack([text.tokens[name] for text in texts]) for name in texts[0].tokens},
+            tokens={
+                name: np.stack([text.tokens[name] for text in texts]) for name in (texts[0].tokens if texts else ())
+            },
             encoded=EncodedBatch(
                 mean=np.stack([crop.mean for crop in crops]),
                 log_variance=np.stack([crop.log_variance for crop in crops]),
-                context=np.stack([text.context for text in texts]),
+                context=np.stack([text.context for text in texts]) if texts else None,
                 pooled=np.stack(pooled) if pooled else None,
                 image_embedding=np.stack(embeddings) if embeddings else None,
             ),
@@ -206,11 +209,16 @@ class Loader:
             micro=micro,
             example=np.array(images, np.int32),
             replaced=np.zeros(len(images), bool),
+            label=self._labels(images),
         )
 
     def _scores(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
         name = self.config.aesthetic
         return None if name is None else np.array([self.source.number(image, name) for image in images], np.float32)
+
+    def _labels(self, images: list[int]) -> Int32[np.ndarray, " images"] | None:
+        name = self.config.label
+        return None if name is None else np.array([self.source.number(image, name) for image in images], np.int32)
 
 
 def _can_be_decoded_to(size: tuple[int, int], shape: tuple[int, ...]) -> bool:

@@ -146,7 +146,9 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     # An image that cannot be decoded is found, and recorded, when the cache is made.
     verify = config.verify_images and config.cache is None
     opened = [
-        open_images(each.folder, verify=verify, caption_lines=config.caption_lines, captioned=captioned)
+        open_images(
+            each.folder, verify=verify, caption_lines=config.caption_lines, captioned=captioned, label=config.label
+        )
         for each in sources
     ]
     if config.caption_lines is not CaptionLines.LINES and not any(each.reads_text_files for each in opened):
@@ -220,8 +222,9 @@ def _integer_or_float(number: Fraction | float) -> int | float:
 def _remedy(grouping: Grouping, config: DataConfig) -> str:
     """The remedy where no image fits a bucket."""
     if math.isinf(grouping.closest):  # all images were left out for other reasons than their aspect ratio
-        score = f", or use images with {config.aesthetic} (data.aesthetic)" if config.aesthetic else ""
-        return f"Lower data.min_size (now {config.min_size}){score}"
+        options = (("data.aesthetic", config.aesthetic), ("data.label", config.label))
+        fields = "".join(f", or use images with {name} ({option})" for option, name in options if name)
+        return f"Lower data.min_size (now {config.min_size}){fields}"
     return (
         f"Add buckets of such aspect ratios, raise data.max_aspect_distance (now {config.max_aspect_distance:.3g}; the "
         f"nearest image is at {grouping.closest:.3g}), or lower data.min_size (now {config.min_size})"
@@ -262,6 +265,7 @@ class BucketedDataset:
             max_aspect_distance=config.max_aspect_distance,
             min_size=config.min_size,
             score=config.aesthetic,
+            label=config.label,
         )
         if not any(self._grouping.counts()):
             left_out = itertools.chain(self.refused(), self.too_small())
@@ -289,12 +293,13 @@ class BucketedDataset:
     def refused(self) -> Iterator[Refused]:
         """The images that cannot be used, except those that were reported when a shard set was built."""
         yield from self.source.refused(built=False)
-        yield from refusals(self._grouping, self.source, self.buckets, self.config.aesthetic)
+        yield from refusals(self._grouping, self.source, self.buckets, self.config.aesthetic, self.config.label)
 
     def refused_count(self) -> int:
         """Length of `refused`."""
         sources = sum(1 for _ in self.source.refused(built=False))
-        return sources + len(self._grouping.misfits) + len(self._grouping.unrated)
+        grouping = self._grouping
+        return sources + len(grouping.misfits) + len(grouping.unrated) + len(grouping.unlabelled)
 
     def too_small(self) -> Iterator[Refused]:
         """The images that `data.min_size` leaves out."""
@@ -310,6 +315,12 @@ class BucketedDataset:
         cached = copy.copy(self)
         cached.loader = dataclasses.replace(self.loader, cache=cache)
         return cached
+
+    def labels(self) -> Int32[np.ndarray, " images"]:
+        """The classes of the images that are used, in no order. data.label must be given."""
+        assert self.config.label is not None
+        numbers = [source.numbers[self.config.label] for source in self.source.sources]
+        return np.concatenate(numbers)[np.unique(self.order.numbers)].astype(np.int32)
 
     def report(self) -> list[BucketReport]:
         """The images and batches of each bucket in an epoch, in the order of the buckets, empty ones included."""
@@ -389,23 +400,35 @@ def open_images(
     verify: bool = False,
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
+    label: str | None = None,
 ) -> ImageSource:
     """Opens a folder of images, or a shard set, which may be in a bucket. Refused images are left out and listed.
 
     verify: decode every image of a folder now; those of a shard set were decoded when it was built.
     caption_lines: what the lines of a `.txt` in a folder are; a shard set already has its captions.
-    captioned: whether captions are used.
+    captioned: whether captions are used. label: as in `open_folder`.
 
     Raises InputError as `open_folder` and `open_shards`, and for a folder of images in a bucket.
     """
     folder = located(folder, "data.folder")
     if is_shard_set(folder):
-        return open_shards(folder)
+        shards = open_shards(folder)
+        if captioned and not shards.captioned:
+            raise InputError(
+                f"{folder} was built without captions (--no-captions), which this training needs. Build a shard set "
+                "with captions"
+            )
+        return shards
     if in_bucket(folder):
         raise InputError(
             f"data.folder={folder} is not a shard set: it has no {DESCRIPTION}. Expected one, since a bucket serves "
             f"images one by one too slowly for training. Build it: `sdxl-jax data build {folder} gs://…/SHARDS`"
         )
     return open_folder(
-        folder, on_refused=OnRefused.SKIP, verify=verify, caption_lines=caption_lines, captioned=captioned
+        folder,
+        on_refused=OnRefused.SKIP,
+        verify=verify,
+        caption_lines=caption_lines,
+        captioned=captioned,
+        label=label,
     )

@@ -61,6 +61,10 @@ class DataConfig:
     aesthetic: str | None = None
     """Name of the numeric field that holds each image's aesthetic score, on which the refiner is conditioned. Images
     without it are refused."""
+    label: str | None = None
+    """Name of the numeric field that holds the number of each image's class, 0, 1, …, on which a class-conditional
+    model is conditioned; "folder": the classes are the subfolders, in alphabetical order (in a shard set, if it was
+    built with --class-folders). Images without a class are refused."""
     cache: str | None = None
     """Cache written by `sdxl-jax data encode`, which may be in a bucket (gs://…): latents and text states are read from
     it, and no image is decoded."""

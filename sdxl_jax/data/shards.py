@@ -80,6 +80,8 @@ class ShardSet:
     """The source that it was built from, as given to the build."""
     whole_captions: bool
     """Built with `--caption-lines whole`: a `.txt` is one caption."""
+    captioned: bool
+    """Not built with `--no-captions`."""
     captions_count: int
     refused_count: int
     duplicates: int
@@ -311,6 +313,7 @@ def open_shards(path: str | AnyPath) -> ShardSet:
             fingerprint=description["fingerprint"],
             source=description["source"],
             whole_captions=description.get("caption_lines") == CaptionLines.WHOLE.value,
+            captioned=description.get("captioned", True),
             captions_count=captions,
             refused_count=description["refused"],
             duplicates=description["duplicates"],

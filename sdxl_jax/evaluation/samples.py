@@ -33,6 +33,7 @@ class Request(NamedTuple):
     """Of the image alone: `first_index` is its number, `num_images` 1."""
     text: Mapping[str, str]
     """Its settings, for the PNG."""
+    class_: int | None = None
 
 
 def path_of(folder: Path, number: int) -> Path:
@@ -87,6 +88,7 @@ def sample(model: Model, requests: Sequence[Request], folder: Path, compute: Com
                 model,
                 [request.prompt for request in padded],
                 negative_prompts=[request.negative for request in padded],
+                classes=[request.class_ for request in padded],
                 compute=compute,
                 options=first,
             )

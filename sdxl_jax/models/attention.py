@@ -251,6 +251,8 @@ class TransformerBlock(nn.Module):
 
     heads: int
     compute: Compute
+    alone: bool = False
+    """There is no text: what would be cross-attention is self-attention again."""
 
     @nn.compact
     def __call__(
@@ -264,6 +266,7 @@ class TransformerBlock(nn.Module):
         normed = layer_norm("norm1", self.compute)(hidden)
         hidden = hidden + MultiHeadAttention(self.heads, self.compute, name="attn1")(normed, normed, perturbed)
         normed = layer_norm("norm2", self.compute)(hidden)
+        context = normed if self.alone else context
         hidden = hidden + MultiHeadAttention(self.heads, self.compute, name="attn2")(normed, context)
         normed = layer_norm("norm3", self.compute)(hidden)
         return hidden + FeedForward(self.compute, name="ff")(normed), None
@@ -293,6 +296,8 @@ class SpatialTransformer(nn.Module):
     groups: int
     conv_projection: bool
     compute: Compute
+    alone: bool = False
+    """As in `TransformerBlock`."""
 
     @nn.compact
     def __call__(
@@ -313,6 +318,6 @@ class SpatialTransformer(nn.Module):
         hidden = group_norm(self.groups, 1e-6, "norm", self.compute)(x)
         hidden = rearrange(project("proj_in", hidden), "batch height width channels -> batch (height width) channels")
         blocks = stack(TransformerBlock, self.depth, self.compute)
-        hidden, _ = blocks(self.heads, self.compute, name="transformer_blocks")(hidden, context, perturbed)
+        hidden, _ = blocks(self.heads, self.compute, self.alone, name="transformer_blocks")(hidden, context, perturbed)
         hidden = hidden.reshape(batch, height, width, channels)
         return x + project("proj_out", hidden, kernel_init=initialisers.zeros)

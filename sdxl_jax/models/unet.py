@@ -4,11 +4,14 @@
                        │                 │                 │                 mid_block
     output ─ conv_out ─┴── up_blocks_2 ──┴── up_blocks_1 ──┴── up_blocks_0 ──┘
 
-Every block is conditioned on one embedding: MLP(timestep) + MLP(vector). The transformers attend to the text context.
-What the vector holds is defined in `conditioning/micro.py`; here it is `vector_dim` numbers. Sources: Rombach et al.
+Every block is conditioned on one embedding: MLP(timestep) + MLP(vector) (+ class). The transformers attend to the text
+context, and without one to the image twice. What the vector holds is defined in `conditioning/micro.py`; here it is
+`vector_dim` numbers. The table of class embeddings is among the parameters; it is read in `conditioning/classes.py`.
+Sources: Rombach et al.
 (arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
 """
 
+import enum
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +41,25 @@ from sdxl_jax.models.unet_parts import UNetPart
 from sdxl_jax.sharding import constrain
 
 
+class ClassPlace(enum.Enum):
+    """Where the embedding of an image's class enters the UNet."""
+
+    TOKEN = "token"
+    """One token of cross-attention, after those of the text: latent-diffusion, sgm (`ClassEmbedder`)."""
+    TIMESTEP = "timestep"
+    """Added to the embedding of the timestep: guided-diffusion (ADM), diffusers (`num_class_embeds`)."""
+
+
+@dataclass(frozen=True)
+class ClassConfig:
+    """The classes of images that a UNet is conditioned on."""
+
+    number: int
+    """Number of classes, which are numbered from 0."""
+    place: ClassPlace = ClassPlace.TOKEN
+    """Where the class embedding enters the UNet: as one token of cross-attention, or added to that of the timestep."""
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """What the UNet's weights depend on. The defaults are SDXL base 1.0."""
@@ -52,8 +74,9 @@ class UNetConfig:
     """Transformer blocks in the middle."""
     heads: tuple[int, ...] = (5, 10, 20)
     """Attention heads of each level; the middle has as many as the last. SDXL: channels / 64."""
-    context_dim: int = 2048
-    """Width of the text states: CLIP-L 768 + bigG 1280."""
+    context_dim: int | None = 2048
+    """Width of the text states: CLIP-L 768 + bigG 1280. None: no text and no class token; every transformer block then
+    has self-attention twice, as in sgm."""
     vector_dim: int | None = 2816
     """Width of the conditioning vector, None for no vector (SD 1.x and 2.x)."""
     conv_projection: bool = False
@@ -64,6 +87,8 @@ class UNetConfig:
     """Channels of the prediction."""
     groups: int = 32
     """Groups of every group norm. Must divide all block_channels."""
+    classes: ClassConfig | None = None
+    """Classes of images that it is conditioned on; None: none (every published SDXL and SD)."""
 
     @property
     def attention_heads(self) -> tuple[int, ...]:
@@ -124,7 +149,8 @@ class _Level(nn.Module):
         config = self.config
         name = f"attentions_{index}"
         heads = config.heads[self.level]
-        return SpatialTransformer(heads, depth, config.groups, config.conv_projection, self.compute, name=name)
+        alone = config.context_dim is None
+        return SpatialTransformer(heads, depth, config.groups, config.conv_projection, self.compute, alone, name=name)
 
 
 class DownBlock(_Level):
@@ -206,6 +232,7 @@ class UNet(nn.Module):
         context: Float[jax.Array, "batch tokens context"] | None,
         vector: Float[jax.Array, "batch vector"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
+        class_embedding: Float[jax.Array, "batch embedding"] | None = None,
     ) -> Float[jax.Array, "batch height width channels_out"]:
         config, compute, dtype = self.config, self.compute, self.compute.activations
         context = None if context is None else context.astype(dtype)
@@ -214,6 +241,8 @@ class UNet(nn.Module):
         embedding = EmbeddingMlp(config.embedding_dim, compute, name="time_embedding")(frequencies)
         if vector is not None:
             embedding += EmbeddingMlp(config.embedding_dim, compute, name="add_embedding")(vector)
+        if class_embedding is not None:
+            embedding += class_embedding.astype(embedding.dtype)
 
         down, middle, up = (perturbed if part in self.perturbed_parts else None for part in UNetPart)
         levels = range(len(config.block_channels))
@@ -259,30 +288,36 @@ def apply(
     params: Params,
     latent: Float[jax.Array, "batch height width channels_in"],
     timestep: Num[jax.Array, "batch"],
-    context: Float[jax.Array, "batch tokens context"] | TextProjections,
+    context: Float[jax.Array, "batch tokens context"] | TextProjections | None,
     vector: Float[jax.Array, "batch vector"] | None = None,
     compute: Compute = Compute(),
     *,
+    class_embedding: Float[jax.Array, "batch embedding"] | None = None,
     perturbed: Bool[jax.Array, "batch"] | None = None,
     perturbed_parts: Sequence[UNetPart] = (UNetPart.MIDDLE,),
 ) -> Float[jax.Array, "batch height width channels_out"]:
     """The network's prediction (ε, v or x₀, as it was trained), float32.
 
     latent: scaled and noised, any height and width. timestep: 0..999, integers or floats. context: text states,
-    [batch, 77, context_dim], or what `project_text` makes of them. vector: [batch, vector_dim], None exactly if the
-    configuration has none.
+    [batch, 77, context_dim], or what `project_text` makes of them; with the class token, if the configuration has one;
+    None exactly if `context_dim` is. vector: [batch, vector_dim], None exactly if the configuration has none.
+    class_embedding: of classes in `ClassPlace.TIMESTEP`, and None exactly for all other models.
 
     perturbed: rows whose self-attention in `perturbed_parts` is the identity, for perturbed-attention guidance (Ahn et
     al. 2024, arXiv:2403.17377; `samplers/guidance.py`). None: no row, and nothing more is computed. The parts are
     static. Raises InputError for a part that has no attention.
     """
     assert (vector is None) == (config.vector_dim is None), "a vector is given exactly if the configuration has one"
+    assert (context is None) == (config.context_dim is None), "so is a context"
+    added = config.classes is not None and config.classes.place is ClassPlace.TIMESTEP
+    assert (class_embedding is not None) == added, "and so is a class embedding"
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
     text = {TEXT: context} if isinstance(context, dict) else {}
     states = None if text else context
-    return network.apply({"params": params, **text}, latent, timestep, states, vector, perturbed)  # pyright: ignore[reportReturnType]
+    given = {"params": params, **text}
+    return network.apply(given, latent, timestep, states, vector, perturbed, class_embedding)  # pyright: ignore[reportReturnType]
 
 
 def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
@@ -298,12 +333,28 @@ def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
 @functools.cache
 def abstract(config: UNetConfig) -> Params:
     """The parameters and how they begin (`initialisers.Parameter`). The output convolution and the last one of every
-    block begin at zero, as in sgm."""
+    block begin at zero, as in sgm; class embeddings are standard normal, as torch's are."""
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     side = 2 ** (len(config.block_channels) - 1)
-    latent, context = array(1, side, side, config.in_channels), array(1, 1, config.context_dim)
+    latent = array(1, side, side, config.in_channels)
+    context = None if config.context_dim is None else array(1, 1, config.context_dim)
     vector = None if config.vector_dim is None else array(1, config.vector_dim)
-    return initialisers.abstract(UNet(config), latent, array(1), context, vector)
+    params = initialisers.abstract(UNet(config), latent, array(1), context, vector)
+    return params | _class_table(config)
+
+
+CLASS_TABLES = {ClassPlace.TOKEN: "class_token", ClassPlace.TIMESTEP: "class_embedding"}
+"""Name of the table of class embeddings among the parameters: {name: {"embedding": [classes, features]}}."""
+
+
+def _class_table(config: UNetConfig) -> Params:
+    if config.classes is None:
+        return {}
+    token = config.classes.place is ClassPlace.TOKEN
+    features = config.context_dim if token else config.embedding_dim
+    assert features is not None, "a class token has the width of the context"
+    table = initialisers.Parameter((config.classes.number, features), initialisers.Distribution(deviation=1.0))
+    return {CLASS_TABLES[config.classes.place]: {"embedding": table}}

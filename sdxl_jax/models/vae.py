@@ -4,8 +4,8 @@
 
 Sources: Rombach et al. (arXiv:2112.10752), sgm `modules/diffusionmodules/model.py`. Every norm has eps 1e-6; the
 encoder pads (0, 1) at the bottom and right before a stride-2 convolution, unlike the UNet. Losses for its training are
-in training/objectives/. `encode`, `decode` and `abstract` take the tiny autoencoder of `taesd.py` as well, by the type
-of its configuration.
+in training/objectives/. `encode`, `decode` and `abstract` take the tiny autoencoder of `taesd.py` as well, and the
+exact one of `wavelet.py`, by the type of the configuration.
 """
 
 import functools
@@ -20,10 +20,11 @@ from jaxtyping import Float, Key
 
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
-from sdxl_jax.models import initialisers, taesd, tiling
+from sdxl_jax.models import initialisers, taesd, tiling, wavelet
 from sdxl_jax.models.attention import MultiHeadAttention
 from sdxl_jax.models.layers import Compute, Remat, ResnetBlock, Upsample, conv, group_norm
 from sdxl_jax.models.taesd import TinyVaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 
 _EPSILON = 1e-6
 _QUERIES = 1024
@@ -54,7 +55,9 @@ class VaeConfig:
 SDXL_VAE = VaeConfig()
 SD_VAE = VaeConfig(scale=0.18215)
 
-AnyVaeConfig = VaeConfig | TinyVaeConfig
+LearntVaeConfig = VaeConfig | TinyVaeConfig
+"""Autoencoders with parameters."""
+AnyVaeConfig = LearntVaeConfig | WaveletConfig
 
 
 class Posterior(NamedTuple):
@@ -185,7 +188,7 @@ class DecoderEntry(nn.Module):
 class DecoderLevel(nn.Module):
     """One level of a decoder alone, of either kind."""
 
-    config: AnyVaeConfig
+    config: LearntVaeConfig
     compute: Compute
     level: int
 
@@ -198,7 +201,7 @@ class DecoderLevel(nn.Module):
         return _level(self.config, self.compute, self.level, x)
 
 
-def _networks(config: AnyVaeConfig, compute: Compute) -> tuple[nn.Module, nn.Module]:
+def _networks(config: LearntVaeConfig, compute: Compute) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder."""
     if isinstance(config, TinyVaeConfig):
         return taesd.TinyEncoder(config, compute), taesd.TinyDecoder(config, compute)
@@ -208,11 +211,14 @@ def _networks(config: AnyVaeConfig, compute: Compute) -> tuple[nn.Module, nn.Mod
 def encode(
     config: AnyVaeConfig, params: Params, image: Float[jax.Array, "batch height width 3"], compute: Compute = Compute()
 ) -> Posterior:
-    """Posterior of the unscaled latent, float32, log variance clamped to −30..20. A tiny autoencoder gives the mean,
-    with log variance −∞.
+    """Posterior of the unscaled latent, float32, log variance clamped to −30..20. Tiny and exact autoencoders give the
+    mean, with log variance −∞.
 
     image: −1..1, height and width multiples of `config.downsampling`. Raises InputError where there is no encoder.
     """
+    if isinstance(config, WaveletConfig):
+        mean = wavelet.transform(config, image)
+        return Posterior(mean, jnp.full_like(mean, -jnp.inf))
     _check_half(params, "encoder")
     encoder, _ = _networks(config, compute)
     moments = jnp.asarray(encoder.apply({"params": params["encoder"]}, image), jnp.float32)
@@ -236,6 +242,8 @@ def decode(
     compute: Compute = Compute(),
 ) -> Float[jax.Array, "batch height width 3"]:
     """The image of a scaled latent, float32, about −1..1 (not clipped). Raises InputError where there is no decoder."""
+    if isinstance(config, WaveletConfig):
+        return wavelet.inverse(config, latent / config.scale)
     _check_half(params, "decoder")
     _, decoder = _networks(config, compute)
     image = decoder.apply({"params": params["decoder"]}, latent / config.scale)
@@ -243,7 +251,7 @@ def decode(
 
 
 def decode_features(
-    config: AnyVaeConfig,
+    config: LearntVaeConfig,
     params: Params,
     latent: Float[jax.Array, "batch latent_height latent_width channels"],
     compute: Compute = Compute(),
@@ -255,7 +263,7 @@ def decode_features(
 
 
 def features_to_image(
-    config: AnyVaeConfig,
+    config: LearntVaeConfig,
     last: Params,
     features: Float[jax.Array, "batch height width features"],
     compute: Compute = Compute(),
@@ -284,6 +292,8 @@ def decode_tiled(
 
     Raises InputError as `decode`, and for tiles too small for the borders that they need.
     """
+    if isinstance(config, WaveletConfig):  # which needs the memory of an image
+        return decode(config, params, latent, compute)
     _check_half(params, "decoder")
     compute, variables = replace(compute, remat=Remat.NONE), {"params": params["decoder"]}
     if isinstance(config, TinyVaeConfig):
@@ -315,7 +325,9 @@ def _check_half(params: Params, half: str) -> None:
 
 @functools.cache
 def abstract(config: AnyVaeConfig) -> Params:
-    """The parameters and how they begin (`initialisers.Parameter`): {"encoder": …, "decoder": …}."""
+    """The parameters and how they begin (`initialisers.Parameter`): {"encoder": …, "decoder": …}, or none."""
+    if isinstance(config, WaveletConfig):
+        return {}
     encoder, decoder = _networks(config, Compute())
     side = config.downsampling
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)

@@ -30,10 +30,13 @@ Array = jax.Array
 class Conditioning(NamedTuple):
     """What the UNet is conditioned on, besides latent and timestep."""
 
-    context: Float[Array, "batch tokens features"] | dict[str, Any]
-    """Text states, for cross-attention; or what its layers make of them (`models.unet.project_text`)."""
+    context: Float[Array, "batch tokens features"] | dict[str, Any] | None
+    """Text states and class token, for cross-attention; or what its layers make of them (`models.unet.project_text`).
+    None for models without either."""
     vector: Float[Array, "batch vector"] | None
     """Pooled text and micro-conditioning; None for models without it."""
+    class_embedding: Float[Array, "batch embedding"] | None = None
+    """Added to the embedding of the timestep; None for models without it."""
 
 
 def join(conditions: Sequence[Conditioning]) -> Conditioning:

@@ -29,12 +29,13 @@ from sdxl_jax import sharding
 from sdxl_jax.arrays import MicroConditioning, type_of_array
 from sdxl_jax.conditioning import image as image_conditioning
 from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.classes import NO_CLASS
 from sdxl_jax.conditioning.image import ImageConditioning
 from sdxl_jax.conditioning.micro import AESTHETIC_SCORE, NEGATIVE_AESTHETIC_SCORE
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.conditioning.text import TextConditioning, Tokenizer
 from sdxl_jax.errors import InputError, out_of_memory
-from sdxl_jax.model import Model
+from sdxl_jax.model import Model, ModelConfig, UnconditionalKind
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.loop import State
@@ -42,7 +43,7 @@ from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
 from sdxl_jax.sampling.image_prompts import ImagePrompt
 from sdxl_jax.sampling.options import Options
-from sdxl_jax.sampling.plan import SegmentStart, levels_of, prepare
+from sdxl_jax.sampling.plan import SegmentStart, check_prompts, levels_of, prepare
 from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, RowCallback, SampledBatch, Strengths
 from sdxl_jax.sizes import Position, Size
 
@@ -87,6 +88,7 @@ def generate(
     prompts: Sequence[str | None],
     *,
     negative_prompts: Sequence[str | None] | None = None,
+    classes: Sequence[int | None] | None = None,
     image_prompts: Sequence[ImagePrompt] = (),
     refiner: Model | None = None,
     init_image: UInt8[np.ndarray, "init_height init_width 3"] | None = None,
@@ -101,8 +103,11 @@ def generate(
     """Images and their latents, in order of prompts, then images.
 
     Args:
-        prompts: with image prompts, None is the images alone, which is not the same as "".
+        prompts: with image prompts, None is the images alone, which is not the same as "". Of a model without text
+            encoders all are None or "".
         negative_prompts: one per prompt; None, or a None in the list: no negative prompt, which is not the same as "".
+        classes: of a model with classes, one per prompt: the number of the class, from 0; None: no class, as in the
+            unconditional half of guidance.
         image_prompts: images that every prompt is conditioned on besides its text, in the place of the pooled text; the
             refiner is not.
         refiner: runs the last steps (`handoff`), or refines the finished latent (`refine_strength`). It may lack its
@@ -122,7 +127,7 @@ def generate(
     given = options.pop("options", None)
     given = given or Options(**options)
     generation = _Generation(
-        model, refiner, prompts, negative_prompts, image_prompts, init_image, mask, init_noise, given
+        model, refiner, prompts, negative_prompts, classes, image_prompts, init_image, mask, init_noise, given
     )
     return generation.run(compute, one_program, progress, callback)
 
@@ -168,6 +173,7 @@ class _Generation:
         refiner: Model | None,
         prompts: Sequence[str | None],
         negatives: Sequence[str | None] | None,
+        classes: Sequence[int | None] | None,
         image_prompts: Sequence[ImagePrompt],
         init_image: UInt8[np.ndarray, "init_height init_width 3"] | None,
         mask: Bool[np.ndarray, "mask_height mask_width"] | None,
@@ -180,26 +186,25 @@ class _Generation:
         if not prompts:
             raise InputError("There are no prompts. Give at least one")
         negatives = [None] * len(prompts) if negatives is None else negatives
-        if len(negatives) != len(prompts):
-            raise InputError(
-                f"{len(negatives)} negative prompts for {len(prompts)} prompts. Give one per prompt, or none"
-            )
+        classes = [None] * len(prompts) if classes is None else classes
+        for name, rows in (("negative prompts", negatives), ("classes", classes)):
+            if len(rows) != len(prompts):
+                raise InputError(f"{len(rows)} {name} for {len(prompts)} prompts. Give one per prompt, or none")
+        check_prompts(config, [*prompts, *negatives], classes)
         for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True), 1):
-            if prompt is None and not image_prompts:
+            if prompt is None and config.text and not image_prompts:
                 raise InputError(f"Prompt {number} is None, and there is no image prompt. Give a text, or images")
             check_text(prompt or "", f"Prompt {number}")
             check_text(negative or "", f"Negative prompt {number}")
-        _check_parts(model, "unet", "vae", *(tower.name for tower in config.text))
+        _check_parts(model, *config.parts)
         self.shares_text = False if refiner is None else _shares_text(model, refiner)
         width = _width(image_prompts)
         prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask, width)
         self.size, self.init_image, self.mask, self.segments, self.segment_arrays = prepared
         self.model, self.refiner, self.options, self.image_prompts = model, refiner, options, image_prompts
-        prompts = [prompt for prompt in prompts for _ in range(options.num_images)]
-        self.count = len(prompts)
-        self.rows = self._make_rows(
-            prompts, [prompt for prompt in negatives for _ in range(options.num_images)], init_noise
-        )
+        self.count = len(prompts) * options.num_images
+        per_prompt = zip(prompts, negatives, classes, strict=True)
+        self.rows = self._make_rows([row for row in per_prompt for _ in range(options.num_images)], init_noise)
 
     @property
     def steps(self) -> int:
@@ -208,12 +213,13 @@ class _Generation:
 
     def _make_rows(
         self,
-        prompts: list[str | None],
-        negatives: list[str | None],
+        rows: list[tuple[str | None, str | None, int | None]],
         init_noise: Float[np.ndarray, "_images _latent_height _latent_width _channels"] | None,
     ) -> dict[str, Any]:
-        """The fields of `Inputs` that differ from image to image, one row per image."""
-        config, options, count = self.model.config, self.options, self.count
+        """The fields of `Inputs` that differ from image to image, one row per image. rows: prompt, negative prompt and
+        class of each."""
+        prompts, negatives, classes = map(list, zip(*rows, strict=True))
+        config, options, count = self.model.config, self.options, len(rows)
         factor = config.vae.downsampling
         latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
         numbers = options.first_index + np.arange(count)
@@ -242,13 +248,20 @@ class _Generation:
             "tokens": tokens,
             "negative_tokens": negative,
             "has_negative": np.array([each is not None for each in negatives], np.float32),
-            "micro": micro_rows(options, count, self.size),
+            "micro": micro_rows(config, options, count, self.size),
             "noise": normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32),
             "refiner_noise": normal(2) if renoised else None,
             "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             "init_inputs": self._init_rows(),
             "image_prompt": self._image_rows(prompts, keys),
+            "label": self._label_rows(classes),
         }
+
+    def _label_rows(self, classes: Sequence[int | None]) -> Int32[np.ndarray, " images"] | None:
+        models = (self.model, *(() if self.refiner is None else (self.refiner,)))
+        if all(model.config.unet.classes is None for model in models):
+            return None
+        return np.array([NO_CLASS if each is None else each for each in classes], np.int32)
 
     def _image_rows(self, prompts: list[str | None], keys: Key[jax.Array, " images"]) -> ImageConditioning | None:
         if not self.image_prompts:
@@ -336,8 +349,13 @@ class _Generation:
         return np.stack([init_images.composite(self.init_image, image, self.mask) for image in images])
 
 
-def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroConditioning, MicroConditioning]:
-    """Micro-conditioning (sizes, crop, aesthetic score) of prompts and of negative prompts, one row per image."""
+def micro_rows(
+    config: ModelConfig, options: Options, count: int, size: Size
+) -> tuple[MicroConditioning, MicroConditioning]:
+    """Micro-conditioning (sizes, crop, aesthetic score) of prompts and of negative prompts, one row per image.
+
+    A model whose unconditional embedding is all zeros has those of `negative_…` options alone in its negative prompts.
+    """
 
     def rows(original: Size | None, crop: Position | None, target: Size | None, score: float) -> MicroConditioning:
         def repeat(pair: tuple[int, int]) -> Int32[np.ndarray, "images 2"]:
@@ -358,6 +376,13 @@ def micro_rows(options: Options, count: int, size: Size) -> tuple[MicroCondition
         either(options.negative_target_size, options.target_size),
         either(options.negative_aesthetic_score, NEGATIVE_AESTHETIC_SCORE),
     )
+    if config.micro is not None and config.unconditional is UnconditionalKind.ALL_ZEROS:
+        last = options.negative_target_size
+        if config.is_refiner:
+            last = options.negative_aesthetic_score
+        given = (options.negative_original_size, options.negative_crop, last)[: len(config.micro.numbers.widths)]
+        kept = np.array([each is not None for each in given], np.float32)
+        negative = negative._replace(kept=np.tile(kept, (count, 1)))
     return positive, negative
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Shaped
 
 from sdxl_jax.arrays import Params, type_of_array
 from sdxl_jax.errors import InputError
+from sdxl_jax.model import autoencoder
 from sdxl_jax.models.layers import Dtype
 from sdxl_jax.sampling import program
 from sdxl_jax.sampling.program import Inputs, Recipe, SampledBatch
@@ -35,7 +36,7 @@ def check(batch: SampledBatch, inputs: Inputs, recipe: Recipe, first: int) -> No
     others = int(bad.sum()) - 1
     which = f"Image {first + row}" + (f" and {others} more of its batch" if others else "")
     model, part, where = _origin(int(batch.finite_rows[row]), inputs, recipe)
-    weights = [f"{part}/{name}" for name in _nonfinite_weights(inputs.params[model][part])]
+    weights = [f"{part}/{name}" for name in _nonfinite_weights(inputs.params[model].get(part, {}))]
     raise NonFiniteError(f"{which}: non-finite (NaN or inf), first {where}. {_remedy(part, weights, recipe)}")
 
 
@@ -53,7 +54,9 @@ def _origin(finite_rows: int, inputs: Inputs, recipe: Recipe) -> tuple[int, str,
                 return number, tower.name, f"in the states of {whose[number]}{tower.name}"
     base = recipe.models[0]
     if (init_inputs := inputs.init_inputs) is not None:
-        latent = program.STAGED.encode(inputs.params[0]["vae"], init_inputs.image, config=base, compute=recipe.compute)
+        latent = program.STAGED.encode(
+            autoencoder(inputs.params[0]), init_inputs.image, config=base, compute=recipe.compute
+        )
         if not _finite(latent):
             return 0, "vae", "in the latent of the init image, from the autoencoder's encoder"
     done = 0

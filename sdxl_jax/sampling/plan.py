@@ -10,13 +10,14 @@ What happens on the devices is `program`.
 import dataclasses
 import enum
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
+from sdxl_jax.conditioning import classes
 from sdxl_jax.diffusion import schedule
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
@@ -220,6 +221,16 @@ class Prepared(NamedTuple):
     """At that size; True is repainted."""
     segments: tuple[Segment, ...]
     segment_arrays: tuple[SegmentArrays, ...]
+
+
+def check_prompts(config: ModelConfig, prompts: Iterable[str | None], labels: Iterable[int | None]) -> None:
+    """Raises InputError for a text prompt to a model without text encoders, and for a class that a model does not have.
+    None: no prompt, no class."""
+    if not config.text and (text := next(filter(None, prompts), None)) is not None:
+        raise InputError(
+            f"The prompt {text[:40]!r} has no effect: the model has no text encoders. Leave it out, and give a class"
+        )
+    classes.check(config.unet.classes, labels)
 
 
 def prepare(

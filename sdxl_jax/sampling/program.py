@@ -26,6 +26,7 @@ from sdxl_jax.arrays import MicroConditioning, Params, normalise, to_bytes, type
 from sdxl_jax.compilation.jitted import jit
 from sdxl_jax.conditioning import image as image_conditioning
 from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.classes import NO_CLASS
 from sdxl_jax.conditioning.image import ImageConditioning
 from sdxl_jax.conditioning.text import PromptTokens, TextConditioning, Tower
 from sdxl_jax.model import ModelConfig
@@ -108,6 +109,8 @@ class Inputs(NamedTuple):
     init_inputs: InitInputs | None
     image_prompt: ImageConditioning | None = None
     """Of the prompt, for the first model."""
+    label: Int32[Any, " batch"] | None = None
+    """Classes of the images; None where no model has classes."""
 
 
 # Text
@@ -122,12 +125,16 @@ def text_states(
     guided: bool,
     compute: Compute,
 ) -> TextStates:
-    """Text states of prompts and, if `guided`, of negative prompts. params: of each tower, by its name."""
+    """Text states of prompts and, if `guided`, of negative prompts; empty ones without towers. params: of each tower,
+    by its name."""
+    if not towers:
+        return TextConditioning(None, None), TextConditioning(None, None) if guided else None
     if not guided:
         return text.encode_prompts(towers, params, tokens, compute), None
     # One batch: their lengths and weights agree, as the UNet's batch needs.
     both = jax.tree.map(lambda *each: jnp.concatenate(each), tokens, negative_tokens)
     states = text.encode_prompts(towers, params, both, compute)
+    assert states.context is not None
     count = len(states.context) // 2
     return jax.tree.map(lambda state: state[:count], states), jax.tree.map(lambda state: state[count:], states)
 
@@ -138,30 +145,43 @@ def conditioning(
     has_negative: Float[type_of_array, " batch"],
     micro: tuple[MicroConditioning, MicroConditioning],
     image_prompt: ImageConditioning | None = None,
+    label: Int32[type_of_array, " batch"] | None = None,
     *,
     config: ModelConfig,
     compute: Compute,
 ) -> ConditioningPair:
-    """What a model's UNet is conditioned on. An absent negative prompt is the unconditional embedding.
+    """What a model's UNet is conditioned on. An absent negative prompt is the unconditional embedding. The negative
+    prompt has no class.
 
     params: the UNet's, for what its cross-attention makes of the text, which is the same at every step.
     """
     positive, negative = states
     if image_prompt is not None:
         positive = image_conditioning.in_place_of_pooled(positive, image_prompt)
-    if negative is not None and config.unconditional is model.UnconditionalKind.ZEROS:
+    if negative is not None and config.unconditional.zeros_text:
         negative = jax.tree.map(lambda x: x * has_negative.reshape(-1, *[1] * (x.ndim - 1)), negative)
 
-    def condition(states: TextConditioning, micro: MicroConditioning) -> Conditioning:
-        text = unet.project_text(params, states.context, compute)
-        return model.condition(config, states, micro)._replace(context=text)
+    def condition(
+        states: TextConditioning, micro: MicroConditioning, label: Int32[type_of_array, " batch"] | None
+    ) -> Conditioning:
+        found = model.condition(config, states, micro, model.class_embedding(config, params, label))
+        if found.context is None:
+            return found
+        assert not isinstance(found.context, dict), "the context is not projected yet"
+        return found._replace(context=unet.project_text(params, found.context, compute))
 
-    return ConditioningPair(condition(positive, micro[0]), None if negative is None else condition(negative, micro[1]))
+    no_class = None if label is None else jnp.full_like(label, NO_CLASS)
+    return ConditioningPair(
+        condition(positive, micro[0], label), None if negative is None else condition(negative, micro[1], no_class)
+    )
 
 
 def last_tower_states(states: TextConditioning | None, width: int) -> TextConditioning | None:
     """The states of the last tower alone, `width` wide: what a refiner that shares them is conditioned on."""
-    return None if states is None else TextConditioning(states.context[..., -width:], states.pooled)
+    if states is None:
+        return None
+    assert states.context is not None, "a model whose text encoder is shared has one"
+    return TextConditioning(states.context[..., -width:], states.pooled)
 
 
 # Denoising
@@ -198,7 +218,8 @@ def guided_network(
     ) -> Float[Array, "batch height width out_channels"]:
         times = jnp.full(len(x), timestep)
         pag: dict[str, Any] = {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
-        return unet.apply(config.unet, params, x, times, condition.context, condition.vector, compute, **pag)
+        context, vector, added = condition
+        return unet.apply(config.unet, params, x, times, context, vector, compute, class_embedding=added, **pag)
 
     def network(
         x_t: Float[Array, "batch height width channels"], timestep: Float[Array, ""]
@@ -368,6 +389,7 @@ class ConditioningStage(Protocol):
         has_negative: Float[type_of_array, " batch"],
         micro: tuple[MicroConditioning, MicroConditioning],
         image_prompt: ImageConditioning | None = None,
+        label: Int32[type_of_array, " batch"] | None = None,
         *,
         config: ModelConfig,
         compute: Compute,
@@ -470,7 +492,14 @@ def _conditioning_of_each_model(recipe: Recipe, inputs: Inputs, stages: Stages) 
     image_prompts = [inputs.image_prompt, *[None] * (len(recipe.models) - 1)]  # a refiner has the text
     return [
         stages.conditioning(
-            params["unet"], each, inputs.has_negative, inputs.micro, image, config=config, compute=recipe.compute
+            params["unet"],
+            each,
+            inputs.has_negative,
+            inputs.micro,
+            image,
+            inputs.label,
+            config=config,
+            compute=recipe.compute,
         )
         for config, params, each, image in zip(recipe.models, inputs.params, states, image_prompts, strict=True)
     ]
@@ -485,7 +514,7 @@ def generate_batch(
     init_latent, known_image, mask_channels = None, None, None
     first_noise = inputs.scale * inputs.noise if recipe.segments[0].start is SegmentStart.NOISE else inputs.noise
     if (init_inputs := inputs.init_inputs) is not None:
-        encoded = functools.partial(stages.encode, inputs.params[0]["vae"], config=base, compute=compute)
+        encoded = functools.partial(stages.encode, model.autoencoder(inputs.params[0]), config=base, compute=compute)
         init_latent = encoded(init_inputs.image)
         if init_inputs.hidden is not None:
             assert init_inputs.mask is not None
@@ -520,7 +549,8 @@ def generate_batch(
             callback(int(arrays.first) + row, state)
     assert state is not None
     latent = state.arrays[0]
-    images, decoded = stages.decode(inputs.params[0]["vae"], latent, config=base, compute=compute, tile=recipe.tile)
+    decoder = model.autoencoder(inputs.params[0])
+    images, decoded = stages.decode(decoder, latent, config=base, compute=compute, tile=recipe.tile)
     return SampledBatch(images, latent, state.finite_rows[:, 0, 0, 0], decoded)
 
 

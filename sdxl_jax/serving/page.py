@@ -21,6 +21,7 @@ from nicegui import app, events, run, ui
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, Response
 
+from sdxl_jax.conditioning.classes import caption
 from sdxl_jax.errors import InputError
 from sdxl_jax.samplers.steps import SAMPLERS, Sigmas, Spacing
 from sdxl_jax.serving.session import Job, Result, Session, Stopped, fields_of, read_fields
@@ -35,6 +36,7 @@ SHUTDOWN_SECONDS = 2
 INIT_IMAGE_BYTES = 64 * 2**20
 
 _NUMBERS = {
+    "class": ("Class", 1),
     "height": ("Height", 8),
     "width": ("Width", 8),
     "steps": ("Steps", 1),
@@ -130,8 +132,11 @@ class Page:
     # Elements
 
     def _make_fields(self) -> None:
-        self._fields["prompt"] = ui.textarea("Prompt").props("outlined autogrow").classes("w-full")
-        self._fields["negative_prompt"] = ui.textarea("Negative prompt").props("outlined autogrow").classes("w-full")
+        if self._config.text:
+            for name, label in (("prompt", "Prompt"), ("negative_prompt", "Negative prompt")):
+                self._fields[name] = ui.textarea(label).props("outlined autogrow").classes("w-full")
+        if (classes := self._config.unet.classes) is not None:
+            self._number("class", f"0 to {classes.number - 1}; empty: no class")
         with ui.row().classes("w-full items-center no-wrap"):
             self._generate_button = ui.button("Generate", icon="brush", on_click=self._generate).classes("grow")
             self._stop_button = ui.button("Stop", icon="stop", color="negative", on_click=self.stop)
@@ -181,12 +186,12 @@ class Page:
             for name in (name for pair in pairs for name in pair):
                 self._number(name)
 
-    def _number(self, name: str) -> None:
+    def _number(self, name: str, hint: str | None = None) -> None:
         label, step = _NUMBERS[name]
         self._fields[name] = ui.number(label, step=step).props("outlined dense").classes("grow w-full")
-        if name in _HINTS:
+        if hint := hint or _HINTS.get(name):
             with self._fields[name]:
-                ui.tooltip(_HINTS[name]).props("delay=600")
+                ui.tooltip(hint).props("delay=600")
 
     def _select(self, name: str, label: str, choices: dict[Any, str]) -> None:
         self._fields[name] = ui.select(choices, label=label).props("outlined dense").classes("w-full")
@@ -286,7 +291,8 @@ class Page:
             image.props("no-spinner loading=lazy").move(target_index=0)
             image.on("click", functools.partial(self._show, number), args=[])
             with image:
-                ui.tooltip(f"{(result.request.prompt or '')[:200]} · {self._settings(result)}")
+                shown = caption((result.request.prompt or "")[:200], result.request.class_)
+                ui.tooltip(f"{shown} · {self._settings(result)}")
         self._listed = len(self._session.results)
 
     def _download(self) -> None:
@@ -298,7 +304,8 @@ class Page:
             self._fill(fields_of(self._config, self._session.results[self._shown].request))
 
     def _values(self) -> dict[str, Any]:
-        values = {"handoff": None, "noise_augmentation": None}  # there may be no field
+        names = ("prompt", "negative_prompt", "class", "handoff", "noise_augmentation")  # there may be no field
+        values = dict.fromkeys(names)
         values |= {name: each.value for name, each in self._fields.items()} | {"init_image": self._init_image}
         return values | {"image_prompts": [(path, strength.value) for path, strength in self._image_prompts]}
 

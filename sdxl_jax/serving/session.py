@@ -45,6 +45,8 @@ class Request(NamedTuple):
     init_image: Path | None = None
     image_prompts: tuple[tuple[Path, float], ...] = ()
     """Files, each with its strength."""
+    class_: int | None = None
+    """Of a class-conditional model; None: no class."""
 
 
 class Result(NamedTuple):
@@ -182,6 +184,7 @@ class Session:
             self.model,
             [request.prompt],
             negative_prompts=[request.negative],
+            classes=[request.class_],
             image_prompts=image_prompts,
             refiner=self.refiner,
             init_image=init_image,
@@ -239,7 +242,7 @@ def one_by_one(request: Request) -> list[Request]:
 
 def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, Any]:
     """The values of the page's fields for a request, or their defaults. `read_fields` is the reverse."""
-    prompt, negative, options, init_image, image_prompts = request or Request("", None, Options())
+    prompt, negative, options, init_image, image_prompts, label = request or Request("", None, Options())
     height, width = config.default_size
     resolved = options.resolved(config)
 
@@ -265,6 +268,7 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
         "init_image": init_image,
         "noise_augmentation": options.noise_augmentation or 0.0,
         "image_prompts": image_prompts,
+        "class": label,
     }
 
 
@@ -298,7 +302,8 @@ def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = Fals
     )
     prompt = given["prompt"] or (None if image_prompts else "")
     checked = tuple((path, _number("strength of an image prompt", strength)) for path, strength in image_prompts)
-    return Request(prompt, given["negative_prompt"] or None, options, image, checked)
+    label = None if given["class"] is None else _whole("class", given["class"])
+    return Request(prompt, given["negative_prompt"] or None, options, image, checked, label)
 
 
 def _unless(name: str, value: Any, default: float | None) -> float | None:

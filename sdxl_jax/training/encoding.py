@@ -37,6 +37,7 @@ from sdxl_jax.data.crops import Crops, load_crops
 from sdxl_jax.data.pipeline import FEW, BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
+from sdxl_jax.model import autoencoder
 from sdxl_jax.models import clip_vision, vae
 from sdxl_jax.progress import tqdm
 from sdxl_jax.sampling.clip_images import preprocess
@@ -52,7 +53,7 @@ _CODE = (
     *("arrays.py", "conditioning/clip_merges.txt.gz", "conditioning/text.py", "data/crops.py", "data/images.py"),
     *("data/loader.py", "data/transforms.py", "models/attention.py", "models/clip.py", "models/layers.py"),
     *("models/clip_vision.py", "sampling/clip_images.py"),
-    *("models/vae.py", "models/taesd.py", "training/encoding.py"),
+    *("models/vae.py", "models/taesd.py", "models/wavelet.py", "training/encoding.py"),
 )
 """Files that determine the content of a cache."""
 
@@ -99,6 +100,8 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
     }
     if (tower := image_tower(config)) is not None:
         weights["image_encoder"] = {"config": to_json(tower.config), "values": fingerprint(tower.load())}
+    if not config.model.has_autoencoder:
+        weights["vae"] = {"config": to_json(config.model.vae), "values": None}
     return {
         "images": [source.fingerprint for source in dataset.source.sources],
         "buckets": dataset.assignment,
@@ -167,7 +170,7 @@ def _encoders(config: TrainConfig, params: Params, mesh: Mesh, batch_size: int) 
 
     @jax.jit
     def images(params: Params, image: ImageBytes) -> vae.Posterior:
-        return rounded(vae.encode(parts.vae, params["vae"], arrays.normalise(image), compute))
+        return rounded(vae.encode(parts.vae, autoencoder(params), arrays.normalise(image), compute))
 
     @jax.jit
     def captions(params: Params, tokens: dict[str, TokenIds]) -> text.TextConditioning:
@@ -204,7 +207,7 @@ class _Pending(NamedTuple):
 
 
 def _start(encoders: _Encoders, tokenizer: Tokenizer, crops: Crops) -> _Pending:
-    captions = [caption for captions in crops.captions for caption in captions]
+    captions = [caption for captions in crops.captions for caption in captions] if tokenizer.towers else []
     tokens: dict[str, Any] = dict(tokenizer(captions))
     count = max(map(len, crops.examples))
     posteriors = [encoders.images(encoders.put(crops.pixels(crop))) for crop in range(count)]
@@ -243,13 +246,18 @@ def _write(writer: PieceWriter, pending: _Pending) -> None:
 
 
 def _texts(tokens: Mapping[str, TokenIds], conditions: Sequence[text.TextConditioning]) -> Iterator[Text]:
-    """One per caption. conditions: batches on the host, of which the last is padded."""
-    caption_rows = ((condition, row) for condition in conditions for row in range(len(condition.context)))
-    count = len(next(iter(tokens.values())))
-    for number, (condition, row) in enumerate(itertools.islice(caption_rows, count)):
-        pooled = None if condition.pooled is None else np.asarray(condition.pooled[row])
+    """One per caption, none without text encoders. conditions: batches on the host, of which the last is padded."""
+    caption_rows = (
+        (condition.context[row], condition.pooled, row)
+        for condition in conditions
+        if condition.context is not None
+        for row in range(len(condition.context))
+    )
+    count = len(next(iter(tokens.values()), ()))
+    for number, (context, every_pooled, row) in enumerate(itertools.islice(caption_rows, count)):
+        pooled = None if every_pooled is None else np.asarray(every_pooled[row])
         row_tokens = {name: np.asarray(rows[number]) for name, rows in tokens.items()}
-        yield Text(row_tokens, np.asarray(condition.context[row]), pooled)
+        yield Text(row_tokens, np.asarray(context), pooled)
 
 
 class EncodeReport(NamedTuple):
@@ -287,7 +295,7 @@ def encode(
     batch_size = math.ceil(batch_size / len(devices)) * len(devices)
     mesh = sharding.make_mesh(MeshConfig(), devices)
     tokenizer = Tokenizer.of(config.model.text)
-    dataset = BucketedDataset(config.data, tokenizer)
+    dataset = BucketedDataset(config.data, tokenizer if config.wants_captions else None)
     with jax.set_mesh(mesh):
         params = _encoder_params(config, mesh, progress)
         plan = begin(

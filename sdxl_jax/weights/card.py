@@ -80,6 +80,8 @@ def _is_whole(weights: Weights) -> bool:
 def family(config: ModelConfig) -> str:
     """ "SDXL base", "SDXL refiner", "SD 1.x" or "SD 2.x", by the UNet; whether it is one for inpainting, or of another
     size than the published one."""
+    if not config.text:
+        return "class-conditional diffusion (sgm's ImageNet models)"
     if config.micro is not None:
         name, published = ("SDXL refiner", SDXL_REFINER) if config.is_refiner else ("SDXL base", SDXL_BASE)
     else:

@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sdxl_jax.conditioning.micro import MicroConfig, Numbers
+from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.unet import ClassConfig, ClassPlace, UNetConfig
 from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, VaeConfig
 from sdxl_jax.weights.names import Dialect, Naming, PartConfig
 
@@ -160,7 +160,16 @@ def _unet(shapes: Shapes, dialect: Dialect) -> UNetConfig:
         conv_projection=conv_projection,
         in_channels=shapes[first][1],
         out_channels=shapes[last][0],
+        classes=_classes(shapes, dialect),
     )
+
+
+def _classes(shapes: Shapes, dialect: Dialect) -> ClassConfig | None:
+    added = "class_embedding.weight" if dialect is Dialect.DIFFUSERS else "label_emb.weight"
+    for name, place in (("class_token.weight", ClassPlace.TOKEN), (added, ClassPlace.TIMESTEP)):
+        if name in shapes:
+            return ClassConfig(shapes[name][0], place)
+    return None
 
 
 def _vae(shapes: Shapes, dialect: Dialect) -> VaeConfig:
@@ -261,7 +270,7 @@ def assemble(found: list[FoundPart]) -> tuple[ModelConfig, dict[str, FoundPart]]
             scale = SD_VAE.scale if config.micro is None else SDXL_VAE.scale
             autoencoder = replace(autoencoder, scale=scale)
         config = replace(config, vae=autoencoder)
-        parts["vae"] = FoundPart(config.vae, vaes[0].naming)
+        parts["vae"] = FoundPart(autoencoder, vaes[0].naming)
     found_towers = {}
     for preset, clip, part in zip(_assign(config.text, clips), clips, towers, strict=True):
         found_towers[preset.name] = with_clip(preset, clip)
@@ -309,5 +318,5 @@ def _with_micro(config: ModelConfig, complete: bool) -> ModelConfig:
     pooled = config.text[-1].clip.projection_dim
     if not complete or config.micro is None or config.unet.vector_dim is None or pooled is None:
         return config
-    count = 6 if config.micro.numbers is Numbers.SIZE_CROP_TARGET else 5
+    count = sum(config.micro.numbers.widths)
     return replace(config, micro=MicroConfig(config.micro.numbers, (config.unet.vector_dim - pooled) // count))

@@ -20,6 +20,7 @@ from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import initialisers
 from sdxl_jax.models.initialisers import Parameter
+from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats.safetensors import Tensor, fill
 from sdxl_jax.weights.names import Entry, Naming, PartConfig, Table
@@ -289,8 +290,9 @@ def in_memory(model: Model) -> Weights:
 
 
 def part_configs(config: ModelConfig) -> dict[str, PartConfig]:
-    """The configuration of each part, by its key in the parameters."""
-    return {"unet": config.unet, "vae": config.vae, **{tower.name: tower.clip for tower in config.text}}
+    """The configuration of each part, by its key in the parameters. An exact autoencoder has none, and is no part."""
+    autoencoder = {} if isinstance(config.vae, WaveletConfig) else {"vae": config.vae}
+    return {"unet": config.unet, **autoencoder, **{tower.name: tower.clip for tower in config.text}}
 
 
 def abstract_leaves(config: ModelConfig, parts: Sequence[str] | None = None) -> dict[str, Parameter]:

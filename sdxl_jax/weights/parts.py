@@ -12,6 +12,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import absolute, located
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.weights.lazy import Weights, abstract_leaves, lacking_half, part_configs
 
 
@@ -81,7 +82,7 @@ def _replaced_vae(own: AnyVaeConfig, other: Weights, remaining: str | None, path
         # A file that does not say its scale is taken to have the model's, which a tiny autoencoder does not have.
         known = other.scale_is_known or not isinstance(own, VaeConfig)
         return given if known else dataclasses.replace(given, scale=own.scale)
-    if remaining is None or not isinstance(own, TinyVaeConfig):
+    if remaining is None or not isinstance(own, TinyVaeConfig) or isinstance(given, WaveletConfig):
         return given
     have, want = ((vae.channels, vae.latent_channels) for vae in (given, own))
     if have != want:

@@ -120,6 +120,8 @@ def unet_model(config: unet.UNetConfig, fourier_dim: int = FOURIER_DIM) -> Any:
             "addition_time_embed_dim": fourier_dim,
             "projection_class_embeddings_input_dim": config.vector_dim,
         }
+    if config.classes is not None:
+        options["num_class_embeds"] = config.classes.number
     return diffusers.UNet2DConditionModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,
@@ -240,10 +242,11 @@ def from_torch(tensor: Any) -> np.ndarray:
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
-def run_unet(model: Any, inputs: UNetInputs, latent: Any) -> Any:
-    """torch's prediction for `latent`, a tensor, and the rest of `inputs`, in the latent's dtype."""
+def run_unet(model: Any, inputs: UNetInputs, latent: Any, labels: np.ndarray | None = None) -> Any:
+    """torch's prediction for `latent`, a tensor, and the rest of `inputs`, in the latent's dtype. labels: classes."""
     conditions = None
     if inputs.pooled is not None and inputs.numbers is not None:
         conditions = {"text_embeds": to_torch(inputs.pooled).to(latent.dtype), "time_ids": to_torch(inputs.numbers)}
     timestep, context = to_torch(inputs.timestep), to_torch(inputs.context).to(latent.dtype)
-    return model(latent, timestep, context, added_cond_kwargs=conditions).sample
+    classes = None if labels is None else to_torch(labels)
+    return model(latent, timestep, context, class_labels=classes, added_cond_kwargs=conditions).sample

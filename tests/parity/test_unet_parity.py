@@ -1,5 +1,6 @@
 """The UNet against diffusers: the prediction of each variant, and gradients. Tolerance: see `agreement.TOLERANCE`."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -16,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdxl_jax import flops
 from sdxl_jax import model as models
 from sdxl_jax.arrays import Params
+from sdxl_jax.conditioning import classes
 from sdxl_jax.models import unet
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.models.unet import UNetPart
+from sdxl_jax.models.unet import ClassConfig, ClassPlace, UNetPart
 from sdxl_jax.weights import names
 
 PAGMixin = pytest.importorskip("diffusers.pipelines.pag.pag_utils").PAGMixin
@@ -49,6 +51,22 @@ def test_unet_matches_diffusers(name: str, agree: Agree) -> None:
         theirs = reference.run_unet(pair.model, inputs, reference.to_torch(inputs.latent))
     ours = jax.jit(functools.partial(unet.apply, config))(pair.params, **inputs.ours())
     agree(f"UNet {name}", ours, reference.from_torch(theirs))
+
+
+def test_unet_with_classes_matches_diffusers(agree: Agree) -> None:
+    """Classes beside the timestep, `num_class_embeds` there."""
+    known = ClassConfig(7, ClassPlace.TIMESTEP)
+    config = dataclasses.replace(reference.UNET_FOR_GRADIENTS, classes=known)
+    pair = reference.unet_pair(config)
+    inputs, labels = reference.unet_inputs(config, 9, 16), np.array([6, 2])
+    with torch.no_grad():
+        theirs = reference.run_unet(pair.model, inputs, reference.to_torch(inputs.latent), labels)
+        others = reference.run_unet(pair.model, inputs, reference.to_torch(inputs.latent), labels[::-1].copy())
+    embedded = classes.embed(known, pair.params, labels.astype(np.int32))
+    ours = jax.jit(functools.partial(unet.apply, config))(pair.params, **inputs.ours(), class_embedding=embedded)
+    agree("UNet with classes", ours, reference.from_torch(theirs))
+    moved = np.abs(reference.from_torch(theirs) - reference.from_torch(others)).max()
+    assert moved > 100 * TOLERANCE, f"the classes move the prediction by {moved:.1e} alone"
 
 
 class Perturbing(PAGMixin):

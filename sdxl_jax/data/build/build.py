@@ -41,7 +41,7 @@ from sdxl_jax.data.build.destinations import (
     complete,
     refuse_folder,
 )
-from sdxl_jax.data.build.records import Unit, check_caption_lines, read, units
+from sdxl_jax.data.build.records import Unit, check_caption_lines, check_class_folders, read, units
 from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.shards import FORMAT
@@ -198,6 +198,7 @@ def _build(
     progress: bool,
     caption_lines: CaptionLines = CaptionLines.LINES,
     pipeline: Sequence[str] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Built:
     to, hide = at(located(destination, "the destination")), None if progress else True
     if workers is None:
@@ -208,6 +209,7 @@ def _build(
         "source": source.rstrip("/") or source,
         "drop_duplicates": drop_duplicates,
         "caption_lines": caption_lines.value,
+        **(more or {}),
     }
     described = to.description()
     if finished := described is not None:
@@ -247,6 +249,8 @@ def build(
     drop_duplicates: bool = False,
     progress: bool = True,
     caption_lines: CaptionLines = CaptionLines.LINES,
+    captions: bool = True,
+    class_folders: bool = False,
     pipeline: Sequence[str] | None = None,
 ) -> Built:
     """Builds the shard set `destination` from a source, or resumes an interrupted build; `open_shards` opens it.
@@ -259,6 +263,9 @@ def build(
             counted.
         progress: a progress bar at a terminal, with images and images per second.
         caption_lines: what the lines of a `.txt` beside an image are.
+        captions: whether images need one; False: captions are not read, and every image has "", for models without
+            text and autoencoders.
+        class_folders: number the subfolders of a folder of images as classes, the numeric field "folder".
         pipeline: options of an Apache Beam pipeline, whose workers then read the source, in place of `workers`.
 
     Where the shard set is complete already, nothing is done, the source is not read, and `was_finished` is True.
@@ -270,18 +277,27 @@ def build(
     """
 
     def checked_units(source: str) -> list[Unit]:
-        pieces = units(source)
+        pieces = units(source, captioned=captions, class_folders=class_folders)
         check_caption_lines(source, pieces, caption_lines)
+        if class_folders:
+            check_class_folders(source, pieces)
         return pieces
 
+    if not captions and caption_lines is not CaptionLines.LINES:
+        raise InputError(
+            f"--caption-lines {caption_lines.value} has no effect with --no-captions. Leave out one of them"
+        )
+    # Those at their defaults are not described, as in the builds before they were added.
+    more = ({} if captions else {"captioned": False}) | ({"class_folders": True} if class_folders else {})
     return _build(
         source,
         destination,
         checked_units,
-        functools.partial(read, caption_lines=caption_lines),
+        functools.partial(read, caption_lines=caption_lines if captions else None),
         workers=workers,
         drop_duplicates=drop_duplicates,
         progress=progress,
         caption_lines=caption_lines,
         pipeline=pipeline,
+        more=more,
     )

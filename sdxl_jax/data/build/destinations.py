@@ -158,7 +158,8 @@ def check_same(destination: AnyPath, existing: dict[str, Any], options: dict[str
 
     existing: content of build.json or shards.json. options: of this call. state: "a finished" or "an unfinished".
     """
-    existing = {"caption_lines": CaptionLines.LINES.value} | existing  # builds before this option was added
+    defaults = {"caption_lines": CaptionLines.LINES.value, "captioned": True, "class_folders": False}
+    existing, options = defaults | existing, defaults | options
     differs = next((key for key in options if existing.get(key) != options[key]), None)
     if differs == "pieces":
         raise InputError(

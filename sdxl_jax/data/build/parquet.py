@@ -12,7 +12,7 @@ Not here: which files are Parquet (records).
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from sdxl_jax.data.captions import CAPTION_FIELDS, NOT_TEXT, caption_field, captions_of, numbers_of
+from sdxl_jax.data.captions import CAPTION_FIELDS, NOT_TEXT, UNCAPTIONED, caption_field, captions_of, numbers_of
 from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refusals, Refused, Unusable, gone, open_stream
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath
@@ -69,7 +69,7 @@ def _example(name: str, columns: Mapping[str, Any], row: int, piece: "ParquetPie
         if len(image) > BYTES_LIMIT:
             raise Unusable(f"{len(image)} bytes, the limit is {BYTES_LIMIT}")
         try:
-            captions = captions_of(columns[piece.caption][row].as_py())
+            captions = UNCAPTIONED if piece.caption is None else captions_of(columns[piece.caption][row].as_py())
         except UnicodeDecodeError:
             raise Unusable(NOT_TEXT) from None
         return RawExample(name, image, captions, numbers_of({key: columns[key][row].as_py() for key in piece.numbers}))
@@ -87,7 +87,8 @@ class ParquetPiece(NamedTuple):
     row: int
     """Number of its first row in the file."""
     image: str
-    caption: str
+    caption: str | None
+    """None: captions are not used."""
     numbers: tuple[str, ...]
 
     def samples(self) -> Iterator[RawExample | Refused]:
@@ -100,12 +101,13 @@ class ParquetPiece(NamedTuple):
                 parquet.ParquetFile(opened, buffer_size=_READ_BYTES, pre_buffer=False) as file,
             ):
                 nested = arrow.types.is_struct(file.schema_arrow.field(self.image).type)
-                columns = [f"{self.image}.bytes" if nested else self.image, self.caption, *self.numbers]
+                beside = (*(() if self.caption is None else (self.caption,)), *self.numbers)
+                columns = [f"{self.image}.bytes" if nested else self.image, *beside]
                 for group in range(*self.groups):
                     end = row + file.metadata.row_group(group).num_rows
                     try:
                         for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns, use_threads=False):
-                            values = {name: batch.column(name) for name in {self.image, self.caption, *self.numbers}}
+                            values = {name: batch.column(name) for name in {self.image, *beside}}
                             for number in range(batch.num_rows):
                                 yield _example(f"{self.name}:{row + number}", values, number, self)
                             row += batch.num_rows
@@ -124,12 +126,13 @@ class ParquetPiece(NamedTuple):
             ) from problem
 
 
-def pieces(paths: list[tuple[AnyPath, str]]) -> Iterator[tuple[str, ParquetPiece | Refusals]]:
+def pieces(paths: list[tuple[AnyPath, str]], captioned: bool = True) -> Iterator[tuple[str, ParquetPiece | Refusals]]:
     """The pieces of Parquet files, each with its name. Reads the files' footers alone.
 
-    paths: of the files, each with its name in the source.
+    paths: of the files, each with its name in the source. captioned: whether captions are used.
 
-    Raises InputError: no pyarrow; a file without an image or a caption column; no file that can be read.
+    Raises InputError: no pyarrow; a file without an image column, or without a caption column if captions are used; no
+    file that can be read.
     """
     arrow, parquet = _pyarrow()
     damaged = []
@@ -141,12 +144,14 @@ def pieces(paths: list[tuple[AnyPath, str]]) -> Iterator[tuple[str, ParquetPiece
             damaged.append(Refused(name, f"cannot be read as Parquet ({' '.join(str(problem).split())})"))
             continue
         image, caption, numbers = _columns(arrow, schema)
-        if image is None or caption is None:
+        caption = caption if captioned else None
+        if image is None or (captioned and caption is None):
             columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
             raise InputError(
                 f"{path} has the columns {columns or '(none)'}. Expected an image column named one of "
                 f"{', '.join(IMAGE_COLUMNS)} (binary, or a struct with binary bytes) and a caption column named one of "
-                f"{', '.join(CAPTION_FIELDS)}. Rename the columns, or give another file"
+                f"{', '.join(CAPTION_FIELDS)}. Rename the columns, give another file, or do without captions "
+                "(--no-captions)"
             )
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         first = first_row = row = size = 0

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from sdxl_jax.data import folders, formats
 from sdxl_jax.data.build import parquet, tars, tfds
-from sdxl_jax.data.captions import CaptionLines
+from sdxl_jax.data.captions import UNCAPTIONED, CaptionLines
 from sdxl_jax.data.images import usable_size
 from sdxl_jax.data.shards import is_shard_set, open_shards
 from sdxl_jax.data.sources import Piece, RawExample, Refusals, Refused, Unusable
@@ -87,7 +87,7 @@ def _shard_set_pieces(path: AnyPath) -> Iterator[tuple[str, Piece]]:
         yield f"images {first} to {last - 1}", ShardSetPiece(str(path), first, last)
 
 
-def _pieces(path: AnyPath) -> Iterator[tuple[str, Piece]]:
+def _pieces(path: AnyPath, captioned: bool, class_folders: bool) -> Iterator[tuple[str, Piece]]:
     expected = "Expected a folder of images, .tar or .parquet files, one such file, a shard set, or tfds:NAME"
     if is_shard_set(path):
         yield from _shard_set_pieces(path)
@@ -116,9 +116,9 @@ def _pieces(path: AnyPath) -> Iterator[tuple[str, Piece]]:
         for name in archives:
             yield name, tars.TarPiece(str(root / name), name)
     elif tables:
-        yield from parquet.pieces([(root / name, name) for name in tables])
+        yield from parquet.pieces([(root / name, name) for name in tables], captioned)
     else:
-        yield from folders.pieces(root, names)
+        yield from folders.pieces(root, names, captioned, class_folders)
 
 
 def _list(path: AnyPath, expected: str) -> tuple[bool, list[str], list[Refused]]:
@@ -135,16 +135,22 @@ def _list(path: AnyPath, expected: str) -> tuple[bool, list[str], list[Refused]]
     return True, *folders.list_files(path)
 
 
-def units(source: str | AnyPath) -> list[Unit]:
+def units(source: str | AnyPath, *, captioned: bool = True, class_folders: bool = False) -> list[Unit]:
     """The pieces of a source, always in the same order; images are not read yet.
+
+    captioned: whether captions are used. class_folders: whether the subfolders of a folder of images are classes, the
+    numeric field `folders.FOLDER`.
 
     Reads the file names of a folder and its metadata file, the footers of Parquet files.
 
     Raises InputError: no such source; not one of the known kinds, or several kinds in one folder; no image or caption
-    column; a package that is missing; a TFDS data set that is not prepared.
+    column; a package that is missing; a TFDS data set that is not prepared; class folders without subfolders, or in a
+    source that is not a folder of images.
     """
     found = list(
-        tfds.pieces(str(source)) if str(source).startswith(tfds.PREFIX) else _pieces(located(source, "the source"))
+        tfds.pieces(str(source), captioned)
+        if str(source).startswith(tfds.PREFIX)
+        else _pieces(located(source, "the source"), captioned, class_folders)
     )
     if not found:
         raise InputError(f"{source} is empty. Expected a source with at least one image. Give another source")
@@ -160,22 +166,33 @@ def check_caption_lines(source: str | AnyPath, found: list[Unit], caption_lines:
         )
 
 
+def check_class_folders(source: str | AnyPath, found: list[Unit]) -> None:
+    """InputError where the classes of subfolders are asked for, and the source has no images in folders."""
+    if not any(isinstance(unit.piece, folders.FolderPiece) for unit in found):
+        raise InputError(
+            f"--class-folders has no effect: {source} is not a folder of images. Omit the option; classes of tars are "
+            "in .cls or .json members, those of tables in numeric columns"
+        )
+
+
 def _reads_text_files(piece: Any) -> TypeGuard[folders.FolderPiece | tars.TarPiece]:
     return isinstance(piece, folders.FolderPiece | tars.TarPiece) and piece.reads_text_files
 
 
 def read(
-    unit: Unit, *, verify: bool = True, caption_lines: CaptionLines = CaptionLines.LINES
+    unit: Unit, *, verify: bool = True, caption_lines: CaptionLines | None = CaptionLines.LINES
 ) -> Iterator[Record | Refused]:
     """The images of one piece in their order, with a `Refused` in the place of each entry that cannot be used.
 
-    `caption_lines`: what the lines of a `.txt` are. With `verify` every image is decoded, which takes one core about
-    15 ms per megapixel of JPEG and is the only way to find damage after the header. Without, only headers are read.
+    `caption_lines`: what the lines of a `.txt` are; None: captions are not used, and every image has "". With `verify`
+    every image is decoded, which takes one core about 15 ms per megapixel of JPEG and is the only way to find damage
+    after the header. Without, only headers are read.
 
     Raises InputError where the source disappears while it is read, MachineError where its storage fails.
     """
     piece: Piece = unit.piece
-    samples = piece.samples(caption_lines) if _reads_text_files(piece) else piece.samples()
+    described = isinstance(piece, folders.FolderPiece | tars.TarPiece)
+    samples = piece.samples(caption_lines) if described else piece.samples()
     for sample in samples:
         if isinstance(sample, Refused):
             yield Refused(*map(printable, sample))
@@ -186,4 +203,5 @@ def read(
         except Unusable as problem:
             yield Refused(name, str(problem))
         else:
-            yield Record(name, sample.image, size, sample.captions, sample.numbers)
+            captions = UNCAPTIONED if caption_lines is None else sample.captions
+            yield Record(name, sample.image, size, captions, sample.numbers)

@@ -1,8 +1,8 @@
 """Tars of captioned images, as WebDataset has them: members of the same stem, close together, are one image.
 
 A tar is streamed, front to back, with a few images in memory; nothing is unpacked to disk. `.txt` and `.json` beside an
-image mean what they mean in a folder (captions). A member counts as an image by its suffix, in any format (formats), or
-by its first bytes; other members are ignored.
+image mean what they mean in a folder (captions); `.cls` holds its class, the numeric field "cls". A member counts as an
+image by its suffix, in any format (formats), or by its first bytes; other members are ignored.
 
 Format: WebDataset, github.com/webdataset/webdataset.
 
@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from sdxl_jax.data import formats
-from sdxl_jax.data.captions import CaptionLines, described
+from sdxl_jax.data.captions import CaptionLines, class_of, described
 from sdxl_jax.data.sources import BYTES_LIMIT, RawExample, Refused, Unusable, gone, open_stream
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-_BESIDE = (".txt", ".json")
+_BESIDE = (".txt", ".json", ".cls")
 _OPEN_STEMS = 4  # images whose captions may still come
 
 
@@ -70,21 +70,24 @@ class _Stem:
         self.refused = True
         yield Refused(name, reason)
 
-    def close(self, used: set[str], caption_lines: CaptionLines) -> RawExample | Refused | None:
+    def close(self, used: set[str], caption_lines: CaptionLines | None) -> RawExample | Refused | None:
         """The image with its captions, or its refusal; None where there is nothing to report. `used`: names of images
         so far, to which its own is added."""
         if self.image is None:
-            if self.refused or not self.captions:  # no captions where the tar is cut off
+            texts = [member for suffix, member in self.captions.items() if suffix != ".cls"]
+            if self.refused or not texts:  # no captions where the tar is cut off
                 return None
-            name, _ = next(iter(self.captions.values()))
+            name, _ = texts[0]
             return Refused(name, "caption without an image of the same name close to it in the tar")
         name, image = self.image
         if name in used:
             return Refused(name, "a second image of this name; the first is used")
         used.add(name)
         try:
-            text, fields = (self.captions[suffix][1] if suffix in self.captions else None for suffix in _BESIDE)
-            return RawExample(name, image, *described(text, fields, caption_lines))
+            beside = (self.captions[suffix][1] if suffix in self.captions else None for suffix in _BESIDE)
+            text, fields, label = beside
+            captions, numbers = described(text, fields, caption_lines)
+            return RawExample(name, image, captions, numbers if label is None else numbers | class_of(label))
         except Unusable as problem:
             near = ", close to it in the tar (`tar --sort=name` writes them so)"
             return Refused(name, f"{problem}{near if text is None and fields is None else ''}")
@@ -93,7 +96,7 @@ class _Stem:
 class _Stems:
     """The stems to which members may still be added, in the order of their first member."""
 
-    def __init__(self, caption_lines: CaptionLines) -> None:
+    def __init__(self, caption_lines: CaptionLines | None) -> None:
         self.open: dict[str, _Stem] = {}
         self._used: set[str] = set()
         self._caption_lines = caption_lines
@@ -138,7 +141,7 @@ class TarPiece(NamedTuple):
         """Whether `CaptionLines` may have an effect."""
         return True
 
-    def samples(self, caption_lines: CaptionLines = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
+    def samples(self, caption_lines: CaptionLines | None = CaptionLines.LINES) -> Iterator[RawExample | Refused]:
         stems = _Stems(caption_lines)
         seen = images = 0
         last = "the beginning"

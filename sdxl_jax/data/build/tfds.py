@@ -1,7 +1,8 @@
 """Data sets of tensorflow-datasets, prepared as ArrayRecord: `tfds:NAME[:SPLIT]`. Read without TensorFlow.
 
 The images are the Image feature called "image", or else the first one; the captions are a text feature, which may be
-nested as in coco_captions; every numeric feature is kept. Needs tensorflow-datasets, imported only here.
+nested as in coco_captions; every numeric feature is kept, class labels among them. Needs tensorflow-datasets, imported
+only here.
 
 Format: tensorflow.org/datasets/data_source.
 
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sdxl_jax.data.captions import CAPTION_FIELDS, caption_field, captions_of, numbers_of
+from sdxl_jax.data.captions import CAPTION_FIELDS, UNCAPTIONED, caption_field, captions_of, numbers_of
 from sdxl_jax.data.sources import RawExample, Refused, Unusable, gone
 from sdxl_jax.errors import InputError
 
@@ -32,6 +33,13 @@ def _tfds() -> Any:
     return tensorflow_datasets
 
 
+def _captions(value: Any) -> tuple[str, ...]:
+    """As `captions_of`, of a feature."""
+    if isinstance(value, dict):  # coco_captions nests them
+        value = value.get("text")
+    return captions_of(value.tolist() if isinstance(value, np.ndarray) else value)
+
+
 class TfdsPiece(NamedTuple):
     """A range of records of one shard."""
 
@@ -40,7 +48,8 @@ class TfdsPiece(NamedTuple):
     records: tuple[int, int]
     """First record of the shard, and the one after the last."""
     image: str
-    caption: str
+    caption: str | None
+    """None: captions are not used."""
 
     def samples(self) -> Iterator[RawExample | Refused]:
         tfds = _tfds()
@@ -57,11 +66,8 @@ class TfdsPiece(NamedTuple):
                 try:
                     decoders = {self.image: tfds.decode.SkipDecoding()}
                     fields = features.deserialize_example_np(record, decoders=decoders)
-                    captions = fields[self.caption]
-                    if isinstance(captions, dict):  # coco_captions nests them
-                        captions = captions.get("text")
-                    captions = captions.tolist() if isinstance(captions, np.ndarray) else captions
-                    yield RawExample(name, fields[self.image], captions_of(captions), numbers_of(fields))
+                    captions = UNCAPTIONED if self.caption is None else _captions(fields[self.caption])
+                    yield RawExample(name, fields[self.image], captions, numbers_of(fields))
                 except Unusable as problem:
                     yield Refused(name, str(problem))
         except OSError as problem:
@@ -72,10 +78,11 @@ class TfdsPiece(NamedTuple):
             ) from problem
 
 
-def pieces(source: str) -> Iterator[tuple[str, TfdsPiece]]:
-    """The pieces of `tfds:NAME[:SPLIT]`, each with its name.
+def pieces(source: str, captioned: bool = True) -> Iterator[tuple[str, TfdsPiece]]:
+    """The pieces of `tfds:NAME[:SPLIT]`, each with its name. captioned: whether captions are used.
 
-    Raises InputError: no tensorflow-datasets; not prepared; no such split; no images or captions among its features.
+    Raises InputError: no tensorflow-datasets; not prepared; no such split; no images among its features, or no captions
+    if they are used.
     """
     tfds = _tfds()
     version = r"(?::(?:\d+|\*)\.(?:\d+|\*)\.(?:\d+|\*))?"
@@ -107,12 +114,12 @@ def pieces(source: str) -> Iterator[tuple[str, TfdsPiece]]:
     features = builder.info.features
     images = [key for key in sorted(features) if type(features[key]) is tfds.features.Image]
     image = "image" if "image" in images else next(iter(images), None)
-    caption = caption_field(features)
-    if image is None or caption is None:
+    caption = caption_field(features) if captioned else None
+    if image is None or (captioned and caption is None):
         known = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
         raise InputError(
             f"{source} has the features {known}. Expected an Image, and one of {', '.join(CAPTION_FIELDS)}. "
-            "Give a data set with captions"
+            "Give a data set with captions, or do without (--no-captions)"
         )
     try:
         instructions = builder.info.splits[split].file_instructions

@@ -24,7 +24,7 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.models.lpips import Backbone
 from sdxl_jax.models.lpips import lpips as perceptual_distance
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.vae import AnyVaeConfig
+from sdxl_jax.models.vae import LearntVaeConfig
 from sdxl_jax.optim import ema
 from sdxl_jax.optim.optimiser import learning_rate, updates_made
 from sdxl_jax.training.objectives import adversarial, reconstruction
@@ -42,7 +42,7 @@ _LOSS, _LOG_VARIANCE = "loss", "log_variance"
 class Parts(NamedTuple):
     """The parts of a run's configuration that the loss depends on."""
 
-    vae: AnyVaeConfig
+    vae: LearntVaeConfig
     loss: AutoencodingLossConfig
     discriminator: DiscriminatorConfig | None
     compute: Compute

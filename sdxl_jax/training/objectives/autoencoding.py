@@ -34,7 +34,7 @@ from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models import lpips, patchgan, vae
 from sdxl_jax.models.lpips import SMALLEST, Backbone
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.models.vae import LearntVaeConfig, VaeConfig
 from sdxl_jax.progress import tqdm
 from sdxl_jax.training.initial import placed_network, random_weights
 from sdxl_jax.training.objectives import adversarial, adversarial_step
@@ -78,7 +78,7 @@ class AutoencodingValidationConfig(ValidationMetricsConfig):
 class AutoencoderConfig(RunConfig):
     """Everything that training an autoencoder depends on."""
 
-    vae: AnyVaeConfig = field(default_factory=VaeConfig)
+    vae: LearntVaeConfig = field(default_factory=VaeConfig)
     """The autoencoder, a full one or a tiny one (TAESD). Its `scale` has no effect on training; that of the trained
     model is measured at the end, unless its encoder is frozen."""
     loss: AutoencodingLossConfig = field(default_factory=AutoencodingLossConfig)
@@ -125,7 +125,7 @@ class AutoencoderConfig(RunConfig):
             ]
         )
         self._check_vae()
-        for name in ("cache", "aesthetic"):
+        for name in ("cache", "aesthetic", "label"):
             if (value := getattr(self.data, name)) is not None:
                 raise InputError(
                     f"data.{name}={value} has no effect: an autoencoder learns from the images alone. Leave it out "

@@ -60,6 +60,8 @@ class Examples(NamedTuple):
     images: UInt8[np.ndarray, "images height width 3"]
     captions: Sequence[str]
     """Of each image the first one, or "" where there is none."""
+    labels: Sequence[int] | None = None
+    """The class of each image, where the data have classes."""
 
 
 class Measured(NamedTuple):

@@ -1,6 +1,6 @@
 """Denoising: a latent diffusion model learns to predict what noise was added to a latent. SDXL, arXiv:2307.01952.
 
-    image ── encode, sample ── latent ── add noise ── UNet(…, text, sizes) ── weighted error
+    image ── encode, sample ── latent ── add noise ── UNet(…, text, class, sizes) ── weighted error
 
 A batch from a cache starts at "sample": it has the posterior and the text states, and both encoders are skipped.
 `training.trainable` selects what is trained: the UNet, some of its layers, text encoders. The configuration is
@@ -8,6 +8,7 @@ A batch from a cache starts at "sample": it has the posterior and the text state
 """
 
 import functools
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -17,14 +18,16 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Int32, Key, UInt8
 
 from sdxl_jax import arrays, sharding
-from sdxl_jax.arrays import Batch, EncodedBatch, Params
-from sdxl_jax.conditioning import text
+from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning, Params, type_of_array
+from sdxl_jax.conditioning import classes, text
+from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion import loss, schedule
-from sdxl_jax.model import Model, ModelConfig, condition, unconditional_text
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import Model, ModelConfig, autoencoder, class_embedding, condition, unconditional_text
 from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
@@ -80,16 +83,24 @@ class Denoising(Objective[TrainConfig]):
         sharding.check_heads(mesh, self.config.model.unet.attention_heads)
 
     @functools.cached_property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.of(self.config.model.text)
+    def tokenizer(self) -> Tokenizer | None:
+        return Tokenizer.of(self.config.model.text) if self.config.model.text else None
 
     @functools.cached_property
     def _empty(self) -> Mapping[str, EmptyTokens]:
         """By tower."""
-        return self.tokenizer([""])
+        return {} if self.tokenizer is None else self.tokenizer([""])
 
     def batches(self, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
-        """Reading from `data.cache` if there is one. Raises InputError for a cache of another provenance."""
+        """Reading from `data.cache` if there is one. Raises InputError for a cache of another provenance, and for data
+        with classes that the model does not have."""
+        if (known := self.config.model.unet.classes) is not None and (
+            last := int(dataset.labels().max())
+        ) >= known.number:
+            raise InputError(
+                f"{dataset.where} has images of class {last} (data.label={self.config.data.label}), but the model has "
+                f"the classes 0 to {known.number - 1}. Set model.unet.classes.number to {last + 1} or more"
+            )
         return encoding.from_cache(self.config, dataset, frozen)
 
     def abstract_batch(self, mesh: Mesh | AbstractMesh, bucket: Bucket, batch_size: int) -> Batch:
@@ -98,14 +109,17 @@ class Denoising(Objective[TrainConfig]):
         batch = batch._replace(tokens={tower.name: array(jnp.int32, 77) for tower in model.text})
         if data.aesthetic is not None:
             batch = batch._replace(micro=batch.micro._replace(aesthetic_score=array(jnp.float32)))
+        if data.label is not None:
+            batch = batch._replace(label=array(jnp.int32))
         if data.cache is None:
             return batch
         latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
-        projection = model.text[-1].clip.projection_dim
+        context = array(jnp.bfloat16, 77, sum(tower.clip.width for tower in model.text)) if model.text else None
+        projection = model.text[-1].clip.projection_dim if model.text else None
         encoded = EncodedBatch(
             mean=array(jnp.bfloat16, *latent),
             log_variance=array(jnp.bfloat16, *latent),
-            context=array(jnp.bfloat16, 77, model.unet.context_dim),
+            context=context,
             pooled=None if projection is None else array(jnp.bfloat16, projection),
             image_embedding=None if self.config.image_prompt is None else array(jnp.bfloat16, self._pooled_width),
         )
@@ -122,7 +136,7 @@ class Denoising(Objective[TrainConfig]):
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
     ) -> UInt8[np.ndarray, "images height width 3"]:
-        """Samples of the captions, with the steps and guidance of the validation grids."""
+        """Samples of the captions and classes, with the steps and guidance of the validation grids."""
         validation = self.config.validation
         _, height, width, _ = examples.images.shape
         options = {"seed": _GRID_SEED, "steps": validation.steps, "guidance": validation.guidance}
@@ -131,27 +145,39 @@ class Denoising(Objective[TrainConfig]):
         def sample() -> UInt8[np.ndarray, "images height width 3"]:
             size = {"height": height, "width": width, "batch_size": batch_size}
             with jax.set_mesh(mesh):
-                return generate.text_to_image(model, examples.captions, **size, **options, compute=self.config.compute)
+                return generate.text_to_image(
+                    model,
+                    examples.captions if model.config.text else [""] * len(examples.images),
+                    classes=examples.labels,
+                    **size,
+                    **options,
+                    compute=self.config.compute,
+                )
 
         # With several processes it must not be abandoned: the others would wait in its collectives.
         return processes.wait(sample) if processes.count == 1 else sample()
 
     @property
     def validates_every(self) -> int | None:
-        return self.config.validation.every_steps if self.config.validation.prompts else None
+        validation = self.config.validation
+        return validation.every_steps if validation.prompts or validation.classes else None
 
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
-        """Images of `validation.prompts` in each size, from the same noise each time. A stop takes effect between two
-        sizes; with a single process, at any time."""
+        """Images of `validation.prompts` and `validation.classes` in each size, from the same noise each time. A stop
+        takes effect between two sizes; with a single process, at any time."""
         del dataset
         validation = self.config.validation
         options = {"seed": _GRID_SEED, "steps": validation.steps, "guidance": validation.guidance}
+        pairs = list(itertools.product(validation.classes or (None,), validation.prompts or ("",)))
+        labels, prompts = zip(*pairs, strict=True)
 
         def sample(height: int, width: int) -> list[UInt8[np.ndarray, "height width 3"]]:
             size = {"height": height, "width": width}
             with jax.set_mesh(mesh):
                 return list(
-                    generate.text_to_image(model, validation.prompts, **size, **options, compute=self.config.compute)
+                    generate.text_to_image(
+                        model, prompts, classes=labels, **size, **options, compute=self.config.compute
+                    )
                 )
 
         images = list[UInt8[np.ndarray, "_height _width 3"]]()
@@ -161,8 +187,8 @@ class Denoising(Objective[TrainConfig]):
             # With several processes it must not be abandoned: the others would wait in its collectives.
             images += processes.wait(sample_size) if processes.count == 1 else sample_size()
         weights = "parameters" if self.config.ema.kind is EmaKind.NONE else "ema"
-        captions = list(validation.prompts) * len(validation.sizes)
-        return Grid(images, captions, len(validation.prompts), {"weights": weights, **options})
+        captions = [classes.caption(prompt, label) for label, prompt in pairs] * len(validation.sizes)
+        return Grid(images, captions, len(pairs), {"weights": weights, **options})
 
 
 def batch_loss(
@@ -184,15 +210,32 @@ def batch_loss(
         keys_of_text = jax.vmap(lambda key: jax.random.fold_in(key, 2))(dropout_keys)
         prompt = image_prompts.conditioned(prompt, batch, keys_of_text, config.image_prompt)
     prompt = text.drop(prompt, unconditional, dropout_keys, config.training.caption_dropout)
-    conditioning = condition(parts, prompt, batch.micro)
+    micro, label = with_dropout(batch, dropout_keys, config)
+    conditioning = condition(parts, prompt, micro, class_embedding(parts, params["unet"], label))
 
     def network(
         x_t: Float[jax.Array, "batch height width channels"], timestep: Int[jax.Array, " batch"]
     ) -> Float[jax.Array, "batch height width channels"]:
-        context, vector = conditioning.context, conditioning.vector
-        return unet.apply(parts.unet, params["unet"], x_t, timestep, context, vector, compute)
+        context, vector, added = conditioning
+        return unet.apply(parts.unet, params["unet"], x_t, timestep, context, vector, compute, class_embedding=added)
 
     return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
+
+
+def with_dropout(
+    batch: Batch, keys: Key[jax.Array, " batch"], config: TrainConfig
+) -> tuple[MicroConditioning, Int32[type_of_array, " batch"] | None]:
+    """(micro-conditioning, classes) of a batch after dropout. keys: those of the captions' dropout, one per example."""
+    training, micro, label = config.training, batch.micro, batch.label
+
+    def own(purpose: int) -> Key[jax.Array, " batch"]:
+        return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
+
+    if training.class_dropout and label is not None:
+        label = classes.drop(label, own(0), training.class_dropout)
+    if training.micro_dropout and config.model.micro is not None:
+        micro = micro_conditioning.drop(config.model.micro, micro, own(1), training.micro_dropout)
+    return micro, label
 
 
 def _encoded(
@@ -203,5 +246,5 @@ def _encoded(
         mean, log_variance, context, pooled, _ = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), batch.encoded)
         return vae.Posterior(mean, log_variance), text.TextConditioning(context, pooled)
     assert batch.image is not None
-    posterior = vae.encode(parts.vae, params["vae"], arrays.normalise(batch.image), compute)
+    posterior = vae.encode(parts.vae, autoencoder(params), arrays.normalise(batch.image), compute)
     return posterior, text.encode(parts.text, params, batch.tokens, compute)

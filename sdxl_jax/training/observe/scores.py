@@ -52,4 +52,6 @@ def fixed_examples(dataset: BucketedDataset, count: int) -> Examples:
     numbers = evenly_spread(numbers[buckets == largest], count)
     images = np.stack([crop_of(dataset, image, size) for image in numbers])
     captions = [next(iter(dataset.source.captions(int(image))), "") for image in numbers]
-    return Examples(images, captions)
+    name = dataset.config.label
+    labels = None if name is None else [int(dataset.source.number(int(image), name)) for image in numbers]
+    return Examples(images, captions, labels)

@@ -172,7 +172,7 @@ def _pipeline(config: ModelConfig) -> str:
     known = [("text_encoder", "text_encoder_2"), ("text_encoder_2",)] if is_xl else [("text_encoder",)]
     if names not in known:
         expected = " or ".join(" and ".join(each) for each in known)
-        raise refused(f"model.text has towers named {', '.join(names)}", f"towers named {expected}")
+        raise refused(f"model.text has towers named {', '.join(names) or '(none)'}", f"towers named {expected}")
     state = ContextState.PENULTIMATE if is_xl else ContextState.LAST
     for tower in config.text:
         if tower.context is not state:
@@ -187,6 +187,10 @@ def _pipeline(config: ModelConfig) -> str:
                 "tokens",
                 f"a vocabulary of {len(clip_vocabulary()[0])} and the added tokens",
             )
+    if config.unconditional is UnconditionalKind.ALL_ZEROS:
+        raise refused("model.unconditional=all_zeros", "unconditional=zeros or empty")
+    if config.micro is not None and config.micro.numbers is Numbers.SIZE_CROP:
+        raise refused("model.micro.numbers=size_crop", "size_crop_target or size_crop_aesthetic")
     if not is_xl and config.unconditional is UnconditionalKind.ZEROS:
         raise refused("model.unconditional=zeros in a model with model.micro=None", "unconditional=empty")
     if any(side % config.vae.downsampling for side in config.default_size):

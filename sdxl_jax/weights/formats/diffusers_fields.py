@@ -22,8 +22,9 @@ from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
-from sdxl_jax.models.unet import UNetConfig
+from sdxl_jax.models.unet import ClassConfig, ClassPlace, UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.formats import diffusers_sampling
 from sdxl_jax.weights.formats.json_files import Fields
@@ -64,6 +65,7 @@ _UNET = _Known(
         "use_linear_projection": False,
         "addition_time_embed_dim": None,
         "projection_class_embeddings_input_dim": None,
+        "num_class_embeds": None,
     },
     only={
         **_each("act_fn", "silu"),
@@ -79,7 +81,7 @@ _UNET = _Known(
         **_each("center_input_sample class_embeddings_concat dual_cross_attention only_cross_attention", False, None),
         **_each("resnet_skip_time_act", False, None),
         **_each("mid_block_only_cross_attention", None, False),
-        **_each("class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type num_class_embeds", None),
+        **_each("class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type", None),
         **_each("reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn", None),
         **_each("time_embedding_dim timestep_post_act", None),
     },
@@ -248,6 +250,9 @@ def unet_config(fields: Fields, where: str) -> UNetConfig:
         in_channels=_number(given, "in_channels", where),
         out_channels=_number(given, "out_channels", where),
         groups=_number(given, "norm_num_groups", where),
+        classes=None
+        if given["num_class_embeds"] is None
+        else ClassConfig(_number(given, "num_class_embeds", where), ClassPlace.TIMESTEP),
     )
 
 
@@ -371,6 +376,7 @@ def unet_fields(
             f"{config.middle_depth}, but diffusers has one number for both. Make them equal, or the last level's 0, or "
             "choose --to orbax"
         )
+    _check_classes(config)
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in config.transformer_depth]
     vector_fields = {
         "addition_embed_type": "text_time",
@@ -397,7 +403,22 @@ def unet_fields(
         "attention_head_dim": list(config.heads),
         "use_linear_projection": not config.conv_projection,
         **({} if config.vector_dim is None else vector_fields),
+        **({} if config.classes is None else {"num_class_embeds": config.classes.number}),
     }
+
+
+def _check_classes(config: UNetConfig) -> None:
+    """Raises InputError for classes and contexts that diffusers' UNet cannot express."""
+    if config.classes is not None and config.classes.place is ClassPlace.TOKEN:
+        raise InputError(
+            "model.unet.classes.place=token: diffusers' UNet has no class token, only classes added to the embedding "
+            "of the timestep (place=timestep). Choose --to orbax or --to single-file"
+        )
+    if config.context_dim is None:
+        raise InputError(
+            "model.unet.context_dim=None: diffusers' UNet attends to text, and this one to nothing. Choose --to orbax "
+            "or --to single-file"
+        )
 
 
 def vae_fields(config: AnyVaeConfig, sample_size: int = 1024) -> dict[str, Any]:
@@ -413,6 +434,8 @@ def vae_fields(config: AnyVaeConfig, sample_size: int = 1024) -> dict[str, Any]:
             "num_decoder_blocks": list(config.decoder_blocks),
             "latent_channels": config.latent_channels,
         }
+    if isinstance(config, WaveletConfig):
+        raise InputError("model.vae is the exact autoencoder, which diffusers does not have. Choose --to orbax")
     levels = len(config.block_channels)
     return {
         "_class_name": "AutoencoderKL",
