@@ -175,11 +175,10 @@ class Session:
     def _run(self, request: Request, job: Job) -> list[Result]:
         job.status = "Preparing; the first image of a size takes longer"
         init_image = None if request.init_image is None else init_images.read(request.init_image)
-        image_prompts = [
-            ImagePrompt(self._encode_image(init_images.read(path)), strength)
-            for path, strength in request.image_prompts
-            if self._encode_image is not None
-        ]
+        image_prompts = list[ImagePrompt]()
+        for path, strength in request.image_prompts:
+            assert self._encode_image is not None, "without an encoder the page has no image prompts"
+            image_prompts.append(ImagePrompt(self._encode_image(init_images.read(path)), strength))
         generated = generate(
             self.model,
             [request.prompt],
