@@ -11,6 +11,7 @@ means it is left out of the files, or written in another way, for diffusers alon
 - `text_projection` is given the most frequent rank of the tower's layers; where the file has another, it is an error.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,12 +24,19 @@ import pytest
 from agreement import Agree
 from safetensors.numpy import load_file, save_file
 
-from sdxl_jax.arrays import flatten
+from sdxl_jax.adapters import changes, dora, kinds
+from sdxl_jax.adapters.changes import Resolved
+from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.models import unet
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.models.layers import sinusoidal_embedding
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.weights import lora, names
+from sdxl_jax.weights.lora_export import write
+from sdxl_jax.weights.lora_files import read, resolve
+from sdxl_jax.weights.lora_names import Spelling, layers_of
 from sdxl_jax.weights.names import Dialect, Naming
 
 torch = pytest.importorskip("torch")
@@ -298,3 +306,126 @@ def test_what_is_removed_leaves_the_original_weights(agree: Agree, files: Files,
     }
     worst = max(errors, key=lambda path: errors[path])
     agree(f"LoRA, {kind}, added and removed", ours[worst], merged.before[worst], TOLERANCE)
+
+
+# ---- the other way: files of ours ------------------------------------------------------------------------------------
+
+OUTPUT_TOLERANCE = 1e-5
+"""Of a whole UNet, whose weights differ by some roundings."""
+
+
+def ours(before: dict[str, Any], several_alphas: bool, axis: dora.Axis | None) -> Resolved:
+    """An adapter of every linear layer and convolution, ranks 1 to 3. before: the base's parameters by path."""
+    layers, rng, flat = layers_of(SDXL), np.random.default_rng(0), {}
+    kernels = [path for path in layers if path.endswith("kernel") and "text_projection" not in path]
+    for number, path in enumerate(kernels):
+        alpha = [1.0, 2.5, 8.0][number % 3] if several_alphas else 2.0
+        shape = before[path].shape[layers[path] is not None :]
+        settings = kinds.Settings(rank=1 + number % 3, alpha=alpha, magnitude=axis)
+        for name, each in kinds.abstract(settings, path, shape, layers[path]).items():
+            values = 0.2 * rng.standard_normal(each.shape)
+            if name == "alpha":
+                values = np.full(each.shape, alpha)
+            elif name == "magnitude" and axis is not None:
+                stacked = before[path] if layers[path] is not None else before[path][None]
+                values = (1 + values) * np.stack([dora.norm(one, axis) for one in stacked]).reshape(each.shape)
+            flat[f"{path}/{name}"] = values.astype(np.float32)
+    return changes.untree(unflatten(flat), layers)
+
+
+class Inputs(NamedTuple):
+    """Of the UNet: the six numbers of the conditioning are 0."""
+
+    latent: np.ndarray
+    timestep: np.ndarray
+    context: np.ndarray
+    pooled: np.ndarray
+
+
+def inputs() -> Inputs:
+    rng = np.random.default_rng(1)
+    shapes = {"latent": (2, 8, 8, 4), "context": (2, 7, 40), "pooled": (2, 24)}
+    random = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    return Inputs(timestep=np.array([10, 500]), **random)
+
+
+def our_output(params: Any, given: Inputs) -> np.ndarray:
+    numbers = np.asarray(sinusoidal_embedding(jnp.zeros((2, 6)), 4)).reshape(2, -1)
+    arrays = given.latent, given.timestep, given.context, np.concatenate([given.pooled, numbers], -1)
+    return np.asarray(jax.jit(functools.partial(unet.apply, SDXL.unet))(params, *map(jnp.asarray, arrays)))
+
+
+def their_output(pipe: Any, given: Inputs) -> np.ndarray:
+    added = {"text_embeds": torch.tensor(given.pooled), "time_ids": torch.zeros(2, 6)}
+    latent = torch.tensor(given.latent).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        found = pipe.unet(
+            latent, torch.tensor(given.timestep), torch.tensor(given.context), added_cond_kwargs=added
+        ).sample
+    return found.permute(0, 2, 3, 1).numpy()
+
+
+def loaded(path: Path, spelling: Spelling, several_alphas: bool, axis: dora.Axis | None) -> tuple[Any, Any, Model]:
+    """(our parameters of the base, diffusers' pipeline with a file of ours, our model with it)."""
+    pipe = pipeline(SDXL)
+    before = parameters(SDXL, pipe)
+    write(path, ours(flatten(before), several_alphas, axis), SDXL, spelling)
+    model = lora.add(Model(SDXL, before), path)
+    pipe.load_lora_weights(path.parent, weight_name=path.name)
+    return before, pipe, model
+
+
+@pytest.mark.parametrize(
+    ("spelling", "several_alphas"),
+    [(Spelling.KOHYA, False), pytest.param(Spelling.PEFT, True, marks=pytest.mark.slow)],
+    ids=["kohya", "peft"],
+)
+def test_weights_with_a_file_of_ours_are_those_of_diffusers(
+    agree: Agree, tmp_path: Path, spelling: Spelling, several_alphas: bool
+) -> None:
+    before, pipe, model = loaded(tmp_path / "ours.safetensors", spelling, several_alphas, None)
+    pipe.fuse_lora()
+    merged = Merged(flatten(before), model, flatten(parameters(SDXL, pipe)))
+    compare(agree, f"file of ours in diffusers, {spelling.value}", merged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spelling", "several_alphas", "axis"),
+    [(Spelling.KOHYA, False, None), (Spelling.PEFT, True, None), (Spelling.PEFT, True, dora.Axis.OUT)],
+    ids=["kohya", "peft", "peft, DoRA"],
+)
+def test_the_unet_with_a_file_of_ours_is_that_of_diffusers(
+    agree: Agree, tmp_path: Path, spelling: Spelling, several_alphas: bool, axis: dora.Axis | None
+) -> None:
+    given = inputs()
+    without = their_output(pipeline(SDXL), given)
+    _, pipe, model = loaded(tmp_path / "ours.safetensors", spelling, several_alphas, axis)
+    theirs = their_output(pipe, given)
+    assert np.abs(theirs - without).max() > 0.1 * np.abs(theirs).max()
+    what = f"LoRA, file of ours in diffusers, {spelling.value}{', DoRA along the outputs' if axis else ''}, UNet"
+    agree(what, our_output(model.params["unet"], given), theirs, OUTPUT_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_dora_of_peft_is_read_as_peft_computes_it(agree: Agree, tmp_path: Path) -> None:
+    pipe = pipeline(SDXL)
+    before = parameters(SDXL, pipe)
+    torch.manual_seed(2)
+    pattern = {"rank_pattern": {"attn2.to_k": 2, "conv1": 3}, "alpha_pattern": {"to_q": 1}}
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": UNET_LAYERS, "init_lora_weights": False, **pattern}
+    pipe.unet.add_adapter(peft.LoraConfig(use_dora=True, **settings))
+    for name, value in pipe.unet.named_parameters():
+        if "magnitude" in name:
+            value.data *= 1 + 0.3 * torch.randn_like(value)
+    layers, config = peft.get_peft_model_state_dict(pipe.unet), pipe.unet.peft_config["default"].to_dict()
+    pipe.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config, weight_name="peft.safetensors"
+    )
+    params = lora.add(Model(SDXL, before), tmp_path / "peft.safetensors").params["unet"]
+    agree("LoRA, PEFT's DoRA, UNet", our_output(params, inputs()), their_output(pipe, inputs()), OUTPUT_TOLERANCE)
+    # Written again: the same tensors.
+    write(tmp_path / "again.safetensors", resolve(read(tmp_path / "peft.safetensors"), SDXL), SDXL, Spelling.PEFT)
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("peft", "again"))
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(value, other[name]) for name, value in one.items())
