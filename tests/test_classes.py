@@ -475,7 +475,7 @@ def test_command_samples_classes_and_its_images_say_so(model: Model, tmp_path: P
 def test_every_prompt_is_sampled_with_every_class_and_sweep_value() -> None:
     parsed = sample._parsed(["m", "--out", "o", "--prompt", "a", "--prompt", "b", "--class", "4", "--class", "5"])
     assert [(each.prompt, each.class_) for each in sample._tasks(parsed)] == [("a", 4), ("a", 5), ("b", 4), ("b", 5)]
-    parsed = sample._parsed(["m", "--out", "o", "--class", "4", "--sweep", "class=1,2"])
+    parsed = sample._parsed(["m", "--out", "o", "--sweep", "class=1,2"])
     assert [(each.class_, each.label) for each in sample._tasks(parsed)] == [(1, ("class 1",)), (2, ("class 2",))]
     with pytest.raises(InputError, match="--sweep class=x: expected a whole number"):
         sample._tasks(sample._parsed(["m", "--out", "o", "--class", "4", "--sweep", "class=x"]))

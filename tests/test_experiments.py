@@ -1,19 +1,27 @@
 """The promises of experiments/: each can be trained as it stands, and ends in a table and JSON that say what they are
 of."""
 
+import argparse
 import json
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import real_data
 
+from sdxl_jax.data.folders import open_folder
+from sdxl_jax.files.trees import differences
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.training.objectives import objective_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import appendix_j  # pyright: ignore[reportMissingImports] (experiments/, put on the path above)
+import image_prompt  # pyright: ignore[reportMissingImports] (the same)
 import results  # pyright: ignore[reportMissingImports] (the same)
+import table_2  # pyright: ignore[reportMissingImports] (the same)
+import table_2_probe  # pyright: ignore[reportMissingImports] (the same)
 import table_3  # pyright: ignore[reportMissingImports] (the same)
 
 
@@ -40,6 +48,67 @@ def test_the_rows_of_the_paper_are_pairs_without_and_with_the_average() -> None:
     for raw, averaged in zip(appendix_j.PAPER[::2], appendix_j.PAPER[1::2], strict=True):
         assert (raw["run"], raw["EMA"], averaged["EMA"]) == (averaged["run"], "no", "yes")
         assert averaged["rfid"] < raw["rfid"] and averaged["psim"] < raw["psim"]
+
+
+def table_2_options(monkeypatch: pytest.MonkeyPatch, *given: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["table_2.py", "--cifar10", "unused", *given])
+    return table_2.arguments()
+
+
+def test_the_models_of_table_2_differ_in_images_and_sizes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = table_2_options(monkeypatch, "--side", "16")
+    only, nocond, size = (table_2.config(kind, tmp_path, options) for kind in table_2.RUNS)
+    for config in (only, nocond, size):
+        objective_of(config).config.check()
+        assert config.training.class_dropout == table_2.DROPOUT
+    assert differences(to_json(only), to_json(nocond)) == ["data.min_size: 16 -> 1"]
+    changed = {line.split(":", 1)[0] for line in differences(to_json(nocond), to_json(size))}
+    assert changed == {"model.micro", "model.unet.vector_dim", "training.micro_dropout"}
+
+
+def test_table_2_keeps_70_sharp_images_per_class_and_blurs_the_others(tmp_path: Path) -> None:
+    labels = np.arange(1000) % table_2.CLASSES
+    sizes = table_2.sizes_of(labels, 32)
+    assert np.bincount(labels[sizes == 32]).tolist() == [table_2.SHARP] * table_2.CLASSES
+    assert (sizes[sizes < 32].min(), sizes[sizes < 32].max()) == (14, 28)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1000, 32, 32, 3), np.uint8)
+    chosen = table_2.reduced(sizes, 32, 8)
+    assert len(chosen) == 8 and (sizes[chosen] < 32).all()
+    data = table_2.Cifar(images[chosen], labels[chosen])
+    table_2.write_data(tmp_path / "data", data, sizes[chosen])
+    source = open_folder(tmp_path / "data", captioned=False, label="label")
+    assert source.sizes.tolist() == [[size, size] for size in sizes[chosen]]
+    assert source.numbers["label"].tolist() == labels[chosen].tolist()
+    sharp, soft = data.images, table_2.blurred(data.images, sizes[chosen])
+    assert soft.shape == sharp.shape
+    assert table_2.high_frequencies(soft) < 0.7 * table_2.high_frequencies(sharp)
+
+
+def test_high_frequencies_are_those_above_half_the_nyquist_frequency() -> None:
+    wave = np.arange(32)[None, :, None] * np.ones((32, 1, 3))
+    for frequency, has in ((4, False), (7, False), (9, True), (15, True)):
+        image = np.round(127 + 100 * np.cos(2 * np.pi * frequency * wave / 32)).astype(np.uint8)[None]
+        assert (table_2.high_frequencies(image) > 100) == has, frequency
+
+
+def test_probe_tells_classes_apart() -> None:
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    features = rng.normal(size=(60, 8)).astype(np.float32) + 3 * np.eye(8, dtype=np.float32)[labels]
+    logits = table_2_probe.trained_probe(features, labels, 3)(features)
+    assert (logits.argmax(axis=1) == labels).mean() > 0.95
+
+
+def test_the_models_of_image_prompts_fit_each_other(tmp_path: Path) -> None:
+    base = image_prompt.base_config(tmp_path, tmp_path, 10, 0)
+    tuned = image_prompt.tuned_config(base, tmp_path, tmp_path, 5)
+    for config in (base, tuned):
+        objective_of(config).check()
+    changed = {line.split(":", 1)[0].split(".")[0] for line in differences(to_json(base), to_json(tuned))}
+    assert changed == {"data", "image_prompt", "optimiser", "training"}
+    assert image_prompt.VISION.projection_dim == base.model.text[-1].clip.projection_dim
 
 
 @pytest.mark.slow

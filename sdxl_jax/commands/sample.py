@@ -237,7 +237,10 @@ def _tasks(sample: Sample) -> list[Task]:
     if sample.prompts_file is not None:
         given += read_prompts(sample.prompts_file, sample)
     images_alone = bool(sample.image_prompt) and not given
-    if images_alone or (sample.class_ and not given):
+    of_classes = bool(sample.class_) or any(
+        name == "class" for sweep in sample.sweep for name, _ in _parse_sweep(sweep)
+    )
+    if images_alone or (of_classes and not given):
         given = [PromptSettings("", sample.negative_prompt, sample.options)]
     if not given:
         raise InputError(
