@@ -263,10 +263,14 @@ def init(config: ModelConfig, seed: int) -> Params:
 
 
 def unconditional_text(
-    config: ModelConfig, params: Params, empty: Mapping[str, TokenIds], compute: Compute
+    config: ModelConfig,
+    params: Params,
+    empty: Mapping[str, TokenIds],
+    compute: Compute,
+    adapters: Params | None = None,
 ) -> TextConditioning:
     """The unconditional (null) embedding, batch 1. empty: the token numbers of [""]."""
-    condition = text.encode(config.text, params, empty, compute)
+    condition = text.encode(config.text, params, empty, compute, adapters)
     return text.zeros_like(condition) if config.unconditional.zeros_text else condition
 
 

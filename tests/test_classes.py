@@ -221,6 +221,8 @@ def test_model_of_classes_is_converted_there_and_back(tmp_path: Path, place: Cla
     model = tiny.random_model(class_model(place), 0)
     path = tmp_path / ("model.safetensors" if layout == "single-file" else "model")
     convert(model, path, layout, progress=False)
+    card = (path / "README.md" if path.is_dir() else path.with_suffix(".md")).read_text()
+    assert "Classes of images: 3" in card and "--class 0 --out" in card and "ComfyUI" not in card
     again = load_model(path)
     assert again.config == model.config
     jax.tree.map(np.testing.assert_array_equal, again.params, dict(model.params))

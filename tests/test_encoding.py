@@ -266,7 +266,9 @@ def inputs_of_the_network(
         inputs.append((latent, contexts.pop()))
         return jnp.zeros(())
 
-    def record_context(_config: Any, _params: Any, latent: Any, _timestep: Any, context: Any, *_: Any) -> Any:
+    def record_context(
+        _config: Any, _params: Any, latent: Any, _timestep: Any, context: Any, *_: Any, **_options: Any
+    ) -> Any:
         contexts.append(context)
         return latent
 

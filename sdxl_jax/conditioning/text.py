@@ -307,12 +307,20 @@ class TextConditioning(NamedTuple):
 
 
 def encode(
-    towers: tuple[Tower, ...], params: Params, tokens: Mapping[str, TokenIds], compute: Compute = Compute()
+    towers: tuple[Tower, ...],
+    params: Params,
+    tokens: Mapping[str, TokenIds],
+    compute: Compute = Compute(),
+    adapters: Params | None = None,
 ) -> TextConditioning:
-    """Runs every tower. params and tokens are keyed by tower name; other keys are not read."""
+    """Runs every tower. params, tokens and adapters are keyed by tower name; other keys are not read."""
     if not towers:
         return TextConditioning(None, None)
-    states = [clip.apply(tower.clip, params[tower.name], jnp.asarray(tokens[tower.name]), compute) for tower in towers]
+    changes = adapters or {}
+    states = [
+        clip.apply(tower.clip, params[tower.name], jnp.asarray(tokens[tower.name]), compute, changes.get(tower.name))
+        for tower in towers
+    ]
     context = [getattr(state, tower.context.value) for tower, state in zip(towers, states, strict=True)]
     return TextConditioning(jnp.concatenate(context, axis=-1), states[-1].projected)
 

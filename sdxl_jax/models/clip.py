@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from sdxl_jax.arrays import Params
 from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import dot_product_attention, stack
-from sdxl_jax.models.layers import Compute, dense, gelu, layer_norm
+from sdxl_jax.models.layers import Compute, dense, gelu, layer_norm, variables
 
 
 class Activation(enum.Enum):
@@ -164,10 +164,15 @@ class ClipText(nn.Module):
 
 
 def apply(
-    config: ClipTextConfig, params: Params, tokens: Int[jax.Array, "batch tokens"], compute: Compute = Compute()
+    config: ClipTextConfig,
+    params: Params,
+    tokens: Int[jax.Array, "batch tokens"],
+    compute: Compute = Compute(),
+    adapters: Params | None = None,
 ) -> TextStates:
-    """The states of a batch of prompts, float32. tokens: 0..vocabulary−1, with start, end and padding."""
-    return ClipText(config, compute).apply({"params": params}, tokens)  # pyright: ignore[reportReturnType]
+    """The states of a batch of prompts, float32. tokens: 0..vocabulary−1, with start, end and padding. adapters:
+    changes of the parameters (`adapters.kinds`)."""
+    return ClipText(config, compute).apply(variables(params, adapters), tokens)  # pyright: ignore[reportReturnType]
 
 
 @functools.cache

@@ -7,6 +7,8 @@ one.
 
 import enum
 import math
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Num
 
-from sdxl_jax.arrays import Params
+from sdxl_jax.adapters import kinds
+from sdxl_jax.adapters.lora import Product
+from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import initialisers
 from sdxl_jax.sharding import constrain
@@ -65,6 +69,8 @@ KEPT = "kept"
 """Checkpoint name of values that `Remat.DOTS` keeps although no matrix product made them: attention's."""
 TEXT = "text"
 """Collection of what cross-attention makes of the text, where it was computed before. See `unet.project_text`."""
+ADAPTERS = "adapters"
+"""Collection of adapters: at the path of a kernel, the factors of its change (`adapters.kinds`)."""
 ENTERING = "entering"
 """Checkpoint name of the inputs of transformer blocks, which `Remat.OFFLOAD` moves to host memory."""
 
@@ -136,9 +142,43 @@ def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def variables(params: Params, adapters: Params | None = None) -> dict[str, Params]:
+    """What a network is applied to: its parameters, and the adapters of its kernels, which `dense` and `conv` apply
+    beside them. Changes of biases and norms, small arrays, are added here."""
+    if adapters is None:
+        return {"params": params}
+    flat, kernels = flatten(params), dict[str, Any]()
+    for path, factor in flatten(adapters).items():
+        parameter = path.rpartition("/")[0]
+        if parameter.endswith("kernel"):
+            kernels[path] = factor
+        else:
+            flat[parameter] = flat[parameter] + factor
+    return {"params": unflatten(flat), ADAPTERS: unflatten(kernels)}
+
+
+def _with_adapter(
+    layer: nn.Module,
+    x: Float[jax.Array, "*axes features_in"],
+    product: Callable[[jax.Array], jax.Array],
+    convolve: Product = operator.matmul,
+) -> Float[jax.Array, "*axes_out features_out"]:
+    """A layer's product with its kernel; if the kernel has an adapter, with what that adds. convolve: as in `kinds`."""
+    if not layer.has_variable(ADAPTERS, "kernel"):
+        return product(x)
+    factors, kernel = layer.get_variable(ADAPTERS, "kernel"), layer.get_variable("params", "kernel")
+    return jnp.asarray(kinds.applied(x, product, factors, convolve, kernel))
+
+
 def dense(features: int, name: str, compute: Compute, **options: Any) -> nn.Dense:
-    initial = {"kernel_init": initialisers.lecun_normal, "bias_init": initialisers.zeros}
-    return nn.Dense(features, name=name, dtype=compute.activations, **{**initial, **options})
+    """A linear layer, with the adapter of its kernel if there is one."""
+
+    def product(x: Any, kernel: Any, *dimensions: Any, **precision: Any) -> Any:
+        return _with_adapter(layer, x, lambda x: jax.lax.dot_general(x, kernel, *dimensions, **precision))
+
+    initial = {"kernel_init": initialisers.lecun_normal, "bias_init": initialisers.zeros, "dot_general": product}
+    layer = nn.Dense(features, name=name, dtype=compute.activations, **{**initial, **options})
+    return layer
 
 
 def platform() -> str:
@@ -168,10 +208,19 @@ def _convolve(
 
 
 def conv(features: int, name: str, compute: Compute, size: int = 3, **options: Any) -> nn.Conv:
-    """Convolution of size×size that keeps height and width unless `padding` or `strides` say otherwise."""
+    """Convolution of size×size that keeps height and width unless `padding` or `strides` say otherwise; with the
+    adapter of its kernel if there is one."""
+
+    def product(x: Any, kernel: Any, *window: Any, **more: Any) -> Any:
+        def convolve(x: Any, kernel: Any) -> Any:
+            return _convolve(x, kernel, *window, **more)
+
+        return _with_adapter(layer, x, lambda x: convolve(x, kernel), convolve)
+
     initial = {"kernel_init": initialisers.lecun_normal, "bias_init": initialisers.zeros}
-    options = {"padding": (size - 1) // 2, "conv_general_dilated": _convolve, **initial, **options}
-    return nn.Conv(features, (size, size), name=name, dtype=compute.activations, **options)
+    options = {"padding": (size - 1) // 2, "conv_general_dilated": product, **initial, **options}
+    layer = nn.Conv(features, (size, size), name=name, dtype=compute.activations, **options)
+    return layer
 
 
 def _fast_variance(compute: Compute) -> bool:

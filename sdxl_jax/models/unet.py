@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Bool, Float, Num
 
+from sdxl_jax.adapters import kinds
 from sdxl_jax.arrays import Params
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import initialisers
@@ -36,6 +37,7 @@ from sdxl_jax.models.layers import (
     conv,
     group_norm,
     sinusoidal_embedding,
+    variables,
 )
 from sdxl_jax.models.unet_parts import UNetPart
 from sdxl_jax.sharding import constrain
@@ -267,20 +269,33 @@ TextProjections = dict[str, Any]
 
 
 def project_text(
-    params: Params, context: Float[jax.Array, "batch tokens context"], compute: Compute = Compute()
+    params: Params,
+    context: Float[jax.Array, "batch tokens context"],
+    compute: Compute = Compute(),
+    adapters: Params | None = None,
 ) -> TextProjections:
     """Keys and values of the text. They do not depend on the latent: the steps of a denoising schedule share them. At
-    256 × 256 they are up to a fifth of a step's products."""
+    256 × 256 they are up to a fifth of a step's products. adapters: as in `apply`."""
     context = context.astype(compute.activations)
+    changes: dict[tuple[str, ...], dict[str, Any]] = {}
+    for path, factor in flatten_dict(adapters or {}).items():
+        changes.setdefault(path[:-1], {})[path[-1]] = factor
 
     def project(
-        kernels: Float[jax.Array, "depth context features"],
+        kernels: Float[jax.Array, "depth context features"], changes: dict[str, Any]
     ) -> Float[jax.Array, "batch depth tokens features"]:
-        projected = jax.lax.map(lambda kernel: context @ kernel.astype(context.dtype), kernels)
+        def of_layer(layer: tuple[Any, dict[str, Any]]) -> Any:
+            kernel, factors = layer
+            if not factors:
+                return context @ kernel.astype(context.dtype)
+            return kinds.applied(context, lambda x: x @ kernel.astype(x.dtype), factors, kernel=kernel)
+
+        projected = jax.lax.map(of_layer, (kernels, changes))
         return constrain(projected.swapaxes(0, 1), "batch", None, None, "tensor")
 
     kernels: Any = flatten_dict(params)
-    return unflatten_dict({path[:-1]: project(kernel) for path, kernel in kernels.items() if path[-3:-1] in _OF_TEXT})
+    of_text = {path: kernel for path, kernel in kernels.items() if path[-3:-1] in _OF_TEXT}
+    return unflatten_dict({path[:-1]: project(kernel, changes.get(path, {})) for path, kernel in of_text.items()})
 
 
 def apply(
@@ -292,6 +307,7 @@ def apply(
     vector: Float[jax.Array, "batch vector"] | None = None,
     compute: Compute = Compute(),
     *,
+    adapters: Params | None = None,
     class_embedding: Float[jax.Array, "batch embedding"] | None = None,
     perturbed: Bool[jax.Array, "batch"] | None = None,
     perturbed_parts: Sequence[UNetPart] = (UNetPart.MIDDLE,),
@@ -302,6 +318,9 @@ def apply(
     [batch, 77, context_dim], or what `project_text` makes of them; with the class token, if the configuration has one;
     None exactly if `context_dim` is. vector: [batch, vector_dim], None exactly if the configuration has none.
     class_embedding: of classes in `ClassPlace.TIMESTEP`, and None exactly for all other models.
+
+    adapters: changes of the parameters (`adapters.kinds`), at the same paths; those of kernels are applied beside them,
+    so that no changed kernel is made.
 
     perturbed: rows whose self-attention in `perturbed_parts` is the identity, for perturbed-attention guidance (Ahn et
     al. 2024, arXiv:2403.17377; `samplers/guidance.py`). None: no row, and nothing more is computed. The parts are
@@ -316,7 +335,7 @@ def apply(
     network = UNet(config, compute, tuple(perturbed_parts))
     text = {TEXT: context} if isinstance(context, dict) else {}
     states = None if text else context
-    given = {"params": params, **text}
+    given = {**variables(params, adapters), **text}
     return network.apply(given, latent, timestep, states, vector, perturbed, class_embedding)  # pyright: ignore[reportReturnType]
 
 

@@ -64,8 +64,9 @@ def _front_matter(weights: Weights, layout: Layout, licences: Sequence[str]) -> 
     lines.append(f"library_name: {_LIBRARIES[layout]}")
     if _is_whole(weights):
         needs_image = weights.config.is_refiner or weights.config.sees_mask
-        lines.append(f"pipeline_tag: {'image-to-image' if needs_image else 'text-to-image'}")
-    is_xl = weights.config.micro is not None
+        task = "text-to-image" if weights.config.text else "unconditional-image-generation"  # the nearest to classes
+        lines.append(f"pipeline_tag: {'image-to-image' if needs_image else task}")
+    is_xl = weights.config.micro is not None and bool(weights.config.text)
     lines += ["tags:", f"- stable-diffusion{'-xl' if is_xl else ''}", "- sdxl_jax"]
     return "\n".join(["---", *lines, "---"])
 
@@ -128,6 +129,8 @@ def _facts(weights: Weights) -> Iterator[str]:
         terminal = ", zero terminal SNR" if config.schedule.zero_terminal_snr else ""
         known = "" if weights.noise_is_known else "; the source does not say so, this is the family's"
         yield f"Prediction: {_PREDICTIONS[config.prediction]}{terminal}{known}"
+        if config.unet.classes is not None:
+            yield f"Classes of images: {config.unet.classes.number:,}"
         if config.distilled:
             yield "Distilled: guidance is in the weights"
         height, width = config.default_size
@@ -168,7 +171,8 @@ def _licence(weights: Weights, licences: Sequence[str]) -> str:
 def _how_to_load(weights: Weights, layout: Layout, name: str) -> Iterator[str]:
     yield _code("python", "import sdxl_jax", "", f"model = sdxl_jax.load_model({json.dumps(name)})")
     path = f"'{name}'" if any(character.isspace() for character in name) else name
-    prompt = '--prompt "a photograph of a red fox" --out images'
+    request = '--prompt "a photograph of a red fox"' if weights.config.text else "--class 0"
+    prompt = f"{request} --out images"
     if _is_whole(weights):
         yield _code("sh", f"sdxl-jax sample {path} {prompt}")
     else:
@@ -181,7 +185,7 @@ def _how_to_load(weights: Weights, layout: Layout, name: str) -> Iterator[str]:
             yield f"With {module}:"
             load = f"model = {kind}.from_pretrained({json.dumps(name)})"
             yield _code("python", f"from {module} import {kind}", "", load)
-        case Layout.SINGLE_FILE:
+        case Layout.SINGLE_FILE if weights.config.unet.classes is None:
             yield f"With ComfyUI: put the file into its folder `models/{_comfyui_folder(weights)}`."
         case Layout.ORBAX:
             yield "The parameters alone, a nested dict of arrays, with Orbax:"
