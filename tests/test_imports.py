@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "processors": set(),
     "flops": set(),
     "sharding": {"mesh"} | BASE,
-    "models": {"models", "sharding"} | BASE,
+    "models": {"models", "adapters", "sharding"} | BASE,
     "diffusion": {"diffusion"} | BASE,
     "conditioning": {"conditioning", "models"} | BASE,
     "samplers": {"samplers", "diffusion"} | BASE,
@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "jsontree": {"models"} | BASE,
     "config": {
         *("model", "conditioning", "diffusion", "models", "data", "evaluation.settings", "jsontree", "optim"),
-        "sharding",
+        *("adapters", "sharding"),
         *BASE,
     },
     "smoke": {"config", "model", "models", "conditioning", "sharding", "training.objectives"},
@@ -73,7 +73,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.objectives": {
         *("config", "data", "model", "models", "conditioning", "diffusion", "optim", "sampling", "weights.lazy"),
-        "evaluation",
+        *("adapters", "evaluation", "weights.lora_export", "weights.lora_files", "weights.lora_names"),
         *("sharding", "flops", "training.encoding", "training.initial", "training.objectives"),
         *("training.processes", "training.state", "training.step"),
         *BASE,
