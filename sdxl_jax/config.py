@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from sdxl_jax.adapters.targets import AdapterConfig
+from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.conditioning.classes import check as check_classes
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.settings import DataConfig
@@ -152,6 +154,9 @@ class CheckpointConfig:
     keep_best: str | None = None
     """Also keep the checkpoint with the lowest mean of this metric since the previous checkpoint, e.g. loss. None:
     none."""
+    export_every_steps: int | None = None
+    """Steps between adapter files, RUN/adapters/RUN-STEP.safetensors, of a run that trains an adapter; one is always
+    written at the end. Lower: more files. None: at the end only."""
     on_failed_save: OnFailedSave = OnFailedSave.STOP
     """If a checkpoint cannot be written, e.g. to a full disk: STOP ends the run with an error, GO_ON prints a note and
     continues training. Earlier checkpoints stay complete either way."""
@@ -285,6 +290,7 @@ class RunConfig:
                 ("checkpoint.every_steps", self.checkpoint.every_steps, 1, math.inf),
                 ("checkpoint.every_minutes", self.checkpoint.every_minutes, 1 / 60, math.inf),
                 ("checkpoint.keep", self.checkpoint.keep, 1, math.inf),
+                ("checkpoint.export_every_steps", self.checkpoint.export_every_steps, 1, math.inf),
                 ("checkpoint.keep_every_hours", self.checkpoint.keep_every_hours, 1 / 3600, math.inf),
                 ("processes.join_timeout_seconds", self.processes.join_timeout_seconds, 1, math.inf),
             ]
@@ -329,6 +335,9 @@ class TrainConfig(RunConfig):
     """The training loop."""
     image_prompt: ImagePromptConfig | None = None
     """Conditioning on the image's embedding in the place of the pooled text; None: on the pooled text."""
+    adapter: AdapterConfig | None = None
+    """An adapter to train (LoRA and its kin) beside the model, which is then frozen; None: the parameters themselves
+    are trained."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The validation grids in RUN/samples, and metrics during training."""
 
@@ -343,6 +352,11 @@ class TrainConfig(RunConfig):
     @property
     def validation_metrics(self) -> ValidationMetricsConfig:
         return self.validation
+
+    def dtype_of(self, part: str) -> Any:
+        """The dtype in which a part of the model is kept: float32, unless an adapter is trained beside it."""
+        own = AccumulatorDtype.FLOAT32 if self.adapter is None or part == "vae" else self.adapter.base_dtype
+        return own.dtype
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
@@ -367,8 +381,9 @@ class TrainConfig(RunConfig):
                 f"{self.model.vae.latent_channels}"
             )
         self._check_data()
-        self._check_classes()
         self._check_image_prompt()
+        self._check_adapter()
+        self._check_classes()
         check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
         for number, prompt in enumerate(self.validation.prompts, 1):
             check_text(prompt, f"Prompt {number} of validation.prompts")
@@ -409,27 +424,6 @@ class TrainConfig(RunConfig):
                 "that number, e.g. 4 (with 1, training sees a single crop of each image)"
             )
 
-    def _check_image_prompt(self) -> None:
-        given, model = self.image_prompt, self.model
-        if given is None:
-            return
-        check_ranges([("image_prompt.text_dropout", given.text_dropout, 0, 1)])
-        if model.micro is None or not model.text or model.text[-1].clip.projection_dim is None:
-            raise InputError(
-                "image_prompt has no effect: this model has no pooled text, in whose place the image's embedding would "
-                "be. Leave it out (None), or train SDXL"
-            )
-        if self.data.cache is None:
-            raise InputError(
-                "image_prompt needs data.cache, which holds the images' embeddings. Set data.cache to a folder, and "
-                "run `sdxl-jax data encode` with this configuration first"
-            )
-        if given.pooled_rows_alone and self.optimiser.kind is OptimiserKind.SCHEDULE_FREE:
-            raise InputError(
-                "image_prompt.pooled_rows_alone keeps all other rows to the bit, which the average of "
-                "optimiser.kind=schedule_free does not. Use another optimiser, e.g. adamw"
-            )
-
     def _check_classes(self) -> None:
         """Raises InputError for conditions to drop, and prompts and classes to sample, that the model does not have."""
         given, training = self.model, self.training
@@ -451,6 +445,45 @@ class TrainConfig(RunConfig):
         except InputError as error:
             raise InputError(f"validation.classes: {error}") from error
 
+    def _check_adapter(self) -> None:
+        given = self.adapter
+        if given is None:
+            return
+        given.check()
+        if self.image_prompt is not None and self.image_prompt.pooled_rows_alone:
+            raise InputError(
+                "image_prompt.pooled_rows_alone trains rows of a frozen parameter where adapter is set. Leave one of "
+                "them out (image_prompt.pooled_rows_alone=False, adapter=None)"
+            )
+        if self.optimiser.kind is OptimiserKind.SCHEDULE_FREE and (
+            given.rates or given.up_rate != 1 or given.norm_limit is not None
+        ):
+            raise InputError(
+                "adapter.rates, up_rate and norm_limit change the updates, which the average of "
+                "optimiser.kind=schedule_free does not allow. Leave them out, or use another optimiser, e.g. adamw"
+            )
+
+    def _check_image_prompt(self) -> None:
+        given, model = self.image_prompt, self.model
+        if given is None:
+            return
+        check_ranges([("image_prompt.text_dropout", given.text_dropout, 0, 1)])
+        if model.micro is None or not model.text or model.text[-1].clip.projection_dim is None:
+            raise InputError(
+                "image_prompt has no effect: this model has no pooled text, in whose place the image's embedding would "
+                "be. Leave it out (None), or train SDXL"
+            )
+        if self.data.cache is None:
+            raise InputError(
+                "image_prompt needs data.cache, which holds the images' embeddings. Set data.cache to a folder, and "
+                "run `sdxl-jax data encode` with this configuration first"
+            )
+        if given.pooled_rows_alone and self.optimiser.kind is OptimiserKind.SCHEDULE_FREE:
+            raise InputError(
+                "image_prompt.pooled_rows_alone keeps all other rows to the bit, which the average of "
+                "optimiser.kind=schedule_free does not. Use another optimiser, e.g. adamw"
+            )
+
 
 def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> None:
     """Raises InputError for a (height, width) that is not a multiple of the autoencoder's downsampling `factor`."""
@@ -466,6 +499,8 @@ else."""
 _Config = TypeVar("_Config", bound=RunConfig)
 
 MAY_CHANGE = (
+    "adapter.file_dtype",
+    "adapter.init_from",
     "checkpoint",
     "data.cache",
     "data.cache_of_other_code",
@@ -555,7 +590,7 @@ def _dataclasses(kind: type) -> list[type]:
         for value in inner if isinstance(inner, tuple) else (inner,):
             if dataclasses.is_dataclass(value):
                 found += _dataclasses(type(value))
-    return [*found, DataConfig]
+    return [*found, DataConfig, AdapterConfig]
 
 
 def is_within(line: str, names: Collection[str]) -> bool:

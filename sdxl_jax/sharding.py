@@ -43,13 +43,15 @@ class Rule(NamedTuple):
 
 
 RULES = (
+    # An adapter's factors are small: replicated. Whole differences are as large as what they change.
+    Rule(r"kernel/(?!diff$)\w+$", None),
     Rule(r"quant_conv/kernel$", None),  # 4 × 4 or 8 × 8 numbers
-    Rule(r"conv_out/kernel$", -2),  # few output channels: split the input channels
+    Rule(r"conv_out/kernel(/diff)?$", -2),  # few output channels: split the input channels
     # Kernels that produce heads and hidden features, and those that consume them: one all-reduce over `tensor` a pair.
-    Rule(r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|ff/proj_in)/kernel$", -2, -1),
-    Rule(r"(to_out|out_proj|fc2|ff/proj_out)/kernel$", -1, -2),
-    Rule(r"(bias|scale|position_embedding)$", None),  # small: replicated
-    Rule(r"(kernel|embedding)$", -1),
+    Rule(r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|ff/proj_in)/kernel(/diff)?$", -2, -1),
+    Rule(r"(to_out|out_proj|fc2|ff/proj_out)/kernel(/diff)?$", -1, -2),
+    Rule(r"(bias|scale|position_embedding)(/diff)?$", None),  # small: replicated
+    Rule(r"(kernel|embedding)(/diff)?$", -1),
 )
 """The first matching rule applies."""
 

@@ -36,7 +36,7 @@ SHRUNK = (
     *("mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.slices"),
     *("optimiser.warmup_steps", "optimiser.accumulate"),
     *("training.steps", "training.init_from", "training.compilation_cache"),
-    *("checkpoint.every_steps", "checkpoint.keep", "image_prompt.encoder"),
+    *("checkpoint.every_steps", "checkpoint.keep", "image_prompt.encoder", "adapter.rank"),
     *("validation.every_steps", "validation.prompts", "validation.sizes", "validation.steps"),
     *("vae.block_channels", "vae.resnets_per_block", "vae.groups"),
     *("vae.channels", "vae.encoder_blocks", "vae.decoder_blocks", "validation.images"),
@@ -55,9 +55,11 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
     Of the buckets it keeps the widest, the squarest and the tallest.
     """
     small, validation, prompt = _small_run(config, root), config.validation, config.image_prompt
+    adapter = config.adapter
     return replace(
         small,
         image_prompt=None if prompt is None else replace(prompt, encoder=str(PurePosixPath(root, prompt.encoder))),
+        adapter=None if adapter is None else replace(adapter, rank=min(2, adapter.rank)),
         model=_small_model(config.model),
         validation=replace(
             validation,

@@ -22,6 +22,7 @@ import numpy as np
 import tiny
 
 from sdxl_jax import sharding
+from sdxl_jax.adapters.targets import AdapterConfig, Layers
 from sdxl_jax.arrays import Params
 from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import TrainConfig
@@ -99,9 +100,14 @@ class Options:
     """Folder and step of a checkpoint to resume from."""
     buckets: int = len(BUCKETS)
     """The number of `BUCKETS` to use; each needs a compiled step."""
+    adapter: bool = False
+    """Train an adapter beside the model, instead of the UNet."""
 
 
-def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS)) -> TrainConfig:
+ADAPTER = AdapterConfig(rank=2, layers=Layers.BLOCKS, biases_and_norms=True, rank_dropout=0.2, module_dropout=0.2)
+
+
+def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS), adapter: bool = False) -> TrainConfig:
     base = tiny.train_config(Path(folder), STEPS)
     # An epsilon of 1e-3 keeps Adam from turning the rounding of a gradient near zero into a step of full length.
     options = dataclasses.replace(base.optimiser, epsilon=1e-3, warmup_steps=0, accumulate=layout.accumulate)
@@ -112,6 +118,7 @@ def train_config(folder: str, layout: Layout, buckets: int = len(BUCKETS)) -> Tr
         mesh=layout.mesh,
         compute=layout.compute,
         optimiser=options,
+        adapter=ADAPTER if adapter else None,
     )
 
 
@@ -151,7 +158,7 @@ class Trained(NamedTuple):
 def train(name: str, options: Options) -> Trained:
     """The steps of one layout, from the initial parameters or from a checkpoint."""
     layout = LAYOUTS[name]
-    config = train_config(options.folder, layout, options.buckets)
+    config = train_config(options.folder, layout, options.buckets, options.adapter)
     mesh = sharding.make_mesh(layout.mesh, jax.devices()[:1] if name == "single" else None)
     sharding.check_batch(mesh, config.data.batch_size, layout.accumulate)
     objective = Denoising(config)

@@ -152,3 +152,14 @@ def test_run_of_two_processes_resumes_in_one(scratch: Path, single: dict[str, An
     where = str(scratch / "of_two")
     check(run(scratch, options(scratch, ["fsdp 2"], save=(where, HALFWAY)), 2, 1), single)
     check(run(scratch, options(scratch, ["data 8"], restore=(where, HALFWAY))), single, HALFWAY)
+
+
+def test_an_adapter_learns_on_four_devices_and_in_two_processes_as_on_one(scratch: Path) -> None:
+    """Beside a base that is split; its dropout is the same."""
+    reference = str(scratch / "adapter")
+    given = Options(str(scratch / "images"), ["single"], STEPS, reference, adapter=True)
+    [[single]] = run(scratch, given)
+    assert np.ptp(single["losses"]) > 1e-2
+    names = ["data 2 × fsdp 2", "fsdp 2 × tensor 2"]
+    check(run(scratch, dataclasses.replace(given, layouts=names), devices=4), single)
+    check(run(scratch, dataclasses.replace(given, layouts=["fsdp 2"]), 2, 1), single)

@@ -189,6 +189,6 @@ def untree(adapters: Params, layers: Mapping[str, int | None]) -> Resolved:
         resolved[path] = (
             [(None, factors)]
             if count is None
-            else [(layer, {name: value[layer] for name, value in factors.items()}) for layer in range(count)]
+            else [(n, {name: np.asarray(value[n]) for name, value in factors.items()}) for n in range(count)]
         )
     return resolved

@@ -226,7 +226,14 @@ def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 
 def _decayed(params: Params) -> Params:
     """A tree of bools: whether weight decay applies to a parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding") or _is_factor(path), params
+    )
+
+
+def _is_factor(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter is a matrix that changes a kernel: kernel/down, kernel/up (`adapters.kinds`)."""
+    return len(path) > 1 and path[-2].key == "kernel" and path[-1].key != "magnitude"
 
 
 _NOT_INSIDE = re.compile(r"(^|/)conv_(in|out)/kernel$")
@@ -237,10 +244,10 @@ def _matrix(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumb
     """The axes that make a kernel a matrix for Muon; None: it is not a matrix, and Adam updates it.
 
     [in, out]; [layers, in, out], where every layer is a matrix; [height, width, in, out], where a filter is one row, as
-    in Jordan's code.
+    in Jordan's code. Factors of an adapter are matrices as well.
     """
     name = "/".join(key.key for key in path)
-    if not name.endswith("kernel") or _NOT_INSIDE.search(name):
+    if not (_is_factor(path) or (name.endswith("kernel") and not _NOT_INSIDE.search(name))):
         return None
     match leaf.ndim:
         case 2 | 3:

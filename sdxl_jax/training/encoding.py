@@ -387,8 +387,9 @@ def _encode_piece(
 def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
     """The encoders' parameters, as at the start of a run of this configuration."""
     parts = encoder_parts(config)
-    initial = initial_weights(config.training, config.model, mesh, parts=parts, progress=progress)
-    random = random_weights(config.training, config.model, mesh, parts=parts, given=initial, progress=progress)
+    options: Any = {"parts": parts, "dtype_of": config.dtype_of, "progress": progress}
+    initial = initial_weights(config.training, config.model, mesh, **options)
+    random = random_weights(config.training, config.model, mesh, given=initial, **options)
     if random and progress:
         named = sorted({path.split("/")[0] for path in random})
         tqdm.write(f"  at random weights, at least in part: {', '.join(named)}")

@@ -2,12 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.config import MEANING, LoopConfig, is_within
@@ -18,18 +18,27 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights.lazy import (
+    Cast,
     Initial,
     Leaf,
     Origin,
     SourceLayout,
     Weights,
     abstract_leaves,
-    cast,
     lacking_half,
     part_configs,
 )
 from sdxl_jax.weights.load import load_weights, place
 from sdxl_jax.weights.open import OpenOptions, open_model
+
+DtypeOf = Callable[[str], np.dtype]
+"""Part of the model -> dtype of its parameters."""
+
+
+def float32(part: str) -> np.dtype:
+    """The dtype of parameters, unless a configuration says another."""
+    del part
+    return np.dtype(np.float32)
 
 
 def check_initial(
@@ -46,13 +55,14 @@ def initial_weights(
     *,
     parts: Collection[str],
     measures_scale: bool = False,
+    dtype_of: DtypeOf = float32,
     progress: bool = True,
-) -> dict[str, Float32[jax.Array, "..."]]:
+) -> dict[str, Float[jax.Array, "..."]]:
     """The parameters that `training.init_from` gives, by path, with their shardings.
 
     model: the model to initialise; only its `parts` are used. measures_scale: whether the latent scale is measured
-    after training, so that the one before it may be any. Raises InputError for a path without a model, and for a
-    part that the model does not have, or has with another configuration.
+    after training, so that the one before it may be any. dtype_of: of each part. Raises InputError for a path without a
+    model, and for a part that the model does not have, or has with another configuration.
     """
     initial = dict[str, jax.Array]()
     for path, weights in zip(training.init_from, _opened(training, model, parts, measures_scale), strict=True):
@@ -63,7 +73,7 @@ def initial_weights(
                 f"  note: {path} has other sampling defaults, {'; '.join(lines)} (there -> in this run and the models "
                 "that it saves). Set model.sampling in the configuration to keep them"
             )
-        initial |= flatten(load_weights(cast(weights, np.dtype(np.float32)), mesh, progress).params)
+        initial |= flatten(load_weights(_cast(weights, dtype_of), mesh, progress).params)
     return initial
 
 
@@ -74,13 +84,22 @@ def random_weights(
     *,
     parts: Sequence[str],
     given: Collection[str],
+    dtype_of: DtypeOf = float32,
     progress: bool = True,
-) -> dict[str, Float32[jax.Array, "..."]]:
+) -> dict[str, Float[jax.Array, "..."]]:
     """The parameters that have random initial values, by path, with their shardings: all of `parts` but those at the
     paths in `given`."""
     abstract = abstract_leaves(model, parts)
     leaves = {path: Initial(leaf, path, training.seed) for path, leaf in abstract.items() if path not in given}
-    return place(Weights(model, leaves, Origin(SourceLayout.MEMORY)), mesh, "initialising", progress)
+    return place(_cast(Weights(model, leaves, Origin(SourceLayout.MEMORY)), dtype_of), mesh, "initialising", progress)
+
+
+def _cast(weights: Weights, dtype_of: DtypeOf) -> Weights:
+    """The same parameters, each part in its dtype."""
+    dtypes = {path: dtype_of(path.split("/")[0]) for path in weights.leaves}
+    leaves = weights.leaves.items()
+    cast = {path: leaf if leaf.dtype == dtypes[path] else Cast(leaf, dtypes[path], path) for path, leaf in leaves}
+    return dataclasses.replace(weights, leaves=cast)
 
 
 def placed_network(name: str, leaves: Mapping[str, Leaf], mesh: Mesh) -> Params:

@@ -112,7 +112,9 @@ def _loop(run: Run, tools: "Tools") -> TrainState:
                 tools.log(step, metrics, tools.validator.scores_if_due(step, state))
             tools.count_step(step)
             tools.saver.if_due(step, state)
+            tools.exporter.if_due(step, state)
             tools.validator.if_due(step, state)
+        tools.exporter.at_the_end(step, state)
     except Interrupted as interrupted:
         tools.saver.save_on_interrupt(step, state, interrupted)
         raise
@@ -130,6 +132,7 @@ class Tools:
     profiler: profiling.Profile
     batches: "Batches"
     saver: "Saver"
+    exporter: "Exporter"
     validator: "Validator"
 
     @contextlib.contextmanager
@@ -173,7 +176,7 @@ def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
     ):
         batches, validator = Batches(run, clock, writer, rows), Validator(run, clock, writer)
         saver = Saver(run, clock, writer, checkpoints)
-        yield Tools(run, clock, times, writer, profiler, batches, saver, validator)
+        yield Tools(run, clock, times, writer, profiler, batches, saver, Exporter(run, clock, writer), validator)
 
 
 def _report_hang(run: Run, times: TimeLog, error: MachineError) -> None:
@@ -293,6 +296,31 @@ class Saver:
         if run.processes.is_first:
             tqdm.write(f"  {message}; training continues (checkpoint.on_failed_save=go_on)")
         return False
+
+
+class Exporter:
+    """Writes what is trained as files of their own, if the objective has such files: an adapter."""
+
+    def __init__(self, run: Run, clock: Clock, writer: MetricsWriter):
+        self._run, self._clock, self._writer = run, clock, writer
+
+    def if_due(self, step: int, state: TrainState) -> None:
+        every = self._run.config.checkpoint.export_every_steps
+        if every is not None and step % every == 0 and step < self._run.stop:
+            self._write(step, state, PurePath("adapters", f"{self._run.directory.path.name}-{step:08d}.safetensors"))
+
+    def at_the_end(self, step: int, state: TrainState) -> None:
+        """After the last step, also of a run that had finished before."""
+        if self._run.objective.exports:
+            self._write(step, state, PurePath(f"{self._run.directory.path.name}.safetensors"))
+
+    def _write(self, step: int, state: TrainState, name: PurePath) -> None:
+        run = self._run
+        with self._clock.during(TimePart.SAVE):
+            self._writer.flush()
+            run.objective.export(state, run.frozen, run.run_dir / name, step, run.mesh, run.processes)
+        if run.processes.is_first and (failed := _push(run, self._writer)):
+            tqdm.write(f"  {name} is not in the bucket yet: {failed}")
 
 
 class Validator:

@@ -22,6 +22,8 @@ from pathlib import PurePath
 
 import numpy as np
 
+from sdxl_jax.adapters import changes
+from sdxl_jax.arrays import unflatten
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import buckets
@@ -40,6 +42,7 @@ from sdxl_jax.weights.formats import checkpoints, diffusers, diffusers_fields, j
 from sdxl_jax.weights.formats.safetensors import Tensor
 from sdxl_jax.weights.lazy import (
     Carried,
+    Changed,
     Initial,
     InMemory,
     Leaf,
@@ -51,6 +54,7 @@ from sdxl_jax.weights.lazy import (
     leaves_of,
     part_configs,
 )
+from sdxl_jax.weights.lora_names import layers_of
 from sdxl_jax.weights.names import Dialect, Naming, PartConfig
 from sdxl_jax.weights.parts import with_parts
 
@@ -156,21 +160,43 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
     prefix = "ema/" if has_average else "params/"
     leaves = {name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)}
     expected = abstract_leaves(config, trained.parts).keys()
+    factors = {name: leaf for name, leaf in leaves.items() if name.startswith(_ADAPTERS)}
+    leaves = {name: leaf for name, leaf in leaves.items() if name not in factors}
     if leaves.keys() != expected:
         frozen = orbax.leaves(arrays / "frozen", orbax.metadata(arrays / "frozen")[0])
         # Networks of the loss are there too.
         leaves |= {name: leaf for name, leaf in frozen.items() if name.split("/")[0] in part_configs(config)}
+        factors |= {name: leaf for name, leaf in frozen.items() if factors and name.startswith(_ADAPTERS)}
     unfinished = step is None and chosen < trained.steps
     notes = (f"{run_dir} is at step {chosen} of {trained.steps}",) if unfinished else ()
-    provenance = Provenance(absolute(run_dir).name, chosen, trained.steps, has_average, trained.commit)
+    name = absolute(run_dir).name
+    merged = (f"{name} × 1",) if factors else ()
+    provenance = Provenance(name, chosen, trained.steps, has_average, trained.commit, merged=merged)
+    complete = _complete(config, leaves, path, trained.parts)
     return Weights(
         config,
-        _complete(config, leaves, path, trained.parts),
+        _with_adapters(config, complete, factors) if factors else complete,
         Origin(SourceLayout.RUN),
         licences=licences_in(run_dir),
         notes=notes,
         provenance=provenance,
     )
+
+
+_ADAPTERS = "adapters/"
+"""What the factors of an adapter that a run trains are below, beside its frozen model."""
+
+
+def _with_adapters(config: ModelConfig, leaves: Mapping[str, Leaf], factors: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The base's parameters with the changes of the adapter merged into them as they are read."""
+    layers = layers_of(config)
+    tree = unflatten({name.removeprefix(_ADAPTERS): leaf.read() for name, leaf in factors.items()})
+    resolved = changes.untree(tree, layers)
+
+    def changed(path: str, leaf: Leaf) -> Changed:
+        return Changed(leaf, lambda value: changes.changed(value, resolved[path], 1.0), leaf.dtype)
+
+    return {path: changed(path, leaf) if path in resolved else leaf for path, leaf in leaves.items()}
 
 
 def _open_orbax(path: AnyPath) -> Weights:

@@ -7,7 +7,7 @@ networks that train against each other (adversarial training) overrides the stat
     batches                        tokenizer · batches · abstract_batch
     state                          abstract_state · initial_weights · fresh_state
     step                           loss · step · model_flops
-    for sampling and export        model_config · parts · model · validation · counterparts · measure
+    for sampling and export        model_config · parts · model · validation · counterparts · measure · export
 
 Not here: compilation, checkpoints, processes, metrics, signals. The loop has them once, for all objectives.
 """
@@ -16,13 +16,14 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Float32, Key, UInt8
+from jaxtyping import Float, Key, UInt8
 
 from sdxl_jax import flops, sharding
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, unflatten
@@ -30,12 +31,13 @@ from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation import weights
 from sdxl_jax.evaluation.scores import weights_of
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.optim.optimiser import make_optimiser
-from sdxl_jax.training.initial import check_initial, initial_weights, random_weights
+from sdxl_jax.training.initial import check_initial, float32, initial_weights, random_weights
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Metrics, Step, make_step
@@ -114,6 +116,11 @@ class Objective(abc.ABC, Generic[Config]):
         measured = self.config.validation_metrics
         for name in weights_of(() if measured is None else measured.metrics):
             weights.check(name)
+        if (every := self.config.checkpoint.export_every_steps) is not None and not self.exports:
+            raise InputError(
+                f"checkpoint.export_every_steps={every} has no effect: this run trains no adapter, and its checkpoints "
+                "open as models (sdxl-jax convert writes them in other layouts). Leave it out (None)"
+            )
 
     def check_start(self) -> None:
         """Raises InputError if a new run could not start: initial weights that are missing, or of another model."""
@@ -163,7 +170,11 @@ class Objective(abc.ABC, Generic[Config]):
         """The state before the first step, of trainable parameters. Pure: compiled by `jitted_start`."""
         return create(params, self.optimiser, self.config.ema)
 
-    def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float32[jax.Array, "..."]]:
+    def dtype_of(self, part: str) -> np.dtype:
+        """The dtype of a part's parameters, those of the optimiser aside."""
+        return float32(part)
+
+    def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float[jax.Array, "..."]]:
         """The parameters that are not initialised at random, by path, with their shardings."""
         return initial_weights(
             self.config.training,
@@ -171,18 +182,31 @@ class Objective(abc.ABC, Generic[Config]):
             mesh,
             parts=self.parts,
             measures_scale=self.measures_scale,
+            dtype_of=self.dtype_of,
             progress=progress,
         )
 
     def fresh_state(
-        self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float32[jax.Array, "..."]], progress: bool = True
+        self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float[jax.Array, "..."]], progress: bool = True
     ) -> tuple[TrainState, Params]:
         """The state before the first step and the frozen parameters. Parameters are taken from `initial`, by path, and
         donated; those that it lacks are random. Each array is created with its sharding."""
-        training = self.config.training
-        random = random_weights(training, self.model_config, mesh, parts=self.parts, given=initial, progress=progress)
-        trained, frozen = partition(unflatten(random | initial), training.trainable)
+        params = self.all_parameters(mesh, initial, progress)
+        trained, frozen = partition(params, self.config.training.trainable)
         return self.jitted_start(abstract)(trained), frozen
+
+    def all_parameters(self, mesh: Mesh, initial: dict[str, Float[jax.Array, "..."]], progress: bool = True) -> Params:
+        """The model's parameters before the first step: those in `initial`, by path, and random ones."""
+        random = random_weights(
+            self.config.training,
+            self.model_config,
+            mesh,
+            parts=self.parts,
+            given=initial,
+            dtype_of=self.dtype_of,
+            progress=progress,
+        )
+        return unflatten(random | initial)
 
     def jitted_start(self, abstract: TrainState) -> Callable[[Params], TrainState]:
         """Trainable parameters → the state before the first step. The parameters are donated."""
@@ -225,6 +249,17 @@ class Objective(abc.ABC, Generic[Config]):
     ) -> UInt8[np.ndarray, "images height width 3"]:
         """The model's own images for examples of the data, with which `config.validation_metrics` compares them:
         samples of their captions, reconstructions. All processes compute them together, the same ones each time."""
+        raise NotImplementedError
+
+    @property
+    def exports(self) -> bool:
+        """Whether `export` writes a file. Here: no."""
+        return False
+
+    def export(
+        self, state: TrainState, frozen: Params, path: Path, step: int, mesh: Mesh, processes: Processes
+    ) -> None:
+        """Writes what was trained as a file of its own. All processes call it together, and the first writes."""
         raise NotImplementedError
 
     def measure(

@@ -3,13 +3,14 @@
     image ── encode, sample ── latent ── add noise ── UNet(…, text, class, sizes) ── weighted error
 
 A batch from a cache starts at "sample": it has the posterior and the text states, and both encoders are skipped.
-`training.trainable` selects what is trained: the UNet, some of its layers, text encoders. The configuration is
-`TrainConfig` (sdxl_jax/config.py).
+`training.trainable` selects what is trained: the UNet, some of its layers, text encoders; with `adapter` it is an
+adapter of these that is trained (`adapters`). The configuration is `TrainConfig` (sdxl_jax/config.py).
 """
 
 import functools
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +34,13 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
 from sdxl_jax.training import encoding
-from sdxl_jax.training.objectives import image_prompts
+from sdxl_jax.training.objectives import adapters, image_prompts
+from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.base import Examples, Grid, Objective, abstract_rows
 from sdxl_jax.training.processes import Processes
-from sdxl_jax.training.state import merge
+from sdxl_jax.training.state import TrainState, merge
 from sdxl_jax.training.step import Metrics
+from sdxl_jax.weights.lazy import abstract_leaves
 
 EmptyTokens = Int32[np.ndarray, "1 77"]
 """The token numbers of "", by one tower's tokenizer."""
@@ -57,6 +60,9 @@ class Denoising(Objective[TrainConfig]):
         super().__init__(config)
         if self._trains_rows:
             self.optimiser = image_prompts.updating_pooled_rows(self.optimiser, self._pooled_width)
+        self._adapters = None if config.adapter is None else AdapterTraining(config, config.adapter)
+        if self._adapters is not None:
+            self.optimiser = self._adapters.updating(self.optimiser)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -75,9 +81,14 @@ class Denoising(Objective[TrainConfig]):
         encoding.check_frozen(self.config)
         image_prompts.check(self.config)
 
+        if self._adapters is not None:
+            self._adapters.abstract_trees()
+
     def check_start(self) -> None:
         super().check_start()
         encoding.image_tower(self.config)
+        if self._adapters is not None:
+            self._adapters.check_start()
 
     def check_heads(self, mesh: Mesh) -> None:
         sharding.check_heads(mesh, self.config.model.unet.attention_heads)
@@ -125,13 +136,54 @@ class Denoising(Objective[TrainConfig]):
         )
         return batch._replace(image=None, encoded=encoded)
 
+    def dtype_of(self, part: str) -> np.dtype:
+        return self.config.dtype_of(part)
+
+    def abstract_state(self, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Params]:
+        if self._adapters is None:
+            return super().abstract_state(mesh)
+        factors, alphas = self._adapters.abstract_trees()
+        base = {
+            path: jax.ShapeDtypeStruct(leaf.shape, self.dtype_of(path.split("/")[0]))
+            for path, leaf in abstract_leaves(self.config.model).items()
+        }
+        frozen = sharding.placed(mesh, arrays.unflatten(base) | alphas)
+        return sharding.placed(mesh, jax.eval_shape(self.create, factors)), frozen
+
+    def fresh_state(
+        self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float[jax.Array, "..."]], progress: bool = True
+    ) -> tuple[TrainState, Params]:
+        if self._adapters is None:
+            return super().fresh_state(mesh, abstract, initial, progress)
+        base = self.all_parameters(mesh, initial, progress)
+        factors, alphas = self._adapters.fresh(base, mesh)
+        return self.jitted_start(abstract)(factors), base | alphas
+
+    def model(self, state: TrainState, frozen: Params) -> Model:
+        if self._adapters is None:
+            return super().model(state, frozen)
+        return Model(self.model_config, self._adapters.merged(frozen, adapters.of(state.sampled, frozen)))
+
+    @property
+    def exports(self) -> bool:
+        return self._adapters is not None
+
+    def export(
+        self, state: TrainState, frozen: Params, path: Path, step: int, mesh: Mesh, processes: Processes
+    ) -> None:
+        """The averaged adapter, as a file for other programs."""
+        assert self._adapters is not None
+        factors = adapters.of(state.sampled, frozen)
+        self._adapters.export(factors, path, step, mesh, is_first=processes.is_first)
+
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
     ) -> tuple[Float[jax.Array, ""], Metrics]:
         terms: Metrics = {} if self.config.image_prompt is None else image_prompts.norms(batch)
         if self._trains_rows:
             trained = image_prompts.pooled_rows(trained, self._pooled_width)
-        return batch_loss(trained, frozen, batch, keys, self.config, self._empty), terms
+        changes = None if self._adapters is None else self._adapters.of_step(adapters.of(trained, frozen), keys)
+        return batch_loss(trained, frozen, batch, keys, self.config, self._empty, changes), terms
 
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
@@ -198,14 +250,16 @@ def batch_loss(
     keys: Key[jax.Array, " batch"],
     config: TrainConfig,
     empty: Mapping[str, EmptyTokens],
+    changes: Params | None = None,
 ) -> Float[jax.Array, ""]:
-    """The loss of one (micro-)batch. keys: one per example; empty: tokens of "" by tower, for the null embedding."""
+    """The loss of one (micro-)batch. keys: one per example; empty: tokens of "" by tower, for the null embedding;
+    changes: adapters by part."""
     params, parts, compute = merge(trained, frozen), config.model, config.compute
     latent_keys, dropout_keys, loss_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
 
-    posterior, prompt = _encoded(batch, params, parts, compute)
+    posterior, prompt = _encoded(batch, params, parts, compute, changes)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
-    unconditional = unconditional_text(parts, params, empty, compute)
+    unconditional = unconditional_text(parts, params, empty, compute, changes)
     if config.image_prompt is not None:
         keys_of_text = jax.vmap(lambda key: jax.random.fold_in(key, 2))(dropout_keys)
         prompt = image_prompts.conditioned(prompt, batch, keys_of_text, config.image_prompt)
@@ -217,7 +271,9 @@ def batch_loss(
         x_t: Float[jax.Array, "batch height width channels"], timestep: Int[jax.Array, " batch"]
     ) -> Float[jax.Array, "batch height width channels"]:
         context, vector, added = conditioning
-        return unet.apply(parts.unet, params["unet"], x_t, timestep, context, vector, compute, class_embedding=added)
+        beside = (changes or {}).get("unet")
+        given = params["unet"], x_t, timestep, context, vector, compute
+        return unet.apply(parts.unet, *given, adapters=beside, class_embedding=added)
 
     return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
 
@@ -239,7 +295,7 @@ def with_dropout(
 
 
 def _encoded(
-    batch: Batch, params: Params, parts: ModelConfig, compute: Compute
+    batch: Batch, params: Params, parts: ModelConfig, compute: Compute, changes: Params | None
 ) -> tuple[vae.Posterior, text.TextConditioning]:
     """(posterior of the latents, text states), from the encoders or from the cache."""
     if batch.encoded is not None:
@@ -247,4 +303,4 @@ def _encoded(
         return vae.Posterior(mean, log_variance), text.TextConditioning(context, pooled)
     assert batch.image is not None
     posterior = vae.encode(parts.vae, autoencoder(params), arrays.normalise(batch.image), compute)
-    return posterior, text.encode(parts.text, params, batch.tokens, compute)
+    return posterior, text.encode(parts.text, params, batch.tokens, compute, changes)

@@ -1,0 +1,320 @@
+"""Training of an adapter beside a frozen model: LoRA and its kin (`TrainConfig.adapter`).
+
+    base (frozen) ────────────┐
+                              ├── UNet, text encoders ── loss ── gradient of the factors ── update ── limit of norms
+    factors ── dropout ───────┘
+
+The factors are the trainable tree, {"adapters": {"unet": …}}; alphas, which are constant, are frozen beside the base.
+Checkpoints, resume, the average and the mesh are those of any training. Formulas are in `adapters/`, files in
+`weights/`.
+"""
+
+import functools
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Key, Shaped
+
+from sdxl_jax import sharding
+from sdxl_jax.adapters import changes, dora, kinds, targets
+from sdxl_jax.adapters.changes import Resolved
+from sdxl_jax.adapters.kinds import Factors, Kind
+from sdxl_jax.adapters.targets import AdapterConfig
+from sdxl_jax.arrays import Parameter, Params, flatten, type_of_array, unflatten
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.errors import InputError
+from sdxl_jax.files.trees import differences
+from sdxl_jax.training.initial import placed_network
+from sdxl_jax.training.state import merge
+from sdxl_jax.weights import lora_export, lora_files
+from sdxl_jax.weights.lazy import Initial, abstract_leaves
+from sdxl_jax.weights.lora_names import layers_of
+
+ADAPTERS = "adapters"
+"""Key of the factors, in the trainable and in the frozen tree."""
+_DROPOUT = 3
+"""Folded into the key of a micro-batch's first example; its own three uses are split off (`denoising.batch_loss`)."""
+
+
+class AdapterTraining:
+    """What the denoising objective does differently for an adapter. Holds no arrays."""
+
+    def __init__(self, config: TrainConfig, adapter: AdapterConfig):
+        self._config, self._adapter = config, adapter
+
+    @functools.cached_property
+    def layers(self) -> dict[str, int | None]:
+        """How many layers are stacked in each parameter."""
+        return layers_of(self._config.model)
+
+    @functools.cached_property
+    def abstract(self) -> dict[str, Parameter]:
+        """The factors by path, "unet/…/kernel/down". Raises InputError for settings that do not fit the model."""
+        trainable = self._config.training.trainable
+        return targets.abstract(self._adapter, abstract_leaves(self._config.model), self.layers, trainable)
+
+    def check_start(self) -> None:
+        """Raises InputError for an adapter to train on that is missing, or of other settings."""
+        if self._adapter.init_from is not None:
+            self._from_file(self._adapter.init_from)
+
+    # State
+
+    def abstract_trees(self) -> tuple[Params, Params]:
+        """(trainable, frozen): the abstract trees of factors and of alphas."""
+        return _split(dict(self.abstract))
+
+    def fresh(self, base: Params, mesh: Mesh) -> tuple[Params, Params]:
+        """(trainable, frozen) before the first step: new, or from `adapter.init_from`. base: the model's parameters."""
+        seed = self._config.training.seed
+        leaves = {path: Initial(leaf, f"{ADAPTERS}/{path}", seed) for path, leaf in self.abstract.items()}
+        made = flatten(placed_network(ADAPTERS, leaves, mesh))
+        if self._adapter.init_from is not None:
+            given = flatten(self._from_file(self._adapter.init_from))
+            made = {path: jax.device_put(given[path], value.sharding) for path, value in made.items()}
+        else:
+            flat = flatten(base)
+            for path, value in made.items():
+                parameter, _, name = path.rpartition("/")
+                if name == "magnitude":
+                    axis, stacked = dora.axis_of(value.shape), self.layers[parameter] is not None
+                    made[path] = jax.device_put(_norms(flat[parameter], axis, stacked), value.sharding)
+        return _split(made)
+
+    def _from_file(self, path: str) -> Params:
+        """The adapter of a file, with the alphas of the configuration. Raises InputError for one of other settings."""
+        file = lora_files.read(path)
+        found = changes.tree(lora_files.resolve(file, self._config.model), self.layers)
+        resolved: Resolved = {
+            parameter: [(layer, self._with_our_alpha(parameter, factors)) for layer, factors in rows]
+            for parameter, rows in changes.untree(found, self.layers).items()
+        }
+        tree = changes.tree(resolved, self.layers)
+        have = {name: value.shape for name, value in flatten(tree).items()}
+        if different := differences(have, {name: value.shape for name, value in self.abstract.items()}):
+            raise InputError(
+                f"adapter.init_from={path} is another adapter than this configuration's: {len(different)} factors "
+                f"differ, the first is {different[0]} (there -> here). Set adapter.kind, rank and layers as they are "
+                "there (sdxl-jax lora list), or change the file's rank with `sdxl-jax lora resize`"
+            )
+        return tree
+
+    def _with_our_alpha(self, parameter: str, factors: Factors) -> Factors:
+        """The same change with another alpha: what it scales is scaled."""
+        declared = self.abstract.get(f"{parameter}/alpha")
+        return factors if declared is None else _with_alpha(factors, declared.distribution.mean)
+
+    # Step
+
+    def of_step(self, whole: Params, keys: Key[jax.Array, " batch"]) -> Params:
+        """The adapters that a (micro-)batch is computed with: without what its dropout leaves out, the same for all of
+        its examples. whole: of `of`. keys: one per example."""
+        adapter = self._adapter
+        if not adapter.rank_dropout and not adapter.module_dropout:
+            return whole
+        flat = flatten(whole)
+        of_ranks, of_layers = jax.random.split(jax.random.fold_in(keys[0], _DROPOUT))
+        groups = _grouped(flat)
+        if adapter.rank_dropout:
+            names = {one: next((name for name in _NARROW if name in factors), None) for one, factors in groups.items()}
+            paths = [f"{parameter}/{name}" for parameter, name in names.items() if name is not None]
+            masks = _kept(of_ranks, adapter.rank_dropout, [flat[path].shape[:-1] for path in paths])
+            for path, kept in zip(paths, masks, strict=True):
+                flat[path] = flat[path] * kept[..., None] / (1 - adapter.rank_dropout)
+        if adapter.module_dropout:
+            paths = [f"{one}/{'alpha' if 'alpha' in factors else 'diff'}" for one, factors in groups.items()]
+            counts = [self.layers[parameter] for parameter in groups]
+            masks = _kept(of_layers, adapter.module_dropout, [() if count is None else (count,) for count in counts])
+            for path, kept in zip(paths, masks, strict=True):
+                flat[path] = flat[path] * _beside(kept, flat[path])
+        return unflatten(flat)
+
+    def updating(self, optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimiser with the learning rates of `rates` and `up_rate`, and the limit of norms."""
+        rules: list[Any] = []
+        if self._adapter.rates or self._adapter.up_rate != 1:
+            rules.append(optax.stateless(cast(Any, self._with_rates)))
+        if self._adapter.norm_limit is not None:
+            rules.append(optax.stateless(cast(Any, self._limited)))
+        return optax.chain(optimiser, *rules) if rules else optimiser
+
+    def _with_rates(self, updates: Params, _: Params | None) -> Params:
+        flat = flatten(updates[ADAPTERS])
+        for path, update in flat.items():
+            rate = next((factor for pattern, factor in self._adapter.rates if re.search(pattern, path)), 1.0)
+            rate *= self._adapter.up_rate if path.endswith("/up") else 1.0
+            flat[path] = update if rate == 1 else rate * update
+        return {ADAPTERS: unflatten(flat)}
+
+    def _limited(self, updates: Params, params: Params) -> Params:
+        """Updates after which no change ΔW is longer than `norm_limit`."""
+        limit, flat = self._adapter.norm_limit, flatten(updates[ADAPTERS])
+        before = flatten(params[ADAPTERS])
+        assert limit is not None
+        for parameter, factors in _grouped({path: before[path] + update for path, update in flat.items()}).items():
+            if not parameter.endswith("kernel"):
+                continue
+            alpha, count = self.abstract.get(f"{parameter}/alpha"), self.layers[parameter]
+            if alpha is not None:
+                factors["alpha"] = jnp.full(alpha.shape, alpha.distribution.mean)
+            ratio = limit / jnp.maximum(_change_norm(factors, count is not None), limit)
+            names = _LIMITED[kinds.kind_of(factors)]
+            names = [name for name in names if name in factors]
+            for name in names:
+                path, share = f"{parameter}/{name}", ratio ** (1 / len(names))
+                share = _beside(share, factors[name])
+                flat[path] = jnp.where(share < 1, factors[name] * share - before[path], flat[path])
+        return {ADAPTERS: unflatten(flat)}
+
+    # The model, and the file
+
+    def merged(self, frozen: Params, whole: Params) -> Params:
+        """The model's parameters with the changes of adapters (`of`) merged into the base; its dtypes and shardings
+        stay."""
+        flat = flatten({part: tree for part, tree in frozen.items() if part != ADAPTERS})
+        for parameter, factors in _grouped(flatten(whole)).items():
+            value = flat[parameter]
+            changed = _changed(value, factors, self.layers[parameter] is not None)
+            flat[parameter] = jax.device_put(changed, value.sharding)
+        return unflatten(flat)
+
+    def export(self, whole: Params, path: Path, step: int, mesh: Mesh, *, is_first: bool) -> None:
+        """Writes adapters (`of`) to a file. All processes call it, and the first writes."""
+        on_host = jax.device_get(jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(whole))
+        if is_first:
+            # One alpha for all: where they differ, diffusers applies the most frequent one to most layers.
+            alphas = Counter(leaf.distribution.mean for path, leaf in self.abstract.items() if path.endswith("alpha"))
+            alpha = max(alphas, key=lambda one: alphas[one], default=1.0)
+            resolved: Resolved = {
+                parameter: [(layer, _with_alpha(factors, alpha)) for layer, factors in rows]
+                for parameter, rows in changes.untree(on_host, self.layers).items()
+            }
+            dtype = jnp.dtype(self._adapter.file_dtype.value)
+            metadata = self._metadata(step)
+            lora_export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata)
+
+    def _metadata(self, step: int) -> dict[str, str]:
+        """What sd-scripts writes of a training, as far as it is known here; the writer adds what the adapter is."""
+        config, adapter, training = self._config, self._adapter, self._config.training
+        rate, weights = config.optimiser.learning_rate, config.loss.weighting.value
+        sizes = {f"{width}x{height}" for height, width in config.data.buckets}
+        values = {
+            "ss_steps": step,
+            "ss_max_train_steps": training.steps,
+            "ss_learning_rate": rate,
+            "ss_optimizer": config.optimiser.kind.value,
+            "ss_lr_scheduler": config.optimiser.decay.value,
+            "ss_lr_warmup_steps": config.optimiser.warmup_steps,
+            "ss_mixed_precision": {"float32": "no", "bfloat16": "bf16"}[config.compute.dtype.value],
+            "ss_seed": training.seed,
+            "ss_total_batch_size": config.data.batch_size,
+            "ss_gradient_accumulation_steps": config.optimiser.accumulate,
+            "ss_max_grad_norm": config.optimiser.clip_norm,
+            "ss_noise_offset": config.loss.offset_noise,
+            "ss_zero_terminal_snr": config.model.schedule.zero_terminal_snr,
+            "ss_caption_dropout_rate": training.caption_dropout,
+            "ss_scale_weight_norms": adapter.norm_limit,
+            "ss_loss_weighting": weights,
+            "ss_bucket_sizes": json.dumps(sorted(sizes)),
+            "ss_sd_model_name": Path(training.init_from[-1]).name if training.init_from else None,
+        }
+        return {name: str(value) for name, value in values.items()}
+
+
+_NARROW = ("up", "up_1", "w2_up", "w1_up")
+"""Factors whose last axis but one is that of ranks; the first that there is has its ranks dropped."""
+_LIMITED = {
+    Kind.LORA: ("down", "up"),
+    Kind.LOHA: ("up_1",),
+    Kind.LOKR: ("w1", "w1_up"),
+    Kind.DIFFERENCE: ("diff",),
+}
+"""The factors that a limit of the norm is shared by."""
+
+
+def of(trained: Params, frozen: Params) -> Params:
+    """The adapters with their alphas, by part, of a run's two trees."""
+    return merge(trained, {ADAPTERS: frozen.get(ADAPTERS, {})})[ADAPTERS]
+
+
+def _with_alpha(factors: Factors, alpha: float) -> Factors:
+    """The same change with another alpha: what it scales is scaled. Kinds without one stay as they are."""
+    if (rank := kinds.rank_of(factors)) is None:
+        return factors
+    value = np.asarray(alpha, np.float32)
+    ratio = np.asarray(rank * factors["alpha"] / value, np.float32)
+    return {**kinds.scaled({**factors, "alpha": ratio}), "alpha": value}
+
+
+def _split(flat: dict[str, Any]) -> tuple[Params, Params]:
+    """(trainable, frozen) trees of factors by path."""
+    is_frozen = {path: path.endswith(kinds.FROZEN) for path in flat}
+    trees = [unflatten({path: flat[path] for path in flat if is_frozen[path] is frozen}) for frozen in (False, True)]
+    return {ADAPTERS: trees[0]}, {ADAPTERS: trees[1]} if trees[1] else {}
+
+
+def _grouped(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{"unet/…/kernel/down": x} -> {"unet/…/kernel": {"down": x}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, value in flat.items():
+        parameter, _, name = path.rpartition("/")
+        found.setdefault(parameter, {})[name] = value
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _norms(kernel: Float[jax.Array, "*shape"], axis: dora.Axis, stacked: bool) -> Float[jax.Array, "..."]:
+    """The magnitudes with which a DoRA begins."""
+    kernel = kernel.astype(jnp.float32)
+    return jnp.asarray(jax.vmap(lambda one: dora.norm(one, axis))(kernel) if stacked else dora.norm(kernel, axis))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _changed(value: Float[jax.Array, "*shape"], factors: Factors, stacked: bool) -> Float[jax.Array, "*shape"]:
+    """A parameter with its change, computed in float32, one layer at a time, in the parameter's dtype."""
+
+    def one(layer: tuple[Any, Factors]) -> Any:
+        return kinds.changed(layer[0].astype(jnp.float32), layer[1]).astype(value.dtype)
+
+    return jax.lax.map(one, (value, factors)) if stacked else one((value, factors))
+
+
+def _kept(key: Key[jax.Array, ""], dropout: float, shapes: Sequence[tuple[int, ...]]) -> list[Bool[jax.Array, "..."]]:
+    """Masks that keep the share 1 − dropout, from one draw: a draw for each would be most of the program."""
+    sizes = [math.prod(shape) for shape in shapes]
+    drawn = jax.random.bernoulli(key, 1 - dropout, (sum(sizes),))
+    parts = jnp.split(drawn, np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _beside(numbers: Shaped[jax.Array, "*layers"], value: Shaped[type_of_array, "..."]) -> Shaped[jax.Array, "..."]:
+    """A number, or one for each layer, with the axes of a factor."""
+    return numbers.reshape(*numbers.shape, *(1,) * (value.ndim - numbers.ndim))
+
+
+def _change_norm(factors: Factors, stacked: bool) -> Float[jax.Array, "*layers"]:
+    """‖ΔW‖ of each layer; of a LoRA without ΔW, by products as narrow as the rank."""
+
+    def of_lora(factors: Factors) -> Any:
+        each = kinds.scaled(factors)
+        down = each["down"] @ each["mid"] if "mid" in each else each["down"]
+        narrow, up = down.reshape(-1, down.shape[-1]), each["up"]
+        return jnp.sqrt(jnp.sum((narrow.T @ narrow) * (up @ up.T)).clip(0))
+
+    if kinds.kind_of(factors) is Kind.LORA:
+        return jax.vmap(of_lora)(factors) if stacked else of_lora(factors)
+
+    def of_other(factors: Factors) -> Any:
+        return jnp.linalg.norm(jnp.asarray(kinds.delta(factors)).reshape(-1))
+
+    return jax.lax.map(of_other, factors) if stacked else of_other(factors)

@@ -1,0 +1,399 @@
+"""Training of adapters: the base stays as it is, a run resumes bit for bit, and the file has what was trained."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import layouts
+import numpy as np
+import optax
+import pytest
+import tiny
+from safetensors import safe_open
+
+from sdxl_jax import sharding
+from sdxl_jax.adapters import changes, dora, kinds, targets
+from sdxl_jax.adapters.kinds import Kind
+from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers
+from sdxl_jax.arrays import AccumulatorDtype, Params, flatten, unflatten
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.errors import InputError
+from sdxl_jax.model import SDXL_BASE, Model
+from sdxl_jax.models.wavelet import WaveletConfig
+from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, make_optimiser
+from sdxl_jax.training import checkpoint, loop
+from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives.adapters import AdapterTraining
+from sdxl_jax.weights import lora, lora_files
+from sdxl_jax.weights.convert import convert
+from sdxl_jax.weights.lazy import abstract_leaves
+from sdxl_jax.weights.load import load_model
+from sdxl_jax.weights.lora_names import layers_of
+
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
+STEPS = 3
+LORA = AdapterConfig(
+    rank=2,
+    alpha=3.0,
+    layers=Layers.LINEAR,
+    rank_dropout=0.3,
+    module_dropout=0.2,
+    up_rate=4.0,
+    rates=(("^text_encoder", 0.5),),
+    norm_limit=0.02,
+    file_dtype=FileDtype.FLOAT32,
+)
+OTHERS = {
+    "loha": AdapterConfig(Kind.LOHA, 2, layers=Layers.BLOCKS, conv_rank=1, rank_dropout=0.5),
+    "lokr": AdapterConfig(Kind.LOKR, 1, layers=Layers.BLOCKS, middle=True, module_dropout=0.3, biases_and_norms=True),
+    "dora": AdapterConfig(rank=2, magnitude=dora.Axis.IN, norm_limit=0.05),
+    "differences": AdapterConfig(Kind.DIFFERENCE, layers=Layers.ALL, biases_and_norms=True, norm_limit=0.05),
+    "bfloat16": AdapterConfig(rank=2, layers=Layers.BLOCKS, base_dtype=AccumulatorDtype.BFLOAT16),
+}
+
+
+MODEL = dataclasses.replace(
+    layouts.MODEL,
+    unet=dataclasses.replace(layouts.MODEL.unet, transformer_depth=(0,), in_channels=12, out_channels=12),
+    vae=WaveletConfig(),
+)
+"""A transformer in the middle alone, and no autoencoder to compile."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Three steps of two images, of one bucket. Not from fresh weights: the zeros of the last convolution let no
+    gradient through."""
+    folder = tmp_path_factory.mktemp("base")
+    convert(tiny.random_model(MODEL, 0), folder / "model", "orbax", False)
+    config = tiny.train_config(tiny.make_folder(folder / "images"), STEPS)
+    return dataclasses.replace(
+        config,
+        model=MODEL,
+        data=dataclasses.replace(config.data, buckets=((16, 16),), max_aspect_distance=10.0, batch_size=2),
+        optimiser=dataclasses.replace(config.optimiser, learning_rate=1e-2),
+        training=dataclasses.replace(
+            config.training, trainable=("^unet/", "^text_encoder_2/"), init_from=(str(folder / "model"),)
+        ),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=1, export_every_steps=2),
+    )
+
+
+class Crash(Exception):
+    pass
+
+
+def train(config: TrainConfig, folder: Path, stop_before: int | None = None) -> Model | None:
+    """Trains; an exception ends it before the given step."""
+    done = checkpoint.latest_step(folder / "checkpoints") or 0
+
+    def put(mesh: Any, batch: Any, original: Any = sharding.put_batch) -> Any:
+        nonlocal done
+        done += 1
+        if done == stop_before:
+            raise Crash
+        return original(mesh, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "put_batch", put)
+        if stop_before is None:
+            return loop.train(config, folder, progress=False)
+        with pytest.raises(Crash):
+            loop.train(config, folder, progress=False)
+    return None
+
+
+def assert_resumes(config: TrainConfig, straight: Path, stopped: Path) -> None:
+    """Stopped after the first and the second step, the run ends with the state and the file of the straight one."""
+    for stop_before in (2, 3, None):
+        train(config, stopped, stop_before)
+    abstract, _ = objective_of(config).abstract_state(sharding.make_mesh(config.mesh))
+    one, other = (checkpoint.restore(each / "checkpoints", STEPS, abstract) for each in (straight, stopped))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert (straight / "run.safetensors").read_bytes() == (stopped / "run.safetensors").read_bytes()
+
+
+class Trained:
+    def __init__(self, config: TrainConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.model = train(config, folder)
+
+
+@pytest.fixture(scope="module")
+def trained(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A run that is not interrupted."""
+    return Trained(dataclasses.replace(base, adapter=LORA), tmp_path_factory.mktemp("straight") / "run")
+
+
+def test_run_that_was_stopped_twice_is_the_straight_one_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
+    assert_resumes(trained.config, trained.folder, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_resume_bit_for_bit(base: TrainConfig, tmp_path: Path, name: str) -> None:
+    config = dataclasses.replace(base, adapter=OTHERS[name])
+    if name == "bfloat16":
+        config = dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, accumulate=2))
+    model = train(config, tmp_path / "straight" / "run")
+    assert model is not None
+    assert_resumes(config, tmp_path / "straight" / "run", tmp_path / "stopped" / "run")
+    assert_same(load_model(tmp_path / "straight" / "run").params, model.params, 1e-6 if name != "bfloat16" else 8e-3)
+
+
+def assert_same(found: Params, expected: Params, tolerance: float) -> None:
+    """Of the largest value of each parameter."""
+    a, b = flatten(found), flatten(expected)
+    assert a.keys() == b.keys()
+    for path, value in a.items():
+        one, other = np.asarray(value, np.float32), np.asarray(b[path], np.float32)
+        assert np.abs(one - other).max() <= tolerance * max(np.abs(other).max(), 1e-30), path
+
+
+def test_only_the_adapter_learns_and_its_file_is_the_run(trained: Trained) -> None:
+    """The run opens as a model; the base with the run's file is the same model, to the bit."""
+    before, after = load_model(trained.config.training.init_from[0]), load_model(trained.folder)
+    file = lora.read(trained.folder)
+    assert (file.name, file.ranks) == ("run", [2])
+    with_file = flatten(lora.add(before, file).params)
+    changed = set[str]()
+    for path, value in flatten(after.params).items():
+        np.testing.assert_array_equal(value, with_file[path], err_msg=path)
+        if not np.array_equal(value, flatten(before.params)[path]):
+            changed.add(path)
+    assert changed == set(targets.selected(LORA, flatten(before.params), trained.config.training.trainable))
+    assert trained.model is not None
+    assert_same(trained.model.params, after.params, 1e-6)  # summed on devices, in another order
+
+
+def test_files_are_written_while_training_with_the_metadata_of_the_run(trained: Trained) -> None:
+    assert [path.name for path in (trained.folder / "adapters").iterdir()] == ["run-00000002.safetensors"]
+    with safe_open(trained.folder / "run.safetensors", "np") as opened:
+        metadata, names = opened.metadata(), list(opened.keys())
+    assert (metadata["ss_steps"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("3", "2", "3")
+    assert (metadata["ss_output_name"], metadata["ss_network_module"]) == ("run", "networks.lora")
+    assert any(name.startswith("lora_unet_") for name in names)
+    assert any(name.startswith("lora_te_") for name in names)
+
+
+def adapter_training(adapter: AdapterConfig, trainable: tuple[str, ...] = ("^unet/",)) -> AdapterTraining:
+    config = tiny.train_config(Path("unused"))
+    training = dataclasses.replace(config.training, trainable=trainable)
+    return AdapterTraining(dataclasses.replace(config, model=MODEL, training=training, adapter=adapter), adapter)
+
+
+def random_adapters(given: AdapterTraining, seed: int = 0) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {
+        path: np.full(leaf.shape, leaf.distribution.mean, np.float32)
+        if path.endswith("alpha")
+        else rng.standard_normal(leaf.shape).astype(np.float32)
+        for path, leaf in given.abstract.items()
+    }
+
+
+def test_a_new_adapter_changes_nothing_yet() -> None:
+    """ΔW is zero, and a DoRA has the norms of the base."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    model = tiny.random_model(MODEL, 0)
+    for adapter in (LORA, *OTHERS.values()):
+        given = adapter_training(adapter, ("^unet/", "^text_encoder_2/"))
+        factors, alphas = given.fresh(model.params, mesh)
+        whole = unflatten(flatten(factors["adapters"]) | flatten(alphas.get("adapters", {})))
+        for path, rows in changes.untree(whole, given.layers).items():
+            value = np.asarray(flatten(model.params)[path])
+            after = changes.changed(value, rows, 1.0)
+            if adapter.magnitude is None:
+                np.testing.assert_array_equal(after, value)
+            else:
+                np.testing.assert_allclose(after, value, rtol=1e-6)
+
+
+# Which layers, how many parameters
+
+
+def parameters_of(config: AdapterConfig, trainable: tuple[str, ...] = ("^unet/",)) -> tuple[int, int]:
+    """(layers, trainable parameters) of SDXL base."""
+    layers = layers_of(SDXL_BASE)
+    found = targets.abstract(config, abstract_leaves(SDXL_BASE), layers, trainable)
+    paths = {path.rpartition("/")[0] for path in found}
+    size = sum(int(np.prod(leaf.shape)) for path, leaf in found.items() if not path.endswith("alpha"))
+    return sum(layers[path] or 1 for path in paths), size
+
+
+@pytest.mark.parametrize(
+    ("layers", "rank", "modules", "parameters"),
+    [
+        (Layers.ATTENTION, 4, 560, 5_806_080),
+        (Layers.ATTENTION, 16, 560, 23_224_320),
+        (Layers.ATTENTION, 32, 560, 46_448_640),
+        (Layers.ATTENTION, 64, 560, 92_897_280),
+        (Layers.LINEAR, 4, 722, 10_639_360),
+        (Layers.LINEAR, 64, 722, 170_229_760),
+        (Layers.BLOCKS, 64, 788, 196_751_360),
+    ],
+)
+def test_adapters_of_sdxl_have_the_sizes_of_other_programs(
+    layers: Layers, rank: int, modules: int, parameters: int
+) -> None:
+    """Counted in diffusers 0.42.1 with PEFT on SDXL base; 788: what LCM-LoRA has."""
+    assert parameters_of(AdapterConfig(rank=rank, layers=layers)) == (modules, parameters)
+
+
+def test_presets_of_layers_of_unet_and_text_encoders() -> None:
+    assert parameters_of(AdapterConfig(layers=Layers.ATTENTION_FEED_FORWARD))[0] == 700
+    assert parameters_of(AdapterConfig(rank=4, layers=Layers.ALL))[0] == 794
+    assert parameters_of(AdapterConfig(), ("^text_encoder/",))[0] == 12 * 4
+    assert parameters_of(AdapterConfig(layers=Layers.LINEAR), ("^text_encoder",))[0] == (12 + 32) * 6
+    assert parameters_of(AdapterConfig(), ("mid_block.*attn2/to_[kv]/",))[0] == 20
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("adapter", "trainable", "expected"),
+    [
+        ({"rank": 64}, ("^unet/",), r"rank 64 is to change unet/.*whose own rank is at most 8"),
+        ({"rank": 0}, ("^unet/",), r"rank=0.* Give 1 or more"),
+        ({"alpha": 0.0}, ("^unet/",), r"alpha 0\. Give a number above 0"),
+        ({"alpha": -1.0}, ("^unet/",), r"alpha -1\. Give a number above 0"),
+        ({"conv_alpha": 0.0}, ("^unet/",), r"adapter\.conv_alpha has alpha 0"),
+        ({}, ("^unet/", "attn3"), r'training\.trainable has "attn3", which matches no parameter that adapter\.layers='),
+        ({}, ("^vae/",), r'training\.trainable has "\^vae/", which matches no parameter'),
+        ({"rates": (("attn3", 0.5),)}, ("^unet/",), r'adapter\.rates has "attn3", which matches no adapter'),
+        ({"conv_rank": 2}, ("^unet/",), r"conv_rank and conv_alpha are for convolutions larger than 1×1, of which"),
+        ({"factor": 4}, ("^unet/",), r"adapter\.factor has no effect with adapter\.kind=lora"),
+        ({"kind": Kind.LOHA, "up_rate": 4.0}, ("^unet/",), r"adapter\.up_rate has no effect with adapter\.kind=loha"),
+        ({"up_rate": 0.0}, ("^unet/",), r"adapter\.up_rate=0\.0"),
+        ({"norm_limit": 0.0}, ("^unet/",), r"adapter\.norm_limit=0\.0"),
+        ({"rank_dropout": 1.0}, ("^unet/",), r"adapter\.rank_dropout=1\.0"),
+        ({"magnitude": dora.Axis.IN, "module_dropout": 0.1}, ("^unet/",), r"module_dropout has no effect with .*=in\."),
+        ({"init_from": "nothing.safetensors"}, ("^unet/",), r"nothing\.safetensors"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    base: TrainConfig, adapter: dict[str, Any], trainable: tuple[str, ...], expected: str
+) -> None:
+    training = dataclasses.replace(base.training, trainable=trainable)
+    config = dataclasses.replace(base, training=training, adapter=AdapterConfig(**({"rank": 2} | adapter)))
+    objective = objective_of(config)
+    with pytest.raises(InputError, match=expected):
+        objective.check()
+        objective.check_start()
+
+
+def test_what_has_no_effect_on_a_run_is_refused(base: TrainConfig) -> None:
+    with pytest.raises(InputError, match=r"export_every_steps=2 has no effect: this run trains no adapter"):
+        objective_of(base).check()
+    schedule_free = dataclasses.replace(
+        base,
+        adapter=LORA,
+        optimiser=OptimiserConfig(OptimiserKind.SCHEDULE_FREE),
+        ema=dataclasses.replace(base.ema, kind=type(base.ema.kind).OPTIMISER, decay=None),
+    )
+    with pytest.raises(InputError, match=r"which the average of optimiser\.kind=schedule_free does not allow"):
+        objective_of(schedule_free).check()
+
+
+# The step's parts
+
+
+def test_dropout_is_of_whole_ranks_and_layers_and_keeps_the_mean() -> None:
+    given = adapter_training(AdapterConfig(rank=4, layers=Layers.BLOCKS, rank_dropout=0.5, module_dropout=0.5))
+    whole = unflatten(random_adapters(given))
+    keys = jax.random.split(jax.random.key(0), 2)
+    one, other, third = (flatten(given.of_step(whole, each)) for each in (keys, keys, keys[1:]))
+    before, differs = flatten(whole), False
+    kept_layers, kept_ranks = [], []
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, other[path])
+        differs |= not np.array_equal(value, third[path])
+        if path.endswith("alpha"):
+            kept_layers.append(np.asarray(value).reshape(-1) / before[path].reshape(-1))
+        elif path.endswith("up"):
+            ratio = np.asarray(value) / before[path]
+            np.testing.assert_allclose(ratio, np.broadcast_to(ratio[..., :1], ratio.shape), atol=1e-6)
+            kept_ranks.append(ratio[..., 0].reshape(-1))
+        else:
+            np.testing.assert_array_equal(value, before[path])
+    layers, ranks = np.concatenate(kept_layers), np.concatenate(kept_ranks)
+    assert differs and set(layers.round(6)) == {0, 1} and set(ranks.round(5)) == {0, 2}
+    assert 0.2 < layers.mean() < 0.8 and 0.35 < (ranks > 0).mean() < 0.65
+
+
+def test_rates_multiply_the_updates_of_matching_adapters_and_of_up_factors() -> None:
+    given = adapter_training(AdapterConfig(rank=2, up_rate=16.0, rates=(("mid_block", 0.5), ("^unet", 2.0))))
+    _, params = None, {"adapters": unflatten({k: v for k, v in random_adapters(given).items() if "alpha" not in k})}
+    gradient = jax.tree.map(np.ones_like, params)
+    optimiser = given.updating(optax.sgd(1.0))
+    updates, _ = optimiser.update(gradient, optimiser.init(params), params)
+    for path, update in flatten(updates["adapters"]).items():
+        expected = (0.5 if "mid_block" in path else 2.0) * (16 if path.endswith("/up") else 1)
+        np.testing.assert_array_equal(update, np.full(update.shape, -expected))
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterConfig(rank=2),
+        *(pytest.param(OTHERS[name], marks=pytest.mark.slow) for name in ("loha", "lokr", "differences")),
+    ],
+)
+def test_no_change_is_longer_than_the_limit_after_a_step(adapter: AdapterConfig) -> None:
+    given = adapter_training(dataclasses.replace(adapter, norm_limit=0.5, up_rate=1.0))
+    flat = random_adapters(given)
+    params = {"adapters": unflatten({path: value for path, value in flat.items() if not path.endswith("alpha")})}
+    optimiser = given.updating(optax.sgd(0.0))
+    updates, _ = optimiser.update(params, optimiser.init(params), params)
+    after = flatten(optax.apply_updates(params, updates)["adapters"])
+    alphas = {path: value for path, value in flat.items() if path.endswith("alpha")}
+    resolved = changes.untree(unflatten(after | alphas), given.layers)
+    norms = [
+        np.linalg.norm(kinds.delta(f)) for path, rows in resolved.items() for _, f in rows if path.endswith("kernel")
+    ]
+    np.testing.assert_allclose(norms, 0.5, rtol=1e-4)  # all were longer
+
+
+def test_weight_decay_applies_to_factors_and_not_to_magnitudes() -> None:
+    given = adapter_training(AdapterConfig(rank=2, magnitude=dora.Axis.IN))
+    params = {"adapters": unflatten({k: v for k, v in random_adapters(given).items() if "alpha" not in k})}
+    update = make_optimiser(OptimiserConfig(OptimiserKind.LION, 1.0, 0, weight_decay=0.5, clip_norm=None), 1)
+    zero = jax.tree.map(np.zeros_like, params)
+    updates, _ = update.update(zero, update.init(params), params)
+    for path, value in flatten(updates["adapters"]).items():
+        decayed = np.zeros_like(value) if path.endswith("magnitude") else -0.5 * flatten(params["adapters"])[path]
+        np.testing.assert_allclose(value, decayed, atol=1e-7)
+
+
+# From a file, to a file
+
+
+def test_training_on_from_a_file_begins_with_its_change(tmp_path: Path) -> None:
+    """Whatever its alpha was, and with another one for convolutions."""
+    settings = AdapterConfig(rank=2, alpha=6.0, layers=Layers.BLOCKS, conv_alpha=1.0, file_dtype=FileDtype.FLOAT32)
+    given, mesh = adapter_training(settings), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    whole = unflatten(random_adapters(given))
+    given.export(whole, tmp_path / "x.safetensors", 1, mesh, is_first=True)
+    file = lora_files.read(tmp_path / "x.safetensors")
+    assert len({module.factors["alpha"].item() for module in file.modules.values()}) == 1, "for diffusers"
+    again = adapter_training(dataclasses.replace(settings, alpha=2.0, init_from=str(tmp_path / "x.safetensors")))
+    factors, alphas = again.fresh({}, mesh)
+    found = unflatten(flatten(factors["adapters"]) | flatten(alphas["adapters"]))
+    one, other = (changes.untree(tree, given.layers) for tree in (whole, found))
+    for path, rows in one.items():
+        for (_, a), (_, b) in zip(rows, other[path], strict=True):
+            np.testing.assert_allclose(kinds.delta(b), kinds.delta(a), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    given = adapter_training(AdapterConfig(rank=2))
+    given.export(unflatten(random_adapters(given)), tmp_path / "x.safetensors", 1, mesh, is_first=True)
+    for settings in (AdapterConfig(rank=4), AdapterConfig(Kind.LOHA, 2), AdapterConfig(rank=2, layers=Layers.LINEAR)):
+        other = adapter_training(dataclasses.replace(settings, init_from=str(tmp_path / "x.safetensors")))
+        with pytest.raises(InputError, match=r"is another adapter than this configuration's: \d+ factors differ"):
+            other.check_start()
