@@ -1,7 +1,6 @@
 """The quickstart's small autoencoder: SDXL's architecture with few channels, trained on the embedded images.
 
-Here are its configuration, its shipped weights, and the measurement of its latent scale after training. The objective
-is training/objectives/autoencoding.
+Here are its configuration and its shipped weights; the objective is training/objectives/autoencoding.
 """
 
 import dataclasses
@@ -10,14 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sdxl_jax.arrays import Params, normalise, unflatten
+from sdxl_jax.arrays import Params, unflatten
 from sdxl_jax.config import CheckpointConfig
-from sdxl_jax.data.buckets import Bucket, assign
-from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.model import Model, ModelConfig
-from sdxl_jax.models import vae
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
@@ -65,22 +60,10 @@ def train_autoencoder(
         dataclasses.replace(config, training=dataclasses.replace(config.training, compilation_cache=cache)), run_dir
     )
     assert isinstance(model.config.vae, VaeConfig)
-    config = dataclasses.replace(model.config.vae, scale=_scale(images, model))
     half = jax.tree.map(lambda leaf: np.asarray(leaf, np.float16), model.params)
     out.unlink(missing_ok=True)
-    convert(Model(ModelConfig(vae=config), half), out, "single-file", progress=False)
-    return config
-
-
-def _scale(images: Path, model: Model) -> float:
-    """The latent scale factor: 1 / standard deviation of the latents of all images, since the noise schedule assumes
-    unit variance."""
-    source, buckets = open_folder(images), tuple(Bucket(*bucket) for bucket in BUCKETS)
-    config, params, latents = model.config.vae, model.params["vae"], []
-    for image, number in enumerate(assign(source.sizes, buckets).bucket):
-        pixels = centred_crop(source.pixels(image), buckets[number])
-        latents.append(np.asarray(vae.encode(config, params, normalise(pixels[None])).mean).ravel())
-    return round(1 / float(np.concatenate(latents).std()), 5)
+    convert(Model(ModelConfig(vae=model.config.vae), half), out, "single-file", progress=False)
+    return model.config.vae
 
 
 def load(path: Path = WEIGHTS) -> tuple[VaeConfig, Params]:
