@@ -279,7 +279,7 @@ def test_settings_that_do_not_fit_are_refused(
     base: TrainConfig, adapter: dict[str, Any], trainable: tuple[str, ...], expected: str
 ) -> None:
     training = dataclasses.replace(base.training, trainable=trainable)
-    config = dataclasses.replace(base, training=training, adapter=AdapterConfig(**({"rank": 2} | adapter)))
+    config = dataclasses.replace(base, training=training, adapter=AdapterConfig(**{"rank": 2, **adapter}))
     objective = objective_of(config)
     with pytest.raises(InputError, match=expected):
         objective.check()
@@ -327,10 +327,10 @@ def test_dropout_is_of_whole_ranks_and_layers_and_keeps_the_mean() -> None:
 
 def test_rates_multiply_the_updates_of_matching_adapters_and_of_up_factors() -> None:
     given = adapter_training(AdapterConfig(rank=2, up_rate=16.0, rates=(("mid_block", 0.5), ("^unet", 2.0))))
-    _, params = None, {"adapters": unflatten({k: v for k, v in random_adapters(given).items() if "alpha" not in k})}
+    params: Any = {"adapters": unflatten({k: v for k, v in random_adapters(given).items() if "alpha" not in k})}
     gradient = jax.tree.map(np.ones_like, params)
     optimiser = given.updating(optax.sgd(1.0))
-    updates, _ = optimiser.update(gradient, optimiser.init(params), params)
+    updates: Any = optimiser.update(gradient, optimiser.init(params), params)[0]
     for path, update in flatten(updates["adapters"]).items():
         expected = (0.5 if "mid_block" in path else 2.0) * (16 if path.endswith("/up") else 1)
         np.testing.assert_array_equal(update, np.full(update.shape, -expected))
@@ -349,7 +349,8 @@ def test_no_change_is_longer_than_the_limit_after_a_step(adapter: AdapterConfig)
     params = {"adapters": unflatten({path: value for path, value in flat.items() if not path.endswith("alpha")})}
     optimiser = given.updating(optax.sgd(0.0))
     updates, _ = optimiser.update(params, optimiser.init(params), params)
-    after = flatten(optax.apply_updates(params, updates)["adapters"])
+    applied: Any = optax.apply_updates(params, updates)
+    after = flatten(applied["adapters"])
     alphas = {path: value for path, value in flat.items() if path.endswith("alpha")}
     resolved = changes.untree(unflatten(after | alphas), given.layers)
     norms = [
@@ -363,7 +364,7 @@ def test_weight_decay_applies_to_factors_and_not_to_magnitudes() -> None:
     params = {"adapters": unflatten({k: v for k, v in random_adapters(given).items() if "alpha" not in k})}
     update = make_optimiser(OptimiserConfig(OptimiserKind.LION, 1.0, 0, weight_decay=0.5, clip_norm=None), 1)
     zero = jax.tree.map(np.zeros_like, params)
-    updates, _ = update.update(zero, update.init(params), params)
+    updates: Any = update.update(zero, update.init(params), params)[0]
     for path, value in flatten(updates["adapters"]).items():
         decayed = np.zeros_like(value) if path.endswith("magnitude") else -0.5 * flatten(params["adapters"])[path]
         np.testing.assert_allclose(value, decayed, atol=1e-7)

@@ -79,7 +79,7 @@ def inputs() -> tuple[Any, ...]:
 
 @functools.partial(jax.jit, static_argnames="compute")
 def predict(params: Params, adapters: Params | None = None, compute: Compute = Compute()) -> Any:
-    return unet.apply(MODEL.unet, params, *inputs(), compute, adapters=adapters)
+    return unet.apply(MODEL.unet, params, *inputs(), compute=compute, adapters=adapters)
 
 
 def assert_close(found: Any, expected: Any, plain: Any) -> None:
@@ -130,7 +130,7 @@ def test_without_an_adapter_the_program_is_that_of_plain_layers(remat: Remat, mo
         jax.clear_caches()
 
         def loss(params: Params) -> Any:
-            return jnp.sum(unet.apply(MODEL.unet, params, *inputs(), compute) ** 2)
+            return jnp.sum(unet.apply(MODEL.unet, params, *inputs(), compute=compute) ** 2)
 
         return str(jax.make_jaxpr(jax.value_and_grad(loss))(PARAMS["unet"]))
 
@@ -148,7 +148,7 @@ def test_without_an_adapter_the_program_is_that_of_plain_layers(remat: Remat, mo
         monkeypatch.setattr(module, "conv", conv)
     for module in (layers, attention, clip):
         monkeypatch.setattr(module, "dense", dense)
-    scan = nn.scan
+    scan: Any = nn.scan
 
     def without_adapters(*given: Any, variable_axes: dict[str, int], **options: Any) -> Any:
         known = {name: axis for name, axis in variable_axes.items() if name != layers.ADAPTERS}

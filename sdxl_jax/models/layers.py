@@ -160,7 +160,7 @@ def variables(params: Params, adapters: Params | None = None) -> dict[str, Param
 def _with_adapter(
     layer: nn.Module,
     x: Float[jax.Array, "*axes features_in"],
-    product: Callable[[jax.Array], jax.Array],
+    product: Callable[[Any], Any],
     convolve: Product = operator.matmul,
 ) -> Float[jax.Array, "*axes_out features_out"]:
     """A layer's product with its kernel; if the kernel has an adapter, with what that adds. convolve: as in `kinds`."""
