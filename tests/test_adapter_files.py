@@ -481,6 +481,23 @@ def test_an_extracted_lora_is_the_one_that_was_merged(base: Model) -> None:
     assert wide.narrower > 0
 
 
+def test_biases_and_norms_are_extracted_when_asked_and_counted_otherwise(base: Model) -> None:
+    flat = flatten(base.params)
+    changed = {path: value + np.float32(0.5) for path, value in flat.items() if path.endswith(("bias", "scale"))}
+    changed |= {"text_encoder/token_embedding/embedding": np.zeros((50000, 8), np.float32)}  # a word was added
+    kernel = "unet/conv_in/kernel"
+    tuned = base._replace(params=unflatten({**flat, **changed, kernel: flat[kernel] * np.float32(1.5)}))
+    models_ = in_memory(base), in_memory(tuned)
+    without = extracted(*models_, Limit(rank=2), progress=False)
+    paths = {path for path in changed if path.endswith(("bias", "scale")) and not path.startswith("vae")}
+    assert (without.resolved.keys(), without.left_out) == ({kernel}, len(paths))
+    found = extracted(*models_, Limit(energy=1.0), differences_too=True, progress=False)
+    assert found.resolved.keys() == {kernel, *paths}
+    merged = flatten(changes.merged(base.params, found.resolved, 1.0))
+    for path in (kernel, *paths):
+        np.testing.assert_allclose(merged[path], flatten(tuned.params)[path], rtol=0, atol=1e-5)
+
+
 def test_the_kept_energy_and_the_nearest_matrix_are_those_of_the_singular_values() -> None:
     for shape in ((12, 20), (20, 12), (3, 3, 4, 12)):
         weight = np.random.default_rng(0).standard_normal(shape, np.float32)

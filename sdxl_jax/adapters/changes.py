@@ -34,8 +34,8 @@ class Module(NamedTuple):
         return next((value.shape[0] for value in narrow if value is not None), None)
 
     @property
-    def kinds(self) -> list[str]:
-        """E.g. ["dora", "bias"]."""
+    def labels(self) -> list[str]:
+        """Its kinds in words, e.g. ["dora", "bias"]."""
         weight = self.factors.keys() - {"bias", "alpha"}
         kind = kinds.kind_of(self.factors).value
         if "magnitude" in weight:
@@ -186,6 +186,7 @@ def untree(adapters: Params, layers: Mapping[str, int | None]) -> Resolved:
     resolved: Resolved = {}
     for path, factors in grouped.items():
         count = layers[path]
+        # np.asarray: one layer of alpha would be a scalar of numpy.
         resolved[path] = (
             [(None, factors)]
             if count is None

@@ -123,7 +123,6 @@ def abstract(settings: Settings, path: str, shape: tuple[int, ...], layers: int 
         found = {"diff": Parameter(shape, Distribution())}
     else:
         found = _factors(settings, path, shape)
-        # The axis of layers comes after fan-in is known.
         stored = settings.alpha * (math.sqrt(settings.rank) if settings.rank_stabilised else 1)
         found["alpha"] = Parameter((), Distribution(stored))
         if settings.magnitude is not None:

@@ -130,9 +130,7 @@ def _extract(arguments: list[str]) -> None:
     base, trained = open_model(options.base), open_model(options.trained)
     result = extracted(base, trained, options.limit(), differences_too=options.biases)
     if result.left_out:
-        _note(
-            f"{result.left_out} biases, norms or embeddings differ as well and are left out; --biases takes the first"
-        )
+        _note(f"{result.left_out} biases and norms differ as well and are left out; --biases adds them")
     _finish(options, result, base.config, {}, "float16")
 
 

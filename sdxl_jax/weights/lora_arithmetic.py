@@ -50,6 +50,8 @@ class Limit:
         return max(1, min(rank, len(squares), self.rank or rank))
 
 
+_VECTORS = ("bias", "scale")
+"""Ends of the paths of biases and norms."""
 ALL = Limit()
 """Everything that is not rounding."""
 
@@ -64,7 +66,7 @@ class Result:
     narrower: int = 0
     """Layers whose own width is less than the rank that was asked for; they are exact."""
     left_out: int = 0
-    """Parameters that differ and have no place in the adapter."""
+    """Biases and norms that differ and are not in the adapter."""
 
 
 # ---- low rank --------------------------------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def _factors(pair: Pair) -> Factors:
 def extracted(
     base: Weights, tuned: Weights, limit: Limit, *, differences_too: bool = False, progress: bool = True
 ) -> Result:
-    """The adapter that makes one model of another, read one parameter at a time.
+    """The adapter that makes one model of another, read one parameter at a time. Embeddings of tokens are not compared.
 
     differences_too: biases and norms as differences. Raises InputError for models of different architectures, without a
     common part, or that are equal, and for limits that `Limit.check` refuses.
@@ -152,13 +154,12 @@ def extracted(
                     narrower += _is_narrower(delta.shape, limit)
                 shown.update()
     for path in paths:
-        if not path.endswith("kernel") and np.any(delta := _difference(base.leaves[path], tuned.leaves[path], None)):
-            if not (differences_too and path.endswith(("bias", "scale"))):
-                left_out += 1
-            else:
-                count = layers[path]
-                rows = [(None, delta)] if count is None else list(enumerate(delta))
+        if path.endswith(_VECTORS) and np.any(delta := _difference(base.leaves[path], tuned.leaves[path], None)):
+            if differences_too:
+                rows = [(None, delta)] if layers[path] is None else list(enumerate(delta))
                 resolved[path] = [(layer, {"diff": each}) for layer, each in rows if np.any(each)]
+            else:
+                left_out += 1
     if not resolved:
         raise InputError(
             "The two models have the same weights wherever an adapter changes them, so there is nothing to extract. "
@@ -180,7 +181,11 @@ def _check_same(base: Weights, tuned: Weights) -> None:
             "both have a UNet or a text encoder"
         )
     shapes = (
-        {path: tuple(leaf.shape) for path, leaf in each.leaves.items() if path.split("/")[0] in parts}
+        {
+            path: tuple(leaf.shape)
+            for path, leaf in each.leaves.items()
+            if path.split("/")[0] in parts and path.endswith(("kernel", *_VECTORS))  # words may have been added
+        }
         for each in (base, tuned)
     )
     if different := differences(*shapes):

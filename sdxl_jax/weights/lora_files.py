@@ -379,7 +379,7 @@ def describe(lora: Lora) -> str:
 
 def kinds_in(lora: Lora) -> dict[str, int]:
     """The number of changes of each kind, e.g. {"lora": 722, "bias": 12}."""
-    return dict(Counter(kind for module in lora.modules.values() for kind in module.kinds).most_common())
+    return dict(Counter(kind for module in lora.modules.values() for kind in module.labels).most_common())
 
 
 def notes(lora: Lora) -> list[str]:

@@ -7,6 +7,7 @@ from sdxl_jax.adapters.changes import Lora
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights.card import family
+from sdxl_jax.weights.lazy import part_configs
 from sdxl_jax.weights.lora_files import config_of, describe, kinds_in, notes
 from sdxl_jax.weights.lora_names import known_modules
 
@@ -64,10 +65,10 @@ def _matched(lora: Lora, config: ModelConfig) -> dict[str, list[int]]:
         for module in lora.modules
         if (target := known.get(module.replace(".processor.", "."))) is not None
     }
-    parts = dict.fromkeys(part for part, _ in sorted(kernels, key=lambda key: key[0] != "unet"))
     return {
-        part: [sum(each[0] == part for each in changed & kernels), sum(each[0] == part for each in kernels)]
-        for part in parts
+        part: [sum(each[0] == part for each in found) for found in (changed & kernels, kernels)]
+        for part in part_configs(config)
+        if part != "vae"
     }
 
 
