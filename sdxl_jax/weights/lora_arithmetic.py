@@ -268,15 +268,17 @@ def _combined_kernel(path: str, each: Sequence[tuple[Factors, float]], limit: Li
 
 
 def with_one_alpha(resolved: Resolved) -> Resolved:
-    """The same changes with the largest rank as the alpha of every LoRA; up has the rest of the scale. Where alphas
-    differ, diffusers takes the most frequent one for attention and text layers."""
+    """The same changes with the largest rank as the alpha of every LoRA; both sides have the rest of the scale, for the
+    small numbers of float16. Where alphas differ, diffusers takes the most frequent one for attention and text layers.
+    """
     largest = max((kinds.rank_of(factors) or 0 for rows in resolved.values() for _, factors in rows), default=0)
 
     def one(factors: Factors) -> Factors:
         if kinds.kind_of(factors) is not Kind.LORA:
             return factors
-        scale = np.float32(factors["alpha"]) / np.float32(largest)
-        return {**factors, "up": factors["up"] * scale, "alpha": np.array(largest, np.float32)}
+        root = np.sqrt(np.float32(factors["alpha"]) / np.float32(largest))
+        sides = {name: factors[name] * root for name in ("down", "up")}
+        return {**factors, **sides, "alpha": np.array(largest, np.float32)}
 
     return {path: [(layer, one(factors)) for layer, factors in rows] for path, rows in resolved.items()}
 
