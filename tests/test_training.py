@@ -71,7 +71,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         data=dataclasses.replace(base.data, batch_size=4),
         training=dataclasses.replace(base.training, trainable=("^unet/(?!conv_in/)",)),
         checkpoint=configuration.CheckpointConfig(every_steps=2, keep=2),
-        validation=configuration.ValidationConfig(4, ("one", "two"), ((32, 32),), steps=2),
+        validation=configuration.ValidationConfig(4, ("one", "two"), sizes=((32, 32),), steps=2),
     )
 
 
