@@ -206,12 +206,11 @@ class AdapterTraining:
     def _metadata(self, step: int) -> dict[str, str]:
         """What sd-scripts writes of a training, as far as it is known here; the writer adds what the adapter is."""
         config, adapter, training = self._config, self._adapter, self._config.training
-        rate, weights = config.optimiser.learning_rate, config.loss.weighting.value
         sizes = {f"{width}x{height}" for height, width in config.data.buckets}
         values = {
             "ss_steps": step,
             "ss_max_train_steps": training.steps,
-            "ss_learning_rate": rate,
+            "ss_learning_rate": config.optimiser.learning_rate,
             "ss_optimizer": config.optimiser.kind.value,
             "ss_lr_scheduler": config.optimiser.decay.value,
             "ss_lr_warmup_steps": config.optimiser.warmup_steps,
@@ -224,7 +223,7 @@ class AdapterTraining:
             "ss_zero_terminal_snr": config.model.schedule.zero_terminal_snr,
             "ss_caption_dropout_rate": training.caption_dropout,
             "ss_scale_weight_norms": adapter.norm_limit,
-            "ss_loss_weighting": weights,
+            "ss_loss_weighting": config.loss.weighting.value,
             "ss_bucket_sizes": json.dumps(sorted(sizes)),
             "ss_sd_model_name": Path(training.init_from[-1]).name if training.init_from else None,
         }
