@@ -155,4 +155,5 @@ def _print_summary(run_dir: Path, trained: float, untrained: float, seconds: flo
         "training images": run_dir / "pictures",
     }
     _print("\n".join(f"  {name:<{width}}  {path}" for name, path in paths.items()))
-    _print(f'Sample more:  sdxl-jax sample {run_dir} --prompt "a green turtle" --height 96 --width 160 --out images')
+    options = f"--height 96 --width 160 --guidance {GUIDANCE:g} --out images"
+    _print(f'Sample more:  sdxl-jax sample {run_dir} --prompt "a green turtle" {options}')
