@@ -32,6 +32,7 @@ from sdxl_jax.weights.lora_arithmetic import Limit, combined, extracted, truncat
 from sdxl_jax.weights.lora_export import named, write
 from sdxl_jax.weights.lora_files import config_of, read, resolve
 from sdxl_jax.weights.lora_names import Spelling, known_modules, layers_of, written_modules
+from sdxl_jax.weights.lora_tensors import parse
 from sdxl_jax.weights.names import Dialect, Naming
 
 Tensors = dict[str, np.ndarray]
@@ -137,6 +138,30 @@ def test_the_refiners_only_encoder_is_lora_te() -> None:
         for place, each in written_modules(refiner, Spelling.KOHYA).items()
         if place.path.startswith("text_encoder_2")
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("x.lora_A", ("x", "down")),
+        ("x.lora_B.default.weight", ("x", "up")),
+        ("x.lora_B.default", ("x", "up")),
+        ("x.attn1.processor.to_k_lora.down.weight", ("x.attn1.processor.to_k", "down")),
+        ("x.lora_linear_layer.up.weight", ("x", "up")),
+        ("x.lora.up.weight", ("x", "up")),
+        ("x.lora_mid.weight", ("x", "mid")),
+        ("x.lora_magnitude_vector", ("x", "magnitude")),
+        ("x.lora_magnitude_vector.default.weight", ("x", "magnitude")),
+        ("diffusion_model.out.2.bias.diff", ("diffusion_model.out.2", "bias")),
+        ("x.w_norm", ("x", "diff")),
+        ("x.b_norm", ("x", "bias")),
+        ("x.lora_B.bias", None),
+        ("x.oft_blocks", None),
+        ("x.weight", None),
+    ],
+)
+def test_every_suffix_is_a_factor_of_its_module(name: str, expected: tuple[str, str] | None) -> None:
+    assert parse(name) == expected
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------
