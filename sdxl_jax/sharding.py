@@ -43,21 +43,20 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    # An adapter's factors are small: replicated. Whole differences are as large as what they change.
-    Rule(r"kernel/(?!diff$)\w+$", None),
     Rule(r"quant_conv/kernel$", None),  # 4 × 4 or 8 × 8 numbers
-    Rule(r"conv_out/kernel(/diff)?$", -2),  # few output channels: split the input channels
+    Rule(r"conv_out/kernel$", -2),  # few output channels: split the input channels
     # Kernels that produce heads and hidden features, and those that consume them: one all-reduce over `tensor` a pair.
-    Rule(r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|ff/proj_in)/kernel(/diff)?$", -2, -1),
-    Rule(r"(to_out|out_proj|fc2|ff/proj_out)/kernel(/diff)?$", -1, -2),
-    Rule(r"(bias|scale|position_embedding)(/diff)?$", None),  # small: replicated
-    Rule(r"(kernel|embedding)(/diff)?$", -1),
+    Rule(r"(to_q|to_k|to_v|q_proj|k_proj|v_proj|fc1|ff/proj_in)/kernel$", -2, -1),
+    Rule(r"(to_out|out_proj|fc2|ff/proj_out)/kernel$", -1, -2),
+    Rule(r"(bias|scale|position_embedding)$", None),  # small: replicated
+    Rule(r"(kernel|embedding)$", -1),
 )
 """The first matching rule applies."""
 
-_SMALL = re.compile(r"(^|/)(v_row|v_col|discriminator|lpips)/|(^|/)ns_coeffs$")
+_SMALL = re.compile(r"(^|/)(v_row|v_col|discriminator|lpips)/|(^|/)ns_coeffs$|/kernel/\w+$")
 """What is small and replicated: Adafactor's means over rows and columns, a thousandth of the parameter whose path they
-have, and Muon's three numbers; the networks of an autoencoder's loss."""
+have, and Muon's three numbers; the networks of an autoencoder's loss; factors of an adapter, below the kernel that they
+change."""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -173,7 +172,7 @@ def place(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = path_name(path)
+        name = path_name(path).removesuffix("/diff")  # a whole difference is split as what it changes
         if math.prod(leaf.shape) == 1 or _SMALL.search(name):
             return replicated(mesh)
         rule = next((rule for rule in RULES if re.search(rule.pattern, name)), None)

@@ -128,7 +128,7 @@ def initial(abstract: TrainState, abstract_frozen: Params) -> tuple[TrainState, 
     rng = np.random.default_rng(0)
 
     def parameter(path: Any, leaf: Any) -> np.ndarray:
-        if path_name(path).endswith("scale"):
+        if path_name(path).endswith(("scale", "alpha")):
             return np.ones(leaf.shape, leaf.dtype)
         fan_in = max(1, leaf.size // leaf.shape[-1])
         return (rng.normal(size=leaf.shape) / np.sqrt(fan_in)).astype(leaf.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from jax.sharding import AbstractMesh, PartitionSpec
 from safetensors import safe_open
 
 from sdxl_jax import sharding
@@ -21,7 +22,9 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SDXL_BASE, Model
 from sdxl_jax.models.wavelet import WaveletConfig
+from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, make_optimiser
+from sdxl_jax.sharding import AXES
 from sdxl_jax.training import checkpoint, loop
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.adapters import AdapterTraining
@@ -293,7 +296,7 @@ def test_what_has_no_effect_on_a_run_is_refused(base: TrainConfig) -> None:
         base,
         adapter=LORA,
         optimiser=OptimiserConfig(OptimiserKind.SCHEDULE_FREE),
-        ema=dataclasses.replace(base.ema, kind=type(base.ema.kind).OPTIMISER, decay=None),
+        ema=EmaConfig(EmaKind.OPTIMISER),
     )
     with pytest.raises(InputError, match=r"which the average of optimiser\.kind=schedule_free does not allow"):
         objective_of(schedule_free).check()
@@ -368,6 +371,26 @@ def test_weight_decay_applies_to_factors_and_not_to_magnitudes() -> None:
     for path, value in flatten(updates["adapters"]).items():
         decayed = np.zeros_like(value) if path.endswith("magnitude") else -0.5 * flatten(params["adapters"])[path]
         np.testing.assert_allclose(value, decayed, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", OptimiserKind)
+def test_state_of_every_optimiser_has_its_place_on_a_mesh(base: TrainConfig, kind: OptimiserKind) -> None:
+    """Factors are replicated, whole differences split as their kernels, the base as ever."""
+    own = kind is OptimiserKind.SCHEDULE_FREE
+    average = EmaConfig(EmaKind.OPTIMISER) if own else base.ema
+    rate = 1.0 if kind is OptimiserKind.PRODIGY else 1e-3
+    mesh = AbstractMesh((1, 2, 2, 1), AXES)
+    for adapter in (AdapterConfig(rank=2, layers=Layers.BLOCKS), OTHERS["differences"]):
+        adapter = dataclasses.replace(adapter, norm_limit=None)
+        config = dataclasses.replace(base, adapter=adapter, optimiser=OptimiserConfig(kind, rate), ema=average)
+        objective = objective_of(config)
+        objective.check()
+        state, frozen = objective.abstract_state(mesh)
+        for path, leaf in flatten(state.params["adapters"]).items():
+            parameter, _, name = path.rpartition("/")
+            expected = flatten(frozen)[parameter].sharding.spec if name == "diff" else PartitionSpec()
+            assert leaf.sharding.spec == expected, path
+        assert flatten(frozen)["unet/mid_block/resnets_0/conv1/kernel"].sharding.spec[-1] == "fsdp"
 
 
 # From a file, to a file
