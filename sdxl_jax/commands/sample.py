@@ -175,7 +175,7 @@ def _parsed(arguments: list[str]) -> Sample:
     given |= {"num_images": 1, "first_index": text["index"]}
     settings: dict[str, Any] = {"options": parsing.from_mapping(Options(), given, where)}
     settings["prompt"] = () if sample.prompt or "prompt" not in text else (text["prompt"],)
-    settings["class_"] = () if sample.class_ or "class" not in text else (int(text["class"]),)
+    settings["class_"] = () if sample.class_ or "class" not in text else (_class(text["class"], where),)
     for name in ("negative_prompt", "background", "variant"):
         settings[name] = text.get(name, parsing.fields(Sample)[name])
     for name in ("dtype", "prediction", "weights"):
@@ -223,6 +223,13 @@ def _list_of_texts(text: dict[str, str], name: str, where: str) -> tuple[str, ..
     if not isinstance(items, list) or not all(isinstance(each, str) for each in items):
         raise InputError(f"{where}: {name} is {json.dumps(value)}, expected a JSON list of texts")
     return tuple(items)
+
+
+def _class(value: str, where: str) -> int:
+    """Raises InputError for anything but the number of a class."""
+    if not value.isdecimal():
+        raise InputError(f"{where}: class is {json.dumps(value)}, expected a whole number")
+    return int(value)
 
 
 def _outpaint(value: str, where: str) -> tuple[int, ...]:
@@ -312,9 +319,7 @@ def _with_value(task: Task, name: str, value: str) -> Task:
         check_text(value, f"--sweep {name}")
         return task._replace(negative=value, label=label)
     if name == "class":
-        if not value.isdecimal():
-            raise InputError(f"--sweep {name}={value}: expected a whole number")
-        return task._replace(class_=int(value), label=label)
+        return task._replace(class_=_class(value, f"--sweep {name}={value}"), label=label)
     options = parsing.from_mapping(task.options, {name: value}, f"--sweep {name}={value}")
     return task._replace(options=options, label=label)
 
