@@ -291,7 +291,7 @@ def test_labels_of_a_folder_are_a_numeric_field(write: Any, tmp_path: Path) -> N
         (as_parquet, "label", {}),
     ],
 )
-def test_labels_survive_a_build(write: Any, label: str, options: dict[str, bool], tmp_path: Path) -> None:
+def test_labels_survive_a_build(write: Any, label: str, options: dict[str, Any], tmp_path: Path) -> None:
     source = write(tmp_path / "images")
     shards = tmp_path / "shards"
     build(str(source), shards, workers=0, progress=False, captions=False, **options)

@@ -65,8 +65,8 @@ def _check_fields(mixture: Mixture, fields: Mapping[str, str | None]) -> None:
     """Raises InputError where a source lacks a numeric field. fields: by the option that names them."""
     for source, (option, name) in itertools.product(mixture.sources, fields.items()):
         if name is not None and name not in source.numbers:
-            fields = ", ".join(nearest_first(name, source.numbers))
-            known = f"Give one that it has, nearest first: {fields}" if fields else "It has none. Use another source"
+            names = ", ".join(nearest_first(name, source.numbers))
+            known = f"Give one that it has, nearest first: {names}" if names else "It has none. Use another source"
             raise InputError(f"{option}={name}: {source.path} has no numeric field of that name. {known}")
 
 
