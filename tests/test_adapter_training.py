@@ -34,7 +34,7 @@ from sdxl_jax.weights.lazy import abstract_leaves
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.lora_names import layers_of
 
-pytestmark = pytest.mark.usefixtures("shared_steps")
+pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
 STEPS = 3
 LORA = AdapterConfig(

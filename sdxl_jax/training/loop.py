@@ -312,7 +312,10 @@ class Exporter:
     def at_the_end(self, step: int, state: TrainState) -> None:
         """After the last step, also of a run that had finished before."""
         if self._run.objective.exports:
-            self._write(step, state, PurePath(f"{self._run.directory.path.name}.safetensors"))
+            name = PurePath(f"{self._run.directory.path.name}.safetensors")
+            self._write(step, state, name)
+            if self._run.progress:
+                tqdm.write(f"the adapter is in {self._run.directory.path / name}")
 
     def _write(self, step: int, state: TrainState, name: PurePath) -> None:
         run = self._run
