@@ -151,3 +151,5 @@ class Batch(NamedTuple):
     """Precomputed encodings from a cache."""
     label: Int32[type_of_array, "batch"] | None = None
     """Number of each image's class; None where the model is not conditioned on classes."""
+    loss_weight: Float[type_of_array, "batch"] | None = None
+    """Factor of each example's loss; None: all count alike."""

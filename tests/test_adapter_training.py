@@ -1,5 +1,6 @@
 """Training of adapters: the base stays as it is, a run resumes bit for bit, and the file has what was trained."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from sdxl_jax.adapters.kinds import Kind
 from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers
 from sdxl_jax.arrays import AccumulatorDtype, Params, flatten, unflatten
 from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.mixture import Source
+from sdxl_jax.data.pipeline import BucketedDataset
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SDXL_BASE, Model
 from sdxl_jax.models.wavelet import WaveletConfig
@@ -28,6 +33,7 @@ from sdxl_jax.sharding import AXES
 from sdxl_jax.training import checkpoint, loop
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.adapters import AdapterTraining
+from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
 from sdxl_jax.weights import lora, lora_files
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.lazy import abstract_leaves
@@ -292,6 +298,9 @@ def test_settings_that_do_not_fit_are_refused(
 def test_what_has_no_effect_on_a_run_is_refused(base: TrainConfig) -> None:
     with pytest.raises(InputError, match=r"export_every_steps=2 has no effect: this run trains no adapter"):
         objective_of(base).check()
+    weighted = DataConfig(sources=(Source("of the class", loss_weight=0.5),))
+    with pytest.raises(InputError, match=r"gives of the class a loss_weight, which has no effect on a run of autoenc"):
+        objective_of(AutoencoderConfig(weighted)).check()
     schedule_free = dataclasses.replace(
         base,
         adapter=LORA,
@@ -391,6 +400,21 @@ def test_state_of_every_optimiser_has_its_place_on_a_mesh(base: TrainConfig, kin
             expected = flatten(frozen)[parameter].sharding.spec if name == "diff" else PartitionSpec()
             assert leaf.sharding.spec == expected, path
         assert flatten(frozen)["unet/mid_block/resnets_0/conv1/kernel"].sharding.spec[-1] == "fsdp"
+
+
+def test_batches_with_weights_of_sources_are_those_that_the_step_is_compiled_for(base: TrainConfig) -> None:
+    sources = (Source(str(base.data.folder)), Source(str(base.data.folder), loss_weight=0.5))
+    data = dataclasses.replace(base.data, folder=None, sources=sources)
+    objective = objective_of(dataclasses.replace(base, data=data, adapter=LORA))
+    objective.check()
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    with contextlib.closing(BucketedDataset(data, objective.tokenizer).iterate(0)) as batches:
+        batch = next(batches)
+    assert batch.loss_weight is not None and set(batch.loss_weight.tolist()) <= {1.0, 0.5}
+    abstract = objective.abstract_batch(mesh, Bucket(16, 16), 2)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), abstract
+    )
 
 
 # From a file, to a file

@@ -359,6 +359,29 @@ def test_images_are_seen_as_often_as_the_weights_of_their_sources_say(config, sh
             open_dataset(config, **given)
 
 
+def test_loss_weights_of_sources_reach_the_batch_with_sizes_of_its_own_for_each_image(config, tmp_path):
+    """Prior preservation: images of the class beside those of the subject."""
+    for folder, size in (("subject", (26, 20)), ("class", (40, 30))):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.new("RGB", size).save(tmp_path / folder / f"{number}.png")
+            (tmp_path / folder / f"{number}.txt").write_text(f"image {number}")
+    sources = (Source(str(tmp_path / "subject")), Source(str(tmp_path / "class"), loss_weight=0.5))
+    options = {"folder": None, "batch_size": 2, "on_refused": OnRefused.SKIP}
+    dataset = open_dataset(config, sources=sources, **options)
+    seen = set()
+    for batch in take(dataset, 6):
+        for example, weight, size in zip(batch.example, batch.loss_weight, batch.micro.original_size, strict=True):
+            assert (weight, tuple(size)) == ((1, (20, 26)) if example < 3 else (0.5, (30, 40)))
+            seen.add(int(example))
+    assert seen == set(range(6))
+    plain = open_dataset(config, sources=(sources[0], Source(sources[1].folder)), **options)
+    assert plain.fingerprint != dataset.fingerprint
+    assert take(plain, 1)[0].loss_weight is None
+    with pytest.raises(InputError, match=r"the loss_weight -1\.0\. Give a finite number, 0 or more"):
+        open_dataset(config, sources=(sources[0], Source(sources[1].folder, loss_weight=-1.0)), **options)
+
+
 def test_scores_reach_the_batch_and_images_without_one_are_refused(config, tmp_path):
     lines = []
     for number in range(5):

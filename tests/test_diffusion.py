@@ -254,6 +254,16 @@ def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_parts(prediction: Pred
     assert float(loss(x0, random_keys)) == pytest.approx(np.mean(parts), rel=1e-6)  # the order of a float32 sum
 
 
+def test_examples_with_a_weight_of_zero_count_for_nothing_and_others_by_their_weights() -> None:
+    x0, random_keys = normal(0, (4, 4, 4, 4)), keys(4)
+    config = LossConfig(Weighting.MIN_SNR)
+    loss = functools.partial(diffusion_loss, imperfect, schedule=SDXL, prediction=Prediction.EPSILON, config=config)
+    each = [float(loss(x0[row : row + 1], random_keys[row : row + 1])) for row in range(4)]
+    weighted = float(loss(x0, random_keys, example_weight=jnp.array([1.0, 0.5, 0.0, 2.0])))
+    assert weighted == pytest.approx((each[0] + 0.5 * each[1] + 2 * each[3]) / 4, rel=1e-6)
+    assert float(loss(x0, random_keys, example_weight=jnp.ones(4))) == float(loss(x0, random_keys))
+
+
 def seen_by_the_network(
     x0: jax.Array, random_keys: jax.Array, config: LossConfig = LossConfig()
 ) -> tuple[jax.Array, jax.Array]:

@@ -210,11 +210,17 @@ class Loader:
             example=np.array(images, np.int32),
             replaced=np.zeros(len(images), bool),
             label=self._labels(images),
+            loss_weight=self._loss_weights(images),
         )
 
     def _scores(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
         name = self.config.aesthetic
         return None if name is None else np.array([self.source.number(image, name) for image in images], np.float32)
+
+    def _loss_weights(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
+        if self.source.loss_weights is None:
+            return None
+        return np.array([self.source.loss_weight(image) for image in images], np.float32)
 
     def _labels(self, images: list[int]) -> Int32[np.ndarray, " images"] | None:
         name = self.config.label

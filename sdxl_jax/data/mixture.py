@@ -27,6 +27,9 @@ class Source:
     weight: float = 1.0
     """How often each of its images is seen per epoch, on average, above 0: 2 is twice per epoch, 0.5 once in two
     epochs. In each bucket the source has at least one place per epoch."""
+    loss_weight: float = 1.0
+    """Factor of the loss of its examples, 0 or more: prior preservation has images of the class as a source, with 1 or
+    less. Higher: they count for more."""
 
 
 class Share(NamedTuple):
@@ -43,8 +46,10 @@ class Share(NamedTuple):
 class Mixture:
     """Sources one after the other. It can be pickled where they can."""
 
-    def __init__(self, sources: Sequence[ImageSource], weights: Sequence[float]):
+    def __init__(self, sources: Sequence[ImageSource], weights: Sequence[float], loss_weights: Sequence[float] = ()):
         self.sources, self.weights = tuple(sources), tuple(weights)
+        self.loss_weights = tuple(loss_weights) if any(weight != 1 for weight in loss_weights) else None
+        """One per source; None: all examples count alike."""
         self.starts = list(itertools.accumulate((len(source.sizes) for source in sources), initial=0))
         """Number of the first image of each source, then the number of all images."""
 
@@ -71,6 +76,10 @@ class Mixture:
         """The value of one image's numeric field."""
         source, number = self._locate(image)
         return float(source.numbers[name][number])
+
+    def loss_weight(self, image: int) -> float:
+        """The factor of the loss of one image's examples."""
+        return 1.0 if self.loss_weights is None else self.loss_weights[bisect.bisect_right(self.starts, image) - 1]
 
     def name(self, image: int) -> str:
         """Path or name of one image in its source, after the source's path where there are several."""
@@ -108,7 +117,9 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """A hash of the content of all sources and their weights."""
-        if len(self.sources) == 1 and self.weights == (1.0,):
+        if len(self.sources) == 1 and self.weights == (1.0,) and self.loss_weights is None:
             return self.sources[0].fingerprint
         rows = [[source.fingerprint, weight] for source, weight in zip(self.sources, self.weights, strict=True)]
+        if self.loss_weights is not None:
+            rows = [[*row, weight] for row, weight in zip(rows, self.loss_weights, strict=True)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

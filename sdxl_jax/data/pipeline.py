@@ -143,6 +143,11 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
                 f"data.sources gives {source.folder} the weight {source.weight}. Give a finite number above 0: with 1, "
                 "each image is seen once per epoch. To leave a source out, remove it"
             )
+        if not 0 <= source.loss_weight < math.inf:
+            raise InputError(
+                f"data.sources gives {source.folder} the loss_weight {source.loss_weight}. Give a finite number, 0 or "
+                "more: 1 counts as the examples of other sources do"
+            )
     # An image that cannot be decoded is found, and recorded, when the cache is made.
     verify = config.verify_images and config.cache is None
     opened = [
@@ -157,7 +162,7 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
             f"data.caption_lines={config.caption_lines.value} has no effect on {folders}: no caption is read from a "
             ".txt. Build shards with `sdxl-jax data build --caption-lines whole`, or leave it out"
         )
-    return Mixture(opened, [source.weight for source in sources])
+    return Mixture(opened, [source.weight for source in sources], [source.loss_weight for source in sources])
 
 
 def _tokenise_and_report_bad(

@@ -193,8 +193,10 @@ def diffusion_loss(
     schedule: Schedule,
     prediction: Prediction,
     config: LossConfig,
+    example_weight: Float[Array, " batch"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean weighted squared error over the batch.
+    """Mean weighted squared error over the batch. example_weight: a factor of each example's; the mean is over their
+    number, as in sd-scripts.
 
     network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one per example, so that an example's
     timestep and noise do not depend on how the batch is split into micro-batches or over devices.
@@ -221,4 +223,6 @@ def diffusion_loss(
     error = (output - target(prediction, x0, epsilon, alpha, sigma_t)) ** 2
     if (weight := weights(schedule.snr, config, prediction)) is not None:
         error *= at_timestep(weight)
+    if example_weight is not None:
+        error *= example_weight[:, None, None, None]
     return error.mean()

@@ -82,6 +82,8 @@ class Objective(abc.ABC, Generic[Config]):
     """Used in config.json and in messages."""
     programs: ClassVar[tuple[str, ...]] = ("train",)
     """The programs that `sdxl-jax compile` can compile for it."""
+    weighs_examples: ClassVar[bool] = False
+    """Whether its loss has the factors of `data.sources`."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -116,6 +118,12 @@ class Objective(abc.ABC, Generic[Config]):
         measured = self.config.validation_metrics
         for name in weights_of(() if measured is None else measured.metrics):
             weights.check(name)
+        weighted = [source.folder for source in self.config.data.sources if source.loss_weight != 1]
+        if weighted and not self.weighs_examples:
+            raise InputError(
+                f"data.sources gives {weighted[0]} a loss_weight, which has no effect on a run of {self.name}. Set it "
+                "to 1"
+            )
         if (every := self.config.checkpoint.export_every_steps) is not None and not self.exports:
             raise InputError(
                 f"checkpoint.export_every_steps={every} has no effect: this run trains no adapter, and its checkpoints "

@@ -55,6 +55,7 @@ class Denoising(Objective[TrainConfig]):
 
     name = "denoising"
     programs = ("train", "sample")
+    weighs_examples = True
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
@@ -122,6 +123,8 @@ class Denoising(Objective[TrainConfig]):
             batch = batch._replace(micro=batch.micro._replace(aesthetic_score=array(jnp.float32)))
         if data.label is not None:
             batch = batch._replace(label=array(jnp.int32))
+        if any(source.loss_weight != 1 for source in data.sources):
+            batch = batch._replace(loss_weight=array(jnp.float32))
         if data.cache is None:
             return batch
         latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
@@ -275,7 +278,9 @@ def batch_loss(
         given = params["unet"], x_t, timestep, context, vector, compute
         return unet.apply(parts.unet, *given, adapters=beside, class_embedding=added)
 
-    return loss.diffusion_loss(network, latent, loss_keys, schedule.make(parts.schedule), parts.prediction, config.loss)
+    noise = schedule.make(parts.schedule)
+    factors = None if batch.loss_weight is None else jnp.asarray(batch.loss_weight)
+    return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors)
 
 
 def with_dropout(
