@@ -164,7 +164,7 @@ def _with_adapter(
     convolve: Product = operator.matmul,
 ) -> Float[jax.Array, "*axes_out features_out"]:
     """A layer's product with its kernel; if the kernel has an adapter, with what that adds. convolve: as in `kinds`."""
-    if not layer.has_variable(ADAPTERS, "kernel"):
+    if layer.scope is None or not layer.has_variable(ADAPTERS, "kernel"):  # without a scope: a layer applied by itself
         return product(x)
     factors, kernel = layer.get_variable(ADAPTERS, "kernel"), layer.get_variable("params", "kernel")
     return jnp.asarray(kinds.applied(x, product, factors, convolve, kernel))
