@@ -157,7 +157,7 @@ def test_run_of_two_processes_resumes_in_one(scratch: Path, single: dict[str, An
 def test_an_adapter_learns_on_four_devices_and_in_two_processes_as_on_one(scratch: Path) -> None:
     """Beside a base that is split; its dropout is the same."""
     reference = str(scratch / "adapter")
-    given = Options(str(scratch / "images"), ["single"], STEPS, reference, adapter=True)
+    given = Options(str(scratch / "images"), ["single"], STEPS, reference, buckets=1, adapter=True)
     [[single]] = run(scratch, given)
     assert np.ptp(single["losses"]) > 1e-2
     names = ["data 2 × fsdp 2", "fsdp 2 × tensor 2"]
