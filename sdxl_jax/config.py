@@ -211,8 +211,6 @@ class ValidationConfig(ValidationMetricsConfig):
     """Steps between grids; None: no grids. Lower: more often, slower training."""
     prompts: tuple[str, ...] = ()
     """Prompts to sample; one image per prompt and size."""
-    classes: tuple[int, ...] = ()
-    """Classes to sample, of a model with classes: one image per class, prompt (if there are any) and size."""
     sizes: tuple[tuple[int, int], ...] = ((1024, 1024),)
     """(height, width) of the images, in pixels."""
     steps: int = 30
@@ -220,6 +218,8 @@ class ValidationConfig(ValidationMetricsConfig):
     guidance: float = 5.0
     """Scale of classifier-free guidance, 0 to 1000; up to 1: no guidance, as in `sample`. Higher: closer to the prompt,
     less varied."""
+    classes: tuple[int, ...] = ()
+    """Classes to sample, of a model with classes: one image per class, prompt (if there are any) and size."""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def grouping(*counts):
     ends = np.cumsum(counts)
     members = [[np.arange(end - count, end, dtype=np.int32)] for count, end in zip(counts, ends, strict=True)]
     empty = np.zeros(0, np.int32)
-    return Grouping(members, empty, empty, empty, empty, 0.0)
+    return Grouping(members, *[empty] * 5, closest=0.0)
 
 
 @pytest.mark.parametrize(

@@ -505,7 +505,6 @@ UNET_REFUSED: dict[str, Any] = {
     "mid_block_scale_factor": 1.4,
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
     "norm_eps": 1e-6,
-    "num_class_embeds": 10,
     "only_cross_attention": True,
     "resnet_out_scale_factor": 1.4,
     "resnet_skip_time_act": True,

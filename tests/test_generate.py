@@ -285,8 +285,8 @@ def test_sizes_are_height_then_width_and_by_default_the_images_own() -> None:
         negative_crop=Position(0, 0),
     )
     positive, negative = micro_rows(MODEL, given, 1, Size(24, 40))
-    assert [np.asarray(array).ravel().tolist() for array in positive] == [[1, 2], [3, 4], [5, 6], [7.5]]
-    assert [np.asarray(array).ravel().tolist() for array in negative] == [[1, 2], [0, 0], [5, 6], [2.5]]
+    assert [np.asarray(array).ravel().tolist() for array in positive[:4]] == [[1, 2], [3, 4], [5, 6], [7.5]]
+    assert [np.asarray(array).ravel().tolist() for array in negative[:4]] == [[1, 2], [0, 0], [5, 6], [2.5]]
 
 
 def test_the_negative_has_its_own_aesthetic_score() -> None:
