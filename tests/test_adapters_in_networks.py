@@ -121,7 +121,7 @@ def test_keys_and_values_of_the_text_have_their_adapters() -> None:
         assert_close(value, expected[path], plain[path])
 
 
-@pytest.mark.parametrize("remat", [Remat.NONE, Remat.BLOCK])
+@pytest.mark.parametrize("remat", [Remat.NONE, pytest.param(Remat.BLOCK, marks=pytest.mark.slow)])
 def test_without_an_adapter_the_program_is_that_of_plain_layers(remat: Remat, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equation by equation, with the gradient: of Flax's own layers, and a scan that knows no adapters."""
     compute = Compute(remat=remat)

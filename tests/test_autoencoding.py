@@ -76,6 +76,7 @@ def whole(config: AutoencoderConfig, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
+@pytest.mark.slow
 def test_resumed_run_repeats_every_loss_bit_for_bit(config: AutoencoderConfig, whole: Path, tmp_path: Path) -> None:
     with crash_before(4):
         loop.train(config, tmp_path / "run", progress=False)

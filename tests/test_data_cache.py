@@ -289,6 +289,7 @@ print(moment, unfinished)
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_resumes_to_the_same_bytes(written, tmp_path):
     """Killed before each time that it opens, makes, lists or renames a file, or writes a record or completes a file."""
     command = [sys.executable, "-c", KILLED_ANYWHERE, TESTS, str(written), str(tmp_path)]

@@ -193,6 +193,7 @@ def run(model: Path, out: Path, *more: Any) -> Outcome:
     return call(*("sample", model, "--out", out, "--height", 16, "--width", 24, "--steps", 2), *more)
 
 
+@pytest.mark.slow
 def test_an_image_of_image_prompts_alone_is_repeated_from_its_png_text(
     saved: Path, tower: Path, photos: list[Path], tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def test_convert_writes_the_weights_of_the_old_code_bit_for_bit(layout: str, old
     jax.tree.map(np.testing.assert_array_equal, model.params, converted.params)
 
 
+@pytest.mark.slow
 def test_run_resumed_by_todays_code_repeats_the_metrics_of_the_old_code(
     old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -233,6 +233,7 @@ def test_each_image_of_a_batch_has_its_own_negative_prompt(source: Callable[[str
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", first_by_default(PIPELINES))
 def test_everything_that_is_varied_changes_the_image(model: str, source: Callable[[str], Source]) -> None:
     """Otherwise agreement would prove nothing."""
