@@ -239,7 +239,7 @@ def image_flops(config: "ModelConfig", options: argparse.Namespace) -> float:
 
     tokens = Tokenizer.of(config.text)([""] * both)
     encoded = flops.count(lambda params, tokens: text.encode(config.text, params, tokens, compute), params, tokens)
-    conditioning = array(both, text.TOKENS, config.unet.context_dim), array(both, config.unet.vector_dim or 0)
+    conditioning = array(both, text.TOKENS, config.unet.context_dim or 0), array(both, config.unet.vector_dim or 0)
     evaluated = flops.count(
         lambda params, *rest: unet.apply(config.unet, params, *rest, compute=compute),
         params["unet"],

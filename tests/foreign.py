@@ -23,7 +23,8 @@ from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, VaeConfig
+from sdxl_jax.models.vae import SD_VAE, SDXL_VAE, AnyVaeConfig, VaeConfig
+from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats import diffusers
 from sdxl_jax.weights.lazy import part_configs
@@ -69,19 +70,28 @@ MODELS: dict[str, ModelConfig] = {
 assert MODELS["SDXL refiner"].micro == MicroConfig(Numbers.SIZE_CROP_AESTHETIC, 4)
 
 
-def part_params(config: PartConfig, dtype: Any = np.float32, seed: int = 0) -> Params:
+Part = UNetConfig | AnyVaeConfig | ClipTextConfig
+"""As `ModelConfig` has them."""
+
+
+def with_weights(config: Part) -> PartConfig:
+    assert not isinstance(config, WaveletConfig)
+    return config
+
+
+def part_params(config: Part, dtype: Any = np.float32, seed: int = 0) -> Params:
     """Random parameters, a tenth of the standard normal: float16 holds sums of them."""
 
     def one(path: str, leaf: Parameter) -> np.ndarray:
         rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
         return (0.1 * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
 
-    return unflatten({path: one(path, leaf) for path, leaf in names.abstract(config).items()})
+    return unflatten({path: one(path, leaf) for path, leaf in names.abstract(with_weights(config)).items()})
 
 
-def tensors(config: PartConfig, naming: Naming, dtype: Any = np.float32, seed: int = 0) -> Arrays:
+def tensors(config: Part, naming: Naming, dtype: Any = np.float32, seed: int = 0) -> Arrays:
     """Random weights of one part, in the layout of a file."""
-    return names.to_tensors(names.table(config, naming), part_params(config, dtype, seed))
+    return names.to_tensors(names.table(with_weights(config), naming), part_params(config, dtype, seed))
 
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:

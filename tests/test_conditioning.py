@@ -270,7 +270,7 @@ def test_context_joins_the_towers_in_order_and_the_last_gives_the_pooled(towers:
     alone, params, tokens = states
     condition = text.encode(towers, params, tokens)
     first, second = alone["text_encoder"], alone["text_encoder_2"]
-    assert condition.context.shape == (3, 77, 8 + 12)
+    assert condition.context is not None and condition.context.shape == (3, 77, 8 + 12)
     # The same programs, run again: bit for bit.
     np.testing.assert_array_equal(condition.context[..., :8], first.penultimate)
     np.testing.assert_array_equal(condition.context[..., 8:], second.penultimate)
@@ -286,6 +286,7 @@ def test_each_tower_gives_the_state_that_is_chosen_for_it(choice: ContextState, 
     np.testing.assert_array_equal(condition.context, getattr(alone["text_encoder"], choice.value))
     assert condition.pooled is None
     mixed = text.encode((towers[1], chosen), params, tokens)
+    assert condition.context is not None and mixed.context is not None
     np.testing.assert_array_equal(mixed.context[..., :12], alone["text_encoder_2"].penultimate)
     np.testing.assert_array_equal(mixed.context[..., 12:], condition.context)
 

@@ -174,8 +174,8 @@ PARTS: dict[str, PartConfig] = {
     "refiner UNet": MODELS["SDXL refiner"].unet,
     "SD 1.x UNet": STABLE_1.unet,
     "SD 2.x UNet": STABLE_2.unet,
-    "SDXL VAE": VAE,
-    "SD VAE": STABLE_1.vae,
+    "SDXL VAE": foreign.with_weights(VAE),
+    "SD VAE": foreign.with_weights(STABLE_1.vae),
     "CLIP of quick-GELU": QUICK,
     "CLIP with projection": GELU,
 }

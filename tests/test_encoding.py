@@ -303,7 +303,7 @@ def test_captions_of_a_cache_are_dropped_again_each_step(
     config: TrainConfig, encoders: Params, dataset: BucketedDataset
 ) -> None:
     batch = take(dataset, 1)[0]
-    assert batch.encoded is not None
+    assert batch.encoded is not None and batch.encoded.context is not None
     training = dataclasses.replace(config.training, caption_dropout=0.5)
     dropping = dataclasses.replace(config, training=training)
     dropped = []
@@ -713,7 +713,7 @@ def test_model_without_pooled_text_trains_from_its_cache(trainable: TrainConfig,
     data = encoding.from_cache(config, open_dataset(config), encoders_of(config))
     for batch in take(data, 2):
         assert batch.encoded is not None and batch.encoded.pooled is None
-        assert batch.encoded.context.shape == (BATCH, 77, 8)
+        assert batch.encoded.context is not None and batch.encoded.context.shape == (BATCH, 77, 8)
     assert len(losses(config, tmp_path / "run")) == 2
 
 

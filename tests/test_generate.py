@@ -485,7 +485,7 @@ def test_a_validation_grid_that_is_not_finite_is_noted_and_does_not_end_the_run(
 
 def test_encoded_prompts_are_one_row_each(model: Model) -> None:
     condition = encode_prompt(model, PROMPTS)
-    assert condition.context.shape == (2, 77, MODEL.unet.context_dim)
+    assert condition.context is not None and condition.context.shape == (2, 77, MODEL.unet.context_dim)
     assert condition.pooled is not None
     assert condition.pooled.shape == (2, 8)
     assert float(jnp.abs(condition.pooled[0] - condition.pooled[1]).max()) > 0.01

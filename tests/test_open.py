@@ -75,7 +75,7 @@ def assert_holds(opened: Weights, config: ModelConfig, dtype: Any = np.float32, 
         assert_part_holds(opened, part, part_config, dtype, seeds.get(part, 0))
 
 
-def assert_part_holds(opened: Weights, part: str, config: PartConfig, dtype: Any = np.float32, seed: int = 0) -> None:
+def assert_part_holds(opened: Weights, part: str, config: foreign.Part, dtype: Any = np.float32, seed: int = 0) -> None:
     params = flatten(foreign.part_params(config, dtype, seed))
     found = {path: leaf for path, leaf in opened.leaves.items() if path.startswith(f"{part}/")}
     assert list(found) == [f"{part}/{path}" for path in params]
@@ -85,7 +85,7 @@ def assert_part_holds(opened: Weights, part: str, config: PartConfig, dtype: Any
         assert leaf.read().tobytes() == value.tobytes(), path
 
 
-def component(folder: Path, part_config: PartConfig, *arrays: foreign.Arrays, dtype: Any = np.float32) -> Path:
+def component(folder: Path, part_config: foreign.Part, *arrays: foreign.Arrays, dtype: Any = np.float32) -> Path:
     """One network's directory as diffusers writes it; further tensors beside it."""
     diffusers.write_component(part_config, folder)
     naming = DIALECTS[type(part_config)][0]
@@ -324,8 +324,8 @@ def test_part_without_the_variant_gives_what_it_has_and_that_is_said(tmp_path: P
 # Full size, by names and shapes
 
 
-def shapes(config: PartConfig, naming: Naming) -> dict[str, tuple[int, ...]]:
-    return {entry.name: entry.shape for entry in names.table(config, naming).entries}
+def shapes(config: foreign.Part, naming: Naming) -> dict[str, tuple[int, ...]]:
+    return {entry.name: entry.shape for entry in names.table(foreign.with_weights(config), naming).entries}
 
 
 FULL = {

@@ -297,7 +297,7 @@ def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model
     assert [segment.model for segment in segments] == [0, 1]
     assert len(whole) == 1
     recipe = program.Recipe((MODEL, MODEL), False, segments, Compute(), None)
-    generation = _Generation(model, None, PROMPTS, None, None, None, None, Options(**SETTINGS))
+    generation = _Generation(model, None, PROMPTS, None, None, (), None, None, None, Options(**SETTINGS))
     inputs = program.Inputs(
         params=(model.params, model.params),
         segment_arrays=segment_arrays,

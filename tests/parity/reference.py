@@ -226,7 +226,7 @@ def unet_inputs(config: unet.UNetConfig, height: int, width: int, seed: int = 0)
         pooled = normal(2, POOLED_DIM)
         count = (config.vector_dim - POOLED_DIM) // FOURIER_DIM
         numbers = np.array([[1023, 333, 0, 64, 1024, 8191], [576, 1920, 5, 0, 512, 1]])[:, :count]
-    latent, context = normal(2, height, width, config.in_channels), normal(2, 7, config.context_dim)
+    latent, context = normal(2, height, width, config.in_channels), normal(2, 7, config.context_dim or 0)
     return UNetInputs(latent, np.array([3, 987]), context, pooled, numbers)
 
 

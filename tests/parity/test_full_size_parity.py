@@ -124,7 +124,7 @@ def _torch_tower(directory: Path, inputs: Arrays) -> Arrays:
 # ---- our process -----------------------------------------------------------------------------------------------------
 
 
-def _load(directory: Path, config: PartConfig) -> Model:
+def _load(directory: Path, config: Any) -> Model:
     model = load_model(directory, progress=False)
     (part,) = model.params.values()
     assert layers.count(part) == PARAMETERS[config]
@@ -210,7 +210,7 @@ def test_full_size_unet_matches_diffusers(name: str, same: Callable[..., None]) 
     inputs = {
         "latent": rng.standard_normal((1, 32, 24, config.unet.in_channels), np.float32),
         "timestep": np.array([667]),
-        "context": rng.standard_normal((1, 77, config.unet.context_dim), np.float32),
+        "context": rng.standard_normal((1, 77, config.unet.context_dim or 0), np.float32),
     }
     if config.micro is not None:
         inputs["pooled"] = rng.standard_normal((1, 1280), np.float32)
