@@ -275,6 +275,7 @@ def test_rematerialised_blocks_keep_far_less_for_the_backward_pass(unroll: bool)
     assert len(rematerialised) == 12  # 8 residual blocks, and the bodies of 4 scans: one down, one middle, two up
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_float32_parameters_and_output() -> None:
     params = random_params(unet.abstract, UNET)
     low, high = (compiled_unet(Compute(dtype))(params, **unet_inputs()) for dtype in (Dtype.BFLOAT16, Dtype.FLOAT32))

@@ -288,6 +288,7 @@ def test_kohya_files_are_merged_as_by_diffusers(
     compare(agree, f"{kind}, kohya, {dialect.value} names, {'several ranks' if mixed else 'one rank'}", merged)
 
 
+@pytest.mark.slow
 def test_kohya_and_diffusers_files_add_up(agree: Agree, files: Files, tmp_path: Path) -> None:
     kohya, _ = kohya_files(tmp_path, SDXL, Dialect.ORIGINAL, mixed=False)
     compare(agree, "SDXL, kohya × 0.3 and diffusers × 0.9", merge(SDXL, [(kohya, 0.3), (files("SDXL", 1), 0.9)]))
