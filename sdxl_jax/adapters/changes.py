@@ -177,14 +177,19 @@ def _widened(factors: dict[str, Any], rank: int) -> dict[str, Any]:
     return found
 
 
+def by_parameter(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Factors by their parameter: {"unet/…/kernel/down": x} -> {"unet/…/kernel": {"down": x}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, value in flat.items():
+        parameter, _, name = path.rpartition("/")
+        found.setdefault(parameter, {})[name] = value
+    return found
+
+
 def untree(adapters: Params, layers: Mapping[str, int | None]) -> Resolved:
     """The reverse of `tree`: layers by themselves, as files have them."""
-    grouped: dict[str, dict[str, Any]] = {}
-    for full, value in flatten(adapters).items():
-        path, _, name = full.rpartition("/")
-        grouped.setdefault(path, {})[name] = np.asarray(value)
     resolved: Resolved = {}
-    for path, factors in grouped.items():
+    for path, factors in by_parameter({path: np.asarray(value) for path, value in flatten(adapters).items()}).items():
         count = layers[path]
         # np.asarray: one layer of alpha would be a scalar of numpy.
         resolved[path] = (

@@ -124,7 +124,7 @@ class AdapterTraining:
             return whole
         flat = flatten(whole)
         of_ranks, of_layers = jax.random.split(jax.random.fold_in(keys[0], _DROPOUT))
-        groups = _grouped(flat)
+        groups = changes.by_parameter(flat)
         if adapter.rank_dropout:
             names = {one: next((name for name in _NARROW if name in factors), None) for one, factors in groups.items()}
             paths = [f"{parameter}/{name}" for parameter, name in names.items() if name is not None]
@@ -161,7 +161,8 @@ class AdapterTraining:
         limit, flat = self._adapter.norm_limit, flatten(updates[ADAPTERS])
         before = flatten(params[ADAPTERS])
         assert limit is not None
-        for parameter, factors in _grouped({path: before[path] + update for path, update in flat.items()}).items():
+        after = {path: before[path] + update for path, update in flat.items()}
+        for parameter, factors in changes.by_parameter(after).items():
             if not parameter.endswith("kernel"):
                 continue
             alpha, count = self.abstract.get(f"{parameter}/alpha"), self.layers[parameter]
@@ -182,7 +183,7 @@ class AdapterTraining:
         """The model's parameters with the changes of adapters (`of`) merged into the base; its dtypes and shardings
         stay."""
         flat = flatten({part: tree for part, tree in frozen.items() if part != ADAPTERS})
-        for parameter, factors in _grouped(flatten(whole)).items():
+        for parameter, factors in changes.by_parameter(flatten(whole)).items():
             value = flat[parameter]
             changed = _changed(value, factors, self.layers[parameter] is not None)
             flat[parameter] = jax.device_put(changed, value.sharding)
@@ -260,15 +261,6 @@ def _split(flat: dict[str, Any]) -> tuple[Params, Params]:
     is_frozen = {path: path.endswith(kinds.FROZEN) for path in flat}
     trees = [unflatten({path: flat[path] for path in flat if is_frozen[path] is frozen}) for frozen in (False, True)]
     return {ADAPTERS: trees[0]}, {ADAPTERS: trees[1]} if trees[1] else {}
-
-
-def _grouped(flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """{"unet/…/kernel/down": x} -> {"unet/…/kernel": {"down": x}}."""
-    found: dict[str, dict[str, Any]] = {}
-    for path, value in flat.items():
-        parameter, _, name = path.rpartition("/")
-        found.setdefault(parameter, {})[name] = value
-    return found
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
