@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sdxl_jax.commands import parsing, signals
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath, local
 
 USAGE = """usage: sdxl-jax data build SRC DST             pack captioned images into shards
@@ -21,15 +21,8 @@ USAGE = """usage: sdxl-jax data build SRC DST             pack captioned images 
 
 def run(arguments: list[str]) -> None:
     commands = {"build": _build, "inspect": _inspect, "encode": _encode}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        if arguments:
-            print(USAGE)
-            return
-        raise InputError(f"sdxl-jax data needs a command: build, inspect or encode\n{USAGE}")
-    if arguments[0] not in commands:
-        nearest = ", ".join(nearest_first(arguments[0], commands))
-        raise InputError(f"There is no command `sdxl-jax data {arguments[0]}`. Known, nearest first: {nearest}")
-    commands[arguments[0]](arguments[1:])
+    if parsing.has_subcommand("data", USAGE, arguments, commands, listed="build, inspect or encode"):
+        commands[arguments[0]](arguments[1:])
 
 
 # build

@@ -14,7 +14,7 @@ import tyro
 
 from sdxl_jax.commands import parsing, sample, signals
 from sdxl_jax.commands.parsing import OpenFlags
-from sdxl_jax.errors import InputError, check_ranges, nearest_first
+from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.evaluation.settings import Metric, ResizeMode
 from sdxl_jax.files import atomic
 from sdxl_jax.files.paths import AnyPath
@@ -43,14 +43,8 @@ def run(arguments: list[str]) -> None:
         with signals.stop():
             weights.fetch()
         return
-    if not arguments or arguments[0] in ("-h", "--help"):
-        if arguments:
-            print(USAGE)
-            return
-        raise InputError(f"sdxl-jax evaluate needs a command: {', '.join(commands)}\n{USAGE}")
-    if arguments[0] not in commands:
-        nearest = ", ".join(nearest_first(arguments[0], [*commands, "--fetch-weights"]))
-        raise InputError(f"There is no command `sdxl-jax evaluate {arguments[0]}`. Known, nearest first: {nearest}")
+    if not parsing.has_subcommand("evaluate", USAGE, arguments, commands, options=("--fetch-weights",)):
+        return
     with signals.end_at_once() if arguments[0] == "images" else signals.stop():
         commands[arguments[0]](arguments[1:])
 

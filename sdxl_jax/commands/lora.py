@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from sdxl_jax.commands import parsing
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath
 
 if TYPE_CHECKING:
@@ -31,15 +31,8 @@ FILE is a LoRA, LoHa, LoKr or DoRA of kohya, diffusers, PEFT, OneTrainer, ComfyU
 
 def run(arguments: list[str]) -> None:
     commands = {"list": _list, "extract": _extract, "merge": _merge, "resize": _resize, "convert": _convert}
-    if not arguments or arguments[0] in ("-h", "--help"):
-        if arguments:
-            print(USAGE)
-            return
-        raise InputError(f"sdxl-jax lora needs a command: {', '.join(commands)}\n{USAGE}")
-    if arguments[0] not in commands:
-        nearest = ", ".join(nearest_first(arguments[0], commands))
-        raise InputError(f"There is no command `sdxl-jax lora {arguments[0]}`. Known, nearest first: {nearest}")
-    commands[arguments[0]](arguments[1:])
+    if parsing.has_subcommand("lora", USAGE, arguments, commands):
+        commands[arguments[0]](arguments[1:])
 
 
 # list

@@ -13,6 +13,7 @@ import re
 import sys
 import types
 import typing
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
@@ -33,6 +34,31 @@ _Options = TypeVar("_Options")
 _Config = TypeVar("_Config")
 _CONF = (tyro.conf.AvoidSubcommands, tyro.conf.EnumChoicesFromValues, tyro.conf.FlagCreatePairsOff)
 _REGISTRY = ConstructorRegistry()
+
+
+def has_subcommand(
+    command: str,
+    usage: str,
+    arguments: Sequence[str],
+    known: Collection[str],
+    *,
+    options: Sequence[str] = (),
+    listed: str | None = None,
+) -> bool:
+    """Whether arguments begin with a subcommand of `sdxl-jax COMMAND`; if not, help was asked for, and is printed.
+
+    options: flags that the command takes in its place. listed: the known ones in words. Raises InputError for none, and
+    for an unknown one.
+    """
+    if not arguments:
+        raise InputError(f"sdxl-jax {command} needs a command: {listed or ', '.join(known)}\n{usage}")
+    if arguments[0] in ("-h", "--help"):
+        print(usage)
+        return False
+    if arguments[0] not in known:
+        nearest = ", ".join(nearest_first(arguments[0], [*known, *options]))
+        raise InputError(f"There is no command `sdxl-jax {command} {arguments[0]}`. Known, nearest first: {nearest}")
+    return True
 
 
 def parse(kind: type[_T], arguments: list[str], command: str, **options: Any) -> _T:
