@@ -27,12 +27,12 @@ from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.weights import convert, lora, names
+from sdxl_jax.weights.adapter_files.arithmetic import Limit, combined, extracted, truncated
+from sdxl_jax.weights.adapter_files.export import named, write
+from sdxl_jax.weights.adapter_files.names import Spelling, known_modules, layers_of, written_modules
+from sdxl_jax.weights.adapter_files.reading import config_of, read, resolve
+from sdxl_jax.weights.adapter_files.tensors import parse
 from sdxl_jax.weights.lazy import abstract_leaves, in_memory
-from sdxl_jax.weights.lora_arithmetic import Limit, combined, extracted, truncated
-from sdxl_jax.weights.lora_export import named, write
-from sdxl_jax.weights.lora_files import config_of, read, resolve
-from sdxl_jax.weights.lora_names import Spelling, known_modules, layers_of, written_modules
-from sdxl_jax.weights.lora_tensors import parse
 from sdxl_jax.weights.names import Dialect, Naming
 
 Tensors = dict[str, np.ndarray]

@@ -34,11 +34,12 @@ from sdxl_jax.training import checkpoint, loop
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
-from sdxl_jax.weights import lora, lora_files
+from sdxl_jax.weights import lora
+from sdxl_jax.weights.adapter_files import reading
+from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.lazy import abstract_leaves
 from sdxl_jax.weights.load import load_model
-from sdxl_jax.weights.lora_names import layers_of
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
@@ -426,7 +427,7 @@ def test_training_on_from_a_file_begins_with_its_change(tmp_path: Path) -> None:
     given, mesh = adapter_training(settings), sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     whole = unflatten(random_adapters(given))
     given.export(whole, tmp_path / "x.safetensors", 1, mesh, is_first=True)
-    file = lora_files.read(tmp_path / "x.safetensors")
+    file = reading.read(tmp_path / "x.safetensors")
     assert len({module.factors["alpha"].item() for module in file.modules.values()}) == 1, "for diffusers"
     again = adapter_training(dataclasses.replace(settings, alpha=2.0, init_from=str(tmp_path / "x.safetensors")))
     factors, alphas = again.fresh({}, mesh)

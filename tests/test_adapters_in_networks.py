@@ -21,7 +21,7 @@ from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.models import attention, clip, initialisers, layers, unet
 from sdxl_jax.models.layers import Compute, Remat
-from sdxl_jax.weights.lora_names import layers_of
+from sdxl_jax.weights.adapter_files.names import layers_of
 
 MODEL = dataclasses.replace(
     layouts.MODEL,

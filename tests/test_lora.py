@@ -26,8 +26,8 @@ from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.weights import lora, names
-from sdxl_jax.weights.lora_files import resolve
-from sdxl_jax.weights.lora_names import known_modules
+from sdxl_jax.weights.adapter_files.names import known_modules
+from sdxl_jax.weights.adapter_files.reading import resolve
 from sdxl_jax.weights.names import Dialect, Entry, Naming
 
 Tensors = dict[str, np.ndarray]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sdxl_jax.adapters.changes import Lora, Resolved
     from sdxl_jax.model import ModelConfig
-    from sdxl_jax.weights.lora_arithmetic import Limit, Result
+    from sdxl_jax.weights.adapter_files.arithmetic import Limit, Result
 
 USAGE = """usage: sdxl-jax lora list FILE ...               kinds, ranks, alphas, layers, metadata
        sdxl-jax lora extract BASE TRAINED --out OUT  the LoRA between two models
@@ -55,7 +55,7 @@ def _list(arguments: list[str]) -> None:
     if not options.files:
         raise InputError("sdxl-jax lora list needs a file. Give one or more")
     from sdxl_jax.weights import lora
-    from sdxl_jax.weights.lora_listing import listing, text
+    from sdxl_jax.weights.adapter_files.listing import listing, text
 
     found = [listing(lora.read(file), _config(options.model)) for file in options.files]
     print(json.dumps(found, indent=1) if options.json else "\n\n".join(map(text, found)))
@@ -96,7 +96,7 @@ class Limits:
     """Share of each layer's sum of squares that is kept, e.g. 0.95, if the rank allows."""
 
     def limit(self) -> "Limit":
-        from sdxl_jax.weights.lora_arithmetic import Limit
+        from sdxl_jax.weights.adapter_files.arithmetic import Limit
 
         return Limit(self.rank, self.energy)
 
@@ -117,7 +117,7 @@ def _extract(arguments: list[str]) -> None:
     options = parsing.parse(Extract, arguments, "lora extract")
     _check_output(options)
     options.limit().check()
-    from sdxl_jax.weights.lora_arithmetic import extracted
+    from sdxl_jax.weights.adapter_files.arithmetic import extracted
     from sdxl_jax.weights.open import open_model
 
     base, trained = open_model(options.base), open_model(options.trained)
@@ -168,7 +168,7 @@ def _resize(arguments: list[str]) -> None:
 
 def _combine(options: OfAdapters, files: "Sequence[tuple[Lora, float]]", limit: "Limit | None") -> None:
     _check_output(options)
-    from sdxl_jax.weights.lora_arithmetic import combined
+    from sdxl_jax.weights.adapter_files.arithmetic import combined
 
     first = files[0][0]
     config, resolved = _resolved([file for file, _ in files], options.model)
@@ -193,7 +193,7 @@ def _convert(arguments: list[str]) -> None:
     options = parsing.parse(Convert, arguments, "lora convert")
     _check_output(options)
     from sdxl_jax.weights import lora
-    from sdxl_jax.weights.lora_arithmetic import Result
+    from sdxl_jax.weights.adapter_files.arithmetic import Result
 
     file = lora.read(options.file)
     config, (resolved,) = _resolved([file], options.model)
@@ -225,7 +225,7 @@ def _config(model: AnyPath | None) -> "ModelConfig | None":
 
 def _resolved(files: "Sequence[Lora]", model: AnyPath | None) -> "tuple[ModelConfig, list[Resolved]]":
     """(the model that all of them are for, the changes of each)."""
-    from sdxl_jax.weights.lora_files import config_of, resolve
+    from sdxl_jax.weights.adapter_files.reading import config_of, resolve
 
     config = _config(model) or config_of(files[0])
     return config, [resolve(file, config) for file in files]
@@ -255,9 +255,9 @@ def _finish(
     """Writes the file, and says what it is. dtype: where none is asked for; None: as the tensors are."""
     import numpy as np
 
+    from sdxl_jax.weights.adapter_files.export import write
+    from sdxl_jax.weights.adapter_files.names import Spelling
     from sdxl_jax.weights.lazy import DTYPES
-    from sdxl_jax.weights.lora_export import write
-    from sdxl_jax.weights.lora_names import Spelling
 
     spelling, wanted = Spelling(options.to), options.dtype or dtype
     bundled: dict[str, Any] = {}

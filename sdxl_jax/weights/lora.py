@@ -1,7 +1,7 @@
 """Adapters merged into a model's parameters: LoRA, LoHa, LoKr, DoRA, differences, from files.
 
-Reading is in `lora_files`, the formulas are in `adapters`. A merged adapter may be removed again, where its change is a
-sum.
+Reading is in `adapter_files`, the formulas are in `adapters`. A merged adapter may be removed again, where its change
+is a sum.
 """
 
 import math
@@ -13,8 +13,8 @@ from sdxl_jax.adapters.changes import Lora
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files.paths import AnyPath, located
 from sdxl_jax.model import Adapter, Model
+from sdxl_jax.weights.adapter_files.reading import describe, notes, read, resolve
 from sdxl_jax.weights.lazy import Changed, Leaf, Weights
-from sdxl_jax.weights.lora_files import describe, notes, read, resolve
 
 __all__ = ["Lora", "add", "describe", "listing", "merge", "notes", "parse_option", "read", "remove", "resolve"]
 

@@ -36,6 +36,7 @@ from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.weights import descriptions, detect, names
+from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.descriptions import METADATA, licences_in
 from sdxl_jax.weights.detect import FoundPart
 from sdxl_jax.weights.formats import checkpoints, diffusers, diffusers_fields, json_files, orbax, run, safetensors
@@ -54,7 +55,6 @@ from sdxl_jax.weights.lazy import (
     leaves_of,
     part_configs,
 )
-from sdxl_jax.weights.lora_names import layers_of
 from sdxl_jax.weights.names import Dialect, Naming, PartConfig
 from sdxl_jax.weights.parts import with_parts
 

@@ -34,9 +34,9 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.layers import sinusoidal_embedding
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.weights import lora, names
-from sdxl_jax.weights.lora_export import write
-from sdxl_jax.weights.lora_files import read, resolve
-from sdxl_jax.weights.lora_names import Spelling, layers_of
+from sdxl_jax.weights.adapter_files.export import write
+from sdxl_jax.weights.adapter_files.names import Spelling, layers_of
+from sdxl_jax.weights.adapter_files.reading import read, resolve
 from sdxl_jax.weights.names import Dialect, Naming
 
 torch = pytest.importorskip("torch")

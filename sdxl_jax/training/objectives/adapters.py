@@ -36,9 +36,9 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.state import merge
-from sdxl_jax.weights import lora_export, lora_files
+from sdxl_jax.weights.adapter_files import export, reading
+from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.lazy import Initial, abstract_leaves
-from sdxl_jax.weights.lora_names import layers_of
 
 ADAPTERS = "adapters"
 """Key of the factors, in the trainable and in the frozen tree."""
@@ -93,8 +93,8 @@ class AdapterTraining:
 
     def _from_file(self, path: str) -> Params:
         """The adapter of a file, with the alphas of the configuration. Raises InputError for one of other settings."""
-        file = lora_files.read(path)
-        found = changes.tree(lora_files.resolve(file, self._config.model), self.layers)
+        file = reading.read(path)
+        found = changes.tree(reading.resolve(file, self._config.model), self.layers)
         resolved: Resolved = {
             parameter: [(layer, self._with_our_alpha(parameter, factors)) for layer, factors in rows]
             for parameter, rows in changes.untree(found, self.layers).items()
@@ -202,7 +202,7 @@ class AdapterTraining:
             }
             dtype = jnp.dtype(self._adapter.file_dtype.value)
             metadata = self._metadata(step)
-            lora_export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata)
+            export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata)
 
     def _metadata(self, step: int) -> dict[str, str]:
         """What sd-scripts writes of a training, as far as it is known here; the writer adds what the adapter is."""

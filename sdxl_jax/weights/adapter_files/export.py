@@ -29,10 +29,10 @@ from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.files import atomic
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.weights.adapter_files.names import Spelling, Written, written_modules
+from sdxl_jax.weights.adapter_files.reading import SETTINGS
+from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, suffix, theirs
 from sdxl_jax.weights.formats import safetensors
-from sdxl_jax.weights.lora_files import SETTINGS
-from sdxl_jax.weights.lora_names import Spelling, Written, written_modules
-from sdxl_jax.weights.lora_tensors import MAGNITUDE, suffix, theirs
 from sdxl_jax.weights.names import Place
 
 Named = dict[str, Shaped[np.ndarray, "..."]]
@@ -50,7 +50,7 @@ def write(
 ) -> int:
     """Writes a file atomically; returns the number of its tensors.
 
-    resolved: changes with our axes (`lora_files.resolve`, or `adapters.changes.untree` of what was trained). dtype: of
+    resolved: changes with our axes (`reading.resolve`, or `adapters.changes.untree` of what was trained). dtype: of
     the tensors; None: as they are. metadata: what is known besides, e.g. that of a file which is converted; it stays
     where it does not speak of the adapter's own shape. bundled: embeddings to go into the file.
 

@@ -6,10 +6,10 @@ from typing import Any
 from sdxl_jax.adapters.changes import Lora
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.weights.adapter_files.names import known_modules
+from sdxl_jax.weights.adapter_files.reading import config_of, describe, kinds_in, notes
 from sdxl_jax.weights.card import family
 from sdxl_jax.weights.lazy import part_configs
-from sdxl_jax.weights.lora_files import config_of, describe, kinds_in, notes
-from sdxl_jax.weights.lora_names import known_modules
 
 _LONGEST = 100
 """Characters of a value of metadata that are shown."""

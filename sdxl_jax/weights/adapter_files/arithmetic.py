@@ -19,8 +19,8 @@ from sdxl_jax.adapters.kinds import Factors, Kind
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.progress import tqdm
+from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.lazy import Leaf, Weights
-from sdxl_jax.weights.lora_names import layers_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Reading adapter files: LoRA, LoHa, LoKr, DoRA, differences; and which of a model's parameters they change.
 
-Names of modules are in `lora_names`, tensors in `lora_tensors`, formulas in `adapters`. Embeddings bundled in the file
+Names of modules are in `names`, tensors in `tensors`, formulas in `adapters`. Embeddings bundled in the file
 (bundle_emb.NAME.clip_l) are for `textual_inversion`. Other contents (OFT, BOFT, GLoRA, …) are refused: a file is read
 completely or not at all.
 """
@@ -25,9 +25,9 @@ from sdxl_jax.files import buckets
 from sdxl_jax.files.paths import AnyPath, absolute, in_bucket, located
 from sdxl_jax.files.text import read_text
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
+from sdxl_jax.weights.adapter_files.names import PEFT, Target, known_modules, part_of, prefix_of
+from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, ours, parse
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
-from sdxl_jax.weights.lora_names import PEFT, Target, known_modules, part_of, prefix_of
-from sdxl_jax.weights.lora_tensors import MAGNITUDE, ours, parse
 from sdxl_jax.weights.textual_inversion import BUNDLED
 
 SETTINGS = "lora_adapter_metadata"
