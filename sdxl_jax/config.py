@@ -31,6 +31,7 @@ from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
+from sdxl_jax.mesh import ProcessesConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.progress import LogFormat
@@ -160,14 +161,6 @@ class CheckpointConfig:
     on_failed_save: OnFailedSave = OnFailedSave.STOP
     """If a checkpoint cannot be written, e.g. to a full disk: STOP ends the run with an error, GO_ON prints a note and
     continues training. Earlier checkpoints stay complete either way."""
-
-
-@dataclass(frozen=True)
-class ProcessesConfig:
-    """The processes that train together, as the environment describes them (training/cluster.py)."""
-
-    join_timeout_seconds: float = 300.0
-    """How long to wait for all processes to join. Higher: slower machines may start later."""
 
 
 @dataclass(frozen=True, kw_only=True)

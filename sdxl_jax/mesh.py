@@ -1,5 +1,5 @@
-"""The configuration of the device mesh. No jax, which the command line imports only after its arguments are read; what
-the axes mean for parameters and batches is `sharding`.
+"""The configuration of the device mesh and of the processes. No jax, which the command line imports only after its
+arguments are read; what the axes mean for parameters and batches is `sharding`.
 """
 
 from dataclasses import dataclass
@@ -21,3 +21,11 @@ class MeshConfig:
     slices: int = 1
     """TPU slices (or groups of processes) connected by a slow network. Higher: more images per step; only the gradients
     are exchanged between slices, once per step."""
+
+
+@dataclass(frozen=True)
+class ProcessesConfig:
+    """The processes that work together, as the environment describes them (training/cluster.py)."""
+
+    join_timeout_seconds: float = 300.0
+    """How long to wait for all processes to join. Higher: slower machines may start later."""

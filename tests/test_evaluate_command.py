@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bucket_server import free_port
 from command import call
 from PIL import Image
 from tiny import MODEL, random_model
@@ -369,6 +372,49 @@ def test_bad_input_of_a_model_is_said_before_it_is_loaded(
 
 
 @pytest.mark.slow
+def of_process(index: int, port: int, *given: object) -> "subprocess.Popen[str]":
+    number = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index), "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    command = [sys.executable, "-m", "sdxl_jax", "evaluate", *map(str, given)]
+    piped = subprocess.PIPE
+    return subprocess.Popen(command, env={**os.environ, **number}, stdout=piped, stderr=piped, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_images_and_the_first_reports(model: Path, prompts: Path, tmp_path: Path) -> None:
+    reference = write(tmp_path / "reference", 6)
+    given = ["model", model, "--prompts-file", prompts, "--reference", reference, *SMALL, "--metrics", "psnr"]
+    members = [of_process(index, port, *given, "--out", tmp_path / "two") for port in [free_port()] for index in (0, 1)]
+    (first, told), (second, _) = [member.communicate(timeout=300) for member in members]
+    assert [member.returncode for member in members] == [0, 0], told
+    alone = call("evaluate", *given, "--out", tmp_path / "one")
+    assert alone.code == 0, alone
+    for path in sorted((tmp_path / "one").iterdir()):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    (score,) = [line for line in first.splitlines() if line.startswith("psnr")]
+    assert score in alone.out and "psnr" not in second
+
+    members = [
+        of_process(index, port, *given, "--out", tmp_path / f"out{index}") for port in [free_port()] for index in (0, 1)
+    ]
+    errors = [member.communicate(timeout=300)[1] for member in members]
+    assert [member.returncode for member in members] == [2, 2] and "disagree" in errors[0], errors
+
+
+def test_each_process_samples_a_contiguous_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [{"number": str(number)} for number in range(7)]
+    for number in (1, 5):
+        samples.save_png(Image.new("RGB", (8, 8)), samples.path_of(tmp_path, number), texts[number])
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = []
+    for index in range(3):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(samples.missing(tmp_path, texts))
+    assert parts == [[0], [2, 3], [4, 6]]
+    monkeypatch.setattr(samples.multihost_utils, "sync_global_devices", lambda name: None)
+    with pytest.raises(InputError, match="Process 2 sees 2 of 7 images"):
+        samples.wait_for_all(tmp_path, 7)
+
+
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_curve_is_one_table_and_one_plot_for_several_models(
     model: Path, prompts: Path, pair: tuple[Path, Path], tmp_path: Path

@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "jsontree": {"models"} | BASE,
     "config": {
         *("model", "conditioning", "diffusion", "models", "data", "evaluation.settings", "jsontree", "optim"),
-        *("adapters", "sharding"),
+        *("adapters", "mesh", "sharding"),
         *BASE,
     },
     "smoke": {"config", "model", "models", "conditioning", "sharding", "training.objectives"},

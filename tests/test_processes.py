@@ -223,6 +223,21 @@ def test_a_failure_on_one_process_ends_the_others_with_its_message(three: list[P
         assert str(outcomes[index]) == "Process 1 stopped: InputError: its disk is full"
 
 
+def test_a_process_that_is_stopped_alone_ends_the_others(three: list[Processes], codes: list[int]) -> None:
+    """Where a signal does not wait for a stop point: the others need what this one would have done."""
+
+    def program(process: Processes) -> None:
+        if process.index == 1:
+            stopped = Interrupted("SIGTERM")
+            process.abandon(stopped)
+            raise stopped
+        process.wait(lambda: time.sleep(8))
+
+    outcomes = together(three, program)
+    assert [str(outcomes[index]) for index in (0, 2)] == ["Process 1 stopped: SIGTERM"] * 2
+    assert codes == [143, 143, 143]
+
+
 FAULTS = [
     (InputError("no such bucket"), 2),
     (MachineError("its disk is full"), 1),

@@ -1,11 +1,15 @@
 """`sdxl-jax evaluate`: metrics of images, of a model over prompts, of an autoencoder, over guidance scales. The command
-of people's votes is in `side_by_side`."""
+of people's votes is in `side_by_side`.
 
+Started as several processes, as training is, each takes a part of the images; the first one reports.
+"""
+
+import contextlib
 import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,11 +18,11 @@ import tyro
 
 from sdxl_jax.commands import parsing, sample, signals
 from sdxl_jax.commands.parsing import OpenFlags
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.errors import InputError, Interrupted, check_ranges
 from sdxl_jax.evaluation.settings import Metric, ResizeMode
 from sdxl_jax.files import atomic
 from sdxl_jax.files.paths import AnyPath
-from sdxl_jax.mesh import MeshConfig
+from sdxl_jax.mesh import MeshConfig, ProcessesConfig
 from sdxl_jax.sampling.options import Options
 
 if TYPE_CHECKING:
@@ -81,6 +85,8 @@ class Measures:
     """Markdown file to add a line to."""
     compilation_cache: str | None = "user"
     """Folder for compiled programs, which later commands reuse. user: one in your cache folder. None: no folder."""
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
+    """Several processes, each of which takes a part of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +171,31 @@ class Autoencoder(OpenFlags):
     measures: tyro.conf.OmitArgPrefixes[Measures] = field(default_factory=Measures)
 
 
+@contextlib.contextmanager
+def _processes(measures: Measures, arguments: list[str]) -> Iterator[None]:
+    """Joins the other processes of this command, if the environment describes any; to be entered before any device is
+    touched. What fails on one of them, or a signal, ends all."""
+    from sdxl_jax.training.processes import Processes
+
+    with Processes(measures.processes.join_timeout_seconds, handles_signals=False) as processes:
+        try:
+            processes.compare({"arguments": arguments})
+            yield
+        except Interrupted as stopped:
+            processes.abandon(stopped)  # the others wait for its images
+            raise
+
+
 # images
 
 
 def _images(arguments: list[str]) -> None:
     options = parsing.parse(Images, arguments, "evaluate images")
+    with _processes(options.measures, arguments):
+        _measure_images(options)
+
+
+def _measure_images(options: Images) -> None:
     prompts = None
     if options.prompts_file is not None:
         settings = sample.Sample(model=options.images, out=Path())
@@ -240,9 +266,11 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 def _report(evaluation: "Evaluation", measures: Measures, **settings: Any) -> None:
-    """Prints the scores, and writes the files that were asked for."""
-    from sdxl_jax.evaluation import report, statistics
+    """Prints the scores, and writes the files that were asked for; of several processes the first."""
+    from sdxl_jax.evaluation import features, report, statistics
 
+    if not features.is_first():
+        return
     if measures.save_statistics is not None:
         assert evaluation.statistics is not None
         own = evaluation.statistics if measures.save_features else evaluation.statistics._replace(features=None)
@@ -271,6 +299,11 @@ class _Prompts(NamedTuple):
 
 def _model(arguments: list[str]) -> None:
     options = parsing.parse(ModelSamples, arguments, "evaluate model")
+    with _processes(options.measures, arguments):
+        _measure_model(options)
+
+
+def _measure_model(options: ModelSamples) -> None:
     prompts = _prompts(options)
     reference = options.captions if options.reference is None else options.reference
     default = () if reference is None else (Metric.FID, Metric.KID)
@@ -281,7 +314,12 @@ def _model(arguments: list[str]) -> None:
 
 def _curve(arguments: list[str]) -> None:
     options = parsing.parse(Curve, arguments, "evaluate curve")
-    from sdxl_jax.evaluation import curve, report
+    with _processes(options.measures, arguments):
+        _measure_curve(options)
+
+
+def _measure_curve(options: Curve) -> None:
+    from sdxl_jax.evaluation import curve, features, report
 
     curve.check_plots()
     if not options.models:
@@ -302,6 +340,8 @@ def _curve(arguments: list[str]) -> None:
             ]
             _sample(options, model, folder, _Prompts(scaled))
             points.append(curve.Point(label, scale, measurement.of(folder, prompts.per_image)))
+    if not features.is_first():
+        return
     names = [score.name for score in points[0].evaluation.scores]
     text = curve.table(points)
     atomic.write_text(options.out / "curve.md", text)
@@ -382,6 +422,7 @@ def _sample(options: SamplingFlags, model: AnyPath, out: Path, prompts: _Prompts
     if samples.missing(out, texts):
         loaded, _ = sample.load(as_sample, weights)
         samples.sample(loaded, requests, out, Compute(dtype=Dtype(options.dtype)))
+    samples.wait_for_all(out, len(texts))
     return {name: value for name, value in texts[0].items() if all(text.get(name) == value for text in texts)}
 
 
@@ -401,6 +442,11 @@ def _autoencoder(arguments: list[str]) -> None:
     options = parsing.parse(Autoencoder, arguments, "evaluate autoencoder")
     if options.lora:
         raise InputError(f"--lora {options.lora[0]} has no effect on an autoencoder. Leave it out")
+    with _processes(options.measures, arguments):
+        _measure_autoencoder(options)
+
+
+def _measure_autoencoder(options: Autoencoder) -> None:
     from sdxl_jax.evaluation.reconstruction import OF_AUTOENCODERS, evaluate_autoencoder
 
     evaluation = evaluate_autoencoder(

@@ -470,11 +470,13 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
 
 def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Model, Model | None]":
     """The models of `opened`, loaded. The refiner shares the model's text encoder if they are equal."""
+    import jax
+
     from sdxl_jax import sharding
     from sdxl_jax.weights import textual_inversion
     from sdxl_jax.weights.load import load_weights
 
-    mesh = sharding.make_mesh(sample.mesh)
+    mesh = sharding.make_mesh(sample.mesh, jax.local_devices())
     model = load_weights(weights[0], mesh)
     for embedding in sample.embedding:
         model = textual_inversion.add(model, *_file_and_token(embedding))

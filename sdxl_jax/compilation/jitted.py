@@ -3,7 +3,8 @@ not trace the function again.
 
     arguments ── shapes, shardings, static arguments ── program ── in memory, or in the cache, or compiled and kept
 
-Where no compilation cache is in use (`compilation_cache.use`), it is `jax.jit`.
+Where no compilation cache is in use (`compilation_cache.use`), and in one of several processes, whose devices have other
+numbers than those of the process that kept a program, it is `jax.jit`.
 """
 
 import functools
@@ -26,7 +27,7 @@ class jit:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         cache = compilation_cache.current()
-        if cache is None:
+        if cache is None or jax.process_count() > 1:
             return self.jitted(*arguments, **keywords)
         static = {name: keywords.pop(name) for name in self._static}
         leaves, tree = jax.tree.flatten((arguments, keywords))

@@ -48,6 +48,11 @@ def local_mesh() -> Mesh:
     return Mesh(np.array(jax.local_devices()), ("batch",))
 
 
+def is_first() -> bool:
+    """Whether this is the process that reports."""
+    return jax.process_index() == 0
+
+
 def own_part(count: int) -> range:
     """The numbers of this process's images: a contiguous part."""
     index, processes = jax.process_index(), jax.process_count()

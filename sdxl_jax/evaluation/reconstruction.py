@@ -65,6 +65,8 @@ def evaluate_autoencoder(
 
     Raises InputError before work begins, as `evaluate` and `open_model`, and for a path without an autoencoder.
     """
+    if out is None and jax.process_count() > 1:
+        raise InputError("Several processes need a folder that all of them see for the reconstructions. Give --out DIR")
     opened = open_images(images, "the folder")
     check_ranges([("images", count, 2, len(opened.names)), ("batch_size", batch_size, 1, math.inf)])
     squares = Squares(opened, count or len(opened.names), side)
@@ -83,6 +85,7 @@ def evaluate_autoencoder(
         params = load_weights(weights).params["vae"]
         autoencoder = network(weights.config.vae, params, Compute(dtype=Dtype(dtype)))
         reconstruct(autoencoder, squares, folder, texts(squares, settings), batch_size)
+        samples.wait_for_all(folder, squares.count)
         evaluation = measurement.of(folder)
     scores = [score._replace(name="rfid") if score.name == "fid" else score for score in evaluation.scores]
     notes = [*evaluation.notes, "latents are the posterior's mean; reconstructions are rounded to uint8"]

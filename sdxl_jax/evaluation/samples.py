@@ -1,7 +1,8 @@
 """The images of many prompts in a folder, for metrics: sampled in batches, written one by one, resumable.
 
 Image k of the folder depends on the seed and on k alone, so that a second start samples what is missing and nothing
-else. Each PNG holds its settings as text, and a folder whose images have others is refused.
+else. Each PNG holds its settings as text, and a folder whose images have others is refused. Of several processes each
+samples a contiguous part, with its own devices, into one folder that all see.
 """
 
 import dataclasses
@@ -11,9 +12,12 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.evaluation.features import own_part
 from sdxl_jax.model import Model
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.progress import tqdm
@@ -42,7 +46,7 @@ def path_of(folder: Path, number: int) -> Path:
 
 
 def missing(folder: Path, texts: Sequence[Mapping[str, str]]) -> list[int]:
-    """The numbers of the images that are not in the folder yet. texts: what each PNG should say, in order.
+    """The numbers of this process's images that are not in the folder yet. texts: what each PNG should say, in order.
 
     Raises InputError for images with other settings, and for more of them than there are texts.
     """
@@ -61,7 +65,20 @@ def missing(folder: Path, texts: Sequence[Mapping[str, str]]) -> list[int]:
             f"{folder} holds other images, e.g. {name}: of another model, other prompts or settings, or more of them. "
             "Give a new folder, or remove them"
         )
-    return [number for number in range(len(texts)) if number not in found]
+    return [number for number in own_part(len(texts)) if number not in found]
+
+
+def wait_for_all(folder: Path, count: int) -> None:
+    """Until all processes have written their parts. Raises InputError where this one does not see all `count` images."""
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(f"images in {folder}")
+    seen = sum(path_of(folder, number).is_file() for number in range(count))
+    if seen < count:
+        raise InputError(
+            f"Process {jax.process_index()} sees {seen} of {count} images in {folder}. Give a folder that all processes "
+            "share, e.g. on NFS"
+        )
 
 
 def _text(path: Path) -> dict[str, str]:
@@ -78,7 +95,8 @@ def sample(model: Model, requests: Sequence[Request], folder: Path, compute: Com
     Raises InputError as `missing` and `generate`.
     """
     numbers = missing(folder, [request.text for request in requests])
-    with tqdm(total=len(requests), initial=len(requests) - len(numbers), desc="sampling", unit="image") as bar:
+    total = len(own_part(len(requests)))
+    with tqdm(total=total, initial=total - len(numbers), desc="sampling", unit="image") as bar:
         for batch in _batches(numbers, requests):
             first = requests[batch[0]].options
             # A last batch is padded with its last prompt, so that it needs no compilation of its own.

@@ -83,15 +83,16 @@ class Processes:
     """All processes of this run, as the environment describes them: JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and
     JAX_PROCESS_ID, or what jax detects (TPU pods, Slurm, Open MPI, Kubernetes). One process if it describes none.
 
-    A context manager, to be entered before any device is touched; in the main thread, it handles SIGTERM and SIGINT.
+    A context manager, to be entered before any device is touched; in the main thread, it handles SIGTERM and SIGINT,
+    unless handles_signals=False: then whoever does so calls `abandon`.
     Raises InputError for missing numbers, MachineError when not all processes have joined in time, ProcessFailed for
     what another process has raised. After an error with several processes, or with work abandoned in its thread, the
     process is ended at its exit with the exit code of that error.
     """
 
-    def __init__(self, join_timeout_seconds: float):
+    def __init__(self, join_timeout_seconds: float, handles_signals: bool = True):
         self.index, self.count = 0, 1
-        self._join_timeout_seconds = join_timeout_seconds
+        self._join_timeout_seconds, self._handles_signals = join_timeout_seconds, handles_signals
         self._client: Any = None
         self._prefix = ""
         self._lock = threading.Lock()
@@ -107,6 +108,7 @@ class Processes:
         """Another process's: its message and its exit code."""
         self._gathers = 0
         self._over = threading.Event()
+        self._has_left = False
         self._worker = _WorkerThread()
         self._abandoned_work = False
         self._previous_handlers: dict[int, Any] = {}
@@ -117,7 +119,7 @@ class Processes:
         return self.index == 0
 
     def __enter__(self) -> "Processes":
-        if threading.current_thread() is threading.main_thread():
+        if self._handles_signals and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous_handlers[number] = signal.signal(number, self._on_signal)
         try:
@@ -160,7 +162,7 @@ class Processes:
             return
         assert error is not None
         root_failure = self.root_failure(error)
-        if self.count > 1:
+        if self.count > 1 and not self._has_left:
             self._leave(None if isinstance(root_failure or error, Interrupted | ProcessFailed) else error)
         self._over.set()
         if self._abandoned_work or self.count > 1:
@@ -320,8 +322,9 @@ class Processes:
         if len(passed) == self.count and self._stop_after is None:
             self._stop_after = max(passed)
 
-    def abandon(self, failure: Exception) -> None:
-        """Broadcasts the failure of a process whose main thread hangs, before another thread ends it."""
+    def abandon(self, failure: BaseException) -> None:
+        """Broadcasts the failure of a process that ends by other means than its exception: its main thread hangs, or
+        its work was stopped although the others need it."""
         if self.count > 1:
             self._leave(failure)
 
@@ -351,10 +354,12 @@ class Processes:
     def _leave(self, failure: BaseException | None) -> None:
         """Broadcasts a failure. The first process leaves last: it hosts the coordination service, without which jax
         ends the others abruptly."""
+        self._has_left = True
         try:
             if failure is not None:
-                message = f"{exit_code(failure)} {type(failure).__name__}: {failure}"[:2000]
-                self._broadcast(f"failed/{self.index}", message)
+                is_signal = isinstance(failure, Interrupted)
+                message = failure.signal_name if is_signal else f"{type(failure).__name__}: {failure}"
+                self._broadcast(f"failed/{self.index}", f"{exit_code(failure)} {message}"[:2000])
             if failure is None and self._failure is None:
                 self._client.wait_at_barrier(f"{self._prefix}/leave", 60_000)
                 jax.distributed.shutdown()
