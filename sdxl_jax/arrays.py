@@ -153,3 +153,5 @@ class Batch(NamedTuple):
     """Number of each image's class; None where the model is not conditioned on classes."""
     loss_weight: Float[type_of_array, "batch"] | None = None
     """Factor of each example's loss; None: all count alike."""
+    base_target: Bool[type_of_array, "batch"] | None = None
+    """Which examples are compared with the frozen model's own prediction; None: none."""

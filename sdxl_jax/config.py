@@ -23,6 +23,7 @@ from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.conditioning.classes import check as check_classes
 from sdxl_jax.conditioning.prompts import check_text
+from sdxl_jax.data.mixture import Target
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.errors import RENAMED, InputError, check_ranges, nearest_first, old_names
@@ -441,6 +442,12 @@ class TrainConfig(RunConfig):
     def _check_adapter(self) -> None:
         given = self.adapter
         if given is None:
+            if of_base := [source.folder for source in self.data.sources if source.target is Target.BASE]:
+                raise InputError(
+                    f"data.sources gives {of_base[0]} target=base, which needs an adapter: without one the model "
+                    "itself is trained, and no frozen one is beside it. Set adapter, or give images of the class and "
+                    "target=data"
+                )
             return
         given.check()
         if self.image_prompt is not None and self.image_prompt.pooled_rows_alone:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import layouts
 import numpy as np
 import optax
@@ -18,14 +19,17 @@ from sdxl_jax import sharding
 from sdxl_jax.adapters import changes, dora, kinds, targets
 from sdxl_jax.adapters.kinds import Kind
 from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers
-from sdxl_jax.arrays import AccumulatorDtype, Params, flatten, unflatten
+from sdxl_jax.arrays import AccumulatorDtype, Batch, MicroConditioning, Params, flatten, unflatten
+from sdxl_jax.conditioning import text
+from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
-from sdxl_jax.data.mixture import Source
+from sdxl_jax.data.mixture import Source, Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SDXL_BASE, Model
+from sdxl_jax.models import unet
 from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, make_optimiser
@@ -404,7 +408,7 @@ def test_state_of_every_optimiser_has_its_place_on_a_mesh(base: TrainConfig, kin
 
 
 def test_batches_with_weights_of_sources_are_those_that_the_step_is_compiled_for(base: TrainConfig) -> None:
-    sources = (Source(str(base.data.folder)), Source(str(base.data.folder), loss_weight=0.5))
+    sources = (Source(str(base.data.folder)), Source(str(base.data.folder), loss_weight=0.5, target=Target.BASE))
     data = dataclasses.replace(base.data, folder=None, sources=sources)
     objective = objective_of(dataclasses.replace(base, data=data, adapter=LORA))
     objective.check()
@@ -412,10 +416,115 @@ def test_batches_with_weights_of_sources_are_those_that_the_step_is_compiled_for
     with contextlib.closing(BucketedDataset(data, objective.tokenizer).iterate(0)) as batches:
         batch = next(batches)
     assert batch.loss_weight is not None and set(batch.loss_weight.tolist()) <= {1.0, 0.5}
+    assert batch.base_target is not None and (batch.base_target == (batch.loss_weight == 0.5)).all()
     abstract = objective.abstract_batch(mesh, Bucket(16, 16), 2)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), batch) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), abstract
     )
+
+
+# Prior preservation
+
+
+def prior_batch(size: int = 2) -> Batch:
+    """The same image twice."""
+    rng = np.random.default_rng(0)
+    pair = np.full((size, 2), 16, np.int32)
+    return Batch(
+        image=np.repeat(rng.integers(0, 256, (1, 16, 16, 3), np.uint8), size, 0),
+        tokens={tower.name: np.full((size, 77), 3, np.int32) for tower in MODEL.text},
+        micro=MicroConditioning(pair, 0 * pair, pair),
+        example=np.arange(size, dtype=np.int32),
+        replaced=np.zeros(size, bool),
+        loss_weight=np.ones(size, np.float32),
+        base_target=np.zeros(size, bool),
+    )
+
+
+def toy_unet(_: Any, params: Params, x_t: Any, *given: Any, adapters: Any, class_embedding: Any) -> jax.Array:
+    """Linear in the latent and in the text states. Its adapter is one number."""
+    _, context, vector, _ = given
+    return (0.5 + (0.0 if adapters is None else adapters["one"])) * x_t + context.mean() + vector.mean()
+
+
+def toy_text(_: Any, params: Params, tokens: Any, compute: Any, adapters: Params | None = None) -> TextConditioning:
+    changed = (adapters or {}).get("text_encoder_2", {"one": 0.0})["one"]
+    ids = jnp.asarray(tokens["text_encoder_2"], jnp.float32)
+    return TextConditioning(ids[..., None] * (0.1 + changed), ids[:, :8])
+
+
+def test_prior_preservation_compares_with_the_base_and_a_weight_of_0_leaves_out(
+    base: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter at its start has a loss of exactly 0 against the base, also one of a text encoder. With λ = 0 the
+    gradient is that of the subject's images, over the number of all."""
+    monkeypatch.setattr(unet, "apply", toy_unet)
+    monkeypatch.setattr(text, "encode", toy_text)
+    training = dataclasses.replace(base.training, caption_dropout=0.5)
+    objective = objective_of(dataclasses.replace(base, training=training, adapter=AdapterConfig(rank=2)))
+    keys = jax.random.split(jax.random.key(0), 8)
+    value_and_grad = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))
+
+    def of(unet: float, text_encoder: float, batch: Batch, keys: Any = keys) -> tuple[float, Params]:
+        factors = {"unet": {"one": unet}, "text_encoder_2": {"one": text_encoder}}
+        (value, _), gradient = value_and_grad({"adapters": factors}, {"unet": {"bias": jnp.zeros(())}}, batch, keys)
+        return float(value), gradient
+
+    batch = prior_batch(8)
+    of_base = batch._replace(base_target=np.ones(8, bool))
+    assert of(0.0, 0.0, batch)[0] > 0 and of(0.0, 0.0, of_base)[0] == 0
+    assert of(0.1, 0.0, of_base)[0] > 0 and of(0.0, 0.1, of_base)[0] > 0
+
+    same = jnp.concatenate([keys[:4], keys[:4]])
+    assert batch.image is not None
+    image = np.concatenate([batch.image[:4], 255 - batch.image[4:]])
+    with_class = batch._replace(image=image, loss_weight=np.repeat(np.array([1, 0], np.float32), 4))
+    alone, half = of(0.1, 0.1, batch, same), of(0.1, 0.1, with_class, same)
+    assert half[0] == pytest.approx(alone[0] / 2, rel=1e-6)
+    for a, b in zip(jax.tree.leaves(alone[1]), jax.tree.leaves(half[1]), strict=True):
+        np.testing.assert_allclose(b, a / 2, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_new_adapter_has_no_loss_against_its_base(base: TrainConfig) -> None:
+    trainable, adapter = ("^unet/", "^text_encoder_2/"), AdapterConfig(rank=2)
+    training = dataclasses.replace(base.training, caption_dropout=0.5, trainable=trainable)
+    loss = jax.jit(objective_of(dataclasses.replace(base, training=training, adapter=adapter)).loss)
+    params, mesh = tiny.random_model(MODEL, 0).params, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    factors, alphas = adapter_training(adapter, trainable).fresh(params, mesh)
+    batch, keys = prior_batch(), jax.random.split(jax.random.key(0), 2)
+    assert float(loss(factors, params | alphas, batch._replace(base_target=np.ones(2, bool)), keys)[0]) == 0
+    assert float(loss(factors, params | alphas, batch, keys)[0]) > 0
+
+
+def test_without_a_prior_the_base_is_not_computed(base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[bool]()
+
+    def counting(*given: Any, **more: Any) -> jax.Array:
+        calls.append(more["adapters"] is not None)
+        return toy_unet(*given, **more)
+
+    monkeypatch.setattr(unet, "apply", counting)
+    monkeypatch.setattr(text, "encode", toy_text)
+    objective = objective_of(dataclasses.replace(base, adapter=AdapterConfig(rank=2)))
+    trained, keys = {"adapters": {"unet": {"one": 0.0}}}, jax.random.split(jax.random.key(0), 2)
+    for batch, expected in ((prior_batch()._replace(base_target=None), [True]), (prior_batch(), [True, False])):
+        calls.clear()
+        jax.eval_shape(objective.loss, trained, {"unet": {"bias": jnp.zeros(())}}, batch, keys)
+        assert calls == expected
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    assert objective.abstract_batch(mesh, Bucket(16, 16), 2).base_target is None
+
+
+def test_a_prior_without_images_needs_an_adapter(base: TrainConfig) -> None:
+    sources = (Source(str(base.data.folder)), Source("of the class", target=Target.BASE))
+    config = dataclasses.replace(base, data=dataclasses.replace(base.data, folder=None, sources=sources))
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, export_every_steps=None))
+    objective_of(dataclasses.replace(config, adapter=AdapterConfig(rank=2))).check()
+    with pytest.raises(InputError, match=r"gives of the class target=base, which needs an adapter.* Set adapter"):
+        objective_of(config).check()
+    with pytest.raises(InputError, match=r"gives of the class a target, which has no effect on a run of autoencoding"):
+        objective_of(AutoencoderConfig(DataConfig(sources=sources))).check()
 
 
 # From a file, to a file

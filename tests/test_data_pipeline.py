@@ -17,7 +17,7 @@ from sdxl_jax.data import inspection, pipeline
 from sdxl_jax.data.build.build import build
 from sdxl_jax.data.images import read_image
 from sdxl_jax.data.inspection import dump, inspect
-from sdxl_jax.data.mixture import Source
+from sdxl_jax.data.mixture import Source, Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
 from sdxl_jax.data.sources import OnRefused
@@ -366,7 +366,7 @@ def test_loss_weights_of_sources_reach_the_batch_with_sizes_of_its_own_for_each_
         for number in range(3):
             Image.new("RGB", size).save(tmp_path / folder / f"{number}.png")
             (tmp_path / folder / f"{number}.txt").write_text(f"image {number}")
-    sources = (Source(str(tmp_path / "subject")), Source(str(tmp_path / "class"), loss_weight=0.5))
+    sources = (Source(str(tmp_path / "subject")), Source(str(tmp_path / "class"), 1.0, 0.5, Target.BASE))
     options = {"folder": None, "batch_size": 2, "on_refused": OnRefused.SKIP}
     dataset = open_dataset(config, sources=sources, **options)
     seen = set()
@@ -374,10 +374,12 @@ def test_loss_weights_of_sources_reach_the_batch_with_sizes_of_its_own_for_each_
         for example, weight, size in zip(batch.example, batch.loss_weight, batch.micro.original_size, strict=True):
             assert (weight, tuple(size)) == ((1, (20, 26)) if example < 3 else (0.5, (30, 40)))
             seen.add(int(example))
+        np.testing.assert_array_equal(batch.base_target, batch.example >= 3)
     assert seen == set(range(6))
     plain = open_dataset(config, sources=(sources[0], Source(sources[1].folder)), **options)
-    assert plain.fingerprint != dataset.fingerprint
-    assert take(plain, 1)[0].loss_weight is None
+    halved = open_dataset(config, sources=(sources[0], Source(sources[1].folder, loss_weight=0.5)), **options)
+    assert len({plain.fingerprint, halved.fingerprint, dataset.fingerprint}) == 3
+    assert take(plain, 1)[0].loss_weight is None and take(plain, 1)[0].base_target is None
     with pytest.raises(InputError, match=r"the loss_weight -1\.0\. Give a finite number, 0 or more"):
         open_dataset(config, sources=(sources[0], Source(sources[1].folder, loss_weight=-1.0)), **options)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.cache import Cache, Crop, Text
-from sdxl_jax.data.mixture import Mixture
+from sdxl_jax.data.mixture import Mixture, Target
 from sdxl_jax.data.order import CHOICE_OF_CAPTION, CHOICE_OF_CROP, CROP, FIXED_CROP, Order
 from sdxl_jax.data.record_files import Unavailable
 from sdxl_jax.data.settings import DataConfig
@@ -211,6 +211,7 @@ class Loader:
             replaced=np.zeros(len(images), bool),
             label=self._labels(images),
             loss_weight=self._loss_weights(images),
+            base_target=self._base_targets(images),
         )
 
     def _scores(self, images: list[int]) -> Float32[np.ndarray, " images"] | None:
@@ -221,6 +222,11 @@ class Loader:
         if self.source.loss_weights is None:
             return None
         return np.array([self.source.loss_weight(image) for image in images], np.float32)
+
+    def _base_targets(self, images: list[int]) -> Bool[np.ndarray, " images"] | None:
+        if self.source.targets is None:
+            return None
+        return np.array([self.source.target(image) is Target.BASE for image in images])
 
     def _labels(self, images: list[int]) -> Int32[np.ndarray, " images"] | None:
         name = self.config.label

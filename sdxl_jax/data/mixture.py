@@ -5,6 +5,7 @@ Not here: the effect of a weight on an epoch (order).
 
 import bisect
 import dataclasses
+import enum
 import hashlib
 import itertools
 import json
@@ -16,6 +17,15 @@ from jaxtyping import Int32, UInt8
 
 from sdxl_jax.data.sources import ImageSource, Refused
 from sdxl_jax.sizes import Size
+
+
+class Target(enum.Enum):
+    """What the model's prediction for an example is compared with."""
+
+    DATA = "data"
+    """What it should have predicted: the noise that was added, or what the model predicts in its place."""
+    BASE = "base"
+    """The prediction of the frozen model without the adapter that is trained, for the same example."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +40,9 @@ class Source:
     loss_weight: float = 1.0
     """Factor of the loss of its examples, 0 or more: prior preservation has images of the class as a source, with 1 or
     less. Higher: they count for more."""
+    target: Target = Target.DATA
+    """What the model's prediction for its examples is compared with. BASE, with an adapter: what the model predicts for
+    them without the adapter, which prior preservation needs no images of the class for; one more forward pass."""
 
 
 class Share(NamedTuple):
@@ -46,10 +59,14 @@ class Share(NamedTuple):
 class Mixture:
     """Sources one after the other. It can be pickled where they can."""
 
-    def __init__(self, sources: Sequence[ImageSource], weights: Sequence[float], loss_weights: Sequence[float] = ()):
-        self.sources, self.weights = tuple(sources), tuple(weights)
-        self.loss_weights = tuple(loss_weights) if any(weight != 1 for weight in loss_weights) else None
+    def __init__(self, sources: Sequence[ImageSource], settings: Sequence[Source]):
+        """settings: of each source."""
+        self.sources, self.weights = tuple(sources), tuple(each.weight for each in settings)
+        weights, targets = [each.loss_weight for each in settings], [each.target for each in settings]
+        self.loss_weights = tuple(weights) if any(weight != 1 for weight in weights) else None
         """One per source; None: all examples count alike."""
+        self.targets = tuple(targets) if any(target is not Target.DATA for target in targets) else None
+        """One per source; None: DATA for all."""
         self.starts = list(itertools.accumulate((len(source.sizes) for source in sources), initial=0))
         """Number of the first image of each source, then the number of all images."""
 
@@ -62,9 +79,13 @@ class Mixture:
         sizes = [source.sizes for source in self.sources]
         return sizes[0] if len(sizes) == 1 else np.concatenate(sizes)
 
+    def _source(self, image: int) -> int:
+        """The number of an image's source."""
+        return bisect.bisect_right(self.starts, image) - 1
+
     def _locate(self, image: int) -> tuple[ImageSource, int]:
         """The source of an image, and the image's number there."""
-        source = bisect.bisect_right(self.starts, image) - 1
+        source = self._source(image)
         return self.sources[source], image - self.starts[source]
 
     def size(self, image: int) -> Size:
@@ -79,7 +100,11 @@ class Mixture:
 
     def loss_weight(self, image: int) -> float:
         """The factor of the loss of one image's examples."""
-        return 1.0 if self.loss_weights is None else self.loss_weights[bisect.bisect_right(self.starts, image) - 1]
+        return 1.0 if self.loss_weights is None else self.loss_weights[self._source(image)]
+
+    def target(self, image: int) -> Target:
+        """What one image's examples are compared with."""
+        return Target.DATA if self.targets is None else self.targets[self._source(image)]
 
     def name(self, image: int) -> str:
         """Path or name of one image in its source, after the source's path where there are several."""
@@ -116,10 +141,13 @@ class Mixture:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the content of all sources and their weights."""
-        if len(self.sources) == 1 and self.weights == (1.0,) and self.loss_weights is None:
+        """A hash of the content of all sources and their settings."""
+        settings = (self.loss_weights, self.targets)
+        if len(self.sources) == 1 and self.weights == (1.0,) and settings == (None, None):
             return self.sources[0].fingerprint
         rows = [[source.fingerprint, weight] for source, weight in zip(self.sources, self.weights, strict=True)]
         if self.loss_weights is not None:
             rows = [[*row, weight] for row, weight in zip(rows, self.loss_weights, strict=True)]
+        if self.targets is not None:
+            rows = [[*row, target.value] for row, target in zip(rows, self.targets, strict=True)]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

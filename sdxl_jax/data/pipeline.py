@@ -162,7 +162,7 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
             f"data.caption_lines={config.caption_lines.value} has no effect on {folders}: no caption is read from a "
             ".txt. Build shards with `sdxl-jax data build --caption-lines whole`, or leave it out"
         )
-    return Mixture(opened, [source.weight for source in sources], [source.loss_weight for source in sources])
+    return Mixture(opened, sources)
 
 
 def _tokenise_and_report_bad(

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,20 +184,32 @@ def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Fl
     return noise
 
 
+Network = Callable[
+    [Float[Array, "batch height width channels"], Int[Array, " batch"]], Float[Array, "batch height width channels"]
+]
+"""(x_t, timestep) -> prediction."""
+
+
+class BaseTarget(NamedTuple):
+    """The prediction of another network as the target of some examples: the model without what is trained beside it."""
+
+    network: Network
+    examples: Bool[Array, " batch"]
+    """Which examples."""
+
+
 def diffusion_loss(
-    network: Callable[
-        [Float[Array, "batch height width channels"], Int[Array, " batch"]],
-        Float[Array, "batch height width channels"],
-    ],
+    network: Network,
     x0: Float[Array, "batch height width channels"],
     keys: Key[Array, " batch"],
     schedule: Schedule,
     prediction: Prediction,
     config: LossConfig,
     example_weight: Float[Array, " batch"] | None = None,
+    base: BaseTarget | None = None,
 ) -> Float[Array, ""]:
     """Mean weighted squared error over the batch. example_weight: a factor of each example's; the mean is over their
-    number, as in sd-scripts.
+    number, as in sd-scripts. base: for examples with another target.
 
     network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one per example, so that an example's
     timestep and noise do not depend on how the batch is split into micro-batches or over devices.
@@ -219,8 +232,13 @@ def diffusion_loss(
         return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
 
     alpha, sigma_t = at_timestep(schedule.alpha), at_timestep(schedule.sigma_t)
-    output = network(alpha * x0 + sigma_t * perturbed, timestep)
-    error = (output - target(prediction, x0, epsilon, alpha, sigma_t)) ** 2
+    x_t = alpha * x0 + sigma_t * perturbed
+    output = network(x_t, timestep)
+    aim = target(prediction, x0, epsilon, alpha, sigma_t)
+    if base is not None:
+        of_base = jax.lax.stop_gradient(base.network(x_t, timestep))
+        aim = jnp.where(base.examples[:, None, None, None], of_base, aim)
+    error = (output - aim) ** 2
     if (weight := weights(schedule.snr, config, prediction)) is not None:
         error *= at_timestep(weight)
     if example_weight is not None:

@@ -30,6 +30,7 @@ from sdxl_jax.arrays import Batch, MicroConditioning, Params, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.mixture import Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.evaluation import weights
@@ -83,7 +84,7 @@ class Objective(abc.ABC, Generic[Config]):
     programs: ClassVar[tuple[str, ...]] = ("train",)
     """The programs that `sdxl-jax compile` can compile for it."""
     weighs_examples: ClassVar[bool] = False
-    """Whether its loss has the factors of `data.sources`."""
+    """Whether its loss has the factors and targets of `data.sources`."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -118,12 +119,16 @@ class Objective(abc.ABC, Generic[Config]):
         measured = self.config.validation_metrics
         for name in weights_of(() if measured is None else measured.metrics):
             weights.check(name)
-        weighted = [source.folder for source in self.config.data.sources if source.loss_weight != 1]
-        if weighted and not self.weighs_examples:
-            raise InputError(
-                f"data.sources gives {weighted[0]} a loss_weight, which has no effect on a run of {self.name}. Set it "
-                "to 1"
-            )
+        for source in () if self.weighs_examples else self.config.data.sources:
+            for name, is_given in (
+                ("loss_weight", source.loss_weight != 1),
+                ("target", source.target is not Target.DATA),
+            ):
+                if is_given:
+                    raise InputError(
+                        f"data.sources gives {source.folder} a {name}, which has no effect on a run of {self.name}. "
+                        "Leave it out"
+                    )
         if (every := self.config.checkpoint.export_every_steps) is not None and not self.exports:
             raise InputError(
                 f"checkpoint.export_every_steps={every} has no effect: this run trains no adapter, and its checkpoints "

@@ -25,6 +25,7 @@ from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.mixture import Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.diffusion import loss, schedule
 from sdxl_jax.errors import InputError
@@ -125,6 +126,8 @@ class Denoising(Objective[TrainConfig]):
             batch = batch._replace(label=array(jnp.int32))
         if any(source.loss_weight != 1 for source in data.sources):
             batch = batch._replace(loss_weight=array(jnp.float32))
+        if any(source.target is not Target.DATA for source in data.sources):
+            batch = batch._replace(base_target=array(jnp.bool_))
         if data.cache is None:
             return batch
         latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
@@ -262,6 +265,31 @@ def batch_loss(
 
     posterior, prompt = _encoded(batch, params, parts, compute, changes)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
+    network = _network(params, batch, prompt, dropout_keys, config, empty, changes)
+    base = None
+    if batch.base_target is not None:
+        if set(changes or {}) - {"unet"}:
+            prompt = text.encode(parts.text, params, batch.tokens, compute)
+        of_base = _network(params, batch, prompt, dropout_keys, config, empty, None)
+        base = loss.BaseTarget(of_base, jnp.asarray(batch.base_target))
+
+    noise = schedule.make(parts.schedule)
+    factors = None if batch.loss_weight is None else jnp.asarray(batch.loss_weight)
+    return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors, base)
+
+
+def _network(
+    params: Params,
+    batch: Batch,
+    prompt: text.TextConditioning,
+    dropout_keys: Key[jax.Array, " batch"],
+    config: TrainConfig,
+    empty: Mapping[str, EmptyTokens],
+    changes: Params | None,
+) -> loss.Network:
+    """The UNet, conditioned on what dropout leaves of the batch's text states and micro-conditioning. changes: None for
+    the model without adapters."""
+    parts, compute = config.model, config.compute
     unconditional = unconditional_text(parts, params, empty, compute, changes)
     if config.image_prompt is not None:
         keys_of_text = jax.vmap(lambda key: jax.random.fold_in(key, 2))(dropout_keys)
@@ -278,9 +306,7 @@ def batch_loss(
         given = params["unet"], x_t, timestep, context, vector, compute
         return unet.apply(parts.unet, *given, adapters=beside, class_embedding=added)
 
-    noise = schedule.make(parts.schedule)
-    factors = None if batch.loss_weight is None else jnp.asarray(batch.loss_weight)
-    return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors)
+    return network
 
 
 def with_dropout(
