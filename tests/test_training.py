@@ -252,6 +252,20 @@ def test_error_in_the_data_loses_no_finished_step(
     assert without_times(Run(folder, []).lines()) == without_times(whole.lines())[:5]
 
 
+def test_out_of_memory_ends_the_run_with_what_to_change(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(mesh: Any, batch: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.")
+
+    monkeypatch.setattr(sharding, "put_batch", full)
+    expected = r"12345 bytes.*To need less memory: raise mesh\.fsdp.*adapter\.base_dtype"
+    with pytest.raises(InputError, match=expected):
+        loop.train(config, tmp_path / "run", progress=False)
+    last = json.loads((tmp_path / "run" / "time.jsonl").read_text().splitlines()[-1])
+    assert last["exit_code"] == 2 and "To need less memory" in last["error"]
+
+
 class OneStep(NamedTuple):
     """Outside the loop: the compiled step, and its inputs after checkpoint 4."""
 

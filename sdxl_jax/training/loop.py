@@ -26,7 +26,7 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
 from sdxl_jax.progress import log_format, tqdm
 from sdxl_jax.sampling.nonfinite import NonFiniteError
-from sdxl_jax.training import cluster, run_directory
+from sdxl_jax.training import cluster, compilation, run_directory
 from sdxl_jax.training.checkpoint import Checkpoints
 from sdxl_jax.training.observe import profiling, validation
 from sdxl_jax.training.observe.clock import Clock, TimeLog, TimePart, read_starts, time_table
@@ -71,6 +71,7 @@ def train(
     with (
         log_format(config.logging.format),
         Processes(config.processes.join_timeout_seconds) as processes,
+        _explained_out_of_memory(),
         prepare(config, run_dir, processes, options) as run,
     ):
         with _tools(run, clock) as tools:
@@ -173,6 +174,7 @@ def _tools(run: Run, clock: Clock) -> Iterator[Tools]:
         profiling.Profile(run_dir / "profile", run.profile) as profiler,
         _closing(run.dataset.iterate(run.first)) as rows,
         _describing_nonfinite_step(run),
+        _explained_out_of_memory(),
     ):
         batches, validator = Batches(run, clock, writer, rows), Validator(run, clock, writer)
         saver = Saver(run, clock, writer, checkpoints)
@@ -186,6 +188,19 @@ def _report_hang(run: Run, times: TimeLog, error: MachineError) -> None:
     if run.processes.is_first:
         with contextlib.suppress(InputError, MachineError):
             run.directory.push()
+
+
+@contextlib.contextmanager
+def _explained_out_of_memory() -> Iterator[None]:
+    """Raises InputError with the fields to change where the devices' memory does not suffice: for the state while it is
+    made, or for a step."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        explained = compilation.explained("this run", error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 @contextlib.contextmanager
