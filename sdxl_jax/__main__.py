@@ -34,6 +34,13 @@ def _train(arguments: list[str]) -> None:
         train.run(arguments, _BEGAN)
 
 
+def _finetune(arguments: list[str]) -> None:
+    with signals.end_at_once():  # until the loop takes them over
+        from sdxl_jax.commands import finetune
+
+        finetune.run(arguments, _BEGAN)
+
+
 def _compile(arguments: list[str]) -> None:
     from sdxl_jax.commands import compile
 
@@ -85,6 +92,7 @@ def _lora(arguments: list[str]) -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
     "train": (_train, "train a model from a configuration file, or resume a run"),
+    "finetune": (_finetune, "train a LoRA, or all of a model, on a folder of images: without a configuration"),
     "status": (_status, "steps done and to do, last checkpoint, where the time went; running, finished or failed"),
     "compile": (_compile, "compile it ahead of time for TPU slices: memory per chip, estimated time"),
     "sample": (_sample, "sample images from a model: text to image, image to image, inpainting"),
@@ -95,7 +103,7 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training sees; encode: latents once"),
 }
 
-_COMPUTING = ("quickstart", "train", "sample", "serve", "evaluate")
+_COMPUTING = ("quickstart", "train", "finetune", "sample", "serve", "evaluate")
 """Commands that run a network, many times."""
 
 

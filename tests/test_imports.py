@@ -116,6 +116,11 @@ ALLOWED: dict[str, set[str]] = {
         *("data.folders", "data.images", "data.sources"),
         *BASE,
     },
+    "finetuning": {
+        *("finetuning", "config", "data", "model", "models", "adapters", "optim", "sharding"),
+        *("sampling.contact_sheet", "training.loop", "training.objectives", "training.processes", "weights"),
+        *BASE,
+    },
     "serving": {"serving", "sampling", "model", "models", "conditioning", "samplers"} | BASE,
     # The package itself: the modules of its public names.
     "": {"evaluation.scores", "sampling", "training.loop", "weights"},

@@ -47,6 +47,17 @@ def contact_sheet(
     return sheet
 
 
+def first_row(
+    sheet: Image.Image, columns: int, height: int, width: int
+) -> list[UInt8[np.ndarray, "height width 3"]] | None:
+    """The images of a contact sheet's first row; None if they are not so many of that size."""
+    if sheet.width != columns * (width + _MARGIN) + _MARGIN or sheet.height < height + 2 * _MARGIN:
+        return None
+    lefts = [_MARGIN + column * (width + _MARGIN) for column in range(columns)]
+    boxes = [(left, _MARGIN, left + width, _MARGIN + height) for left in lefts]
+    return [np.asarray(sheet.crop(box).convert("RGB")) for box in boxes]
+
+
 def labelled_grid(
     rows: Sequence[Sequence[UInt8[np.ndarray, "_height _width 3"]]], columns: Sequence[str], labels: Sequence[str]
 ) -> Image.Image:

@@ -1,0 +1,159 @@
+"""The configuration of a fine-tuning, chosen from the images, the base and the machine.
+
+    images ──┬── buckets, steps, rank ──┐
+    base ────┼── size, learning rate ───┼── TrainConfig
+    machine ─┴── batch, precision ──────┘
+
+The learning rates 1e-4 and 1e-6 and ranks from 4 to 32 are those of sd-scripts, diffusers and OneTrainer; 500 to 1500
+steps for 5 to 20 images are said to be usual, which we have not checked. All other numbers are ours, and none was measured at full size.
+The user's own choices (`Options`) come first.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from sdxl_jax.adapters.targets import AdapterConfig
+from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, assign, generate_buckets
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.data.sources import OnRefused
+from sdxl_jax.errors import InputError
+from sdxl_jax.finetuning.options import Kind, Options
+from sdxl_jax.model import ModelConfig
+from sdxl_jax.models.layers import Compute, Dtype, Remat
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import OptimiserConfig
+from sdxl_jax.sharding import MeshConfig
+
+LARGE = 1024
+"""Channels of a UNet's widest level from which memory decides. SDXL, SD 1.x and 2.x: 1280."""
+FEW, FULL_RATE_FROM = 5, 1000
+"""Images below which the user is warned; images from which the whole UNet is trained at 1e-5, as in finetune_1024."""
+_RARE, _CROPPED_MORE = 0.1, math.log(4 / 3)
+"""A bucket with a smaller share of the images is left out, if its images then lose no more than a quarter."""
+_WIDTH = 320
+"""Channels of the UNet's first level in SDXL, SD 1.x and 2.x, for which the learning rates are."""
+GRIDS = 5
+"""Validation grids, checkpoints and files of a run."""
+
+
+class Images(NamedTuple):
+    """The usable images of a folder."""
+
+    sizes: Int32[np.ndarray, "images 2"]
+    """(height, width) in pixels, upright."""
+    captions: list[tuple[str, ...]]
+    """Of each image, as training sees them."""
+
+
+class Machine(NamedTuple):
+    """What is trained on."""
+
+    platform: str
+    """ "cpu", "gpu" or "tpu"."""
+    devices: int
+
+
+def choose(
+    kind: Kind, folder: str, images: Images, base: str, model: ModelConfig, machine: Machine, options: Options
+) -> TrainConfig:
+    """folder: of the images with these captions. base: the path of the model, whose configuration is `model`."""
+    count, on_cpu, is_large = len(images.sizes), machine.platform == "cpu", max(model.unet.block_channels) >= LARGE
+    is_adapter = kind is Kind.LORA
+    chosen = buckets(images.sizes, known_buckets(model, options.size))
+    batch_size = options.batch_size or machine.devices * (1 if is_large else 4)
+    steps = options.steps or steps_for(count, batch_size)
+    every = math.ceil(steps / GRIDS)
+    rank = options.rank or rank_for(count, model)
+    base_dtype = AccumulatorDtype.BFLOAT16 if is_large else AccumulatorDtype.FLOAT32
+    return TrainConfig(
+        data=DataConfig(
+            folder=folder, buckets=chosen, batch_size=batch_size, on_refused=OnRefused.SKIP, seed=options.seed
+        ),
+        model=model,
+        compute=Compute(
+            dtype=Dtype.FLOAT32 if on_cpu else Dtype.BFLOAT16, remat=Remat.BLOCK if is_large else Remat.NONE
+        ),
+        mesh=MeshConfig(fsdp=machine.devices if is_large and not is_adapter else 1),
+        optimiser=OptimiserConfig(
+            learning_rate=options.learning_rate or learning_rate(kind, count, model),
+            warmup_steps=min(50, steps // 10),
+            weight_decay=0.01,
+        ),
+        ema=EmaConfig(decay=0.99),
+        training=TrainingConfig(
+            steps=steps, seed=options.seed, caption_dropout=0.05 if is_adapter else 0.1, init_from=(base,)
+        ),
+        adapter=AdapterConfig(rank=rank, alpha=float(rank), base_dtype=base_dtype) if is_adapter else None,
+        checkpoint=CheckpointConfig(every_steps=every, keep=2, export_every_steps=every if is_adapter else None),
+        validation=ValidationConfig(
+            every_steps=every,
+            prompts=options.validation_prompt or prompts(images.captions),
+            sizes=(commonest(images.sizes, chosen),),
+        ),
+    )
+
+
+def steps_for(count: int, batch_size: int) -> int:
+    """Updates: 100 per image, but 500 to 1500; more only where that is not 10 epochs."""
+    return max(min(max(100 * count, 500), 1500), math.ceil(10 * count / batch_size))
+
+
+def rank_for(count: int, model: ModelConfig) -> int:
+    """8 for up to 10 images, 16 for up to 50, 32 for more; no more than the model's narrowest layer has."""
+    rank = 8 if count <= 10 else 16 if count <= 50 else 32
+    return min(rank, *model.unet.block_channels, model.unet.context_dim or rank)
+
+
+def learning_rate(kind: Kind, count: int, model: ModelConfig) -> float:
+    """Higher for UNets that are narrower than SDXL's, in proportion."""
+    rate = 1e-4 if kind is Kind.LORA else 1e-5 if count >= FULL_RATE_FROM else 1e-6
+    return rate * max(1.0, _WIDTH / model.unet.block_channels[0])
+
+
+def known_buckets(model: ModelConfig, side: int | None) -> tuple[Bucket, ...]:
+    """All buckets with as many pixels as the base's own images, or as a square of that side: SDXL's 40, or others by
+    its rule. Raises InputError for too few pixels."""
+    height, width = model.default_size if side is None else (side, side)
+    if height * width == 1024**2:
+        return SDXL_BUCKETS
+    multiple = max(8, model.vae.downsampling * 2 ** (len(model.unet.block_channels) - 1))
+    multiple = max(64, multiple) if min(model.default_size) >= 512 else multiple  # as in SDXL
+    try:
+        return generate_buckets(height * width, multiple)
+    except InputError:
+        raise InputError(
+            f"Images of {height}×{width} are too small for this base, which needs sides in multiples of {multiple}. "
+            f"Give such a multiple as --size"
+        ) from None
+
+
+def buckets(sizes: Int32[np.ndarray, "images 2"], known: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    """Those that the images need. Each has to be compiled, so that one for a few images is left out where they are
+    cropped little more in another."""
+    counts = np.bincount(assign(sizes, known).bucket, minlength=len(known)).tolist()
+    chosen = [bucket for bucket, count in zip(known, counts, strict=True) if count]
+    for bucket, count in sorted(zip(known, counts, strict=True), key=lambda pair: pair[1]):
+        others = [each for each in chosen if each != bucket]
+        if 0 < count < _RARE * len(sizes) and others:
+            moved = sizes[assign(sizes, chosen).bucket == chosen.index(bucket)]
+            if assign(moved, others).distance.max() <= _CROPPED_MORE:
+                chosen = others
+    return tuple(chosen)
+
+
+def commonest(sizes: Int32[np.ndarray, "images 2"], chosen: tuple[Bucket, ...]) -> Bucket:
+    """The bucket of the most images."""
+    return chosen[np.bincount(assign(sizes, chosen).bucket).argmax()]
+
+
+def prompts(captions: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """Four different captions, evenly spread; if there is one alone, that and the same in snow."""
+    known = list(dict.fromkeys(each[0] for each in captions))
+    if len(known) == 1:
+        return known[0], f"{known[0]} in the snow"
+    return tuple(known[number * len(known) // 4] for number in range(4)) if len(known) > 4 else tuple(known)
