@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.conditioning.classes import check as check_classes
@@ -157,8 +158,8 @@ class CheckpointConfig:
     """Also keep the checkpoint with the lowest mean of this metric since the previous checkpoint, e.g. loss. None:
     none."""
     export_every_steps: int | None = None
-    """Steps between adapter files, RUN/adapters/RUN-STEP.safetensors, of a run that trains an adapter; one is always
-    written at the end. Lower: more files. None: at the end only."""
+    """Steps between adapter files, RUN/adapters/RUN-STEP.safetensors, of a run that trains an adapter or an embedding;
+    one is always written at the end. Lower: more files. None: at the end only."""
     on_failed_save: OnFailedSave = OnFailedSave.STOP
     """If a checkpoint cannot be written, e.g. to a full disk: STOP ends the run with an error, GO_ON prints a note and
     continues training. Earlier checkpoints stay complete either way."""
@@ -334,6 +335,9 @@ class TrainConfig(RunConfig):
     are trained."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """The validation grids in RUN/samples, and metrics during training."""
+    textual_inversion: TextualInversionConfig | None = None
+    """A new token whose embedding vectors are trained beside the model, which is then frozen; None: none. With adapter:
+    pivotal tuning."""
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -348,8 +352,9 @@ class TrainConfig(RunConfig):
         return self.validation
 
     def dtype_of(self, part: str) -> Any:
-        """The dtype in which a part of the model is kept: float32, unless an adapter is trained beside it."""
-        own = AccumulatorDtype.FLOAT32 if self.adapter is None or part == "vae" else self.adapter.base_dtype
+        """The dtype in which a part of the model is kept: float32, unless something else is trained beside it."""
+        beside = self.adapter or self.textual_inversion
+        own = AccumulatorDtype.FLOAT32 if beside is None or part == "vae" else beside.base_dtype
         return own.dtype
 
     def check(self) -> None:
@@ -377,6 +382,7 @@ class TrainConfig(RunConfig):
         self._check_data()
         self._check_image_prompt()
         self._check_adapter()
+        self._check_textual_inversion()
         self._check_classes()
         check_sizes("validation.sizes", self.validation.sizes, self.model.vae.downsampling)
         for number, prompt in enumerate(self.validation.prompts, 1):
@@ -463,6 +469,42 @@ class TrainConfig(RunConfig):
                 "optimiser.kind=schedule_free does not allow. Leave them out, or use another optimiser, e.g. adamw"
             )
 
+    def _check_textual_inversion(self) -> None:
+        given = self.textual_inversion
+        if given is None:
+            return
+        given.check()
+        if not self.model.text:
+            raise InputError("textual_inversion has no effect on a model without text encoders. Leave it out (None)")
+        if self.data.cache is not None:
+            raise InputError(
+                f"data.cache={self.data.cache} holds the text states of before training, which textual_inversion "
+                "changes. Leave out data.cache: text is then encoded in every step"
+            )
+        if self.adapter is None and self.training.trainable:
+            raise InputError(
+                f"training.trainable={','.join(self.training.trainable)} has no effect with textual_inversion alone, "
+                "which trains embedding vectors. Set training.trainable=(), or give an adapter (pivotal tuning)"
+            )
+        for name, is_given, has_effect in (
+            ("stop", given.stop != 1, self.adapter is not None),
+            ("bundle", given.bundle, self.adapter is not None),
+            ("base_dtype", given.base_dtype is not AccumulatorDtype.FLOAT32, self.adapter is None),
+        ):
+            if is_given and not has_effect:
+                remedy = "set adapter" if self.adapter is None else f"set adapter.{name}"
+                raise InputError(
+                    f"textual_inversion.{name} has no effect {'without' if self.adapter is None else 'beside'} an "
+                    f"adapter. Leave it out, or {remedy}"
+                )
+        if self.optimiser.kind is OptimiserKind.SCHEDULE_FREE and (
+            given.rate != 1 or given.stop != 1 or given.norm is not Norm.FREE
+        ):
+            raise InputError(
+                "textual_inversion.rate, stop and norm change the updates, which the average of "
+                "optimiser.kind=schedule_free does not allow. Leave them out, or use another optimiser, e.g. adamw"
+            )
+
     def _check_image_prompt(self) -> None:
         given, model = self.image_prompt, self.model
         if given is None:
@@ -515,6 +557,7 @@ MAY_CHANGE = (
     "logging",
     "model.sampling",
     "processes",
+    "textual_inversion.bundle",
     "training.compilation_cache",
     "training.compile_ahead",
     "training.compile_threads",
@@ -590,7 +633,7 @@ def _dataclasses(kind: type) -> list[type]:
         for value in inner if isinstance(inner, tuple) else (inner,):
             if dataclasses.is_dataclass(value):
                 found += _dataclasses(type(value))
-    return [*found, DataConfig, AdapterConfig]
+    return [*found, DataConfig, AdapterConfig, TextualInversionConfig]
 
 
 def is_within(line: str, names: Collection[str]) -> bool:

@@ -386,7 +386,7 @@ def test_data_with_more_classes_than_the_model_is_refused(folder: Path) -> None:
     with pytest.raises(
         InputError, match=r"images of class 2 \(data.label=folder\), but the model has the classes 0 to 1"
     ):
-        objective.batches(opened(folder), {})
+        objective.check_data(opened(folder))
 
 
 # Training

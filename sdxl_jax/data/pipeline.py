@@ -327,6 +327,11 @@ class BucketedDataset:
         numbers = [source.numbers[self.config.label] for source in self.source.sources]
         return np.concatenate(numbers)[np.unique(self.order.numbers)].astype(np.int32)
 
+    def captions(self) -> Iterator[str]:
+        """All captions of the images that are used, read one after the other."""
+        for image in np.unique(self.order.numbers):
+            yield from self.source.captions(int(image))
+
     def report(self) -> list[BucketReport]:
         """The images and batches of each bucket in an epoch, in the order of the buckets, empty ones included."""
         return [

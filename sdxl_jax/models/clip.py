@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from sdxl_jax.arrays import Params
 from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import dot_product_attention, stack
-from sdxl_jax.models.layers import Compute, dense, gelu, layer_norm, variables
+from sdxl_jax.models.layers import Compute, dense, gelu, layer_norm, looked_up, variables
 
 
 class Activation(enum.Enum):
@@ -138,7 +138,7 @@ class ClipText(nn.Module):
     def __call__(self, tokens: Int[jax.Array, "batch tokens"]) -> TextStates:
         config, compute = self.config, self.compute
         # Standard deviations of CLIP's own initialisation (its model.py: 0.02 for tokens, 0.01 for positions).
-        embed = nn.Embed(
+        table = nn.Embed(
             config.vocabulary,
             config.width,
             name="token_embedding",
@@ -148,7 +148,7 @@ class ClipText(nn.Module):
         positions = self.param(
             "position_embedding", initialisers.normal(0.01), (config.tokens, config.width), jnp.float32
         )
-        hidden = embed(tokens) + positions[: tokens.shape[1]].astype(compute.activations)
+        hidden = looked_up(table, tokens) + positions[: tokens.shape[1]].astype(compute.activations)
         layers = stack(ClipLayer, config.layers, compute)(config, compute, name="layers")
         (last, penultimate), _ = layers((hidden, hidden), None)
         final_norm = layer_norm("final_layer_norm", compute)
@@ -170,8 +170,8 @@ def apply(
     compute: Compute = Compute(),
     adapters: Params | None = None,
 ) -> TextStates:
-    """The states of a batch of prompts, float32. tokens: 0..vocabulary−1, with start, end and padding. adapters:
-    changes of the parameters (`adapters.kinds`)."""
+    """The states of a batch of prompts, float32. tokens: 0..vocabulary−1, with start, end and padding; beyond it where
+    adapters has rows for them. adapters: changes of the parameters (`adapters.kinds`, `adapters.embeddings`)."""
     return ClipText(config, compute).apply(variables(params, adapters), tokens)  # pyright: ignore[reportReturnType]
 
 

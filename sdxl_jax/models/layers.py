@@ -15,9 +15,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 
 from sdxl_jax.adapters import kinds
+from sdxl_jax.adapters.embeddings import ROWS
 from sdxl_jax.adapters.lora import Product
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError
@@ -70,7 +71,8 @@ KEPT = "kept"
 TEXT = "text"
 """Collection of what cross-attention makes of the text, where it was computed before. See `unet.project_text`."""
 ADAPTERS = "adapters"
-"""Collection of adapters: at the path of a kernel, the factors of its change (`adapters.kinds`)."""
+"""Collection of adapters: at the path of a kernel, the factors of its change (`adapters.kinds`); at that of a table of
+embeddings, rows for more tokens (`adapters.embeddings`)."""
 ENTERING = "entering"
 """Checkpoint name of the inputs of transformer blocks, which `Remat.OFFLOAD` moves to host memory."""
 
@@ -144,17 +146,18 @@ def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax
 
 def variables(params: Params, adapters: Params | None = None) -> dict[str, Params]:
     """What a network is applied to: its parameters, and the adapters of its kernels, which `dense` and `conv` apply
-    beside them. Changes of biases and norms, small arrays, are added here."""
+    beside them, with the rows that `looked_up` has beside a table. Changes of biases and norms, small arrays, are added
+    here."""
     if adapters is None:
         return {"params": params}
-    flat, kernels = flatten(params), dict[str, Any]()
+    flat, beside = flatten(params), dict[str, Any]()
     for path, factor in flatten(adapters).items():
         parameter = path.rpartition("/")[0]
-        if parameter.endswith("kernel"):
-            kernels[path] = factor
+        if parameter.endswith(("kernel", "/embedding")):
+            beside[path] = factor
         else:
             flat[parameter] = flat[parameter] + factor
-    return {"params": unflatten(flat), ADAPTERS: unflatten(kernels)}
+    return {"params": unflatten(flat), ADAPTERS: unflatten(beside)}
 
 
 def _with_adapter(
@@ -221,6 +224,16 @@ def conv(features: int, name: str, compute: Compute, size: int = 3, **options: A
     options = {"padding": (size - 1) // 2, "conv_general_dilated": product, **initial, **options}
     layer = nn.Conv(features, (size, size), name=name, dtype=compute.activations, **options)
     return layer
+
+
+def looked_up(table: nn.Embed, tokens: Int[jax.Array, "*axes"]) -> Float[jax.Array, "*axes features"]:
+    """The vectors of tokens. An adapter of the table is rows for the tokens after its own."""
+    if not table.has_variable(ADAPTERS, "embedding"):
+        return table(tokens)
+    rows = table.get_variable(ADAPTERS, "embedding")[ROWS].astype(table.dtype)
+    added = tokens - table.num_embeddings
+    known = table(jnp.minimum(tokens, table.num_embeddings - 1))
+    return jnp.where(added[..., None] < 0, known, rows[jnp.maximum(added, 0)])
 
 
 def _fast_variance(compute: Compute) -> bool:

@@ -314,7 +314,7 @@ class Saver:
 
 
 class Exporter:
-    """Writes what is trained as files of their own, if the objective has such files: an adapter."""
+    """Writes what is trained as files of their own, if the objective has such files: an adapter, an embedding."""
 
     def __init__(self, run: Run, clock: Clock, writer: MetricsWriter):
         self._run, self._clock, self._writer = run, clock, writer
@@ -328,17 +328,19 @@ class Exporter:
         """After the last step, also of a run that had finished before."""
         if self._run.objective.exports:
             name = PurePath(f"{self._run.directory.path.name}.safetensors")
-            self._write(step, state, name)
-            if self._run.progress:
-                tqdm.write(f"the adapter is in {self._run.directory.path / name}")
+            for what, file in self._write(step, state, name).items():
+                if self._run.progress:
+                    tqdm.write(f"the {what} is in {self._run.directory.path / file}")
 
-    def _write(self, step: int, state: TrainState, name: PurePath) -> None:
+    def _write(self, step: int, state: TrainState, name: PurePath) -> dict[str, Path]:
+        """The files that were written, in the run directory, by what they are."""
         run = self._run
         with self._clock.during(TimePart.SAVE):
             self._writer.flush()
-            run.objective.export(state, run.frozen, run.run_dir / name, step, run.mesh, run.processes)
+            written = run.objective.export(state, run.frozen, run.run_dir / name, step, run.mesh, run.processes)
         if run.processes.is_first and (failed := _push(run, self._writer)):
             tqdm.write(f"  {name} is not in the bucket yet: {failed}")
+        return {what: path.relative_to(run.run_dir) for what, path in written.items()}
 
 
 class Validator:

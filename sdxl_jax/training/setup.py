@@ -103,6 +103,7 @@ def prepare(config: RunConfig, run_dir: str | PurePath, processes: Processes, op
         mesh = sharding.make_mesh(config.mesh)
         objective.check_mesh(mesh)
         dataset = _dataset(objective, processes, mesh)
+        objective.check_data(dataset)
         changed = run_directory.check(config, directory, dataset, options.allow_changes)
         abstract, abstract_frozen = objective.abstract_state(mesh)
         check_lock: Callable[[], None] = _nothing

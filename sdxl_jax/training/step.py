@@ -44,6 +44,7 @@ _AVERAGE = 2**32 - 1
 def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: Loss) -> Step:
     """The step of a configuration. Pure: compile it with `jax.jit`, donating the state."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
+    optimiser = optax.with_extra_args_support(optimiser)  # rules of an objective may read frozen parameters
     rate = learning_rate(config.optimiser, config.training.steps)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -55,7 +56,7 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
 
         ((value, terms), gradient), _ = over_micro_batches(config.optimiser.accumulate, of_rows, None, (batch, keys))
         norm, update_count = optax.tree.norm(gradient), updates_made(state.optimiser)
-        updates, moments = optimiser.update(gradient, state.optimiser, state.params)
+        updates, moments = optimiser.update(gradient, state.optimiser, state.params, frozen=frozen)
         params = cast(Params, optax.apply_updates(state.params, updates))
         next_step = state.step + 1
         average = updated_average(config.ema, state.ema, params, moments, update_count, step_key)

@@ -142,6 +142,26 @@ class Cast:
 
 
 @dataclass(frozen=True)
+class WithRows:
+    """A parameter with rows of another one after its own, in its dtype."""
+
+    leaf: Leaf
+    rows: Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.leaf.shape[0] + self.rows.shape[0], *self.leaf.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.dtype
+
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
+        value = np.concatenate([self.leaf.read(), self.rows.read().astype(self.dtype)])
+        return value if index is None else value[index]
+
+
+@dataclass(frozen=True)
 class FirstLayers:
     """The first layers of a stacked parameter."""
 

@@ -23,6 +23,7 @@ from pathlib import PurePath
 import numpy as np
 
 from sdxl_jax.adapters import changes
+from sdxl_jax.adapters.embeddings import TABLE
 from sdxl_jax.arrays import unflatten
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
@@ -51,6 +52,7 @@ from sdxl_jax.weights.lazy import (
     Provenance,
     SourceLayout,
     Weights,
+    WithRows,
     abstract_leaves,
     leaves_of,
     part_configs,
@@ -97,7 +99,9 @@ def open_model(
     if options.prediction is None:
         return weights
     # The user's word overrides the files'.
-    return dataclasses.replace(weights, config=dataclasses.replace(weights.config, prediction=options.prediction))
+    config = dataclasses.replace(weights.config, prediction=options.prediction)
+    config.check_noise()
+    return dataclasses.replace(weights, config=config)
 
 
 def _open(path: AnyPath, options: OpenOptions) -> Weights:
@@ -161,12 +165,16 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
     leaves = {name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)}
     expected = abstract_leaves(config, trained.parts).keys()
     factors = {name: leaf for name, leaf in leaves.items() if name.startswith(_ADAPTERS)}
-    leaves = {name: leaf for name, leaf in leaves.items() if name not in factors}
+    vectors = {name: leaf for name, leaf in leaves.items() if name.startswith(_EMBEDDINGS)}
+    leaves = {name: leaf for name, leaf in leaves.items() if name not in factors | vectors}
     if leaves.keys() != expected:
         frozen = orbax.leaves(arrays / "frozen", orbax.metadata(arrays / "frozen")[0])
         # Networks of the loss are there too.
         leaves |= {name: leaf for name, leaf in frozen.items() if name.split("/")[0] in part_configs(config)}
         factors |= {name: leaf for name, leaf in frozen.items() if factors and name.startswith(_ADAPTERS)}
+    for name, rows in vectors.items():
+        table = f"{name.split('/')[1]}/{TABLE}"
+        leaves[table] = WithRows(leaves[table], rows)
     unfinished = step is None and chosen < trained.steps
     notes = (f"{run_dir} is at step {chosen} of {trained.steps}",) if unfinished else ()
     name = absolute(run_dir).name
@@ -185,6 +193,8 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
 
 _ADAPTERS = "adapters/"
 """What the factors of an adapter that a run trains are below, beside its frozen model."""
+_EMBEDDINGS = "embeddings/"
+"""The same of the embedding vectors of a new token."""
 
 
 def _with_adapters(config: ModelConfig, leaves: Mapping[str, Leaf], factors: Mapping[str, Leaf]) -> dict[str, Leaf]:

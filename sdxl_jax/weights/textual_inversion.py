@@ -19,8 +19,8 @@ added tokens; so diffusers' pooled vector, which SDXL uses, differs there.
 
 import dataclasses
 import re
-from collections.abc import Mapping
-from pathlib import PurePath
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +31,11 @@ from sdxl_jax.arrays import Params, type_of_array
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.files import atomic
 from sdxl_jax.files.paths import AnyPath, located
-from sdxl_jax.model import Model
-from sdxl_jax.weights.formats.safetensors import PICKLES, Tensor, open_file
+from sdxl_jax.model import Model, ModelConfig
+from sdxl_jax.weights.adapter_files import metadata
+from sdxl_jax.weights.formats.safetensors import PICKLES, Tensor, Writer, open_file
 
 TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Which text encoder a key of SDXL's files is for."""
@@ -63,9 +65,9 @@ def _read(path: AnyPath, token: str | None) -> tuple[dict[str, Vectors], str]:
             f"{path} is a pickle, which can run any program when it is loaded. Convert it to .safetensors with the "
             "tool that made it"
         )
-    tensors, _ = open_file(path)
+    found, _ = open_file(path)
     name = None
-    if bundled := _bundled(tensors):
+    if bundled := _bundled(found):
         name = next((name for name in bundled if token in (name, f"<{name}>")), None)
         name = next(iter(bundled)) if name is None and len(bundled) == 1 else name
         if name is None:
@@ -73,12 +75,12 @@ def _read(path: AnyPath, token: str | None) -> tuple[dict[str, Vectors], str]:
                 f"{path} holds several embeddings: {', '.join(nearest_first(token or '', bundled))}. Give the name of "
                 f"one: --embedding {path}:{next(iter(bundled))} (in Python: token=…)"
             )
-        tensors = bundled[name]
-    keys = list(tensors)
+        found = bundled[name]
+    keys = list(found)
     if len(keys) != 1 and set(keys) != set(TOWERS):
         listed = ", ".join(keys[:4]) + (" …" if len(keys) > 4 else "")
         raise InputError(f"{path} holds {len(keys)} arrays ({listed}) and is not a textual inversion. {_FORMS}")
-    vectors = {key: tensor.read() for key, tensor in tensors.items()}
+    vectors = {key: tensor.read() for key, tensor in found.items()}
     for key, rows in vectors.items():
         if rows.ndim not in (1, 2) or not rows.size or not jnp.issubdtype(rows.dtype, jnp.floating):
             raise InputError(
@@ -117,20 +119,67 @@ def add(model: Model, path: str | PurePath, token: str | None = None) -> Model:
     token = name if token is None else token
     given = _by_tower(model.config.text, vectors, path)
 
-    towers, params = [], dict(model.params)
-    for tower in model.config.text:
-        rows = given[tower.name]
-        grown = (*tower.added_tokens, token, *(f"{token}_{number}" for number in range(1, len(rows))))
-        _check_names(tower, token, grown, path)
-        used = text.FIRST_ADDED + len(tower.added_tokens)  # later rows have no token
+    remedy = 'Give another name with token="…", or --embedding FILE:NAME on the command line'
+    towers = [with_token(tower, token, len(given[tower.name]), path, remedy) for tower in model.config.text]
+    return grown(model, towers, given)
+
+
+def with_token(tower: Tower, token: str, vectors: int, where: AnyPath | str, remedy: str) -> Tower:
+    """The tower with one more concept. where: what asks for it, for messages; remedy: how to give it another name.
+
+    Raises InputError for a token that the tower has already, or that cannot be added.
+    """
+    added = (*tower.added_tokens, token, *(f"{token}_{number}" for number in range(1, vectors)))
+    _check_names(tower, token, added, where, remedy)
+    return _with_tokens(tower, added, text.FIRST_ADDED + len(added))
+
+
+def grown(model: Model, towers: Sequence[Tower], rows: Mapping[str, Embedding]) -> Model:
+    """The model with the last rows of its text encoders' tables added, or in the place of rows that have no token.
+    towers: those of the result; rows: by tower."""
+    params = dict(model.params)
+    for before, tower in zip(model.config.text, towers, strict=True):
+        used, new = text.FIRST_ADDED + len(before.added_tokens), rows[tower.name]
         old = _embedding(params, tower)
         if isinstance(old, jax.Array):
-            new = jnp.concatenate([old[:used], jnp.asarray(rows, old.dtype)])
+            table = jnp.concatenate([old[:used], jnp.asarray(new, old.dtype)])
         else:
-            new = np.concatenate([old[:used], rows.astype(old.dtype)])
-        towers.append(_with_tokens(tower, grown, len(new)))
-        params[tower.name] = _with_embedding(params[tower.name], new)
+            table = np.concatenate([old[:used], np.asarray(new).astype(old.dtype)])
+        params[tower.name] = _with_embedding(params[tower.name], table)
     return model._replace(config=dataclasses.replace(model.config, text=tuple(towers)), params=params)
+
+
+def tensors(vectors: Mapping[str, Vectors]) -> dict[str, Vectors]:
+    """The tensors of a file with the vectors of each text encoder, float32: of a model with two, clip_l and clip_g; of
+    one with a single one, emb_params."""
+    keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if len(vectors) > 1 else {}
+    return {keys.get(name, "emb_params"): np.asarray(rows, np.float32) for name, rows in vectors.items()}
+
+
+def bundle(token: str, vectors: Mapping[str, Vectors]) -> dict[str, Vectors]:
+    """The same tensors, with the names that they have in a LoRA's file."""
+    return {f"bundle_emb.{token}.{key}": value for key, value in tensors(vectors).items()}
+
+
+def write(path: Path, vectors: Mapping[str, Vectors], config: ModelConfig, token: str, step: int) -> None:
+    """Writes a file that A1111, ComfyUI, sd-scripts, OneTrainer and diffusers read, atomically. vectors: by text
+    encoder. step: of the training."""
+    held = tensors(vectors)
+    described = {
+        "ss_base_model_version": metadata.family(config)[0],
+        "ss_output_name": path.stem,
+        "ss_steps": str(step),
+        **metadata.modelspec(config, "textual-inversion"),
+        "modelspec.title": path.stem,
+        "modelspec.trigger_phrase": token,
+        "modelspec.hash_sha256": f"0x{metadata.hash_of(held)}",
+        "format": "pt",
+    }
+    shapes = {key: (value.shape, value.dtype) for key, value in held.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(path) as partial, Writer(partial, shapes, described) as writer:
+        for key, value in held.items():
+            writer.put(key, value)
 
 
 def remove(model: Model, token: str) -> Model:
@@ -188,20 +237,19 @@ def _by_tower(towers: tuple[Tower, ...], vectors: Mapping[str, Vectors], path: A
     return given
 
 
-def _check_names(tower: Tower, token: str, grown: tuple[str, ...], path: AnyPath) -> None:
+def _check_names(tower: Tower, token: str, grown: tuple[str, ...], where: AnyPath | str, remedy: str) -> None:
     """Raises InputError if the tokens from len(tower.added_tokens) on are unusable, or ambiguous with others."""
-    remedy = 'Give another name with token="…", or --embedding FILE:NAME on the command line'
     before, added = tower.added_tokens, grown[len(tower.added_tokens) :]
     if unusable := [word for word in added if not text.can_be_added(word)]:
         raise InputError(
-            f"{path} cannot have the token {unusable[0]!r}: it is in CLIP's own vocabulary, empty, not UTF-8, or "
+            f"{where} cannot have the token {unusable[0]!r}: it is in CLIP's own vocabulary, empty, not UTF-8, or "
             f"begins or ends with a space. {remedy}"
         )
     repeated = {word.lower() for word in before} & {word.lower() for word in added}  # prompts are lowercased
     # Or one concept would become vectors of another, as <tok>_1 would of <tok>.
     if repeated or text.concepts(grown) != {**text.concepts(before), token: len(added)}:
         raise InputError(
-            f"{path}: the model already has a token {token!r}, or one that would be ambiguous with it; it has "
+            f"{where}: the model already has a token {token!r}, or one that would be ambiguous with it; it has "
             f"{', '.join(text.concepts(before))}. {remedy}"
         )
 

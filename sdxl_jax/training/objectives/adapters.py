@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,7 +154,7 @@ class AdapterTraining:
             rate = next((factor for pattern, factor in self._adapter.rates if re.search(pattern, path)), 1.0)
             rate *= self._adapter.up_rate if path.endswith("/up") else 1.0
             flat[path] = update if rate == 1 else rate * update
-        return {ADAPTERS: unflatten(flat)}
+        return {**updates, ADAPTERS: unflatten(flat)}
 
     def _limited(self, updates: Params, params: Params) -> Params:
         """Updates after which no change ΔW is longer than `norm_limit`."""
@@ -175,22 +175,32 @@ class AdapterTraining:
                 path, share = f"{parameter}/{name}", ratio ** (1 / len(names))
                 share = _beside(share, factors[name])
                 flat[path] = jnp.where(share < 1, factors[name] * share - before[path], flat[path])
-        return {ADAPTERS: unflatten(flat)}
+        return {**updates, ADAPTERS: unflatten(flat)}
 
     # The model, and the file
 
-    def merged(self, frozen: Params, whole: Params) -> Params:
+    def merged(self, base: Params, whole: Params) -> Params:
         """The model's parameters with the changes of adapters (`of`) merged into the base; its dtypes and shardings
         stay."""
-        flat = flatten({part: tree for part, tree in frozen.items() if part != ADAPTERS})
+        flat = flatten(base)
         for parameter, factors in changes.by_parameter(flatten(whole)).items():
             value = flat[parameter]
             changed = _changed(value, factors, self.layers[parameter] is not None)
             flat[parameter] = jax.device_put(changed, value.sharding)
         return unflatten(flat)
 
-    def export(self, whole: Params, path: Path, step: int, mesh: Mesh, *, is_first: bool) -> None:
-        """Writes adapters (`of`) to a file. All processes call it, and the first writes."""
+    def export(
+        self,
+        whole: Params,
+        path: Path,
+        step: int,
+        mesh: Mesh,
+        *,
+        is_first: bool,
+        bundled: Mapping[str, Float[np.ndarray, "..."]] | None = None,
+    ) -> None:
+        """Writes adapters (`of`) to a file. All processes call it, and the first writes. bundled: embeddings that go
+        into it."""
         on_host = jax.device_get(jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(whole))
         if is_first:
             # One alpha for all: where they differ, diffusers applies the most frequent one to most layers.
@@ -202,7 +212,7 @@ class AdapterTraining:
             }
             dtype = jnp.dtype(self._adapter.file_dtype.value)
             metadata = self._metadata(step)
-            export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata)
+            export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata, bundled=bundled)
 
     def _metadata(self, step: int) -> dict[str, str]:
         """What sd-scripts writes of a training, as far as it is known here; the writer adds what the adapter is."""

@@ -98,6 +98,11 @@ class Objective(abc.ABC, Generic[Config]):
         """The configuration of the model that is sampled from or exported; only its `parts` are used."""
 
     @property
+    def initial_config(self) -> ModelConfig:
+        """The configuration of the model that a run starts from. Here: that of the model which is exported."""
+        return self.model_config
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that the objective has, trainable or frozen."""
         return tuple(part_configs(self.model_config))
@@ -137,7 +142,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     def check_start(self) -> None:
         """Raises InputError if a new run could not start: initial weights that are missing, or of another model."""
-        check_initial(self.config.training, self.model_config, self.parts, measures_scale=self.measures_scale)
+        check_initial(self.config.training, self.initial_config, self.parts, measures_scale=self.measures_scale)
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises InputError for a mesh over which the batch or the attention heads cannot be split."""
@@ -147,6 +152,9 @@ class Objective(abc.ABC, Generic[Config]):
     def check_heads(self, mesh: Mesh) -> None:
         """Raises InputError for a mesh whose `tensor` axis does not divide the attention heads. Here: no heads are
         split, so nothing is checked."""
+
+    def check_data(self, dataset: BucketedDataset) -> None:
+        """Raises InputError for data that cannot be trained on. Here: nothing is checked."""
 
     # Batches
 
@@ -175,7 +183,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     def abstract_state(self, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Params]:
         """Shapes, dtypes and shardings of the state and of the frozen parameters; no array is created."""
-        params = unflatten(abstract_leaves(self.model_config, self.parts))
+        params = unflatten(abstract_leaves(self.initial_config, self.parts))
         trained, frozen = partition(params, self.config.training.trainable)
         return sharding.placed(mesh, jax.eval_shape(self.create, trained)), sharding.placed(mesh, frozen)
 
@@ -191,7 +199,7 @@ class Objective(abc.ABC, Generic[Config]):
         """The parameters that are not initialised at random, by path, with their shardings."""
         return initial_weights(
             self.config.training,
-            self.model_config,
+            self.initial_config,
             mesh,
             parts=self.parts,
             measures_scale=self.measures_scale,
@@ -212,7 +220,7 @@ class Objective(abc.ABC, Generic[Config]):
         """The model's parameters before the first step: those in `initial`, by path, and random ones."""
         random = random_weights(
             self.config.training,
-            self.model_config,
+            self.initial_config,
             mesh,
             parts=self.parts,
             given=initial,
@@ -271,8 +279,9 @@ class Objective(abc.ABC, Generic[Config]):
 
     def export(
         self, state: TrainState, frozen: Params, path: Path, step: int, mesh: Mesh, processes: Processes
-    ) -> None:
-        """Writes what was trained as a file of its own. All processes call it together, and the first writes."""
+    ) -> dict[str, Path]:
+        """Writes what was trained as files of their own: `path`, or beside it. All processes call it together, and the
+        first writes. Returns the files by what they are, "adapter"."""
         raise NotImplementedError
 
     def measure(

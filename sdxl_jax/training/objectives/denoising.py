@@ -4,13 +4,16 @@
 
 A batch from a cache starts at "sample": it has the posterior and the text states, and both encoders are skipped.
 `training.trainable` selects what is trained: the UNet, some of its layers, text encoders; with `adapter` it is an
-adapter of these that is trained (`adapters`). The configuration is `TrainConfig` (sdxl_jax/config.py).
+adapter of these that is trained (`adapters`), with `textual_inversion` embedding vectors of a new token, alone or with
+an adapter (`textual_inversion`). The configuration is `TrainConfig` (sdxl_jax/config.py).
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,9 +38,10 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
 from sdxl_jax.training import encoding
-from sdxl_jax.training.objectives import adapters, image_prompts
+from sdxl_jax.training.objectives import adapters, image_prompts, textual_inversion
 from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.base import Examples, Grid, Objective, abstract_rows
+from sdxl_jax.training.objectives.textual_inversion import EmbeddingTraining
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, merge
 from sdxl_jax.training.step import Metrics
@@ -65,9 +69,19 @@ class Denoising(Objective[TrainConfig]):
         self._adapters = None if config.adapter is None else AdapterTraining(config, config.adapter)
         if self._adapters is not None:
             self.optimiser = self._adapters.updating(self.optimiser)
+        new_token = config.textual_inversion
+        self._vectors = None if new_token is None else EmbeddingTraining(config, new_token)
+        if self._vectors is not None:
+            self.optimiser = self._vectors.updating(self.optimiser)
 
     @property
     def model_config(self) -> ModelConfig:
+        if self._vectors is None:
+            return self.config.model
+        return dataclasses.replace(self.config.model, text=self._vectors.towers)
+
+    @property
+    def initial_config(self) -> ModelConfig:
         return self.config.model
 
     @property
@@ -85,6 +99,8 @@ class Denoising(Objective[TrainConfig]):
 
         if self._adapters is not None:
             self._adapters.abstract_trees()
+        if self._vectors is not None:
+            self._vectors.check()
 
     def check_start(self) -> None:
         super().check_start()
@@ -97,16 +113,18 @@ class Denoising(Objective[TrainConfig]):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        return Tokenizer.of(self.config.model.text) if self.config.model.text else None
+        return Tokenizer.of(self.model_config.text) if self.config.model.text else None
 
     @functools.cached_property
     def _empty(self) -> Mapping[str, EmptyTokens]:
         """By tower."""
         return {} if self.tokenizer is None else self.tokenizer([""])
 
-    def batches(self, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
-        """Reading from `data.cache` if there is one. Raises InputError for a cache of another provenance, and for data
-        with classes that the model does not have."""
+    def check_data(self, dataset: BucketedDataset) -> None:
+        """Raises InputError for data with classes that the model does not have, and for captions without the new
+        token."""
+        if self._vectors is not None:
+            self._vectors.check_data(dataset)
         if (known := self.config.model.unet.classes) is not None and (
             last := int(dataset.labels().max())
         ) >= known.number:
@@ -114,6 +132,9 @@ class Denoising(Objective[TrainConfig]):
                 f"{dataset.where} has images of class {last} (data.label={self.config.data.label}), but the model has "
                 f"the classes 0 to {known.number - 1}. Set model.unet.classes.number to {last + 1} or more"
             )
+
+    def batches(self, dataset: BucketedDataset, frozen: Params) -> BucketedDataset:
+        """Reading from `data.cache` if there is one. Raises InputError for a cache of another provenance."""
         return encoding.from_cache(self.config, dataset, frozen)
 
     def abstract_batch(self, mesh: Mesh | AbstractMesh, bucket: Bucket, batch_size: int) -> Batch:
@@ -145,42 +166,62 @@ class Denoising(Objective[TrainConfig]):
     def dtype_of(self, part: str) -> np.dtype:
         return self.config.dtype_of(part)
 
+    @property
+    def _beside(self) -> Sequence[AdapterTraining | EmbeddingTraining]:
+        """What is trained beside the frozen model; nothing: parameters of the model itself are trained."""
+        return [each for each in (self._adapters, self._vectors) if each is not None]
+
     def abstract_state(self, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Params]:
-        if self._adapters is None:
+        if not self._beside:
             return super().abstract_state(mesh)
-        factors, alphas = self._adapters.abstract_trees()
+        trained, frozen = _united(each.abstract_trees() for each in self._beside)
         base = {
             path: jax.ShapeDtypeStruct(leaf.shape, self.dtype_of(path.split("/")[0]))
             for path, leaf in abstract_leaves(self.config.model).items()
         }
-        frozen = sharding.placed(mesh, arrays.unflatten(base) | alphas)
-        return sharding.placed(mesh, jax.eval_shape(self.create, factors)), frozen
+        frozen = sharding.placed(mesh, arrays.unflatten(base) | frozen)
+        return sharding.placed(mesh, jax.eval_shape(self.create, trained)), frozen
 
     def fresh_state(
         self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float[jax.Array, "..."]], progress: bool = True
     ) -> tuple[TrainState, Params]:
-        if self._adapters is None:
+        if not self._beside:
             return super().fresh_state(mesh, abstract, initial, progress)
         base = self.all_parameters(mesh, initial, progress)
-        factors, alphas = self._adapters.fresh(base, mesh)
-        return self.jitted_start(abstract)(factors), base | alphas
+        trained, frozen = _united(each.fresh(base, mesh) for each in self._beside)
+        return self.jitted_start(abstract)(trained), base | frozen
 
     def model(self, state: TrainState, frozen: Params) -> Model:
-        if self._adapters is None:
+        if not self._beside:
             return super().model(state, frozen)
-        return Model(self.model_config, self._adapters.merged(frozen, adapters.of(state.sampled, frozen)))
+        params = {part: frozen[part] for part in self.parts}
+        if self._adapters is not None:
+            params = self._adapters.merged(params, adapters.of(state.sampled, frozen))
+        model = Model(self.config.model, params)
+        return model if self._vectors is None else self._vectors.merged(model, state.sampled)
 
     @property
     def exports(self) -> bool:
-        return self._adapters is not None
+        return bool(self._beside)
 
     def export(
         self, state: TrainState, frozen: Params, path: Path, step: int, mesh: Mesh, processes: Processes
-    ) -> None:
-        """The averaged adapter, as a file for other programs."""
-        assert self._adapters is not None
-        factors = adapters.of(state.sampled, frozen)
-        self._adapters.export(factors, path, step, mesh, is_first=processes.is_first)
+    ) -> dict[str, Path]:
+        """The averaged adapter and vectors, as files for other programs. Beside an adapter's, that of the vectors has
+        _emb in its name."""
+        written, bundled, is_first = dict[str, Path](), dict[str, Any](), processes.is_first
+        if self._vectors is not None:
+            vectors = self._vectors.on_host(state.sampled, mesh)
+            bundled = self._vectors.bundled(vectors)
+            name = path if self._adapters is None else path.with_stem(f"{path.stem}_emb")
+            written["embedding"] = name
+            if is_first:
+                self._vectors.export(vectors, name, step)
+        if self._adapters is not None:
+            written["adapter"] = path
+            factors = adapters.of(state.sampled, frozen)
+            self._adapters.export(factors, path, step, mesh, is_first=is_first, bundled=bundled)
+        return written
 
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
@@ -188,8 +229,12 @@ class Denoising(Objective[TrainConfig]):
         terms: Metrics = {} if self.config.image_prompt is None else image_prompts.norms(batch)
         if self._trains_rows:
             trained = image_prompts.pooled_rows(trained, self._pooled_width)
-        changes = None if self._adapters is None else self._adapters.of_step(adapters.of(trained, frozen), keys)
-        return batch_loss(trained, frozen, batch, keys, self.config, self._empty, changes), terms
+        changes: Params = {}
+        if self._adapters is not None:
+            changes = self._adapters.of_step(adapters.of(trained, frozen), keys)
+        if self._vectors is not None:
+            changes = merge(changes, self._vectors.changes(trained))
+        return batch_loss(trained, frozen, batch, keys, self.config, self._empty, changes or None), terms
 
     def counterparts(
         self, model: Model, examples: Examples, mesh: Mesh, processes: Processes
@@ -249,6 +294,14 @@ class Denoising(Objective[TrainConfig]):
         return Grid(images, captions, len(pairs), {"weights": weights, **options})
 
 
+def _united(pairs: Iterable[tuple[Params, Params]]) -> tuple[Params, Params]:
+    """(trainable, frozen) of several things that are trained together."""
+    trained, frozen = Params(), Params()
+    for one, other in pairs:
+        trained, frozen = trained | one, frozen | other
+    return trained, frozen
+
+
 def batch_loss(
     trained: Params,
     frozen: Params,
@@ -268,9 +321,10 @@ def batch_loss(
     network = _network(params, batch, prompt, dropout_keys, config, empty, changes)
     base = None
     if batch.base_target is not None:
+        of_token = textual_inversion.without_adapters(changes)
         if set(changes or {}) - {"unet"}:
-            prompt = text.encode(parts.text, params, batch.tokens, compute)
-        of_base = _network(params, batch, prompt, dropout_keys, config, empty, None)
+            prompt = text.encode(parts.text, params, batch.tokens, compute, of_token)
+        of_base = _network(params, batch, prompt, dropout_keys, config, empty, of_token)
         base = loss.BaseTarget(of_base, jnp.asarray(batch.base_target))
 
     noise = schedule.make(parts.schedule)
@@ -287,8 +341,8 @@ def _network(
     empty: Mapping[str, EmptyTokens],
     changes: Params | None,
 ) -> loss.Network:
-    """The UNet, conditioned on what dropout leaves of the batch's text states and micro-conditioning. changes: None for
-    the model without adapters."""
+    """The UNet, conditioned on what dropout leaves of the batch's text states and micro-conditioning. changes: of
+    `batch_loss`; without adapters for the frozen model."""
     parts, compute = config.model, config.compute
     unconditional = unconditional_text(parts, params, empty, compute, changes)
     if config.image_prompt is not None:

@@ -11,8 +11,6 @@ Stacked layers are written one by one. A1111 shows a LoRA with metadata among th
 `train_network.py` and `library/sai_model_spec.py`, diffusers' `loaders/lora_base.py`.
 """
 
-import datetime
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -25,18 +23,15 @@ from jaxtyping import Shaped
 from sdxl_jax.adapters import dora, kinds
 from sdxl_jax.adapters.changes import Resolved, float32
 from sdxl_jax.adapters.kinds import Factors, Kind
-from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.files import atomic
 from sdxl_jax.model import ModelConfig
+from sdxl_jax.weights.adapter_files.metadata import Named, family, hash_of, modelspec
 from sdxl_jax.weights.adapter_files.names import Spelling, Written, written_modules
 from sdxl_jax.weights.adapter_files.reading import SETTINGS
 from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, suffix, theirs
 from sdxl_jax.weights.formats import safetensors
 from sdxl_jax.weights.names import Place
-
-Named = dict[str, Shaped[np.ndarray, "..."]]
-"""Tensors by name."""
 
 
 def write(
@@ -63,7 +58,7 @@ def write(
     described.pop(SETTINGS, None)
     if spelling is Spelling.KOHYA:
         described |= kohya_metadata(resolved, config, path.stem, described)
-        described["sshs_model_hash"] = _hash(tensors)
+        described["sshs_model_hash"] = hash_of(tensors)
         described["modelspec.hash_sha256"] = f"0x{described['sshs_model_hash']}"
     else:
         described[SETTINGS] = json.dumps(peft_settings(resolved, config), sort_keys=True)
@@ -140,14 +135,6 @@ def _cast(name: str, value: Shaped[np.ndarray, "*shape"], dtype: np.dtype) -> Sh
     return cast
 
 
-def _hash(tensors: Named) -> str:
-    """sha256 of the file without its header, by which A1111 knows a LoRA."""
-    digest = hashlib.sha256()
-    for name in safetensors.in_order({name: (value.shape, value.dtype) for name, value in tensors.items()}):
-        digest.update(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
@@ -160,17 +147,10 @@ def kohya_metadata(resolved: Resolved, config: ModelConfig, name: str, known: Ma
     found = {kinds.kind_of(factors) for factors in rows}
     lycoris = found != {Kind.LORA} or any("mid" in factors or "magnitude" in factors for factors in rows)
     algorithm = next((kind.value for kind in (Kind.LOHA, Kind.LOKR, Kind.LORA) if kind in found), "full")
-    version, architecture = _family(config)
-    width = "v" if config.prediction is Prediction.V else "epsilon"
     defaults = {
-        "ss_base_model_version": version,
+        "ss_base_model_version": family(config)[0],
         "ss_network_args": json.dumps({"algo": algorithm} if lycoris else {}),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "modelspec.prediction_type": width,
-        "modelspec.resolution": "x".join(map(str, reversed(config.default_size))),
+        **modelspec(config, "lora"),
     }
     return {
         **{key: value for key, value in defaults.items() if key not in known},
@@ -180,17 +160,6 @@ def kohya_metadata(resolved: Resolved, config: ModelConfig, name: str, known: Ma
         "ss_output_name": name,
         "modelspec.title": name,
     }
-
-
-def _family(config: ModelConfig) -> tuple[str, str]:
-    """(ss_base_model_version, modelspec.architecture without /lora)."""
-    if config.micro is not None:
-        if config.is_refiner:
-            return "sdxl_refiner_v1-0", "stable-diffusion-xl-v1-refiner"
-        return "sdxl_base_v1-0", "stable-diffusion-xl-v1-base"
-    if config.unet.conv_projection:
-        return "sd_v1", "stable-diffusion-v1"
-    return "sd_v2", "stable-diffusion-v2-768-v" if config.prediction is Prediction.V else "stable-diffusion-v2-512"
 
 
 def peft_settings(resolved: Resolved, config: ModelConfig) -> dict[str, Any]:
