@@ -27,7 +27,6 @@ from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.evaluation import weights
 from sdxl_jax.evaluation.curve import check_plots
 from sdxl_jax.evaluation.reconstruction import evaluate_autoencoder
-from sdxl_jax.files import atomic
 from sdxl_jax.models.patchgan import PatchGanConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
@@ -131,9 +130,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.suptitle(f"Autoencoders at {SIDE}×{SIDE}, N = {rows[0]['N']:,}")
-    figure.tight_layout()
-    with atomic.replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    results.save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:

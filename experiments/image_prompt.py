@@ -269,9 +269,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     )
     axes.set_ylabel("accuracy")
     axes.legend(frameon=False)
-    figure.tight_layout()
-    with atomic.replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    results.save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:

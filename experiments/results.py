@@ -8,8 +8,10 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 
 from sdxl_jax.evaluation.report import number
 from sdxl_jax.files import atomic
@@ -40,6 +42,22 @@ def write(
     atomic.write_text(folder / "table.md", text)
     atomic.write_text(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return text
+
+
+def draw_samples(figure: Any, places: Sequence[Any], kept: Mapping[str, np.ndarray], count: int = 12) -> None:
+    """A strip of `count` images, evenly spread, of each entry. places: one of the figure's grid for each."""
+    for place, (name, images) in zip(places, kept.items(), strict=True):
+        axes = figure.add_subplot(place)
+        axes.imshow(np.concatenate(list(images[np.linspace(0, len(images) - 1, count).astype(int)]), axis=1))
+        axes.set_title(name, fontsize=8)
+        axes.set_axis_off()
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As PNG."""
+    figure.tight_layout()
+    with atomic.replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def markdown(rows: Sequence[Row]) -> str:

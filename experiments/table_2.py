@@ -24,32 +24,25 @@ the weights of `sdxl-jax evaluate --fetch-weights`.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import cifar10
 import numpy as np
 import results
-from jaxtyping import Float, Float64, Int, UInt8
-from PIL import Image
+import small_model
+from cifar10 import CLASSES, Cifar, resized
+from jaxtyping import Float, Float64, Int
+from small_model import Images
 from table_2_probe import trained_probe
 
-from sdxl_jax import generate, load_model, train
-from sdxl_jax.conditioning.micro import MicroConfig, Numbers
-from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
-from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.evaluation import distances, features, image_sets, scores, statistics, weights
+from sdxl_jax import load_model, train
+from sdxl_jax.conditioning.micro import Numbers
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.evaluation import distances
 from sdxl_jax.evaluation.curve import check_plots
-from sdxl_jax.evaluation.features import Network, Wanted
-from sdxl_jax.evaluation.settings import Metric, ResizeMode
 from sdxl_jax.evaluation.statistics import Statistics
-from sdxl_jax.files import atomic
-from sdxl_jax.model import ModelConfig, UnconditionalKind
-from sdxl_jax.models.unet import ClassConfig, UNetConfig
-from sdxl_jax.models.wavelet import WaveletConfig
-from sdxl_jax.optim.ema import EmaConfig, EmaKind
-from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.sizes import Size
 
 PAPER = [
@@ -59,33 +52,10 @@ PAPER = [
 ]
 """Podell et al., arXiv:2307.01952, table 2: 5,000 samples."""
 RUNS = ("only", "nocond", "size")
-CLASSES = 10
 SHARP = 70
 """Images per class that keep their size, as in the paper's subset."""
 TOLD = (7 / 16, 5 / 8, 7 / 8, 1.0)
 """Sizes that `size` is conditioned on to show their effect, as fractions of the side; the paper's figure 3."""
-DROPOUT = 0.2
-
-Images = UInt8[np.ndarray, "images side side 3"]
-
-
-class Cifar(NamedTuple):
-    images: Images
-    labels: Int[np.ndarray, " images"]
-
-
-def read_cifar(folder: Path, files: list[str], labels: str, side: int) -> Cifar:
-    """One image per row of a file. side: 32, or 16 for means of 2×2 pixels."""
-    rows = [np.asarray(Image.open(folder / name).convert("RGB")).reshape(-1, 32, 32, 3) for name in files]
-    images = [resized(image, side) for image in np.concatenate(rows)]
-    return Cifar(np.stack(images), np.array(json.loads((folder / labels).read_text())))
-
-
-def resized(image: UInt8[np.ndarray, "height width 3"], side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """Reduced by the area filter."""
-    if len(image) == side:
-        return image
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX))
 
 
 def sizes_of(labels: Int[np.ndarray, " images"], side: int) -> Int[np.ndarray, " images"]:
@@ -95,18 +65,6 @@ def sizes_of(labels: Int[np.ndarray, " images"], side: int) -> Int[np.ndarray, "
     for label in range(CLASSES):
         sizes[rng.choice(np.flatnonzero(labels == label), SHARP, replace=False)] = side
     return sizes
-
-
-def write_data(folder: Path, data: Cifar, sizes: Int[np.ndarray, " images"]) -> None:
-    """The training images at their sizes, with their classes; written once."""
-    if (folder / "metadata.jsonl").exists():
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for number, (image, label, size) in enumerate(zip(data.images, data.labels, sizes, strict=True)):
-        Image.fromarray(resized(image, int(size))).save(folder / f"{number:05d}.png", compress_level=1)
-        lines.append(json.dumps({"file_name": f"{number:05d}.png", "label": int(label)}))
-    atomic.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
 def blurred(images: Images, sizes: Int[np.ndarray, " images"]) -> Images:
@@ -124,125 +82,44 @@ def blurred(images: Images, sizes: Int[np.ndarray, " images"]) -> Images:
 
 
 def config(kind: str, images: Path, options: argparse.Namespace) -> TrainConfig:
-    micro = MicroConfig(Numbers.SIZE_CROP, embedding_dim=64) if kind == "size" else None
-    network = UNetConfig(
-        block_channels=(64, 128, 128),
-        resnets_per_block=1,
-        transformer_depth=(0, 1, 1),
-        middle_depth=1,
-        heads=(1, 2, 2),
-        context_dim=128,
-        vector_dim=None if micro is None else micro.vector_dim,
-        in_channels=WaveletConfig().latent_channels,
-        out_channels=WaveletConfig().latent_channels,
-        classes=ClassConfig(CLASSES),
-    )
     side = options.side
-    model = ModelConfig(
-        unet=network,
-        vae=WaveletConfig(),
-        text=(),
-        micro=micro,
-        unconditional=UnconditionalKind.ALL_ZEROS,
-        default_size=(side, side),
-    )
-    return TrainConfig(
-        data=DataConfig(
-            folder=str(images),
-            label="label",
-            buckets=((side, side),),
-            min_size=side if kind == "only" else 1,
-            batch_size=options.batch,
-            verify_images=False,
-        ),
-        model=model,
-        optimiser=OptimiserConfig(learning_rate=5e-4, warmup_steps=options.steps // 20, weight_decay=0.01),
-        ema=EmaConfig(kind=EmaKind.WARMUP, decay=0.999),
-        training=TrainingConfig(
-            steps=options.steps,
-            caption_dropout=0.0,
-            class_dropout=DROPOUT,
-            micro_dropout=0.0 if micro is None else DROPOUT,
-        ),
-        checkpoint=CheckpointConfig(every_steps=max(1, options.steps // 4), keep=4),
-        validation=ValidationConfig(
-            every_steps=max(1, options.steps // 4), classes=tuple(range(CLASSES)), sizes=((side, side),), steps=50
-        ),
-    )
+    model = small_model.model_config(side, CLASSES, Numbers.SIZE_CROP if kind == "size" else None)
+    smallest = side if kind == "only" else 1
+    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, min_size=smallest)
 
 
 def sampled(run: Path, file: Path, count: int, seed: int, guidance: float, told: float = 1.0) -> Images:
-    """`count` samples of a run, evenly over the classes, kept in a file. told: the size, as a fraction of the side."""
-    if file.exists():
-        return np.load(file)["images"]
+    """`count` samples of a run, evenly over the classes. told: the size, as a fraction of the side."""
     model = load_model(run)
     side = round(told * model.config.default_size[0])
-    found = generate(
-        model,
-        [""] * count,
-        classes=[number * CLASSES // count for number in range(count)],
-        sampler="ddim",
-        steps=50,
-        guidance=guidance,
-        seed=seed,
-        original_size=Size(side, side) if model.config.micro is not None else None,
-        batch_size=min(count, 250),
-        progress=True,
-    ).images
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic.replacing(file) as partial, partial.open("wb") as opened:
-        np.savez(opened, images=found)
-    return found
+    size = None if model.config.micro is None else Size(side, side)
+    classes = [number * CLASSES // count for number in range(count)]
+    return small_model.sampled(model, classes, file, {"guidance": guidance, "seed": seed, "original_size": size})
 
 
 # Measures
 
 
-def high_frequencies(images: Images) -> float:
-    """Mean energy of the luminance above half the Nyquist frequency, in any direction."""
-    grey = images.astype(np.float64) @ np.array([0.299, 0.587, 0.114])
-    power = np.abs(np.fft.fft2(grey)) ** 2
-    frequency = np.abs(np.fft.fftfreq(grey.shape[1]))
-    above = np.maximum(frequency[:, None], frequency) > 0.25
-    return float(power[:, above].sum() / power.size)
-
-
-class Measures:
-    """The measures of a set of images against the test images; features are kept in files."""
+class Measures(cifar10.Measures):
+    """Also a score of the classes, and how near the samples are to the sharp images that `only` is trained on."""
 
     def __init__(self, folder: Path, test: Images, sharp: Cifar, only: Images):
         """sharp: images with classes, for the probe. only: the sharp images that `only` is trained on."""
-        self._folder = folder
-        self._network: Network = features.inception(weights.load("inception"), ResizeMode.TF1, False)
-        self._test, self._test_energy = self.features("test", test), high_frequencies(test)
-        self._only = self._rows(self.features("data_only", only))
-        self._own_distance = _nearest(self._rows(self._test), self._only)
-        self._probe = trained_probe(self._rows(self.features("data_sharp", sharp.images)), sharp.labels, CLASSES)
-
-    def features(self, name: str, images: Images) -> Statistics:
-        file = self._folder / f"{name}.npz"
-        if file.exists():
-            return statistics.load(file)
-        given = image_sets.of_array(images, name)
-        found = features.statistics_of(self._network, given, ResizeMode.TF1, Wanted(False, True), 32)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        statistics.save(found, file)
-        return found
-
-    @staticmethod
-    def _rows(of: Statistics) -> Float[np.ndarray, "images features"]:
-        assert of.features is not None
-        return of.features
+        super().__init__(folder, test)
+        self._only = _rows(self.features("data_only", only))
+        self._own_distance = _nearest(_rows(self.test), self._only)
+        self._probe = trained_probe(_rows(self.features("data_sharp", sharp.images)), sharp.labels, CLASSES)
 
     def of(self, name: str, images: Images) -> dict[str, float | int]:
-        own = self.features(name, images)
-        metrics = (Metric.FID, Metric.KID, Metric.PRECISION_RECALL)
-        found: dict[str, float | int] = {score.name: score.value for score in scores.compare(own, self._test, metrics)}
-        rows = self._rows(own)
-        found["probe_score"] = distances.inception_score(self._probe(rows), splits=1).mean
-        found["nearest_sharp"] = _nearest(rows, self._only) / self._own_distance
-        found["high_frequencies"] = high_frequencies(images) / self._test_energy
-        return found | {"N": len(images)}
+        rows = _rows(self.features(name, images))
+        probe = distances.inception_score(self._probe(rows), splits=1).mean
+        nearest = _nearest(rows, self._only) / self._own_distance
+        return {**super().of(name, images), "probe_score": probe, "nearest_sharp": nearest}
+
+
+def _rows(of: Statistics) -> Float[np.ndarray, "images features"]:
+    assert of.features is not None
+    return of.features
 
 
 def _nearest(points: Float[np.ndarray, "points features"], centres: Float[np.ndarray, "centres features"]) -> float:
@@ -277,9 +154,8 @@ def main() -> None:
     began, options = time.monotonic(), arguments()
     check_plots()
     out, side = options.out, options.side
-    parts = [f"data_batch_{number}.png" for number in range(1, 6)]
-    data = read_cifar(options.cifar10, parts, "train_lables.json", side)
-    test = read_cifar(options.cifar10, ["test_batch.png"], "test_lables.json", side).images[: options.reference]
+    data = cifar10.read(options.cifar10, "train", side)
+    test = cifar10.read(options.cifar10, "test", side).images[: options.reference]
     sizes = sizes_of(data.labels, side)
     chosen = reduced(sizes, side, options.samples)
     sharp = Cifar(data.images[chosen], data.labels[chosen])
@@ -290,7 +166,8 @@ def main() -> None:
     if options.bound_only:
         print(results.write(out, "Table 2, in small: the bound", PAPER, rows, notes, began))
         return
-    write_data(out / "data", data, sizes)
+    reduced_images = [resized(image, int(size)) for image, size in zip(data.images, sizes, strict=True)]
+    small_model.write_images(out / "data", reduced_images, data.labels.tolist())
     runs = list[dict[str, Any]]()
     for kind in options.runs:
         run = out / kind
@@ -322,7 +199,8 @@ def told_sizes(out: Path, options: argparse.Namespace, measures: Measures) -> li
     """`size` conditioned on several sizes, from the same noise."""
     found = []
     for told in TOLD:
-        name, guidance = f"size_told{told:g}", options.guidance[0]
+        guidance = options.guidance[0]
+        name = f"size_g{guidance:g}_s0" if told == 1 else f"size_told{told:g}"  # the full size: what main has sampled
         images = sampled(out / "size", out / "samples" / f"{name}.npz", options.samples, 0, guidance, told)
         about = {"images": "size", "guidance": guidance, "seed": 0, "told": round(told * options.side)}
         found.append({**about, **measures.of(name, images)})
@@ -354,9 +232,7 @@ def plot(rows: list[dict[str, Any]], runs: list[dict[str, Any]], told: list[dict
         axes.legend(frameon=False)
     axes.set_xlabel("original size that is given, pixels")
     axes.set_ylabel("high frequencies, ratio to test images")
-    figure.tight_layout()
-    with atomic.replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+    results.save_figure(figure, path)
 
 
 def arguments() -> argparse.Namespace:

@@ -18,8 +18,10 @@ from sdxl_jax.training.objectives import objective_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import appendix_j  # pyright: ignore[reportMissingImports] (experiments/, put on the path above)
+import cifar10  # pyright: ignore[reportMissingImports] (the same)
 import image_prompt  # pyright: ignore[reportMissingImports] (the same)
 import results  # pyright: ignore[reportMissingImports] (the same)
+import small_model  # pyright: ignore[reportMissingImports] (the same)
 import table_2  # pyright: ignore[reportMissingImports] (the same)
 import table_2_probe  # pyright: ignore[reportMissingImports] (the same)
 import table_3  # pyright: ignore[reportMissingImports] (the same)
@@ -62,36 +64,37 @@ def test_the_models_of_table_2_differ_in_images_and_sizes_alone(
     only, nocond, size = (table_2.config(kind, tmp_path, options) for kind in table_2.RUNS)
     for config in (only, nocond, size):
         objective_of(config).config.check()
-        assert config.training.class_dropout == table_2.DROPOUT
+        assert config.training.class_dropout == small_model.DROPOUT
     assert differences(to_json(only), to_json(nocond)) == ["data.min_size: 16 -> 1"]
     changed = {line.split(":", 1)[0] for line in differences(to_json(nocond), to_json(size))}
     assert changed == {"model.micro", "model.unet.vector_dim", "training.micro_dropout"}
 
 
 def test_table_2_keeps_70_sharp_images_per_class_and_blurs_the_others(tmp_path: Path) -> None:
-    labels = np.arange(1000) % table_2.CLASSES
+    labels = np.arange(1000) % cifar10.CLASSES
     sizes = table_2.sizes_of(labels, 32)
-    assert np.bincount(labels[sizes == 32]).tolist() == [table_2.SHARP] * table_2.CLASSES
+    assert np.bincount(labels[sizes == 32]).tolist() == [table_2.SHARP] * cifar10.CLASSES
     assert (sizes[sizes < 32].min(), sizes[sizes < 32].max()) == (14, 28)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1000, 32, 32, 3), np.uint8)
     chosen = table_2.reduced(sizes, 32, 8)
     assert len(chosen) == 8 and (sizes[chosen] < 32).all()
-    data = table_2.Cifar(images[chosen], labels[chosen])
-    table_2.write_data(tmp_path / "data", data, sizes[chosen])
+    data = cifar10.Cifar(images[chosen], labels[chosen])
+    reduced = [cifar10.resized(image, size) for image, size in zip(data.images, sizes[chosen], strict=True)]
+    small_model.write_images(tmp_path / "data", reduced, data.labels)
     source = open_folder(tmp_path / "data", captioned=False, label="label")
     assert source.sizes.tolist() == [[size, size] for size in sizes[chosen]]
     assert source.numbers["label"].tolist() == labels[chosen].tolist()
     sharp, soft = data.images, table_2.blurred(data.images, sizes[chosen])
     assert soft.shape == sharp.shape
-    assert table_2.high_frequencies(soft) < 0.7 * table_2.high_frequencies(sharp)
+    assert cifar10.high_frequencies(soft) < 0.7 * cifar10.high_frequencies(sharp)
 
 
 def test_high_frequencies_are_those_above_half_the_nyquist_frequency() -> None:
     wave = np.arange(32)[None, :, None] * np.ones((32, 1, 3))
     for frequency, has in ((4, False), (7, False), (9, True), (15, True)):
         image = np.round(127 + 100 * np.cos(2 * np.pi * frequency * wave / 32)).astype(np.uint8)[None]
-        assert (table_2.high_frequencies(image) > 100) == has, frequency
+        assert (cifar10.high_frequencies(image) > 100) == has, frequency
 
 
 def test_probe_tells_classes_apart() -> None:

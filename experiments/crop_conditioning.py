@@ -1,0 +1,147 @@
+"""What conditioning on the crop does, measured: where the object of an image is, by the crop that the model is told.
+
+    python experiments/crop_conditioning.py                      # the pictures of the quickstart, for two processors
+
+The paper (section 2.2, figures 4 and 5) shows objects that are cut off, because training crops, and that crop
+conditioning mends it; it gives no number. Here: pictures of one object in the middle of a wide canvas, 32×64 pixels.
+Training takes random crops of 32×32 from it. Two models, with the same pictures, steps and noise:
+
+    with      conditioned on original size and crop        without      not conditioned on either
+
+Told the crop (0, left), the object should be where that crop of the canvas has it: cut off at the right for left = 0,
+in the middle for 16, cut off at the left for 32. Without conditioning it is anywhere. Measured is the middle of what
+differs from the background, and the share of images in which that touches the left or the right edge.
+
+Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). The same command again resumes.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pictures
+import results
+import small_model
+from jaxtyping import Bool, Float
+from pictures import Picture
+from small_model import Images
+
+from sdxl_jax import load_model, train
+from sdxl_jax.conditioning.micro import Numbers
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.evaluation.curve import check_plots
+from sdxl_jax.sizes import Position, Size
+
+PAPER = [{"model": "SDXL", "finding": "figures 4 and 5 show images; no number is given"}]
+SIDE, WIDTH, OBJECT = 32, 64, 22
+LEFTS = (0, 8, 16, 24, 32)
+"""Crops that the model is told, in pixels."""
+DIFFERS = 48
+"""How far one channel of a pixel must be from the background to be the object's, of 255."""
+
+
+def canvases(given: Sequence[Picture]) -> list[np.ndarray]:
+    """Each picture, OBJECT pixels large, in the middle of a canvas of its background."""
+    made = []
+    for picture in given:
+        canvas = np.tile(picture.background, (SIDE, WIDTH, 1))
+        top, left = (SIDE - OBJECT) // 2, (WIDTH - OBJECT) // 2
+        canvas[top : top + OBJECT, left : left + OBJECT] = picture.pixels
+        made.append(canvas)
+    return made
+
+
+def config(conditioned: bool, images: Path, classes: int, options: argparse.Namespace) -> TrainConfig:
+    model = small_model.model_config(SIDE, classes, Numbers.SIZE_CROP if conditioned else None)
+    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, max_aspect_distance=1.0)
+
+
+def objects(images: Images, given: Sequence[Picture]) -> Bool[np.ndarray, "images side side"]:
+    """Which pixels are not background. given: the picture of each image."""
+    backgrounds = np.stack([picture.background for picture in given])[:, None, None].astype(int)
+    return np.abs(images.astype(int) - backgrounds).max(axis=-1) > DIFFERS
+
+
+def middles(found: Bool[np.ndarray, "images side side"]) -> Float[np.ndarray, " images"]:
+    """The mean column of each object, pixels; NaN where there is none."""
+    columns = found.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        return (columns * np.arange(found.shape[2])).sum(axis=1) / columns.sum(axis=1)
+
+
+def is_cut(found: Bool[np.ndarray, "images side side"]) -> Bool[np.ndarray, " images"]:
+    """Whether the object touches the left or the right edge, with more than two pixels."""
+    return (found[:, :, 0].sum(axis=1) > 2) | (found[:, :, -1].sum(axis=1) > 2)
+
+
+def row(name: str, left: int | None, images: Images, given: Sequence[Picture]) -> dict[str, Any]:
+    found = objects(images, given)
+    middle = middles(found)
+    return {
+        "images": name,
+        "crop left": left,
+        "middle": float(np.nanmean(middle)),
+        "± of images": float(np.nanstd(middle)),
+        "cut off": float(is_cut(found).mean()),
+        "without object": float(np.isnan(middle).mean()),
+        "N": len(images),
+    }
+
+
+def main() -> None:
+    began, options = time.monotonic(), arguments()
+    check_plots()
+    out, given = options.out, pictures.square_pictures(OBJECT)
+    wide = canvases(given)
+    small_model.write_images(out / "data", wide, range(len(wide)))
+    rows = [row("data", left, np.stack([canvas[:, left : left + SIDE] for canvas in wide]), given) for left in LEFTS]
+    classes = list(range(len(given))) * options.samples
+    kept: dict[str, Images] = {}
+    for name in ("with", "without"):
+        train(config(name == "with", out / "data", len(given), options), out / name)
+        for left in LEFTS if name == "with" else LEFTS[:1]:
+            told = {"original_size": Size(SIDE, WIDTH), "crop": Position(0, left)} if name == "with" else {}
+            file = out / "samples" / f"{name}_{left}.npz"
+            images = small_model.sampled(load_model(out / name), classes, file, {"guidance": 2.0, **told})
+            kept[f"{name}, left {left}" if told else name] = images
+            rows.append(row(name, left if told else None, images, given * options.samples))
+    notes = [f"{len(given)} pictures; the middle of the image is column {(SIDE - 1) / 2:g}"]
+    print(results.write(out, "Crop conditioning, in small", PAPER, rows, notes, began))
+    plot(rows, kept, out / "figure.png")
+
+
+def plot(rows: list[dict[str, Any]], kept: dict[str, Images], path: Path) -> None:
+    """Where the object is by the crop, and samples."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5))
+    grid = figure.add_gridspec(len(kept), 2, width_ratios=(2, 3))
+    axes: Any = figure.add_subplot(grid[:, 0])
+    for name in ("data", "with"):
+        own = [each for each in rows if each["images"] == name]
+        lefts, middle = [each["crop left"] for each in own], [each["middle"] for each in own]
+        axes.errorbar(lefts, middle, [each["± of images"] for each in own], marker="o", capsize=3, label=name)
+    (alone,) = (each for each in rows if each["images"] == "without")
+    axes.axhline(alone["middle"], color="grey", linestyle="--", label="without")
+    axes.axhspan(*(alone["middle"] + sign * alone["± of images"] for sign in (-1, 1)), color="grey", alpha=0.15)
+    axes.set_xlabel("crop that is told, pixels from the left")
+    axes.set_ylabel("middle of the object, column")
+    axes.legend(frameon=False)
+    results.draw_samples(figure, [grid[number, 1] for number in range(len(kept))], kept)
+    results.save_figure(figure, path)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000, help="of each run; default 1000")
+    parser.add_argument("--batch", type=int, default=32, help="default 32")
+    parser.add_argument("--samples", type=int, default=4, help="of each picture and crop; default 4")
+    parser.add_argument("--out", type=Path, default=Path("runs/crop_conditioning"), help="folder of the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""What offset noise does, measured: the range of the images' mean brightness.
+
+    python experiments/offset_noise.py                           # the pictures of the quickstart, for two processors
+
+The paper (section 2.5) trains its last stage with an offset noise of 0.05 (Guttenberg 2023) and gives no measure of it.
+Its schedule leaves some of the image in the last timestep, so that a model learns to find the brightness there, while
+sampling begins from noise without any: samples become neither dark nor bright. Offset noise varies the mean of the
+noise itself. Here: pictures as they are, dark (a tenth as bright) and bright (a tenth as far from white), which nothing
+in the conditioning tells apart; a model for each strength of the offset noise, with the same pictures, steps and noise.
+What is measured is the distribution of the samples' mean brightness, beside that of the data.
+
+Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). The same command again resumes.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pictures
+import results
+import small_model
+from jaxtyping import Float, UInt8
+from small_model import Images
+
+from sdxl_jax import load_model, train
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.diffusion.loss import LossConfig
+from sdxl_jax.evaluation.curve import check_plots
+
+PAPER = [{"model": "SDXL", "offset noise": 0.05, "finding": "no number is given"}]
+SIDE = 32
+
+
+def versions(pixels: UInt8[np.ndarray, "side side 3"]) -> list[UInt8[np.ndarray, "side side 3"]]:
+    """A picture as it is, dark, and bright."""
+    dark, bright = 0.1 * pixels, 255 - 0.1 * (255.0 - pixels)
+    return [pixels, dark.round().astype(np.uint8), bright.round().astype(np.uint8)]
+
+
+def config(strength: float, images: Path, classes: int, options: argparse.Namespace) -> TrainConfig:
+    model, loss = small_model.model_config(SIDE, classes), LossConfig(offset_noise=strength)
+    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, loss=loss)
+
+
+def brightness(images: Images) -> Float[np.ndarray, " images"]:
+    """Mean luminance, 0 to 1."""
+    return (images @ np.array([0.299, 0.587, 0.114])).mean(axis=(1, 2)) / 255
+
+
+def row(name: str, images: Images) -> dict[str, Any]:
+    found = brightness(images)
+    low, middle, high = map(float, np.quantile(found, (0.05, 0.5, 0.95)))
+    return {"images": name, "5 %": low, "median": middle, "95 %": high, "±": float(found.std()), "N": len(images)}
+
+
+def main() -> None:
+    began, options = time.monotonic(), arguments()
+    check_plots()
+    out = options.out
+    each = [versions(picture.pixels) for picture in pictures.square_pictures(SIDE)]
+    images, classes = np.stack([image for three in each for image in three]), range(len(each))
+    small_model.write_images(out / "data", list(images), [number for number in classes for _ in range(3)])
+    kept = {"data": images}
+    for strength in options.strengths:
+        name = f"offset noise {strength:g}"
+        train(config(strength, out / "data", len(each), options), run := out / f"offset_{strength:g}")
+        kept[name] = small_model.sampled(
+            load_model(run), list(classes) * options.samples, out / "samples" / f"{strength:g}.npz", {"guidance": 1.0}
+        )
+    rows = [row(name, images) for name, images in kept.items()]
+    print(results.write(out, "Offset noise, in small", PAPER, rows, ["mean luminance, 0 to 1"], began))
+    plot(kept, out / "figure.png")
+
+
+def plot(kept: dict[str, Images], path: Path) -> None:
+    """Histograms of the brightness, and samples."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4))
+    grid = figure.add_gridspec(len(kept), 2, width_ratios=(2, 3))
+    axes: Any = figure.add_subplot(grid[:, 0])
+    for name, images in kept.items():
+        axes.hist(brightness(images), bins=np.linspace(0, 1, 26), histtype="step", density=True, label=name)
+    axes.set_xlabel("mean brightness of an image")
+    axes.set_yticks([])
+    axes.legend(frameon=False)
+    results.draw_samples(figure, [grid[number, 1] for number in range(len(kept))], kept)
+    results.save_figure(figure, path)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.0, 0.05], help="default 0 and 0.05")
+    parser.add_argument("--steps", type=int, default=1000, help="of each run; default 1000")
+    parser.add_argument("--batch", type=int, default=32, help="default 32")
+    parser.add_argument("--samples", type=int, default=8, help="of each picture; default 8")
+    parser.add_argument("--out", type=Path, default=Path("runs/offset_noise"), help="folder of the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

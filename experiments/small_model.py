@@ -1,0 +1,127 @@
+"""The small model that the experiments on pixels share: SDXL's UNet in small, conditioned on a class, for images of 16
+to 32 pixels.
+
+It works on an exact Haar transform of the pixels, so that no autoencoder blurs or shifts anything. A step of 64 images
+of 32×32 is about 0.1 TFLOP.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from sdxl_jax.conditioning.micro import MicroConfig, Numbers
+from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.diffusion.loss import LossConfig
+from sdxl_jax.files import atomic
+from sdxl_jax.model import Model, ModelConfig, UnconditionalKind
+from sdxl_jax.models.unet import ClassConfig, UNetConfig
+from sdxl_jax.models.wavelet import WaveletConfig
+from sdxl_jax.optim.ema import EmaConfig, EmaKind
+from sdxl_jax.optim.optimiser import OptimiserConfig
+from sdxl_jax.sampling.generate import generate
+
+Images = UInt8[np.ndarray, "images side side 3"]
+
+DROPOUT = 0.2
+"""Of each condition on its own, as in sgm."""
+
+
+def model_config(side: int, classes: int, numbers: Numbers | None = None) -> ModelConfig:
+    """side: of the images, a multiple of 8. numbers: of micro-conditioning; None: there is none."""
+    micro = None if numbers is None else MicroConfig(numbers, embedding_dim=64)
+    channels = WaveletConfig().latent_channels
+    return ModelConfig(
+        unet=UNetConfig(
+            block_channels=(64, 128, 128),
+            resnets_per_block=1,
+            transformer_depth=(0, 1, 1),
+            middle_depth=1,
+            heads=(1, 2, 2),
+            context_dim=128,
+            vector_dim=None if micro is None else micro.vector_dim,
+            in_channels=channels,
+            out_channels=channels,
+            classes=ClassConfig(classes),
+        ),
+        vae=WaveletConfig(),
+        text=(),
+        micro=micro,
+        unconditional=UnconditionalKind.ALL_ZEROS,
+        default_size=(side, side),
+    )
+
+
+def train_config(
+    images: Path,
+    model: ModelConfig,
+    *,
+    batch: int,
+    steps: int,
+    loss: LossConfig = LossConfig(),
+    validation_size: tuple[int, int] | None = None,
+    **data: Any,
+) -> TrainConfig:
+    """images: a folder of `write_images`. data: fields of DataConfig."""
+    side = model.default_size[0]
+    assert model.unet.classes is not None
+    return TrainConfig(
+        data=DataConfig(
+            folder=str(images),
+            label="label",
+            buckets=((side, side),),
+            batch_size=batch,
+            verify_images=False,
+            **data,
+        ),
+        model=model,
+        loss=loss,
+        optimiser=OptimiserConfig(learning_rate=5e-4, warmup_steps=steps // 20, weight_decay=0.01),
+        ema=EmaConfig(kind=EmaKind.WARMUP, decay=0.999),
+        training=TrainingConfig(
+            steps=steps,
+            caption_dropout=0.0,
+            class_dropout=DROPOUT,
+            micro_dropout=0.0 if model.micro is None else DROPOUT,
+        ),
+        checkpoint=CheckpointConfig(every_steps=max(1, steps // 4), keep=4),
+        validation=ValidationConfig(
+            every_steps=max(1, steps // 4),
+            classes=tuple(range(min(10, model.unet.classes.number))),
+            sizes=(validation_size or (side, side),),
+            steps=50,
+        ),
+    )
+
+
+def write_images(folder: Path, images: Sequence[np.ndarray], labels: Sequence[int], **fields: float) -> None:
+    """uint8 images of any sizes with their classes; written once. fields: further numbers of every image."""
+    if (folder / "metadata.jsonl").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        Image.fromarray(image).save(folder / f"{number:05d}.png", compress_level=1)
+        lines.append(json.dumps({"file_name": f"{number:05d}.png", "label": int(label), **fields}))
+    atomic.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
+
+
+def sampled(model: Model, classes: Sequence[int], file: Path, options: Mapping[str, Any]) -> Images:
+    """One sample of each class in the list; kept in a file. options: of `generate`, besides DDIM's 50 steps."""
+    if file.exists():
+        return np.load(file)["images"]
+    found = generate(
+        model,
+        [""] * len(classes),
+        classes=list(classes),
+        **{"sampler": "ddim", "steps": 50, "batch_size": min(len(classes), 250), "progress": True, **options},
+    ).images
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic.replacing(file) as partial, partial.open("wb") as opened:
+        np.savez(opened, images=found)
+    return found
