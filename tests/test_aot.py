@@ -220,6 +220,8 @@ def test_a_program_that_does_not_fit_says_what_to_change_first(tmp_path: Path) -
     assert "raise optimiser.accumulate to 2." in advice(large, Remat.BLOCK)
     assert "To need less memory" in advice(large, Remat.BLOCK, accumulate=2)
     assert "It does not fit: it requires 30.38G of 15.75G HBM. Activations" in advice(REFUSED)
+    scope = dataclasses.replace(REFUSED, reason="RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:")
+    assert "add xla_tpu_scoped_vmem_limit_kib=65536 to compute.compiler_options" in advice(scope, Remat.BLOCK)
     assert "raise mesh.fsdp, up to 4." in advice(
         dataclasses.replace(REFUSED, bytes_by_use={"parameters": 12 * GIB}), fsdp=1
     )

@@ -291,6 +291,11 @@ def verdict(result: Report | TooLarge, config: RunConfig) -> str:
 
 def advice(result: Report | TooLarge, config: RunConfig) -> str:
     """The first change that would help, by the largest use of memory."""
+    if isinstance(result, TooLarge) and "ScopedVmem" in result.reason:
+        return (
+            "A single operation needs more of the memory on the chip than a scope may have: add "
+            "xla_tpu_scoped_vmem_limit_kib=65536 to compute.compiler_options."
+        )
     state = sum(result.bytes_by_use.values())
     # For a program that the compiler refused, activations are not known: they need more than the rest leaves.
     activations = result.chip.memory_bytes - state if isinstance(result, TooLarge) else result.bytes_activations
