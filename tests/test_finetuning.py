@@ -1,6 +1,9 @@
 """`sdxl-jax finetune`: what it chooses, what it refuses, and one run of the whole command."""
 
+import contextlib
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +15,7 @@ from PIL import Image
 from test_adapter_training import MODEL
 
 from sdxl_jax import config as configuration
+from sdxl_jax.adapters.embeddings import Norm
 from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
@@ -20,11 +24,12 @@ from sdxl_jax.finetuning import choices, config_file, run
 from sdxl_jax.finetuning.choices import Images, Machine
 from sdxl_jax.finetuning.options import Kind, Options
 from sdxl_jax.finetuning.survey import LINKS, survey
-from sdxl_jax.model import SD1, SD2, SDXL_BASE, ModelConfig
+from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.layers import Dtype, Remat
 from sdxl_jax.sampling.contact_sheet import contact_sheet, first_row
 from sdxl_jax.weights import lora
 from sdxl_jax.weights.convert import convert
+from sdxl_jax.weights.lazy import InMemory, Origin, SourceLayout, Weights
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
@@ -48,6 +53,8 @@ def chosen(
     machine: Machine = GPU,
     options: Options = Options(),
 ) -> TrainConfig:
+    if kind is Kind.TEXTUAL_INVERSION:
+        options = dataclasses.replace(options, trigger="<zwx>")
     config = choices.choose(kind, "images", images, "base.safetensors", model, machine, options)
     config.check()
     return config
@@ -102,6 +109,14 @@ def test_rank_follows_the_number_of_images(count: int, rank: int) -> None:
 @pytest.mark.parametrize(("count", "rate"), [(12, 1e-6), (999, 1e-6), (1000, 1e-5)])
 def test_whole_unet_learns_slower(count: int, rate: float) -> None:
     assert choices.learning_rate(Kind.FULL, count, SDXL_BASE) == rate
+
+
+def test_new_token_is_kept_at_the_norm_of_words() -> None:
+    config = chosen(kind=Kind.TEXTUAL_INVERSION)
+    assert config.textual_inversion is not None and config.textual_inversion.token == "<zwx>"
+    assert (config.textual_inversion.vectors, config.textual_inversion.norm) == (2, Norm.MEDIAN)
+    assert config.textual_inversion.base_dtype is AccumulatorDtype.BFLOAT16
+    assert (config.training.trainable, config.adapter, config.optimiser.learning_rate) == ((), None, 3e-4)
 
 
 def test_own_choices_come_first() -> None:
@@ -217,7 +232,7 @@ def test_command_trains_shows_and_says_how_to_sample(folder: Path, base: Path, t
     for expected in (
         r"1 files are left out:",
         "4 of 5, 16×16 to 16×16 pixels",
-        "2 images have their own, 2 the given one",
+        "2 images have their own, 2 get the given one",
         "LoRA of the UNet's attention, rank 2",
         f"sdxl-jax sample {base} --lora {file} --prompt 'zwx, a dog' --out images",
     ):
@@ -231,13 +246,26 @@ def test_command_trains_shows_and_says_how_to_sample(folder: Path, base: Path, t
 
 
 @pytest.mark.slow
-def test_whole_unet_trains_and_samples_as_a_run(folder: Path, base: Path, tmp_path: Path) -> None:
-    outcome = call(
-        *("finetune", folder, "--base", base, "--kind", "full", "--steps", 2, "--prompt", "a", "--run-dir"),
-        tmp_path / "dog",
+def test_new_token_trains_and_samples_with_the_base(folder: Path, base: Path, tmp_path: Path) -> None:
+    arguments = ["--steps", 2, "--trigger", "<zwx>", "--initial", "dog", "--run-dir", tmp_path / "dog"]
+    outcome = call("finetune", folder, "--base", base, "--kind", "textual-inversion", *arguments)
+    assert outcome.code == 0, outcome
+    embedding = f"{tmp_path / 'dog' / 'dog.safetensors'}:<zwx>"
+    assert f"sdxl-jax sample {base} --embedding '{embedding}'" in outcome.out + outcome.err
+    sample = call(
+        *("sample", base, "--embedding", embedding, "--prompt", "a <zwx>", "--steps", 2, "--out", tmp_path / "images")
     )
+    assert sample.code == 0, sample
+
+
+@pytest.mark.slow
+def test_whole_unet_trains_and_samples_as_a_run(folder: Path, base: Path, tmp_path: Path) -> None:
+    arguments = ["finetune", folder, "--base", base, "--kind", "full", "--steps", 2, "--prompt", "a"]
+    outcome = call(*arguments, "--run-dir", tmp_path / "dog")
     assert outcome.code == 0, outcome
     assert f"sdxl-jax sample {tmp_path / 'dog'} --prompt 'a dog' --out images" in outcome.out + outcome.err
+    again = call(*arguments, "--run-dir", tmp_path / "dog")
+    assert again.code == 0, "the same choices, of a finished run"
     sample = call("sample", tmp_path / "dog", "--prompt", "a", "--steps", 2, "--out", tmp_path / "images")
     assert sample.code == 0, sample
 
@@ -267,13 +295,43 @@ def test_bad_input_is_refused_before_anything_is_written(folder: Path, base: Pat
     Image.new("RGB", (16, 16)).save(tmp_path / "bare" / "a.png")
     lora = ("--base", base, "--kind", "lora")
     refused("There is nothing at absent", tmp_path, folder, "--base", "absent", "--kind", "lora")
-    refused("Known, nearest first: lora, full", tmp_path, folder, "--base", base, "--kind", "lor")
+    refused("Known, nearest first: lora, full, textual-inversion", tmp_path, folder, "--base", base, "--kind", "lor")
     refused("holds no images", tmp_path, tmp_path / "empty", *lora)
     refused("To give all images one caption: --prompt", tmp_path, tmp_path / "bare", *lora)
     refused("--rank 4 has no effect with --kind full", tmp_path, folder, "--base", base, "--kind", "full", "--rank", 4)
+    token = ("--base", base, "--kind", "textual-inversion")
+    refused("textual inversion needs --trigger: the new token", tmp_path, folder, *token)
+    refused("cannot have the token 'dog': it is in CLIP's own vocabulary", tmp_path, folder, *token, "--trigger", "dog")
+    refused("--vectors 2 has no effect with --kind lora", tmp_path, folder, *lora, "--vectors", 2)
     refused("--steps=0 is out of range", tmp_path, folder, *lora, "--steps", 0)
     refused("--trigger ' ' has no words", tmp_path, folder, *lora, "--trigger", " ")
     refused("Give a rank up to 8", tmp_path, folder, *lora, "--rank", 99, "--prompt", "a")
+
+
+@pytest.mark.parametrize(
+    ("config", "parts", "expected"),
+    [
+        (SDXL_BASE, ("unet", "vae", "text_encoder"), "has no text_encoder_2. Give a whole model"),
+        (SDXL_REFINER, SDXL_REFINER.parts, "is a refiner"),
+        (dataclasses.replace(SD1, unet=dataclasses.replace(SD1.unet, in_channels=9)), SD1.parts, "for inpainting"),
+        (dataclasses.replace(SDXL_BASE, text=()), ("unet", "vae"), "is a model of classes"),
+    ],
+)
+def test_base_that_this_command_cannot_train_is_refused(
+    config: ModelConfig, parts: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaves = {f"{part}/kernel": InMemory(np.zeros(1, np.float32)) for part in parts}
+    monkeypatch.setattr(run, "open_model", lambda _: Weights(config, leaves, Origin(SourceLayout.MEMORY)))
+    with pytest.raises(InputError, match=f"--base some.*{expected}"):
+        run._opened("some")
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "Processes", lambda _: contextlib.nullcontext(SimpleNamespace(count=2)))
+    with pytest.raises(
+        InputError, match=r"finetune is for one process, and the environment describes 2.*--write-config"
+    ):
+        run._machine()
 
 
 @pytest.mark.parametrize(("count", "said"), [(1, True), (4, True), (5, False)])

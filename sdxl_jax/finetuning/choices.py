@@ -4,17 +4,20 @@
     base ────┼── size, learning rate ───┼── TrainConfig
     machine ─┴── batch, precision ──────┘
 
-The learning rates 1e-4 and 1e-6 and ranks from 4 to 32 are those of sd-scripts, diffusers and OneTrainer; 500 to 1500
-steps for 5 to 20 images are said to be usual, which we have not checked. All other numbers are ours, and none was measured at full size.
+The learning rates 1e-4, 3e-4 and 1e-6 and ranks from 4 to 32 are those of sd-scripts, diffusers and OneTrainer; 1 to 4
+vectors are usual, and OneTrainer can keep them at the norm of words; 500 to 1500 steps for 5 to 20 images are said to
+be usual, which we have not checked. All other numbers are ours, and none was measured at full size.
 The user's own choices (`Options`) come first.
 """
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
+from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
@@ -62,15 +65,12 @@ def choose(
     kind: Kind, folder: str, images: Images, base: str, model: ModelConfig, machine: Machine, options: Options
 ) -> TrainConfig:
     """folder: of the images with these captions. base: the path of the model, whose configuration is `model`."""
-    count, on_cpu, is_large = len(images.sizes), machine.platform == "cpu", max(model.unet.block_channels) >= LARGE
-    is_adapter = kind is Kind.LORA
+    count, on_cpu, is_large = len(images.sizes), machine.platform == "cpu", _is_large(model)
     chosen = buckets(images.sizes, known_buckets(model, options.size))
     batch_size = options.batch_size or machine.devices * (1 if is_large else 4)
     steps = options.steps or steps_for(count, batch_size)
     every = math.ceil(steps / GRIDS)
-    rank = options.rank or rank_for(count, model)
-    base_dtype = AccumulatorDtype.BFLOAT16 if is_large else AccumulatorDtype.FLOAT32
-    return TrainConfig(
+    common = TrainConfig(
         data=DataConfig(
             folder=folder, buckets=chosen, batch_size=batch_size, on_refused=OnRefused.SKIP, seed=options.seed
         ),
@@ -78,23 +78,54 @@ def choose(
         compute=Compute(
             dtype=Dtype.FLOAT32 if on_cpu else Dtype.BFLOAT16, remat=Remat.BLOCK if is_large else Remat.NONE
         ),
-        mesh=MeshConfig(fsdp=machine.devices if is_large and not is_adapter else 1),
         optimiser=OptimiserConfig(
             learning_rate=options.learning_rate or learning_rate(kind, count, model),
             warmup_steps=min(50, steps // 10),
             weight_decay=0.01,
         ),
         ema=EmaConfig(decay=0.99),
-        training=TrainingConfig(
-            steps=steps, seed=options.seed, caption_dropout=0.05 if is_adapter else 0.1, init_from=(base,)
-        ),
-        adapter=AdapterConfig(rank=rank, alpha=float(rank), base_dtype=base_dtype) if is_adapter else None,
-        checkpoint=CheckpointConfig(every_steps=every, keep=2, export_every_steps=every if is_adapter else None),
+        training=TrainingConfig(steps=steps, seed=options.seed, caption_dropout=0.1, init_from=(base,)),
+        checkpoint=CheckpointConfig(every_steps=every, keep=2),
         validation=ValidationConfig(
             every_steps=every,
             prompts=options.validation_prompt or prompts(images.captions),
             sizes=(commonest(images.sizes, chosen),),
         ),
+    )
+    if kind is Kind.FULL:
+        return replace(common, mesh=MeshConfig(fsdp=machine.devices if is_large else 1))
+    return _beside_the_base(common, kind, count, options)
+
+
+def _is_large(model: ModelConfig) -> bool:
+    return max(model.unet.block_channels) >= LARGE
+
+
+def _beside_the_base(common: TrainConfig, kind: Kind, count: int, options: Options) -> TrainConfig:
+    """Training of a file of its own beside the frozen base, which is copied to every device."""
+    base_dtype = AccumulatorDtype.BFLOAT16 if _is_large(common.model) else AccumulatorDtype.FLOAT32
+    exports = replace(common.checkpoint, export_every_steps=common.checkpoint.every_steps)
+    if kind is Kind.LORA:
+        rank = options.rank or rank_for(count, common.model)
+        return replace(
+            common,
+            training=replace(common.training, caption_dropout=0.05),
+            adapter=AdapterConfig(rank=rank, alpha=float(rank), base_dtype=base_dtype),
+            checkpoint=exports,
+        )
+    assert options.trigger is not None
+    return replace(
+        common,
+        training=replace(common.training, caption_dropout=0.0, trainable=()),
+        optimiser=replace(common.optimiser, weight_decay=0.0),
+        textual_inversion=TextualInversionConfig(
+            token=options.trigger.strip(),
+            vectors=options.vectors or 2,
+            initial=options.initial,
+            norm=Norm.MEDIAN,
+            base_dtype=base_dtype,
+        ),
+        checkpoint=exports,
     )
 
 
@@ -110,7 +141,9 @@ def rank_for(count: int, model: ModelConfig) -> int:
 
 
 def learning_rate(kind: Kind, count: int, model: ModelConfig) -> float:
-    """Higher for UNets that are narrower than SDXL's, in proportion."""
+    """Of the UNet's parameters it is higher where the UNet is narrower than SDXL's, in proportion."""
+    if kind is Kind.TEXTUAL_INVERSION:
+        return 3e-4
     rate = 1e-4 if kind is Kind.LORA else 1e-5 if count >= FULL_RATE_FROM else 1e-6
     return rate * max(1.0, _WIDTH / model.unet.block_channels[0])
 

@@ -13,6 +13,8 @@ class Kind(enum.Enum):
 
     LORA = "lora"
     """An adapter of the UNet's attention, beside the frozen base: a small file."""
+    TEXTUAL_INVERSION = "textual-inversion"
+    """Embedding vectors of a new token in each text encoder, beside the frozen base: a tiny file."""
     FULL = "full"
     """The whole UNet: a model of its own."""
 
@@ -24,12 +26,13 @@ class Options:
     prompt: str | None = None
     """Caption of the images that have none."""
     trigger: str | None = None
-    """Word for what is learnt: put before each caption that does not have it; the caption of images without any."""
+    """Word for what is learnt: put before each caption that does not have it; the caption of images without any. Of
+    textual inversion, the new token, e.g. "<zwx>"."""
     steps: int | None = None
     """Updates. Default: 100 per image, at least 500 and at most 1500, and no less than 10 epochs."""
     learning_rate: float | None = None
-    """Learning rate. Default: 1e-4 for an adapter; 1e-6 for the whole UNet, 1e-5 from 1000 images on; higher for UNets
-    with fewer than 320 channels, in proportion."""
+    """Learning rate. Default: 3e-4 for textual inversion; 1e-4 for an adapter; 1e-6 for the whole UNet, 1e-5 from 1000
+    images on; these two higher for UNets with fewer than 320 channels, in proportion."""
     rank: int | None = None
     """Rank of the adapter, and its alpha. Default: 8 for up to 10 images, 16 for up to 50, 32 for more."""
     batch_size: int | None = None
@@ -39,19 +42,29 @@ class Options:
     validation_prompt: tuple[str, ...] = ()
     """Prompt to sample while training, five times; may be repeated. Default: up to 4 captions."""
     seed: int = 0
-    """Random seed of the adapter, the order of the images, and the noise."""
+    """Random seed of what is trained, the order of the images, and the noise."""
+    vectors: int | None = None
+    """Embedding vectors of textual inversion. Default: 2."""
+    initial: str | None = None
+    """Words that the vectors of textual inversion begin as, e.g. dog. Default: random vectors."""
 
     def check(self, kind: Kind) -> None:
-        """Raises InputError for numbers out of range, empty texts, and a rank where there is no adapter."""
+        """Raises InputError for numbers out of range, empty texts, options of another kind, and a missing token."""
         numbers = [("--steps", self.steps, 1, math.inf), ("--rank", self.rank, 1, math.inf)]
         numbers += [("--batch-size", self.batch_size, 1, math.inf), ("--size", self.size, 8, math.inf)]
-        check_ranges(numbers)
+        check_ranges([*numbers, ("--vectors", self.vectors, 1, 75)])
         check_ranges([("--learning-rate", self.learning_rate, 0, math.inf)], above_low=True, below_high=True)
-        for name in ("prompt", "trigger"):
+        for name in ("prompt", "trigger", "initial"):
             if (given := getattr(self, name)) is not None and not given.strip():
                 raise InputError(f"--{name} {given!r} has no words. Give some, or leave it out")
-        if self.rank is not None and kind is Kind.FULL:
+        own = {"rank": Kind.LORA, "vectors": Kind.TEXTUAL_INVERSION, "initial": Kind.TEXTUAL_INVERSION}
+        for name, of in own.items():
+            if getattr(self, name) is not None and kind is not of:
+                raise InputError(
+                    f"--{name} {getattr(self, name)} has no effect with --kind {kind.value}. Leave it out, or give "
+                    f"--kind {of.value}"
+                )
+        if kind is Kind.TEXTUAL_INVERSION and self.trigger is None:
             raise InputError(
-                f"--rank {self.rank} has no effect with --kind full, which trains no adapter. Leave it out, or give "
-                "--kind lora"
+                'textual inversion needs --trigger: the new token, which is no word yet, e.g. --trigger "<zwx>"'
             )

@@ -118,24 +118,20 @@ def _machine() -> Machine:
 
 def table(config: TrainConfig, found: Survey, run_dir: Path) -> str:
     """What was chosen, line by line, each with the option that overrides it."""
-    images, data, adapter = found.images, config.data, config.adapter
+    images, data = found.images, config.data
     count, pixels = len(images.sizes), images.sizes.prod(axis=1)
     least, most = (images.sizes[index] for index in (pixels.argmin(), pixels.argmax()))
     members = np.bincount(assign(images.sizes, data.buckets).bucket, minlength=len(data.buckets))
     sizes = ", ".join(f"{h}×{w} ({n})" for (h, w), n in zip(data.buckets, members, strict=True))
-    given = count - found.own_captions
+    captions = [f"{found.own_captions} images have their own"] if found.own_captions else []
+    captions += [f"{count - found.own_captions} get the given one"] if count > found.own_captions else []
     validation, compute = config.validation, config.compute
     (height, width), every = validation.sizes[0], validation.every_steps
-    trained = (
-        "the whole UNet"
-        if adapter is None
-        else f"LoRA of the UNet's attention, rank {adapter.rank}, beside the base in {adapter.base_dtype.value}"
-    )
     rows = [
         ("images", f"{count} of {found.found}, {least[0]}×{least[1]} to {most[0]}×{most[1]} pixels", ""),
-        ("captions", f"{found.own_captions} images have their own, {given} the given one", "--prompt --trigger"),
+        ("captions", ", ".join(captions), "--prompt --trigger"),
         ("trained at", f"{sizes}: height × width (images)", "--size"),
-        ("trained", trained, "--kind --rank"),
+        ("trained", *_trained(config)),
         ("batch", f"{data.batch_size} image{'s' * (data.batch_size > 1)} a step", "--batch-size"),
         ("steps", f"{config.training.steps}, {config.training.steps * data.batch_size / count:.3g} epochs", "--steps"),
         ("learning rate", f"{config.optimiser.learning_rate:g}", "--learning-rate"),
@@ -150,6 +146,19 @@ def table(config: TrainConfig, found: Survey, run_dir: Path) -> str:
     names, flags = max(len(row[0]) for row in rows), max(len(row[2]) for row in rows)
     lines = [f"  {name:<{names}}  {flag:<{flags}}  {value}" for name, value, flag in rows]
     return "\n".join([*_notes(config, found), "Chosen, and how to choose otherwise:", *lines])
+
+
+def _trained(config: TrainConfig) -> tuple[str, str]:
+    """(what is trained, the options that change it)."""
+    adapter, token = config.adapter, config.textual_inversion
+    if adapter is not None:
+        beside = f"beside the base in {adapter.base_dtype.value}"
+        return f"LoRA of the UNet's attention, rank {adapter.rank}, {beside}", "--kind --rank"
+    if token is not None:
+        begin = "random" if token.initial is None else f"at first {token.initial!r}"
+        what = f"{token.vectors} vectors of the new token {token.token} in each text encoder, {begin}"
+        return f"{what}, beside the base in {token.base_dtype.value}", "--kind --vectors --initial"
+    return "the whole UNet", "--kind"
 
 
 def _notes(config: TrainConfig, found: Survey) -> list[str]:
@@ -172,7 +181,7 @@ def _smaller(config: TrainConfig) -> str:
     height, width = config.validation.sizes[0]
     options = [
         f"--batch-size below {config.data.batch_size}" if config.data.batch_size > 1 else "",
-        "--kind lora" if config.adapter is None else "",
+        "--kind lora" if config.training.trainable and config.adapter is None else "",
         f"--size below {round((height * width) ** 0.5)}",
     ]
     return f"Of finetune: {', '.join(filter(None, options))}; --write-config FILE.py for the fields"
@@ -184,16 +193,18 @@ def _line(*words: object) -> str:
 
 def _results(config: TrainConfig, run_dir: Path, base: str) -> str:
     """The paths, and the command that samples."""
-    prompt, rows = config.validation.prompts[0], [("contact sheet", run_dir / SHEET), ("images", run_dir / "samples")]
-    if config.adapter is None:
-        sample = _line("sample", run_dir, "--prompt", prompt, "--out", "images")
-        file = _line("convert", run_dir, f"{run_dir}.safetensors", "--to", "single-file")
-        rows, more = [*rows, ("model", run_dir)], f"\nAs one file for other programs:\n  {file}"
+    file, more = run_dir / f"{run_dir.name}.safetensors", ""
+    if config.adapter is not None:
+        what, path, model = "adapter", file, [base, "--lora", file]
+    elif config.textual_inversion is not None:
+        what, path, model = "embedding", file, [base, "--embedding", f"{file}:{config.textual_inversion.token}"]
     else:
-        path = run_dir / f"{run_dir.name}.safetensors"
-        sample = _line("sample", base, "--lora", path, "--prompt", prompt, "--out", "images")
-        rows, more = [*rows, ("adapter", path)], ""
+        what, path, model = "model", run_dir, [run_dir]
+        single = _line("convert", run_dir, f"{run_dir}.safetensors", "--to", "single-file")
+        more = f"\nAs one file for other programs:\n  {single}"
+    rows = [("contact sheet", run_dir / SHEET), ("images", run_dir / "samples"), (what, path)]
     lines = "\n".join(f"  {name:<13}  {path}" for name, path in rows)
+    sample = _line("sample", *model, "--prompt", config.validation.prompts[0], "--out", "images")
     return f"\n{lines}\nSample with\n  {sample}{more}"
 
 
