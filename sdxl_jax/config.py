@@ -418,6 +418,11 @@ class TrainConfig(RunConfig):
                 f"data.label={label} has no effect: this model is not conditioned on classes. Leave it out (None), or "
                 "set model.unet.classes"
             )
+        if self.model.unet.guidance_dim is not None:
+            raise InputError(
+                f"model.unet.guidance_dim={self.model.unet.guidance_dim}: denoising has no guidance scale to train "
+                "this input with. Set it to None, or distil a model"
+            )
         if self.data.cache is not None and self.data.crops_per_image is None:
             raise InputError(
                 f"data.cache={self.data.cache} holds a fixed number of crops per image. Set data.crops_per_image to "

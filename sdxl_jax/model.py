@@ -73,7 +73,8 @@ class ModelConfig:
     default_size: tuple[int, int] = (1024, 1024)
     """(height, width) in pixels of sampled images, by default."""
     distilled: bool = False
-    """Whether guidance is in the weights, as after consistency distillation: sampling then uses guidance 1."""
+    """Whether guidance is in the weights, as after consistency distillation: sampling then uses guidance 1, or the
+    scale that is an input (`unet.guidance_dim`)."""
     sampling: SamplingDefaults | None = None
     """Default sampler, spacing and noise levels; None: those of SDXL's official files."""
 
@@ -103,6 +104,8 @@ class ModelConfig:
         for name in ("resnets_per_block", "middle_depth", "in_channels", "out_channels", "groups"):
             if (value := getattr(self.unet, name)) < 1:  # parameters without elements, which no checkpoint holds
                 raise InputError(f"model.unet.{name}={value}. Give 1 or more")
+        if (width := self.unet.guidance_dim) is not None and (width < 4 or width % 2):
+            raise InputError(f"model.unet.guidance_dim={width}. Give an even number, 4 or more, e.g. 256, or None")
         self._check_conditioning()
         if self.vae.latent_channels != self.unet.out_channels:
             raise InputError(

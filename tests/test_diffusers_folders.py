@@ -510,7 +510,6 @@ UNET_REFUSED: dict[str, Any] = {
     "resnet_skip_time_act": True,
     "resnet_time_scale_shift": "scale_shift",
     "reverse_transformer_layers_per_block": [4, 2, 1],
-    "time_cond_proj_dim": 256,
     "time_embedding_act_fn": "silu",
     "time_embedding_dim": 512,
     "time_embedding_type": "fourier",

@@ -47,7 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "smoke": {"config", "model", "models", "conditioning", "sharding", "training.objectives"},
     "weights": {
         *("weights", "adapters", "jsontree"),
-        *("model", "models", "conditioning", "diffusion", "samplers.defaults", "samplers.steps", "sharding"),
+        *("model", "models", "conditioning", "diffusion", "samplers.defaults", "samplers.presets"),
+        *("samplers.steps", "sharding"),
         *BASE,
     },
     "compilation": {"compilation"} | BASE,

@@ -144,6 +144,18 @@ def sinusoidal_embedding(values: Num[jax.Array, "*axes"], dim: int) -> Float[jax
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def guidance_embedding(scale: Float[jax.Array, "*axes"], dim: int) -> Float[jax.Array, "*axes {dim}"]:
+    """[sin(vω₀) … sin(vω_h), cos(vω₀) … cos(vω_h)] with v = 1000 (scale − 1), ω_i = 10000^(−i/(h − 1)), h = dim/2, in
+    float32: other than `sinusoidal_embedding` in order and frequencies. scale: of guidance, where 1 is none.
+
+    Luo et al., arXiv:2310.04378, section 4.3, in the numbers of diffusers' `get_guidance_scale_embedding`.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = 1000.0 * (scale.astype(jnp.float32)[..., None] - 1.0) * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 def variables(params: Params, adapters: Params | None = None) -> dict[str, Params]:
     """What a network is applied to: its parameters, and the adapters of its kernels, which `dense` and `conv` apply
     beside them, with the rows that `looked_up` has beside a table. Changes of biases and norms, small arrays, are added
@@ -270,13 +282,20 @@ def gelu(x: Float[jax.Array, "*axes"]) -> Float[jax.Array, "*axes"]:
 
 
 class EmbeddingMlp(nn.Module):
-    """Linear, SiLU, linear: from a sinusoidal or conditioning vector to the width of the residual blocks' embedding."""
+    """Linear, SiLU, linear: from a sinusoidal or conditioning vector to the width of the residual blocks' embedding.
+    `added` is projected to the vector's width and added to it."""
 
     features: int
     compute: Compute
 
     @nn.compact
-    def __call__(self, vector: Float[jax.Array, "batch features_in"]) -> Float[jax.Array, "batch features_out"]:
+    def __call__(
+        self,
+        vector: Float[jax.Array, "batch features_in"],
+        added: Float[jax.Array, "batch features_added"] | None = None,
+    ) -> Float[jax.Array, "batch features_out"]:
+        if added is not None:
+            vector = vector + dense(vector.shape[-1], "cond_proj", self.compute, use_bias=False)(added)
         hidden = dense(self.features, "linear_1", self.compute)(vector)
         return dense(self.features, "linear_2", self.compute)(nn.silu(hidden))
 

@@ -4,11 +4,11 @@
                        │                 │                 │                 mid_block
     output ─ conv_out ─┴── up_blocks_2 ──┴── up_blocks_1 ──┴── up_blocks_0 ──┘
 
-Every block is conditioned on one embedding: MLP(timestep) + MLP(vector) (+ class). The transformers attend to the text
-context, and without one to the image twice. What the vector holds is defined in `conditioning/micro.py`; here it is
-`vector_dim` numbers. The table of class embeddings is among the parameters; it is read in `conditioning/classes.py`.
-Sources: Rombach et al.
-(arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section 2.1, the numbers in diffusers `unet_2d_condition.py`.
+Every block is conditioned on one embedding: MLP(timestep (+ guidance scale)) + MLP(vector) (+ class). The transformers
+attend to the text context, and without one to the image twice. What the vector holds is defined in
+`conditioning/micro.py`; here it is `vector_dim` numbers. The table of class embeddings is among the parameters; it is
+read in `conditioning/classes.py`. Sources: Rombach et al. (arXiv:2112.10752), Podell et al. (arXiv:2307.01952) section
+2.1, the numbers in diffusers `unet_2d_condition.py`.
 """
 
 import enum
@@ -36,6 +36,7 @@ from sdxl_jax.models.layers import (
     Upsample,
     conv,
     group_norm,
+    guidance_embedding,
     sinusoidal_embedding,
     variables,
 )
@@ -91,6 +92,9 @@ class UNetConfig:
     """Groups of every group norm. Must divide all block_channels."""
     classes: ClassConfig | None = None
     """Classes of images that it is conditioned on; None: none (every published SDXL and SD)."""
+    guidance_dim: int | None = None
+    """Width of the sinusoid of the guidance scale, an even number from 4 on, where that is an input: 256 for
+    consistency models (diffusers' time_cond_proj_dim). None: it is not, and guidance needs a second evaluation."""
 
     @property
     def attention_heads(self) -> tuple[int, ...]:
@@ -235,12 +239,16 @@ class UNet(nn.Module):
         vector: Float[jax.Array, "batch vector"] | None,
         perturbed: Bool[jax.Array, "batch"] | None = None,
         class_embedding: Float[jax.Array, "batch embedding"] | None = None,
+        guidance: Float[jax.Array, "batch"] | None = None,
     ) -> Float[jax.Array, "batch height width channels_out"]:
         config, compute, dtype = self.config, self.compute, self.compute.activations
         context = None if context is None else context.astype(dtype)
 
         frequencies = sinusoidal_embedding(timestep, config.block_channels[0])
-        embedding = EmbeddingMlp(config.embedding_dim, compute, name="time_embedding")(frequencies)
+        scale = None
+        if guidance is not None and config.guidance_dim is not None:
+            scale = guidance_embedding(guidance, config.guidance_dim)
+        embedding = EmbeddingMlp(config.embedding_dim, compute, name="time_embedding")(frequencies, scale)
         if vector is not None:
             embedding += EmbeddingMlp(config.embedding_dim, compute, name="add_embedding")(vector)
         if class_embedding is not None:
@@ -309,6 +317,7 @@ def apply(
     *,
     adapters: Params | None = None,
     class_embedding: Float[jax.Array, "batch embedding"] | None = None,
+    guidance: Float[jax.Array, "batch"] | None = None,
     perturbed: Bool[jax.Array, "batch"] | None = None,
     perturbed_parts: Sequence[UNetPart] = (UNetPart.MIDDLE,),
 ) -> Float[jax.Array, "batch height width channels_out"]:
@@ -317,7 +326,8 @@ def apply(
     latent: scaled and noised, any height and width. timestep: 0..999, integers or floats. context: text states,
     [batch, 77, context_dim], or what `project_text` makes of them; with the class token, if the configuration has one;
     None exactly if `context_dim` is. vector: [batch, vector_dim], None exactly if the configuration has none.
-    class_embedding: of classes in `ClassPlace.TIMESTEP`, and None exactly for all other models.
+    class_embedding: of classes in `ClassPlace.TIMESTEP`, and None exactly for all other models. guidance: scale of
+    classifier-free guidance, where 1 is none; given exactly if it is an input (`guidance_dim`).
 
     adapters: changes of the parameters (`adapters.kinds`), at the same paths; those of kernels are applied beside them,
     so that no changed kernel is made.
@@ -330,13 +340,14 @@ def apply(
     assert (context is None) == (config.context_dim is None), "so is a context"
     added = config.classes is not None and config.classes.place is ClassPlace.TIMESTEP
     assert (class_embedding is not None) == added, "and so is a class embedding"
+    assert (guidance is None) == (config.guidance_dim is None), "and so is a guidance scale"
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
     text = {TEXT: context} if isinstance(context, dict) else {}
     states = None if text else context
     given = {**variables(params, adapters), **text}
-    return network.apply(given, latent, timestep, states, vector, perturbed, class_embedding)  # pyright: ignore[reportReturnType]
+    return network.apply(given, latent, timestep, states, vector, perturbed, class_embedding, guidance)  # pyright: ignore[reportReturnType]
 
 
 def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:
@@ -361,7 +372,8 @@ def abstract(config: UNetConfig) -> Params:
     latent = array(1, side, side, config.in_channels)
     context = None if config.context_dim is None else array(1, 1, config.context_dim)
     vector = None if config.vector_dim is None else array(1, config.vector_dim)
-    params = initialisers.abstract(UNet(config), latent, array(1), context, vector)
+    guidance = None if config.guidance_dim is None else array(1)
+    params = initialisers.abstract(UNet(config), latent, array(1), context, vector, None, None, guidance)
     return params | _class_table(config)
 
 

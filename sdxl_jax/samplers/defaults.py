@@ -55,6 +55,9 @@ class SamplingDefaults:
     """Whether ddim ends at the finished image; otherwise at the noise level of timestep 0."""
     final_sigma: FinalSigma = FinalSigma.ZERO
     """Noise level that the last step of euler, dpmpp_2m, dpmpp_2m_sde and unipc leads to."""
+    preset: str | None = None
+    """Preset of a few-step model (`samplers/presets.py`), as on the command line: its sampler, timesteps, steps,
+    guidance and size come before those of the other fields. None: none; lcm for a distilled model."""
 
     def sampler_of(self, zero_terminal_snr: bool, distilled: bool) -> str:
         """The sampler of a model with these properties."""

@@ -27,7 +27,7 @@ Sources; timesteps and constants are those of diffusers' schedulers of the same 
 
 import enum
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -219,8 +219,10 @@ def make_levels(
     *,
     offset: int = 1,
     ends_at_first: bool = False,
+    chosen: Sequence[int] | None = None,
 ) -> Levels:
-    """The noise levels of `steps` steps. spacing: None is LEADING, or LCM's own. offset: of LEADING timesteps.
+    """The noise levels of `steps` steps. spacing: None is LEADING, or LCM's own. offset: of LEADING timesteps. chosen:
+    timesteps in the place of LCM's own, one per step.
 
     ends_at_first: whether the last step leads to the noise level of timestep 0 instead of the finished image: in
     diffusers set_alpha_to_one=False and final_sigmas_type="sigma_min".
@@ -241,7 +243,7 @@ def make_levels(
         )
     spacing = spacing or Spacing.LEADING
     if sampler.family is Family.CONSISTENCY:
-        visited = _lcm_timesteps(steps, length)
+        visited = _lcm_timesteps(steps, length) if chosen is None else np.array(chosen, np.float64)
     elif sampler.family is Family.SOLVER:
         visited = _solver_timesteps(steps, length, spacing, offset)
     else:

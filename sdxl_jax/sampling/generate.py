@@ -180,6 +180,7 @@ class _Generation:
         init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None,
         options: Options,
     ):
+        model = model._replace(config=options.network_of(model.config))
         config = model.config
         if isinstance(prompts, str):
             raise InputError(f"prompts is one text, {prompts[:40]!r}. Give a list of texts")

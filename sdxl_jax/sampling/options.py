@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sdxl_jax.conditioning.prompts import LongPrompts
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.models.unet_parts import UNetPart
+from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import SamplingDefaults, Sigmas, Spacing
 from sdxl_jax.sizes import Position, Size
 
@@ -26,8 +27,9 @@ class Options:
     """Height in pixels, a multiple of 8. Default: the init image's, or the model's own."""
     width: int | None = None
     """Width in pixels, a multiple of 8. Default: the init image's, or the model's own."""
-    steps: int = 30
-    """Sampling steps, 1 to 1000; 1 to 50 with sampler lcm. Higher: slower, finer."""
+    steps: int | None = None
+    """Sampling steps, 1 to 1000; 1 to 50 with sampler lcm; with a preset, those that it knows. Higher: slower, finer.
+    Default: 30; the preset's."""
     sampler: str | None = None
     """Sampler: ddpm, ddim, euler, euler_ancestral, heun, lms, dpmpp_2m, dpmpp_2m_sde, unipc, lcm. Default: the one in
     the model's files, otherwise euler; ddim at zero terminal SNR; lcm for a distilled model."""
@@ -41,7 +43,7 @@ class Options:
     """Fraction of fresh noise in each step of sampler ddim, 0 to 1; 1 is ddpm."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 0 to 1000; 5 to 10 is usual. Up to 1 it is off, which halves the cost.
-    Default: 5; 1 for a distilled model."""
+    Default: 5; 1 for a distilled model. Of a model that has it as an input, every scale costs the same."""
     guidance_rescale: float = 0.0
     """Guidance rescale, 0 to 1: fraction by which the guided output is rescaled to the deviation of the prompt's own.
     Higher: less over-exposure by strong guidance."""
@@ -96,6 +98,10 @@ class Options:
     decode_tile: int | None = None
     """Decode latents in tiles of this many pixels per side, a multiple of 8 from 128 on: needs the memory of one tile.
     Default: the whole image at once."""
+    preset: str | None = None
+    """Few-step model that the weights are, or that a LoRA makes of them: turbo, lightning, lcm, lcm-lora, hyper-sd,
+    hyper-sd-unet, dmd2. Sets sampler, timesteps, guidance and, where they are not given, steps and size. Default: as
+    the model's files say; none otherwise."""
 
     def method(self, config: "ModelConfig") -> "Sampler":
         """The sampler of these options for a model."""
@@ -104,20 +110,63 @@ class Options:
         return find(self.resolved(config).sampler or "")
 
     def resolved(self, config: "ModelConfig") -> "Options":
-        """With the defaults that depend on the model or the sampler filled in, and 1 for guidance that is off. Raises
-        InputError for an unknown sampler."""
+        """With the defaults that depend on the model, the preset or the sampler filled in, and 1 for guidance that is
+        off. Raises InputError for an unknown sampler or preset."""
         from sdxl_jax.samplers.steps import Family, find
 
         defaults, zero_terminal_snr = config.sampling or SamplingDefaults(), config.schedule.zero_terminal_snr
+        name = self._preset_of(config)
+        if name is not None:
+            preset = presets.find(name)
+            defaults = dataclasses.replace(
+                defaults, sampler=preset.sampler, spacing=preset.spacing, sigmas=Sigmas.SCHEDULE
+            )
         sampler = defaults.sampler_of(zero_terminal_snr, config.distilled) if self.sampler is None else self.sampler
         spacing, guidance = self.timestep_spacing, self.guidance
         if spacing is None and find(sampler).family is not Family.CONSISTENCY:
             spacing = defaults.spacing_of(zero_terminal_snr)
         if guidance is None:
-            guidance = 1.0 if config.distilled else 5.0
+            guidance = self._default_guidance(name, config)
         guidance = max(1.0, guidance)  # diffusers guides where guidance_scale > 1, and model cards write 0 for off
         sigmas = defaults.sigmas_of(sampler) if self.sigmas is None else self.sigmas
-        return dataclasses.replace(self, sampler=sampler, timestep_spacing=spacing, sigmas=sigmas, guidance=guidance)
+        steps = self.steps
+        if steps is None:
+            steps = STEPS if name is None else presets.find(name).default_steps
+        filled = dataclasses.replace(self, sampler=sampler, timestep_spacing=spacing, sigmas=sigmas, guidance=guidance)
+        return dataclasses.replace(filled, steps=steps, preset=name)
+
+    def _default_guidance(self, preset: str | None, config: "ModelConfig") -> float:
+        if config.unet.guidance_dim is not None:
+            return (None if preset is None else presets.find(preset).input_guidance) or GUIDANCE
+        return 1.0 if config.distilled or preset is not None else GUIDANCE
+
+    def _preset_of(self, config: "ModelConfig") -> str | None:
+        """Name of the preset: the user's, or the one of the model's files, unless other timesteps are asked for."""
+        if self.preset is not None:
+            return self.preset
+        defaults = config.sampling or SamplingDefaults()
+        name = defaults.preset
+        marked = config.distilled or config.unet.guidance_dim is not None
+        if name is None and marked and defaults.sampler in (None, presets.find(presets.CONSISTENCY).sampler):
+            name = presets.CONSISTENCY
+        if name is None:
+            return None
+        other = self.sampler not in (None, presets.find(name).sampler) or self.timestep_spacing is not None
+        return None if other or self.sigmas not in (None, Sigmas.SCHEDULE) else name
+
+    def default_size(self, config: "ModelConfig") -> tuple[int, int]:
+        """(height, width) in pixels where neither they nor an init image is given: the preset's, or the model's own."""
+        name = self._preset_of(config)
+        return (None if name is None else presets.find(name).size) or config.default_size
+
+    def network_of(self, config: "ModelConfig") -> "ModelConfig":
+        """The model as these options sample it: with the prediction of a preset's network of one step."""
+        from sdxl_jax.diffusion.parameterisation import Prediction
+
+        resolved = self.resolved(config)
+        if resolved.preset is None or resolved.steps != 1 or not presets.find(resolved.preset).one_step_predicts_x0:
+            return config
+        return dataclasses.replace(config, prediction=Prediction.X0)
 
     def check(self, config: "ModelConfig") -> None:
         """Raises InputError for values out of range, and for options that have no effect on this model."""
@@ -125,7 +174,7 @@ class Options:
         sampler, sampler_name = self.method(config), self.resolved(config).sampler
         check_ranges(
             [
-                ("steps", self.steps, 1, length),
+                ("steps", self.resolved(config).steps, 1, length),
                 ("seed", self.seed, 0, 2**32 - 1),
                 ("num_images", self.num_images, 1, math.inf),
                 ("batch_size", self.batch_size, 1, math.inf),
@@ -153,25 +202,119 @@ class Options:
             raise InputError(
                 f"decode_tile={self.decode_tile}: expected a multiple of {factor}, {16 * factor} or more, e.g. 512"
             )
-        if config.distilled and self.guidance is not None and self.guidance > 1:
+        has_input = config.unet.guidance_dim is not None
+        self._check_guidance_input(has_input)
+        if config.distilled and not has_input and self.guidance is not None and self.guidance > 1:
             raise InputError(
                 f"guidance={self.guidance:g}, but this model is distilled: guidance is in its weights. Leave it out, "
                 "or set it to 1"
             )
+        if (name := self._preset_of(config)) is not None:
+            self._check_preset(name, presets.find(name), config)
+
+    def _check_guidance_input(self, has_input: bool) -> None:
+        """Raises InputError for options of two evaluations, where guidance is an input of one."""
+        if has_input and self.guidance_interval != (0.0, 1.0):
+            start, stop = self.guidance_interval
+            raise InputError(
+                f"guidance_interval={start:g} {stop:g} has no effect on this model: guidance is an input of its UNet, "
+                "and costs nothing. Leave it out"
+            )
+        if has_input and self.guidance_rescale:
+            raise InputError(
+                f"guidance_rescale={self.guidance_rescale:g} has no effect on this model: guidance is an input of its "
+                "UNet, whose output is not guided again. Leave it out"
+            )
+
+    def _check_preset(self, name: str, preset: presets.Preset, config: "ModelConfig") -> None:
+        """Raises InputError for options that contradict a preset, and for models that it is not for."""
+        said, other = f"preset={name}", "Give another preset, or none"
+        if self.preset is None:
+            said, other = f"preset={name} of the model's files", "Give a sampler to sample it in another way"
+        _check_model_of(said, preset, config, other)
+        has_input = config.unet.guidance_dim is not None
+        if has_input and preset.input_guidance is None:
+            raise InputError(
+                f"{said} is of weights without guidance as an input, which this model's UNet has (time_cond_proj_dim). "
+                f"{other}"
+            )
+        if name == presets.CONSISTENCY and not config.distilled and not has_input:
+            raise InputError(
+                f"{said} is for consistency models, and this model's files do not mark it as one. For a model with an "
+                "LCM-LoRA, give preset lcm-lora"
+            )
+        for field, own in (("sampler", preset.sampler), ("timestep_spacing", preset.spacing), ("sigmas", None)):
+            given = getattr(self, field)
+            if given not in (None, own, Sigmas.SCHEDULE):
+                shown, instead = (getattr(each, "value", each) for each in (given, own))
+                raise InputError(
+                    f"{field}={shown} contradicts {said}, whose {field} is {instead or 'its own'}. Leave one of them "
+                    "out"
+                )
+        if self.steps is not None and self.steps not in preset.steps:
+            raise InputError(
+                f"steps={self.steps}, but {said} is of weights for {presets.listed(preset.steps)} steps. Give one of "
+                f"these numbers, or leave steps out. {other}"
+            )
+        if self.guidance is not None and self.guidance > preset.most_guidance and not has_input:
+            most = "" if preset.most_guidance == 1 else f" but for a scale of up to {preset.most_guidance:g}"
+            raise InputError(
+                f"guidance={self.guidance:g}, but {said} is of weights that have guidance in them{most}. Leave it out, "
+                f"or set it to {preset.most_guidance:g}. {other}"
+            )
 
     def notes(self, config: "ModelConfig", negative: str | None = None) -> list[str]:
         """Options that have no effect, though nothing is wrong, as notes to the user."""
-        given = self.guidance
+        given, stated = self.guidance, config.sampling and config.sampling.preset
+        found = []
+        if self.preset is None and stated is not None and stated == self._preset_of(config):
+            found = [f"preset {stated}, by the model's files. A sampler that is given is used instead"]
         off = f"guidance={1 if given is None else given:g} turns guidance off: it needs a scale above 1"
-        if self.resolved(config).guidance != 1:
-            return []
+        if config.unet.guidance_dim is not None:
+            off = "guidance is an input of this model's UNet, which is evaluated for the prompt alone"
+        elif self.resolved(config).guidance != 1:
+            return found
         unused = [each.replace("_", "-") for each in vars(self) if each.startswith("negative_") and getattr(self, each)]
         unused = ["the negative prompt"] * (negative is not None) + unused
         if unused:
-            return [f"{off}. No effect: {', '.join(unused)}"]
-        return [off] if given is not None and 0 < given < 1 else []
+            return [*found, f"{off}. No effect: {', '.join(unused)}"]
+        return [*found, off] if given is not None and 0 < given < 1 else found
 
 
+def _check_model_of(said: str, preset: presets.Preset, config: "ModelConfig", other: str) -> None:
+    """Raises InputError for a model that a preset is not for. said, other: the preset and the remedy, for messages."""
+    from sdxl_jax.diffusion.parameterisation import Prediction
+
+    family = _family(config)
+    if config.is_refiner or (preset.families and family not in preset.families):
+        known = " and ".join(preset.families) or "models for text to image"
+        raise InputError(f"{said} is of weights for {known}; this model is {family}. {other}")
+    predicted = (Prediction.EPSILON, *((Prediction.X0,) if preset.one_step_predicts_x0 else ()))
+    if preset.families and config.prediction not in predicted:
+        raise InputError(
+            f"{said} is of weights that predict epsilon; this model predicts {config.prediction.value}. {other}; "
+            "--prediction epsilon if its files are wrong"
+        )
+    if config.distilled and preset.sampler != presets.find(presets.CONSISTENCY).sampler:
+        raise InputError(
+            f"{said} samples with {preset.sampler}, but this model's files mark it as a consistency model, which "
+            f"sampler lcm is for. {other}"
+        )
+
+
+def _family(config: "ModelConfig") -> str:
+    """In the words of `presets.Preset.families`, and others for models that have none."""
+    if config.is_refiner:
+        return "SDXL's refiner"
+    if not config.text:
+        return "a model of classes"
+    if config.micro is not None:
+        return presets.SDXL
+    return presets.SD1 if config.unet.conv_projection else presets.SD2
+
+
+STEPS, GUIDANCE = 30, 5.0
+"""Steps and guidance of a model that is not one of few steps, where none are given."""
 _RANGES = {"eta": 1, "guidance_rescale": 1, "strength": 1, "handoff": 1, "refine_strength": 1, "guidance": 1000}
 _RANGES |= {"noise_augmentation": 1, "pag": 1000, "aesthetic_score": 100, "negative_aesthetic_score": 100}
 """Largest value of options that start at 0. Guidance beyond 1000 is a slip: float32 overflows."""

@@ -23,6 +23,7 @@ from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet_parts import UNetPart
+from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
 from sdxl_jax.sampling import image_prompts, init_images
@@ -89,8 +90,8 @@ def plan_segments(
     """
     options = options.resolved(config)
     sampler, segments, segment_arrays = options.method(config), [], []
-    levels = levels_of(config, options, config.sampling)
-    skipped = options.steps - _steps_of(_strength(options, mask), options.steps, "strength") if image else 0
+    levels, steps = levels_of(config, options, config.sampling), options.steps or 0
+    skipped = steps - _steps_of(_strength(options, mask), steps, "strength") if image else 0
     start = SegmentStart.RENOISE if image and (skipped or not mask) else SegmentStart.NOISE
 
     def add_segments(number: int, levels: Levels, first: int, stop: int, start: SegmentStart) -> None:
@@ -104,7 +105,7 @@ def plan_segments(
             segment_arrays.append(SegmentArrays(_float32(rows), np.int32(done)))
             done, start = done + len(rows.timestep), SegmentStart.CONTINUE
 
-    steps, refine = options.steps, refiner is not None and options.refine_strength is not None
+    refine = refiner is not None and options.refine_strength is not None
     if refiner is None or refine:
         add_segments(0, levels, skipped, steps, start)
     else:
@@ -136,7 +137,7 @@ def _check_finite(plan: Plan, config: ModelConfig, options: Options) -> None:
         )
     if _is_finite(plan):
         return
-    fewer = (dataclasses.replace(options, steps=steps) for steps in range(options.steps - 1, 0, -1))
+    fewer = (dataclasses.replace(options, steps=steps) for steps in range((options.steps or 0) - 1, 0, -1))
     finite = (
         each.steps
         for each in fewer
@@ -164,15 +165,16 @@ def _strength(options: Options, mask: bool) -> float:
 def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults | None) -> Levels:
     """The noise levels that a model's steps visit. options: `resolved`, those of the whole schedule; defaults: the
     first model's."""
-    defaults, sampler = defaults or SamplingDefaults(), options.sampler or ""
+    defaults, sampler, steps = defaults or SamplingDefaults(), options.sampler or "", options.steps or 0
     return make_levels(
         find(sampler),
         schedule.make(config.schedule),
-        options.steps,
+        steps,
         options.timestep_spacing,
         options.sigmas or Sigmas.SCHEDULE,
         offset=defaults.steps_offset,
         ends_at_first=defaults.ends_at_first(sampler),
+        chosen=None if options.preset is None else presets.find(options.preset).timesteps.get(steps),
     )
 
 
@@ -187,14 +189,15 @@ def _steps_of(strength: float, steps: int, name: str) -> int:
 
 def _guidance_cuts(options: Options, config: ModelConfig, first: int, stop: int) -> Iterator[tuple[int, int, Terms]]:
     """(first, stop, terms) of each part of the steps with the same guidance terms."""
-    guided = options.resolved(config).guidance != 1
+    resolved = options.resolved(config)
+    guided = resolved.guidance != 1 and config.unet.guidance_dim is None
     terms = Terms(
         guided,
         options.pag_parts if options.pag else (),
         bool(options.guidance_rescale) and (guided or bool(options.pag)),
         options.sequential,
     )
-    low, high = (round(share * options.steps) for share in options.guidance_interval)
+    low, high = (round(share * (resolved.steps or 0)) for share in options.guidance_interval)
     marks = sorted({first, stop, *(min(max(mark, first), stop) for mark in (low, high))})
     for start, end in itertools.pairwise(marks):
         inside = low <= start and end <= high
@@ -267,7 +270,9 @@ def prepare(
 
 def _size(config: ModelConfig, options: Options, image: UInt8[np.ndarray, "height width 3"] | None) -> Size:
     factor = config.vae.downsampling
-    default = config.default_size if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
+    default = (
+        options.default_size(config) if image is None else init_images.snap(image.shape[0], image.shape[1], factor)
+    )
     height = default[0] if options.height is None else options.height
     width = default[1] if options.width is None else options.width
     check_size(height, width, factor)
@@ -312,6 +317,11 @@ def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Op
             if (value := getattr(options, name)) is not None:
                 raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
         return
+    if (preset := options.resolved(config).preset) is not None:
+        raise InputError(
+            f"preset={preset} is of a few-step model, and refiners take many steps. Leave the refiner out, or refine "
+            "the finished images in a second command, with --init-image"
+        )
     if config.is_refiner:
         raise InputError(
             f"The model is a refiner itself: it attends to text states of width {config.unet.context_dim}, bigG's "

@@ -217,9 +217,11 @@ def guided_network(
         perturbed: Bool[Array, " batch"] | None,
     ) -> Float[Array, "batch height width out_channels"]:
         times = jnp.full(len(x), timestep)
-        pag: dict[str, Any] = {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
+        more: dict[str, Any] = {} if perturbed is None else {"perturbed": perturbed, "perturbed_parts": terms.perturbed}
+        if config.unet.guidance_dim is not None:
+            more["guidance"] = jnp.full(len(x), strengths.guidance)
         context, vector, added = condition
-        return unet.apply(config.unet, params, x, times, context, vector, compute, class_embedding=added, **pag)
+        return unet.apply(config.unet, params, x, times, context, vector, compute, class_embedding=added, **more)
 
     def network(
         x_t: Float[Array, "batch height width channels"], timestep: Float[Array, ""]

@@ -23,8 +23,9 @@ from starlette.responses import FileResponse, Response
 
 from sdxl_jax.conditioning.classes import caption
 from sdxl_jax.errors import InputError
+from sdxl_jax.samplers.presets import PRESETS
 from sdxl_jax.samplers.steps import SAMPLERS, Sigmas, Spacing
-from sdxl_jax.serving.session import Job, Result, Session, Stopped, fields_of, read_fields
+from sdxl_jax.serving.session import Job, Result, Session, Stopped, fields_of, fields_of_preset, read_fields
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REFRESH_SECONDS = 0.2
@@ -140,6 +141,10 @@ class Page:
         with ui.row().classes("w-full items-center no-wrap"):
             self._generate_button = ui.button("Generate", icon="brush", on_click=self._generate).classes("grow")
             self._stop_button = ui.button("Stop", icon="stop", color="negative", on_click=self.stop)
+        # Before the fields that it sets, so that those of a request are filled in after it.
+        presets = {None: "as the model's files say"} | {name: name for name in PRESETS}
+        self._select("preset", "Few-step preset", presets)
+        self._fields["preset"].on_value_change(self._set_preset)
         self._pairs(("height", "width"), ("steps", "num_images"))
         with ui.row().classes("w-full items-center no-wrap"):
             self._number("seed")
@@ -318,6 +323,15 @@ class Page:
             self._image_prompts = []
             for path, strength in values["image_prompts"]:
                 self._add_image_prompt(path, strength, path.name)
+
+    def _set_preset(self, event: events.ValueChangeEventArguments) -> None:
+        try:
+            values = fields_of_preset(self._config, event.value)
+        except InputError as error:
+            self._show_message(str(error))
+            return
+        for name, value in values.items():
+            self._fields[name].value = value
 
     def _random_seed(self) -> None:
         self._fields["seed"].value = secrets.randbelow(2**32)

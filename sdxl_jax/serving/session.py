@@ -242,7 +242,7 @@ def one_by_one(request: Request) -> list[Request]:
 def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, Any]:
     """The values of the page's fields for a request, or their defaults. `read_fields` is the reverse."""
     prompt, negative, options, init_image, image_prompts, label = request or Request("", None, Options())
-    height, width = config.default_size
+    height, width = options.default_size(config)
     resolved = options.resolved(config)
 
     def either(value: Any, other: Any) -> Any:
@@ -256,7 +256,7 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
         "sampler": resolved.sampler,
         "timestep_spacing": None if options.timestep_spacing is None else options.timestep_spacing.value,
         "sigmas": (resolved.sigmas or Sigmas.SCHEDULE).value,
-        "steps": options.steps,
+        "steps": resolved.steps,
         "guidance": resolved.guidance,
         "guidance_rescale": options.guidance_rescale,
         "seed": options.seed,
@@ -268,7 +268,14 @@ def fields_of(config: ModelConfig, request: Request | None = None) -> dict[str, 
         "noise_augmentation": options.noise_augmentation or 0.0,
         "image_prompts": image_prompts,
         "class": label,
+        "preset": options.preset,
     }
+
+
+def fields_of_preset(config: ModelConfig, preset: str | None) -> dict[str, Any]:
+    """The values that a preset gives to fields, as soon as it is chosen; of None, those of the model."""
+    values = fields_of(config, Request("", None, Options(preset=preset)))
+    return {name: values[name] for name in ("height", "width", "sampler", "sigmas", "steps", "guidance")}
 
 
 def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = False) -> Request:
@@ -279,18 +286,20 @@ def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = Fals
     """
     image, image_prompts = given["init_image"], tuple(given["image_prompts"])
     height, width = _whole("height", given["height"]), _whole("width", given["width"])
-    is_default_size = image is None and (height, width) == tuple(config.default_size)
-    spacing, default_sampler = given["timestep_spacing"], Options().resolved(config).sampler
-    sampler = None if given["sampler"] == default_sampler else given["sampler"]
-    default_sigmas = Options(sampler=sampler).resolved(config).sigmas
+    chosen = Options(preset=given["preset"])
+    is_default_size = image is None and (height, width) == tuple(chosen.default_size(config))
+    spacing, default = given["timestep_spacing"], chosen.resolved(config)
+    sampler = None if given["sampler"] == default.sampler else given["sampler"]
+    default_sigmas = dataclasses.replace(chosen, sampler=sampler).resolved(config).sigmas
+    steps = _whole("steps", given["steps"])
     options = Options(
         height=None if is_default_size else height,
         width=None if is_default_size else width,
         sampler=sampler,
         timestep_spacing=None if spacing is None else Spacing(spacing),
         sigmas=None if Sigmas(given["sigmas"]) is default_sigmas else Sigmas(given["sigmas"]),
-        steps=_whole("steps", given["steps"]),
-        guidance=_unless("guidance", given["guidance"], Options().resolved(config).guidance),
+        steps=None if steps == default.steps else steps,
+        guidance=_unless("guidance", given["guidance"], default.guidance),
         guidance_rescale=_number("guidance_rescale", given["guidance_rescale"]),
         seed=_whole("seed", given["seed"]),
         first_index=_whole("first_index", given["first_index"]),
@@ -298,6 +307,7 @@ def read_fields(config: ModelConfig, given: dict[str, Any], refiner: bool = Fals
         handoff=_unless("handoff", given["handoff"], HANDOFF) if refiner else None,
         strength=None if image is None else _unless("strength", given["strength"], IMAGE_STRENGTH),
         noise_augmentation=_unless("noise_augmentation", given["noise_augmentation"], 0.0) if image_prompts else None,
+        preset=given["preset"],
     )
     prompt = given["prompt"] or (None if image_prompts else "")
     checked = tuple((path, _number("strength of an image prompt", strength)) for path, strength in image_prompts)

@@ -2,6 +2,7 @@
 
 our own files          metadata under the key "sdxl_jax": the whole configuration
 other people's files   modelspec.prediction_type in the metadata; empty tensors v_pred and ztsnr, as in ComfyUI;
+                       titles of published few-step models (`samplers.presets.named`);
                        for SD 2.x neither: there ComfyUI's test of one norm decides
 """
 
@@ -20,6 +21,7 @@ from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.samplers import presets
 from sdxl_jax.weights.detect import FoundPart
 from sdxl_jax.weights.lazy import SourceLayout, Weights, part_configs
 from sdxl_jax.weights.names import Naming
@@ -94,11 +96,14 @@ def check_noise(tensors: Iterable[str], path: AnyPath) -> None:
 def with_marks(
     weights: Weights, metadata: Mapping[str, str], path: AnyPath, prediction: Prediction | None, remedy: str
 ) -> Weights:
-    """A file's weights with the prediction and the schedule that its metadata, its marks or a norm imply.
+    """A file's weights with the preset, the prediction and the schedule that its metadata, its marks or a norm imply.
 
     prediction: the user's, which counts before the file's. remedy: how the user gives it, for messages. Raises
     InputError for a modelspec.prediction_type that is not implemented.
     """
+    if (name := preset_of(metadata)) is not None:
+        sampling = presets.with_preset(weights.config.sampling, name)
+        weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, sampling=sampling))
     marks = {name for _, name in weights.carried}
     stated = metadata.get("modelspec.prediction_type", "")
     if stated and prediction is None and "unet" in weights.parts and not stated.startswith(("eps", "v")):
@@ -128,6 +133,11 @@ def with_marks(
     )
     config = dataclasses.replace(weights.config, prediction=found, default_size=size)
     return dataclasses.replace(weights, config=config, notes=(*weights.notes, note))
+
+
+def preset_of(metadata: Mapping[str, str]) -> str | None:
+    """Name of the preset of few-step weights that a file's metadata names."""
+    return presets.named(metadata.get("modelspec.title"), metadata.get("ss_output_name"))
 
 
 # ---- licences --------------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def _unet(shapes: Shapes, dialect: Dialect) -> UNetConfig:
         attentions = [rf"down_blocks\.{level}\.attentions\.0\." for level in levels]
         first, last, middle = "conv_in.weight", "conv_out.weight", "mid_block.attentions.0."
         vector = shapes.get("add_embedding.linear_1.weight")
+        guidance = shapes.get("time_embedding.cond_proj.weight")
     else:
         downs = _numbers(shapes, r"input_blocks\.(\d+)\.0\.op\.")
         resnets = downs[0] - 1 if downs else _numbers(shapes, r"input_blocks\.(\d+)\.")[-1]
@@ -144,6 +145,7 @@ def _unet(shapes: Shapes, dialect: Dialect) -> UNetConfig:
         attentions = [rf"input_blocks\.{index}\.1\." for index in firsts]
         first, last, middle = "input_blocks.0.0.weight", "out.2.weight", "middle_block.1."
         vector = shapes.get("label_emb.0.0.weight")
+        guidance = shapes.get("time_embed.cond_proj.weight")
 
     def depth(pattern: str) -> int:
         return len(_numbers(shapes, pattern + r"transformer_blocks\.(\d+)\."))
@@ -161,6 +163,7 @@ def _unet(shapes: Shapes, dialect: Dialect) -> UNetConfig:
         in_channels=shapes[first][1],
         out_channels=shapes[last][0],
         classes=_classes(shapes, dialect),
+        guidance_dim=None if guidance is None else guidance[1],
     )
 
 

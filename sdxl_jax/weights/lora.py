@@ -12,7 +12,9 @@ from sdxl_jax.adapters import changes
 from sdxl_jax.adapters.changes import Lora
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files.paths import AnyPath, located
-from sdxl_jax.model import Adapter, Model
+from sdxl_jax.model import Adapter, Model, ModelConfig
+from sdxl_jax.samplers import presets
+from sdxl_jax.weights import descriptions
 from sdxl_jax.weights.adapter_files.reading import describe, notes, read, resolve
 from sdxl_jax.weights.lazy import Changed, Leaf, Weights
 
@@ -36,7 +38,7 @@ def add(model: Model, lora: Lora | str | PurePath, scale: float = 1.0, name: str
             f"The scale of {name} is not finite. Give a number, 1 for the strength that it was trained with"
         )
     params = changes.merged(model.params, resolve(lora, model.config), scale)
-    return Model(model.config, params, (*model.adapters, Adapter(name, scale, lora)))
+    return Model(_with_preset(model.config, lora), params, (*model.adapters, Adapter(name, scale, lora)))
 
 
 def remove(model: Model, name: str) -> Model:
@@ -60,7 +62,10 @@ def remove(model: Model, name: str) -> Model:
             f"{name} rescales or replaces weights, which cannot be undone. Keep the model from before: `add` does not "
             "change it"
         )
-    return Model(model.config, changes.merged(model.params, resolved, -adapter.scale), rest)
+    config, preset = model.config, descriptions.preset_of(adapter.lora.metadata)
+    if preset is not None and config.sampling is not None and config.sampling.preset == preset:
+        config = replace(config, sampling=presets.with_preset(config.sampling, None))
+    return Model(config, changes.merged(model.params, resolved, -adapter.scale), rest)
 
 
 def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
@@ -78,7 +83,19 @@ def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
     leaves = {path: changed(path, leaf) if path in resolved else leaf for path, leaf in weights.leaves.items()}
     merged = (*weights.provenance.merged, f"{lora.name} × {scale:g}")
     # The licence of the result depends on the LoRA's, which its file does not say.
-    return replace(weights, leaves=leaves, licence=None, provenance=replace(weights.provenance, merged=merged))
+    return replace(
+        weights,
+        config=_with_preset(weights.config, lora),
+        leaves=leaves,
+        licence=None,
+        provenance=replace(weights.provenance, merged=merged),
+    )
+
+
+def _with_preset(config: ModelConfig, lora: Lora) -> ModelConfig:
+    """With the preset of a published few-step LoRA, if its metadata names it; otherwise as it was."""
+    name = descriptions.preset_of(lora.metadata)
+    return config if name is None else replace(config, sampling=presets.with_preset(config.sampling, name))
 
 
 def listing(model: Model) -> list[str]:

@@ -225,6 +225,7 @@ def _original_unet(config: UNetConfig) -> _Rules:
         (r"^mid_block\.resnets\.1\.", "middle_block.2."),
         (r"^time_embedding\.linear_1", "time_embed.0"),
         (r"^time_embedding\.linear_2", "time_embed.2"),
+        (r"^time_embedding\.cond_proj", "time_embed.cond_proj"),
         (r"^class_embedding\.", "label_emb."),
         (r"^add_embedding\.linear_1", "label_emb.0.0"),
         (r"^add_embedding\.linear_2", "label_emb.0.2"),

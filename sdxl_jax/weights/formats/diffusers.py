@@ -17,6 +17,7 @@ from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import AnyVaeConfig
+from sdxl_jax.samplers import presets
 from sdxl_jax.weights.formats import diffusers_sampling, json_files, tokenizers
 from sdxl_jax.weights.formats.diffusers_fields import (
     VERSION,
@@ -122,6 +123,10 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
     scheduling, scheduler = _scheduler(directory, is_xl)
     schedule, prediction = schedule_config(scheduling, scheduler)
     distilled = is_distilled(scheduling)
+    sampling = diffusers_sampling.read(scheduling, scheduler, schedule.zero_terminal_snr, distilled)[0]
+    preset = presets.named(index.get("_name_or_path"), fields.get("_name_or_path"))
+    if preset is None and is_xl and diffusers_sampling.is_turbo(scheduling, height, width):
+        preset = "turbo"
     zeros = is_xl and index.get("force_zeros_for_empty_prompt", True)
     config = ModelConfig(
         unet=unet,
@@ -131,7 +136,7 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
         schedule=schedule,
         prediction=prediction,
         distilled=distilled,
-        sampling=diffusers_sampling.read(scheduling, scheduler, schedule.zero_terminal_snr, distilled)[0],
+        sampling=presets.with_preset(sampling, preset),
         unconditional=UnconditionalKind.ZEROS if zeros else UnconditionalKind.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
     )

@@ -66,6 +66,7 @@ _UNET = _Known(
         "addition_time_embed_dim": None,
         "projection_class_embeddings_input_dim": None,
         "num_class_embeds": None,
+        "time_cond_proj_dim": None,
     },
     only={
         **_each("act_fn", "silu"),
@@ -82,7 +83,7 @@ _UNET = _Known(
         **_each("resnet_skip_time_act", False, None),
         **_each("mid_block_only_cross_attention", None, False),
         **_each("class_embed_type cross_attention_norm encoder_hid_dim encoder_hid_dim_type", None),
-        **_each("reverse_transformer_layers_per_block time_cond_proj_dim time_embedding_act_fn", None),
+        **_each("reverse_transformer_layers_per_block time_embedding_act_fn", None),
         **_each("time_embedding_dim timestep_post_act", None),
     },
     # The second line: fields that diffusers' moving average leaves in the networks that it saves.
@@ -253,6 +254,7 @@ def unet_config(fields: Fields, where: str) -> UNetConfig:
         classes=None
         if given["num_class_embeds"] is None
         else ClassConfig(_number(given, "num_class_embeds", where), ClassPlace.TIMESTEP),
+        guidance_dim=None if given["time_cond_proj_dim"] is None else _number(given, "time_cond_proj_dim", where),
     )
 
 
@@ -404,6 +406,7 @@ def unet_fields(
         "use_linear_projection": not config.conv_projection,
         **({} if config.vector_dim is None else vector_fields),
         **({} if config.classes is None else {"num_class_embeds": config.classes.number}),
+        **({} if config.guidance_dim is None else {"time_cond_proj_dim": config.guidance_dim}),
     }
 
 

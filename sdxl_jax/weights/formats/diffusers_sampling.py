@@ -11,9 +11,11 @@ that the weights were trained with (betas, prediction) is read by `diffusers_fie
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import FinalSigma, SamplingDefaults
 from sdxl_jax.samplers.steps import Sigmas, Spacing
 from sdxl_jax.weights.formats.json_files import Fields
@@ -173,6 +175,13 @@ def read(
     return (None if found == own else found), tuple(notes)
 
 
+def is_turbo(fields: Fields, height: int, width: int) -> bool:
+    """Whether a scheduler's file is that of SDXL-Turbo, whose latents are 64 × 64: no other published model of SDXL has
+    this sampler with trailing timesteps at this size."""
+    ancestral = fields.get("_class_name") == "EulerAncestralDiscreteScheduler"
+    return ancestral and fields.get("timestep_spacing") == "trailing" and (height, width) == (64, 64)
+
+
 def _unfollowed(
     complete: Mapping[str, Any], fields: Fields, where: str, kind: _Class | None, found: SamplingDefaults
 ) -> Iterator[str]:
@@ -239,6 +248,9 @@ def _sigmas(fields: Fields) -> Sigmas:
 def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distilled: bool) -> dict[str, Any]:
     """The fields about sampling of a model's scheduler_config.json, `_class_name` among them."""
     sampling = sampling or SamplingDefaults()
+    if sampling.preset is not None:
+        preset = presets.find(sampling.preset)
+        sampling = replace(sampling, sampler=preset.sampler, spacing=preset.spacing, sigmas=Sigmas.SCHEDULE)
     # LCM's class is what marks a model as distilled.
     sampler = "lcm" if distilled else sampling.sampler_of(zero_terminal_snr, distilled)
     name = "DPMSolverMultistepScheduler" if sampler == "dpmpp_2m_sde" else _name_of(sampler)

@@ -1,0 +1,115 @@
+"""Few-step models: the sampler, timesteps, guidance and size that each was distilled for, as one table.
+
+`find` gives a row by its name, which the user gives (`--preset`), or which a model's files say (`named`, and
+`SamplingDefaults.preset`). A consistency model without such a name is `CONSISTENCY`.
+
+What a row is from stands beside it. The cards of the published weights were not at hand when the table was made: what
+is from memory of them alone says so.
+
+Not here: what a preset and the other options make together, and which of them contradict: `sampling/options.py`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.samplers.defaults import SamplingDefaults, Spacing
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How one kind of few-step model is sampled."""
+
+    sampler: str
+    """Name of the sampler."""
+    steps: tuple[int, ...]
+    """Numbers of steps that the weights were distilled for, ascending."""
+    default_steps: int = 4
+    """Number of steps where none is given."""
+    spacing: Spacing | None = None
+    """Which timesteps are visited; None: the sampler's own."""
+    timesteps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    """Timesteps of each number of steps for which they are not those of sampler and spacing."""
+    most_guidance: float = 1.0
+    """Largest guidance scale; 1: none, guidance is in the weights. Of no effect where guidance is an input."""
+    input_guidance: float | None = None
+    """Guidance scale of models that have it as an input, by default; None: there are none of this kind."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels; None: the model's own."""
+    one_step_predicts_x0: bool = False
+    """Whether the network of one step predicts x₀, and the others ε."""
+    families: tuple[str, ...] = ()
+    """Families of models that there are weights of this kind for, all of which predict ε; (): it is a method, which any
+    model may be distilled with."""
+
+
+SDXL, SD1, SD2 = "SDXL", "SD 1.x", "SD 2.x"
+CONSISTENCY = "lcm"
+"""The preset of a model whose files mark it as a consistency model and say no more."""
+
+PRESETS = {
+    # Sauer et al., arXiv:2311.17042: 1 to 4 steps at 999, 749, 499, 249, no guidance, 512 × 512. Sampler and spacing
+    # are those of its scheduler_config.json. SD-Turbo is the same on SD 2.x.
+    "turbo": Preset("euler_ancestral", (1, 2, 3, 4), spacing=Spacing.TRAILING, size=(512, 512), families=(SDXL, SD2)),
+    # Lin et al., arXiv:2402.13929: Euler, trailing, no guidance; one step predicts x₀. Weights of 1, 2, 4 and 8 steps,
+    # as UNets and (but for 1) as LoRAs.
+    "lightning": Preset("euler", (1, 2, 4, 8), spacing=Spacing.TRAILING, one_step_predicts_x0=True, families=(SDXL,)),
+    # Luo et al., arXiv:2310.04378: the guidance scale is an input; 50 timesteps, of which few are visited. 8.5 is the
+    # default of diffusers' LatentConsistencyModelPipeline.
+    "lcm": Preset("lcm", tuple(range(1, 51)), input_guidance=8.5),
+    # Luo et al., arXiv:2311.05556: guidance is in the weights; from memory of diffusers' guide, scales of up to 2
+    # work too.
+    "lcm-lora": Preset("lcm", tuple(range(1, 51)), most_guidance=2.0),
+    # Ren et al., arXiv:2404.13686; sampler and steps from memory of the card: DDIM, trailing, no guidance for the LoRAs
+    # of 1, 2, 4 and 8 steps. (For that of 1 step the card has TCD with η = 1, which is DDIM for one step.)
+    "hyper-sd": Preset("ddim", (1, 2, 4, 8), spacing=Spacing.TRAILING, families=(SDXL, SD1)),
+    # The same, from memory of the card: the UNet of one step, at timestep 800.
+    "hyper-sd-unet": Preset("lcm", (1,), 1, timesteps={1: (800,)}, families=(SDXL,)),
+    # Yin et al., arXiv:2405.14867: nodes of the four-step generator, and the timestep of the one-step generator, which
+    # is conditioned on 399 from noise alone. Fresh noise between the steps, which is the sampler lcm.
+    "dmd2": Preset("lcm", (1, 4), timesteps={1: (399,), 4: (999, 749, 499, 249)}, families=(SDXL,)),
+}
+"""By the names of the command line."""
+
+_NAMES = {
+    r"\bsd(xl|_xl)?[-_ ]turbo": "turbo",
+    r"\bsdxl[-_ ]lightning": "lightning",
+    r"\blcm[-_ ]lora": "lcm-lora",
+    r"\bhyper[-_ ]?sd(xl|15)?[-_ ]1[-_ ]?steps?[-_ ]unet": "hyper-sd-unet",
+    r"\bhyper[-_ ]?sd(?!.*cfg)": "hyper-sd",
+    r"\bdmd2[-_ ]sdxl": "dmd2",
+}
+"""Patterns of the published weights' names. Those of merges, which have "turbo" or "lightning" somewhere in theirs and
+are sampled in other ways, are not among them."""
+
+
+def find(name: str) -> Preset:
+    """The preset of that name. Raises InputError for an unknown name, with the known ones."""
+    if name not in PRESETS:
+        known = ", ".join(nearest_first(name, PRESETS))
+        raise InputError(f"There is no preset {name!r}. Known, nearest first: {known}")
+    return PRESETS[name]
+
+
+def named(*titles: object) -> str | None:
+    """Name of the preset of published weights that one of these titles, from a file's metadata, is of; None for others,
+    and for what is not a text."""
+    texts = [title.lower() for title in titles if isinstance(title, str)]
+    return next((name for text in texts for pattern, name in _NAMES.items() if re.search(pattern, text)), None)
+
+
+def with_preset(sampling: SamplingDefaults | None, name: str | None) -> SamplingDefaults | None:
+    """A model's defaults with another preset, or with none."""
+    if name == (sampling or SamplingDefaults()).preset:
+        return sampling
+    changed = replace(sampling or SamplingDefaults(), preset=name)
+    return None if changed == SamplingDefaults() else changed
+
+
+def listed(steps: tuple[int, ...]) -> str:
+    """Numbers of steps in words: 1, 2, 4 or 8; 1 to 50."""
+    first, *_, last = (*steps, steps[-1])
+    if len(steps) > 2 and steps == tuple(range(first, last + 1)):
+        return f"{first} to {last}"
+    return " or ".join(filter(None, (", ".join(map(str, steps[:-1])), str(steps[-1]))))
