@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,12 +15,18 @@ import real_data
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
+from sdxl_jax.sampling import plan
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.training.objectives import objective_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import appendix_j  # pyright: ignore[reportMissingImports] (experiments/, put on the path above)
 import cifar10  # pyright: ignore[reportMissingImports] (the same)
+import crop_conditioning  # pyright: ignore[reportMissingImports] (the same)
 import image_prompt  # pyright: ignore[reportMissingImports] (the same)
+import offset_noise  # pyright: ignore[reportMissingImports] (the same)
+import pictures  # pyright: ignore[reportMissingImports] (the same)
+import refiner  # pyright: ignore[reportMissingImports] (the same)
 import results  # pyright: ignore[reportMissingImports] (the same)
 import small_model  # pyright: ignore[reportMissingImports] (the same)
 import table_2  # pyright: ignore[reportMissingImports] (the same)
@@ -52,15 +59,15 @@ def test_the_rows_of_the_paper_are_pairs_without_and_with_the_average() -> None:
         assert averaged["rfid"] < raw["rfid"] and averaged["psim"] < raw["psim"]
 
 
-def table_2_options(monkeypatch: pytest.MonkeyPatch, *given: str) -> argparse.Namespace:
-    monkeypatch.setattr(sys, "argv", ["table_2.py", "--cifar10", "unused", *given])
-    return table_2.arguments()
+def options_of(experiment: ModuleType, monkeypatch: pytest.MonkeyPatch, *given: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *given])
+    return experiment.arguments()
 
 
 def test_the_models_of_table_2_differ_in_images_and_sizes_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = table_2_options(monkeypatch, "--side", "16")
+    options = options_of(table_2, monkeypatch, "--cifar10", "unused", "--side", "16")
     only, nocond, size = (table_2.config(kind, tmp_path, options) for kind in table_2.RUNS)
     for config in (only, nocond, size):
         objective_of(config).config.check()
@@ -102,6 +109,49 @@ def test_probe_tells_classes_apart() -> None:
     features = rng.normal(size=(60, 8)).astype(np.float32) + 3 * np.eye(8, dtype=np.float32)[labels]
     logits = table_2_probe.trained_probe(features, labels, 3)(features)
     assert (logits.argmax(axis=1) == labels).mean() > 0.95
+
+
+def test_the_models_of_crop_conditioning_differ_in_that_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(crop_conditioning, monkeypatch)
+    with_, without = (crop_conditioning.config(each, tmp_path, 20, options) for each in (True, False))
+    for config in (with_, without):
+        objective_of(config).config.check()
+    changed = {line.split(":", 1)[0] for line in differences(to_json(with_), to_json(without))}
+    assert changed == {"model.micro", "model.unet.vector_dim", "training.micro_dropout"}
+
+
+def test_where_an_object_is_and_whether_it_is_cut_off_are_those_of_the_crop() -> None:
+    given = pictures.square_pictures(crop_conditioning.OBJECT)
+    assert len(given) >= 10 and all(picture.background.min() > 120 for picture in given)
+    wide = crop_conditioning.canvases(given)
+    middles, cut = [], []
+    for left in crop_conditioning.LEFTS:
+        crops = np.stack([canvas[:, left : left + crop_conditioning.SIDE] for canvas in wide])
+        row = crop_conditioning.row("data", left, crops, given)
+        assert row["without object"] == 0
+        middles.append(row["middle"])
+        cut.append(row["cut off"])
+    assert middles == sorted(middles, reverse=True) and middles[2] == pytest.approx(15.5, abs=1)
+    assert cut[0] > 0.9 and cut[-1] > 0.9 and cut[2] < 0.1
+
+
+def test_offset_noise_is_measured_by_brightness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(offset_noise, monkeypatch)
+    plain, offset = (offset_noise.config(strength, tmp_path, 20, options) for strength in (0.0, 0.05))
+    assert differences(to_json(plain), to_json(offset)) == ["loss.offset_noise: 0.0 -> 0.05"]
+    objective_of(offset).config.check()
+    images = np.stack(offset_noise.versions(np.full((8, 8, 3), 100, np.uint8)))
+    assert offset_noise.brightness(images) * 255 == pytest.approx([100, 10, 239.5], abs=1)
+
+
+def test_the_refiner_is_trained_on_low_noise_and_fits_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of(refiner, monkeypatch, "--cifar10", "unused", "--side", "16")
+    base, refining = (refiner.config(kind, tmp_path, options) for kind in ("base", "refiner"))
+    for config in (base, refining):
+        objective_of(config).config.check()
+    assert refining.loss.timesteps == refiner.LOW_NOISE and base.loss.timesteps is None
+    for option in ({"handoff": refiner.HANDOFF}, {"refine_strength": refiner.STRENGTH}):
+        plan.prepare(base.model, refining.model, Options(sampler="ddim", steps=50, **option))
 
 
 def test_the_models_of_image_prompts_fit_each_other(tmp_path: Path) -> None:
