@@ -650,6 +650,7 @@ def is_within(line: str, names: Collection[str]) -> bool:
 def blocking_differences(old: Any, new: Any) -> list[str]:
     """The differences with which a run must not be resumed."""
     allowed = [*MAY_CHANGE, *SAME_WITHIN_ROUNDING]
-    if new.get("optimiser", {}).get("decay") != Decay.COSINE.value:
-        allowed.append("training.steps")  # only the cosine schedule depends on the last step
+    stops_early = (new.get("textual_inversion") or {}).get("stop", 1) < 1
+    if new.get("optimiser", {}).get("decay") != Decay.COSINE.value and not stops_early:
+        allowed.append("training.steps")  # the cosine schedule and the vectors' end depend on the last step, no other
     return [line for line in differences(old, new) if not is_within(line, allowed)]

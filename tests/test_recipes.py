@@ -42,7 +42,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("sdxl_base_256", "sdxl_base_512", "sdxl_base_1024_multi_aspect", "sdxl_refiner")
 IMAGENET = ("imagenet_512_only", "imagenet_512_nocond", "imagenet_512_size_cond")
-OTHERS = ("finetune_1024", "lora_1024", "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
+BESIDE = ("lora_1024", "textual_inversion", "pivotal")
+OTHERS = ("finetune_1024", *BESIDE, "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
 NAMES = STAGES + OTHERS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
 PUBLISHED |= {"stable-diffusion-2": "sd21_v"}
@@ -161,7 +162,8 @@ def make_images(folder: Path) -> None:
         height, width = [(64, 256), (130, 129), (260, 64)][number % 3]
         name = f"{number % 3}/{number:02d}.png"
         Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": f"image number {number}", "aesthetic": 4 + number / 10}))
+        caption = f"image number {number} of <zwx>"
+        lines.append(json.dumps({"file_name": name, "text": caption, "aesthetic": 4 + number / 10}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -223,7 +225,8 @@ def test_smoke_configuration_trains(chain: Chain, name: str) -> None:
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
     before, after = (flatten(load_model(checkpoint(chain, name, step)).params) for step in (1, STEPS))
     moved = {path.split("/")[0] for path in after if not np.array_equal(before[path], after[path])}
-    assert moved == {"unet"}
+    texts = {"text_encoder", "text_encoder_2"}
+    assert moved == {"textual_inversion": texts, "pivotal": {"unet", *texts}}.get(name, {"unet"})
 
 
 def checkpoint(chain: Chain, name: str, step: int) -> Path:

@@ -1,6 +1,7 @@
 """Training of a new token: its vectors alone learn, a run resumes bit for bit, and the files have what was trained."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ import optax
 import pytest
 import tiny
 from jax.sharding import AbstractMesh
+from PIL import Image
 from safetensors import safe_open
 from test_adapter_training import STEPS, assert_resumes, train
 
-from sdxl_jax import sharding
+from sdxl_jax import __main__, sharding
 from sdxl_jax.adapters import embeddings
 from sdxl_jax.adapters.embeddings import TABLE, Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig, FileDtype
 from sdxl_jax.arrays import AccumulatorDtype, flatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import TrainConfig
+from sdxl_jax.config import TrainConfig, blocking_differences
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model
 from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
@@ -79,7 +82,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
 
 def pivotal(base: TrainConfig, **options: Any) -> TrainConfig:
     training = dataclasses.replace(base.training, trainable=("^unet/",))
-    adapter = AdapterConfig(rank=2, file_dtype=FileDtype.FLOAT32)
+    adapter = AdapterConfig(rank=2, file_dtype=FileDtype.FLOAT32, up_rate=4.0, norm_limit=0.5)
     return dataclasses.replace(
         base, training=training, adapter=adapter, textual_inversion=dataclasses.replace(PIVOTAL, **options)
     )
@@ -140,7 +143,7 @@ def test_the_run_is_the_base_with_its_two_files(trained: Trained) -> None:
     assert textual_inversion.names(run) == {"<dog>": 2} == textual_inversion.names(trained.model)
     file = reading.read(trained.folder)
     assert file.embeddings == ("<dog>",)
-    for source in (trained.folder / "run_emb.safetensors", trained.folder / "run.safetensors"):
+    for source in (trained.folder / "run_emb.safetensors", trained.folder / "run.safetensors", trained.folder):
         model = textual_inversion.add(lora.add(start, file), source, "<dog>")
         assert model.config == run.config
         for path, value in flatten(run.params).items():
@@ -333,6 +336,14 @@ def test_what_cannot_be_combined_is_refused(base: TrainConfig) -> None:
             objective_of(changed).check()
 
 
+def test_vectors_that_stop_early_keep_their_number_of_steps_when_a_run_is_resumed(trained: Trained) -> None:
+    longer = dataclasses.replace(trained.config.training, steps=STEPS + 1)
+    with pytest.raises(InputError, match=r"training\.steps: 3 -> 4"):
+        train(dataclasses.replace(trained.config, training=longer), trained.folder)
+    bundle = pivotal(trained.config, bundle=False)
+    assert not blocking_differences(to_json(trained.config), to_json(bundle))
+
+
 def test_a_token_that_the_model_has_already_is_refused(base: TrainConfig) -> None:
     config = with_token(base)
     model = objective_of(config).model_config
@@ -378,3 +389,19 @@ def test_vectors_alone_learn_and_resume(base: TrainConfig, tmp_path: Path, accum
     assert added.config == opened.config
     for path, value in flatten(opened.params).items():
         np.testing.assert_array_equal(np.asarray(flatten(added.params)[path]), np.asarray(value), err_msg=path)
+
+
+@pytest.mark.slow
+def test_a_run_samples_its_new_word_and_so_do_its_validation_images(trained: Trained, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained.folder, run)
+    command = ["sample", str(run), "--prompt", "a photo of <dog>", "--prompt", "a photo of", "--steps", "2"]
+    command += ["--height", "32", "--width", "32", "--out", str(tmp_path / "images")]
+    assert __main__.main(command) == 0
+    one, other = (np.asarray(Image.open(tmp_path / "images" / f"00000{number}.png")) for number in (0, 1))
+    assert (one != other).any()
+    validation = dataclasses.replace(
+        trained.config.validation, every_steps=STEPS, prompts=("a photo of <dog>",), sizes=((32, 32),), steps=2
+    )
+    train(dataclasses.replace(trained.config, validation=validation), run)
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_00000003.png"]

@@ -32,13 +32,15 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tower
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import atomic
-from sdxl_jax.files.paths import AnyPath, located
+from sdxl_jax.files.paths import AnyPath, absolute, located
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.weights.adapter_files import metadata
 from sdxl_jax.weights.formats.safetensors import PICKLES, Tensor, Writer, open_file
 
 TOWERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 """Which text encoder a key of SDXL's files is for."""
+BESIDE_ADAPTER = "_emb"
+"""After the name of an adapter's file, that of the embedding which was trained with it."""
 _NAMELESS = ("emb_params", *TOWERS)
 BUNDLED = re.compile(r"bundle_emb\.(?P<name>.+)\.(?P<key>clip_l|clip_g|emb_params|string_to_param\.\*)")
 """A tensor of an embedding bundled in a LoRA file."""
@@ -59,7 +61,10 @@ def read(path: str | PurePath, token: str | None = None) -> dict[str, Vectors]:
 
 
 def _read(path: AnyPath, token: str | None) -> tuple[dict[str, Vectors], str]:
-    """(vectors by the file's keys, name of the embedding)."""
+    """(vectors by the file's keys, name of the embedding). path: of the file, or of a run that trained it."""
+    if path.is_dir():
+        names = (f"{absolute(path).name}{end}.safetensors" for end in (BESIDE_ADAPTER, ""))
+        path = next((path / name for name in names if (path / name).is_file()), path)
     if path.suffix.lower() in PICKLES:
         raise InputError(
             f"{path} is a pickle, which can run any program when it is loaded. Convert it to .safetensors with the "

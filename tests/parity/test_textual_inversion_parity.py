@@ -18,11 +18,17 @@ from reference import diffusers, torch
 from safetensors.torch import load_file, save_file
 from tiny import MODEL
 
+from sdxl_jax import sharding
+from sdxl_jax.adapters.embeddings import TextualInversionConfig
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import ContextState, Tokenizer, Tower
+from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.model import Model
 from sdxl_jax.models import clip
 from sdxl_jax.models.clip import Activation, ClipTextConfig
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training.objectives.textual_inversion import EmbeddingTraining
 from sdxl_jax.weights import textual_inversion
 
 END = text.END_OF_TEXT
@@ -143,6 +149,23 @@ def test_an_embedding_for_both_text_encoders_matches_diffusers(tmp_path: Path, a
     ours = textual_inversion.add(ours, path, TOKEN)
 
     check("SDXL's textual inversion", theirs, ours, agree)
+
+
+@pytest.mark.slow
+def test_the_file_of_a_training_matches_diffusers(tmp_path: Path, agree: Agree) -> None:
+    theirs, ours = pair((CLIP_L, CLIP_G))
+    settings = TextualInversionConfig(token=TOKEN, vectors=4)
+    config = TrainConfig(DataConfig("unused"), model=ours.config, textual_inversion=settings)
+    training, mesh = EmbeddingTraining(config, settings), sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    trained, _ = training.fresh(ours.params, mesh)
+    training.export(training.on_host(trained, mesh), tmp_path / "run.safetensors", 1)
+
+    state = load_file(tmp_path / "run.safetensors")
+    for number, key in enumerate(("clip_l", "clip_g")):
+        tower, words = theirs.towers[number], theirs.tokenizers[number]
+        theirs.load_textual_inversion(state[key], token=TOKEN, text_encoder=tower, tokenizer=words)
+
+    check("textual inversion as trained", theirs, training.merged(ours, trained), agree)
 
 
 def test_what_is_left_after_a_removal_matches_diffusers(tmp_path: Path, agree: Agree) -> None:

@@ -46,6 +46,7 @@ from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, merge
 from sdxl_jax.training.step import Metrics
 from sdxl_jax.weights.lazy import abstract_leaves
+from sdxl_jax.weights.textual_inversion import BESIDE_ADAPTER
 
 EmptyTokens = Int32[np.ndarray, "1 77"]
 """The token numbers of "", by one tower's tokenizer."""
@@ -213,7 +214,7 @@ class Denoising(Objective[TrainConfig]):
         if self._vectors is not None:
             vectors = self._vectors.on_host(state.sampled, mesh)
             bundled = self._vectors.bundled(vectors)
-            name = path if self._adapters is None else path.with_stem(f"{path.stem}_emb")
+            name = path if self._adapters is None else path.with_stem(f"{path.stem}{BESIDE_ADAPTER}")
             written["embedding"] = name
             if is_first:
                 self._vectors.export(vectors, name, step)
