@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import real_data
+from command import call
 
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.files.trees import differences
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import appendix_j  # pyright: ignore[reportMissingImports] (experiments/, put on the path above)
 import cifar10  # pyright: ignore[reportMissingImports] (the same)
 import crop_conditioning  # pyright: ignore[reportMissingImports] (the same)
+import figures  # pyright: ignore[reportMissingImports] (the same)
 import image_prompt  # pyright: ignore[reportMissingImports] (the same)
 import offset_noise  # pyright: ignore[reportMissingImports] (the same)
 import pictures  # pyright: ignore[reportMissingImports] (the same)
@@ -152,6 +154,24 @@ def test_the_refiner_is_trained_on_low_noise_and_fits_the_base(tmp_path: Path, m
     assert refining.loss.timesteps == refiner.LOW_NOISE and base.loss.timesteps is None
     for option in ({"handoff": refiner.HANDOFF}, {"refine_strength": refiner.STRENGTH}):
         plan.prepare(base.model, refining.model, Options(sampler="ddim", steps=50, **option))
+
+
+def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:
+    """As far as they go without a model: they are refused for that, and for nothing else."""
+    for figure, given in (("3", []), ("5", ["--side", "128", "--", "--dtype", "bfloat16"])):
+        words = figures.command(figures.arguments([figure, str(tmp_path / "none"), *given]))
+        outcome = call(*words)
+        assert outcome.code == 2 and "There is nothing at" in outcome.err, outcome
+    assert "crop=0,0;0,32;32,0;64,64" in words and words[-1] == "bfloat16"
+    words = figures.command(figures.arguments(["3", "MODEL"]))
+    assert "original-size=64x64,128x128,256x256,512x512" in words
+    with pytest.raises(SystemExit, match="figure 13 needs --clip"):
+        figures.command(figures.arguments(["13", "MODEL", "--captions", "x"]))
+    with pytest.raises(SystemExit, match="figure 3 is of one model, not of 2"):
+        figures.command(figures.arguments(["3", "A", "B"]))
+    words = figures.command(figures.arguments(["2", str(tmp_path / "none")]))
+    outcome = call(*words)
+    assert outcome.code == 2 and str(tmp_path / "none") in outcome.err, outcome
 
 
 def test_the_models_of_image_prompts_fit_each_other(tmp_path: Path) -> None:

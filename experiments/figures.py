@@ -1,0 +1,87 @@
+"""Figures 2, 3, 5 and 13 of the paper, each by one command with the paper's prompts and settings.
+
+    python experiments/figures.py 2 IMAGES                                   # the sizes of a data set, and what is lost
+    python experiments/figures.py 3 MODEL --out runs/figure_3                # four original sizes, one noise
+    python experiments/figures.py 5 MODEL --out runs/figure_5                # four crops, one noise
+    python experiments/figures.py 13 MODEL … --captions val2017 --clip CLIP  # FID against CLIP score over guidance
+
+Each prints the `sdxl-jax` command that it runs; whatever follows `--` is appended to it, e.g. `-- --dtype bfloat16`.
+IMAGES is what training reads, MODEL anything that `sdxl-jax sample` opens. For a model that was trained at other sizes
+give --side, the side of its images: original sizes and crops are the paper's fractions of it.
+
+Figures 3 and 5: DDIM, 50 steps, guidance 8 (appendix on conditioning). Figure 13: the paper gives neither scales nor
+number of images; here are those of Stable Diffusion 1's own curve, 1.5 to 8, 50 steps, 10,000 captions.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdxl_jax.__main__ import main as run
+
+PROMPTS = {
+    "3": (
+        "A robot painted as graffiti on a brick wall. a sidewalk is in front of the wall, and grass is growing out of "
+        "cracks in the concrete.",
+        "Panda mad scientist mixing sparkling chemicals, artstation.",
+    ),
+    "5": (
+        "An astronaut riding a pig, highly realistic dslr photo, cinematic shot.",
+        "A capybara made of lego sitting in a realistic, natural field.",
+    ),
+}
+SIDES = {"3": 512, "5": 1024}
+"""Of the paper's images, in pixels."""
+AS_THE_PAPER = ("--sampler", "ddim", "--steps", "50")
+
+
+def command(options: argparse.Namespace) -> list[str]:
+    """The arguments of `sdxl-jax`. Raises SystemExit for arguments that do not fit the figure."""
+    figure, given, out = options.figure, options.given, str(options.out or Path("runs") / f"figure_{options.figure}")
+    if figure == "13":
+        missing = [name for name in ("captions", "clip") if getattr(options, name) is None]
+        if missing:
+            sys.exit(f"error: figure 13 needs --{' and --'.join(missing)}")
+        of = ["--captions", str(options.captions), "--clip", str(options.clip), "--prompts", str(options.prompts)]
+        return ["evaluate", "curve", *given, "--out", out, *of, *AS_THE_PAPER, *options.more]
+    if len(given) != 1:
+        sys.exit(f"error: figure {figure} is of one {'data set' if figure == '2' else 'model'}, not of {len(given)}")
+    if figure == "2":
+        return ["data", "inspect", *given, "--plot", f"{out}.png", *options.more]
+    prompts = [word for prompt in options.prompt or PROMPTS[figure] for word in ("--prompt", prompt)]
+    side = options.side or SIDES[figure]
+    size = ["--height", str(side), "--width", str(side)]
+    many = [*AS_THE_PAPER, "--guidance", "8", "--num-images", "4" if figure == "3" else "1"]
+    return ["sample", *given, *prompts, *size, *many, "--sweep", _sweep(figure, side), "--out", out, *options.more]
+
+
+def _sweep(figure: str, side: int) -> str:
+    if figure == "3":
+        return "original-size=" + ",".join(f"{side // part}x{side // part}" for part in (8, 4, 2, 1))
+    quarter, half = side // 4, side // 2
+    return f"crop=0,0;0,{quarter};{quarter},0;{half},{half}"
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    words = list(sys.argv[1:] if given is None else given)
+    own, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=("2", "3", "5", "13"), help="number of the paper's figure")
+    parser.add_argument("given", nargs="+", help="the data set of figure 2; the model, or models, of the others")
+    parser.add_argument("--prompt", action="append", help="figures 3 and 5: in place of the paper's; may be repeated")
+    parser.add_argument("--side", type=int, help="figures 3 and 5: of the images; default 512 and 1024")
+    parser.add_argument("--captions", type=Path, help="figure 13: folder of captioned images, e.g. COCO's val2017")
+    parser.add_argument("--clip", type=Path, help="figure 13: CLIP with both towers")
+    parser.add_argument("--prompts", type=int, default=10_000, help="figure 13: number of captions; default 10000")
+    parser.add_argument("--out", type=Path, help="folder, of figure 2 the file without .png; default runs/figure_N")
+    options = parser.parse_args(own)
+    options.more = more
+    return options
+
+
+if __name__ == "__main__":
+    words = command(arguments())
+    print(shlex.join(["sdxl-jax", *words]), file=sys.stderr)
+    sys.exit(run(words))
