@@ -155,3 +155,5 @@ class Batch(NamedTuple):
     """Factor of each example's loss; None: all count alike."""
     base_target: Bool[type_of_array, "batch"] | None = None
     """Which examples are compared with the frozen model's own prediction; None: none."""
+    mask: UInt8[type_of_array, "batch height width"] | None = None
+    """How much each pixel counts in the loss, 0..255; None: all of them do."""

@@ -552,6 +552,7 @@ MAY_CHANGE = (
     "data.cache",
     "data.cache_of_other_code",
     "data.folder",
+    "data.masks",
     "data.max_bad_share",
     "data.on_refused",
     "data.read_ahead",

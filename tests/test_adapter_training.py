@@ -13,6 +13,7 @@ import optax
 import pytest
 import tiny
 from jax.sharding import AbstractMesh, PartitionSpec
+from PIL import Image
 from safetensors import safe_open
 
 from sdxl_jax import sharding
@@ -24,6 +25,7 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.images import read_image
 from sdxl_jax.data.mixture import Source, Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
@@ -304,7 +306,7 @@ def test_what_has_no_effect_on_a_run_is_refused(base: TrainConfig) -> None:
     with pytest.raises(InputError, match=r"export_every_steps=2 has no effect: this run trains no adapter"):
         objective_of(base).check()
     weighted = DataConfig(sources=(Source("of the class", loss_weight=0.5),))
-    with pytest.raises(InputError, match=r"gives of the class a loss_weight, which has no effect on a run of autoenc"):
+    with pytest.raises(InputError, match=r"gives of the class loss_weight, which has no effect on a run of autoenc"):
         objective_of(AutoencoderConfig(weighted)).check()
     schedule_free = dataclasses.replace(
         base,
@@ -407,8 +409,17 @@ def test_state_of_every_optimiser_has_its_place_on_a_mesh(base: TrainConfig, kin
         assert flatten(frozen)["unet/mid_block/resnets_0/conv1/kernel"].sharding.spec[-1] == "fsdp"
 
 
-def test_batches_with_weights_of_sources_are_those_that_the_step_is_compiled_for(base: TrainConfig) -> None:
-    sources = (Source(str(base.data.folder)), Source(str(base.data.folder), loss_weight=0.5, target=Target.BASE))
+def test_batches_with_settings_of_sources_are_those_that_the_step_is_compiled_for(
+    base: TrainConfig, tmp_path: Path
+) -> None:
+    folder = Path(str(base.data.folder))
+    for path in folder.glob("*.png"):
+        height, width, _ = read_image(path).shape
+        Image.new("L", (width, height), 255).save(tmp_path / path.name)
+    sources = (
+        Source(str(folder), masks=str(tmp_path)),
+        Source(str(folder), loss_weight=0.5, target=Target.BASE),
+    )
     data = dataclasses.replace(base.data, folder=None, sources=sources)
     objective = objective_of(dataclasses.replace(base, data=data, adapter=LORA))
     objective.check()
@@ -475,6 +486,10 @@ def test_prior_preservation_compares_with_the_base_and_a_weight_of_0_leaves_out(
     assert of(0.0, 0.0, batch)[0] > 0 and of(0.0, 0.0, of_base)[0] == 0
     assert of(0.1, 0.0, of_base)[0] > 0 and of(0.0, 0.1, of_base)[0] > 0
 
+    white = np.full((8, 16, 16), 255, np.uint8)
+    assert of(0.1, 0.0, batch._replace(mask=white))[0] == of(0.1, 0.0, batch)[0]
+    assert of(0.1, 0.0, batch._replace(mask=0 * white))[0] == 0
+
     same = jnp.concatenate([keys[:4], keys[:4]])
     assert batch.image is not None
     image = np.concatenate([batch.image[:4], 255 - batch.image[4:]])
@@ -523,8 +538,9 @@ def test_a_prior_without_images_needs_an_adapter(base: TrainConfig) -> None:
     objective_of(dataclasses.replace(config, adapter=AdapterConfig(rank=2))).check()
     with pytest.raises(InputError, match=r"gives of the class target=base, which needs an adapter.* Set adapter"):
         objective_of(config).check()
-    with pytest.raises(InputError, match=r"gives of the class a target, which has no effect on a run of autoencoding"):
-        objective_of(AutoencoderConfig(DataConfig(sources=sources))).check()
+    for data, name in ((DataConfig(sources=sources), "target"), (DataConfig("of the class", masks="alpha"), "masks")):
+        with pytest.raises(InputError, match=rf"gives of the class {name}, which has no effect on a run of autoenc"):
+            objective_of(AutoencoderConfig(data)).check()
 
 
 # From a file, to a file

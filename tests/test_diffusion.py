@@ -18,6 +18,7 @@ from sdxl_jax.diffusion.loss import (
     draw_noise,
     frequencies,
     min_snr_weight,
+    position_weights,
 )
 from sdxl_jax.diffusion.parameterisation import Prediction, denoised, target
 from sdxl_jax.diffusion.schedule import BetaSchedule, Schedule, ScheduleConfig
@@ -262,6 +263,28 @@ def test_examples_with_a_weight_of_zero_count_for_nothing_and_others_by_their_we
     weighted = float(loss(x0, random_keys, example_weight=jnp.array([1.0, 0.5, 0.0, 2.0])))
     assert weighted == pytest.approx((each[0] + 0.5 * each[1] + 2 * each[3]) / 4, rel=1e-6)
     assert float(loss(x0, random_keys, example_weight=jnp.ones(4))) == float(loss(x0, random_keys))
+
+
+def test_a_mask_weighs_positions_by_their_area_and_leaves_the_scale_of_the_loss() -> None:
+    x0, random_keys = normal(0, (2, 4, 4, 4)), keys(2)
+    loss = functools.partial(
+        diffusion_loss, lambda x_t, _: x_t, schedule=SDXL, prediction=Prediction.EPSILON, config=LossConfig()
+    )
+    plain = float(loss(x0, random_keys))
+    mask = np.zeros((2, 32, 32), np.uint8)
+
+    def weights_of(mask: np.ndarray) -> jax.Array:
+        return position_weights(jnp.asarray(mask), (4, 4))
+
+    assert float(loss(x0, random_keys, position_weight=weights_of(mask + 255))) == plain
+    assert float(loss(x0, random_keys, position_weight=weights_of(mask))) == 0
+    left, right = mask.copy(), mask.copy()
+    left[..., :16], right[..., 16:] = 50, 255
+    halves = [float(loss(x0, random_keys, position_weight=weights_of(half))) for half in (left, right)]
+    assert halves[0] != halves[1] and sum(halves) / 2 == pytest.approx(plain, rel=1e-6)
+    mask[:, :8, :12] = 255  # one position, and half of the next one
+    weights = weights_of(mask)
+    np.testing.assert_allclose(weights[1], 16 * np.pad([[2 / 3, 1 / 3]], ((0, 3), (0, 2))), rtol=1e-6)
 
 
 def seen_by_the_network(

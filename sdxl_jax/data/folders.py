@@ -49,7 +49,8 @@ from sdxl_jax.data.captions import (
     json_fields,
     numbers_of,
 )
-from sdxl_jax.data.images import read_image, usable_size
+from sdxl_jax.data.images import WHITE, read_image, usable_size
+from sdxl_jax.data.masks import ALPHA, Masks, list_masks, read_mask
 from sdxl_jax.data.sources import (
     BYTES_LIMIT,
     OnRefused,
@@ -418,6 +419,10 @@ class FolderSource:
     _lengths: list[int] = dataclasses.field(repr=False)
     """Bytes of the image files."""
     _refused: list[Refused] = dataclasses.field(repr=False)
+    masks: str | None = None
+    """ALPHA, or the folder of the masks; None: there are none."""
+    _masks: list[Path | None] = dataclasses.field(default_factory=list, repr=False)
+    """The file with the mask of each image; None: all of the image counts."""
 
     def _file_name(self, image: int) -> str:
         return self.paths[image].relative_to(self.path).as_posix()
@@ -431,8 +436,15 @@ class FolderSource:
         return self._captions[image]
 
     def pixels(self, image: int, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
-        """As `images.read_image`."""
-        return read_image(self.paths[image], at_least)
+        """As `images.read_image`; with masks of alpha, the colours that are stored beneath."""
+        return read_image(self.paths[image], at_least, None if self.masks == ALPHA else WHITE)
+
+    def mask(self, image: int) -> UInt8[np.ndarray, "height width"] | None:
+        """As `ImageSource.mask`."""
+        if self.masks is None:
+            return None
+        file = self._masks[image]
+        return np.full(self.sizes[image], 255, np.uint8) if file is None else read_mask(file, self.masks)
 
     def refused(self) -> Iterator[Refused]:
         """Everything that is left out, with the reasons."""
@@ -452,11 +464,19 @@ class FolderSource:
             for image, (captions, length) in enumerate(zip(self._captions, self._lengths, strict=True))
         ]
         rows.append({name: values.tolist() for name, values in self.numbers.items()})
+        if self.masks is not None:
+            rows.append({"masks": [None if file is None else file.stat().st_size for file in self._masks]})
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def _notes(names: list[str], usable: list["_UsableImage"], caption_lines: CaptionLines) -> tuple[str, ...]:
+def _notes(
+    names: list[str], usable: list["_UsableImage"], caption_lines: CaptionLines, masks: Masks | None
+) -> tuple[str, ...]:
     notes = []
+    if masks is not None and (whole := sum(image.mask is None for image in usable)):
+        notes.append(
+            f"{whole} of {len(usable)} images have no alpha channel, and all of them counts (data.masks=alpha)"
+        )
     several = sum(image.of_text_file and len(image.captions) > 1 for image in usable)
     if several:
         assert caption_lines is CaptionLines.LINES
@@ -484,6 +504,7 @@ class _UsableImage(NamedTuple):
     numbers: Mapping[str, float]
     of_text_file: bool
     """Whether the captions come from a .txt."""
+    mask: Path | None = None
 
 
 def _in_threads(
@@ -522,10 +543,15 @@ def _list_folder(folder: Path, captioned: bool, class_folders: bool) -> tuple[li
 
 
 def _read_header(
-    folder: Path, verify: bool, caption_lines: CaptionLines | None, numeric: bool, image: ListedImage
+    folder: Path,
+    verify: bool,
+    caption_lines: CaptionLines | None,
+    numeric: bool,
+    masks: Masks | None,
+    image: ListedImage,
 ) -> _UsableImage | Refused:
-    """Captions and size of one image. verify: decodes it too. caption_lines: None where captions are not used; numeric:
-    whether numeric fields are then."""
+    """Captions, size and mask of one image. verify: decodes it too. caption_lines: None where captions are not used;
+    numeric: whether numeric fields are then."""
     path = folder / image.name
     try:
         captions, numbers = UNCAPTIONED, {}
@@ -534,7 +560,8 @@ def _read_header(
         with _open(str(path)) as file:
             length = os.fstat(file.fileno()).st_size
             size = usable_size(file, verify=verify)
-        return _UsableImage(path, length, size, captions, numbers, image.beside[0] is not None)
+        mask = None if masks is None else masks.file_of(path, image.name, size, verify=verify)
+        return _UsableImage(path, length, size, captions, numbers, image.beside[0] is not None, mask)
     except Unusable as problem:
         return Refused(printable(image.name), printable(str(problem)))
 
@@ -547,23 +574,27 @@ def open_folder(
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
     label: str | None = None,
+    masks: str | None = None,
 ) -> FolderSource:
     """Opens a folder of captioned images, recursively, without hidden files; captions stay in memory.
 
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels are found now instead of
     during training; that costs one full pass over the images: reading them all, and some 15 ms of one core per
     megapixel of JPEG, in eight threads. captioned=False: captions are not used, every image has "", and there are
-    numeric fields only where a label is one. label: the numeric field of the classes; `FOLDER`: the subfolders. Refused
-    are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with an empty caption or without one, a caption
-    without its image, a line of metadata that is not as expected, or of `metadata.jsonl` that repeats a file; an image
-    by its extension in a format that is not read, and an image by its content without an image's extension.
+    numeric fields only where a label is one. label: the numeric field of the classes; `FOLDER`: the subfolders. masks:
+    `ALPHA`, or the folder of the masks. Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with
+    an empty caption or without one, a caption without its image, a line of metadata that is not as expected, or of
+    `metadata.jsonl` that repeats a file; an image by its extension in a format that is not read, and an image by its
+    content without an image's extension; an image whose mask is missing, damaged or of another size.
 
     Raises InputError: no such folder; no image in it; none usable; metadata as in `list_images`; too many numeric
-    fields; an image that disappears meanwhile; any refusal where on_refused is ERROR.
+    fields; masks as in `list_masks`, or alpha channels that no image has; an image that disappears meanwhile; any
+    refusal where on_refused is ERROR.
     """
     folder = Path(folder)
     names, unlisted, listing = _list_folder(folder, captioned, label == FOLDER)
-    read = functools.partial(_read_header, folder, verify, caption_lines if captioned else None, label is not None)
+    lines, listed = caption_lines if captioned else None, None if masks is None else list_masks(masks, folder)
+    read = functools.partial(_read_header, folder, verify, lines, label is not None, listed)
     title = "Decoding every image" if verify else "Reading captions and image headers"
     images = _in_threads(read, listing.images, title)
     usable = [image for image in images if isinstance(image, _UsableImage)]
@@ -576,6 +607,8 @@ def open_folder(
             f'{_EXPECTED}: {_METADATA[0]} with {{"file_name": ..., "text": ...}} per line, or a .txt beside each image'
         )
     stop_if_refused(folder, refused, len(refused), on_refused)
+    if masks == ALPHA and not any(image.mask for image in usable):
+        raise InputError(f"data.masks=alpha has no effect: no image in {folder} has an alpha channel. Leave it out")
     return FolderSource(
         path=folder,
         found=listing.found,
@@ -583,8 +616,10 @@ def open_folder(
         sizes=np.array([image.size for image in usable], np.int32),
         numbers=_columns([image.numbers for image in usable]),
         reads_text_files=any(image.of_text_file for image in usable),
-        notes=_notes(names, usable, caption_lines),
+        notes=_notes(names, usable, caption_lines, listed),
         _captions=[image.captions for image in usable],
         _lengths=[image.length for image in usable],
         _refused=refused,
+        masks=masks,
+        _masks=[image.mask for image in usable],
     )

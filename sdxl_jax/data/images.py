@@ -119,7 +119,7 @@ def measure(image: bytes | io.BufferedReader) -> tuple[int, int]:
     return _upright_size(_identify(io.BytesIO(image) if isinstance(image, bytes) else image, whole=False))
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.ndarray, "height width 3"]:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> UInt8[np.ndarray, "height width 3"]:
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow's conversion clips at 255
         grey = np.asarray(image) >> 8
         if image.mode == "I" and (grey.min() < 0 or grey.max() > 255):
@@ -127,12 +127,14 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> UInt8[np.nd
         return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise Unusable("floating-point pixels, of unknown range; integers of 8 and 16 bits are read")
-    if image.has_transparency_data:
+    if background is not None and image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
     return np.array(image.convert("RGB"))
 
 
-def _upright(pixels: UInt8[np.ndarray, "_height _width 3"], orientation: int) -> UInt8[np.ndarray, "height width 3"]:
+def _upright(
+    pixels: UInt8[np.ndarray, "_height _width *channels"], orientation: int
+) -> UInt8[np.ndarray, "height width *channels"]:
     """Applies EXIF orientation: 5 to 8 swap the axes, then either axis may be reversed."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
@@ -148,9 +150,10 @@ def decode(
     at_least: tuple[int, int] | None = None,
     *,
     formats: tuple[str, ...] | None = None,
-    background: tuple[int, int, int] = WHITE,
+    background: tuple[int, int, int] | None = WHITE,
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Pixels of an encoded image, as in `read_image`, transparency over the background.
+    """Pixels of an encoded image, as in `read_image`, transparency over the background; None: without transparency, the
+    colours that are stored.
 
     formats: those that are allowed, by Pillow's names; None: those of training images.
 
@@ -175,6 +178,18 @@ def decode(
     return _upright(pixels, orientation)
 
 
+def has_alpha(image: io.BufferedReader) -> bool:
+    """Whether an encoded image has an alpha channel, or a transparent colour, from its header. Raises as `decode`."""
+    return _identify(image, whole=False).has_transparency_data
+
+
+def decode_alpha(data: bytes) -> UInt8[np.ndarray, "height width"]:
+    """The alpha channel of an encoded image, 0..255 (opaque, as where it has none), upright. Raises as `decode`."""
+    image = _identify(io.BytesIO(data), whole=True)
+    orientation = _orientation(image)
+    return _upright(np.array(image.convert("RGBA").getchannel("A")), orientation)
+
+
 def why_unreadable(problem: Exception) -> str:
     """The reason for a refusal, from the exception that `measure` or `decode` raised."""
     detail = f": {problem}" if isinstance(problem, Unusable) else f" ({type(problem).__name__}: {problem})"
@@ -195,8 +210,10 @@ def usable_size(image: bytes | io.BufferedReader, *, verify: bool) -> tuple[int,
         raise Unusable(why_unreadable(problem)) from problem
 
 
-def read_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.ndarray, "height width 3"]:
-    """Pixels of one image: RGB, 0..255, upright (EXIF), transparency over white; `at_least` as in `decode`.
+def read_image(
+    path: Path, at_least: tuple[int, int] | None = None, background: tuple[int, int, int] | None = WHITE
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Pixels of one image: RGB, 0..255, upright (EXIF), transparency over the background; arguments as in `decode`.
 
     Greyscale, palette, 16-bit (the high byte) and CMYK become RGB; of an animation, the first frame. JPEG is decoded
     as in `jpegs`, the rest and CMYK by Pillow.
@@ -204,7 +221,7 @@ def read_image(path: Path, at_least: tuple[int, int] | None = None) -> UInt8[np.
     Raises InputError with the file's name where it is missing, truncated, damaged, or above PIXEL_LIMIT.
     """
     try:
-        return decode(path.read_bytes(), at_least)
+        return decode(path.read_bytes(), at_least, background=background)
     except Exception as problem:  # as in usable_size
         raise InputError(
             f"The image {path} {why_unreadable(problem)}. Replace or remove it; data.verify_images=true with "

@@ -67,7 +67,8 @@ def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
     """Writes the first `count` training examples, in training order, as NNNNNN.png and NNNNNN.json.
 
     The image is what the model sees, before normalisation. The JSON has source (relative to the folder),
-    original_size [height, width], crop_top_left [top, left], target_size [height, width], flipped, caption.
+    original_size [height, width], crop_top_left [top, left], target_size [height, width], flipped, caption. With masks
+    there is NNNNNN-mask.png too, named in the JSON's mask.
 
     Raises InputError where count is below 1 or the directory is not empty.
     """
@@ -90,6 +91,9 @@ def dump(dataset: BucketedDataset, count: int, directory: str | Path) -> None:
             "flipped": example.flipped,
             "caption": caption,
         }
+        if example.mask is not None:
+            record["mask"] = f"{number:06d}-mask.png"
+            Image.fromarray(example.mask).save(directory / record["mask"])
         if (name := dataset.config.label) is not None:
             record["label"] = int(dataset.source.number(image, name))
         text = json.dumps(record, ensure_ascii=False, indent=2) + "\n"

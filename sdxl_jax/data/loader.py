@@ -76,11 +76,16 @@ class Loader:
     def _examples(self, image: int, bucket: Bucket, seeds: Iterable[tuple[int, ...]]) -> list[Example]:
         """The image, resized, cropped and flipped once per seed. Raises InputError where it is damaged."""
         size = self.source.size(image)
-        pixels = self.source.pixels(image, cover_size(*size, bucket))
+        pixels, mask = self.source.pixels(image, cover_size(*size, bucket)), self.source.mask(image)
         if not _can_be_decoded_to(size, pixels.shape):
             raise InputError(
                 f"{self.source.name(image)} is decoded to {pixels.shape[0]}×{pixels.shape[1]} (height × width), and "
                 f"was {size.height}×{size.width} when it was listed. Bring that file back, or start a new run"
+            )
+        if mask is not None and mask.shape != size:
+            raise InputError(
+                f"The mask of {self.source.name(image)} has {mask.shape[0]}×{mask.shape[1]} pixels (height × width), "
+                f"and the image {size.height}×{size.width}. Bring back the mask that was listed, or start a new run"
             )
         return [
             cover_crop(
@@ -90,6 +95,7 @@ class Loader:
                 rng=self._rng(*seed),
                 crop=self.config.crop,
                 flip_probability=self.config.flip_probability,
+                mask=mask,
             )
             for seed in seeds
         ]
@@ -176,7 +182,11 @@ class Loader:
     def _decoded_batch(self, decoded: list[DecodedExample]) -> Batch:
         examples = [one.example for one in decoded]
         images = np.stack([example.image for example in examples])
-        return self._empty_batch([one.image for one in decoded], examples)._replace(image=images)
+        batch = self._empty_batch([one.image for one in decoded], examples)._replace(image=images)
+        if not self.source.has_masks:
+            return batch
+        white = np.full(images.shape[1:3], 255, np.uint8)
+        return batch._replace(mask=np.stack([white if each.mask is None else each.mask for each in examples]))
 
     def _cached_batch(self, cached: list[CachedExample]) -> Batch:
         crops, texts = [one.crop for one in cached], [one.text for one in cached if one.text is not None]

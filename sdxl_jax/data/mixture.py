@@ -43,6 +43,8 @@ class Source:
     target: Target = Target.DATA
     """What the model's prediction for its examples is compared with. BASE, with an adapter: what the model predicts for
     them without the adapter, which prior preservation needs no images of the class for; one more forward pass."""
+    masks: str | None = None
+    """Masks of its images, as data.masks."""
 
 
 class Share(NamedTuple):
@@ -67,6 +69,7 @@ class Mixture:
         """One per source; None: all examples count alike."""
         self.targets = tuple(targets) if any(target is not Target.DATA for target in targets) else None
         """One per source; None: DATA for all."""
+        self.has_masks = any(each.masks is not None for each in settings)
         self.starts = list(itertools.accumulate((len(source.sizes) for source in sources), initial=0))
         """Number of the first image of each source, then the number of all images."""
 
@@ -120,6 +123,11 @@ class Mixture:
         """As `ImageSource.pixels`."""
         source, number = self._locate(image)
         return source.pixels(number, at_least)
+
+    def mask(self, image: int) -> UInt8[np.ndarray, "height width"] | None:
+        """As `ImageSource.mask`."""
+        source, number = self._locate(image)
+        return source.mask(number)
 
     @property
     def found(self) -> int:

@@ -36,7 +36,7 @@ from sdxl_jax.data.captions import CaptionLines
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.grouping import Grouping, group, merge_small, refusals, too_small
 from sdxl_jax.data.loader import DecodedExample, Loader
-from sdxl_jax.data.mixture import Mixture, Share, Source
+from sdxl_jax.data.mixture import Mixture, Share
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
@@ -101,6 +101,12 @@ def _check(config: DataConfig, process_index: int, process_count: int) -> None:
             f"data.crop=centre and data.flip_probability={config.flip_probability:g} are deterministic. Set "
             "data.crops_per_image=1 or data.crop=random"
         )
+    masked = [source.masks for source in config.every_source if source.masks is not None]
+    if masked and config.cache is not None:
+        raise InputError(
+            f"data.masks={masked[0]} has no effect with data.cache, which holds latents without masks. Leave one of "
+            "them out"
+        )
     if config.cache_of_other_code and config.cache is None:
         raise InputError("data.cache_of_other_code has no effect without data.cache. Remove it, or set data.cache")
 
@@ -129,14 +135,20 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     captioned: whether training uses captions.
 
     Raises InputError: neither a folder nor sources, or both; a weight that is not positive and finite; caption_lines
-    where no caption is read from a .txt; and as `open_images`.
+    where no caption is read from a .txt; settings of data.folder beside sources; and as `open_images`.
     """
     if (config.folder is None) == (not config.sources):
         given = "neither" if config.folder is None else "both"
         raise InputError(
             f"data.folder and data.sources: {given} given. Give one folder, or several sources with weights"
         )
-    sources = config.sources or (Source(config.folder or ""),)
+    sources = config.every_source
+    for name in ("masks",) if config.sources else ():
+        if getattr(config, name) is not None:
+            raise InputError(
+                f"data.{name}={getattr(config, name)} is for data.folder. With data.sources, give it to each source: "
+                f"Source(…, {name}=…)"
+            )
     for source in sources:
         if not 0 < source.weight < math.inf:
             raise InputError(
@@ -152,7 +164,12 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     verify = config.verify_images and config.cache is None
     opened = [
         open_images(
-            each.folder, verify=verify, caption_lines=config.caption_lines, captioned=captioned, label=config.label
+            each.folder,
+            verify=verify,
+            caption_lines=config.caption_lines,
+            captioned=captioned,
+            label=config.label,
+            masks=each.masks,
         )
         for each in sources
     ]
@@ -411,17 +428,24 @@ def open_images(
     caption_lines: CaptionLines = CaptionLines.LINES,
     captioned: bool = True,
     label: str | None = None,
+    masks: str | None = None,
 ) -> ImageSource:
     """Opens a folder of images, or a shard set, which may be in a bucket. Refused images are left out and listed.
 
     verify: decode every image of a folder now; those of a shard set were decoded when it was built.
     caption_lines: what the lines of a `.txt` in a folder are; a shard set already has its captions.
-    captioned: whether captions are used. label: as in `open_folder`.
+    captioned: whether captions are used. label, masks: as in `open_folder`.
 
-    Raises InputError as `open_folder` and `open_shards`, and for a folder of images in a bucket.
+    Raises InputError as `open_folder` and `open_shards`, for a folder of images in a bucket, and for masks of a shard
+    set.
     """
     folder = located(folder, "data.folder")
     if is_shard_set(folder):
+        if masks is not None:
+            raise InputError(
+                f"data.masks={masks} is for folders of images, and {folder} is a shard set, which holds no masks. Give "
+                "the folder that it was built from, or leave the masks out"
+            )
         shards = open_shards(folder)
         if captioned and not shards.captioned:
             raise InputError(
@@ -441,4 +465,5 @@ def open_images(
         caption_lines=caption_lines,
         captioned=captioned,
         label=label,
+        masks=masks,
     )

@@ -86,3 +86,12 @@ class DataConfig:
     the cores are busy, more memory."""
     read_ahead: int = 4
     """Batches prefetched by each process, decoded in one thread each. Higher: more images per second, more memory."""
+    masks: str | None = None
+    """How much each part of an image of `folder` counts in the loss: "alpha", its alpha channel; or a folder with one
+    mask per image, of the same relative path (with any extension) and size, in which white counts wholly and black not
+    at all. None: all of it counts. The loss of an image does not depend on how much of it does."""
+
+    @property
+    def every_source(self) -> tuple[Source, ...]:
+        """The sources; `folder` is one."""
+        return self.sources or (Source(self.folder or "", masks=self.masks),)

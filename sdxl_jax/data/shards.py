@@ -175,6 +175,9 @@ class ShardSet:
                 "set again, which leaves such images out"
             ) from problem
 
+    def mask(self, image: int) -> None:
+        """None: a shard set has no masks."""
+
     def refused(self) -> Iterator[Refused]:
         """The images that the build left out, with the reasons."""
         with (self._index / REFUSED).open(encoding="utf-8") as lines:

@@ -112,6 +112,13 @@ class ImageSource(Protocol):
         """
         ...
 
+    def mask(self, image: int) -> UInt8[np.ndarray, "height width"] | None:
+        """How much each pixel of one image counts in the loss, 0..255, upright; None: the source has no masks.
+
+        Raises InputError where the mask is damaged.
+        """
+        ...
+
     def refused(self) -> Iterator[Refused]:
         """Everything that is left out, with the reasons."""
         ...

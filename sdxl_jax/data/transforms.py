@@ -52,6 +52,8 @@ class Example(NamedTuple):
     target_size: Int32[np.ndarray, "2"]
     """(height, width) of the bucket."""
     flipped: bool
+    mask: UInt8[np.ndarray, "height width"] | None = None
+    """How much each pixel counts in the loss, 0..255; None: all do."""
 
 
 def cover_size(height: int, width: int, bucket: Bucket) -> Size:
@@ -60,7 +62,9 @@ def cover_size(height: int, width: int, bucket: Bucket) -> Size:
     return Size(max(bucket.height, round(height * scale)), max(bucket.width, round(width * scale)))
 
 
-def _resize(image: UInt8[np.ndarray, "_height _width 3"], size: Size) -> UInt8[np.ndarray, "height width 3"]:
+def _resize(
+    image: UInt8[np.ndarray, "_height _width *channels"], size: Size
+) -> UInt8[np.ndarray, "height width *channels"]:
     factor = image.shape[0] / size.height
     interpolation = cv2.INTER_CUBIC if factor <= 1.25 else cv2.INTER_AREA
     return cv2.resize(image, (size.width, size.height), interpolation=interpolation)  # pyright: ignore[reportReturnType]
@@ -74,11 +78,13 @@ def cover_crop(
     original_size: tuple[int, int] | None = None,
     crop: CropMode = CropMode.RANDOM,
     flip_probability: float = 0.0,
+    mask: UInt8[np.ndarray, "_mask_height _mask_width"] | None = None,
 ) -> Example:
     """Resizes the image (0..255) to cover the bucket, crops it, and flips it with that probability (0..1); algorithm 1.
 
     The random numbers taken from `rng` do not depend on the options.
     `original_size` (height, width): for an image that was downscaled while it was decoded; None: the image's own.
+    `mask`: of the original size, it goes through the same as the image.
     """
     height, width = original_size or image.shape[:2]
     resized = cover_size(height, width, bucket)
@@ -87,15 +93,20 @@ def cover_crop(
     flipped = bool(rng.random() < flip_probability)
     top, left = random_corner if crop is CropMode.RANDOM else spare // 2
 
-    pixels = _resize(image, resized)[top : top + bucket.height, left : left + bucket.width]
+    def cut(pixels: UInt8[np.ndarray, "_height _width *channels"]) -> UInt8[np.ndarray, "height width *channels"]:
+        pixels = _resize(pixels, resized)[top : top + bucket.height, left : left + bucket.width]
+        return np.ascontiguousarray(pixels[:, ::-1] if flipped else pixels)
+
+    pixels, pixel_weights = cut(image), None if mask is None else cut(mask)
     if flipped:
-        pixels, left = pixels[:, ::-1], spare[1] - left
+        left = spare[1] - left
     return Example(
-        image=np.ascontiguousarray(pixels),
+        image=pixels,
         original_size=np.array([height, width], np.int32),
         crop_top_left=np.array([top, left], np.int32),
         target_size=np.array(bucket, np.int32),
         flipped=flipped,
+        mask=pixel_weights,
     )
 
 

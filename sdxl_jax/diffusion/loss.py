@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Key
+from einops import reduce
+from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from sdxl_jax.diffusion.parameterisation import Prediction, target
 from sdxl_jax.diffusion.schedule import Schedule
@@ -198,6 +199,17 @@ class BaseTarget(NamedTuple):
     """Which examples."""
 
 
+def position_weights(
+    mask: UInt8[Array, "batch _height _width"], size: tuple[int, int]
+) -> Float[Array, "batch height width"]:
+    """Weights of the positions of a latent of `size` (height, width), from masks of its pixels, 0..255: the mean over
+    the pixels of a position, divided by the mean over all positions, so that the loss of an image does not depend on
+    how much of it counts. 0 everywhere for a black mask."""
+    averaged = reduce(jnp.asarray(mask, jnp.float32) / 255, "b (h y) (w x) -> b h w", "mean", h=size[0], w=size[1])
+    area = averaged.mean((1, 2), keepdims=True)
+    return averaged / jnp.where(area > 0, area, 1)
+
+
 def diffusion_loss(
     network: Network,
     x0: Float[Array, "batch height width channels"],
@@ -207,9 +219,10 @@ def diffusion_loss(
     config: LossConfig,
     example_weight: Float[Array, " batch"] | None = None,
     base: BaseTarget | None = None,
+    position_weight: Float[Array, "batch height width"] | None = None,
 ) -> Float[Array, ""]:
     """Mean weighted squared error over the batch. example_weight: a factor of each example's; the mean is over their
-    number, as in sd-scripts. base: for examples with another target.
+    number, as in sd-scripts. base: for examples with another target. position_weight: of `position_weights`.
 
     network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one per example, so that an example's
     timestep and noise do not depend on how the batch is split into micro-batches or over devices.
@@ -243,4 +256,6 @@ def diffusion_loss(
         error *= at_timestep(weight)
     if example_weight is not None:
         error *= example_weight[:, None, None, None]
+    if position_weight is not None:
+        error *= position_weight[..., None]
     return error.mean()

@@ -84,7 +84,7 @@ class Objective(abc.ABC, Generic[Config]):
     programs: ClassVar[tuple[str, ...]] = ("train",)
     """The programs that `sdxl-jax compile` can compile for it."""
     weighs_examples: ClassVar[bool] = False
-    """Whether its loss has the factors and targets of `data.sources`."""
+    """Whether its loss has the factors, targets and masks of `data`."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -124,15 +124,15 @@ class Objective(abc.ABC, Generic[Config]):
         measured = self.config.validation_metrics
         for name in weights_of(() if measured is None else measured.metrics):
             weights.check(name)
-        for source in () if self.weighs_examples else self.config.data.sources:
+        for source in () if self.weighs_examples else self.config.data.every_source:
             for name, is_given in (
                 ("loss_weight", source.loss_weight != 1),
                 ("target", source.target is not Target.DATA),
+                ("masks", source.masks is not None),
             ):
                 if is_given:
                     raise InputError(
-                        f"data.sources gives {source.folder} a {name}, which has no effect on a run of {self.name}. "
-                        "Leave it out"
+                        f"data gives {source.folder} {name}, which has no effect on a run of {self.name}. Leave it out"
                     )
         if (every := self.config.checkpoint.export_every_steps) is not None and not self.exports:
             raise InputError(

@@ -150,6 +150,8 @@ class Denoising(Objective[TrainConfig]):
             batch = batch._replace(loss_weight=array(jnp.float32))
         if any(source.target is not Target.DATA for source in data.sources):
             batch = batch._replace(base_target=array(jnp.bool_))
+        if any(source.masks is not None for source in data.every_source):
+            batch = batch._replace(mask=array(jnp.uint8, *bucket))
         if data.cache is None:
             return batch
         latent = (*(side // model.vae.downsampling for side in bucket), model.vae.latent_channels)
@@ -330,7 +332,8 @@ def batch_loss(
 
     noise = schedule.make(parts.schedule)
     factors = None if batch.loss_weight is None else jnp.asarray(batch.loss_weight)
-    return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors, base)
+    masks = None if batch.mask is None else loss.position_weights(jnp.asarray(batch.mask), latent.shape[1:3])
+    return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors, base, masks)
 
 
 def _network(
