@@ -384,6 +384,56 @@ def test_loss_weights_of_sources_reach_the_batch_with_sizes_of_its_own_for_each_
         open_dataset(config, sources=(sources[0], Source(sources[1].folder, loss_weight=-1.0)), **options)
 
 
+def test_captions_are_put_into_the_template_of_their_source(config, tmp_path):
+    """Images without captions take a template without {caption}; what training sees is what a dump shows."""
+    for folder in ("subject", "class", "plain"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "0.png")
+    (tmp_path / "class/0.txt").write_text("a dog {trigger}\na cat")
+    (tmp_path / "plain/0.txt").write_text("a {bird}")
+    subject, of_class, plain = (
+        Source(str(tmp_path / "subject"), caption_template="a photo of {trigger}"),
+        Source(str(tmp_path / "class"), caption_template="{trigger} is not {caption}!"),
+        Source(str(tmp_path / "plain")),
+    )
+    options = {"folder": None, "batch_size": 3, "buckets": ((16, 16),)}
+    given = dataclasses.replace(config, sources=(subject, of_class, plain), trigger=" sks dog ", **options)
+    dataset = inspection.open_dataset(given)
+    expected = [("a photo of sks dog",), ("sks dog is not a dog {trigger}!", "sks dog is not a cat!"), ("a {bird}",)]
+    assert [dataset.source.captions(image) for image in range(3)] == expected
+    dump(dataset, 3, tmp_path / "dump")
+    shown = {json.loads((tmp_path / f"dump/{n:06d}.json").read_text())["caption"] for n in range(3)}
+    assert {"a photo of sks dog", "a {bird}"} < shown and shown - {"a photo of sks dog", "a {bird}"} < set(expected[1])
+    other = inspection.open_dataset(dataclasses.replace(given, trigger="other"))
+    assert [a == b for a, b in zip(other.source.fingerprints, dataset.source.fingerprints, strict=True)] == [
+        *(False, False, True)
+    ]
+    assert other.fingerprint != dataset.fingerprint
+
+
+def test_a_template_that_cannot_be_used_is_refused(config, tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    score = {"file_name": "0.png", "score": 5.0}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(score))
+    given = {"folder": str(tmp_path), "buckets": ((16, 16),), "batch_size": 1}
+    template = "a {trigger}"
+    assert open_dataset(config, **given, caption_template=template, trigger="b", aesthetic="score").source.number(
+        0, "score"
+    )
+    for changes, expected in (
+        ({"caption_template": "a {name}"}, r'"a \{name\}" has \{name\}\. Give text with'),
+        ({"caption_template": " "}, "is empty"),
+        ({"caption_template": template}, "needs data.trigger"),
+        ({"caption_template": "a {caption}"}, "image without a caption|expected fields like"),
+        ({"caption_template": "a dog", "trigger": "b"}, r'trigger="b" has no effect: no caption_template has'),
+        ({"folder": None, "sources": (Source(str(tmp_path)),), "caption_template": "a"}, "give it to each source"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            open_dataset(config, **{**given, **changes})
+    with pytest.raises(InputError, match="has no effect: this training uses no captions"):
+        BucketedDataset(DataConfig(caption_template="a dog", **given), None)
+
+
 def test_scores_reach_the_batch_and_images_without_one_are_refused(config, tmp_path):
     lines = []
     for number in range(5):

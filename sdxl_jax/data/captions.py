@@ -5,12 +5,16 @@ A `.txt` holds one caption per line that is not empty, or one caption altogether
 empty ones left out; they may be of any length. Numeric fields keep their names and values; non-finite ones (NaN or inf)
 are left out.
 
+A template makes the captions of a source from them: "a photo of {trigger}, {caption}". One without {caption} is the
+caption of every image, which then needs none.
+
 Not here: where each source has its fields (folders; tars, parquet and tfds of build/).
 """
 
 import enum
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
@@ -107,6 +111,33 @@ def class_of(data: bytes) -> dict[str, float]:
     except (UnicodeError, ValueError):
         raise Unusable("its .cls is not a whole number") from None
     return numbers_of({"cls": number})
+
+
+CAPTION, TRIGGER = "{caption}", "{trigger}"
+_PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+
+
+def with_trigger(template: str, trigger: str | None) -> str:
+    """A template with the trigger word in its place. Raises InputError: an empty template or one with unknown
+    placeholders, and a trigger word that is needed and not given."""
+    unknown = set(_PLACEHOLDER.findall(template)) - {CAPTION, TRIGGER}
+    if unknown or not template.strip():
+        has = f"has {min(unknown)}" if unknown else "is empty"
+        raise InputError(
+            f'The caption_template "{template}" {has}. Give text with {CAPTION} for the image\'s own, {TRIGGER} for '
+            'the words of data.trigger, e.g. "a photo of {trigger}, {caption}"; one without {caption} is that of '
+            "every image"
+        )
+    if TRIGGER in template and not (trigger or "").strip():
+        raise InputError(
+            f'The caption_template "{template}" needs data.trigger. Give the words, e.g. data.trigger="sks"'
+        )
+    return template.replace(TRIGGER, (trigger or "").strip())
+
+
+def filled(template: str, captions: tuple[str, ...]) -> tuple[str, ...]:
+    """The captions of an image in a template of `with_trigger`."""
+    return tuple(template.replace(CAPTION, caption) for caption in captions) if CAPTION in template else (template,)
 
 
 UNCAPTIONED = ("",)

@@ -581,11 +581,11 @@ def open_folder(
     Reads each image's header. With `verify` it decodes every image too, so that damaged pixels are found now instead of
     during training; that costs one full pass over the images: reading them all, and some 15 ms of one core per
     megapixel of JPEG, in eight threads. captioned=False: captions are not used, every image has "", and there are
-    numeric fields only where a label is one. label: the numeric field of the classes; `FOLDER`: the subfolders. masks:
-    `ALPHA`, or the folder of the masks. Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an image with
-    an empty caption or without one, a caption without its image, a line of metadata that is not as expected, or of
-    `metadata.jsonl` that repeats a file; an image by its extension in a format that is not read, and an image by its
-    content without an image's extension; an image whose mask is missing, damaged or of another size.
+    numeric fields only where a label is one. label: a numeric field that is used; `FOLDER`: that of the subfolders.
+    masks: `ALPHA`, or the folder of the masks. Refused are: an image that cannot be read or exceeds PIXEL_LIMIT, an
+    image with an empty caption or without one, a caption without its image, a line of metadata that is not as expected,
+    or of `metadata.jsonl` that repeats a file; an image by its extension in a format that is not read, and an image by
+    its content without an image's extension; an image whose mask is missing, damaged or of another size.
 
     Raises InputError: no such folder; no image in it; none usable; metadata as in `list_images`; too many numeric
     fields; masks as in `list_masks`, or alpha channels that no image has; an image that disappears meanwhile; any

@@ -10,11 +10,12 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from sdxl_jax.data.captions import filled
 from sdxl_jax.data.sources import ImageSource, Refused
 from sdxl_jax.sizes import Size
 
@@ -45,6 +46,8 @@ class Source:
     them without the adapter, which prior preservation needs no images of the class for; one more forward pass."""
     masks: str | None = None
     """Masks of its images, as data.masks."""
+    caption_template: str | None = None
+    """What its captions are made into, as data.caption_template."""
 
 
 class Share(NamedTuple):
@@ -62,13 +65,14 @@ class Mixture:
     """Sources one after the other. It can be pickled where they can."""
 
     def __init__(self, sources: Sequence[ImageSource], settings: Sequence[Source]):
-        """settings: of each source."""
+        """settings: of each source; templates of captions without trigger words (`captions.with_trigger`)."""
         self.sources, self.weights = tuple(sources), tuple(each.weight for each in settings)
         weights, targets = [each.loss_weight for each in settings], [each.target for each in settings]
         self.loss_weights = tuple(weights) if any(weight != 1 for weight in weights) else None
         """One per source; None: all examples count alike."""
         self.targets = tuple(targets) if any(target is not Target.DATA for target in targets) else None
         """One per source; None: DATA for all."""
+        self.templates = [each.caption_template for each in settings]
         self.has_masks = any(each.masks is not None for each in settings)
         self.starts = list(itertools.accumulate((len(source.sizes) for source in sources), initial=0))
         """Number of the first image of each source, then the number of all images."""
@@ -117,7 +121,8 @@ class Mixture:
 
     def captions(self, image: int) -> tuple[str, ...]:
         source, number = self._locate(image)
-        return source.captions(number)
+        template, captions = self.templates[self._source(image)], source.captions(number)
+        return captions if template is None else filled(template, captions)
 
     def pixels(self, image: int, at_least: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
         """As `ImageSource.pixels`."""
@@ -148,12 +153,22 @@ class Mixture:
             yield from (folder + note for note in source.notes)
 
     @property
+    def fingerprints(self) -> list[str]:
+        """A hash of the content of each source, with its template of captions."""
+        return [
+            source.fingerprint
+            if template is None
+            else hashlib.sha256(json.dumps([source.fingerprint, template]).encode()).hexdigest()
+            for source, template in zip(self.sources, self.templates, strict=True)
+        ]
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the content of all sources and their settings."""
         settings = (self.loss_weights, self.targets)
         if len(self.sources) == 1 and self.weights == (1.0,) and settings == (None, None):
-            return self.sources[0].fingerprint
-        rows = [[source.fingerprint, weight] for source, weight in zip(self.sources, self.weights, strict=True)]
+            return self.fingerprints[0]
+        rows: list[list[Any]] = [list(row) for row in zip(self.fingerprints, self.weights, strict=True)]
         if self.loss_weights is not None:
             rows = [[*row, weight] for row, weight in zip(rows, self.loss_weights, strict=True)]
         if self.targets is not None:

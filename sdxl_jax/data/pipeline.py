@@ -32,11 +32,11 @@ from jaxtyping import Int32
 from sdxl_jax.arrays import Batch
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.cache import Cache
-from sdxl_jax.data.captions import CaptionLines
+from sdxl_jax.data.captions import CAPTION, TRIGGER, CaptionLines, with_trigger
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.grouping import Grouping, group, merge_small, refusals, too_small
 from sdxl_jax.data.loader import DecodedExample, Loader
-from sdxl_jax.data.mixture import Mixture, Share
+from sdxl_jax.data.mixture import Mixture, Share, Source
 from sdxl_jax.data.order import LAST_STEP, Order
 from sdxl_jax.data.processes import end_with_parent
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
@@ -135,20 +135,21 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
     captioned: whether training uses captions.
 
     Raises InputError: neither a folder nor sources, or both; a weight that is not positive and finite; caption_lines
-    where no caption is read from a .txt; settings of data.folder beside sources; and as `open_images`.
+    where no caption is read from a .txt; settings of data.folder beside sources; as `with_trigger`, and a template or
+    trigger words without effect; and as `open_images`.
     """
     if (config.folder is None) == (not config.sources):
         given = "neither" if config.folder is None else "both"
         raise InputError(
             f"data.folder and data.sources: {given} given. Give one folder, or several sources with weights"
         )
-    sources = config.every_source
-    for name in ("masks",) if config.sources else ():
+    for name in ("masks", "caption_template") if config.sources else ():
         if getattr(config, name) is not None:
             raise InputError(
                 f"data.{name}={getattr(config, name)} is for data.folder. With data.sources, give it to each source: "
                 f"Source(…, {name}=…)"
             )
+    sources = _with_triggers(config, captioned)
     for source in sources:
         if not 0 < source.weight < math.inf:
             raise InputError(
@@ -167,8 +168,8 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
             each.folder,
             verify=verify,
             caption_lines=config.caption_lines,
-            captioned=captioned,
-            label=config.label,
+            captioned=captioned and (each.caption_template is None or CAPTION in each.caption_template),
+            label=config.label or config.aesthetic,
             masks=each.masks,
         )
         for each in sources
@@ -180,6 +181,26 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
             ".txt. Build shards with `sdxl-jax data build --caption-lines whole`, or leave it out"
         )
     return Mixture(opened, sources)
+
+
+def _with_triggers(config: DataConfig, captioned: bool) -> list[Source]:
+    """The sources with the trigger words in their templates of captions."""
+    templates = [source.caption_template for source in config.every_source if source.caption_template is not None]
+    if templates and not captioned:
+        raise InputError(
+            f'caption_template="{templates[0]}" has no effect: this training uses no captions. Leave it out'
+        )
+    if config.trigger is not None and not any(TRIGGER in template for template in templates):
+        raise InputError(
+            f'data.trigger="{config.trigger}" has no effect: no caption_template has {TRIGGER}. Give one, e.g. '
+            'data.caption_template="a photo of {trigger}, {caption}", or leave it out'
+        )
+    return [
+        source
+        if source.caption_template is None
+        else dataclasses.replace(source, caption_template=with_trigger(source.caption_template, config.trigger))
+        for source in config.every_source
+    ]
 
 
 def _tokenise_and_report_bad(
@@ -434,7 +455,7 @@ def open_images(
 
     verify: decode every image of a folder now; those of a shard set were decoded when it was built.
     caption_lines: what the lines of a `.txt` in a folder are; a shard set already has its captions.
-    captioned: whether captions are used. label, masks: as in `open_folder`.
+    captioned: whether captions are used. label: a numeric field that is used, as in `open_folder`; masks, too.
 
     Raises InputError as `open_folder` and `open_shards`, for a folder of images in a bucket, and for masks of a shard
     set.

@@ -90,8 +90,15 @@ class DataConfig:
     """How much each part of an image of `folder` counts in the loss: "alpha", its alpha channel; or a folder with one
     mask per image, of the same relative path (with any extension) and size, in which white counts wholly and black not
     at all. None: all of it counts. The loss of an image does not depend on how much of it does."""
+    caption_template: str | None = None
+    """What the captions of `folder` are made into: text with {caption}, the image's own, and {trigger}, e.g. "a photo
+    of {trigger}, {caption}". Without {caption} it is the caption of every image, and images need none. None: captions
+    as they are."""
+    trigger: str | None = None
+    """The words that {trigger} is in all templates, e.g. "sks dog"; also written to the file of an adapter."""
 
     @property
     def every_source(self) -> tuple[Source, ...]:
         """The sources; `folder` is one."""
-        return self.sources or (Source(self.folder or "", masks=self.masks),)
+        of_folder = Source(self.folder or "", masks=self.masks, caption_template=self.caption_template)
+        return self.sources or (of_folder,)

@@ -103,7 +103,7 @@ def made_from(config: TrainConfig, dataset: BucketedDataset, params: Params) -> 
     if not config.model.has_autoencoder:
         weights["vae"] = {"config": to_json(config.model.vae), "values": None}
     return {
-        "images": [source.fingerprint for source in dataset.source.sources],
+        "images": dataset.source.fingerprints,
         "buckets": dataset.assignment,
         "crops": {
             "each": data.crops_per_image,

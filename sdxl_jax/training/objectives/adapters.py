@@ -238,6 +238,8 @@ class AdapterTraining:
             "ss_bucket_sizes": json.dumps(sorted(sizes)),
             "ss_sd_model_name": Path(training.init_from[-1]).name if training.init_from else None,
         }
+        if config.data.trigger is not None:
+            values["modelspec.trigger_phrase"] = config.data.trigger
         return {name: str(value) for name, value in values.items()}
 
 
