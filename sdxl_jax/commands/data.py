@@ -1,7 +1,7 @@
 """`sdxl-jax data`: build shards, inspect a dataset as training sees it, encode it once for all epochs."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,18 +10,20 @@ import tyro
 from sdxl_jax.commands import parsing, signals
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath, local
+from sdxl_jax.sampling.options import Options
 
 USAGE = """usage: sdxl-jax data build SRC DST             pack captioned images into shards
        sdxl-jax data build SRC DST --runner beam -- PIPELINE OPTIONS
        sdxl-jax data inspect SRC-or-CONFIG     images, buckets and refusals, as training sees them
        sdxl-jax data encode CONFIG.py          latents and text states, computed once for all epochs
+       sdxl-jax data class-images MODEL DIR    images of a class for prior preservation, sampled from a model
 
 `sdxl-jax data build --help` and so on list the options."""
 
 
 def run(arguments: list[str]) -> None:
-    commands = {"build": _build, "inspect": _inspect, "encode": _encode}
-    if parsing.has_subcommand("data", USAGE, arguments, commands, listed="build, inspect or encode"):
+    commands = {"build": _build, "inspect": _inspect, "encode": _encode, "class-images": _class_images}
+    if parsing.has_subcommand("data", USAGE, arguments, commands, listed="build, inspect, encode or class-images"):
         commands[arguments[0]](arguments[1:])
 
 
@@ -196,3 +198,52 @@ def _run_encode(path: Path, arguments: list[str]) -> None:
     state = f"{missing} of {plan.pieces} pieces are missing, of other shares" if missing else "complete"
     bad = f"; {refused} could not be encoded, training replaces them" if refused else ""
     print(f"{plan.folder}: {plan.images} images, {plan.crops} crops of each; {state}{bad}")
+
+
+# class-images
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassImages(parsing.OpenFlags):
+    """Sample images of a class from a model, as a folder to train on beside those of a subject. Resumes."""
+
+    model: tyro.conf.Positional[AnyPath]
+    """A run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file; local or gs://…."""
+    folder: tyro.conf.Positional[Path]
+    """Folder for the images and their captions. Images that are there are kept."""
+    prompt: str
+    """Prompt and caption of every image, the class: "a photo of a dog"."""
+    negative_prompt: str | None = None
+    """Negative prompt of every image."""
+    options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=lambda: Options(num_images=100))
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights and activations."""
+
+
+def _class_images(arguments: list[str]) -> None:
+    options = parsing.parse(ClassImages, arguments, "data class-images")
+    if options.lora:
+        raise InputError(
+            f"--lora {options.lora[0]} has no effect on class images. Merge it with `sdxl-jax convert --lora`"
+        )
+    with signals.stop():
+        _run_class_images(options)
+
+
+def _run_class_images(options: ClassImages) -> None:
+    from sdxl_jax.compilation import compilation_cache
+    from sdxl_jax.evaluation.class_images import sample_class_images
+    from sdxl_jax.models.layers import Dtype
+
+    compilation_cache.use("user")
+    sampled = sample_class_images(
+        options.model,
+        options.folder,
+        options.prompt,
+        options.options,
+        negative_prompt=options.negative_prompt,
+        dtype=Dtype(options.dtype),
+        opening=options.open_options(),
+        parts_from=options.parts_from,
+    )
+    print(f"{options.folder}: {options.options.num_images} images of {options.prompt!r}, {sampled} of them sampled now")

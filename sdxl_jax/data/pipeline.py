@@ -22,6 +22,7 @@ import signal
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -134,9 +135,9 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
 
     captioned: whether training uses captions.
 
-    Raises InputError: neither a folder nor sources, or both; a weight that is not positive and finite; caption_lines
-    where no caption is read from a .txt; settings of data.folder beside sources; as `with_trigger`, and a template or
-    trigger words without effect; and as `open_images`.
+    Raises InputError: neither a folder nor sources, or both; one that does not exist; a weight that is not positive and
+    finite; caption_lines where no caption is read from a .txt; settings of data.folder beside sources; as
+    `with_trigger`, and a template or trigger words without effect; and as `open_images`.
     """
     if (config.folder is None) == (not config.sources):
         given = "neither" if config.folder is None else "both"
@@ -160,6 +161,12 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
             raise InputError(
                 f"data.sources gives {source.folder} the loss_weight {source.loss_weight}. Give a finite number, 0 or "
                 "more: 1 counts as the examples of other sources do"
+            )
+        where = located(source.folder, "data.sources")
+        if config.sources and not in_bucket(where) and not where.exists():
+            raise InputError(
+                f"data.sources has {source.folder}, which does not exist. Check the path, seen from {Path.cwd()}. "
+                f"Images of a class, for prior preservation: `sdxl-jax data class-images MODEL {source.folder}`"
             )
     # An image that cannot be decoded is found, and recorded, when the cache is made.
     verify = config.verify_images and config.cache is None
