@@ -547,12 +547,17 @@ def test_images_come_in_order_of_prompts_then_images(home: Path, tmp_path: Path)
     "options",
     [
         ["--original-size", "16x64"],
-        ["--crop", "9,0"],
-        ["--target-size", "64x16"],
-        ["--negative-original-size", "16x64"],
         ["--negative-crop", "0,9"],
-        ["--negative-target-size", "64x16"],
         ["--negative-prompt", "blurred"],
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (
+                ["--crop", "9,0"],
+                ["--target-size", "64x16"],
+                ["--negative-original-size", "16x64"],
+                ["--negative-target-size", "64x16"],
+            )
+        ),
     ],
 )
 def test_conditioning_changes_the_latents(home: Path, sampled: Path, tmp_path: Path, options: list[str]) -> None:

@@ -152,7 +152,9 @@ def names_and_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "SDXL base" else pytest.mark.slow) for name in MODELS]
+)
 @pytest.mark.parametrize("fsdp", [1, 8, 64])
 def test_every_array_of_the_full_size_models_has_a_sharding(name: str, fsdp: int) -> None:
     state = state_of(name)
