@@ -92,7 +92,7 @@ def _lora(arguments: list[str]) -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
     "train": (_train, "train a model from a configuration file, or resume a run"),
-    "finetune": (_finetune, "train a LoRA, or all of a model, on a folder of images: without a configuration"),
+    "finetune": (_finetune, "train a LoRA, a new token or all of a model on a folder of images, without a configuration"),
     "status": (_status, "steps done and to do, last checkpoint, where the time went; running, finished or failed"),
     "compile": (_compile, "compile it ahead of time for TPU slices: memory per chip, estimated time"),
     "sample": (_sample, "sample images from a model: text to image, image to image, inpainting"),

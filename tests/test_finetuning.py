@@ -19,6 +19,7 @@ from sdxl_jax.adapters.embeddings import Norm
 from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
+from sdxl_jax.data.mixture import Source
 from sdxl_jax.errors import InputError
 from sdxl_jax.finetuning import choices, config_file, run
 from sdxl_jax.finetuning.choices import Images, Machine
@@ -55,7 +56,7 @@ def chosen(
 ) -> TrainConfig:
     if kind is Kind.TEXTUAL_INVERSION:
         options = dataclasses.replace(options, trigger="<zwx>")
-    config = choices.choose(kind, "images", images, "base.safetensors", model, machine, options)
+    config = choices.choose(kind, "images", "class", images, "base.safetensors", model, machine, options)
     config.check()
     return config
 
@@ -119,6 +120,15 @@ def test_new_token_is_kept_at_the_norm_of_words() -> None:
     assert (config.training.trainable, config.adapter, config.optimiser.learning_rate) == ((), None, 3e-4)
 
 
+def test_every_second_example_of_dreambooth_is_of_the_class() -> None:
+    config = chosen(kind=Kind.DREAMBOOTH, options=Options(class_prompt="a dog", class_images=60))
+    assert config.data.folder is None
+    assert config.data.sources == (Source("images", weight=5.0), Source("class")), "12 images, 60 of the class"
+    assert config.training.steps == 2 * chosen().training.steps
+    assert config.validation.prompts == ("image 0", "image 3", "image 6", "image 9", "a dog")
+    assert config.adapter == chosen().adapter
+
+
 def test_own_choices_come_first() -> None:
     options = Options(steps=7, learning_rate=3e-4, rank=4, batch_size=2, size=768, validation_prompt=("a", "b"), seed=5)
     config = chosen(options=options)
@@ -138,7 +148,7 @@ def test_bucket_of_few_images_is_left_out_unless_much_would_be_cropped_away() ->
 
 def test_prompts_are_captions() -> None:
     assert choices.prompts([("a dog",), ("a dog",)]) == ("a dog", "a dog in the snow")
-    assert choices.prompts([("a", "b"), ("c",)]) == ("a", "c")
+    assert choices.prompts([("a", "b"), ("c",)], "d") == ("a", "c", "d")
     assert choices.prompts([(f"{n}",) for n in range(8)]) == ("0", "2", "4", "6")
 
 
@@ -246,6 +256,25 @@ def test_command_trains_shows_and_says_how_to_sample(folder: Path, base: Path, t
 
 
 @pytest.mark.slow
+def test_images_of_the_class_are_sampled_before(folder: Path, base: Path, tmp_path: Path) -> None:
+    arguments = ["--steps", 2, "--prompt", "a zwx dog", "--class-prompt", "a dog", "--class-images", 3]
+    arguments += ["--run-dir", tmp_path / "dog"]
+    outcome = call("finetune", folder, "--base", base, "--kind", "dreambooth", *arguments)
+    assert outcome.code == 0, outcome
+    names = sorted(path.name for path in (tmp_path / "dog" / "class_images").iterdir())
+    assert names == ["000000.png", "000001.png", "000002.png", "metadata.jsonl"]
+    assert "3 images of 'a dog', from the base" in outcome.out + outcome.err
+    assert "class_images: 3 images, 50.0% of each epoch" in outcome.out + outcome.err
+    assert lora.read(tmp_path / "dog" / "dog.safetensors").ranks == [8]
+    line = ("--class-prompt", "a dog", "--class-images", 3, "--write-config", tmp_path / "mine.py")
+    written = call("finetune", folder, "--base", base, "--kind", "dreambooth", *line, "--run-dir", tmp_path / "new")
+    config: Any = configuration.load(tmp_path / "mine.py")
+    assert config.data.sources[1] == Source(str(tmp_path / "new" / "class_images"))
+    expected = f"sdxl-jax data class-images {base} {tmp_path / 'new' / 'class_images'} --prompt 'a dog' --num-images 3"
+    assert expected in written.out + written.err
+
+
+@pytest.mark.slow
 def test_new_token_trains_and_samples_with_the_base(folder: Path, base: Path, tmp_path: Path) -> None:
     arguments = ["--steps", 2, "--trigger", "<zwx>", "--initial", "dog", "--run-dir", tmp_path / "dog"]
     outcome = call("finetune", folder, "--base", base, "--kind", "textual-inversion", *arguments)
@@ -295,7 +324,7 @@ def test_bad_input_is_refused_before_anything_is_written(folder: Path, base: Pat
     Image.new("RGB", (16, 16)).save(tmp_path / "bare" / "a.png")
     lora = ("--base", base, "--kind", "lora")
     refused("There is nothing at absent", tmp_path, folder, "--base", "absent", "--kind", "lora")
-    refused("Known, nearest first: lora, full, textual-inversion", tmp_path, folder, "--base", base, "--kind", "lor")
+    refused("Known, nearest first: lora,", tmp_path, folder, "--base", base, "--kind", "lor")
     refused("holds no images", tmp_path, tmp_path / "empty", *lora)
     refused("To give all images one caption: --prompt", tmp_path, tmp_path / "bare", *lora)
     refused("--rank 4 has no effect with --kind full", tmp_path, folder, "--base", base, "--kind", "full", "--rank", 4)
@@ -303,6 +332,10 @@ def test_bad_input_is_refused_before_anything_is_written(folder: Path, base: Pat
     refused("textual inversion needs --trigger: the new token", tmp_path, folder, *token)
     refused("cannot have the token 'dog': it is in CLIP's own vocabulary", tmp_path, folder, *token, "--trigger", "dog")
     refused("--vectors 2 has no effect with --kind lora", tmp_path, folder, *lora, "--vectors", 2)
+    subject = ("--base", base, "--kind", "dreambooth")
+    refused("DreamBooth needs --class-prompt", tmp_path, folder, *subject)
+    refused("--class-prompt a has no effect with --kind lora", tmp_path, folder, *lora, "--class-prompt", "a")
+    refused("--class-images=0 is", tmp_path, folder, *subject, "--class-prompt", "a", "--class-images", 0)
     refused("--steps=0 is out of range", tmp_path, folder, *lora, "--steps", 0)
     refused("--trigger ' ' has no words", tmp_path, folder, *lora, "--trigger", " ")
     refused("Give a rank up to 8", tmp_path, folder, *lora, "--rank", 99, "--prompt", "a")
@@ -339,7 +372,7 @@ def test_few_images_are_warned_of(count: int, said: bool, tmp_path: Path) -> Non
     for number in range(count):
         Image.new("RGB", (16, 16)).save(tmp_path / f"{number}.png")
     found = survey(str(tmp_path), MODEL, Options(prompt="a"))
-    text = run.table(chosen(MODEL, images=found.images), found, Path("run"))
+    text = run.table(chosen(MODEL, images=found.images), found, Path("run"), Options())
     assert ("will be learnt by heart" in text) == said
 
 

@@ -119,7 +119,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "finetuning": {
         *("finetuning", "config", "data", "model", "models", "adapters", "optim", "sharding"),
-        *("sampling.contact_sheet", "training.loop", "training.objectives", "training.processes", "weights"),
+        *("compilation", "evaluation.class_images", "sampling.contact_sheet", "sampling.options", "training.loop"),
+        *("training.objectives", "training.processes", "weights"),
         *BASE,
     },
     "serving": {"serving", "sampling", "model", "models", "conditioning", "samplers"} | BASE,

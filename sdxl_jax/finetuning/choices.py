@@ -22,6 +22,7 @@ from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.arrays import AccumulatorDtype
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, assign, generate_buckets
+from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.sources import OnRefused
 from sdxl_jax.errors import InputError
@@ -40,6 +41,8 @@ _RARE, _CROPPED_MORE = 0.1, math.log(4 / 3)
 """A bucket with a smaller share of the images is left out, if its images then lose no more than a quarter."""
 _WIDTH = 320
 """Channels of the UNet's first level in SDXL, SD 1.x and 2.x, for which the learning rates are."""
+CLASS_IMAGES = 100
+"""Of DreamBooth's class, as in diffusers."""
 GRIDS = 5
 """Validation grids, checkpoints and files of a run."""
 
@@ -62,13 +65,21 @@ class Machine(NamedTuple):
 
 
 def choose(
-    kind: Kind, folder: str, images: Images, base: str, model: ModelConfig, machine: Machine, options: Options
+    kind: Kind,
+    folder: str,
+    class_folder: str,
+    images: Images,
+    base: str,
+    model: ModelConfig,
+    machine: Machine,
+    options: Options,
 ) -> TrainConfig:
-    """folder: of the images with these captions. base: the path of the model, whose configuration is `model`."""
+    """folder: of the images with these captions. class_folder: where DreamBooth's images of the class will be. base:
+    the path of the model, whose configuration is `model`."""
     count, on_cpu, is_large = len(images.sizes), machine.platform == "cpu", _is_large(model)
     chosen = buckets(images.sizes, known_buckets(model, options.size))
     batch_size = options.batch_size or machine.devices * (1 if is_large else 4)
-    steps = options.steps or steps_for(count, batch_size)
+    steps = options.steps or steps_for(count, batch_size) * (2 if kind is Kind.DREAMBOOTH else 1)
     every = math.ceil(steps / GRIDS)
     common = TrainConfig(
         data=DataConfig(
@@ -88,10 +99,14 @@ def choose(
         checkpoint=CheckpointConfig(every_steps=every, keep=2),
         validation=ValidationConfig(
             every_steps=every,
-            prompts=options.validation_prompt or prompts(images.captions),
+            prompts=options.validation_prompt or prompts(images.captions, options.class_prompt),
             sizes=(commonest(images.sizes, chosen),),
         ),
     )
+    if kind is Kind.DREAMBOOTH:  # half of the examples are of the class
+        weight = (options.class_images or CLASS_IMAGES) / count
+        sources = Source(folder, weight=weight), Source(class_folder)
+        common = replace(common, data=replace(common.data, folder=None, sources=sources))
     if kind is Kind.FULL:
         return replace(common, mesh=MeshConfig(fsdp=machine.devices if is_large else 1))
     return _beside_the_base(common, kind, count, options)
@@ -105,7 +120,7 @@ def _beside_the_base(common: TrainConfig, kind: Kind, count: int, options: Optio
     """Training of a file of its own beside the frozen base, which is copied to every device."""
     base_dtype = AccumulatorDtype.BFLOAT16 if _is_large(common.model) else AccumulatorDtype.FLOAT32
     exports = replace(common.checkpoint, export_every_steps=common.checkpoint.every_steps)
-    if kind is Kind.LORA:
+    if kind is not Kind.TEXTUAL_INVERSION:
         rank = options.rank or rank_for(count, common.model)
         return replace(
             common,
@@ -144,7 +159,7 @@ def learning_rate(kind: Kind, count: int, model: ModelConfig) -> float:
     """Of the UNet's parameters it is higher where the UNet is narrower than SDXL's, in proportion."""
     if kind is Kind.TEXTUAL_INVERSION:
         return 3e-4
-    rate = 1e-4 if kind is Kind.LORA else 1e-5 if count >= FULL_RATE_FROM else 1e-6
+    rate = 1e-4 if kind is not Kind.FULL else 1e-5 if count >= FULL_RATE_FROM else 1e-6
     return rate * max(1.0, _WIDTH / model.unet.block_channels[0])
 
 
@@ -184,9 +199,12 @@ def commonest(sizes: Int32[np.ndarray, "images 2"], chosen: tuple[Bucket, ...]) 
     return chosen[np.bincount(assign(sizes, chosen).bucket).argmax()]
 
 
-def prompts(captions: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """Four different captions, evenly spread; if there is one alone, that and the same in snow."""
+def prompts(captions: list[tuple[str, ...]], of_class: str | None = None) -> tuple[str, ...]:
+    """Up to four different captions, evenly spread; if there is one alone, that and the same in snow. And the prompt of
+    the class, which should stay as it is."""
     known = list(dict.fromkeys(each[0] for each in captions))
     if len(known) == 1:
-        return known[0], f"{known[0]} in the snow"
-    return tuple(known[number * len(known) // 4] for number in range(4)) if len(known) > 4 else tuple(known)
+        known.append(f"{known[0]} in the snow")
+    if len(known) > 4:
+        known = [known[number * len(known) // 4] for number in range(4)]
+    return (*known, *([] if of_class is None else [of_class]))

@@ -13,6 +13,8 @@ class Kind(enum.Enum):
 
     LORA = "lora"
     """An adapter of the UNet's attention, beside the frozen base: a small file."""
+    DREAMBOOTH = "dreambooth"
+    """The same for one subject, beside images of its class, so that the class is not forgotten."""
     TEXTUAL_INVERSION = "textual-inversion"
     """Embedding vectors of a new token in each text encoder, beside the frozen base: a tiny file."""
     FULL = "full"
@@ -29,7 +31,8 @@ class Options:
     """Word for what is learnt: put before each caption that does not have it; the caption of images without any. Of
     textual inversion, the new token, e.g. "<zwx>"."""
     steps: int | None = None
-    """Updates. Default: 100 per image, at least 500 and at most 1500, and no less than 10 epochs."""
+    """Updates. Default: 100 per image, at least 500 and at most 1500, and no less than 10 epochs; twice that with
+    images of the class, which every second example is."""
     learning_rate: float | None = None
     """Learning rate. Default: 3e-4 for textual inversion; 1e-4 for an adapter; 1e-6 for the whole UNet, 1e-5 from 1000
     images on; these two higher for UNets with fewer than 320 channels, in proportion."""
@@ -47,24 +50,46 @@ class Options:
     """Embedding vectors of textual inversion. Default: 2."""
     initial: str | None = None
     """Words that the vectors of textual inversion begin as, e.g. dog. Default: random vectors."""
+    class_prompt: str | None = None
+    """Prompt of DreamBooth's class, e.g. "a photo of a dog": its images are sampled from the base before training."""
+    class_images: int | None = None
+    """Images of DreamBooth's class. Default: 100, as in diffusers."""
 
     def check(self, kind: Kind) -> None:
         """Raises InputError for numbers out of range, empty texts, options of another kind, and a missing token."""
         numbers = [("--steps", self.steps, 1, math.inf), ("--rank", self.rank, 1, math.inf)]
         numbers += [("--batch-size", self.batch_size, 1, math.inf), ("--size", self.size, 8, math.inf)]
-        check_ranges([*numbers, ("--vectors", self.vectors, 1, 75)])
+        check_ranges([*numbers, ("--vectors", self.vectors, 1, 75), ("--class-images", self.class_images, 1, math.inf)])
         check_ranges([("--learning-rate", self.learning_rate, 0, math.inf)], above_low=True, below_high=True)
-        for name in ("prompt", "trigger", "initial"):
+        for name in ("prompt", "trigger", "initial", "class_prompt"):
             if (given := getattr(self, name)) is not None and not given.strip():
-                raise InputError(f"--{name} {given!r} has no words. Give some, or leave it out")
-        own = {"rank": Kind.LORA, "vectors": Kind.TEXTUAL_INVERSION, "initial": Kind.TEXTUAL_INVERSION}
-        for name, of in own.items():
-            if getattr(self, name) is not None and kind is not of:
+                raise InputError(f"{_flag(name)} {given!r} has no words. Give some, or leave it out")
+        for name, kinds in _OF_KINDS.items():
+            if (given := getattr(self, name)) is not None and kind not in kinds:
                 raise InputError(
-                    f"--{name} {getattr(self, name)} has no effect with --kind {kind.value}. Leave it out, or give "
-                    f"--kind {of.value}"
+                    f"{_flag(name)} {given} has no effect with --kind {kind.value}. Leave it out, or give --kind "
+                    f"{' or '.join(each.value for each in kinds)}"
                 )
+        if kind is Kind.DREAMBOOTH and self.class_prompt is None:
+            raise InputError(
+                'DreamBooth needs --class-prompt: the class of the subject, e.g. --class-prompt "a photo of a dog". '
+                "Without images of a class: --kind lora"
+            )
         if kind is Kind.TEXTUAL_INVERSION and self.trigger is None:
             raise InputError(
                 'textual inversion needs --trigger: the new token, which is no word yet, e.g. --trigger "<zwx>"'
             )
+
+
+_OF_KINDS = {
+    "rank": (Kind.LORA, Kind.DREAMBOOTH),
+    "vectors": (Kind.TEXTUAL_INVERSION,),
+    "initial": (Kind.TEXTUAL_INVERSION,),
+    "class_prompt": (Kind.DREAMBOOTH,),
+    "class_images": (Kind.DREAMBOOTH,),
+}
+"""Options that some kinds have."""
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

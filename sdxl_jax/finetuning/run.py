@@ -15,10 +15,12 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sdxl_jax.compilation import compilation_cache
 from sdxl_jax.config import ProcessesConfig, TrainConfig
 from sdxl_jax.data.buckets import assign
 from sdxl_jax.data.sources import summary
 from sdxl_jax.errors import InputError, out_of_memory
+from sdxl_jax.evaluation.class_images import sample_class_images
 from sdxl_jax.files import atomic
 from sdxl_jax.finetuning import choices, config_file
 from sdxl_jax.finetuning.choices import Machine
@@ -26,6 +28,7 @@ from sdxl_jax.finetuning.options import Kind, Options
 from sdxl_jax.finetuning.survey import Survey, survey
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.progress import tqdm
+from sdxl_jax.sampling import options as sampling_options
 from sdxl_jax.sampling.contact_sheet import first_row, labelled_grid, save_png
 from sdxl_jax.training.loop import check_run, train
 from sdxl_jax.training.objectives import objective_of
@@ -33,7 +36,7 @@ from sdxl_jax.training.processes import Processes
 from sdxl_jax.weights.load import say
 from sdxl_jax.weights.open import open_model
 
-SHEET = "contact_sheet.png"
+SHEET, CLASS_FOLDER = "contact_sheet.png", "class_images"
 _TILE = 320
 """Width below twice of which an image stands on the contact sheet as it is, in pixels; wider ones are reduced to it."""
 
@@ -57,18 +60,24 @@ def finetune(
     options.check(kind)
     model = _opened(base)
     found = survey(folder, model, options)
-    config = choices.choose(kind, found.folder(run_dir), found.images, base, model, _machine(), options)
+    folders = found.folder(run_dir), str(run_dir / CLASS_FOLDER)
+    config = choices.choose(kind, *folders, found.images, base, model, _machine(), options)
     objective_of(config).check()
     check_run(config, run_dir)
     if write_config is not None and write_config.exists():
         raise InputError(f"--write-config {write_config} exists already. Give a new file")
-    tqdm.write(table(config, found, run_dir))
+    tqdm.write(table(config, found, run_dir, options))
     found.write(run_dir)
     if write_config is not None:
         about = f"Fine-tuning of {base} on {folder}: what `sdxl-jax finetune --kind {kind.value}` chose."
         atomic.write_text(write_config, config_file.source(config, about))
-        tqdm.write(f"Written. Train with\n  {_line('train', write_config, '--run-dir', run_dir)}")
+        tqdm.write(_how_to_train(config, write_config, run_dir, base, options))
         return
+    if options.class_prompt is not None:
+        tqdm.write(f"Images of the class, in {folders[1]}")
+        compilation_cache.use(config.training.compilation_cache)
+        settings = _class_settings(config, options)
+        sample_class_images(base, Path(folders[1]), options.class_prompt, settings, dtype=config.compute.dtype)
     try:
         train(config, run_dir, began=began)
     except InputError as error:
@@ -103,6 +112,17 @@ def _opened(base: str) -> ModelConfig:
     return model
 
 
+def _class_count(options: Options) -> int:
+    return options.class_images or choices.CLASS_IMAGES
+
+
+def _class_settings(config: TrainConfig, options: Options) -> sampling_options.Options:
+    """Of DreamBooth's images of the class: in the size of most of the subject's."""
+    height, width = config.validation.sizes[0]
+    count = _class_count(options)
+    return sampling_options.Options(num_images=count, height=height, width=width, seed=options.seed)
+
+
 def _machine() -> Machine:
     with Processes(ProcessesConfig().join_timeout_seconds) as processes:  # before a device is touched
         if processes.count > 1:
@@ -116,7 +136,7 @@ def _machine() -> Machine:
 # What is printed
 
 
-def table(config: TrainConfig, found: Survey, run_dir: Path) -> str:
+def table(config: TrainConfig, found: Survey, run_dir: Path, options: Options) -> str:
     """What was chosen, line by line, each with the option that overrides it."""
     images, data = found.images, config.data
     count, pixels = len(images.sizes), images.sizes.prod(axis=1)
@@ -127,13 +147,16 @@ def table(config: TrainConfig, found: Survey, run_dir: Path) -> str:
     captions += [f"{count - found.own_captions} get the given one"] if count > found.own_captions else []
     validation, compute = config.validation, config.compute
     (height, width), every = validation.sizes[0], validation.every_steps
+    epochs = config.training.steps * data.batch_size / count / (2 if data.sources else 1)
+    of_class = f"{_class_count(options)} images of {options.class_prompt!r}, from the base, as every second example"
     rows = [
         ("images", f"{count} of {found.found}, {least[0]}×{least[1]} to {most[0]}×{most[1]} pixels", ""),
         ("captions", ", ".join(captions), "--prompt --trigger"),
+        *([("class", of_class, "--class-prompt --class-images")] if data.sources else []),
         ("trained at", f"{sizes}: height × width (images)", "--size"),
         ("trained", *_trained(config)),
         ("batch", f"{data.batch_size} image{'s' * (data.batch_size > 1)} a step", "--batch-size"),
-        ("steps", f"{config.training.steps}, {config.training.steps * data.batch_size / count:.3g} epochs", "--steps"),
+        ("steps", f"{config.training.steps}, {epochs:.3g} epochs", "--steps"),
         ("learning rate", f"{config.optimiser.learning_rate:g}", "--learning-rate"),
         ("precision", f"{compute.dtype.value}, recomputing in the backward pass: {compute.remat.value}", ""),
         (
@@ -189,6 +212,18 @@ def _smaller(config: TrainConfig) -> str:
 
 def _line(*words: object) -> str:
     return shlex.join(["sdxl-jax", *map(str, words)])
+
+
+def _how_to_train(config: TrainConfig, written: Path, run_dir: Path, base: str, options: Options) -> str:
+    """The commands for a configuration that was written."""
+    lines = [_line("train", written, "--run-dir", run_dir)]
+    if options.class_prompt is not None:
+        settings, given = _class_settings(config, options), ["--prompt", options.class_prompt]
+        for name in ("num_images", "height", "width", "seed"):
+            given += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+        given += ["--dtype", config.compute.dtype.value]
+        lines.insert(0, _line("data", "class-images", base, run_dir / CLASS_FOLDER, *given))
+    return "\n  ".join(["Written. Train with", *lines])
 
 
 def _results(config: TrainConfig, run_dir: Path, base: str) -> str:
