@@ -7,12 +7,13 @@ metric     none measured
 command    sdxl-jax train configs/pivotal.py --run-dir runs/pivotal --data.folder IMAGES
 last run   never at full size; the tests run the smoke configuration configs/smoke/pivotal.py
 
-Captions contain the word, "a photo of <zwx>"; another one: --textual-inversion.token "<dog>". Starts from the published
-file, or from any model (`--training.init-from PATH`). It ends with pivotal.safetensors, the LoRA, and
-pivotal_emb.safetensors, the word, in runs/pivotal, which other programs load, and
+Captions contain the word, "a photo of <zwx>"; for images without captions: --data.caption-template "a photo of <zwx>".
+Another word: --textual-inversion.token "<dog>". Starts from the published file, or from any model
+(`--training.init-from PATH`). It ends with pivotal.safetensors, the LoRA, and pivotal_emb.safetensors, the word, in
+runs/pivotal, which other programs load, and
 
-    sdxl-jax sample weights/sd_xl_base_1.0.safetensors --prompt "a <zwx> on the moon" --lora runs/pivotal \
-        --embedding "runs/pivotal/pivotal_emb.safetensors:<zwx>"
+    sdxl-jax sample weights/sd_xl_base_1.0.safetensors --lora runs/pivotal --embedding "runs/pivotal:<zwx>" \
+        --prompt "a <zwx> on the moon"
 
 As in diffusers' script the vectors begin at random, are pulled back to the deviation of the table, and stop after half
 of the steps. Their learning rate, three times the LoRA's, is OneTrainer's; the rest is as in lora_1024.

@@ -7,12 +7,13 @@ metric     none measured
 command    sdxl-jax train configs/textual_inversion.py --run-dir runs/textual_inversion --data.folder IMAGES
 last run   never at full size; the tests run the smoke configuration configs/smoke/textual_inversion.py
 
-Captions contain the word, "a photo of <zwx>"; another one: --textual-inversion.token "<dog>". What it begins as:
---textual-inversion.initial dog. Starts from the published file, or from any model (`--training.init-from PATH`). It
-ends with runs/textual_inversion/textual_inversion.safetensors, which other programs load, and
+Captions contain the word, "a photo of <zwx>"; for images without captions: --data.caption-template "a photo of <zwx>".
+Another word: --textual-inversion.token "<dog>". What it begins as: --textual-inversion.initial dog. Starts from the
+published file, or from any model (`--training.init-from PATH`). It ends with
+runs/textual_inversion/textual_inversion.safetensors, which other programs load, and
 
-    sdxl-jax sample weights/sd_xl_base_1.0.safetensors --prompt "a <zwx> on the moon" \
-        --embedding "runs/textual_inversion/textual_inversion.safetensors:<zwx>"
+    sdxl-jax sample weights/sd_xl_base_1.0.safetensors --embedding "runs/textual_inversion:<zwx>" \
+        --prompt "a <zwx> on the moon"
 
 Two vectors in each text encoder: 4,096 numbers. The learning rate, its warm-up and the norm of the vectors are
 OneTrainer's; steps and average are ours, for some tens of images. No caption is dropped: without its word an image

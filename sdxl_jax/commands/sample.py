@@ -73,7 +73,8 @@ class Sample(OpenFlags):
     init_noise: Path | None = None
     """NPY file with the initial noise, in place of the seeded one: normal float32 [images, height/8, width/8, 4]."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """FILE or FILE:TOKEN: a textual inversion, and its token in prompts. Default: the file's own token, or its name."""
+    """FILE or FILE:TOKEN: a textual inversion, or the run that trained it, and its token in prompts. Default: the
+    file's own token, or its name."""
     from_png: Path | None = None
     """Repeat an image of this command: read prompt and settings from its PNG text. Other options override them."""
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

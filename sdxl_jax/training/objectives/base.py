@@ -4,8 +4,8 @@ An objective is one file with a configuration (a `RunConfig`) and a class with t
 implemented here for one tree of parameters, a part of which is trainable, with one optimiser; an objective with several
 networks that train against each other (adversarial training) overrides the state and the step.
 
-    batches                        tokenizer · batches · abstract_batch
-    state                          abstract_state · initial_weights · fresh_state
+    batches                        check_data · tokenizer · batches · abstract_batch
+    state                          initial_config · abstract_state · initial_weights · fresh_state
     step                           loss · step · model_flops
     for sampling and export        model_config · parts · model · validation · counterparts · measure · export
 

@@ -10,10 +10,9 @@ tuning. The rules are in `adapters.embeddings`, files in `weights.textual_invers
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,7 @@ class EmbeddingTraining:
 
     def __init__(self, config: TrainConfig, given: TextualInversionConfig):
         self._config, self._given = config, given
-        self._stop = math.ceil(given.stop * config.training.steps)
+        self._stop = max(1, round(given.stop * config.training.steps))
 
     @functools.cached_property
     def towers(self) -> tuple[Tower, ...]:
@@ -102,7 +101,7 @@ class EmbeddingTraining:
         if not any(token.lower() in caption.lower() for caption in dataset.captions()):
             raise InputError(
                 f"No caption in {dataset.where} contains {token!r}, so that nothing would be learnt. Write it into the "
-                f'captions, e.g. "a photo of {token}", or set textual_inversion.token to a word that they contain'
+                f'captions, or set data.caption_template, e.g. "a photo of {token}, {{caption}}"'
             )
 
     # State
@@ -143,17 +142,15 @@ class EmbeddingTraining:
     def updating(self, optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimiser with the vectors' own learning rate, their norms, and their end."""
         given, stop = self._given, self._stop
-        is_plain = given.rate == 1 and given.norm is Norm.FREE
-        if is_plain and given.stop == 1:
+        if given.rate == 1 and given.norm is Norm.FREE and given.stop == 1:
             return optimiser
 
-        def update(
-            gradient: Any, state: optax.OptState, params: Any = None, *, frozen: Params, **_: Any
-        ) -> tuple[Any, optax.OptState]:
+        def update(gradient: Params, state: Any, params: Params, *, frozen: Params) -> tuple[Params, optax.OptState]:
             learns = updates_made(state) < stop
             if given.stop < 1:  # before the norm of all gradients is limited
                 ended = jax.tree.map(lambda leaf: jnp.where(learns, leaf, 0), gradient[EMBEDDINGS])
                 gradient = {**gradient, EMBEDDINGS: ended}
+            updates: Any
             updates, state = optimiser.update(gradient, state, params)
             found, before = flatten(updates[EMBEDDINGS]), flatten(params[EMBEDDINGS])
             for path, own in found.items():
@@ -165,7 +162,7 @@ class EmbeddingTraining:
                 found[path] = own if given.stop == 1 else jnp.where(learns, own, -0.0)
             return {**updates, EMBEDDINGS: unflatten(found)}, state
 
-        return optax.GradientTransformationExtraArgs(optimiser.init, update)
+        return optax.GradientTransformationExtraArgs(optimiser.init, cast(Any, update))
 
     # The model, and the file
 
