@@ -80,7 +80,7 @@ class LoopConfig:
     """Parts of the model to load from `init_from`, e.g. ("vae", "text_encoder"); None: all parts found there."""
     init_changes: tuple[str, ...] = ()
     """Fields in which this run may differ from the UNet's training in `init_from`: prediction, schedule, unconditional,
-    distilled; e.g. ("prediction",) to turn an ε-prediction model into a v-prediction one."""
+    distilled, noise; e.g. ("prediction",) to turn an ε-prediction model into a v-prediction one."""
     compile_ahead: CompileAhead = CompileAhead.BACKGROUND
     """When the steps of the buckets are compiled: during training, before it, or on demand."""
     compile_threads: int = 1
@@ -418,6 +418,11 @@ class TrainConfig(RunConfig):
                 f"data.label={label} has no effect: this model is not conditioned on classes. Leave it out (None), or "
                 "set model.unet.classes"
             )
+        if self.model.noise is not None:
+            raise InputError(
+                "model.noise is given, but training has the discrete noise levels of model.schedule alone. Set "
+                "model.noise=None"
+            )
         if self.model.unet.guidance_dim is not None:
             raise InputError(
                 f"model.unet.guidance_dim={self.model.unet.guidance_dim}: denoising has no guidance scale to train "
@@ -539,7 +544,7 @@ def check_sizes(name: str, sizes: Collection[tuple[int, int]], factor: int) -> N
             raise InputError(f"{name} has ({height}, {width}). Give positive multiples of {factor}")
 
 
-MEANING = ("prediction", "schedule", "unconditional", "distilled")
+MEANING = ("prediction", "schedule", "unconditional", "distilled", "noise")
 """Fields of a model's configuration that its UNet's weights are trained for: with other values, they mean something
 else."""
 

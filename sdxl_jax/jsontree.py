@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import cattrs
 from cattrs.gen import make_dict_structure_fn
 
+from sdxl_jax.diffusion.continuous import ContinuousConfig, EdmConfig, FlowConfig
 from sdxl_jax.errors import InputError, fault, old_names
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.models.taesd import TinyVaeConfig
@@ -34,6 +35,12 @@ def _either_vae(value: Any, _: Any) -> AnyVaeConfig:
     return _converter.structure(value, next(found, VaeConfig))
 
 
+def _either_law(value: Any, _: Any) -> ContinuousConfig | None:
+    """The kind of noise law is not stored either."""
+    kind = FlowConfig if isinstance(value, dict) and "shift" in value else EdmConfig
+    return None if value is None else _converter.structure(value, kind)
+
+
 def _reader(kind: type[_T]) -> Callable[[Any, Any], _T]:
     """The cattrs hook of a dataclass, which also accepts the old names of its renamed fields."""
     read: Any = make_dict_structure_fn(kind, _converter, _cattrs_forbid_extra_keys=True)
@@ -50,6 +57,7 @@ def _reader(kind: type[_T]) -> Callable[[Any, Any], _T]:
 _converter.register_structure_hook_factory(dataclasses.is_dataclass, _reader)
 _converter.register_structure_hook(AnyVaeConfig, _either_vae)
 _converter.register_structure_hook(LearntVaeConfig, _either_vae)
+_converter.register_structure_hook(EdmConfig | FlowConfig | None, _either_law)
 
 
 def to_json(config: Any) -> Any:

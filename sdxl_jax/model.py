@@ -20,7 +20,8 @@ from sdxl_jax.conditioning import classes, text
 from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import TextConditioning, Tower
-from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.continuous import EdmConfig, FlowConfig
+from sdxl_jax.diffusion.parameterisation import DISCRETE, Prediction
 from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import RENAMED, InputError
 from sdxl_jax.models import clip, initialisers, unet, vae
@@ -77,6 +78,8 @@ class ModelConfig:
     scale that is an input (`unet.guidance_dim`)."""
     sampling: SamplingDefaults | None = None
     """Default sampler, spacing and noise levels; None: those of SDXL's official files."""
+    noise: EdmConfig | FlowConfig | None = None
+    """Continuous noise levels in the place of `schedule`: EDM's or those of flow matching; None: the schedule's."""
 
     @property
     def is_refiner(self) -> bool:
@@ -114,6 +117,7 @@ class ModelConfig:
             )
         grouped: list[tuple[str, UNetConfig | VaeConfig]] = [("unet", self.unet)]
         if isinstance(self.vae, VaeConfig):
+            self.vae.check("model.vae")
             grouped.append(("vae", self.vae))
         else:
             self.vae.check("model.vae")
@@ -134,10 +138,29 @@ class ModelConfig:
                 raise InputError(
                     f"model.unet.heads has {heads} heads for {channels} channels. Use a number that divides {channels}"
                 )
+        self.check_noise()
         if self.schedule.zero_terminal_snr and self.prediction is Prediction.EPSILON:
             raise InputError(
                 "model.schedule.zero_terminal_snr=True with model.prediction=epsilon: the last timestep is noise "
                 "alone, from which noise cannot be predicted. Set model.prediction=v_prediction"
+            )
+
+    def check_noise(self) -> None:
+        """Raises InputError for a prediction that does not go with the noise levels."""
+        fitting: tuple[Prediction, ...] = DISCRETE
+        if self.noise is not None:
+            self.noise.check("model.noise")
+            fitting = (Prediction.FLOW,) if isinstance(self.noise, FlowConfig) else (Prediction.EDM, Prediction.V)
+        if self.prediction not in fitting:
+            kind = "None" if self.noise is None else type(self.noise).__name__
+            raise InputError(
+                f"model.prediction={self.prediction.value} does not go with model.noise={kind}. Set model.prediction "
+                f"to {' or '.join(each.value for each in fitting)}, or set model.noise"
+            )
+        if self.noise is not None and (self.schedule != ScheduleConfig() or self.distilled):
+            raise InputError(
+                "model.schedule and model.distilled have no effect beside model.noise, which takes the schedule's "
+                "place. Leave them out, or set model.noise=None"
             )
 
     def _check_conditioning(self) -> None:

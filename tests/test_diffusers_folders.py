@@ -531,8 +531,8 @@ VAE_REFUSED: dict[str, Any] = {
     "in_channels": 4,
     "out_channels": 4,
     "shift_factor": 0.1,
-    "latents_mean": [0.0, 0.0, 0.0, 0.0],
-    "latents_std": [1.0, 1.0, 1.0, 1.0],
+    "latents_mean": 0.5,
+    "latents_std": ["1"],
     "use_quant_conv": False,
     "use_post_quant_conv": False,
     "mid_block_add_attention": False,
@@ -556,7 +556,7 @@ SCHEDULER_REFUSED: dict[str, Any] = {
     "use_flow_sigmas": True,
     "beta_start": "small",
     "num_train_timesteps": 0,
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "_class_name": "FlowMatchHeunDiscreteScheduler",
 }
 PARTS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
     "unet": (diffusers_fields.unet_config, diffusers_fields.unet_fields(SDXL_BASE.unet), UNET_REFUSED),

@@ -20,7 +20,7 @@ from sdxl_jax.diffusion.loss import (
     min_snr_weight,
     position_weights,
 )
-from sdxl_jax.diffusion.parameterisation import Prediction, denoised, target
+from sdxl_jax.diffusion.parameterisation import DISCRETE, Prediction, denoised, target
 from sdxl_jax.diffusion.schedule import BetaSchedule, Schedule, ScheduleConfig
 from sdxl_jax.errors import InputError
 
@@ -32,7 +32,7 @@ SCHEDULES = {
     "linear": schedule.make(ScheduleConfig(beta_start=1e-4, beta_end=0.02, betas=BetaSchedule.LINEAR)),
     "zero terminal SNR": ZERO_SNR,
 }
-EVERY_PREDICTION = pytest.mark.parametrize("prediction", Prediction)
+EVERY_PREDICTION = pytest.mark.parametrize("prediction", DISCRETE)
 
 
 def normal(seed: int, shape: tuple[int, ...] = (3, 4, 5, 4)) -> jax.Array:
@@ -144,11 +144,11 @@ def test_min_snr_weights_the_same_error_equally_for_every_prediction(timestep: i
         right = target(prediction, x0, epsilon, alpha, sigma_t)
         return float(jnp.sum((target(prediction, *wrong, alpha, sigma_t) - right) ** 2))
 
-    errors = {prediction: squared_error(prediction) for prediction in Prediction}
+    errors = {prediction: squared_error(prediction) for prediction in DISCRETE}
     # float32: differences of numbers that are up to 34 times as large as what is compared.
     assert errors[Prediction.EPSILON] == pytest.approx(snr * errors[Prediction.X0], rel=1e-3)
     assert errors[Prediction.V] == pytest.approx((snr + 1) * errors[Prediction.X0], rel=1e-3)
-    weighted = [min_snr_weight(SDXL.snr, 5.0, each)[timestep] * errors[each] for each in Prediction]
+    weighted = [min_snr_weight(SDXL.snr, 5.0, each)[timestep] * errors[each] for each in DISCRETE]
     np.testing.assert_allclose(weighted, min(snr, 5.0) * errors[Prediction.X0], rtol=1e-3)
 
 

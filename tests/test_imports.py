@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"optim"} | BASE,
     "data": {"data"} | BASE,
     "data.build": {"data"} | BASE,
-    "jsontree": {"models"} | BASE,
+    "jsontree": {"models", "diffusion.continuous"} | BASE,
     "config": {
         *("model", "conditioning", "diffusion", "models", "data", "evaluation.settings", "jsontree", "optim"),
         *("adapters", "mesh", "sharding"),

@@ -10,6 +10,7 @@ import tiny
 
 from sdxl_jax.config import MEANING, TrainConfig, TrainingConfig, blocking_differences
 from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.diffusion.continuous import EdmConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import to_json
@@ -35,6 +36,7 @@ def change(config: ModelConfig, field: str) -> ModelConfig:
         "schedule": dataclasses.replace(config.schedule, beta_end=0.02),
         "unconditional": UnconditionalKind.EMPTY,
         "distilled": True,
+        "noise": EdmConfig(sigma_data=1.0),
     }
     return dataclasses.replace(config, **{field: values[field]})
 

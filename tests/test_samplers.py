@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sdxl_jax.diffusion import schedule
-from sdxl_jax.diffusion.parameterisation import Denoised, Prediction, denoised, target
+from sdxl_jax.diffusion.parameterisation import DISCRETE, Denoised, Prediction, denoised, target
 from sdxl_jax.diffusion.schedule import BetaSchedule, Schedule, ScheduleConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.samplers import guidance, loop
@@ -251,7 +251,7 @@ def _perfect(prediction: Prediction) -> Network:
     return network
 
 
-PERFECT = {prediction: _perfect(prediction) for prediction in Prediction}
+PERFECT = {prediction: _perfect(prediction) for prediction in DISCRETE}
 
 
 def tanh(data: None, plan: Plan, x_t: jax.Array, timestep: jax.Array) -> jax.Array:
@@ -307,7 +307,7 @@ def sample(
 
 
 @SAMPLER
-@pytest.mark.parametrize("prediction", Prediction)
+@pytest.mark.parametrize("prediction", DISCRETE)
 @pytest.mark.parametrize("spacing", Spacing)
 @pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_network_that_knows_the_image_leads_to_it(

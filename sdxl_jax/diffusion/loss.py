@@ -18,7 +18,7 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Bool, Float, Int, Key, UInt8
 
-from sdxl_jax.diffusion.parameterisation import Prediction, target
+from sdxl_jax.diffusion.parameterisation import CONTINUOUS, Prediction, target
 from sdxl_jax.diffusion.schedule import Schedule
 from sdxl_jax.errors import InputError, check_ranges
 
@@ -153,6 +153,8 @@ def min_snr_weight(
             return clipped / (snr + 1)
         case Prediction.X0:
             return clipped
+        case Prediction.EDM | Prediction.FLOW:
+            raise AssertionError(CONTINUOUS)
 
 
 def debiased_weight(snr: Float[np.ndarray, " timesteps"], prediction: Prediction) -> Float[np.ndarray, " timesteps"]:
@@ -170,6 +172,8 @@ def debiased_weight(snr: Float[np.ndarray, " timesteps"], prediction: Prediction
             return root / (snr + 1)
         case Prediction.X0:
             return root
+        case Prediction.EDM | Prediction.FLOW:
+            raise AssertionError(CONTINUOUS)
 
 
 def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Float[Array, "height width channels"]:

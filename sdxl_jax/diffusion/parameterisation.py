@@ -29,6 +29,14 @@ class Prediction(enum.Enum):
     """The velocity: SD 2.x at 768. Well defined at every noise level."""
     X0 = "sample"
     """The image."""
+    EDM = "edm"
+    """F of EDM's preconditioning: Playground v2.5. Of continuous noise levels alone (`continuous`)."""
+    FLOW = "flow"
+    """ε − x₀ of flow matching. Of continuous noise levels alone."""
+
+
+DISCRETE = (Prediction.EPSILON, Prediction.V, Prediction.X0)
+"""Those of models with the discrete schedule, which have `target` and `denoised` below."""
 
 
 class Denoised(NamedTuple):
@@ -53,6 +61,8 @@ def target(
             return alpha * epsilon - sigma_t * x0
         case Prediction.X0:
             return x0
+        case Prediction.EDM | Prediction.FLOW:
+            raise AssertionError(CONTINUOUS)
 
 
 def denoised(
@@ -74,3 +84,8 @@ def denoised(
             return Denoised(alpha * x_t - sigma_t * output, sigma_t * x_t + alpha * output)
         case Prediction.X0:
             return Denoised(output, (x_t - alpha * output) / sigma_t)
+        case Prediction.EDM | Prediction.FLOW:
+            raise AssertionError(CONTINUOUS)
+
+
+CONTINUOUS = "a model that predicts edm or flow has a continuous noise law (`ModelConfig.check`)"

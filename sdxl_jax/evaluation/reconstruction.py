@@ -98,7 +98,7 @@ def network(config: AnyVaeConfig, params: Params, compute: Compute) -> Network:
     def apply(
         params: Params, image: UInt8[jax.Array, "batch side side 3"]
     ) -> tuple[UInt8[jax.Array, "batch side side 3"], Bool[jax.Array, " batch"]]:
-        latent = vae.encode(config, params, normalise(image), compute).mean * config.scale
+        latent = vae.scaled(config, vae.encode(config, params, normalise(image), compute).mean)
         decoded = vae.decode(config, params, latent, compute)
         return to_bytes(decoded), jnp.isfinite(decoded).all(axis=(1, 2, 3))
 

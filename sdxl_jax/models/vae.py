@@ -45,11 +45,25 @@ class VaeConfig:
     """Factor that brings the sampled latent to unit variance. SDXL 0.13025, SD 1.x and 2.x 0.18215."""
     groups: int = 32
     """Groups of every group norm. Must divide all block_channels."""
+    latent_mean: tuple[float, ...] | None = None
+    """Mean of each channel of the latent, which is subtracted before it is scaled: Playground v2.5. None: 0."""
+    latent_std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, by which it is divided as well. None: 1. Given exactly if the mean is."""
 
     @property
     def downsampling(self) -> int:
         """Pixels of the image along one side of a latent position."""
         return 2 ** (len(self.block_channels) - 1)
+
+    def check(self, name: str) -> None:
+        """Raises InputError for a mean without a deviation, or not one of each per channel. name: of the field."""
+        given = self.latent_mean, self.latent_std
+        wrong = [each for each in given if each is not None and len(each) != self.latent_channels]
+        if wrong or (given[0] is None) != (given[1] is None) or any(each <= 0 for each in given[1] or ()):
+            raise InputError(
+                f"{name}.latent_mean={given[0]} and latent_std={given[1]}. Give {self.latent_channels} numbers of "
+                "both, one per channel, the deviations above 0, or neither"
+            )
 
 
 SDXL_VAE = VaeConfig()
@@ -231,8 +245,27 @@ def encode(
 def scaled_sample(
     config: AnyVaeConfig, posterior: Posterior, keys: Key[jax.Array, " batch"]
 ) -> Float[jax.Array, "batch latent_height latent_width channels"]:
-    """Latents as the UNet sees them: sampled from the posterior, × `config.scale`. keys: one per image."""
-    return posterior.sample(keys) * config.scale
+    """Latents as the UNet sees them: sampled from the posterior, and `scaled`. keys: one per image."""
+    return scaled(config, posterior.sample(keys))
+
+
+def scaled(
+    config: AnyVaeConfig, latent: Float[jax.Array, "batch latent_height latent_width channels"]
+) -> Float[jax.Array, "batch latent_height latent_width channels"]:
+    """A latent of the encoder as the UNet sees it: × `config.scale`, normalised first if the configuration says so."""
+    if isinstance(config, VaeConfig) and config.latent_mean is not None and config.latent_std is not None:
+        latent = (latent - jnp.asarray(config.latent_mean)) / jnp.asarray(config.latent_std)
+    return latent * config.scale
+
+
+def unscaled(
+    config: AnyVaeConfig, latent: Float[jax.Array, "batch latent_height latent_width channels"]
+) -> Float[jax.Array, "batch latent_height latent_width channels"]:
+    """The reverse of `scaled`."""
+    latent = latent / config.scale
+    if isinstance(config, VaeConfig) and config.latent_mean is not None and config.latent_std is not None:
+        latent = latent * jnp.asarray(config.latent_std) + jnp.asarray(config.latent_mean)
+    return latent
 
 
 def decode(
@@ -243,10 +276,10 @@ def decode(
 ) -> Float[jax.Array, "batch height width 3"]:
     """The image of a scaled latent, float32, about −1..1 (not clipped). Raises InputError where there is no decoder."""
     if isinstance(config, WaveletConfig):
-        return wavelet.inverse(config, latent / config.scale)
+        return wavelet.inverse(config, unscaled(config, latent))
     _check_half(params, "decoder")
     _, decoder = _networks(config, compute)
-    image = decoder.apply({"params": params["decoder"]}, latent / config.scale)
+    image = decoder.apply({"params": params["decoder"]}, unscaled(config, latent))
     return jnp.asarray(image, jnp.float32)
 
 
@@ -259,7 +292,7 @@ def decode_features(
     """`decode` up to its last convolution: `features_to_image` of this is the image."""
     decoder = taesd.TinyDecoder if isinstance(config, TinyVaeConfig) else Decoder
     features = decoder(config, compute, conv_out=False)  # pyright: ignore[reportArgumentType]
-    return jnp.asarray(features.apply({"params": params["decoder"]}, latent / config.scale))
+    return jnp.asarray(features.apply({"params": params["decoder"]}, unscaled(config, latent)))
 
 
 def features_to_image(
@@ -299,7 +332,7 @@ def decode_tiled(
     if isinstance(config, TinyVaeConfig):
         x, borders = latent, [3 * blocks + 2 for blocks in config.decoder_blocks]
     else:
-        x = DecoderEntry(config, compute, _QUERIES).apply(variables, latent / config.scale)
+        x = DecoderEntry(config, compute, _QUERIES).apply(variables, unscaled(config, latent))
         borders = [2 * (config.resnets_per_block + 1) + 2] * len(config.block_channels)
     for number, border in enumerate(borders):
 

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int, Int32, Key
 
 from sdxl_jax.arrays import type_of_array
-from sdxl_jax.diffusion.parameterisation import Denoised, Prediction, denoised
+from sdxl_jax.diffusion.continuous import ContinuousConfig, predicted
+from sdxl_jax.diffusion.parameterisation import Denoised, Prediction
 from sdxl_jax.samplers.steps import Plan
 
 Array = jax.Array
@@ -75,6 +76,7 @@ def sample(
     first: int | np.integer | Int[Array, ""] = 0,
     stochastic: bool | None = None,
     known_image: KnownImage | None = None,
+    law: ContinuousConfig | None = None,
 ) -> State:
     """Runs the rows of a plan; the latent is `arrays[0]` of the result.
 
@@ -84,6 +86,7 @@ def sample(
             that a schedule run in segments gives what it gives in one.
         stochastic: whether noise is drawn; None: if the plan uses it, which must then be numpy.
         known_image: for inpainting.
+        law: of continuous noise levels; None: the discrete schedule.
     """
     stochastic = plan.stochastic if stochastic is None else stochastic
     rows = jax.tree.map(lambda column: jnp.asarray(column, jnp.float32), plan)
@@ -91,7 +94,7 @@ def sample(
     def body(state: State, row_and_index: Any) -> tuple[State, None]:
         row, index = row_and_index
         x_t = state.arrays[0]
-        result = denoised(prediction, network(x_t, row.timestep), x_t, row.alpha, row.sigma_t)
+        result = predicted(network, x_t, row.timestep, prediction, law, row.alpha, row.sigma_t)
         fresh = jnp.zeros_like(x_t)
         if stochastic:
             fresh = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), x_t.shape[1:]))(keys)

@@ -35,6 +35,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sdxl_jax.arrays import type_of_array
+from sdxl_jax.diffusion.continuous import ContinuousConfig, FlowConfig, noise_input
 from sdxl_jax.diffusion.schedule import Schedule
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.samplers.defaults import Sigmas, Spacing
@@ -259,11 +260,7 @@ def make_levels(
     sigma = np.interp(visited, np.arange(length), trained)
     if sigmas is not Sigmas.SCHEDULE:
         first, last = (trained[-1], trained[0]) if sampler.family is Family.SOLVER else (sigma[0], sigma[-1])
-        ramp = np.linspace(0, 1, steps)
-        if sigmas is Sigmas.KARRAS:
-            sigma = (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7
-        else:
-            sigma = np.exp(math.log(first) + ramp * (math.log(last) - math.log(first)))
+        sigma = _between(first, last, steps, sigmas)
         visited = np.interp(np.log(sigma), np.log(trained), np.arange(length))
         if sampler.family is Family.SOLVER:
             # diffusers rounds timesteps of Karras sigmas and truncates those of exponential ones; the nearest is meant.
@@ -272,6 +269,38 @@ def make_levels(
     if sampler.family is Family.SIGMA:
         alpha_end, sigma_t_end = 1.0, sigma_t_end / alpha_end  # diffusers returns their own state, x₀ + sigma ε
     return Levels(visited, np.append(alpha, alpha_end), np.append(sigma * alpha, sigma_t_end))
+
+
+def continuous_levels(sampler: Sampler, law: ContinuousConfig, steps: int, sigmas: Sigmas = Sigmas.SCHEDULE) -> Levels:
+    """The noise levels of `steps` steps of a continuous law; the last step leads to the finished image. SCHEDULE is the
+    law's own: Karras's for EDM; for flow evenly from 1 to 1/1000, shifted.
+
+    As diffusers' EDM schedulers and FlowMatchEulerDiscreteScheduler, which shifts its lowest level twice. Raises
+    InputError for a sampler of whole timesteps, and for sigmas that have no effect.
+    """
+    name = _name(sampler)
+    if sampler.family in (Family.CONSISTENCY, Family.DISCRETE):
+        able = [each for each, other in SAMPLERS.items() if other.family in (Family.SIGMA, Family.SOLVER)]
+        raise InputError(
+            f"sampler={name} visits whole timesteps, and this model has continuous noise levels. Use sampler "
+            f"{', '.join(able[:-1])} or {able[-1]}"
+        )
+    if isinstance(law, FlowConfig):
+        if sigmas is not Sigmas.SCHEDULE:
+            raise InputError(f"sigmas={sigmas.value} has no effect on flow matching, which has its own. Leave it out")
+        level = law.shifted(np.linspace(1, law.shifted(1 / 1000), steps))
+    else:
+        level = _between(law.sigma_max, law.sigma_min, steps, sigmas)
+    alpha, sigma_t = law.level(level)
+    return Levels(noise_input(law, level), np.append(alpha, 1.0), np.append(sigma_t, 0.0))
+
+
+def _between(first: float, last: float, steps: int, sigmas: Sigmas) -> Float[np.ndarray, " steps"]:
+    """Sigmas between two, both included: exponential, or else Karras's with ρ = 7."""
+    ramp = np.linspace(0, 1, steps)
+    if sigmas is Sigmas.EXPONENTIAL:
+        return np.exp(math.log(first) + ramp * (math.log(last) - math.log(first)))
+    return (first ** (1 / 7) + ramp * (last ** (1 / 7) - first ** (1 / 7))) ** 7
 
 
 def find(name: str) -> Sampler:

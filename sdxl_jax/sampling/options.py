@@ -123,7 +123,7 @@ class Options:
             )
         sampler = defaults.sampler_of(zero_terminal_snr, config.distilled) if self.sampler is None else self.sampler
         spacing, guidance = self.timestep_spacing, self.guidance
-        if spacing is None and find(sampler).family is not Family.CONSISTENCY:
+        if spacing is None and find(sampler).family is not Family.CONSISTENCY and config.noise is None:
             spacing = defaults.spacing_of(zero_terminal_snr)
         if guidance is None:
             guidance = self._default_guidance(name, config)
@@ -202,6 +202,11 @@ class Options:
             raise InputError(
                 f"decode_tile={self.decode_tile}: expected a multiple of {factor}, {16 * factor} or more, e.g. 512"
             )
+        if config.noise is not None and self.timestep_spacing is not None:
+            raise InputError(
+                f"timestep_spacing={self.timestep_spacing.value} has no effect on this model, whose noise levels are "
+                "continuous. Leave it out"
+            )
         has_input = config.unet.guidance_dim is not None
         self._check_guidance_input(has_input)
         if config.distilled and not has_input and self.guidance is not None and self.guidance > 1:
@@ -220,7 +225,7 @@ class Options:
                 f"guidance_interval={start:g} {stop:g} has no effect on this model: guidance is an input of its UNet, "
                 "and costs nothing. Leave it out"
             )
-        if has_input and self.guidance_rescale:
+        if has_input and self.guidance_rescale and not self.pag:
             raise InputError(
                 f"guidance_rescale={self.guidance_rescale:g} has no effect on this model: guidance is an input of its "
                 "UNet, whose output is not guided again. Leave it out"

@@ -25,7 +25,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet_parts import UNetPart
 from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import SamplingDefaults
-from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, find, make_levels
+from sdxl_jax.samplers.steps import Levels, Plan, Sigmas, continuous_levels, find, make_levels
 from sdxl_jax.sampling import image_prompts, init_images
 from sdxl_jax.sampling.options import Options, check_size
 from sdxl_jax.sizes import Size
@@ -137,6 +137,11 @@ def _check_finite(plan: Plan, config: ModelConfig, options: Options) -> None:
         )
     if _is_finite(plan):
         return
+    if config.noise is not None:
+        raise InputError(
+            f"sampler={options.sampler} cannot begin at this model's first noise level, where nothing of the image is "
+            "left (flow matching). Use sampler euler or dpmpp_2m"
+        )
     fewer = (dataclasses.replace(options, steps=steps) for steps in range((options.steps or 0) - 1, 0, -1))
     finite = (
         each.steps
@@ -165,6 +170,9 @@ def _strength(options: Options, mask: bool) -> float:
 def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults | None) -> Levels:
     """The noise levels that a model's steps visit. options: `resolved`, those of the whole schedule; defaults: the
     first model's."""
+    if config.noise is not None:
+        sigmas = options.sigmas or Sigmas.SCHEDULE
+        return continuous_levels(find(options.sampler or ""), config.noise, options.steps or 0, sigmas)
     defaults, sampler, steps = defaults or SamplingDefaults(), options.sampler or "", options.steps or 0
     return make_levels(
         find(sampler),
@@ -317,6 +325,11 @@ def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Op
             if (value := getattr(options, name)) is not None:
                 raise InputError(f"{name}={value:g} has no effect without a refiner. Give --refiner, or leave it out")
         return
+    if config.noise is not None or refiner.noise is not None:
+        raise InputError(
+            "A model or refiner with continuous noise levels (EDM, flow matching) and another one share no denoising "
+            "schedule. Leave the refiner out"
+        )
     if (preset := options.resolved(config).preset) is not None:
         raise InputError(
             f"preset={preset} is of a few-step model, and refiners take many steps. Leave the refiner out, or refine "

@@ -281,6 +281,7 @@ def denoise(
         first=arrays.first,
         stochastic=stochastic,
         known_image=known_image,
+        law=config.noise,
     )
     return _shard_batch(state)
 
@@ -337,7 +338,7 @@ def encode(
     normalised = normalise(image)
     if hidden is not None:
         normalised = jnp.where(hidden, 0.0, normalised)
-    return config.vae.scale * vae.encode(config.vae, params, normalised, compute).mean
+    return vae.scaled(config.vae, vae.encode(config.vae, params, normalised, compute).mean)
 
 
 def decode(

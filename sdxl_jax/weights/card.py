@@ -32,6 +32,8 @@ _PREDICTIONS = {
     Prediction.EPSILON: "epsilon (the noise)",
     Prediction.V: "v_prediction (the velocity)",
     Prediction.X0: "sample (x₀)",
+    Prediction.EDM: "edm (F of EDM's preconditioning)",
+    Prediction.FLOW: "flow (ε − x₀)",
 }
 _CLIP_WIDTHS = {768: "CLIP ViT-L", 1024: "OpenCLIP ViT-H", 1280: "OpenCLIP ViT-bigG"}
 
@@ -129,6 +131,8 @@ def _facts(weights: Weights) -> Iterator[str]:
         terminal = ", zero terminal SNR" if config.schedule.zero_terminal_snr else ""
         known = "" if weights.noise_is_known else "; the source does not say so, this is the family's"
         yield f"Prediction: {_PREDICTIONS[config.prediction]}{terminal}{known}"
+        if config.noise is not None:
+            yield f"Noise levels: continuous, {config.noise}"
         if config.unet.classes is not None:
             yield f"Classes of images: {config.unet.classes.number:,}"
         if config.distilled:

@@ -37,7 +37,7 @@ from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.progress import tqdm
 from sdxl_jax.weights import card, names
-from sdxl_jax.weights.descriptions import METADATA, describe
+from sdxl_jax.weights.descriptions import METADATA, describe, edm_marks
 from sdxl_jax.weights.formats import diffusers, orbax, safetensors
 from sdxl_jax.weights.formats.checkpoints import COMMITTED
 from sdxl_jax.weights.lazy import (
@@ -374,15 +374,17 @@ def _tiny_naming(weights: Weights, naming: Naming) -> Naming:
 def _with_marks(
     weights: Weights, carried: Mapping[tuple[str, str], Carried], new: bool
 ) -> dict[tuple[str, str], Carried]:
-    """The empty tensors by which ComfyUI recognises an SDXL with v-prediction, and one with zero terminal SNR. Carried
-    marks stay if they are true of the model; new: add missing marks, if the names do not follow another file's."""
+    """The empty tensors by which ComfyUI recognises an SDXL with v-prediction, and one with zero terminal SNR, and
+    those of EDM's noise levels. Carried marks stay if they are true of the model; new: add missing marks, if the names
+    do not follow another file's."""
     config = weights.config
     new = new and config.micro is not None
-    predicts_v = config.prediction is Prediction.V and "unet" in weights.parts
+    predicts_v = config.prediction is Prediction.V and config.noise is None and "unet" in weights.parts
     marks = {("", "v_pred"): predicts_v, ("", "ztsnr"): predicts_v and config.schedule.zero_terminal_snr}
     valid = {key: tensor for key, tensor in carried.items() if marks.get(key, True)}
     empty = InMemory(np.zeros(0, np.float32))
-    return valid | {key: empty for key, is_true in marks.items() if is_true and new}
+    continuous = {("", name): InMemory(value) for name, value in edm_marks(config).items() if new}
+    return continuous | valid | {key: empty for key, is_true in marks.items() if is_true and new}
 
 
 def _original_namings(config: ModelConfig) -> Iterator[tuple[str, Naming]]:

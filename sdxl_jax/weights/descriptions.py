@@ -2,6 +2,7 @@
 
 our own files          metadata under the key "sdxl_jax": the whole configuration
 other people's files   modelspec.prediction_type in the metadata; empty tensors v_pred and ztsnr, as in ComfyUI;
+                       edm_vpred.sigma_max, edm_mean, … of EDM's noise levels;
                        titles of published few-step models (`samplers.presets.named`);
                        for SD 2.x neither: there ComfyUI's test of one norm decides
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sdxl_jax.diffusion.continuous import EdmConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath
@@ -22,6 +24,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.samplers import presets
+from sdxl_jax.samplers.defaults import SamplingDefaults, Sigmas
 from sdxl_jax.weights.detect import FoundPart
 from sdxl_jax.weights.lazy import SourceLayout, Weights, part_configs
 from sdxl_jax.weights.names import Naming
@@ -80,17 +83,61 @@ def check_groups(parts: Mapping[str, FoundPart], path: AnyPath) -> None:
                 )
 
 
+_VPRED, _LATENTS = ("edm_vpred.sigma_max", "edm_vpred.sigma_min"), ("edm_mean", "edm_std")
+"""Tensors by which ComfyUI recognises the kind of CosXL (EDM's noise levels, v-prediction), and that of Playground v2.5
+(EDM's preconditioning, normalised latents)."""
+_PLAYGROUND_SCALE = 0.5
+
+
 def check_noise(tensors: Iterable[str], path: AnyPath) -> None:
-    """Raises InputError for a model of continuous noise levels, by the marks that ComfyUI recognises."""
-    if marks := sorted(name for name in tensors if name.startswith("edm_")):
-        kind = "of the kind of CosXL (EDM noise levels, v-prediction)"
-        if {"edm_mean", "edm_std"} & set(marks):
-            kind = "of the kind of Playground v2.5 (EDM preconditioning, normalised latents)"
+    """Raises InputError for marks of continuous noise levels that are unknown, incomplete, or of two kinds."""
+    marks = sorted(name for name in tensors if name.startswith("edm_"))
+    if marks not in ([], sorted(_VPRED), [_VPRED[0]], sorted(_LATENTS)):
         raise InputError(
-            f"{path} holds {', '.join(marks[:4])}: a model {kind}. Models with the discrete noise schedule of SDXL, of "
-            "1000 timesteps, are implemented; with it this one would make wrong images. Use a model of SDXL's own "
-            "noise schedule, or the program that this one was made for"
+            f"{path} holds {', '.join(marks[:4])}: marks of EDM noise levels that do not go together. Known are "
+            f"{' with '.join(_VPRED)} (CosXL), and {' with '.join(_LATENTS)} (Playground v2.5). Download the file "
+            "again, or use the program that it was made for"
         )
+
+
+def _with_edm(weights: Weights) -> Weights:
+    """With the noise levels that the marks of a file say, and the latents of Playground v2.5."""
+    marks = {name: tensor for (_, name), tensor in weights.carried.items() if name.startswith("edm_")}
+    config = weights.config
+    values = {name: np.asarray(tensor.read(), np.float64).reshape(-1) for name, tensor in marks.items()}
+    if "edm_mean" in values:
+        if not isinstance(config.vae, VaeConfig):
+            raise InputError(
+                "The file's edm_mean and edm_std are of an autoencoder that is not in it. Give a whole model"
+            )
+        mean, std = (tuple(map(float, values[name])) for name in _LATENTS)
+        vae = dataclasses.replace(config.vae, scale=_PLAYGROUND_SCALE, latent_mean=mean, latent_std=std)
+        vae.check("model.vae")
+        config = dataclasses.replace(config, vae=vae, noise=EdmConfig(), prediction=Prediction.EDM)
+        config = dataclasses.replace(config, sampling=SamplingDefaults("dpmpp_2m"))
+    else:
+        # sigma_min has a default in ComfyUI, too; levels even in log σ are diffusers' and its own for CosXL.
+        low = float(values[_VPRED[1]][0]) if _VPRED[1] in values else EdmConfig().sigma_min
+        noise = EdmConfig(low, float(values[_VPRED[0]][0]), 1.0)
+        noise.check("edm_vpred")
+        config = dataclasses.replace(config, noise=noise, prediction=Prediction.V)
+        config = dataclasses.replace(config, sampling=SamplingDefaults(sigmas=Sigmas.EXPONENTIAL))
+    return dataclasses.replace(weights, config=config, noise_is_known=True)
+
+
+def edm_marks(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The tensors that `_with_edm` reads, of a model with such noise levels; others have none."""
+    found: dict[str, np.ndarray] = {}
+    if isinstance(config.noise, EdmConfig) and config.prediction is Prediction.V:
+        values = config.noise.sigma_max, config.noise.sigma_min
+        found |= {name: np.array(value, np.float32) for name, value in zip(_VPRED, values, strict=True)}
+    if isinstance(config.noise, EdmConfig) and isinstance(config.vae, VaeConfig) and config.vae.latent_mean is not None:
+        latents = config.vae.latent_mean, config.vae.latent_std
+        found |= {
+            name: np.array(value, np.float32).reshape(1, -1, 1, 1)
+            for name, value in zip(_LATENTS, latents, strict=True)
+        }
+    return found
 
 
 def with_marks(
@@ -105,6 +152,8 @@ def with_marks(
         sampling = presets.with_preset(weights.config.sampling, name)
         weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, sampling=sampling))
     marks = {name for _, name in weights.carried}
+    if any(name.startswith("edm_") for name in marks):
+        return _with_edm(weights)
     stated = metadata.get("modelspec.prediction_type", "")
     if stated and prediction is None and "unet" in weights.parts and not stated.startswith(("eps", "v")):
         raise InputError(

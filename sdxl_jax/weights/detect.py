@@ -56,6 +56,7 @@ _CARRIED = re.compile(
     r"(^|\.)embeddings\.position_ids$|(^|\.)(logit_scale|attn_mask)$|(^|\.)(visual|vision_model|visual_projection)(\.|$)"
     r"|^(betas|alphas_cumprod|alphas_cumprod_prev|sqrt_\w+|log_one_minus_alphas_cumprod|posterior_\w+|logvar)$"
     r"|^model_ema\.|^denoiser\.|^(first_stage_model\.)?loss\.|^(v_pred|ztsnr|global_step|step|epoch)$"
+    r"|^edm_(mean|std|vpred\.sigma_(max|min))$"
 )
 
 

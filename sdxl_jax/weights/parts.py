@@ -34,6 +34,7 @@ def with_parts(weights: Weights, other: Weights, path: str | PurePath) -> Weight
         config = dataclasses.replace(config, sampling=with_preset(config.sampling, preset))
         if other.noise_is_known:
             config = dataclasses.replace(config, prediction=other.config.prediction, schedule=other.config.schedule)
+            config = dataclasses.replace(config, noise=other.config.noise)
             config = dataclasses.replace(config, distilled=other.config.distilled, sampling=other.config.sampling)
     remaining: tuple[str, ...] = ()
     if "vae" in other.parts:
@@ -55,7 +56,7 @@ def with_parts(weights: Weights, other: Weights, path: str | PurePath) -> Weight
     leaves = {leaf_path: both[leaf_path] for leaf_path in abstract_leaves(config, present) if leaf_path in both}
     namings = weights.origin.namings
     gone = tuple(namings[part].prefix for part in other.parts if part in namings and namings[part].prefix)
-    gone += ("model_ema.", "v_pred", "ztsnr") if "unet" in other.parts else ()
+    gone += ("model_ema.", "v_pred", "ztsnr", "edm_") if "unet" in other.parts else ()
     carried = {
         (part, name): tensor
         for (part, name), tensor in weights.carried.items()

@@ -158,7 +158,7 @@ def gradients(
     def reconstructed(trained: Params) -> Any:
         params = merge(trained, frozen)["vae"]
         posterior = vae.encode(parts.vae, params, image, parts.compute)
-        latent = posterior.sample(keys) * parts.vae.scale
+        latent = vae.scaled_sample(parts.vae, posterior, keys)
         features = vae.decode_features(parts.vae, params, latent, parts.compute)
         last = params["decoder"]["conv_out"]
         decoded = vae.features_to_image(parts.vae, last, features, parts.compute)

@@ -253,7 +253,7 @@ class Autoencoding(Objective[AutoencoderConfig]):
         config, params = self.config, merge(trained, frozen)["vae"]
         image = normalise(batch.image)
         posterior = vae.encode(config.vae, params, image, config.compute)
-        latent = posterior.sample(keys) * config.vae.scale
+        latent = vae.scaled_sample(config.vae, posterior, keys)
         decoded = vae.decode(config.vae, params, latent, config.compute)
         loss, terms = reconstruction_loss(config.loss, image, decoded)
         if not isinstance(config.vae, TinyVaeConfig):
@@ -345,7 +345,7 @@ def reconstructor(
 
     @functools.partial(jax.jit, out_shardings=replicated)
     def run(params: Params, image: ImageBytes) -> UInt8[jax.Array, "batch height width 3"]:
-        latent = vae.encode(config.vae, params, normalise(image), config.compute).mean * config.vae.scale
+        latent = vae.scaled(config.vae, vae.encode(config.vae, params, normalise(image), config.compute).mean)
         return to_bytes(vae.decode(config.vae, params, latent, config.compute))
 
     def reconstruct(image: ImageBytes) -> UInt8[np.ndarray, "batch height width 3"]:

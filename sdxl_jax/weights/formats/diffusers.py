@@ -25,6 +25,7 @@ from sdxl_jax.weights.formats.diffusers_fields import (
     clip_fields,
     component_kind,
     is_distilled,
+    noise_config,
     schedule_config,
     scheduler_fields,
     unet_config,
@@ -122,6 +123,7 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
         micro = MicroConfig(Numbers.SIZE_CROP_AESTHETIC if has_score else Numbers.SIZE_CROP_TARGET, dim)
     scheduling, scheduler = _scheduler(directory, is_xl)
     schedule, prediction = schedule_config(scheduling, scheduler)
+    noise = noise_config(scheduling, scheduler)
     distilled = is_distilled(scheduling)
     sampling = diffusers_sampling.read(scheduling, scheduler, schedule.zero_terminal_snr, distilled)[0]
     preset = presets.named(index.get("_name_or_path"), fields.get("_name_or_path"))
@@ -136,6 +138,7 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
         schedule=schedule,
         prediction=prediction,
         distilled=distilled,
+        noise=noise,
         sampling=presets.with_preset(sampling, preset),
         unconditional=UnconditionalKind.ZEROS if zeros else UnconditionalKind.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
@@ -220,7 +223,7 @@ def write_folder(config: ModelConfig, directory: Path) -> None:
     config = as_diffusers_has_it(config)
     config.check()
     pipeline = _pipeline(config)
-    scheduler = scheduler_fields(config.schedule, config.prediction, config.distilled, config.sampling)
+    scheduler = scheduler_fields(config.schedule, config.prediction, config.distilled, config.sampling, config.noise)
     index: dict[str, Any] = {
         "_class_name": pipeline,
         **VERSION,

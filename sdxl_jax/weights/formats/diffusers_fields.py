@@ -17,6 +17,7 @@ from typing import Any
 
 from sdxl_jax.conditioning.micro import MicroConfig
 from sdxl_jax.conditioning.text import END_OF_TEXT
+from sdxl_jax.diffusion.continuous import EdmConfig, FlowConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import BetaSchedule, ScheduleConfig
 from sdxl_jax.errors import InputError, nearest_first
@@ -99,11 +100,13 @@ _VAE = _Known(
         "latent_channels": 4,
         "norm_num_groups": 32,
         "scaling_factor": 0.18215,
+        "latents_mean": None,
+        "latents_std": None,
     },
     only={
         **_each("act_fn", "silu"),
         **_each("in_channels out_channels", 3),
-        **_each("shift_factor latents_mean latents_std", None),
+        **_each("shift_factor", None),
         **_each("use_quant_conv use_post_quant_conv mid_block_add_attention", True),
     },
     skipped="force_upcast sample_size torch_dtype",
@@ -155,6 +158,23 @@ _SCHEDULER = _Known(
         "timestep_type": ("discrete",),
         "trained_betas": (None,),
         "use_flow_sigmas": (False, None),
+    },
+    skipped="",
+)
+
+
+_EDM = _Known(
+    read={"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
+    only={"prediction_type": ("epsilon", "v_prediction"), "sigma_schedule": ("karras", "exponential")},
+    skipped="",
+)
+_FLOW_MATCH = _Known(
+    read={"shift": 1.0},
+    only={
+        **_each("num_train_timesteps", 1000),
+        **_each("use_dynamic_shifting invert_sigmas stochastic_sampling", False, None),
+        **_each("use_karras_sigmas use_exponential_sigmas use_beta_sigmas", False, None),
+        **_each("shift_terminal", None, 0),
     },
     skipped="",
 )
@@ -284,13 +304,27 @@ def vae_config(fields: Fields, where: str) -> AnyVaeConfig:
     scale = given["scaling_factor"]
     if type(scale) not in (int, float) or not scale > 0:
         raise _refused(where, "scaling_factor", scale, "a number above 0")
-    return VaeConfig(
+    config = VaeConfig(
         block_channels=channels,
         resnets_per_block=_number(given, "layers_per_block", where),
         latent_channels=_number(given, "latent_channels", where),
         scale=float(scale),
         groups=_number(given, "norm_num_groups", where),
+        latent_mean=_per_channel(given, "latents_mean", where),
+        latent_std=_per_channel(given, "latents_std", where),
     )
+    config.check(where)
+    return config
+
+
+def _per_channel(fields: Fields, name: str, where: str) -> tuple[float, ...] | None:
+    """A field with one number per channel of the latent, or null."""
+    value = fields[name]
+    if value is None:
+        return None
+    if not isinstance(value, list) or any(type(each) not in (int, float) for each in value):
+        raise _refused(where, name, value, "a list of numbers, one per channel, or null")
+    return tuple(map(float, value))
 
 
 def _tiny_vae_config(fields: Fields, where: str) -> TinyVaeConfig:
@@ -329,11 +363,37 @@ def clip_config(fields: Fields, where: str) -> ClipTextConfig:
     )
 
 
-def schedule_config(fields: Fields, where: str) -> tuple[ScheduleConfig, Prediction]:
-    """scheduler/scheduler_config.json: the schedule and prediction that the weights were trained with."""
+def noise_config(fields: Fields, where: str) -> EdmConfig | FlowConfig | None:
+    """scheduler/scheduler_config.json: the continuous noise levels that the weights were trained with; None: discrete
+    ones."""
     kind = str(fields.get("_class_name"))
-    if kind.startswith(("EDM", "FlowMatch")):
-        raise _refused(where, "_class_name", kind, "any scheduler with betas, such as EulerDiscreteScheduler")
+    known = _FLOW_MATCH if kind in _FLOW_CLASSES else _EDM if kind in _EDM_CLASSES else None
+    if known is None:
+        if kind.startswith(("EDM", "FlowMatch")):
+            raise _refused(where, "_class_name", kind, " or ".join((*_EDM_CLASSES, *_FLOW_CLASSES)))
+        return None
+    given = _checked(known, {name: fields[name] for name in (*known.read, *known.only) if name in fields}, where)
+    for name in known.read:
+        if type(given[name]) not in (int, float):
+            raise _refused(where, name, given[name], "a number")
+    numbers = {name: float(given[name]) for name in known.read}
+    noise = FlowConfig(**numbers) if known is _FLOW_MATCH else EdmConfig(**numbers)
+    noise.check(where)
+    return noise
+
+
+_EDM_CLASSES = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+_FLOW_CLASSES = ("FlowMatchEulerDiscreteScheduler",)
+
+
+def schedule_config(fields: Fields, where: str) -> tuple[ScheduleConfig, Prediction]:
+    """scheduler/scheduler_config.json: the schedule and prediction that the weights were trained with. With continuous
+    noise levels (`noise_config`) the schedule is the default one, which is not used."""
+    kind = str(fields.get("_class_name"))
+    if (noise := noise_config(fields, where)) is not None:
+        if isinstance(noise, FlowConfig):
+            return ScheduleConfig(), Prediction.FLOW
+        return ScheduleConfig(), Prediction.V if fields.get("prediction_type") == "v_prediction" else Prediction.EDM
     # The classes whose defaults are not 0.0001, 0.02, linear.
     if kind.startswith(("Heun", "KDPM2", "DPMSolverSDE", "LCM", "TCD")):
         fields = {"beta_start": 0.00085, "beta_end": 0.012, **fields}
@@ -451,6 +511,8 @@ def vae_fields(config: AnyVaeConfig, sample_size: int = 1024) -> dict[str, Any]:
         "latent_channels": config.latent_channels,
         "norm_num_groups": config.groups,
         "scaling_factor": config.scale,
+        **({} if config.latent_mean is None else {"latents_mean": list(config.latent_mean)}),
+        **({} if config.latent_std is None else {"latents_std": list(config.latent_std)}),
         "sample_size": sample_size,
         "force_upcast": True,  # SDXL's first autoencoder overflows in float16
     }
@@ -488,14 +550,29 @@ def scheduler_fields(
     prediction: Prediction,
     distilled: bool = False,
     sampling: SamplingDefaults | None = None,
+    noise: EdmConfig | FlowConfig | None = None,
 ) -> dict[str, Any]:
     """scheduler/scheduler_config.json: the schedule that the weights were trained with, and how they are sampled.
-    sampling None: the sampler of the official SDXL files, LCM for a distilled model, DDIM for zero terminal SNR.
+    sampling None: the sampler of the official SDXL files, LCM for a distilled model, DDIM for zero terminal SNR. noise:
+    continuous levels, in the schedule's place.
 
     Euler's sigma is infinite at zero terminal SNR, and diffusers replaces it by 4096. DDIM works with α and σ, which
     are 0 and 1 there. Its spacing is "trailing", so that the first step is that timestep: Lin et al., arXiv:2305.08891,
     section 3.3.
     """
+    if isinstance(noise, FlowConfig):
+        flow = {"_class_name": _FLOW_CLASSES[0], **VERSION, "num_train_timesteps": 1000, "shift": noise.shift}
+        return dict(sorted(flow.items()))
+    if noise is not None:
+        edm = {
+            **diffusers_sampling.written_edm(sampling or SamplingDefaults()),
+            **VERSION,
+            "sigma_min": noise.sigma_min,
+            "sigma_max": noise.sigma_max,
+            "sigma_data": noise.sigma_data,
+            "prediction_type": "v_prediction" if prediction is Prediction.V else "epsilon",
+        }
+        return dict(sorted(edm.items()))
     fields = {
         **diffusers_sampling.written(sampling, schedule.zero_terminal_snr, distilled),
         **VERSION,

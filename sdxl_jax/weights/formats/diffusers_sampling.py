@@ -89,11 +89,21 @@ _CLASSES = {
     ),
 }
 """Scheduler classes that are implemented."""
+_EDM = {"sigma_schedule": "karras", "rho": 7.0, "final_sigmas_type": "zero"}
+_CLASSES |= {
+    "EDMEulerScheduler": _Class("euler", _EDM),
+    "EDMDPMSolverMultistepScheduler": _Class(
+        "dpmpp_2m",
+        {**_EDM, **_X0, **{"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint"}},
+    ),
+    "FlowMatchEulerDiscreteScheduler": _Class("euler", {}),
+}
+"""And those of continuous noise levels, whose law is read by `diffusers_fields.noise_config`."""
 _SDE = {"sde-dpmsolver++": "dpmpp_2m_sde", "sde-dpmsolver": "dpmpp_2m_sde"}
 """Sampler of an `algorithm_type`; for any other it is the class's."""
 
 _FOLLOWED = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "final_sigmas_type")
-_FOLLOWED += ("use_karras_sigmas", "use_exponential_sigmas")
+_FOLLOWED += ("use_karras_sigmas", "use_exponential_sigmas", "sigma_schedule")
 _EQUIVALENT: dict[str, tuple[tuple[Any, ...], str]] = {
     "algorithm_type": (("dpmsolver++", "sde-dpmsolver++"), "the ++ algorithm is used"),
     "clip_sample": ((False,), "the predicted image is not clipped"),
@@ -104,6 +114,7 @@ _EQUIVALENT: dict[str, tuple[tuple[Any, ...], str]] = {
     "lower_order_final": ((True,), "the last step is of first order"),
     "original_inference_steps": ((50,), "50 are used"),
     "predict_x0": ((True,), "the solver works with x₀"),
+    "rho": ((7.0,), "7 is used"),
     "shift_terminal": ((None,), "nothing is shifted"),
     "sigma_max": ((None,), "the schedule's own is used"),
     "sigma_min": ((None,), "the schedule's own is used"),
@@ -131,7 +142,7 @@ _UNREAD = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value"
 _TRAINED = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 _TRAINED += ("rescale_betas_zero_snr", "timestep_type", "use_flow_sigmas")
 _OTHERS = ("skip_prk_steps", "sigma_data", "rho", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-_OTHERS += ("shift", "noise_sampler_seed", "s_noise")
+_OTHERS += ("shift", "noise_sampler_seed", "s_noise", "invert_sigmas", "stochastic_sampling")
 _KNOWN = {*_FOLLOWED, *_EQUIVALENT, *_UNREAD, *_TRAINED, *_OTHERS}
 
 
@@ -166,6 +177,12 @@ def read(
     )
     if name is not None and kind is None:
         notes.append(f"{where} has _class_name={json.dumps(name)}, which is not implemented: {default_sampler} is used")
+    if str(name).startswith("EDM") and found.final_sigma is not FinalSigma.ZERO:
+        notes.append(
+            f"{where} has final_sigmas_type={found.final_sigma.value}, which is not followed: the last step leads to "
+            "the finished image"
+        )
+        found = replace(found, final_sigma=FinalSigma.ZERO)
     if found.spacing is Spacing.LEADING:
         notes.append(
             f"{where} has timestep_spacing=leading, which is followed: the last timestep, where the schedule has zero "
@@ -241,8 +258,22 @@ def _final_sigma(fields: Fields, where: str) -> FinalSigma:
 
 
 def _sigmas(fields: Fields) -> Sigmas:
+    if fields.get("sigma_schedule") == "exponential":  # of EDM; its other one, karras, is the law's own
+        return Sigmas.EXPONENTIAL
     chosen = (each for each in (Sigmas.KARRAS, Sigmas.EXPONENTIAL) if fields.get(f"use_{each.value}_sigmas"))
     return next(chosen, Sigmas.SCHEDULE)
+
+
+def written_edm(sampling: SamplingDefaults) -> dict[str, Any]:
+    """The fields about sampling of an EDM scheduler's file."""
+    sampler = sampling.sampler_of(False, False)
+    solver = sampler in ("dpmpp_2m", "dpmpp_2m_sde")
+    return {
+        "_class_name": "EDMDPMSolverMultistepScheduler" if solver else "EDMEulerScheduler",
+        "sigma_schedule": "exponential" if sampling.sigmas is Sigmas.EXPONENTIAL else "karras",
+        "rho": 7.0,
+        **({"algorithm_type": "sde-dpmsolver++"} if sampler == "dpmpp_2m_sde" else {}),
+    }
 
 
 def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distilled: bool) -> dict[str, Any]:
