@@ -31,9 +31,9 @@ from sdxl_jax.errors import RENAMED, InputError, check_ranges, nearest_first, ol
 from sdxl_jax.evaluation.settings import OF_INCEPTION, SCORES, Metric
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import from_json, to_json
+from sdxl_jax.mesh import ProcessesConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
-from sdxl_jax.mesh import ProcessesConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
 from sdxl_jax.progress import LogFormat

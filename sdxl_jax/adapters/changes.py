@@ -119,6 +119,11 @@ def merged(params: Params, resolved: Resolved, scale: float) -> dict[str, Any]:
     flat = flatten(params)
     for path, rows in resolved.items():
         value = flat[path]
+        if value.dtype == np.int8:
+            raise InputError(
+                f"{path} is in eight bits, which a change cannot be merged into. Give the adapter to the command that "
+                "opens the model (--lora), which merges it first, or load the model without quantize"
+            )
         # One parameter at a time: the largest stack of SDXL is 0.5 GB in float32.
         if not isinstance(value, jax.Array):
             flat[path] = changed(value, rows, scale)

@@ -111,6 +111,8 @@ class SamplingFlags(OpenFlags):
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations."""
+    quantize: Literal["int8"] | None = None
+    """int8: the kernels of UNet and text encoders in eight bits, a half of bfloat16's memory. Default: none."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Device mesh: images of a batch are split over data, weights are sharded over fsdp."""
 
@@ -391,7 +393,8 @@ def sample_into(folder: Path, options: SamplingFlags, model: AnyPath, prompts: S
 def _sample_options(options: SamplingFlags, model: AnyPath, out: Path) -> sample.Sample:
     """As `sdxl-jax sample` has them."""
     names = [entry.name for entry in dataclasses.fields(OpenFlags)]
-    shared = {name: getattr(options, name) for name in (*names, "negative_prompt", "options", "dtype", "mesh")}
+    names += ["negative_prompt", "options", "dtype", "quantize", "mesh"]
+    shared = {name: getattr(options, name) for name in names}
     return sample.Sample(model=model, out=out, **shared)
 
 

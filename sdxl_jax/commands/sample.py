@@ -54,6 +54,8 @@ class Sample(OpenFlags):
     options: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
+    quantize: Literal["int8"] | None = None
+    """int8: the kernels of UNet and text encoders in eight bits, a half of bfloat16's memory. Default: none."""
     refiner: AnyPath | None = None
     """Refiner model, for the last steps (--handoff) or for the finished latent (--refine-strength)."""
     init_image: Path | None = None
@@ -179,7 +181,7 @@ def _parsed(arguments: list[str]) -> Sample:
     settings["class_"] = () if sample.class_ or "class" not in text else (_class(text["class"], where),)
     for name in ("negative_prompt", "background", "variant"):
         settings[name] = text.get(name, parsing.fields(Sample)[name])
-    for name in ("dtype", "prediction", "weights"):
+    for name in ("dtype", "quantize", "prediction", "weights"):
         settings[name] = _choice(text, name, where)
     for name in ("lora", "embedding", "image_prompt", "parts_from"):
         settings[name] = () if getattr(sample, name) else _list_of_texts(text, name, where)
@@ -359,7 +361,7 @@ def _shared_text(sample: Sample) -> dict[str, str]:
     if sample.image_prompt:
         digests = [_digest(path) for path, _ in map(file_and_strength, sample.image_prompt)]
         settings["image_prompt_sha256"] = json.dumps(digests)
-    for name in ("variant", "prediction"):
+    for name in ("variant", "prediction", "quantize"):
         if (value := getattr(sample, name)) is not None:
             settings[name] = value
     if sample.weights != "averaged":
@@ -452,6 +454,7 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
     import jax.numpy as jnp
 
     from sdxl_jax.weights import lora
+    from sdxl_jax.weights.eight_bits import quantised
     from sdxl_jax.weights.lazy import cast
     from sdxl_jax.weights.load import say
     from sdxl_jax.weights.open import open_model
@@ -464,9 +467,12 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
         print(f"merged {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
         say(lora.notes(read))
     refiner = None if sample.refiner is None else open_model(sample.refiner, open_options)
-    if sample.dtype == "float32":
-        return weights, refiner
-    return cast(weights, jnp.dtype(jnp.bfloat16)), refiner and cast(refiner, jnp.dtype(jnp.bfloat16))
+    if sample.dtype != "float32":
+        weights, refiner = (each and cast(each, jnp.dtype(jnp.bfloat16)) for each in (weights, refiner))
+    if sample.quantize is not None:
+        weights, refiner = (each and quantised(each) for each in (weights, refiner))
+    assert weights is not None
+    return weights, refiner
 
 
 def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Model, Model | None]":

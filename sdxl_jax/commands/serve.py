@@ -43,6 +43,8 @@ class Serve(OpenFlags):
     """Folder for the images, numbered after those that it has. Default: temporary, removed when the server ends."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights and activations. bfloat16 halves their memory."""
+    quantize: Literal["int8"] | None = None
+    """int8: the kernels of UNet and text encoders in eight bits, a half of bfloat16's memory. Default: none."""
     refiner: AnyPath | None = None
     """Refiner model, for the last steps."""
     embedding: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -148,7 +150,7 @@ def free_port(host: str, port: int) -> int:
 def as_sample(serve: Serve, request: "Request | None" = None) -> Sample:
     """The options with which `sample` opens the same model and, for a request, gives the same image."""
     shared = {each.name: getattr(serve, each.name) for each in fields_of(OpenFlags)}
-    shared |= {name: getattr(serve, name) for name in ("model", "dtype", "refiner", "embedding", "mesh")}
+    shared |= {name: getattr(serve, name) for name in ("model", "dtype", "quantize", "refiner", "embedding", "mesh")}
     out = Path("again")  # `sample` refuses a folder of other images, such as the server's own
     if request is None:
         return Sample(**shared, out=out)

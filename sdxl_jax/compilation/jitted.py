@@ -3,8 +3,8 @@ not trace the function again.
 
     arguments ── shapes, shardings, static arguments ── program ── in memory, or in the cache, or compiled and kept
 
-Where no compilation cache is in use (`compilation_cache.use`), and in one of several processes, whose devices have other
-numbers than those of the process that kept a program, it is `jax.jit`.
+Where no compilation cache is in use (`compilation_cache.use`), and in one of several processes, whose devices have
+other numbers than those of the process that kept a program, it is `jax.jit`.
 """
 
 import functools

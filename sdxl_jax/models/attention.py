@@ -276,7 +276,7 @@ def stack(block: type[nn.Module], depth: int, compute: Compute) -> Any:
     """`depth` copies of a block under one scan; parameters gain a leading axis of that length. Build it with a name."""
     return nn.scan(
         compute.block(block, in_scan=not compute.unroll),
-        variable_axes={"params": 0, layers.ADAPTERS: 0, layers.TEXT: 1},
+        variable_axes={"params": 0, layers.ADAPTERS: 0, layers.SCALES: 0, layers.TEXT: 1},
         split_rngs={"params": True},
         in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType] (Linen's own marker)
         length=depth,

@@ -73,6 +73,9 @@ TEXT = "text"
 ADAPTERS = "adapters"
 """Collection of adapters: at the path of a kernel, the factors of its change (`adapters.kinds`); at that of a table of
 embeddings, rows for more tokens (`adapters.embeddings`)."""
+SCALES, KERNEL_SCALE = "scales", "kernel_scale"
+"""Collection of the scales of kernels in eight bits, one per output channel (`weights.eight_bits`); and a parameter's
+name for them, beside its kernel."""
 ENTERING = "entering"
 """Checkpoint name of the inputs of transformer blocks, which `Remat.OFFLOAD` moves to host memory."""
 
@@ -158,18 +161,21 @@ def guidance_embedding(scale: Float[jax.Array, "*axes"], dim: int) -> Float[jax.
 
 def variables(params: Params, adapters: Params | None = None) -> dict[str, Params]:
     """What a network is applied to: its parameters, and the adapters of its kernels, which `dense` and `conv` apply
-    beside them, with the rows that `looked_up` has beside a table. Changes of biases and norms, small arrays, are added
-    here."""
-    if adapters is None:
-        return {"params": params}
+    beside them, with the rows that `looked_up` has beside a table, and the scales of kernels in eight bits. Changes of
+    biases and norms, small arrays, are added here."""
     flat, beside = flatten(params), dict[str, Any]()
+    scales = {path: flat.pop(path) for path in list(flat) if path.endswith(f"/{KERNEL_SCALE}")}
+    by_kernel = {path.replace(KERNEL_SCALE, "kernel"): leaf for path, leaf in scales.items()}
+    more = {SCALES: unflatten(by_kernel)} if scales else {}
+    if adapters is None:
+        return {"params": unflatten(flat) if scales else params, **more}
     for path, factor in flatten(adapters).items():
         parameter = path.rpartition("/")[0]
         if parameter.endswith(("kernel", "/embedding")):
             beside[path] = factor
         else:
             flat[parameter] = flat[parameter] + factor
-    return {"params": unflatten(flat), ADAPTERS: unflatten(beside)}
+    return {"params": unflatten(flat), ADAPTERS: unflatten(beside), **more}
 
 
 def _with_adapter(
@@ -178,11 +184,20 @@ def _with_adapter(
     product: Callable[[Any], Any],
     convolve: Product = operator.matmul,
 ) -> Float[jax.Array, "*axes_out features_out"]:
-    """A layer's product with its kernel; if the kernel has an adapter, with what that adds. convolve: as in `kinds`."""
-    if layer.scope is None or not layer.has_variable(ADAPTERS, "kernel"):  # without a scope: a layer applied by itself
+    """A layer's product with its kernel, times the scales of one in eight bits; if the kernel has an adapter, with what
+    that adds. convolve: as in `kinds`."""
+    if layer.scope is None:  # a layer applied by itself
+        return product(x)
+    if layer.has_variable(SCALES, "kernel"):
+        product = _scaled(product, layer.get_variable(SCALES, "kernel"))
+    if not layer.has_variable(ADAPTERS, "kernel"):
         return product(x)
     factors, kernel = layer.get_variable(ADAPTERS, "kernel"), layer.get_variable("params", "kernel")
     return jnp.asarray(kinds.applied(x, product, factors, convolve, kernel))
+
+
+def _scaled(product: Callable[[Any], Any], scale: Float[jax.Array, " features_out"]) -> Callable[[Any], Any]:
+    return lambda x: (found := product(x)) * scale.astype(found.dtype)
 
 
 def dense(features: int, name: str, compute: Compute, **options: Any) -> nn.Dense:

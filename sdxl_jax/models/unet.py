@@ -29,6 +29,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.models import initialisers
 from sdxl_jax.models.attention import SpatialTransformer
 from sdxl_jax.models.layers import (
+    KERNEL_SCALE,
     TEXT,
     Compute,
     EmbeddingMlp,
@@ -290,20 +291,29 @@ def project_text(
         changes.setdefault(path[:-1], {})[path[-1]] = factor
 
     def project(
-        kernels: Float[jax.Array, "depth context features"], changes: dict[str, Any]
+        kernels: Num[jax.Array, "depth context features"],
+        changes: dict[str, Any],
+        scales: Float[jax.Array, "depth features"] | None,
     ) -> Float[jax.Array, "batch depth tokens features"]:
-        def of_layer(layer: tuple[Any, dict[str, Any]]) -> Any:
-            kernel, factors = layer
-            if not factors:
-                return context @ kernel.astype(context.dtype)
-            return kinds.applied(context, lambda x: x @ kernel.astype(x.dtype), factors, kernel=kernel)
+        def of_layer(layer: tuple[Any, dict[str, Any], Any]) -> Any:
+            kernel, factors, scale = layer
 
-        projected = jax.lax.map(of_layer, (kernels, changes))
+            def product(x: Any) -> Any:
+                found = x @ kernel.astype(x.dtype)
+                return found if scale is None else found * scale.astype(x.dtype)
+
+            return kinds.applied(context, product, factors, kernel=kernel) if factors else product(context)
+
+        projected = jax.lax.map(of_layer, (kernels, changes, scales))
         return constrain(projected.swapaxes(0, 1), "batch", None, None, "tensor")
 
     kernels: Any = flatten_dict(params)
-    of_text = {path: kernel for path, kernel in kernels.items() if path[-3:-1] in _OF_TEXT}
-    return unflatten_dict({path[:-1]: project(kernel, changes.get(path, {})) for path, kernel in of_text.items()})
+    layers = [path[:-1] for path in kernels if path[-3:-1] in _OF_TEXT and path[-1] == "kernel"]
+    projected = {}
+    for layer in layers:
+        path = (*layer, "kernel")
+        projected[layer] = project(kernels[path], changes.get(path, {}), kernels.get((*layer, KERNEL_SCALE)))
+    return unflatten_dict(projected)
 
 
 def apply(

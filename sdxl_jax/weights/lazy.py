@@ -302,6 +302,8 @@ class Weights:
 
 def in_memory(model: Model) -> Weights:
     """A model in memory, or the parts that it has, as the writers take it."""
+    if any(leaf.dtype == np.int8 for leaf in flatten(model.params).values()):
+        raise InputError("The model is in eight bits, which no layout holds. Load it without quantize")
     # jax returns dictionaries in alphabetical order; files have the order of the parts.
     ordered = {part: model.params[part] for part in part_configs(model.config) if part in model.params}
     leaves = {path: InMemory(value) for path, value in flatten(ordered).items()}

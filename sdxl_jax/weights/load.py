@@ -17,6 +17,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.progress import tqdm
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.weights.eight_bits import quantised
 from sdxl_jax.weights.lazy import DTYPES, Leaf, Weights, cast
 from sdxl_jax.weights.open import OpenOptions, open_model
 
@@ -32,6 +33,7 @@ def load_model(
     allow_partial: bool = False,
     raw: bool = False,
     progress: bool = True,
+    quantize: str | None = None,
 ) -> Model:
     """The model at a path, its parameters placed on `mesh` (default: a copy on every device).
 
@@ -47,6 +49,7 @@ def load_model(
         prediction: what the UNet outputs, where the files do not say.
         allow_partial: load a model whose tensors do not all fit; those that are left out are listed.
         raw: of a run, the trained weights instead of their average.
+        quantize: "int8" stores the kernels of UNet and text encoders in eight bits (`eight_bits`).
         progress: show a progress bar for large models, and notes on the files.
 
     Raises InputError if there is no model that this version can read, and for tensors that are missing, unknown or of
@@ -55,8 +58,11 @@ def load_model(
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target.name not in DTYPES:
         raise InputError(f"dtype={target.name} is not implemented for parameters. Choose one of {', '.join(DTYPES)}")
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize={quantize} is not implemented. Give int8, or None")
     weights = open_model(path, OpenOptions(variant, prediction, allow_partial, raw), parts_from)
-    return load_weights(weights if target is None else cast(weights, target), mesh, progress)
+    weights = weights if target is None else cast(weights, target)
+    return load_weights(weights if quantize is None else quantised(weights), mesh, progress)
 
 
 def say(notes: Iterable[str]) -> None:
