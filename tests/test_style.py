@@ -44,22 +44,8 @@ def test_a_function_that_is_too_long_is_found_wherever_it_is() -> None:
 # Shapes in types
 
 SHAPED_SHARE = 0.9
-DTYPES = {
-    "Bool",
-    "Float",
-    "Float32",
-    "Float64",
-    "Inexact",
-    "Int",
-    "Int8",
-    "Int16",
-    "Int32",
-    "Int64",
-    "Integer",
-    "Key",
-    "Num",
-}
-DTYPES |= {"Real", "Shaped", "UInt", "UInt8", "UInt16", "UInt32", "UInt64", "BFloat16"}
+DTYPES = {"Bool", "Float", "Float32", "Float64", "Inexact", "Int", "Int8", "Int16", "Int32", "Int64", "Integer", "Key"}
+DTYPES |= {"Num", "Real", "Shaped", "UInt", "UInt8", "UInt16", "UInt32", "UInt64", "BFloat16"}
 ALIASES = {"Image", "ImageBytes", "TokenIds", "Pixels", "Images", "Latent"}
 """Names of shaped types, defined in arrays.py and in other modules."""
 ARRAYS = {"Array", "ndarray", "type_of_array"}
