@@ -74,7 +74,7 @@ def test_v_of_unit_variance_is_the_discrete_v() -> None:
     for value in values_of(law):
         alpha, sigma_t = law.level(value)
         expected = (1.0, alpha, -sigma_t, sigma_t, alpha)
-        np.testing.assert_allclose(scales(law, Prediction.V, alpha, sigma_t), expected, rtol=1e-14)
+        np.testing.assert_allclose(list(scales(law, Prediction.V, alpha, sigma_t)), expected, rtol=1e-14)
 
 
 def test_noise_levels_are_given_as_a_quarter_of_the_logarithm_or_as_thousandths() -> None:

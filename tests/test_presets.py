@@ -175,8 +175,8 @@ def test_a_preset_of_the_files_is_a_default_that_options_override() -> None:
     assert (resolved.preset, resolved.sampler, resolved.steps) == ("turbo", "euler_ancestral", 4)
     (note,) = Options().notes(config)
     assert note.startswith("preset turbo, by the model's files")
-    for other in ({"sampler": "ddim"}, {"timestep_spacing": Spacing.LEADING}, {"sigmas": Sigmas.KARRAS}):
-        options = Options(**other)
+    others = (Options(sampler="ddim"), Options(timestep_spacing=Spacing.LEADING), Options(sigmas=Sigmas.KARRAS))
+    for options in others:
         options.check(config)
         assert (options.resolved(config).preset, options.resolved(config).steps) == (None, 30)
         assert options.notes(config) == []

@@ -86,14 +86,14 @@ class Scales(NamedTuple):
     x₀ = skip · x_t + output · F,   ε = noise_skip · x_t + noise_output · F,   with F of input · x_t
     """
 
-    input: Numbers
+    input: Any
     """c_in."""
-    skip: Numbers
+    skip: Any
     """c_skip."""
-    output: Numbers
+    output: Any
     """c_out."""
-    noise_skip: Numbers
-    noise_output: Numbers
+    noise_skip: Any
+    noise_output: Any
 
 
 def scales(law: ContinuousConfig, prediction: Prediction, alpha: Numbers, sigma_t: Numbers) -> Scales:
@@ -124,8 +124,8 @@ def predicted(
     timestep: Numbers,
     prediction: Prediction,
     law: ContinuousConfig | None,
-    alpha: Numbers,
-    sigma_t: Numbers,
+    alpha: Float[type_of_array, "..."],
+    sigma_t: Float[type_of_array, "..."],
 ) -> Denoised:
     """x₀ and ε by a network at one noise level. timestep: the schedule's, or the law's `noise_input`. law: None is the
     discrete schedule."""

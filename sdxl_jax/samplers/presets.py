@@ -109,7 +109,7 @@ def with_preset(sampling: SamplingDefaults | None, name: str | None) -> Sampling
 
 def listed(steps: tuple[int, ...]) -> str:
     """Numbers of steps in words: 1, 2, 4 or 8; 1 to 50."""
-    first, *_, last = (*steps, steps[-1])
+    first, last = min(steps), max(steps)
     if len(steps) > 2 and steps == tuple(range(first, last + 1)):
         return f"{first} to {last}"
     return " or ".join(filter(None, (", ".join(map(str, steps[:-1])), str(steps[-1]))))

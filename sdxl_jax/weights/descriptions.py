@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from sdxl_jax.diffusion.continuous import EdmConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
@@ -125,9 +126,9 @@ def _with_edm(weights: Weights) -> Weights:
     return dataclasses.replace(weights, config=config, noise_is_known=True)
 
 
-def edm_marks(config: ModelConfig) -> dict[str, np.ndarray]:
+def edm_marks(config: ModelConfig) -> dict[str, Float[np.ndarray, "..."]]:
     """The tensors that `_with_edm` reads, of a model with such noise levels; others have none."""
-    found: dict[str, np.ndarray] = {}
+    found = {}
     if isinstance(config.noise, EdmConfig) and config.prediction is Prediction.V:
         values = config.noise.sigma_max, config.noise.sigma_min
         found |= {name: np.array(value, np.float32) for name, value in zip(_VPRED, values, strict=True)}

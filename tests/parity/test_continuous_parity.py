@@ -68,7 +68,8 @@ def test_every_step_matches_diffusers(
                 theirs.scale_model_input(state, timestep)
             state = theirs.step(torch.from_numpy(output), timestep, state).prev_sample
             row = Plan(*(jnp.asarray(column[index], jnp.float32) for column in plan))
-            made = predicted(lambda *_: output, arrays[0], row.timestep, prediction, law, row.alpha, row.sigma_t)  # noqa: B023
+            result = jnp.asarray(output)
+            made = predicted(lambda *_: result, arrays[0], row.timestep, prediction, law, row.alpha, row.sigma_t)  # noqa: B023 (called at once)
             arrays = loop.advance(row.weights, arrays, made, np.zeros(SHAPE, np.float32))
             norm = row.alpha_next + (row.sigma_t_next if isinstance(law, FlowConfig) else 0)
             scaled = state.numpy() * norm
@@ -125,7 +126,7 @@ def test_a_directory_with_edm_is_sampled_as_diffusers_does(
         output_type="np",
         callback_on_step_end=keep,
     ).images
-    size = {"height": SIZE[0], "width": SIZE[1]}
+    size: dict[str, Any] = {"height": SIZE[0], "width": SIZE[1]}
     made = generate(
         load_model(source.path, progress=False),
         PROMPTS[:1],
