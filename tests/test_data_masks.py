@@ -53,7 +53,7 @@ def data(root: Path, name: str, **changes: Any) -> DataConfig:
 @pytest.mark.parametrize(("name", "masks"), [("images", None), ("alpha", "alpha")])
 def test_a_mask_is_resized_cropped_and_flipped_as_its_image(folder: Path, name: str, masks: str | None) -> None:
     config = data(folder, name, **({} if masks is None else {"masks": masks}))
-    batches = BucketedDataset(config, None).iterate()
+    batches: Any = BucketedDataset(config, None).iterate()
     for _ in range(3):
         batch = next(batches)
         np.testing.assert_array_equal(batch.mask, batch.image[..., 0])  # the colours beneath alpha are not over white
@@ -76,7 +76,7 @@ def test_masks_of_jpegs_that_are_downscaled_while_they_are_decoded_are_those_of_
         name.unlink()
         mask = folder / f"masks/a/{number}.png"
         Image.open(mask).resize((256, 256)).save(mask)
-    batch = next(BucketedDataset(data(folder, "images"), None).iterate())
+    batch: Any = next(BucketedDataset(data(folder, "images"), None).iterate())
     assert np.abs(batch.mask.astype(int) - batch.image[..., 0]).mean() < 3
 
 
@@ -87,7 +87,7 @@ def test_images_without_masks_among_others_count_wholly_and_a_dump_shows_the_mas
     assert source.fingerprint != open_folder(folder / "alpha", captioned=False).fingerprint
     masked, plain = Source(str(folder / "alpha"), masks="alpha"), Source(str(folder / "images"))
     config = data(folder, "images", folder=None, masks=None, sources=(masked, plain), batch_size=7)
-    batch = next(BucketedDataset(config, None).iterate())
+    batch: Any = next(BucketedDataset(config, None).iterate())
     assert batch.mask.shape == (7, 16, 16)
     assert {int(number) for number, mask in zip(batch.example, batch.mask, strict=True) if (mask == 255).all()} == {
         *(3, 4, 5, 6)

@@ -274,7 +274,7 @@ def test_a_mask_weighs_positions_by_their_area_and_leaves_the_scale_of_the_loss(
     mask = np.zeros((2, 32, 32), np.uint8)
 
     def weights_of(mask: np.ndarray) -> jax.Array:
-        return position_weights(jnp.asarray(mask), (4, 4))
+        return position_weights(jnp.asarray(mask), 4, 4)
 
     assert float(loss(x0, random_keys, position_weight=weights_of(mask + 255))) == plain
     assert float(loss(x0, random_keys, position_weight=weights_of(mask))) == 0

@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("sdxl_base_256", "sdxl_base_512", "sdxl_base_1024_multi_aspect", "sdxl_refiner")
 IMAGENET = ("imagenet_512_only", "imagenet_512_nocond", "imagenet_512_size_cond")
-BESIDE = ("lora_1024", "textual_inversion", "pivotal")
+BESIDE = ("lora_1024", "dreambooth_lora", "textual_inversion", "pivotal")
 OTHERS = ("finetune_1024", *BESIDE, "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
 NAMES = STAGES + OTHERS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
@@ -186,7 +186,8 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
     """Data and weights at the paths of the smoke configurations."""
     root = tmp_path_factory.mktemp("recipes")
     make_images(root / "data" / "shards")
-    (root / "data" / "imagenet").symlink_to(root / "data" / "shards")
+    for name in ("imagenet", "subject", "class"):
+        (root / "data" / name).symlink_to(root / "data" / "shards")
     (root / "weights").mkdir()
     configs = {name: smoke(name, root) for name in NAMES}
     for number, (file, name) in enumerate(PUBLISHED.items()):

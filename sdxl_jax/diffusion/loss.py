@@ -204,12 +204,12 @@ class BaseTarget(NamedTuple):
 
 
 def position_weights(
-    mask: UInt8[Array, "batch _height _width"], size: tuple[int, int]
+    mask: UInt8[Array, "batch _height _width"], height: int, width: int
 ) -> Float[Array, "batch height width"]:
-    """Weights of the positions of a latent of `size` (height, width), from masks of its pixels, 0..255: the mean over
-    the pixels of a position, divided by the mean over all positions, so that the loss of an image does not depend on
-    how much of it counts. 0 everywhere for a black mask."""
-    averaged = reduce(jnp.asarray(mask, jnp.float32) / 255, "b (h y) (w x) -> b h w", "mean", h=size[0], w=size[1])
+    """Weights of the positions of a latent of that size, from masks of its pixels, 0..255: the mean over the pixels of
+    a position, divided by the mean over all positions, so that the loss of an image does not depend on how much of it
+    counts. 0 everywhere for a black mask."""
+    averaged = reduce(jnp.asarray(mask, jnp.float32) / 255, "b (h y) (w x) -> b h w", "mean", h=height, w=width)
     area = averaged.mean((1, 2), keepdims=True)
     return averaged / jnp.where(area > 0, area, 1)
 

@@ -332,7 +332,7 @@ def batch_loss(
 
     noise = schedule.make(parts.schedule)
     factors = None if batch.loss_weight is None else jnp.asarray(batch.loss_weight)
-    masks = None if batch.mask is None else loss.position_weights(jnp.asarray(batch.mask), latent.shape[1:3])
+    masks = None if batch.mask is None else loss.position_weights(jnp.asarray(batch.mask), *latent.shape[1:3])
     return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors, base, masks)
 
 
