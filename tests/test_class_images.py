@@ -22,6 +22,7 @@ from sdxl_jax.sampling.generate import Generated
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.lazy import Origin, SourceLayout, Weights
+from sdxl_jax.weights.open import OpenOptions
 
 PROMPT = "a photo of a dog"
 OPTIONS = Options(num_images=5, batch_size=2, height=32, width=32, steps=2, seed=3)
@@ -82,6 +83,8 @@ def test_folders_with_other_images_and_prompts_without_a_class_are_refused(
     for prompt, options in (("a cat", OPTIONS), (PROMPT, few), (PROMPT, seed)):
         with pytest.raises(InputError, match=r"holds other images, e\.g\. 00000[04]\.png"):
             sample_class_images(model, folder, prompt, options)
+    with pytest.raises(InputError, match="holds other images"):
+        sample_class_images(model, folder, PROMPT, OPTIONS, opening=OpenOptions(raw=True))
     with pytest.raises(InputError, match="prompt of the class is empty"):
         sample_class_images(model, tmp_path / "new", " ", OPTIONS)
     with pytest.raises(InputError, match="num_images"):

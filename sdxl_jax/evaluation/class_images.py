@@ -69,6 +69,8 @@ def sample_class_images(
     settings |= {"model": printable(model), "prompt": prompt, "dtype": dtype.value}
     settings |= {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     settings |= {"parts_from": json.dumps([str(each) for each in parts_from])} if parts_from else {}
+    given = {name: value for name, value in vars(opening).items() if value != getattr(OpenOptions(), name)}
+    settings |= {name: str(value) for name, value in given.items()}
     settings = {name: value for name, value in settings.items() if name not in _OF_THE_FOLDER}
     requests = [
         samples.Request(
