@@ -784,11 +784,11 @@ def test_every_setting_of_the_schedule_reaches_the_loss(monkeypatch: pytest.Monk
     config = dataclasses.replace(base, model=model, loss=LossConfig(Weighting.MIN_SNR, 5.0))
     monkeypatch.setattr(denoising, "merge", lambda *_: {"unet": {}, "vae": {}})
     denoising.batch_loss({}, {}, batch, jax.random.split(jax.random.key(0), 2), config, {})
-    ((schedule, prediction, options, weights),) = calls
+    ((schedule, prediction, options, *of_examples),) = calls
     assert schedule.alpha_bar[-1] == 0
     assert prediction is Prediction.V
     assert options == config.loss
-    assert weights is None
+    assert of_examples == [None] * 3, "weights, another target, masks"
 
 
 def test_mesh_of_the_configuration_is_used(config: TrainConfig, tmp_path: Path) -> None:
