@@ -110,6 +110,7 @@ def with_preset(sampling: SamplingDefaults | None, name: str | None) -> Sampling
 def listed(steps: tuple[int, ...]) -> str:
     """Numbers of steps in words: 1, 2, 4 or 8; 1 to 50."""
     first, last = min(steps), max(steps)
-    if len(steps) > 2 and steps == tuple(range(first, last + 1)):
+    if len(steps) > 2 and list(steps) == list(range(first, last + 1)):
         return f"{first} to {last}"
-    return " or ".join(filter(None, (", ".join(map(str, steps[:-1])), str(steps[-1]))))
+    *others, final = map(str, steps)
+    return f"{', '.join(others)} or {final}" if others else final
