@@ -2,8 +2,8 @@
 is in commands/.
 
 Exit code 0 when done; 2 when the input is at fault, 1 when the machine is, with one message on stderr and no traceback
-unless --debug; 143 and 130 for `train`, `evaluate`, `data encode` and `data build` that SIGTERM or Ctrl-C stopped with
-work left.
+unless --debug; 143 and 130 for `train`, `finetune`, `evaluate`, `data encode` and `data build` that SIGTERM or Ctrl-C
+stopped with work left.
 """
 
 import sys
@@ -92,7 +92,7 @@ def _lora(arguments: list[str]) -> None:
 _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "quickstart": (_quickstart, "train a small SDXL on embedded images, and sample from it"),
     "train": (_train, "train a model from a configuration file, or resume a run"),
-    "finetune": (_finetune, "train a LoRA, a new token or all of a model on a folder of images, without a configuration"),
+    "finetune": (_finetune, "train a LoRA, a new token or all of a model on a folder of images"),
     "status": (_status, "steps done and to do, last checkpoint, where the time went; running, finished or failed"),
     "compile": (_compile, "compile it ahead of time for TPU slices: memory per chip, estimated time"),
     "sample": (_sample, "sample images from a model: text to image, image to image, inpainting"),

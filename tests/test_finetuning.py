@@ -325,6 +325,7 @@ def test_bad_input_is_refused_before_anything_is_written(folder: Path, base: Pat
     lora = ("--base", base, "--kind", "lora")
     refused("There is nothing at absent", tmp_path, folder, "--base", "absent", "--kind", "lora")
     refused("Known, nearest first: lora,", tmp_path, folder, "--base", base, "--kind", "lor")
+    refused("absent does not exist", tmp_path, tmp_path / "absent", *lora)
     refused("holds no images", tmp_path, tmp_path / "empty", *lora)
     refused("To give all images one caption: --prompt", tmp_path, tmp_path / "bare", *lora)
     refused("--rank 4 has no effect with --kind full", tmp_path, folder, "--base", base, "--kind", "full", "--rank", 4)

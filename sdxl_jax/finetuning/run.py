@@ -158,7 +158,7 @@ def table(config: TrainConfig, found: Survey, run_dir: Path, options: Options) -
         ("batch", f"{data.batch_size} image{'s' * (data.batch_size > 1)} a step", "--batch-size"),
         ("steps", f"{config.training.steps}, {epochs:.3g} epochs", "--steps"),
         ("learning rate", f"{config.optimiser.learning_rate:g}", "--learning-rate"),
-        ("precision", f"{compute.dtype.value}, recomputing in the backward pass: {compute.remat.value}", ""),
+        ("precision", f"{compute.dtype.value}, recomputed backwards: {compute.remat.value}", "--write-config"),
         (
             "validation",
             f"{height}×{width}, every {every} steps: {'; '.join(validation.prompts)}",
