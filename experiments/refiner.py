@@ -50,8 +50,8 @@ def config(kind: str, images: Path, options: argparse.Namespace) -> TrainConfig:
     refiner = kind == "refiner"
     model = small_model.model_config(options.side, CLASSES, Numbers.SIZE_CROP_AESTHETIC if refiner else None)
     loss = LossConfig(timesteps=LOW_NOISE) if refiner else LossConfig()
-    score = {"aesthetic": "aesthetic"} if refiner else {}
-    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, loss=loss, **score)
+    given = {"batch": options.batch, "steps": options.steps, "loss": loss}
+    return small_model.train_config(images, model, **given, aesthetic="aesthetic" if refiner else None)
 
 
 def main() -> None:

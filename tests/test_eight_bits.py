@@ -1,6 +1,7 @@
 """The promises of weights in eight bits: half of bfloat16's memory, and the results of the rounded kernels."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from sdxl_jax.weights.convert import Layout, convert
 from sdxl_jax.weights.lazy import InMemory, Origin, SourceLayout, Weights, abstract_leaves
 from sdxl_jax.weights.load import load_model
 
-OPTIONS = {"height": 24, "width": 32, "steps": 2, "seed": 1}
+OPTIONS: dict[str, Any] = {"height": 24, "width": 32, "steps": 2, "seed": 1}
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,9 @@ class Finetune:
     base: str
     """Model to start from: a run directory, an Orbax checkpoint, a diffusers directory, or a .safetensors file."""
     kind: Annotated[str, tyro.conf.arg(metavar="{lora,dreambooth,textual-inversion,full}")]
-    """lora: an adapter of the UNet's attention, a small file. dreambooth: the same for one subject, beside images of its
-    class (--class-prompt). textual-inversion: vectors of a new token, a tiny file. full: the whole UNet, a model of its
-    own."""
+    """lora: an adapter of the UNet's attention, a small file. dreambooth: the same for one subject, beside images of
+    its class (--class-prompt). textual-inversion: vectors of a new token, a tiny file. full: the whole UNet, a model of
+    its own."""
     run_dir: Path | None = None
     """Run directory for everything that is written. Default: runs/FOLDER_KIND."""
     write_config: Path | None = None

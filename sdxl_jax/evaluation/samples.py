@@ -69,15 +69,16 @@ def missing(folder: Path, texts: Sequence[Mapping[str, str]]) -> list[int]:
 
 
 def wait_for_all(folder: Path, count: int) -> None:
-    """Until all processes have written their parts. Raises InputError where this one does not see all `count` images."""
+    """Until all processes have written their parts. Raises InputError where this one does not see all `count` of
+    them."""
     if jax.process_count() == 1:
         return
     multihost_utils.sync_global_devices(f"images in {folder}")
     seen = sum(path_of(folder, number).is_file() for number in range(count))
     if seen < count:
         raise InputError(
-            f"Process {jax.process_index()} sees {seen} of {count} images in {folder}. Give a folder that all processes "
-            "share, e.g. on NFS"
+            f"Process {jax.process_index()} sees {seen} of {count} images in {folder}. Give a folder that all "
+            "processes share, e.g. on NFS"
         )
 
 

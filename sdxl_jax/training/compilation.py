@@ -52,8 +52,8 @@ _PATIENCE_SECONDS = 60.0
 
 REMEDIES = (
     "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
-    "data.batch_size, store ema.dtype, optimiser.first_moment or, beside an adapter, adapter.base_dtype as bfloat16, use "
-    "smaller data.buckets"
+    "data.batch_size, store ema.dtype, optimiser.first_moment or, beside an adapter, adapter.base_dtype as bfloat16, "
+    "use smaller data.buckets"
 )
 
 

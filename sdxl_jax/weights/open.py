@@ -162,7 +162,9 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
     state = orbax.leaves(path, run.metadata(path)[0])
     has_average = not raw and any(name.startswith("ema/") for name in state)
     prefix = "ema/" if has_average else "params/"
-    leaves = {name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)}
+    leaves: dict[str, Leaf] = {
+        name.removeprefix(prefix): leaf for name, leaf in state.items() if name.startswith(prefix)
+    }
     expected = abstract_leaves(config, trained.parts).keys()
     factors = {name: leaf for name, leaf in leaves.items() if name.startswith(_ADAPTERS)}
     vectors = {name: leaf for name, leaf in leaves.items() if name.startswith(_EMBEDDINGS)}
