@@ -1,6 +1,6 @@
 """SDXL's autoencoder, from random weights: the one of Stable Diffusion, with batch 256 and averaged weights.
 
-hardware   none tried at full size; the step is compiled for v5p:2x2x1, v5e:4x4 and h200:8 (docs/guides/autoencoder.md)
+hardware   none tried at full size; the step is compiled for v5p:2x2x1 and h200:8 (docs/guides/autoencoder.md)
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/sdxl_vae.py --run-dir runs/sdxl_vae
@@ -46,7 +46,11 @@ def get_config() -> AutoencoderConfig:
             batch_size=256,
         ),
         vae=SDXL_VAE,
-        compute=Compute(dtype=Dtype.BFLOAT16, remat=Remat.BLOCK),
+        compute=Compute(
+            dtype=Dtype.BFLOAT16,
+            remat=Remat.BLOCK,
+            compiler_options=("xla_tpu_scoped_vmem_limit_kib=65536",),  # without it v5p's compiler refuses the step
+        ),
         mesh=MeshConfig(data=-1),
         loss=AutoencodingLossConfig(edge_weight=0.0, kl_weight=1e-6, reduction=Reduction.SUM, perceptual_weight=1.0),
         discriminator=DiscriminatorConfig(start_step=50_001, weight=0.5, optimiser=adam),
