@@ -565,6 +565,7 @@ def test_conditioning_changes_the_latents(home: Path, sampled: Path, tmp_path: P
     assert not np.array_equal(np.load(tmp_path / "latents.npy"), np.load(sampled / "latents.npy"))
 
 
+@pytest.mark.slow
 def test_truncated_prompt_is_warned_of_without_echoing_it(home: Path, sampled: Path, tmp_path: Path) -> None:
     outcome = call(*sample(home, "--prompt", "secret " * 80, "--num-images", 1, "--out", tmp_path / "out"))
     assert outcome.code == 0

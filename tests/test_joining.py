@@ -170,6 +170,7 @@ def test_two_processes_of_mpirun_join() -> None:
     assert lines == [{"index": index, "count": 2, "texts": ["0", "1"]} for index in range(2)]
 
 
+@pytest.mark.slow
 def test_survivor_of_a_killed_coordinator_ends_with_1() -> None:
     """jax aborts it at the moment when its connection breaks."""
     port = free_port()

@@ -45,7 +45,8 @@ def whole(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return whole_run(scratch, 1, 7)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 3])
 def test_killed_run_is_the_undisturbed_run(whole: Whole, kills: int) -> None:
     counts = killing.campaign(whole.config, whole.folder, whole.scratch, 1, kills, whole.seconds, seed=1)
     assert counts.total() == kills

@@ -286,6 +286,7 @@ def test_bfloat16_keeps_float32_parameters_and_output() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_bfloat16_autoencoder_and_tower_return_float32() -> None:
     compute = Compute(Dtype.BFLOAT16)
     params = random_params(vae.abstract, VAE)
@@ -355,6 +356,7 @@ def test_sinusoidal_embedding_distinguishes_neighbouring_sizes(type_of_number: A
     assert jnp.abs(embedded[2] - embedded[3]).max() > 0.5
 
 
+@pytest.mark.slow
 def test_bfloat16_unet_tells_neighbouring_timesteps_apart() -> None:
     params = random_params(unet.abstract, UNET)
     apply = compiled_unet(Compute(Dtype.BFLOAT16))

@@ -55,6 +55,7 @@ def test_sample_generates_the_image_of_the_old_code(old: Path, tmp_path: Path) -
     assert np.abs(difference).max() <= 1  # where a value is half-way between two levels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", make_run.LAYOUTS)
 def test_convert_writes_the_weights_of_the_old_code_bit_for_bit(layout: str, old: Path, tmp_path: Path) -> None:
     written = tmp_path / make_run.LAYOUTS[layout]

@@ -261,6 +261,7 @@ def test_perturbed_attention_and_rescaling_change_the_image_by_their_strength(
     assert unlike(*parts) > EFFECT
 
 
+@pytest.mark.slow
 def test_a_distilled_model_is_sampled_without_guidance(model: Model) -> None:
     distilled = model._replace(config=dataclasses.replace(MODEL, distilled=True))
     made = generate(distilled, PROMPTS, **SETTINGS)
@@ -384,6 +385,7 @@ def test_less_of_the_init_image_remains_with_strength(model: Model) -> None:
     assert distances[0] < 0.5 * distances[2]
 
 
+@pytest.mark.slow
 def test_init_images_of_any_size_are_fitted_and_set_the_default_size(model: Model) -> None:
     images = image_to_image(model, PROMPTS[:1], photograph(21, 35), steps=2, strength=0.5)
     assert images.shape == (1, 16, 32, 3)

@@ -158,6 +158,7 @@ def test_options_as_words_are_parsed_back() -> None:
 # Guidance that is off, and non-finite images
 
 
+@pytest.mark.slow
 def test_guidance_0_writes_the_bytes_of_guidance_1_and_notes_what_has_no_effect(model: Path, tmp_path: Path) -> None:
     for guidance in ("0", "1", "0.5"):
         outcome = run(model, tmp_path / guidance, "--prompt", "a cat", "--guidance", guidance, "--save-latents")

@@ -384,6 +384,7 @@ def test_run_without_an_average_opens_with_its_parameters(
     assert opened.keys() > trained.keys()
 
 
+@pytest.mark.slow
 def test_new_run_starts_from_the_weights_of_another_model(
     config: TrainConfig, whole: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -733,6 +734,7 @@ def test_loss_of_a_batch_is_the_mean_over_its_examples(given: Given, loss_with_c
     assert rows(0, 0) != pytest.approx(rows(1, 1), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_parameters(given: Given, loss_with_captions: Any) -> None:
     base = toy.config(warmup_steps=0)
     config = dataclasses.replace(

@@ -187,7 +187,7 @@ CASES = (
     Case("SD 1.x", 1, None, 5, "absent"),
     Case("SD 2.x v", 3, (72, 40), 5, "given"),
 )
-"""What is always run: every kind of option, in few shapes, because each shape is compiled for seconds."""
+"""What is always run of SDXL: every kind of option, in few shapes, because each shape is compiled for seconds."""
 GUIDANCE = ((1, "absent"), (5, "absent"), (5, "empty"), (5, "given"), (7.5, "given"))
 GRID = [
     Case(model, batch, size, *guidance, geometry)
@@ -201,7 +201,10 @@ GRID = [
 
 @pytest.mark.parametrize(
     "case",
-    [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in GRID if case not in CASES)],
+    [
+        *(pytest.param(case, marks=[] if case.model == "SDXL base" else pytest.mark.slow) for case in CASES),
+        *(pytest.param(case, marks=pytest.mark.slow) for case in GRID if case not in CASES),
+    ],
     ids=str,
 )
 def test_image_matches_diffusers(case: Case, source: Callable[[str], Source], tmp_path: Path, note: Note) -> None:
@@ -306,6 +309,7 @@ def converted(
     return functools.cache(make)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", first_by_default(CONVERTED))
 def test_layouts_of_one_model_draw_the_same_image(
     model: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]], tmp_path: Path

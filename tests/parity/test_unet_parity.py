@@ -42,7 +42,12 @@ FULL_SIZE = {
 }
 
 
-@pytest.mark.parametrize("name", reference.UNETS)
+QUICK = ("SDXL base", "SDXL refiner", "SD 2.x")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in reference.UNETS]
+)
 def test_unet_matches_diffusers(name: str, agree: Agree) -> None:
     config = reference.UNETS[name]
     pair = reference.unet_pair(config)
