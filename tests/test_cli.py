@@ -498,6 +498,7 @@ def test_same_command_writes_the_same_bytes(home: Path, sampled: Path, tmp_path:
     assert listing(tmp_path / "out") == listing(sampled)
 
 
+@pytest.mark.slow
 def test_seed_zero_is_a_seed(home: Path, sampled: Path, tmp_path: Path) -> None:
     """mosaicml/diffusion ignores it (`if seed:`)."""
     for name in ("one", "two"):
@@ -516,6 +517,7 @@ def test_the_raw_weights_of_a_run_give_another_image_that_says_so(home: Path, sa
     ]
 
 
+@pytest.mark.slow
 def test_initial_noise_replaces_the_seeded_noise(home: Path, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((2, 4, 4, 4), np.float32)
     latents = []

@@ -99,8 +99,8 @@ def equations(jaxpr: Any) -> Iterator[Any]:
     [
         (unet.abstract, unet.SDXL_BASE, 2_567_463_684),
         (unet.abstract, unet.SDXL_REFINER, 2_259_526_660),
-        (unet.abstract, unet.SD1, 859_520_964),
-        (unet.abstract, unet.SD2, 865_910_724),
+        pytest.param(unet.abstract, unet.SD1, 859_520_964, marks=pytest.mark.slow),
+        pytest.param(unet.abstract, unet.SD2, 865_910_724, marks=pytest.mark.slow),
         (vae.abstract, vae.SDXL_VAE, 83_653_863),
         (clip.abstract, clip.CLIP_L, 123_060_480),
         (clip.abstract, clip.CLIP_BIGG, 694_659_840),
@@ -115,7 +115,13 @@ def test_full_size_has_the_published_number_of_parameters(abstract: Any, config:
 
 @pytest.mark.parametrize(
     ("config", "side"),
-    [(unet.SDXL_BASE, 128), (unet.SDXL_REFINER, 128), (unet.SD1, 64), (unet.SD2, 96)],
+    [
+        (unet.SDXL_BASE, 128),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in ((unet.SDXL_REFINER, 128), (unet.SD1, 64), (unet.SD2, 96))
+        ),
+    ],
     ids=["base", "refiner", "SD 1.x", "SD 2.x"],
 )
 def test_full_size_unet_predicts_the_shape_of_its_latent(config: unet.UNetConfig, side: int) -> None:
@@ -182,6 +188,7 @@ def one_level_inputs() -> list[jax.Array]:
     return [jnp.repeat(array, 2, axis=0) for array in (latent, jnp.array([500]), context)]
 
 
+@pytest.mark.slow
 def test_text_that_was_projected_before_gives_the_same_prediction() -> None:
     config = dataclasses.replace(ONE_LEVEL, transformer_depth=(2,), middle_depth=3)
     params, (latent, timestep, context) = random_params(unet.abstract, config), one_level_inputs()

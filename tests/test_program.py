@@ -181,13 +181,8 @@ def test_bfloat16_stays_near(model: Model, reference: Generated) -> None:
     assert EFFECT < unlike(made, reference) < 0.15
 
 
-QUICK = ("unipc",)
-"""A multistep sampler, which has memory."""
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SAMPLERS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_the_same_in_any_batch(name: str, model: Model) -> None:
     together = generate(model, PROMPTS, sampler=name, **SETTINGS)
     assert np.isfinite(together.latents).all()
@@ -416,6 +411,7 @@ def test_a_mask_over_everything_is_text_to_image(model: Model, reference: Genera
     assert unlike(made, reference) < SAME
 
 
+@pytest.mark.slow
 def test_a_unet_of_nine_channels_sees_mask_and_masked_image(monkeypatch: pytest.MonkeyPatch) -> None:
     painter = random_model(PAINTER, 2)
     seen: list[Any] = []

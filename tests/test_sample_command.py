@@ -364,6 +364,7 @@ def test_an_invalid_sweep_is_refused(sweep: str, expected: str, model: Path, tmp
 # Init images
 
 
+@pytest.mark.slow
 def test_inpainting_and_outpainting_keep_the_rest_of_the_image(model: Path, tmp_path: Path) -> None:
     photo = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")

@@ -198,6 +198,7 @@ def test_validation_images_that_a_stop_left_out_are_generated_on_resume(config: 
     assert missing.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_metrics_during_training_compare_samples_of_captions_with_their_images(config: TrainConfig, whole: Run) -> None:
     dataset, mesh = BucketedDataset(config.data, objective_of(config).tokenizer), sharding.make_mesh(MeshConfig())
     examples = fixed_examples(dataset, 3)
@@ -705,6 +706,7 @@ def other_sizes(batch: Batch) -> Batch:
     return batch._replace(micro=batch.micro._replace(original_size=size))
 
 
+@pytest.mark.slow
 def test_captions_affect_the_loss_unless_all_are_dropped(
     given: Given, loss_with_captions: Any, loss_without_captions: Any
 ) -> None:

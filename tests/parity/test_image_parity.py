@@ -212,6 +212,7 @@ def test_image_matches_diffusers(case: Case, source: Callable[[str], Source], tm
     check_agreement(str(case), sample(path, case, tmp_path / "ours"), reference_of(pipeline, case), note)
 
 
+@pytest.mark.slow
 def test_each_image_of_a_batch_has_its_own_negative_prompt(source: Callable[[str], Source], note: Note) -> None:
     """In Python; the command line has one negative prompt for all. Here diffusers cannot mix none with some."""
     pipeline, path = source("SDXL base")
