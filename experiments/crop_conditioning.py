@@ -102,10 +102,11 @@ def main() -> None:
     kept: dict[str, Images] = {}
     for name in ("with", "without"):
         train(config(name == "with", out / "data", len(given), options), out / name)
+        model = load_model(out / name)
         for left in LEFTS if name == "with" else LEFTS[:1]:
             told = {"original_size": Size(SIDE, WIDTH), "crop": Position(0, left)} if name == "with" else {}
             file = out / "samples" / f"{name}_{left}.npz"
-            images = small_model.sampled(load_model(out / name), classes, file, {"guidance": 2.0, **told})
+            images = small_model.sampled(model, classes, file, {"guidance": 2.0, **told})
             kept[f"{name}, left {left}" if told else name] = images
             rows.append(row(name, left if told else None, images, given * options.samples))
     notes = [f"{len(given)} pictures; the middle of the image is column {(SIDE - 1) / 2:g}"]

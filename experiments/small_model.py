@@ -64,7 +64,6 @@ def train_config(
     batch: int,
     steps: int,
     loss: LossConfig = LossConfig(),
-    validation_size: tuple[int, int] | None = None,
     **data: Any,
 ) -> TrainConfig:
     """images: a folder of `write_images`. data: fields of DataConfig."""
@@ -93,7 +92,7 @@ def train_config(
         validation=ValidationConfig(
             every_steps=max(1, steps // 4),
             classes=tuple(range(min(10, model.unet.classes.number))),
-            sizes=(validation_size or (side, side),),
+            sizes=((side, side),),
             steps=50,
         ),
     )

@@ -39,18 +39,30 @@ USAGE = """usage: sdxl-jax evaluate images IMAGES [REFERENCE]      two sets of i
 
 
 def run(arguments: list[str]) -> None:
-    commands = {"images": _images, "model": _model, "autoencoder": _autoencoder, "curve": _curve}
-    commands["side-by-side"] = _side_by_side
+    commands: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+        "images": (Images, _images),
+        "model": (ModelSamples, _model),
+        "autoencoder": (Autoencoder, _autoencoder),
+        "curve": (Curve, _curve),
+    }
     if arguments == ["--fetch-weights"]:
         from sdxl_jax.evaluation import weights
 
         with signals.stop():
             weights.fetch()
         return
-    if not parsing.has_subcommand("evaluate", USAGE, arguments, commands, options=("--fetch-weights",)):
+    known = [*commands, "side-by-side"]
+    if not parsing.has_subcommand("evaluate", USAGE, arguments, known, options=("--fetch-weights",)):
         return
-    with signals.end_at_once() if arguments[0] == "images" else signals.stop():
-        commands[arguments[0]](arguments[1:])
+    name, *given = arguments
+    with signals.end_at_once() if name == "images" else signals.stop():
+        if name == "side-by-side":
+            _side_by_side(given)
+            return
+        kind, measure = commands[name]
+        options = parsing.parse(kind, given, f"evaluate {name}")
+        with _processes(options.measures, given):
+            measure(options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,13 +203,7 @@ def _processes(measures: Measures, arguments: list[str]) -> Iterator[None]:
 # images
 
 
-def _images(arguments: list[str]) -> None:
-    options = parsing.parse(Images, arguments, "evaluate images")
-    with _processes(options.measures, arguments):
-        _measure_images(options)
-
-
-def _measure_images(options: Images) -> None:
+def _images(options: Images) -> None:
     prompts = None
     if options.prompts_file is not None:
         settings = sample.Sample(model=options.images, out=Path())
@@ -299,13 +305,7 @@ class _Prompts(NamedTuple):
         return [task.prompt or "" for task in self.tasks for _ in range(task.options.num_images)]
 
 
-def _model(arguments: list[str]) -> None:
-    options = parsing.parse(ModelSamples, arguments, "evaluate model")
-    with _processes(options.measures, arguments):
-        _measure_model(options)
-
-
-def _measure_model(options: ModelSamples) -> None:
+def _model(options: ModelSamples) -> None:
     prompts = _prompts(options)
     reference = options.captions if options.reference is None else options.reference
     default = () if reference is None else (Metric.FID, Metric.KID)
@@ -314,13 +314,7 @@ def _measure_model(options: ModelSamples) -> None:
     _report(measurement.of(options.out, prompts.per_image), options.measures, sampling=settings)
 
 
-def _curve(arguments: list[str]) -> None:
-    options = parsing.parse(Curve, arguments, "evaluate curve")
-    with _processes(options.measures, arguments):
-        _measure_curve(options)
-
-
-def _measure_curve(options: Curve) -> None:
+def _curve(options: Curve) -> None:
     from sdxl_jax.evaluation import curve, features, report
 
     curve.check_plots()
@@ -441,15 +435,9 @@ def _side_by_side(arguments: list[str]) -> None:
 # autoencoder
 
 
-def _autoencoder(arguments: list[str]) -> None:
-    options = parsing.parse(Autoencoder, arguments, "evaluate autoencoder")
+def _autoencoder(options: Autoencoder) -> None:
     if options.lora:
         raise InputError(f"--lora {options.lora[0]} has no effect on an autoencoder. Leave it out")
-    with _processes(options.measures, arguments):
-        _measure_autoencoder(options)
-
-
-def _measure_autoencoder(options: Autoencoder) -> None:
     from sdxl_jax.evaluation.reconstruction import OF_AUTOENCODERS, evaluate_autoencoder
 
     evaluation = evaluate_autoencoder(

@@ -467,12 +467,12 @@ def opened(sample: Sample) -> "tuple[Weights, Weights | None]":
         print(f"merged {read.name} × {scale:g}: {lora.describe(read)}", file=sys.stderr)
         say(lora.notes(read))
     refiner = None if sample.refiner is None else open_model(sample.refiner, open_options)
-    if sample.dtype != "float32":
-        weights, refiner = (each and cast(each, jnp.dtype(jnp.bfloat16)) for each in (weights, refiner))
-    if sample.quantize is not None:
-        weights, refiner = (each and quantised(each) for each in (weights, refiner))
-    assert weights is not None
-    return weights, refiner
+
+    def stored(weights: "Weights") -> "Weights":
+        weights = weights if sample.dtype == "float32" else cast(weights, jnp.dtype(jnp.bfloat16))
+        return weights if sample.quantize is None else quantised(weights)
+
+    return stored(weights), refiner and stored(refiner)
 
 
 def load(sample: Sample, weights: "tuple[Weights, Weights | None]") -> "tuple[Model, Model | None]":
