@@ -277,8 +277,8 @@ def group_norm(groups: int, epsilon: float, name: str, compute: Compute) -> nn.G
     return nn.GroupNorm(groups, epsilon=epsilon, name=name, **_norm_options(compute))
 
 
-def layer_norm(name: str, compute: Compute) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, name=name, **_norm_options(compute))
+def layer_norm(name: str, compute: Compute, epsilon: float = 1e-5) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=epsilon, name=name, **_norm_options(compute))
 
 
 def _norm_options(compute: Compute) -> dict[str, Any]:

@@ -96,20 +96,25 @@ class _Features(nn.Module):
         return found
 
 
-def _differences(
-    backbone: Backbone, params: Params, x: Image, y: Image
-) -> list[Float[jax.Array, "batch rows columns channels"]]:
-    """(n_x − n_y)² of each layer."""
-    height, width = x.shape[1:3]
+def features(backbone: Backbone, params: Params, image: Image) -> list[Float[jax.Array, "batch rows columns channels"]]:
+    """What is compared of an image, −1..1: the results of five layers, from the finest. params: `backbone` of
+    `abstract`. Raises InputError for images that are too small."""
+    height, width = image.shape[1:3]
     if min(height, width) < (smallest := SMALLEST[backbone]):
         raise InputError(
             f"LPIPS ({backbone.value}) compares images of {smallest} pixels and more; these are {height}×{width}. Give "
             "larger images, or enlarge both alike"
         )
-    network = _Features(backbone)
+    return _Features(backbone).apply({"params": params}, image)  # pyright: ignore[reportReturnType]
+
+
+def _differences(
+    backbone: Backbone, params: Params, x: Image, y: Image
+) -> list[Float[jax.Array, "batch rows columns channels"]]:
+    """(n_x − n_y)² of each layer."""
     # One after the other: a gradient with respect to one image alone then leaves the other's network out.
-    of_x, of_y = (network.apply({"params": params["backbone"]}, image) for image in (x, y))
-    return [jnp.square(_unit(a) - _unit(b)) for a, b in zip(of_x, of_y, strict=True)]  # pyright: ignore[reportArgumentType]
+    of_x, of_y = (features(backbone, params["backbone"], image) for image in (x, y))
+    return [jnp.square(_unit(a) - _unit(b)) for a, b in zip(of_x, of_y, strict=True)]
 
 
 def _unit(

@@ -128,7 +128,7 @@ def apply(
 
     def norm(name: str, x: Float[jax.Array, "batch rows columns channels"]) -> Any:
         if config.norm is not Norm.BATCH:
-            return _group_norm(params[name], x) if config.norm is Norm.GROUP else _act_norm(params[name], x)
+            return group_norm(params[name], x) if config.norm is Norm.GROUP else _act_norm(params[name], x)
         running = carried[name]
         if not training:
             return _affine(params[name], x, running["mean"], running["variance"])
@@ -194,9 +194,10 @@ def _affine(
     return (x - mean) * (params["scale"] * jax.lax.rsqrt(variance + _EPSILON)) + params["bias"]
 
 
-def _group_norm(
+def group_norm(
     params: Params, x: Float[jax.Array, "batch rows columns channels"]
 ) -> Float[jax.Array, "batch rows columns channels"]:
+    """With up to 32 groups."""
     groups = math.gcd(_GROUPS, x.shape[-1])
     grouped = rearrange(x, "batch rows columns (groups each) -> batch rows columns groups each", groups=groups)
     centred = grouped - grouped.mean((1, 2, 4), keepdims=True)

@@ -230,6 +230,8 @@ class UNet(nn.Module):
     compute: Compute = Compute()
     perturbed_parts: tuple[UNetPart, ...] = ()
     """Where `perturbed` rows are."""
+    ends_in_middle: bool = False
+    """Return what leaves the middle block; nothing after it is computed."""
 
     @nn.compact
     def __call__(
@@ -241,7 +243,7 @@ class UNet(nn.Module):
         perturbed: Bool[jax.Array, "batch"] | None = None,
         class_embedding: Float[jax.Array, "batch embedding"] | None = None,
         guidance: Float[jax.Array, "batch"] | None = None,
-    ) -> Float[jax.Array, "batch height width channels_out"]:
+    ) -> Float[jax.Array, "batch height_out width_out channels_out"]:
         config, compute, dtype = self.config, self.compute, self.compute.activations
         context = None if context is None else context.astype(dtype)
 
@@ -263,6 +265,8 @@ class UNet(nn.Module):
             block = DownBlock(config, level, compute, name=f"down_blocks_{level}")
             skips += block(skips[-1], embedding, context, down)
         x = MiddleBlock(config, levels[-1], compute, name="mid_block")(skips[-1], embedding, context, middle)
+        if self.ends_in_middle:
+            return x.astype(jnp.float32)
         for index, level in enumerate(reversed(levels)):
             x = UpBlock(config, level, compute, name=f"up_blocks_{index}")(x, skips, embedding, context, up)
         assert not skips
@@ -346,11 +350,7 @@ def apply(
     al. 2024, arXiv:2403.17377; `samplers/guidance.py`). None: no row, and nothing more is computed. The parts are
     static. Raises InputError for a part that has no attention.
     """
-    assert (vector is None) == (config.vector_dim is None), "a vector is given exactly if the configuration has one"
-    assert (context is None) == (config.context_dim is None), "so is a context"
-    added = config.classes is not None and config.classes.place is ClassPlace.TIMESTEP
-    assert (class_embedding is not None) == added, "and so is a class embedding"
-    assert (guidance is None) == (config.guidance_dim is None), "and so is a guidance scale"
+    _check_inputs(config, context, vector, class_embedding, guidance)
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
@@ -358,6 +358,34 @@ def apply(
     states = None if text else context
     given = {**variables(params, adapters), **text}
     return network.apply(given, latent, timestep, states, vector, perturbed, class_embedding, guidance)  # pyright: ignore[reportReturnType]
+
+
+def middle_features(
+    config: UNetConfig,
+    params: Params,
+    latent: Float[jax.Array, "batch height width channels_in"],
+    timestep: Num[jax.Array, "batch"],
+    context: Float[jax.Array, "batch tokens context"] | None,
+    vector: Float[jax.Array, "batch vector"] | None = None,
+    compute: Compute = Compute(),
+    *,
+    adapters: Params | None = None,
+    class_embedding: Float[jax.Array, "batch embedding"] | None = None,
+) -> Float[jax.Array, "batch rows columns features"]:
+    """What leaves the middle block, float32: features of a noised latent, for discriminators. The way up is not
+    computed. Arguments: as of `apply`, of a UNet without guidance as an input."""
+    _check_inputs(config, context, vector, class_embedding, None)
+    network = UNet(config, compute, ends_in_middle=True)
+    given = latent, timestep, context, vector, None, class_embedding, None
+    return network.apply(variables(params, adapters), *given)  # pyright: ignore[reportReturnType]
+
+
+def _check_inputs(config: UNetConfig, context: Any, vector: Any, class_embedding: Any, guidance: Any) -> None:
+    assert (vector is None) == (config.vector_dim is None), "a vector is given exactly if the configuration has one"
+    assert (context is None) == (config.context_dim is None), "so is a context"
+    added = config.classes is not None and config.classes.place is ClassPlace.TIMESTEP
+    assert (class_embedding is not None) == added, "and so is a class embedding"
+    assert (guidance is None) == (config.guidance_dim is None), "and so is a guidance scale"
 
 
 def _check_attends(config: UNetConfig, parts: Sequence[UNetPart]) -> None:

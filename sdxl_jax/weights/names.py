@@ -22,17 +22,18 @@ from jaxtyping import Shaped
 
 from sdxl_jax.arrays import Params, flatten, unflatten
 from sdxl_jax.errors import InputError, nearest_first
-from sdxl_jax.models import clip, clip_vision, unet, vae
+from sdxl_jax.models import clip, clip_vision, dinov2, unet, vae
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.clip_vision import ClipVisionConfig
+from sdxl_jax.models.dinov2 import DinoV2Config
 from sdxl_jax.models.initialisers import Parameter
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 
 PartConfig = UNetConfig | VaeConfig | TinyVaeConfig | ClipTextConfig
-TableConfig = PartConfig | ClipVisionConfig
-"""Networks that have tables: parts of a model, and the image towers of CLIP."""
+TableConfig = PartConfig | ClipVisionConfig | DinoV2Config
+"""Networks that have tables: parts of a model, the image towers of CLIP, and DINOv2."""
 
 
 class Dialect(enum.Enum):
@@ -45,7 +46,7 @@ class Dialect(enum.Enum):
     ORIGINAL = "original"
     """UNet and VAE of latent-diffusion and sgm: input_blocks, middle_block, output_blocks."""
     TRANSFORMERS = "transformers"
-    """CLIP of transformers, as in every file on the hub: text_model.encoder.layers."""
+    """CLIP of transformers, as in every file on the hub: text_model.encoder.layers; DINOv2 of transformers."""
     TRANSFORMERS_5 = "transformers_5"
     """CLIP as transformers 5 saves it: without `text_model.`."""
     OPENCLIP = "openclip"
@@ -191,6 +192,16 @@ _VISION_OPENCLIP: _Rules = (
     (r"^visual_projection\.weight", "proj"),
     *_OPENCLIP[3:],
 )
+_DINOV2: _Rules = (
+    (r"^(cls_token|position_embeddings)$", r"embeddings.\1"),
+    (r"^patch_embedding\.", "embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "layernorm."),
+    (r"^layers\.(query|key|value)\.", r"encoder.layer.{layer}.attention.attention.\1."),
+    (r"^layers\.out\.", "encoder.layer.{layer}.attention.output.dense."),
+    (r"^layers\.(layer_scale\d)$", r"encoder.layer.{layer}.\1.lambda1"),
+    (r"^layers\.(fc\d)\.", r"encoder.layer.{layer}.mlp.\1."),
+    (r"^layers\.", "encoder.layer.{layer}."),
+)
 
 
 def _original_unet(config: UNetConfig) -> _Rules:
@@ -297,6 +308,8 @@ def _rules(config: TableConfig, dialect: Dialect) -> _Rules:
             return _VISION_TRANSFORMERS
         case ClipVisionConfig(), Dialect.OPENCLIP:
             return _VISION_OPENCLIP
+        case DinoV2Config(), Dialect.TRANSFORMERS:
+            return _DINOV2
         case _:
             raise AssertionError(f"{dialect} has no names for {type(config).__name__}")
 
@@ -313,6 +326,8 @@ def abstract(config: TableConfig) -> dict[str, Parameter]:
             return flatten(clip.abstract(config))
         case ClipVisionConfig():
             return flatten(clip_vision.abstract(config))
+        case DinoV2Config():
+            return flatten(dinov2.abstract(config))
 
 
 @functools.cache
