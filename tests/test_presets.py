@@ -43,8 +43,9 @@ VISITED = {
     "hyper-sd": {1: [999], 2: [999, 499], 4: [999, 749, 499, 249]},
     "hyper-sd-unet": {1: [800]},
     "dmd2": {1: [399], 4: [999, 749, 499, 249]},
+    "progressive": {1: [999], 8: [999, 874, 749, 624, 499, 374, 249, 124]},
 }
-SAMPLERS = {"turbo": "euler_ancestral", "lightning": "euler", "hyper-sd": "ddim"}
+SAMPLERS = {"turbo": "euler_ancestral", "lightning": "euler", "hyper-sd": "ddim", "progressive": "ddim"}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -58,6 +58,10 @@ class SamplingDefaults:
     preset: str | None = None
     """Preset of a few-step model (`samplers/presets.py`), as on the command line: its sampler, timesteps, steps,
     guidance and size come before those of the other fields. None: none; lcm for a distilled model."""
+    steps: int | None = None
+    """Number of steps that the model was distilled for; None: the preset's, or 30."""
+    guidance: float | None = None
+    """Guidance scale of a model that has it as an input; None: the preset's, or 5."""
 
     def sampler_of(self, zero_terminal_snr: bool, distilled: bool) -> str:
         """The sampler of a model with these properties."""

@@ -57,15 +57,15 @@ class Outputs(NamedTuple):
 
 def combine(
     outputs: Outputs,
-    guidance: Float[type_of_array, ""] | None = None,
+    guidance: Float[type_of_array, "..."] | None = None,
     pag: Float[type_of_array, ""] | None = None,
     phi: Float[type_of_array, ""] | None = None,
 ) -> Float[Array, "batch height width channels"]:
     """The guided output, as in diffusers' `pag_utils.py` and `rescale_noise_cfg`.
 
     Args:
-        guidance: scale w, used where there is a negative output; 1 is the positive output alone, 0 the negative one,
-            which is not what 0 means to users (`sampling.options`).
+        guidance: scale w, one or [batch, 1, 1, 1], used where there is a negative output; 1 is the positive output
+            alone, 0 the negative one, which is not what 0 means to users (`sampling.options`).
         pag: scale s, used where there is a perturbed output; 0 is none, 3 is diffusers' default.
         phi: share of guidance rescale, 0..1; None: no rescale, and nothing is computed for it. diffusers leaves it out
             where there is no negative output; this does not.

@@ -47,6 +47,8 @@ class Preset:
 SDXL, SD1, SD2 = "SDXL", "SD 1.x", "SD 2.x"
 CONSISTENCY = "lcm"
 """The preset of a model whose files mark it as a consistency model and say no more."""
+CONSISTENCY_LORA, PROGRESSIVE = "lcm-lora", "progressive"
+"""Presets of other students that are distilled here."""
 
 PRESETS = {
     # Sauer et al., arXiv:2311.17042: 1 to 4 steps at 999, 749, 499, 249, no guidance, 512 × 512. Sampler and spacing
@@ -57,10 +59,10 @@ PRESETS = {
     "lightning": Preset("euler", (1, 2, 4, 8), spacing=Spacing.TRAILING, one_step_predicts_x0=True, families=(SDXL,)),
     # Luo et al., arXiv:2310.04378: the guidance scale is an input; 50 timesteps, of which few are visited. 8.5 is the
     # default of diffusers' LatentConsistencyModelPipeline.
-    "lcm": Preset("lcm", tuple(range(1, 51)), input_guidance=8.5),
+    CONSISTENCY: Preset("lcm", tuple(range(1, 51)), input_guidance=8.5),
     # Luo et al., arXiv:2311.05556: guidance is in the weights; from memory of diffusers' guide, scales of up to 2
     # work too.
-    "lcm-lora": Preset("lcm", tuple(range(1, 51)), most_guidance=2.0),
+    CONSISTENCY_LORA: Preset("lcm", tuple(range(1, 51)), most_guidance=2.0),
     # Ren et al., arXiv:2404.13686; sampler and steps from memory of the card: DDIM, trailing, no guidance for the LoRAs
     # of 1, 2, 4 and 8 steps. (For that of 1 step the card has TCD with η = 1, which is DDIM for one step.)
     "hyper-sd": Preset("ddim", (1, 2, 4, 8), spacing=Spacing.TRAILING, families=(SDXL, SD1)),
@@ -69,6 +71,9 @@ PRESETS = {
     # Yin et al., arXiv:2405.14867: nodes of the four-step generator, and the timestep of the one-step generator, which
     # is conditioned on 399 from noise alone. Fresh noise between the steps, which is the sampler lcm.
     "dmd2": Preset("lcm", (1, 4), timesteps={1: (399,), 4: (999, 749, 499, 249)}, families=(SDXL,)),
+    # Salimans & Ho, arXiv:2202.00512: DDIM, as many steps as the last round; with guidance in the weights, or as an
+    # input, Meng et al., arXiv:2210.03142.
+    PROGRESSIVE: Preset("ddim", tuple(2**n for n in range(10)), spacing=Spacing.TRAILING, input_guidance=5.0),
 }
 """By the names of the command line."""
 

@@ -29,10 +29,10 @@ import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sdxl_jax.arrays import type_of_array
 from sdxl_jax.diffusion.continuous import ContinuousConfig, FlowConfig, noise_input
@@ -70,13 +70,25 @@ def _solver_timesteps(count: int, length: int, spacing: Spacing, offset: int = 1
 
 
 _LCM_STEPS = 50
-"""Number of timesteps that consistency distillation trains: 19, 39 … 999."""
+"""Number of timesteps that consistency distillation trains."""
+
+
+def consistency_timesteps(length: int) -> Int[np.ndarray, " timesteps"]:
+    """The timesteps that consistency distillation trains: 19, 39 … 999. length: of the schedule."""
+    return np.arange(1, _LCM_STEPS + 1) * (length // _LCM_STEPS) - 1
+
+
+def consistency_scales(timestep: Any) -> tuple[Any, Any]:
+    """(c_skip, c_out) of the consistency function c_skip x + c_out x₀: Luo et al., section 4.1, with timesteps × 10 and
+    σ_data = 1/2. (1, 0) at timestep 0."""
+    scaled = 10 * timestep
+    return 0.25 / (scaled**2 + 0.25), scaled / (scaled**2 + 0.25) ** 0.5
 
 
 def _lcm_timesteps(count: int, length: int) -> Float[np.ndarray, " steps"]:
     if count > _LCM_STEPS:
         raise InputError(f"steps={count}, but sampler lcm takes at most {_LCM_STEPS} steps. Use 4 to 8")
-    trained = np.arange(_LCM_STEPS, 0, -1) * (length // _LCM_STEPS) - 1.0
+    trained = consistency_timesteps(length)[::-1].astype(np.float64)
     return trained[np.floor(np.linspace(0, _LCM_STEPS, count, endpoint=False)).astype(int)]
 
 
@@ -367,11 +379,9 @@ def _ddpm(levels: Levels, eta: float) -> Iterator[Moment]:
 
 
 def _lcm(levels: Levels, eta: float) -> Iterator[Moment]:
-    """Algorithm 3: the consistency function c_skip x + c_out x₀ (section 4.1, with timesteps × 10 and σ_data = 1/2),
-    noised again to the next level."""
+    """Algorithm 3: the consistency function, noised again to the next level."""
     for i in _steps(levels):
-        scaled = 10 * levels.timestep[i]
-        skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
+        skip, out = consistency_scales(levels.timestep[i])
         alpha_next, sigma_t_next = levels.alpha[i + 1], levels.sigma_t[i + 1]
         yield Moment(i, i + 1, {"x": {"x": alpha_next * skip, "x0": alpha_next * out, "noise": sigma_t_next}})
 

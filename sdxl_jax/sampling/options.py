@@ -116,6 +116,7 @@ class Options:
 
         defaults, zero_terminal_snr = config.sampling or SamplingDefaults(), config.schedule.zero_terminal_snr
         name = self._preset_of(config)
+        own = defaults if name == defaults.preset else SamplingDefaults()
         if name is not None:
             preset = presets.find(name)
             defaults = dataclasses.replace(
@@ -126,18 +127,19 @@ class Options:
         if spacing is None and find(sampler).family is not Family.CONSISTENCY and config.noise is None:
             spacing = defaults.spacing_of(zero_terminal_snr)
         if guidance is None:
-            guidance = self._default_guidance(name, config)
+            guidance = self._default_guidance(name, config, own)
         guidance = max(1.0, guidance)  # diffusers guides where guidance_scale > 1, and model cards write 0 for off
         sigmas = defaults.sigmas_of(sampler) if self.sigmas is None else self.sigmas
         steps = self.steps
         if steps is None:
-            steps = STEPS if name is None else presets.find(name).default_steps
+            steps = own.steps or (STEPS if name is None else presets.find(name).default_steps)
         filled = dataclasses.replace(self, sampler=sampler, timestep_spacing=spacing, sigmas=sigmas, guidance=guidance)
         return dataclasses.replace(filled, steps=steps, preset=name)
 
-    def _default_guidance(self, preset: str | None, config: "ModelConfig") -> float:
+    def _default_guidance(self, preset: str | None, config: "ModelConfig", own: SamplingDefaults) -> float:
+        """own: the model's defaults, if they are of this preset."""
         if config.unet.guidance_dim is not None:
-            return (None if preset is None else presets.find(preset).input_guidance) or GUIDANCE
+            return own.guidance or (None if preset is None else presets.find(preset).input_guidance) or GUIDANCE
         return 1.0 if config.distilled or preset is not None else GUIDANCE
 
     def _preset_of(self, config: "ModelConfig") -> str | None:
