@@ -79,12 +79,13 @@ def test_the_list_of_notebooks_is_complete() -> None:
         "quickstart",
         "sample_sdxl",
         "train_on_your_images",
+        "finetune_a_lora",
         "size_and_crop_conditioning",
         "weights_in_and_out",
         "captions_to_shards",
         "before_you_pay",
     ]
-    assert len(PATHS) == 7
+    assert len(PATHS) == 8
 
 
 @each_notebook
@@ -215,6 +216,9 @@ def test_quickstart_and_those_that_begin_from_its_model_run(run: Run, tmp_path: 
     notebook = run("train_on_your_images", *few, "SAMPLING_STEPS = 2", folder=folder)
     assert images(notebook) == 3
     assert "24 images found, 24 usable, 0 refused" in text_of(notebook, "inspect")
+    notebook = run("finetune_a_lora", "STEPS = 5", "SIDE = 64", "SAMPLING_STEPS = 2", folder=folder)
+    assert images(notebook) == 5
+    assert "56 modules of unet, rank 16" in text_of(notebook, "list")
 
 
 @pytest.mark.slow
