@@ -17,7 +17,7 @@ layers: --adapter.layers linear; text encoders too: --training.trainable "^unet/
 """
 
 from sdxl_jax.adapters.targets import AdapterConfig, Layers
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
@@ -47,7 +47,7 @@ def get_config() -> TrainConfig:
             caption_dropout=0.05,
             init_from=("weights/sd_xl_base_1.0.safetensors",),
         ),
-        adapter=AdapterConfig(rank=16, alpha=16.0, layers=Layers.ATTENTION, base_dtype=AccumulatorDtype.BFLOAT16),
+        adapter=AdapterConfig(rank=16, alpha=16.0, layers=Layers.ATTENTION, base_dtype=BaseDtype.BFLOAT16),
         checkpoint=CheckpointConfig(every_steps=250, keep=2, export_every_steps=250),
         validation=ValidationConfig(
             every_steps=250,

@@ -21,7 +21,7 @@ of the steps. Their learning rate, three times the LoRA's, is OneTrainer's; the 
 
 from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig, Layers
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
@@ -51,7 +51,7 @@ def get_config() -> TrainConfig:
             caption_dropout=0.05,
             init_from=("weights/sd_xl_base_1.0.safetensors",),
         ),
-        adapter=AdapterConfig(rank=16, alpha=16.0, layers=Layers.ATTENTION, base_dtype=AccumulatorDtype.BFLOAT16),
+        adapter=AdapterConfig(rank=16, alpha=16.0, layers=Layers.ATTENTION, base_dtype=BaseDtype.BFLOAT16),
         textual_inversion=TextualInversionConfig(token="<zwx>", vectors=2, norm=Norm.DEVIATION, rate=3.0, stop=0.5),
         checkpoint=CheckpointConfig(every_steps=250, keep=2, export_every_steps=250),
         validation=ValidationConfig(every_steps=250, prompts=("a photo of <zwx>",), sizes=((1024, 1024),)),

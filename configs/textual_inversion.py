@@ -21,7 +21,7 @@ teaches nothing.
 """
 
 from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.data.settings import DataConfig, SmallBuckets
@@ -52,7 +52,7 @@ def get_config() -> TrainConfig:
             init_from=("weights/sd_xl_base_1.0.safetensors",),
         ),
         textual_inversion=TextualInversionConfig(
-            token="<zwx>", vectors=2, norm=Norm.MEDIAN, base_dtype=AccumulatorDtype.BFLOAT16
+            token="<zwx>", vectors=2, norm=Norm.MEDIAN, base_dtype=BaseDtype.BFLOAT16
         ),
         checkpoint=CheckpointConfig(every_steps=250, keep=2, export_every_steps=250),
         validation=ValidationConfig(every_steps=250, prompts=("a photo of <zwx>",), sizes=((1024, 1024),)),

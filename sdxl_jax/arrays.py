@@ -36,6 +36,23 @@ class AccumulatorDtype(enum.Enum):
         return jnp.dtype(self.value)
 
 
+class BaseDtype(enum.Enum):
+    """How a frozen model is kept, beside which something else is trained."""
+
+    FLOAT32 = "float32"
+    """4 bytes per parameter."""
+    BFLOAT16 = "bfloat16"
+    """2 bytes per parameter."""
+    INT8 = "int8"
+    """1 byte per weight of a kernel, and a scale for each of its output channels (`weights.eight_bits`); 2 bytes for
+    everything else."""
+
+    @property
+    def dtype(self) -> Any:
+        """Of what is not in eight bits."""
+        return jnp.dtype("bfloat16" if self is BaseDtype.INT8 else self.value)
+
+
 class Distribution(NamedTuple):
     """A constant, a normal distribution, or a uniform one."""
 

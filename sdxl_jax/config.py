@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 
 from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.conditioning.classes import check as check_classes
 from sdxl_jax.conditioning.prompts import check_text
 from sdxl_jax.data.mixture import Target
@@ -351,11 +351,11 @@ class TrainConfig(RunConfig):
     def validation_metrics(self) -> ValidationMetricsConfig:
         return self.validation
 
-    def dtype_of(self, part: str) -> Any:
-        """The dtype in which a part of the model is kept: float32, unless something else is trained beside it."""
+    @property
+    def base_dtype(self) -> BaseDtype:
+        """How the UNet and the text encoders are kept: in float32, unless something else is trained beside them."""
         beside = self.adapter or self.textual_inversion
-        own = AccumulatorDtype.FLOAT32 if beside is None or part == "vae" else beside.base_dtype
-        return own.dtype
+        return BaseDtype.FLOAT32 if beside is None else beside.base_dtype
 
     def check(self) -> None:
         """Raises InputError for numbers out of range and parts of the model that do not fit together."""
@@ -499,7 +499,7 @@ class TrainConfig(RunConfig):
         for name, is_given, has_effect in (
             ("stop", given.stop != 1, self.adapter is not None),
             ("bundle", given.bundle, self.adapter is not None),
-            ("base_dtype", given.base_dtype is not AccumulatorDtype.FLOAT32, self.adapter is None),
+            ("base_dtype", given.base_dtype is not BaseDtype.FLOAT32, self.adapter is None),
         ):
             if is_given and not has_effect:
                 remedy = "set adapter" if self.adapter is None else f"set adapter.{name}"

@@ -20,7 +20,7 @@ from sdxl_jax import sharding
 from sdxl_jax.adapters import changes, dora, kinds, targets
 from sdxl_jax.adapters.kinds import Kind
 from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers
-from sdxl_jax.arrays import AccumulatorDtype, Batch, MicroConditioning, Params, flatten, unflatten
+from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, flatten, unflatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import TrainConfig
@@ -30,8 +30,9 @@ from sdxl_jax.data.mixture import Source, Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.errors import InputError
-from sdxl_jax.model import SDXL_BASE, Model
+from sdxl_jax.model import SDXL_BASE, Model, ModelConfig
 from sdxl_jax.models import unet
+from sdxl_jax.models.layers import dequantised
 from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, make_optimiser
@@ -44,7 +45,8 @@ from sdxl_jax.weights import lora
 from sdxl_jax.weights.adapter_files import reading
 from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.convert import convert
-from sdxl_jax.weights.lazy import abstract_leaves
+from sdxl_jax.weights.eight_bits import is_quantised, quantised, scale_path, with_numbers
+from sdxl_jax.weights.lazy import abstract_leaves, in_memory
 from sdxl_jax.weights.load import load_model
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
@@ -66,7 +68,9 @@ OTHERS = {
     "lokr": AdapterConfig(Kind.LOKR, 1, layers=Layers.BLOCKS, middle=True, module_dropout=0.3, biases_and_norms=True),
     "dora": AdapterConfig(rank=2, magnitude=dora.Axis.IN, norm_limit=0.05),
     "differences": AdapterConfig(Kind.DIFFERENCE, layers=Layers.ALL, biases_and_norms=True, norm_limit=0.05),
-    "bfloat16": AdapterConfig(rank=2, layers=Layers.BLOCKS, base_dtype=AccumulatorDtype.BFLOAT16),
+    "bfloat16": AdapterConfig(rank=2, layers=Layers.BLOCKS, base_dtype=BaseDtype.BFLOAT16),
+    "int8": AdapterConfig(rank=2, layers=Layers.BLOCKS, base_dtype=BaseDtype.INT8),
+    "int8 dora": AdapterConfig(Kind.LOHA, 2, magnitude=dora.Axis.OUT, base_dtype=BaseDtype.INT8),
 }
 
 
@@ -151,13 +155,22 @@ def test_run_that_was_stopped_twice_is_the_straight_one_bit_for_bit(trained: Tra
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_kinds_resume_bit_for_bit(base: TrainConfig, tmp_path: Path, name: str) -> None:
-    config = dataclasses.replace(base, adapter=OTHERS[name])
-    if name == "bfloat16":
+    adapter = OTHERS[name]
+    config = dataclasses.replace(base, adapter=adapter)
+    if name in ("bfloat16", "int8"):
         config = dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, accumulate=2))
     model = train(config, tmp_path / "straight" / "run")
     assert model is not None
     assert_resumes(config, tmp_path / "straight" / "run", tmp_path / "stopped" / "run")
-    assert_same(load_model(tmp_path / "straight" / "run").params, model.params, 1e-6 if name != "bfloat16" else 8e-3)
+    tolerance = 1e-6 if adapter.base_dtype is BaseDtype.FLOAT32 else 8e-3  # an ulp of bfloat16
+    assert_same(load_model(tmp_path / "straight" / "run").params, as_numbers(model.params), tolerance)
+
+
+def as_numbers(params: Params) -> Params:
+    """The parameters without eight bits."""
+    flat = flatten(params)
+    kernels = {path: dequantised(flat[path], flat.pop(scale_path(path), None)) for path in list(flat) if path in flat}
+    return unflatten(kernels)
 
 
 def assert_same(found: Params, expected: Params, tolerance: float) -> None:
@@ -226,6 +239,56 @@ def test_a_new_adapter_changes_nothing_yet() -> None:
                 np.testing.assert_array_equal(after, value)
             else:
                 np.testing.assert_allclose(after, value, rtol=1e-6)
+
+
+# A base in eight bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "lokr", "int8 dora"])
+def test_gradients_beside_a_base_in_eight_bits_are_those_beside_its_numbers(base: TrainConfig, name: str) -> None:
+    """Scales are multiplied after the product instead of before it, which rounds differently: of all gradients together
+    up to 1e-6 seen."""
+    adapter = dataclasses.replace(OTHERS.get(name, LORA), rank_dropout=0.0, module_dropout=0.0)
+    given = adapter_training(adapter, base.training.trainable)
+    objective = objective_of(dataclasses.replace(base, adapter=adapter))
+    small = quantised(in_memory(tiny.random_model(MODEL, 0))).leaves
+    factors = {path: each if path.endswith("alpha") else 0.1 * each for path, each in random_adapters(given).items()}
+    trained, alphas = (
+        {"adapters": unflatten({k: v for k, v in factors.items() if k.endswith("alpha") is frozen})}
+        for frozen in (False, True)
+    )
+    batch, keys = prior_batch(), jax.random.split(jax.random.key(0), 2)
+    gradient = jax.jit(jax.value_and_grad(lambda *given: objective.loss(*given)[0]))
+    found, expected = (
+        gradient(trained, unflatten({path: leaf.read() for path, leaf in leaves.items()}) | alphas, batch, keys)
+        for leaves in (small, with_numbers(small))
+    )
+    assert found[0] == pytest.approx(float(expected[0]), rel=1e-5)
+    error = jax.tree.map(jnp.subtract, found[1], expected[1])
+    assert optax.tree.norm(error) < 5e-6 * optax.tree.norm(expected[1])
+
+
+@pytest.mark.parametrize(
+    ("model", "most"), [(MODEL, 1.0), pytest.param(SDXL_BASE, 0.53, marks=pytest.mark.slow)], ids=["tiny", "sdxl"]
+)
+def test_a_base_in_eight_bits_takes_half_of_the_bytes_of_bfloat16_and_is_split(model: ModelConfig, most: float) -> None:
+    """The UNet and the text encoders; most of the tiny ones is not kernels. Nothing is made."""
+    config = dataclasses.replace(tiny.train_config(Path("unused")), model=model)
+    mesh = AbstractMesh((1, 1, 4, 1), AXES)
+
+    def frozen(base_dtype: BaseDtype) -> dict[str, Any]:
+        adapter = AdapterConfig(rank=2, base_dtype=base_dtype)
+        _, trees = objective_of(dataclasses.replace(config, adapter=adapter)).abstract_state(mesh)
+        return {path: leaf for path, leaf in flatten(trees).items() if path.startswith(("unet", "text"))}
+
+    small, half = frozen(BaseDtype.INT8), frozen(BaseDtype.BFLOAT16)
+    sizes = [sum(leaf.size * leaf.dtype.itemsize for leaf in tree.values()) for tree in (small, half)]
+    assert 0.5 < sizes[0] / sizes[1] < most
+    for path, leaf in half.items():
+        assert small[path].sharding == leaf.sharding
+        assert small[path].dtype.name == ("int8" if is_quantised(path) else "bfloat16")
+    assert {leaf.dtype.name for path, leaf in small.items() if path not in half} == {"float32"}
 
 
 # Which layers, how many parameters

@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from command import call
 from tiny import MODEL, random_model
 
-from sdxl_jax.adapters import changes
+from sdxl_jax.adapters import changes, dora
+from sdxl_jax.adapters import kinds as adapters
+from sdxl_jax.adapters.kinds import Kind, Settings
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SDXL_BASE
-from sdxl_jax.models.layers import KERNEL_SCALE
+from sdxl_jax.models.layers import KERNEL_SCALE, Compute, conv, dense, variables
 from sdxl_jax.sampling.generate import generate
 from sdxl_jax.weights import eight_bits
 from sdxl_jax.weights.convert import Layout, convert
@@ -78,6 +82,60 @@ def test_kernels_of_other_parts_stay_as_they_are() -> None:
     assert list(small.leaves) == ["unet/a/kernel", f"unet/a/{KERNEL_SCALE}", "unet/a/bias"]
     assert small.leaves[f"unet/a/{KERNEL_SCALE}"].read((slice(1, 3),)).tolist() == pytest.approx([1 / 127] * 2)
     assert eight_bits.error(leaves) == {"unet/a/kernel": pytest.approx(0, abs=1e-6)}
+
+
+def test_slices_are_rounded_as_the_whole_kernel() -> None:
+    """Of a stack, and back to numbers: of each device, its part."""
+    kernel = np.random.default_rng(0).normal(size=(3, 8, 6)).astype(np.float32)
+    leaves = {"unet/a/kernel": InMemory(kernel)}
+    values, scale = eight_bits.round_to_int8(kernel)
+    for index in ((slice(1, 3), slice(0, 4), slice(2, 6)), (slice(0, 3), slice(4, 8), slice(0, 6))):
+        small = eight_bits.quantised(Weights(MODEL, leaves, Origin(SourceLayout.MEMORY))).leaves
+        for _ in range(2):  # the first reads all of the kernel, for the scales
+            np.testing.assert_array_equal(small["unet/a/kernel"].read(index), values[index])
+        back = eight_bits.with_numbers(small)
+        assert list(back) == ["unet/a/kernel"] and back["unet/a/kernel"].shape == kernel.shape
+        np.testing.assert_array_equal(back["unet/a/kernel"].read(index), (values * scale[:, None])[index])
+
+
+class Layers(nn.Module):
+    """A linear layer and a convolution."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = dense(6, "to_q", Compute())(x)
+        return conv(4, "conv1", Compute())(x)
+
+
+@pytest.mark.parametrize("magnitude", [None, *dora.Axis])
+@pytest.mark.parametrize("kind", [Kind.LORA, Kind.LOHA, Kind.LOKR, Kind.DIFFERENCE])
+def test_adapters_beside_kernels_in_eight_bits(kind: Kind, magnitude: dora.Axis | None) -> None:
+    """The output, and the gradient of every factor, are those beside the rounded kernels. A DoRA has their norms."""
+    if kind is Kind.DIFFERENCE and magnitude is not None:
+        return
+    rng = np.random.default_rng(0)
+    kernels = {"unet/to_q/kernel": rng.normal(size=(8, 6)), "unet/conv1/kernel": rng.normal(size=(3, 3, 6, 4))}
+    leaves = {path: InMemory(kernel.astype(np.float32)) for path, kernel in kernels.items()}
+    small = eight_bits.quantised(Weights(MODEL, leaves, Origin(SourceLayout.MEMORY))).leaves
+    settings = Settings(kind, 2, magnitude=magnitude)
+    factors = {
+        f"{path.removeprefix('unet/')}/{name}": (1 + rng.random(leaf.shape)).astype(np.float32)
+        for path, kernel in kernels.items()
+        for name, leaf in adapters.abstract(settings, path, kernel.shape).items()
+    }
+    x = rng.normal(size=(1, 3, 3, 8)).astype(np.float32)
+    zero = {"to_q/bias": np.zeros(6, np.float32), "conv1/bias": np.zeros(4, np.float32)}
+
+    def loss(factors: Any, leaves: Any) -> Any:
+        params = zero | {path.removeprefix("unet/"): jnp.asarray(leaf.read()) for path, leaf in leaves.items()}
+        found: Any = Layers().apply(variables(unflatten(params), factors), x)
+        return (found**2).sum()
+
+    found, expected = (
+        jax.value_and_grad(loss)(unflatten(factors), leaves) for leaves in (small, eight_bits.with_numbers(small))
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * np.abs(b).max())
 
 
 def test_what_eight_bits_cannot_hold_is_refused(path: Path, tmp_path: Path) -> None:

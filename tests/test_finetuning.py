@@ -16,7 +16,7 @@ from test_adapter_training import MODEL
 
 from sdxl_jax import config as configuration
 from sdxl_jax.adapters.embeddings import Norm
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS
 from sdxl_jax.data.mixture import Source
@@ -65,7 +65,7 @@ def test_sdxl_on_one_accelerator_fits_its_memory() -> None:
     config = chosen()
     assert config.data.buckets == ((1024, 1024),) and config.data.batch_size == 1
     assert (config.compute.dtype, config.compute.remat) == (Dtype.BFLOAT16, Remat.BLOCK)
-    assert config.adapter is not None and config.adapter.base_dtype is AccumulatorDtype.BFLOAT16
+    assert config.adapter is not None and config.adapter.base_dtype is BaseDtype.BFLOAT16
     assert (config.training.steps, config.adapter.rank, config.adapter.alpha) == (1200, 16, 16.0)
     assert config.optimiser.learning_rate == 1e-4
     assert config.training.init_from == ("base.safetensors",)
@@ -92,7 +92,7 @@ def test_small_model_on_a_cpu_learns_faster_and_in_float32() -> None:
     assert (config.compute.dtype, config.compute.remat, config.data.batch_size) == (Dtype.FLOAT32, Remat.NONE, 4)
     assert config.optimiser.learning_rate == pytest.approx(1e-4 * 320 / 8)
     assert config.adapter is not None and config.adapter.rank == 8, "no wider than the narrowest layer"
-    assert config.adapter.base_dtype is AccumulatorDtype.FLOAT32
+    assert config.adapter.base_dtype is BaseDtype.FLOAT32
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_new_token_is_kept_at_the_norm_of_words() -> None:
     config = chosen(kind=Kind.TEXTUAL_INVERSION)
     assert config.textual_inversion is not None and config.textual_inversion.token == "<zwx>"
     assert (config.textual_inversion.vectors, config.textual_inversion.norm) == (2, Norm.MEDIAN)
-    assert config.textual_inversion.base_dtype is AccumulatorDtype.BFLOAT16
+    assert config.textual_inversion.base_dtype is BaseDtype.BFLOAT16
     assert (config.training.trainable, config.adapter, config.optimiser.learning_rate) == ((), None, 3e-4)
 
 

@@ -74,7 +74,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.objectives": {
         *("config", "data", "model", "models", "conditioning", "diffusion", "optim", "sampling", "weights.lazy"),
-        *("adapters", "evaluation", "weights.adapter_files", "weights.textual_inversion"),
+        *("adapters", "evaluation", "weights.adapter_files", "weights.eight_bits", "weights.textual_inversion"),
         *("sharding", "flops", "training.encoding", "training.initial", "training.objectives"),
         *("training.processes", "training.state", "training.step"),
         *BASE,

@@ -21,7 +21,7 @@ from sdxl_jax import __main__, sharding
 from sdxl_jax.adapters import embeddings
 from sdxl_jax.adapters.embeddings import TABLE, Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig, FileDtype
-from sdxl_jax.arrays import AccumulatorDtype, flatten
+from sdxl_jax.arrays import BaseDtype, flatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import TrainConfig, blocking_differences
@@ -333,7 +333,7 @@ def test_what_cannot_be_combined_is_refused(base: TrainConfig) -> None:
         (dataclasses.replace(config, data=cached), r"data\.cache=cache holds the text states of before training"),
         (dataclasses.replace(config, **own), r"the average of optimiser\.kind=schedule_free does not allow"),
         (dataclasses.replace(config, model=spare), r"text_encoder has 8 rows without a token at the end"),
-        (pivotal(base, base_dtype=AccumulatorDtype.BFLOAT16), r"base_dtype has no effect beside an adapter"),
+        (pivotal(base, base_dtype=BaseDtype.BFLOAT16), r"base_dtype has no effect beside an adapter"),
     ):
         with pytest.raises(InputError, match=expected):
             objective_of(changed).check()
@@ -385,7 +385,7 @@ def test_an_embedding_of_another_width_is_not_that_of_this_model(trained: Traine
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_vectors_alone_learn_and_resume(base: TrainConfig, tmp_path: Path, accumulate: int) -> None:
     optimiser = dataclasses.replace(base.optimiser, accumulate=accumulate)
-    config = dataclasses.replace(with_token(base, base_dtype=AccumulatorDtype.BFLOAT16), optimiser=optimiser)
+    config = dataclasses.replace(with_token(base, base_dtype=BaseDtype.BFLOAT16), optimiser=optimiser)
     run = Trained(config, tmp_path / "straight" / "run")
     assert_resumes(config, run.folder, tmp_path / "stopped" / "run")
     assert set(run.state(STEPS).params) == {EMBEDDINGS}

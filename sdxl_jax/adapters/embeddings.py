@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.errors import InputError, check_ranges
 
 ROWS = "rows"
@@ -68,9 +68,8 @@ class TextualInversionConfig:
     learns on."""
     bundle: bool = False
     """The adapter's file holds the vectors as well, as OneTrainer writes them; diffusers refuses such a file."""
-    base_dtype: AccumulatorDtype = AccumulatorDtype.FLOAT32
-    """Dtype of the frozen UNet and text encoders without an adapter: bfloat16 halves their memory and rounds them to 3
-    digits. With one it is adapter.base_dtype."""
+    base_dtype: BaseDtype = BaseDtype.FLOAT32
+    """Dtype of the frozen UNet and text encoders without an adapter, as adapter.base_dtype with one."""
 
     def check(self) -> None:
         """Raises InputError for numbers out of range."""

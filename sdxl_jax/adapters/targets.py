@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sdxl_jax.adapters import kinds
 from sdxl_jax.adapters.kinds import Kind, Settings
-from sdxl_jax.arrays import AccumulatorDtype, Parameter
+from sdxl_jax.arrays import BaseDtype, Parameter
 from sdxl_jax.errors import InputError, check_ranges
 
 
@@ -73,8 +73,9 @@ class AdapterConfig(Settings):
     init_from: str | None = None
     """An adapter file, or an earlier run, whose adapter is trained on; None: a new one. Its kind, layers and rank must
     be those given here."""
-    base_dtype: AccumulatorDtype = AccumulatorDtype.FLOAT32
-    """Dtype of the frozen UNet and text encoders: bfloat16 halves their memory and rounds them to 3 digits."""
+    base_dtype: BaseDtype = BaseDtype.FLOAT32
+    """Dtype of the frozen UNet and text encoders: bfloat16 halves their memory and rounds them to 3 digits, int8
+    quarters it and rounds each weight by up to a 254th of its output channel's largest."""
     file_dtype: FileDtype = FileDtype.FLOAT16
     """Dtype of the tensors in the files that are written."""
     up_rate: float = 1.0

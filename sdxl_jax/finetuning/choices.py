@@ -19,7 +19,7 @@ from jaxtyping import Int32
 
 from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig
-from sdxl_jax.arrays import AccumulatorDtype
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import SDXL_BUCKETS, Bucket, assign, generate_buckets
 from sdxl_jax.data.mixture import Source
@@ -118,7 +118,7 @@ def _is_large(model: ModelConfig) -> bool:
 
 def _beside_the_base(common: TrainConfig, kind: Kind, count: int, options: Options) -> TrainConfig:
     """Training of a file of its own beside the frozen base, which is copied to every device."""
-    base_dtype = AccumulatorDtype.BFLOAT16 if _is_large(common.model) else AccumulatorDtype.FLOAT32
+    base_dtype = BaseDtype.BFLOAT16 if _is_large(common.model) else BaseDtype.FLOAT32
     exports = replace(common.checkpoint, export_every_steps=common.checkpoint.every_steps)
     if kind is not Kind.TEXTUAL_INVERSION:
         rank = options.rank or rank_for(count, common.model)

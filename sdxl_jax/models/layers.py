@@ -15,12 +15,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int, Num, Shaped
 
 from sdxl_jax.adapters import kinds
 from sdxl_jax.adapters.embeddings import ROWS
 from sdxl_jax.adapters.lora import Product
-from sdxl_jax.arrays import Params, flatten, unflatten
+from sdxl_jax.arrays import Params, flatten, type_of_array, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import initialisers
 from sdxl_jax.sharding import constrain
@@ -188,12 +188,23 @@ def _with_adapter(
     that adds. convolve: as in `kinds`."""
     if layer.scope is None:  # a layer applied by itself
         return product(x)
-    if layer.has_variable(SCALES, "kernel"):
-        product = _scaled(product, layer.get_variable(SCALES, "kernel"))
+    scale = layer.get_variable(SCALES, "kernel") if layer.has_variable(SCALES, "kernel") else None
+    product = product if scale is None else _scaled(product, scale)
     if not layer.has_variable(ADAPTERS, "kernel"):
         return product(x)
     factors, kernel = layer.get_variable(ADAPTERS, "kernel"), layer.get_variable("params", "kernel")
-    return jnp.asarray(kinds.applied(x, product, factors, convolve, kernel))
+    return jnp.asarray(kinds.applied(x, product, factors, convolve, dequantised(kernel, scale)))
+
+
+def dequantised(
+    kernel: Shaped[type_of_array, "*axes features_out"], scale: Float[type_of_array, "*layers features_out"] | None
+) -> Float[type_of_array, "*axes features_out"]:
+    """A kernel, or stacked ones, as numbers: values in eight bits times their scales, in float32; others as they are,
+    without scales."""
+    if scale is None:
+        return kernel
+    between = (1,) * (kernel.ndim - scale.ndim)
+    return kernel.astype(jnp.float32) * scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])
 
 
 def _scaled(product: Callable[[Any], Any], scale: Float[jax.Array, " features_out"]) -> Callable[[Any], Any]:
@@ -298,7 +309,7 @@ def gelu(x: Float[jax.Array, "*axes"]) -> Float[jax.Array, "*axes"]:
 
 class EmbeddingMlp(nn.Module):
     """Linear, SiLU, linear: from a sinusoidal or conditioning vector to the width of the residual blocks' embedding.
-    `added` is projected to the vector's width and added to it."""
+    `added` is projected to the vector's width, by zeros in the beginning, and added to it."""
 
     features: int
     compute: Compute
@@ -310,7 +321,10 @@ class EmbeddingMlp(nn.Module):
         added: Float[jax.Array, "batch features_added"] | None = None,
     ) -> Float[jax.Array, "batch features_out"]:
         if added is not None:
-            vector = vector + dense(vector.shape[-1], "cond_proj", self.compute, use_bias=False)(added)
+            projection = dense(
+                vector.shape[-1], "cond_proj", self.compute, use_bias=False, kernel_init=initialisers.zeros
+            )
+            vector = vector + projection(added)
         hidden = dense(self.features, "linear_1", self.compute)(vector)
         return dense(self.features, "linear_2", self.compute)(nn.silu(hidden))
 

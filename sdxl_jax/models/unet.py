@@ -36,6 +36,7 @@ from sdxl_jax.models.layers import (
     ResnetBlock,
     Upsample,
     conv,
+    dequantised,
     group_norm,
     guidance_embedding,
     sinusoidal_embedding,
@@ -306,7 +307,8 @@ def project_text(
                 found = x @ kernel.astype(x.dtype)
                 return found if scale is None else found * scale.astype(x.dtype)
 
-            return kinds.applied(context, product, factors, kernel=kernel) if factors else product(context)
+            whole = dequantised(kernel, scale)
+            return kinds.applied(context, product, factors, kernel=whole) if factors else product(context)
 
         projected = jax.lax.map(of_layer, (kernels, changes, scales))
         return constrain(projected.swapaxes(0, 1), "batch", None, None, "tensor")
@@ -371,12 +373,13 @@ def middle_features(
     *,
     adapters: Params | None = None,
     class_embedding: Float[jax.Array, "batch embedding"] | None = None,
+    guidance: Float[jax.Array, "batch"] | None = None,
 ) -> Float[jax.Array, "batch rows columns features"]:
     """What leaves the middle block, float32: features of a noised latent, for discriminators. The way up is not
-    computed. Arguments: as of `apply`, of a UNet without guidance as an input."""
-    _check_inputs(config, context, vector, class_embedding, None)
+    computed. Arguments: as of `apply`."""
+    _check_inputs(config, context, vector, class_embedding, guidance)
     network = UNet(config, compute, ends_in_middle=True)
-    given = latent, timestep, context, vector, None, class_embedding, None
+    given = latent, timestep, context, vector, None, class_embedding, guidance
     return network.apply(variables(params, adapters), *given)  # pyright: ignore[reportReturnType]
 
 

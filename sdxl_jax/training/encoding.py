@@ -387,7 +387,7 @@ def _encode_piece(
 def _encoder_params(config: TrainConfig, mesh: Mesh, progress: bool) -> Params:
     """The encoders' parameters, as at the start of a run of this configuration."""
     parts = encoder_parts(config)
-    options: Any = {"parts": parts, "dtype_of": config.dtype_of, "progress": progress}
+    options: Any = {"parts": parts, "base_dtype": config.base_dtype, "progress": progress}
     initial = initial_weights(config.training, config.model, mesh, **options)
     random = random_weights(config.training, config.model, mesh, given=initial, **options)
     if random and progress:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Shaped
 
-from sdxl_jax.arrays import Params, flatten, unflatten
+from sdxl_jax.arrays import BaseDtype, Params, flatten, unflatten
 from sdxl_jax.config import MEANING, LoopConfig, is_within
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
@@ -17,6 +17,7 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.weights.eight_bits import quantised
 from sdxl_jax.weights.lazy import (
     Cast,
     Initial,
@@ -31,21 +32,21 @@ from sdxl_jax.weights.lazy import (
 from sdxl_jax.weights.load import load_weights, place
 from sdxl_jax.weights.open import OpenOptions, open_model
 
-DtypeOf = Callable[[str], np.dtype]
-"""Part of the model -> dtype of its parameters."""
-
-
-def float32(part: str) -> np.dtype:
-    """The dtype of parameters, unless a configuration says another."""
-    del part
-    return np.dtype(np.float32)
+_FIELD = "training.init_from"
 
 
 def check_initial(
-    training: LoopConfig, model: ModelConfig, parts: Collection[str], *, measures_scale: bool = False
-) -> None:
-    """Raises InputError wherever `initial_weights` would; reads only the files' headers."""
-    _opened(training, model, parts, measures_scale)
+    training: LoopConfig,
+    model: ModelConfig,
+    parts: Collection[str],
+    *,
+    measures_scale: bool = False,
+    field: str = _FIELD,
+) -> set[str]:
+    """Raises InputError wherever `initial_weights` would; reads only the files' headers. Returns the parts that are
+    there. field: that the paths are from, for messages."""
+    opened = _opened(training, model, parts, measures_scale, field)
+    return {part for weights in opened for part in weights.parts}
 
 
 def initial_weights(
@@ -55,14 +56,14 @@ def initial_weights(
     *,
     parts: Collection[str],
     measures_scale: bool = False,
-    dtype_of: DtypeOf = float32,
+    base_dtype: BaseDtype = BaseDtype.FLOAT32,
     progress: bool = True,
-) -> dict[str, Float[jax.Array, "..."]]:
+) -> dict[str, Shaped[jax.Array, "..."]]:
     """The parameters that `training.init_from` gives, by path, with their shardings.
 
     model: the model to initialise; only its `parts` are used. measures_scale: whether the latent scale is measured
-    after training, so that the one before it may be any. dtype_of: of each part. Raises InputError for a path without a
-    model, and for a part that the model does not have, or has with another configuration.
+    after training, so that the one before it may be any. base_dtype: how they are kept. Raises InputError for a path
+    without a model, and for a part that the model does not have, or has with another configuration.
     """
     initial = dict[str, jax.Array]()
     for path, weights in zip(training.init_from, _opened(training, model, parts, measures_scale), strict=True):
@@ -73,7 +74,7 @@ def initial_weights(
                 f"  note: {path} has other sampling defaults, {'; '.join(lines)} (there -> in this run and the models "
                 "that it saves). Set model.sampling in the configuration to keep them"
             )
-        initial |= flatten(load_weights(_cast(weights, dtype_of), mesh, progress).params)
+        initial |= flatten(load_weights(_kept(weights, base_dtype), mesh, progress).params)
     return initial
 
 
@@ -84,22 +85,36 @@ def random_weights(
     *,
     parts: Sequence[str],
     given: Collection[str],
-    dtype_of: DtypeOf = float32,
+    base_dtype: BaseDtype = BaseDtype.FLOAT32,
     progress: bool = True,
-) -> dict[str, Float[jax.Array, "..."]]:
+) -> dict[str, Shaped[jax.Array, "..."]]:
     """The parameters that have random initial values, by path, with their shardings: all of `parts` but those at the
     paths in `given`."""
-    abstract = abstract_leaves(model, parts)
-    leaves = {path: Initial(leaf, path, training.seed) for path, leaf in abstract.items() if path not in given}
-    return place(_cast(Weights(model, leaves, Origin(SourceLayout.MEMORY)), dtype_of), mesh, "initialising", progress)
+    weights = _random(model, parts, training.seed)
+    leaves = {path: leaf for path, leaf in weights.leaves.items() if path not in given}
+    return place(_kept(dataclasses.replace(weights, leaves=leaves), base_dtype), mesh, "initialising", progress)
 
 
-def _cast(weights: Weights, dtype_of: DtypeOf) -> Weights:
-    """The same parameters, each part in its dtype."""
-    dtypes = {path: dtype_of(path.split("/")[0]) for path in weights.leaves}
-    leaves = weights.leaves.items()
-    cast = {path: leaf if leaf.dtype == dtypes[path] else Cast(leaf, dtypes[path], path) for path, leaf in leaves}
-    return dataclasses.replace(weights, leaves=cast)
+def abstract_base(model: ModelConfig, base_dtype: BaseDtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a frozen model by path, none of them made."""
+    kept = _kept(_random(model, tuple(part_configs(model)), seed=0), base_dtype)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in kept.leaves.items()}
+
+
+def _random(model: ModelConfig, parts: Sequence[str], seed: int) -> Weights:
+    leaves = {path: Initial(leaf, path, seed) for path, leaf in abstract_leaves(model, parts).items()}
+    return Weights(model, leaves, Origin(SourceLayout.MEMORY))
+
+
+def _kept(weights: Weights, base_dtype: BaseDtype) -> Weights:
+    """The same parameters as a run keeps them: the autoencoder in float32, the others in this dtype."""
+    is_quantised = base_dtype is BaseDtype.INT8
+    leaves = dict[str, Leaf]()
+    for path, leaf in (quantised(weights) if is_quantised else weights).leaves.items():
+        dtype = np.dtype(np.float32 if path.startswith("vae/") else base_dtype.dtype)
+        same = leaf.dtype == dtype or (is_quantised and path not in weights.leaves) or leaf.dtype == np.int8
+        leaves[path] = leaf if same else Cast(leaf, dtype, path)
+    return dataclasses.replace(weights, leaves=leaves)
 
 
 def placed_network(name: str, leaves: Mapping[str, Leaf], mesh: Mesh) -> Params:
@@ -110,9 +125,11 @@ def placed_network(name: str, leaves: Mapping[str, Leaf], mesh: Mesh) -> Params:
     return unflatten(place(weights, mesh, f"loading {name}", progress=False))[name]
 
 
-def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str], measures_scale: bool) -> list[Weights]:
+def _opened(
+    training: LoopConfig, model: ModelConfig, parts: Collection[str], measures_scale: bool, field: str = _FIELD
+) -> list[Weights]:
     """The weights at each path of `training.init_from`, opened but not read: those of `parts` that are to be loaded,
-    once checked that they fit."""
+    once checked that they fit. field: that the paths are from, for messages."""
     opened: list[Weights] = []
     known, selected = part_configs(model), training.init_parts
     if unknown := [part for part in selected or () if part not in known]:
@@ -126,7 +143,7 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str], me
             weights = open_model(path, OpenOptions(has_options=False))
         except InputError as error:
             raise InputError(
-                f"training.init_from={path} cannot be opened: {error}. If it is the run of an earlier stage, train "
+                f"{field}={path} cannot be opened: {error}. If it is the run of an earlier stage, train "
                 "that first (docs/guides/recipe.md). Published weights have to be downloaded first"
             ) from error
         if selected is not None:
@@ -134,7 +151,7 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str], me
             missing -= set(weights.parts)
         if unknown := [part for part in weights.parts if part not in known]:
             raise InputError(
-                f"{path} in training.init_from holds {', '.join(unknown)}, which this model does not have. Select the "
+                f"{path} in {field} holds {', '.join(unknown)}, which this model does not have. Select the "
                 f"parts to load with training.init_parts, from {', '.join(known)}"
             )
         weights = _only(weights, parts)
@@ -146,11 +163,11 @@ def _opened(training: LoopConfig, model: ModelConfig, parts: Collection[str], me
                 have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # not in the other half's file
             if different := differences(have, want):
                 raise InputError(
-                    f"The {part} in {path} (training.init_from) has a different configuration: {'; '.join(different)} "
+                    f"The {part} in {path} ({field}) has a different configuration: {'; '.join(different)} "
                     f"(in the file -> in this run). Set {_field_of(part, model, parts)} to the file's configuration, "
                     f"or leave the {part} out of training.init_parts"
                 )
-        _check_meaning(path, weights, training, model)
+        _check_meaning(path, weights, training, model, field)
         opened.append(weights)
     lacking = [lacking_half(weights) for weights in opened if "vae" in weights.parts]
     trained = any(re.search(pattern, f"vae/{lacking[0]}/conv_out/kernel") for pattern in training.trainable if lacking)
@@ -184,14 +201,14 @@ def _sampling_differences(weights: Weights, model: ModelConfig) -> list[str]:
     return differences(there, here)
 
 
-def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: ModelConfig) -> None:
+def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: ModelConfig, field: str) -> None:
     """Raises InputError if the UNet was trained with another prediction, schedule or the like than this run's, unless
     `training.init_changes` names it."""
     changed = [line for line in _meaning_differences(weights, model) if not is_within(line, training.init_changes)]
     if changed:
         names = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)
         raise InputError(
-            f"The UNet of {path} (training.init_from) was trained with a different {'; '.join(changed)} (there -> in "
+            f"The UNet of {path} ({field}) was trained with a different {'; '.join(changed)} (there -> in "
             f"this run). Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
             f"purpose: --training.init-changes {' '.join(names)}"
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from jaxtyping import Float, Float32, Int8, Shaped
 
-from sdxl_jax.models.layers import KERNEL_SCALE
+from sdxl_jax.models.layers import KERNEL_SCALE, dequantised
 from sdxl_jax.weights.lazy import Index, Leaf, Weights
 
 _LAYERS = re.compile(r"^(unet|text_encoder(_2)?)/.*/kernel$")
@@ -30,8 +30,23 @@ def quantised(weights: Weights) -> Weights:
             leaves[path] = leaf
             continue
         scales = _Scales(leaf)
-        leaves[path], leaves[path.removesuffix("kernel") + KERNEL_SCALE] = _Values(leaf, scales), scales
+        leaves[path], leaves[scale_path(path)] = _Values(leaf, scales), scales
     return replace(weights, leaves=leaves)
+
+
+def scale_path(path: str) -> str:
+    """Of the scales of a kernel at this path."""
+    return path.removesuffix("kernel") + KERNEL_SCALE
+
+
+def with_numbers(leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """The reverse of `quantised`, rounding aside: kernels in float32, without scales."""
+    scales = {scale_path(path) for path in leaves if path.endswith("/kernel")} & leaves.keys()
+    return {
+        path: _Numbers(leaf, leaves[scale_path(path)]) if scale_path(path) in scales else leaf
+        for path, leaf in leaves.items()
+        if path not in scales
+    }
 
 
 def is_quantised(path: str) -> bool:
@@ -44,15 +59,25 @@ def round_to_int8(
 ) -> tuple[Int8[np.ndarray, "*axes features_out"], Float32[np.ndarray, "*layers features_out"]]:
     """(values, scale) of a kernel, or of stacked ones, which have an axis of layers in front: scales of each layer."""
     wide = kernel.astype(np.float32)
-    stacked = wide.ndim in (3, 5)
-    scale = np.abs(wide).max(axis=tuple(range(int(stacked), wide.ndim - 1)), keepdims=True) / np.float32(127)
-    values = np.rint(wide / np.where(scale > 0, scale, 1)).astype(np.int8)
-    return values, scale.reshape(*wide.shape[: int(stacked)], wide.shape[-1])
+    scale = np.abs(wide).max(axis=_within_layer(wide.ndim)) / np.float32(127)
+    return _rounded(wide, scale), scale
+
+
+def _within_layer(axes: int) -> tuple[int, ...]:
+    """The axes of a kernel with so many that one scale is for: not that of layers, and not the last."""
+    return tuple(range(int(axes in (3, 5)), axes - 1))
+
+
+def _rounded(
+    kernel: Float32[np.ndarray, "*axes features_out"], scale: Float32[np.ndarray, "*layers features_out"]
+) -> Int8[np.ndarray, "*axes features_out"]:
+    wide = np.expand_dims(scale, _within_layer(kernel.ndim))
+    return np.rint(kernel / np.where(wide > 0, wide, 1)).astype(np.int8)
 
 
 @dataclass
 class _Scales:
-    """Scales of a kernel. They are made with its values, which are read first."""
+    """Scales of a kernel, all of which is read for them, once."""
 
     leaf: Leaf
     known: Float32[np.ndarray, "*layers features_out"] | None = field(default=None, repr=False)
@@ -74,6 +99,8 @@ class _Scales:
 
 @dataclass(frozen=True)
 class _Values:
+    """Values of a kernel: all of it is read once, and then the slices that are asked for."""
+
     leaf: Leaf
     scales: _Scales
 
@@ -86,8 +113,31 @@ class _Values:
         return np.dtype(np.int8)
 
     def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
-        values, self.scales.known = round_to_int8(self.leaf.read())
-        return values if index is None else values[index]
+        if self.scales.known is None or index is None:
+            values, self.scales.known = round_to_int8(self.leaf.read())
+            return values if index is None else values[index]
+        ours = (*index[: self.scales.known.ndim - 1], index[-1])
+        return _rounded(self.leaf.read(index).astype(np.float32), self.scales.known[ours])
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A kernel in float32, of its values in eight bits and their scales."""
+
+    values: Leaf
+    scales: Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
+        scales = self.scales.read(None if index is None else (*index[: len(self.scales.shape) - 1], index[-1]))
+        return np.asarray(dequantised(self.values.read(index), scales))
 
 
 def error(weights: Mapping[str, Leaf]) -> dict[str, float]:
@@ -96,8 +146,6 @@ def error(weights: Mapping[str, Leaf]) -> dict[str, float]:
     for path, leaf in weights.items():
         if is_quantised(path):
             kernel = leaf.read().astype(np.float32)
-            values, scale = round_to_int8(kernel)
-            between = (1,) * (kernel.ndim - scale.ndim)
-            rounded = values * scale.reshape(*scale.shape[:-1], *between, scale.shape[-1])
+            rounded = dequantised(*round_to_int8(kernel))
             found[path] = float(np.linalg.norm(kernel - rounded) / max(np.linalg.norm(kernel), 1e-30))
     return found

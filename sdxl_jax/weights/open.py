@@ -24,7 +24,7 @@ import numpy as np
 
 from sdxl_jax.adapters import changes
 from sdxl_jax.adapters.embeddings import TABLE
-from sdxl_jax.arrays import unflatten
+from sdxl_jax.arrays import BaseDtype, unflatten
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files import buckets
@@ -40,10 +40,12 @@ from sdxl_jax.weights import descriptions, detect, names
 from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.descriptions import METADATA, licences_in
 from sdxl_jax.weights.detect import FoundPart
+from sdxl_jax.weights.eight_bits import with_numbers
 from sdxl_jax.weights.formats import checkpoints, diffusers, diffusers_fields, json_files, orbax, run, safetensors
 from sdxl_jax.weights.formats.safetensors import Tensor
 from sdxl_jax.weights.lazy import (
     Carried,
+    Cast,
     Changed,
     Initial,
     InMemory,
@@ -174,6 +176,8 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
         # Networks of the loss are there too.
         leaves |= {name: leaf for name, leaf in frozen.items() if name.split("/")[0] in part_configs(config)}
         factors |= {name: leaf for name, leaf in frozen.items() if factors and name.startswith(_ADAPTERS)}
+    in_eight_bits = {name for name, leaf in leaves.items() if leaf.dtype == np.int8}
+    leaves = with_numbers(leaves)
     for name, rows in vectors.items():
         table = f"{name.split('/')[1]}/{TABLE}"
         leaves[table] = WithRows(leaves[table], rows)
@@ -183,9 +187,11 @@ def _open_run(run_dir: AnyPath, step: int | None, raw: bool) -> Weights:
     merged = (f"{name} × 1",) if factors else ()
     provenance = Provenance(name, chosen, trained.steps, has_average, trained.commit, merged=merged)
     complete = _complete(config, leaves, path, trained.parts)
+    complete = _with_adapters(config, complete, factors) if factors else complete
+    narrow = np.dtype(BaseDtype.INT8.dtype)  # as what else of such a base there is
     return Weights(
         config,
-        _with_adapters(config, complete, factors) if factors else complete,
+        {name: Cast(leaf, narrow, name) if name in in_eight_bits else leaf for name, leaf in complete.items()},
         Origin(SourceLayout.RUN),
         licences=licences_in(run_dir),
         notes=notes,

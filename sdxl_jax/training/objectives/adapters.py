@@ -30,14 +30,16 @@ from sdxl_jax.adapters import changes, dora, kinds, targets
 from sdxl_jax.adapters.changes import Resolved
 from sdxl_jax.adapters.kinds import Factors, Kind
 from sdxl_jax.adapters.targets import AdapterConfig
-from sdxl_jax.arrays import Parameter, Params, flatten, type_of_array, unflatten
+from sdxl_jax.arrays import BaseDtype, Parameter, Params, flatten, type_of_array, unflatten
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
+from sdxl_jax.models.layers import dequantised
 from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.state import merge
 from sdxl_jax.weights.adapter_files import export, reading
 from sdxl_jax.weights.adapter_files.names import layers_of
+from sdxl_jax.weights.eight_bits import scale_path
 from sdxl_jax.weights.lazy import Initial, abstract_leaves
 
 ADAPTERS = "adapters"
@@ -88,7 +90,8 @@ class AdapterTraining:
                 parameter, _, name = path.rpartition("/")
                 if name == "magnitude":
                     axis, stacked = dora.axis_of(value.shape), self.layers[parameter] is not None
-                    made[path] = jax.device_put(_norms(flat[parameter], axis, stacked), value.sharding)
+                    norms = _norms(flat[parameter], flat.get(scale_path(parameter)), axis, stacked)
+                    made[path] = jax.device_put(norms, value.sharding)
         return _split(made)
 
     def _from_file(self, path: str) -> Params:
@@ -181,11 +184,12 @@ class AdapterTraining:
 
     def merged(self, base: Params, whole: Params) -> Params:
         """The model's parameters with the changes of adapters (`of`) merged into the base; its dtypes and shardings
-        stay."""
+        stay, but a changed kernel is no longer in eight bits."""
         flat = flatten(base)
         for parameter, factors in changes.by_parameter(flatten(whole)).items():
-            value = flat[parameter]
-            changed = _changed(value, factors, self.layers[parameter] is not None)
+            value, scale = flat[parameter], flat.pop(scale_path(parameter), None)
+            dtype = value.dtype if scale is None else BaseDtype.INT8.dtype
+            changed = _changed(value, scale, factors, self.layers[parameter] is not None, dtype)
             flat[parameter] = jax.device_put(changed, value.sharding)
         return unflatten(flat)
 
@@ -275,21 +279,31 @@ def _split(flat: dict[str, Any]) -> tuple[Params, Params]:
     return {ADAPTERS: trees[0]}, {ADAPTERS: trees[1]} if trees[1] else {}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _norms(kernel: Float[jax.Array, "*shape"], axis: dora.Axis, stacked: bool) -> Float[jax.Array, "..."]:
-    """The magnitudes with which a DoRA begins."""
-    kernel = kernel.astype(jnp.float32)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _norms(
+    kernel: Shaped[jax.Array, "*shape"], scale: Float[jax.Array, "..."] | None, axis: dora.Axis, stacked: bool
+) -> Float[jax.Array, "..."]:
+    """The magnitudes with which a DoRA begins. scale: of a kernel in eight bits."""
+    kernel = jnp.asarray(dequantised(kernel, scale), jnp.float32)
     return jnp.asarray(jax.vmap(lambda one: dora.norm(one, axis))(kernel) if stacked else dora.norm(kernel, axis))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _changed(value: Float[jax.Array, "*shape"], factors: Factors, stacked: bool) -> Float[jax.Array, "*shape"]:
-    """A parameter with its change, computed in float32, one layer at a time, in the parameter's dtype."""
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _changed(
+    value: Shaped[jax.Array, "*shape"],
+    scale: Float[jax.Array, "..."] | None,
+    factors: Factors,
+    stacked: bool,
+    dtype: np.dtype,
+) -> Float[jax.Array, "*shape"]:
+    """A parameter with its change, computed in float32, one layer at a time. scale: of a kernel in eight bits. dtype:
+    of the result."""
 
-    def one(layer: tuple[Any, Factors]) -> Any:
-        return kinds.changed(layer[0].astype(jnp.float32), layer[1]).astype(value.dtype)
+    def one(layer: tuple[Any, Any, Factors]) -> Any:
+        value, scale, factors = layer
+        return kinds.changed(dequantised(value, scale).astype(jnp.float32), factors).astype(dtype)
 
-    return jax.lax.map(one, (value, factors)) if stacked else one((value, factors))
+    return jax.lax.map(one, (value, scale, factors)) if stacked else one((value, scale, factors))
 
 
 def _kept(key: Key[jax.Array, ""], dropout: float, shapes: Sequence[tuple[int, ...]]) -> list[Bool[jax.Array, "..."]]:

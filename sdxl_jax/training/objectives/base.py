@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Key, UInt8
 
 from sdxl_jax import flops, sharding
-from sdxl_jax.arrays import Batch, MicroConditioning, Params, unflatten
+from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig
 from sdxl_jax.data.buckets import Bucket
@@ -38,7 +38,7 @@ from sdxl_jax.evaluation.scores import weights_of
 from sdxl_jax.model import Model, ModelConfig
 from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.optim.optimiser import make_optimiser
-from sdxl_jax.training.initial import check_initial, float32, initial_weights, random_weights
+from sdxl_jax.training.initial import check_initial, initial_weights, random_weights
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, create, merge, partition
 from sdxl_jax.training.step import Metrics, Step, make_step
@@ -191,9 +191,10 @@ class Objective(abc.ABC, Generic[Config]):
         """The state before the first step, of trainable parameters. Pure: compiled by `jitted_start`."""
         return create(params, self.optimiser, self.config.ema)
 
-    def dtype_of(self, part: str) -> np.dtype:
-        """The dtype of a part's parameters, those of the optimiser aside."""
-        return float32(part)
+    @property
+    def base_dtype(self) -> BaseDtype:
+        """How parameters are kept that are not trained. Here: as those that are."""
+        return BaseDtype.FLOAT32
 
     def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float[jax.Array, "..."]]:
         """The parameters that are not initialised at random, by path, with their shardings."""
@@ -203,7 +204,7 @@ class Objective(abc.ABC, Generic[Config]):
             mesh,
             parts=self.parts,
             measures_scale=self.measures_scale,
-            dtype_of=self.dtype_of,
+            base_dtype=self.base_dtype,
             progress=progress,
         )
 
@@ -224,7 +225,7 @@ class Objective(abc.ABC, Generic[Config]):
             mesh,
             parts=self.parts,
             given=initial,
-            dtype_of=self.dtype_of,
+            base_dtype=self.base_dtype,
             progress=progress,
         )
         return unflatten(random | initial)

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Int32, Key, UInt8
 
 from sdxl_jax import arrays, sharding
-from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning, Params, type_of_array
+from sdxl_jax.arrays import BaseDtype, Batch, EncodedBatch, MicroConditioning, Params, type_of_array
 from sdxl_jax.conditioning import classes, text
 from sdxl_jax.conditioning import micro as micro_conditioning
 from sdxl_jax.conditioning.text import Tokenizer
@@ -38,6 +38,7 @@ from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
 from sdxl_jax.training import encoding
+from sdxl_jax.training.initial import abstract_base
 from sdxl_jax.training.objectives import adapters, image_prompts, textual_inversion
 from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.base import Examples, Grid, Objective, abstract_rows
@@ -45,7 +46,6 @@ from sdxl_jax.training.objectives.textual_inversion import EmbeddingTraining
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.training.state import TrainState, merge
 from sdxl_jax.training.step import Metrics
-from sdxl_jax.weights.lazy import abstract_leaves
 from sdxl_jax.weights.textual_inversion import BESIDE_ADAPTER
 
 EmptyTokens = Int32[np.ndarray, "1 77"]
@@ -166,8 +166,9 @@ class Denoising(Objective[TrainConfig]):
         )
         return batch._replace(image=None, encoded=encoded)
 
-    def dtype_of(self, part: str) -> np.dtype:
-        return self.config.dtype_of(part)
+    @property
+    def base_dtype(self) -> BaseDtype:
+        return self.config.base_dtype
 
     @property
     def _beside(self) -> Sequence[AdapterTraining | EmbeddingTraining]:
@@ -178,11 +179,8 @@ class Denoising(Objective[TrainConfig]):
         if not self._beside:
             return super().abstract_state(mesh)
         trained, frozen = _united(each.abstract_trees() for each in self._beside)
-        base = {
-            path: jax.ShapeDtypeStruct(leaf.shape, self.dtype_of(path.split("/")[0]))
-            for path, leaf in abstract_leaves(self.config.model).items()
-        }
-        frozen = sharding.placed(mesh, arrays.unflatten(base) | frozen)
+        base = arrays.unflatten(abstract_base(self.config.model, self.base_dtype))
+        frozen = sharding.placed(mesh, base | frozen)
         return sharding.placed(mesh, jax.eval_shape(self.create, trained)), frozen
 
     def fresh_state(
