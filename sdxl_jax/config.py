@@ -372,7 +372,7 @@ class TrainConfig(RunConfig):
                 ("validation.guidance", self.validation.guidance, 0, 1000),
             ]
         )
-        self.loss.check(self.model.schedule.timesteps)
+        self.loss.check(self.model.schedule.timesteps, self.model.noise)
         if self.model.unet.in_channels != self.model.vae.latent_channels:
             raise InputError(
                 f"model.unet.in_channels={self.model.unet.in_channels} is not model.vae.latent_channels="
@@ -417,11 +417,6 @@ class TrainConfig(RunConfig):
             raise InputError(
                 f"data.label={label} has no effect: this model is not conditioned on classes. Leave it out (None), or "
                 "set model.unet.classes"
-            )
-        if self.model.noise is not None:
-            raise InputError(
-                "model.noise is given, but training has the discrete noise levels of model.schedule alone. Set "
-                "model.noise=None"
             )
         if self.model.unet.guidance_dim is not None:
             raise InputError(

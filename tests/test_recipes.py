@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import safetensors
 from jax.sharding import AbstractMesh
 from PIL import Image
 from test_autoencoder_recipes import AUTOENCODERS
@@ -29,6 +30,7 @@ from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig, abstract
 from sdxl_jax.models.layers import Dtype, Remat
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import AXES, MeshConfig
 from sdxl_jax.smoke import SHRUNK, STEPS, smoke_config
 from sdxl_jax.training.encoding import encode
@@ -36,6 +38,7 @@ from sdxl_jax.training.loop import train
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.load import load_model
+from sdxl_jax.weights.open import open_model
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -43,10 +46,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("sdxl_base_256", "sdxl_base_512", "sdxl_base_1024_multi_aspect", "sdxl_refiner")
 IMAGENET = ("imagenet_512_only", "imagenet_512_nocond", "imagenet_512_size_cond")
 BESIDE = ("lora_1024", "dreambooth_lora", "textual_inversion", "pivotal")
-OTHERS = ("finetune_1024", *BESIDE, "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
+OF_OTHER_NOISE = ("finetune_edm", "finetune_flow", "finetune_v_pred")
+OTHERS = ("finetune_1024", *BESIDE, *OF_OTHER_NOISE, "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
 NAMES = STAGES + OTHERS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
-PUBLISHED |= {"stable-diffusion-2": "sd21_v"}
+PUBLISHED |= {"stable-diffusion-2": "sd21_v", "cosxl.safetensors": "finetune_edm"}
 """The published weights that recipes start from, each with a recipe that has the same model."""
 UNET_PARAMETERS = {
     "sdxl_refiner": 2_259_526_660,
@@ -246,6 +250,42 @@ def test_stage_starts_from_the_weights_of_init_from_bit_for_bit(chain: Chain, na
     assert {path.split("/")[0] for path in ours} == set(config.training.init_parts or config_parts(config))
     for path, value in ours.items():
         np.testing.assert_array_equal(value, theirs[path].astype(value.dtype), err_msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_OTHER_NOISE)
+def test_a_run_and_its_exports_say_their_noise_levels(chain: Chain, name: str, tmp_path: Path) -> None:
+    expected = chain.configs[name].model
+    run_dir = trained(chain, name)
+    convert(run_dir, tmp_path / "file.safetensors", "single-file", False)
+    convert(run_dir, tmp_path / "folder", "diffusers", False)
+    for path in (run_dir, checkpoint(chain, name, 1), tmp_path / "file.safetensors", tmp_path / "folder"):
+        found = open_model(path).config
+        assert (found.noise, found.prediction, found.schedule) == (
+            expected.noise,
+            expected.prediction,
+            expected.schedule,
+        ), path
+        assert Options().resolved(found) == Options().resolved(expected)
+    with safetensors.safe_open(str(tmp_path / "file.safetensors"), "np") as file:
+        marks = {key for key in file.keys() if key.startswith(("edm_", "v_pred", "ztsnr"))}  # noqa: SIM118
+    assert marks == {
+        "finetune_edm": {"edm_vpred.sigma_max", "edm_vpred.sigma_min"},
+        "finetune_flow": set(),  # no program knows a mark of it: our own metadata says it
+        "finetune_v_pred": {"v_pred", "ztsnr"},
+    }.get(name)
+    after = with_training(chain.configs[name], init_from=(str(run_dir),), init_changes=(), trainable=("^unet/",))
+    objective_of(after).check_start()  # of a second phase: nothing is changed any more
+
+
+@pytest.mark.parametrize("name", OF_OTHER_NOISE[1:])
+def test_another_prediction_is_refused_unless_it_is_changed_on_purpose(chain: Chain, name: str) -> None:
+    config = chain.configs[name]
+    objective_of(config).check_start()
+    with pytest.raises(
+        InputError, match=r"trained with a different prediction: \"epsilon\" -> .*--training.init-changes"
+    ):
+        objective_of(with_training(config, init_changes=())).check_start()
 
 
 def config_parts(config: TrainConfig) -> set[str]:

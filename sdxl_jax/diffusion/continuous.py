@@ -4,11 +4,11 @@
     flow   x = (1 − s) x₀ + s ε,    0 ≤ s ≤ 1            Lipman et al., arXiv:2210.02747; Esser et al., arXiv:2403.03206
 
 Both are the discrete schedule's x_t = α x₀ + σ_t ε with α² + σ_t² = 1, times a number: 1/α for EDM, where σ = σ_t / α,
-and 1/(α + σ_t) for flow, where s = σ_t / (α + σ_t). So samplers and all else keep x_t, α and σ_t, and `Scales` has what
-the laws differ in, as factors of x_t. Nothing in it is infinite where α = 0, which is flow's s = 1.
+and 1/(α + σ_t) for flow, where s = σ_t / (α + σ_t). So samplers, the loss and all else keep x_t, α and σ_t, and
+`Scales` has what the laws differ in, as factors of x_t. Nothing in it is infinite where α = 0, which is flow's s = 1.
 
 The discrete schedule's own numbers are in `schedule`, its predictions in `parameterisation`. Not here: which noise
-levels are visited (`samplers/steps.py`).
+levels are sampled (`samplers/steps.py`) and trained (`training_levels`).
 """
 
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -60,7 +61,8 @@ class FlowConfig:
     """Levels of s in (1 − s) x₀ + s ε. The network predicts ε − x₀, and is given 1000 s as its timestep."""
 
     shift: float = 1.0
-    """Shift of the sampled levels. Higher: more of them are noisy; 1 is no shift, 3 is SD 3's."""
+    """Shift of the levels that are sampled and trained. Higher: more of them are noisy; 1 is no shift, 3 is SD 3's. For
+    an image of k times the side that the model was trained for: k times the shift."""
 
     def shifted(self, s: Any) -> Any:
         """s ↦ shift · s / (1 + (shift − 1) s). Esser et al., eq. 23."""
@@ -113,9 +115,23 @@ def scales(law: ContinuousConfig, prediction: Prediction, alpha: Numbers, sigma_
     )
 
 
-def noise_input(law: ContinuousConfig, level: Float[np.ndarray, " levels"]) -> Float[np.ndarray, " levels"]:
+def noise_input(law: ContinuousConfig, level: Float[type_of_array, " levels"]) -> Float[type_of_array, " levels"]:
     """c_noise: what the network is given as its timestep at σ (EDM) or s (flow)."""
-    return 1000.0 * level if isinstance(law, FlowConfig) else 0.25 * np.log(level)
+    if isinstance(law, FlowConfig):
+        return 1000.0 * level
+    return 0.25 * (np.log(level) if isinstance(level, np.ndarray) else jnp.log(level))
+
+
+def target(
+    law: ContinuousConfig, prediction: Prediction, x0: Any, epsilon: Any, alpha: Numbers, sigma_t: Numbers
+) -> Any:
+    """The regression target, arrays as x₀: the F with which `Scales` gives this x₀ and this ε. In the terms of Karras
+    et al., eq. 7, (x₀ − c_skip (x₀ + σ ε)) / c_out, without its division by small numbers at low σ."""
+    if isinstance(law, FlowConfig):
+        return epsilon - x0
+    data, sign = law.sigma_data, -1.0 if prediction is Prediction.V else 1.0
+    root = (sigma_t**2 + (alpha * data) ** 2) ** 0.5
+    return sign * (sigma_t / data * x0 - alpha * data * epsilon) / root
 
 
 def predicted(

@@ -2,24 +2,31 @@
 
     L = E w(t) ‖target − network(α_t x₀ + σ_t ε, t)‖²,   t over the timesteps, uniformly or as configured
 
-Options: weights by SNR, offset noise, input perturbation, a range of timesteps, biased timesteps. The network is a
-function that is passed in.
+With a continuous noise law t is σ or s, distributed as in `training_levels`, and the network has the law's input and
+target (`continuous`).
+
+Options: weights by noise level, offset noise, input perturbation, a range of timesteps, biased timesteps, the
+distribution of continuous levels. The network is a function that is passed in.
 """
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import reduce
-from jaxtyping import Bool, Float, Int, Key, UInt8
+from jaxtyping import Bool, Float, Int, Key, Num, UInt8
 
+from sdxl_jax.diffusion import continuous
+from sdxl_jax.diffusion.continuous import ContinuousConfig, EdmConfig, FlowConfig, noise_input, scales
 from sdxl_jax.diffusion.parameterisation import CONTINUOUS, Prediction, target
 from sdxl_jax.diffusion.schedule import Schedule
+from sdxl_jax.diffusion.training_levels import LevelsConfig, draw_level
 from sdxl_jax.errors import InputError, check_ranges
 
 Array = jax.Array
@@ -29,11 +36,32 @@ class Weighting(enum.Enum):
     """How much an error counts at each noise level."""
 
     UNIFORM = "uniform"
-    """Weight 1 for an error in what the network predicts: DDPM's simple loss, SDXL."""
+    """Weight 1 for an error in what the network predicts: DDPM's simple loss, SDXL; EDM's λ(σ), which is 1 / c_out² for
+    an error in x₀; flow matching."""
     MIN_SNR = "min_snr"
     """By min(SNR, γ) / SNR for ε: nearly clean timesteps count less. Hang et al. 2023, arXiv:2303.09556."""
     DEBIASED = "debiased"
     """By 1 / √SNR for ε: noisy timesteps count more. Yu et al. 2023, arXiv:2310.08442."""
+    X0 = "x0"
+    """Weight 1 for an error in x₀: noisy levels count more; diffusers' training of Playground v2.5. Of continuous noise
+    levels alone."""
+    INVERSE_SQUARE = "inverse_square"
+    """By σ⁻² for an error in x₀: nearly clean levels count more; the weight of diffusers' EDM-style training. Of EDM's
+    noise levels alone; for flow matching s⁻² is UNIFORM."""
+    COSMAP = "cosmap"
+    """By 2 / (π (1 − 2s + 2s²)) for ε − x₀: the middle counts twice as much as the ends. Esser et al. 2024,
+    arXiv:2403.03206, eq. 21. Of flow matching alone."""
+
+
+def _fitting(law: ContinuousConfig | None) -> tuple[Weighting, ...]:
+    """Those of a model with this noise law, or with the discrete schedule (None)."""
+    match law:
+        case None:
+            return Weighting.UNIFORM, Weighting.MIN_SNR, Weighting.DEBIASED
+        case EdmConfig():
+            return Weighting.UNIFORM, Weighting.X0, Weighting.INVERSE_SQUARE
+        case FlowConfig():
+            return Weighting.UNIFORM, Weighting.X0, Weighting.COSMAP
 
 
 @dataclass(frozen=True)
@@ -58,14 +86,18 @@ class LossConfig:
     timestep_bias: float | None = None
     """How many times as often a biased timestep is drawn as another. Higher: the others are learnt more slowly; below
     1: drawn less often; 0: never."""
+    levels: LevelsConfig = field(default_factory=LevelsConfig)
+    """Which noise levels are trained where they are continuous."""
 
-    def check(self, timesteps: int) -> None:
+    def check(self, timesteps: int, law: ContinuousConfig | None = None) -> None:
         """Raises InputError for values that are out of range and for those that would have no effect. timesteps: number
-        of timesteps of the schedule."""
+        of timesteps of the schedule. law: continuous noise levels in its place."""
+        self._check_law(law)
         if self.min_snr_gamma is not None and self.weighting is not Weighting.MIN_SNR:
+            remedy = "Set loss.weighting=min_snr, or leave it out" if law is None else "Leave it out"
             raise InputError(
                 f"loss.min_snr_gamma={self.min_snr_gamma} has no effect with loss.weighting={self.weighting.value}. "
-                "Set loss.weighting=min_snr, or leave it out"
+                f"{remedy}"
             )
         check_ranges([("loss.min_snr_gamma", self.min_snr_gamma, 0, np.inf)], above_low=True, below_high=True)
         check_ranges(
@@ -98,6 +130,21 @@ class LossConfig:
                 f"loss.biased_timesteps with loss.timestep_bias={self.timestep_bias} has no effect: all timesteps that "
                 "are trained are drawn equally often. Leave both out, or bias a part of loss.timesteps"
             )
+
+    def _check_law(self, law: ContinuousConfig | None) -> None:
+        self.levels.check(law)
+        if self.weighting not in (fitting := _fitting(law)):
+            noise = "None" if law is None else type(law).__name__
+            raise InputError(
+                f"loss.weighting={self.weighting.value} does not apply to the noise levels of model.noise={noise}. "
+                f"Give one of {', '.join(each.value for each in fitting)}"
+            )
+        for name in ("timesteps", "biased_timesteps", "timestep_bias"):
+            if law is not None and (value := getattr(self, name)) is not None:
+                raise InputError(
+                    f"loss.{name}={value} has no effect on a model with continuous noise levels (model.noise), which "
+                    "has no timesteps. Leave it out; loss.levels says which levels are trained"
+                )
 
 
 def frequencies(config: LossConfig, timesteps: int) -> Float[np.ndarray, " timesteps"]:
@@ -134,6 +181,8 @@ def weights(
             return min_snr_weight(snr, 5.0 if config.min_snr_gamma is None else config.min_snr_gamma, prediction)
         case Weighting.DEBIASED:
             return debiased_weight(snr, prediction)
+        case Weighting.X0 | Weighting.INVERSE_SQUARE | Weighting.COSMAP:
+            raise AssertionError("refused with the discrete schedule (`LossConfig.check`)")
 
 
 def min_snr_weight(
@@ -176,6 +225,29 @@ def debiased_weight(snr: Float[np.ndarray, " timesteps"], prediction: Prediction
             raise AssertionError(CONTINUOUS)
 
 
+def level_weight(
+    weighting: Weighting,
+    law: ContinuousConfig,
+    prediction: Prediction,
+    alpha: Float[Array, "batch 1 1 1"],
+    sigma_t: Float[Array, "batch 1 1 1"],
+) -> Float[Array, "batch 1 1 1"] | None:
+    """λ(σ) as the weight of an error in what the network predicts, at continuous noise levels; None: all 1.
+
+    An error Δ there is one of c_out Δ in x₀.
+    """
+    output = scales(law, prediction, alpha, sigma_t).output
+    match weighting:
+        case Weighting.X0:
+            return output**2
+        case Weighting.INVERSE_SQUARE:
+            return (output * alpha / sigma_t) ** 2
+        case Weighting.COSMAP:
+            return 2 / math.pi * (alpha + sigma_t) ** 2  # 1 − 2s + 2s² = 1 / (α + σ_t)²
+        case Weighting.UNIFORM | Weighting.MIN_SNR | Weighting.DEBIASED:
+            return None
+
+
 def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Float[Array, "height width channels"]:
     """Standard normal noise for one latent of shape [height, width, channels], plus `offset` × one normal number per
     channel.
@@ -190,9 +262,9 @@ def draw_noise(key: Key[Array, ""], shape: tuple[int, ...], offset: float) -> Fl
 
 
 Network = Callable[
-    [Float[Array, "batch height width channels"], Int[Array, " batch"]], Float[Array, "batch height width channels"]
+    [Float[Array, "batch height width channels"], Num[Array, " batch"]], Float[Array, "batch height width channels"]
 ]
-"""(x_t, timestep) -> prediction."""
+"""(x_t, timestep) -> prediction; of a continuous law, (its `Scales.input` · x_t, its `noise_input`) -> F."""
 
 
 class BaseTarget(NamedTuple):
@@ -214,19 +286,49 @@ def position_weights(
     return averaged / jnp.where(area > 0, area, 1)
 
 
+class _Levels(NamedTuple):
+    """The noise levels of a batch."""
+
+    timestep: Num[Array, " batch"]
+    """The network's input: whole numbers, or a law's `noise_input`."""
+    alpha: Float[Array, "batch 1 1 1"]
+    sigma_t: Float[Array, "batch 1 1 1"]
+
+
+def _at(values: Float[np.ndarray, " timesteps"], timestep: Num[Array, " batch"]) -> Float[Array, "batch 1 1 1"]:
+    return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
+
+
+def _levels(schedule: Schedule | ContinuousConfig, drawn: Num[Array, " batch"]) -> _Levels:
+    """drawn: timesteps, or levels of a law."""
+    if isinstance(schedule, Schedule):
+        return _Levels(drawn, _at(schedule.alpha, drawn), _at(schedule.sigma_t, drawn))
+    return _Levels(jnp.asarray(noise_input(schedule, drawn)), *schedule.level(drawn[:, None, None, None]))
+
+
+def _weight(
+    schedule: Schedule | ContinuousConfig, prediction: Prediction, config: LossConfig, levels: _Levels
+) -> Float[Array, "batch 1 1 1"] | None:
+    if not isinstance(schedule, Schedule):
+        return level_weight(config.weighting, schedule, prediction, levels.alpha, levels.sigma_t)
+    by_timestep = weights(schedule.snr, config, prediction)
+    return None if by_timestep is None else _at(by_timestep, levels.timestep)
+
+
 def diffusion_loss(
     network: Network,
     x0: Float[Array, "batch height width channels"],
     keys: Key[Array, " batch"],
-    schedule: Schedule,
+    schedule: Schedule | ContinuousConfig,
     prediction: Prediction,
     config: LossConfig,
     example_weight: Float[Array, " batch"] | None = None,
     base: BaseTarget | None = None,
     position_weight: Float[Array, "batch height width"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean weighted squared error over the batch. example_weight: a factor of each example's; the mean is over their
-    number, as in sd-scripts. base: for examples with another target. position_weight: of `position_weights`.
+    """Mean weighted squared error over the batch. schedule: discrete noise levels, or a law of continuous ones.
+    example_weight: a factor of each example's; the mean is over their number, as in sd-scripts. base: for examples with
+    another target. position_weight: of `position_weights`.
 
     network(x_t, timestep [batch]) -> prediction; x0: scaled latents; keys: one per example, so that an example's
     timestep and noise do not depend on how the batch is split into micro-batches or over devices.
@@ -234,30 +336,33 @@ def diffusion_loss(
 
     def draw(
         key: Key[Array, ""],
-    ) -> tuple[Int[Array, ""], Float[Array, "height width channels"], Float[Array, "height width channels"]]:
-        """(timestep, ε, ε of the network's input) of one example."""
+    ) -> tuple[Num[Array, ""], Float[Array, "height width channels"], Float[Array, "height width channels"]]:
+        """(timestep or level, ε, ε of the network's input) of one example."""
         time_key, noise_key, perturbation_key = jax.random.split(key, 3)
         epsilon = draw_noise(noise_key, x0.shape[1:], config.offset_noise)
         perturbed = epsilon
         if config.input_perturbation:
             perturbed += config.input_perturbation * jax.random.normal(perturbation_key, epsilon.shape)
-        return draw_timestep(time_key, config, len(schedule.alpha_bar)), epsilon, perturbed
+        if isinstance(schedule, Schedule):
+            return draw_timestep(time_key, config, len(schedule.alpha_bar)), epsilon, perturbed
+        return draw_level(time_key, config.levels, schedule), epsilon, perturbed
 
-    timestep, epsilon, perturbed = jax.vmap(draw)(keys)
-
-    def at_timestep(values: Float[np.ndarray, " timesteps"]) -> Float[Array, "batch 1 1 1"]:
-        return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
-
-    alpha, sigma_t = at_timestep(schedule.alpha), at_timestep(schedule.sigma_t)
+    drawn, epsilon, perturbed = jax.vmap(draw)(keys)
+    levels = _levels(schedule, drawn)
+    timestep, alpha, sigma_t = levels
     x_t = alpha * x0 + sigma_t * perturbed
+    if isinstance(schedule, Schedule):
+        aim = target(prediction, x0, epsilon, alpha, sigma_t)
+    else:
+        x_t = scales(schedule, prediction, alpha, sigma_t).input * x_t
+        aim = continuous.target(schedule, prediction, x0, epsilon, alpha, sigma_t)
     output = network(x_t, timestep)
-    aim = target(prediction, x0, epsilon, alpha, sigma_t)
     if base is not None:
         of_base = jax.lax.stop_gradient(base.network(x_t, timestep))
         aim = jnp.where(base.examples[:, None, None, None], of_base, aim)
     error = (output - aim) ** 2
-    if (weight := weights(schedule.snr, config, prediction)) is not None:
-        error *= at_timestep(weight)
+    if (weight := _weight(schedule, prediction, config, levels)) is not None:
+        error *= weight
     if example_weight is not None:
         error *= example_weight[:, None, None, None]
     if position_weight is not None:

@@ -105,21 +105,22 @@ def _with_edm(weights: Weights) -> Weights:
     """With the noise levels that the marks of a file say, and the latents of Playground v2.5."""
     marks = {name: tensor for (_, name), tensor in weights.carried.items() if name.startswith("edm_")}
     config = weights.config
-    values = {name: np.asarray(tensor.read(), np.float64).reshape(-1) for name, tensor in marks.items()}
+    # As they are written: float32's 0.002 is 0.0020000000949949026, with which no configuration would agree.
+    values = {name: [float(str(value)) for value in tensor.read().reshape(-1)] for name, tensor in marks.items()}
     if "edm_mean" in values:
         if not isinstance(config.vae, VaeConfig):
             raise InputError(
                 "The file's edm_mean and edm_std are of an autoencoder that is not in it. Give a whole model"
             )
-        mean, std = (tuple(map(float, values[name])) for name in _LATENTS)
+        mean, std = (tuple(values[name]) for name in _LATENTS)
         vae = dataclasses.replace(config.vae, scale=_PLAYGROUND_SCALE, latent_mean=mean, latent_std=std)
         vae.check("model.vae")
         config = dataclasses.replace(config, vae=vae, noise=EdmConfig(), prediction=Prediction.EDM)
         config = dataclasses.replace(config, sampling=SamplingDefaults("dpmpp_2m"))
     else:
         # sigma_min has a default in ComfyUI, too; levels even in log σ are diffusers' and its own for CosXL.
-        low = float(values[_VPRED[1]][0]) if _VPRED[1] in values else EdmConfig().sigma_min
-        noise = EdmConfig(low, float(values[_VPRED[0]][0]), 1.0)
+        low = values[_VPRED[1]][0] if _VPRED[1] in values else EdmConfig().sigma_min
+        noise = EdmConfig(low, values[_VPRED[0]][0], 1.0)
         noise.check("edm_vpred")
         config = dataclasses.replace(config, noise=noise, prediction=Prediction.V)
         config = dataclasses.replace(config, sampling=SamplingDefaults(sigmas=Sigmas.EXPONENTIAL))

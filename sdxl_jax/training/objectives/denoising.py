@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Float, Int, Int32, Key, UInt8
+from jaxtyping import Float, Int32, Key, Num, UInt8
 
 from sdxl_jax import arrays, sharding
 from sdxl_jax.arrays import BaseDtype, Batch, EncodedBatch, MicroConditioning, Params, type_of_array
@@ -328,7 +328,7 @@ def batch_loss(
         of_base = _network(params, batch, prompt, dropout_keys, config, empty, of_token)
         base = loss.BaseTarget(of_base, jnp.asarray(batch.base_target))
 
-    noise = schedule.make(parts.schedule)
+    noise = parts.noise or schedule.make(parts.schedule)
     factors = None if batch.loss_weight is None else jnp.asarray(batch.loss_weight)
     masks = None if batch.mask is None else loss.position_weights(jnp.asarray(batch.mask), *latent.shape[1:3])
     return loss.diffusion_loss(network, latent, loss_keys, noise, parts.prediction, config.loss, factors, base, masks)
@@ -355,7 +355,7 @@ def _network(
     conditioning = condition(parts, prompt, micro, class_embedding(parts, params["unet"], label))
 
     def network(
-        x_t: Float[jax.Array, "batch height width channels"], timestep: Int[jax.Array, " batch"]
+        x_t: Float[jax.Array, "batch height width channels"], timestep: Num[jax.Array, " batch"]
     ) -> Float[jax.Array, "batch height width channels"]:
         context, vector, added = conditioning
         beside = (changes or {}).get("unet")
