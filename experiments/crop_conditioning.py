@@ -96,7 +96,7 @@ def main() -> None:
     check_plots()
     out, given = options.out, pictures.square_pictures(OBJECT)
     wide = canvases(given)
-    small_model.write_images(out / "data", wide, range(len(wide)))
+    small_model.write_images(out / "data", wide, label=range(len(wide)))
     rows = [row("data", left, np.stack([canvas[:, left : left + SIDE] for canvas in wide]), given) for left in LEFTS]
     classes = list(range(len(given))) * options.samples
     kept: dict[str, Images] = {}

@@ -61,7 +61,7 @@ def main() -> None:
     out = options.out
     each = [versions(picture.pixels) for picture in pictures.square_pictures(SIDE)]
     images, classes = np.stack([image for three in each for image in three]), range(len(each))
-    small_model.write_images(out / "data", list(images), [number for number in classes for _ in range(3)])
+    small_model.write_images(out / "data", list(images), label=[number for number in classes for _ in range(3)])
     kept = {"data": images}
     for strength in options.strengths:
         name = f"offset noise {strength:g}"

@@ -60,7 +60,9 @@ def main() -> None:
     out, data = options.out, cifar10.read(options.cifar10, "train", options.side)
     test = cifar10.read(options.cifar10, "test", options.side).images[: options.reference]
     measures = Measures(out / "features", test)
-    small_model.write_images(out / "data", list(data.images), data.labels.tolist(), aesthetic=6.0)
+    small_model.write_images(
+        out / "data", list(data.images), label=data.labels.tolist(), aesthetic=[6.0] * len(data.images)
+    )
     for kind in ("base", "refiner"):
         train(config(kind, out / "data", options), out / kind)
     base, raw, refiner = load_model(out / "base"), load_model(out / "base", raw=True), load_model(out / "refiner")

@@ -98,15 +98,15 @@ def train_config(
     )
 
 
-def write_images(folder: Path, images: Sequence[np.ndarray], labels: Sequence[int], **fields: float) -> None:
-    """uint8 images of any sizes with their classes; written once. fields: further numbers of every image."""
+def write_images(folder: Path, images: Sequence[np.ndarray], **columns: Sequence[Any]) -> None:
+    """uint8 images of any sizes; written once. columns: what metadata.jsonl says of each image, such as label."""
     if (folder / "metadata.jsonl").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+    for number, (image, *values) in enumerate(zip(images, *columns.values(), strict=True)):
         Image.fromarray(image).save(folder / f"{number:05d}.png", compress_level=1)
-        lines.append(json.dumps({"file_name": f"{number:05d}.png", "label": int(label), **fields}))
+        lines.append(json.dumps({"file_name": f"{number:05d}.png", **dict(zip(columns, values, strict=True))}))
     atomic.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
 
 

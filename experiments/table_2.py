@@ -167,7 +167,7 @@ def main() -> None:
         print(results.write(out, "Table 2, in small: the bound", PAPER, rows, notes, began))
         return
     reduced_images = [resized(image, int(size)) for image, size in zip(data.images, sizes, strict=True)]
-    small_model.write_images(out / "data", reduced_images, data.labels.tolist())
+    small_model.write_images(out / "data", reduced_images, label=data.labels.tolist())
     runs = list[dict[str, Any]]()
     for kind in options.runs:
         run = out / kind

@@ -90,7 +90,7 @@ def test_table_2_keeps_70_sharp_images_per_class_and_blurs_the_others(tmp_path: 
     assert len(chosen) == 8 and (sizes[chosen] < 32).all()
     data = cifar10.Cifar(images[chosen], labels[chosen])
     reduced = [cifar10.resized(image, size) for image, size in zip(data.images, sizes[chosen], strict=True)]
-    small_model.write_images(tmp_path / "data", reduced, data.labels)
+    small_model.write_images(tmp_path / "data", reduced, label=data.labels.tolist())
     source = open_folder(tmp_path / "data", captioned=False, label="label")
     assert source.sizes.tolist() == [[size, size] for size in sizes[chosen]]
     assert source.numbers["label"].tolist() == labels[chosen].tolist()

@@ -44,7 +44,7 @@ def test_shipped_autoencoder_is_small_and_reconstructs_the_images(folder: Path):
     """PSNR of 28 dB on average over a quarter of them, where differences are hard to see. Measured 29.7 over all."""
     assert autoencoder.WEIGHTS.stat().st_size < 5_000_000
     config, params = autoencoder.load()
-    for examples in run._examples(folder).values():
+    for examples in run.training_images(folder).values():
         images = examples.images[::4]
         latent = vae.encode(config, params, arrays.normalise(images)).mean * config.scale
         reconstructed = np.asarray(arrays.to_bytes(vae.decode(config, params, latent)), np.float64)
@@ -77,7 +77,7 @@ def test_recipe_is_a_valid_model():
 
 
 def test_prompt_accuracy_is_one_for_the_training_images_and_none_for_wrong_captions(folder: Path):
-    for images, captions in run._examples(folder).values():
+    for images, captions in run.training_images(folder).values():
         assert all(hits(images, captions, images, captions))
         others = [next(other for other in captions if other != caption) for caption in captions]
         assert not any(hits(images, others, images, captions))
@@ -86,7 +86,7 @@ def test_prompt_accuracy_is_one_for_the_training_images_and_none_for_wrong_capti
 def test_prompt_accuracy_of_noise_is_about_chance(folder: Path):
     """One caption in twenty: noise is nearest to the same one or two images, whatever the prompt."""
     noise = np.random.default_rng(0).integers(0, 256, (60, 128, 128, 3), np.uint8)
-    images, captions = run._examples(folder)[Bucket(*recipe.BUCKETS[1])]
+    images, captions = run.training_images(folder)[Bucket(*recipe.BUCKETS[1])]
     prompts = sorted(set(captions)) * 3
     assert np.mean(hits(noise, prompts, images, captions)) < 0.15
 

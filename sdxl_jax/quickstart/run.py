@@ -77,7 +77,7 @@ def quickstart(
     untrained = Model(config.model, placed)
 
     _print("4/5  Sampling the contact sheet")
-    examples = _examples(folder)
+    examples = training_images(folder)
     images, captions = [], []
     for size, (_, known) in examples.items():
         prompts = sorted(set(known))[:: max(1, len(set(known)) // SHOWN)][:SHOWN]
@@ -111,7 +111,7 @@ def _sample(model: Model, prompts: list[str], size: Size, seed: int, num_images:
     )
 
 
-def _examples(folder: Path) -> dict[Bucket, Examples]:
+def training_images(folder: Path) -> dict[Bucket, Examples]:
     """The training images and captions of each bucket."""
     source = open_folder(folder)
     buckets = [Bucket(*bucket) for bucket in recipe.BUCKETS]
