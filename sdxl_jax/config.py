@@ -418,11 +418,7 @@ class TrainConfig(RunConfig):
                 f"data.label={label} has no effect: this model is not conditioned on classes. Leave it out (None), or "
                 "set model.unet.classes"
             )
-        if self.model.unet.guidance_dim is not None:
-            raise InputError(
-                f"model.unet.guidance_dim={self.model.unet.guidance_dim}: denoising has no guidance scale to train "
-                "this input with. Set it to None, or distil a model"
-            )
+        self.check_guidance_input()
         if self.data.cache is not None and self.data.crops_per_image is None:
             raise InputError(
                 f"data.cache={self.data.cache} holds a fixed number of crops per image. Set data.crops_per_image to "
@@ -443,6 +439,14 @@ class TrainConfig(RunConfig):
                 )
         if self.validation.prompts and not given.text:
             raise InputError(
+    def check_guidance_input(self) -> None:
+        """Raises InputError for a UNet with guidance as an input."""
+        if self.model.unet.guidance_dim is not None:
+            raise InputError(
+                f"model.unet.guidance_dim={self.model.unet.guidance_dim}: denoising has no guidance scale to train "
+                "this input with. Set it to None, or distil a model"
+            )
+
                 "validation.prompts has no effect on a model without text encoders. Give validation.classes instead"
             )
         try:
@@ -608,6 +612,7 @@ def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
             f"{path} fails with {type(error).__name__}: {str(error).rstrip('.')}{_nearest_field(str(error))}. Fix it; "
             "--debug shows where"
         ) from error
+    "teacher.path",
     if not isinstance(config, kind) or type(config) is RunConfig:
         expected = kind.__name__
         if kind is RunConfig:

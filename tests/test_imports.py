@@ -77,6 +77,7 @@ ALLOWED: dict[str, set[str]] = {
         *("adapters", "evaluation", "weights.adapter_files", "weights.eight_bits", "weights.textual_inversion"),
         *("sharding", "flops", "training.encoding", "training.initial", "training.objectives"),
         *("training.processes", "training.state", "training.step"),
+        *("jsontree", "samplers"),  # a student is distilled for a sampler's timesteps
         *BASE,
     },
     "training.programs": {"files"},

@@ -122,6 +122,8 @@ def unet_model(config: unet.UNetConfig, fourier_dim: int = FOURIER_DIM) -> Any:
         }
     if config.classes is not None:
         options["num_class_embeds"] = config.classes.number
+    if config.guidance_dim is not None:
+        options["time_cond_proj_dim"] = config.guidance_dim
     return diffusers.UNet2DConditionModel(
         in_channels=config.in_channels,
         out_channels=config.out_channels,

@@ -9,10 +9,16 @@ from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig, Autoencoding
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.objectives.denoising import Denoising
+from sdxl_jax.training.objectives.distillation.consistency import Consistency, ConsistencyConfig
+from sdxl_jax.training.objectives.distillation.guidance import GuidanceDistillation, GuidanceDistillationConfig
+from sdxl_jax.training.objectives.distillation.progressive import Progressive, ProgressiveConfig
 
 OBJECTIVES: dict[type[RunConfig], type[Objective[Any]]] = {
     TrainConfig: Denoising,
     AutoencoderConfig: Autoencoding,
+    GuidanceDistillationConfig: GuidanceDistillation,
+    ConsistencyConfig: Consistency,
+    ProgressiveConfig: Progressive,
 }
 
 

@@ -103,6 +103,11 @@ class Objective(abc.ABC, Generic[Config]):
         return self.model_config
 
     @property
+    @property
+    def loaded_config(self) -> ModelConfig:
+        """The configuration of the model at `training.init_from`. Here: of the one that a run starts from."""
+        return self.initial_config
+
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that the objective has, trainable or frozen."""
         return tuple(part_configs(self.model_config))
@@ -142,7 +147,7 @@ class Objective(abc.ABC, Generic[Config]):
 
     def check_start(self) -> None:
         """Raises InputError if a new run could not start: initial weights that are missing, or of another model."""
-        check_initial(self.config.training, self.initial_config, self.parts, measures_scale=self.measures_scale)
+        check_initial(self.config.training, self.loaded_config, self.parts, measures_scale=self.measures_scale)
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raises InputError for a mesh over which the batch or the attention heads cannot be split."""
@@ -200,7 +205,7 @@ class Objective(abc.ABC, Generic[Config]):
         """The parameters that are not initialised at random, by path, with their shardings."""
         return initial_weights(
             self.config.training,
-            self.initial_config,
+            self.loaded_config,
             mesh,
             parts=self.parts,
             measures_scale=self.measures_scale,

@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -56,14 +56,17 @@ _SAMPLED_TOGETHER = 8
 """Images at a time, for metrics during training."""
 
 
-class Denoising(Objective[TrainConfig]):
+Config = TypeVar("Config", bound=TrainConfig)
+
+
+class Denoising(Objective[Config]):
     """A latent diffusion model, or parts of it."""
 
     name = "denoising"
     programs = ("train", "sample")
     weighs_examples = True
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: Config):
         super().__init__(config)
         if self._trains_rows:
             self.optimiser = image_prompts.updating_pooled_rows(self.optimiser, self._pooled_width)
@@ -317,7 +320,7 @@ def batch_loss(
     params, parts, compute = merge(trained, frozen), config.model, config.compute
     latent_keys, dropout_keys, loss_keys = jnp.moveaxis(jax.vmap(lambda key: jax.random.split(key, 3))(keys), 1, 0)
 
-    posterior, prompt = _encoded(batch, params, parts, compute, changes)
+    posterior, prompt = encoded(batch, params, parts, compute, changes)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
     network = _network(params, batch, prompt, dropout_keys, config, empty, changes)
     base = None
@@ -381,7 +384,7 @@ def with_dropout(
     return micro, label
 
 
-def _encoded(
+def encoded(
     batch: Batch, params: Params, parts: ModelConfig, compute: Compute, changes: Params | None
 ) -> tuple[vae.Posterior, text.TextConditioning]:
     """(posterior of the latents, text states), from the encoders or from the cache."""

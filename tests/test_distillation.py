@@ -1,0 +1,281 @@
+"""Distillation: teacher and student, losses on networks that can be solved, what is refused, and what is exported."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_adapter_training import MODEL
+
+from sdxl_jax import sharding
+from sdxl_jax.adapters.targets import AdapterConfig, Layers
+from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, flatten
+from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.schedule import ScheduleConfig, make
+from sdxl_jax.models.layers import Compute, Dtype
+from sdxl_jax.optim.ema import EmaConfig, EmaKind
+from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.samplers.steps import Spacing, find, make_levels
+from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives.distillation.consistency import Consistency, ConsistencyConfig, ConsistencyTarget
+from sdxl_jax.training.objectives.distillation.guidance import GuidanceDistillation, GuidanceDistillationConfig
+from sdxl_jax.training.objectives.distillation.progressive import ProgressiveConfig
+from sdxl_jax.training.objectives.distillation.teacher import (
+    TEACHER,
+    Distillation,
+    DistillationConfig,
+    Examples,
+    TeacherConfig,
+    noised,
+)
+from sdxl_jax.weights.convert import convert
+
+pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
+
+METHODS = (GuidanceDistillationConfig, ConsistencyConfig, ProgressiveConfig)
+LORA = AdapterConfig(rank=2, layers=Layers.LINEAR)
+ALPHA, SIGMA_T = (np.float32(each) for each in (make(ScheduleConfig()).alpha, make(ScheduleConfig()).sigma_t))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and a teacher."""
+    folder = tmp_path_factory.mktemp("distillation")
+    tiny.make_folder(folder / "images")
+    convert(tiny.random_model(MODEL, 0), folder / "teacher", "orbax", False)
+    return folder
+
+
+def distillation(kind: type[DistillationConfig], folder: Path, **changes: Any) -> Any:
+    """Three steps of two images, of one bucket."""
+    base = tiny.train_config(folder / "images", 3)
+    values: dict[str, Any] = {
+        "data": dataclasses.replace(base.data, buckets=((16, 16),), max_aspect_distance=10.0, batch_size=2),
+        "model": MODEL,
+        "optimiser": dataclasses.replace(base.optimiser, learning_rate=1e-2),
+        "ema": EmaConfig(EmaKind.CONSTANT, 0.5),
+        "training": dataclasses.replace(base.training, init_from=(str(folder / "teacher"),)),
+        "checkpoint": dataclasses.replace(base.checkpoint, every_steps=1),
+        "validation": base.validation,
+        **({} if "adapter" in changes or kind is DistillationConfig else {"guidance_dim": 8}),
+    }
+    return kind(**{**values, **changes})
+
+
+def lora_student(folder: Path, **changes: Any) -> ConsistencyConfig:
+    beside = {"adapter": LORA, "guidance_dim": None, "target": ConsistencyTarget.STUDENT}
+    return distillation(ConsistencyConfig, folder, **{**beside, **changes})
+
+
+def fresh(config: Any) -> tuple[Distillation[Any], Any, Params]:
+    """(objective, state before the first step, frozen parameters)."""
+    objective, mesh = objective_of(config), sharding.make_mesh(config.mesh, jax.devices()[:1])
+    assert isinstance(objective, Distillation)
+    with jax.set_mesh(mesh):
+        initial = objective.initial_weights(mesh, progress=False)
+        abstract, _ = objective.abstract_state(mesh)
+        state, frozen = objective.fresh_state(mesh, abstract, initial, progress=False)
+    return objective, state, frozen
+
+
+def batch(objective: Distillation[Any], rows: int = 2) -> Batch:
+    assert objective.tokenizer is not None
+    tokens = objective.tokenizer([f"image number {row}" for row in range(rows)])
+    image = np.random.default_rng(0).integers(0, 256, (rows, 16, 16, 3), np.uint8)
+    sizes = np.full((rows, 2), 16, np.int32)
+    micro = MicroConditioning(sizes, 0 * sizes, sizes)
+    return Batch(image, {**tokens}, micro, np.arange(rows, dtype=np.int32), np.zeros(rows, bool))
+
+
+SOME = np.zeros((1, 2), np.int32)
+BATCH = Batch(None, {}, MicroConditioning(SOME, SOME, SOME), SOME[0], SOME[0] > 0)
+"""For losses that take nothing of it."""
+
+
+def keys(rows: int = 2) -> Any:
+    return jax.random.split(jax.random.key(3), rows)
+
+
+# Teacher and student
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_student_with_guidance_as_an_input_begins_as_the_teacher_without_guidance(
+    kind: type[DistillationConfig], folder: Path
+) -> None:
+    objective, state, frozen = fresh(distillation(kind, folder))
+    kernel = state.params["unet"]["time_embedding"]["cond_proj"]["kernel"]
+    assert kernel.shape == (8, 8) and not kernel.any()
+    if kind is not ConsistencyConfig:
+        return
+
+    def outputs(state: Any, frozen: Params, batch: Batch) -> Any:
+        examples = objective.examples(frozen, batch, keys())
+        scale, timestep = jnp.array([5.0, 9.0]), jnp.array([19, 999])
+        networks = (
+            objective.student(state.params, frozen, examples, scale),
+            objective.teacher(frozen, examples),
+            objective.teacher(frozen, examples, scale),
+            objective.teacher(frozen, examples, jnp.ones(2)),
+        )
+        return [network(examples.latent, timestep) for network in networks]
+
+    student, plain, guided, barely = jax.jit(outputs)(state, frozen, batch(objective))
+    np.testing.assert_array_equal(student, plain)
+    np.testing.assert_allclose(barely, plain, atol=1e-5)
+    assert np.abs(guided - plain).max() > 0.1
+
+
+@pytest.mark.parametrize("base_dtype", [None, BaseDtype.INT8])
+def test_a_teacher_beside_a_full_student_is_a_copy_in_the_dtype_of_the_computation(
+    folder: Path, base_dtype: BaseDtype | None
+) -> None:
+    config = distillation(ConsistencyConfig, folder, compute=Compute(Dtype.BFLOAT16))
+    config = dataclasses.replace(config, teacher=TeacherConfig(base_dtype=base_dtype))
+    objective, state, frozen = fresh(config)
+    given, copy = flatten(tiny.random_model(MODEL, 0).params["unet"]), flatten(frozen[TEACHER]["unet"])
+    assert frozen.keys() == {"text_encoder_2", TEACHER}
+    kernels = [copy[path] for path in copy if path.endswith("/kernel")]
+    if base_dtype is BaseDtype.INT8:
+        assert any(kernel.dtype == jnp.int8 for kernel in kernels)
+    else:
+        assert copy.keys() == given.keys()
+        for path, value in copy.items():
+            np.testing.assert_array_equal(value, given[path].astype(jnp.bfloat16), err_msg=path)
+    own = flatten(state.params["unet"])
+    assert all(value.dtype == jnp.float32 for value in own.values())
+    np.testing.assert_array_equal(own["conv_in/kernel"], given["conv_in/kernel"])
+    abstract = objective.abstract_state(sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), (state, frozen)
+    )
+
+
+def test_the_teacher_of_an_adapter_is_its_base_and_takes_no_memory(folder: Path) -> None:
+    objective, state, frozen = fresh(lora_student(folder))
+    assert TEACHER not in frozen
+    model = objective.model(state, frozen)
+    assert model.params.keys() == {"unet", "text_encoder_2"}
+    assert model.config.distilled and model.config.sampling == SamplingDefaults(preset="lcm-lora")
+
+
+def test_a_teacher_of_its_own_is_read_from_its_path(folder: Path) -> None:
+    other = tiny.random_model(MODEL, 1)
+    if not (folder / "other").exists():
+        convert(other, folder / "other", "orbax", False)
+    teacher = TeacherConfig(path=str(folder / "other"))
+    for config in (distillation(ConsistencyConfig, folder, teacher=teacher), lora_student(folder, teacher=teacher)):
+        _, _, frozen = fresh(config)
+        found, expected = (flatten(each["unet"]) for each in (frozen[TEACHER], other.params))
+        assert found.keys() == expected.keys()
+        np.testing.assert_array_equal(found["conv_in/kernel"], expected["conv_in/kernel"])
+
+
+# Losses
+
+
+class Toy(GuidanceDistillation):
+    """The student is (a + b w) x + c + d w, the teacher with and without the caption linear too."""
+
+    with_caption, without = (0.7, 0.3), (-0.2, 0.5)
+
+    def examples(self, frozen: Params, batch: Any, keys: Any) -> Examples:
+        nothing: Any = None
+        return Examples(jax.random.normal(keys[0], (len(keys), 2, 2, 1)), nothing, nothing, nothing, None, keys)
+
+    def teacher(self, frozen: Params, examples: Examples, scale: Any = None) -> Any:
+        (a, c), (a_null, c_null) = self.with_caption, self.without
+        w = scale[:, None, None, None]
+        return lambda x, timestep: a_null * x + c_null + w * (a * x + c - a_null * x - c_null)
+
+    def student(self, trained: Any, frozen: Params, examples: Examples, scale: Any = None, dropout: Any = None) -> Any:
+        w = scale[:, None, None, None]
+        a, b, c, d = trained["toy"]
+        return lambda x, timestep: (a + b * w) * x + c + d * w
+
+
+def test_the_optimum_of_guidance_distillation_on_a_linear_toy_is_the_guided_output(folder: Path) -> None:
+    config = distillation(GuidanceDistillationConfig, folder, teacher=TeacherConfig(guidance=(1.0, 8.0)))
+    toy, nothing = Toy(config), Params()
+    batch_keys = jax.random.split(jax.random.key(0), 256)
+
+    def loss(params: Any) -> Any:
+        return toy.loss({"toy": params}, nothing, BATCH, batch_keys)[0]
+
+    start = jnp.zeros(4)
+    found = start - jnp.linalg.solve(jax.hessian(loss)(start), jax.grad(loss)(start))  # quadratic: Newton's step
+    (a, c), (a_null, c_null) = toy.with_caption, toy.without
+    np.testing.assert_allclose(found, [a_null, a - a_null, c_null, c - c_null], atol=1e-4)
+    assert loss(found) < 1e-8 < loss(start)
+
+
+def constant(value: Any) -> Any:
+    """A network that predicts v, whose x₀ is the same whatever it is given."""
+
+    def network(x_t: Any, timestep: Any) -> Any:
+        alpha, sigma_t = (jnp.asarray(each)[timestep][:, None, None, None] for each in (ALPHA, SIGMA_T))
+        return (alpha * x_t - value) / sigma_t
+
+    return network
+
+
+def test_the_consistency_function_is_the_identity_at_the_end_of_a_trajectory(folder: Path) -> None:
+    objective = Consistency(distillation(ConsistencyConfig, folder))
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 12))
+    at_zero = objective.function(lambda x, timestep: 100.0 * x, x, jnp.zeros(3, jnp.int32))
+    np.testing.assert_array_equal(at_zero, x)
+
+
+def with_v(kind: type[DistillationConfig], folder: Path, **changes: Any) -> Any:
+    model = dataclasses.replace(MODEL, prediction=Prediction.V)
+    return objective_of(distillation(kind, folder, model=model, **changes))
+
+
+def test_consistency_distillation_needs_nothing_of_a_student_that_knows_the_end_of_every_trajectory(
+    folder: Path,
+) -> None:
+    """On data that are one point, whose trajectories all end there, the loss is 0 but for c_skip x. Without the last
+    part of a trajectory, whose end is taken to be timestep 0."""
+    objective = with_v(ConsistencyConfig, folder)
+    point = jax.random.normal(jax.random.key(1), (1, 2, 2, 12))
+    latent, noise = (
+        jnp.broadcast_to(each, (49, 2, 2, 12)) for each in (point, jax.random.normal(keys()[0], (1, 2, 2, 12)))
+    )
+    index = jnp.arange(1, 50)
+    right, wrong = constant(point), constant(point + 0.1)
+    assert objective.distance(right, right, right, latent, noise, index) < 2e-5
+    assert objective.distance(wrong, right, right, latent, noise, index) > 0.09
+
+
+def test_a_progressive_students_step_is_two_of_the_teachers(folder: Path) -> None:
+    """The student that leads by one step of DDIM where the teacher leads by two has no loss."""
+    objective = with_v(ProgressiveConfig, folder, steps=4)
+    latent = jax.random.normal(jax.random.key(1), (4, 2, 2, 12))
+    noise, index = jax.random.normal(jax.random.key(2), latent.shape), jnp.arange(4)
+
+    def teacher(x_t: Any, timestep: Any) -> Any:
+        return 0.3 * x_t + 0.001 * timestep[:, None, None, None]
+
+    # x₀ of the student as the sampler ddim takes it from 4 levels, and the teacher through 8.
+    schedule, ddim = objective.schedule, find("ddim")
+    fine, coarse = (make_levels(ddim, schedule, steps, Spacing.TRAILING) for steps in (8, 4))
+    start = coarse.timestep[::-1].astype(int)
+    x_t = noised(schedule, latent, noise, jnp.asarray(start))
+    x = x_t
+    for half in (1, 0):  # from level 2i + 1 to 2i + 0, then to 2i − 1, counted from the least noise
+        rows = len(fine.timestep) - 1 - (2 * np.arange(4) + half)
+        alpha, sigma_t = (each[rows][:, None, None, None] for each in (fine.alpha, fine.sigma_t))
+        after_alpha, after_sigma_t = (each[rows + 1][:, None, None, None] for each in (fine.alpha, fine.sigma_t))
+        v = teacher(x, jnp.asarray(fine.timestep[rows]))
+        x = after_alpha * (alpha * x - sigma_t * v) + after_sigma_t * (sigma_t * x + alpha * v)
+    rows = np.arange(4)[::-1]
+    alpha, sigma_t = (each[rows][:, None, None, None] for each in (coarse.alpha, coarse.sigma_t))
+    after_alpha, after_sigma_t = (each[rows + 1][:, None, None, None] for each in (coarse.alpha, coarse.sigma_t))
+    # One step: x = α' x₀ + σ' (x_t − α x₀) / σ.
+    x0 = (x - after_sigma_t / sigma_t * x_t) / (after_alpha - after_sigma_t / sigma_t * alpha)
+    assert objective.distance(constant(x0), teacher, latent, noise, index) < 1e-9
+    assert objective.distance(constant(x0 + 0.1), teacher, latent, noise, index) > 0.01
