@@ -1,10 +1,13 @@
 """What every experiment writes into its folder: `table.md`, `results.json`, and `figure.png` if it has a plot.
 
-`results.json` has the experiment's name, the paper's rows, ours, notes, versions, commit, hardware, and seconds.
+`results.json` has the experiment's name, the paper's rows, ours, notes, versions, commit, hardware, seconds, and the
+most memory that the process had, without those that read data.
 """
 
 import json
 import os
+import resource
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +38,7 @@ def write(
         "commit": commit(),
         "hardware": f"{jax.device_count()} × {device}, {os.cpu_count()} processors",
         "seconds": round(time.monotonic() - began, 1),
+        "memory_gib": round(_peak_bytes() / 2**30, 2),
     }
     text = f"# {name}\n\n## The paper\n\n{markdown(paper)}\n## Here\n\n{markdown(rows)}\n"
     text += "".join(f"- {note}\n" for note in notes)
@@ -42,6 +46,12 @@ def write(
     atomic.write_text(folder / "table.md", text)
     atomic.write_text(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return text
+
+
+def _peak_bytes() -> int:
+    """The most resident memory of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def draw_samples(figure: Any, places: Sequence[Any], kept: Mapping[str, np.ndarray], count: int = 12) -> None:

@@ -44,6 +44,7 @@ def test_results_are_a_table_and_json(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["rows"] == rows and found["paper"] == table_3.PAPER
     assert set(found) >= {"name", "versions", "commit", "hardware", "seconds"}
+    assert 0.01 < found["memory_gib"] < 1000
 
 
 @pytest.mark.parametrize("name", appendix_j.RUNS)
