@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
-from sdxl_jax.adapters.targets import AdapterConfig
+from sdxl_jax.adapters.targets import AdapterConfig, Layers
 from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.conditioning.classes import check as check_classes
 from sdxl_jax.conditioning.prompts import check_text
@@ -35,7 +35,7 @@ from sdxl_jax.mesh import ProcessesConfig
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
-from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig, OptimiserKind, rate_names
 from sdxl_jax.progress import LogFormat
 from sdxl_jax.sharding import MeshConfig
 
@@ -110,6 +110,9 @@ class TrainingConfig(LoopConfig):
     micro_dropout: float = 0.0
     """Share of examples for which a condition of micro-conditioning is dropped: original size, crop, target size or
     score, each independently, 0 to 1; sgm's ImageNet models: 0.2. Higher: images follow sizes less closely."""
+    layers: Layers | None = None
+    """The layers that are trained, of the parameters that `trainable` matches: their kernels and biases. None: all of
+    the parameters. More learn more, and take more memory. Of an adapter: adapter.layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +274,8 @@ class RunConfig:
     def metrics(self) -> tuple[str, ...]:
         """The names of the metrics of a step (training/step.py)."""
         skips = self.training.on_nonfinite is OnNonfinite.SKIP
-        return ("loss", *self.losses, "learning_rate", "grad_norm", "replaced", *(("skipped",) if skips else ()))
+        rates = rate_names(self.optimiser)
+        return ("loss", *self.losses, *rates, "grad_norm", "replaced", *(("skipped",) if skips else ()))
 
     def check(self) -> None:
         """Raises InputError for numbers out of range, and for fields that do not fit together."""
@@ -466,15 +470,20 @@ class TrainConfig(RunConfig):
             return
         given.check()
         if self.image_prompt is not None and self.image_prompt.pooled_rows_alone:
+        if self.training.layers is not None and (given or self.textual_inversion) is not None:
+            raise InputError(
+                f"training.layers={self.training.layers.value} has no effect on an adapter or a new token. Leave it "
+                "out (None), or set adapter.layers"
+            )
             raise InputError(
                 "image_prompt.pooled_rows_alone trains rows of a frozen parameter where adapter is set. Leave one of "
                 "them out (image_prompt.pooled_rows_alone=False, adapter=None)"
             )
         if self.optimiser.kind is OptimiserKind.SCHEDULE_FREE and (
-            given.rates or given.up_rate != 1 or given.norm_limit is not None
+            given.up_rate != 1 or given.norm_limit is not None
         ):
             raise InputError(
-                "adapter.rates, up_rate and norm_limit change the updates, which the average of "
+                "adapter.up_rate and norm_limit change the updates, which the average of "
                 "optimiser.kind=schedule_free does not allow. Leave them out, or use another optimiser, e.g. adamw"
             )
 

@@ -16,6 +16,7 @@ import difflib
 import errno
 import math
 import os
+import re
 import signal
 from collections.abc import Iterable
 
@@ -133,6 +134,16 @@ def check_ranges(
             else:
                 expected = f"{least} to {'below ' if below_high else ''}{last}"
             raise InputError(f"{name}={value} is out of range. Give {expected}")
+
+
+def check_pattern(field: str, pattern: str) -> None:
+    """Raises InputError for what is not a regular expression. field: that has it."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f'{field} has "{pattern}", which is not a regular expression: {error}. Give patterns such as "^unet/"'
+        ) from error
 
 
 def out_of_memory(error: BaseException) -> str | None:

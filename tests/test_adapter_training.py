@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import SDXL_BASE, Model, ModelConfig
 from sdxl_jax.models import unet
 from sdxl_jax.models.layers import dequantised
+from sdxl_jax.models.unet_parts import SDXL_BLOCKS, block_rates
 from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, make_optimiser
@@ -41,13 +43,14 @@ from sdxl_jax.training import checkpoint, loop
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
-from sdxl_jax.weights import lora
+from sdxl_jax.weights import lora, names
 from sdxl_jax.weights.adapter_files import reading
 from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.eight_bits import is_quantised, quantised, scale_path, with_numbers
 from sdxl_jax.weights.lazy import abstract_leaves, in_memory
 from sdxl_jax.weights.load import load_model
+from sdxl_jax.weights.names import Dialect, Naming
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
@@ -59,7 +62,6 @@ LORA = AdapterConfig(
     rank_dropout=0.3,
     module_dropout=0.2,
     up_rate=4.0,
-    rates=(("^text_encoder", 0.5),),
     norm_limit=0.02,
     file_dtype=FileDtype.FLOAT32,
 )
@@ -145,7 +147,9 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A run that is not interrupted."""
-    return Trained(dataclasses.replace(base, adapter=LORA), tmp_path_factory.mktemp("straight") / "run")
+    rates = dataclasses.replace(base.optimiser, rates=(("^text_encoder", 0.5),))
+    config = dataclasses.replace(base, adapter=LORA, optimiser=rates)
+    return Trained(config, tmp_path_factory.mktemp("straight") / "run")
 
 
 def test_run_that_was_stopped_twice_is_the_straight_one_bit_for_bit(trained: Trained, tmp_path: Path) -> None:
@@ -343,7 +347,6 @@ def test_presets_of_layers_of_unet_and_text_encoders() -> None:
         ({"conv_alpha": 0.0}, ("^unet/",), r"adapter\.conv_alpha has alpha 0"),
         ({}, ("^unet/", "attn3"), r'training\.trainable has "attn3", which matches no parameter that adapter\.layers='),
         ({}, ("^vae/",), r'training\.trainable has "\^vae/", which matches no parameter'),
-        ({"rates": (("attn3", 0.5),)}, ("^unet/",), r'adapter\.rates has "attn3", which matches no adapter'),
         ({"conv_rank": 2}, ("^unet/",), r"conv_rank and conv_alpha are for convolutions larger than 1×1, of which"),
         ({"factor": 4}, ("^unet/",), r"adapter\.factor has no effect with adapter\.kind=lora"),
         ({"kind": Kind.LOHA, "up_rate": 4.0}, ("^unet/",), r"adapter\.up_rate has no effect with adapter\.kind=loha"),
@@ -363,6 +366,61 @@ def test_settings_that_do_not_fit_are_refused(
     with pytest.raises(InputError, match=expected):
         objective.check()
         objective.check_start()
+
+
+def test_a_rate_or_layers_without_effect_are_refused(base: TrainConfig) -> None:
+    """Of an adapter as of the model's own parameters."""
+    config = dataclasses.replace(base, checkpoint=dataclasses.replace(base.checkpoint, export_every_steps=None))
+    for adapter in (None, AdapterConfig(rank=2)):
+        for pattern, expected in (
+            ("attn3", r'optimiser\.rates has "attn3", which matches nothing that is trained\. Give .* unet/'),
+            ("(", r'optimiser\.rates has "\(", which is not a regular expression'),
+        ):
+            rates = dataclasses.replace(base.optimiser, rates=(("^unet/", 1.0), (pattern, 0.5)))
+            with pytest.raises(InputError, match=expected):
+                objective_of(dataclasses.replace(config, adapter=adapter, optimiser=rates)).check()
+        layers = dataclasses.replace(base.training, layers=Layers.ATTENTION)
+        objective = objective_of(dataclasses.replace(config, adapter=adapter, training=layers))
+        if adapter is None:
+            objective.check()
+            continue
+        with pytest.raises(
+            InputError, match=r"training\.layers=attention has no effect on an adapter.*adapter\.layers"
+        ):
+            objective.check()
+
+
+def test_some_layers_of_the_model_are_trained_with_their_biases(base: TrainConfig) -> None:
+    mesh = AbstractMesh((1, 1, 1, 1), AXES)
+    training = dataclasses.replace(base.training, layers=Layers.ATTENTION_FEED_FORWARD, trainable=("^unet/",))
+    state, frozen = objective_of(dataclasses.replace(base, training=training)).abstract_state(mesh)
+    paths = set(flatten(state.params))
+    assert paths | set(flatten(frozen)) == set(abstract_leaves(MODEL)) and not paths & set(flatten(frozen))
+    assert {path for path in paths if path.endswith("kernel")} == set(
+        targets.selected(AdapterConfig(layers=Layers.ATTENTION_FEED_FORWARD), abstract_leaves(MODEL), ("^unet/",))
+    )
+    biases = {path.removesuffix("bias") for path in paths if path.endswith("bias")}
+    assert biases and all("attn" in path or "/ff/" in path for path in biases)
+    training = dataclasses.replace(training, trainable=("^unet/", "conv_in"))
+    with pytest.raises(InputError, match=r'"conv_in", which matches no parameter of training\.layers=attention_feed'):
+        objective_of(dataclasses.replace(base, training=training)).abstract_state(mesh)
+
+
+@pytest.mark.slow
+def test_every_parameter_of_sdxl_is_of_the_block_that_its_name_says() -> None:
+    """sd-scripts `sdxl_train.py`, `get_block_params_to_optimize`: by Stability's names."""
+    first = {"input_blocks": 1, "middle_block": 10, "output_blocks": 13}
+    for entry in names.table(SDXL_BASE.unet, Naming(Dialect.ORIGINAL)).entries:
+        part, number = entry.name.split(".")[:2]
+        expected = first[part] + int(number) if part in first else 22 if part == "out" else 0
+        path = f"unet/{entry.places[0].path}"
+        assert [n for n, pattern in enumerate(SDXL_BLOCKS) if re.search(pattern, path)] == [expected], entry.name
+
+
+def test_factors_of_blocks_are_rates() -> None:
+    assert block_rates([1.0] * 22 + [0.5]) == (("^unet/(conv_norm_out|conv_out)/", 0.5),)
+    with pytest.raises(InputError, match=r"SDXL has 23 blocks .* and 2 factors are given"):
+        block_rates([1.0, 2.0])
 
 
 def test_what_has_no_effect_on_a_run_is_refused(base: TrainConfig) -> None:
@@ -408,10 +466,14 @@ def test_dropout_is_of_whole_ranks_and_layers_and_keeps_the_mean() -> None:
 
 
 def test_rates_multiply_the_updates_of_matching_adapters_and_of_up_factors() -> None:
-    given = adapter_training(AdapterConfig(rank=2, up_rate=16.0, rates=(("mid_block", 0.5), ("^unet", 2.0))))
+    """Lion's updates are −1, whatever the gradient's length."""
+    given = adapter_training(AdapterConfig(rank=2, up_rate=16.0))
     params: Any = {"adapters": unflatten({k: v for k, v in random_adapters(given).items() if "alpha" not in k})}
     gradient = jax.tree.map(np.ones_like, params)
-    optimiser = given.updating(optax.sgd(1.0))
+    rates = (("^unet/mid_block", 0.5), ("^unet", 2.0))
+    optimiser = given.updating(
+        make_optimiser(OptimiserConfig(OptimiserKind.LION, 1.0, 0, weight_decay=0.0, rates=rates), 1)
+    )
     updates: Any = optimiser.update(gradient, optimiser.init(params), params)[0]
     for path, update in flatten(updates["adapters"]).items():
         expected = (0.5 if "mid_block" in path else 2.0) * (16 if path.endswith("/up") else 1)

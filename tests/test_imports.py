@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         *BASE,
     },
     "training": set(),
-    "training.state": {"optim.ema"} | BASE,
+    "training.state": {"adapters.targets", "optim.ema"} | BASE,
     "training.step": {"config", "arrays", "optim", "training.state"},
     "training.initial": {"config", "jsontree", "model", "samplers.defaults", "weights"} | BASE,
     "training.encoding": {

@@ -14,7 +14,7 @@ import optax
 import pytest
 import toy
 
-from sdxl_jax.arrays import AccumulatorDtype, Params
+from sdxl_jax.arrays import AccumulatorDtype, Params, flatten
 from sdxl_jax.config import OnNonfinite, TrainConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.optim import optimiser
@@ -96,6 +96,51 @@ def test_every_optimiser_reduces_the_loss(kind: OptimiserKind) -> None:
     _, losses = jax.lax.scan(step, (params, rule.init(params)), length=100)
     assert np.isfinite(losses).all()
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in (OptimiserKind.ADAMW, OptimiserKind.SCHEDULE_FREE) else pytest.mark.slow)
+        for kind in OptimiserKind
+    ],
+)
+def test_a_factor_of_the_learning_rate_is_that_learning_rate(kind: OptimiserKind) -> None:
+    """Over three updates, decay included, and for the matching parameters alone. The first pattern counts. Prodigy's
+    first update is a factor's; later ones depend on how far the parameters have come."""
+    factor, steps = 0.25, 1 if kind is OptimiserKind.PRODIGY else 3
+    config = config_of(kind, weight_decay=0.1, rates=(("dense", 1.0), ("^unet/", factor)))
+    slow = dataclasses.replace(config, rates=(), learning_rate=config.learning_rate * factor)
+
+    def after(config: OptimiserConfig) -> Params:
+        rule, params = optimiser.make_optimiser(config, 100), network(0)
+
+        @jax.jit
+        def train(params: Any, state: Any) -> Any:
+            for seed in range(steps):
+                updates, state = rule.update(network(seed + 1), state, params)
+                params = optax.apply_updates(params, updates)
+            return params
+
+        return flatten(train(params, rule.init(params)))
+
+    found, at_rate, at_factor = after(config), after(dataclasses.replace(config, rates=())), after(slow)
+    for path, value in found.items():
+        expected = at_rate if "dense" in path else at_factor
+        np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
+        assert not np.allclose(at_rate[path], at_factor[path], rtol=0, atol=1e-7)
+
+
+def test_rates_are_logged_by_pattern() -> None:
+    config = OptimiserConfig(learning_rate=1.0, warmup_steps=4, rates=(("^text_encoder", 0.5),))
+    rates = optimiser.logged_rates(config, 100)(jnp.asarray(1))
+    assert {name: float(rate) for name, rate in rates.items()} == {
+        "learning_rate": 0.5,
+        "learning_rate ^text_encoder": 0.25,
+    }
+    assert tuple(rates) == optimiser.rate_names(config)
+    with pytest.raises(InputError, match=r"optimiser\.rates, \^unet=-1"):
+        OptimiserConfig(rates=(("^unet", -1.0),)).check()
 
 
 @EVERY_KIND

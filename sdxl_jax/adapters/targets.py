@@ -8,7 +8,7 @@ import dataclasses
 import enum
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from sdxl_jax.adapters import kinds
@@ -81,9 +81,6 @@ class AdapterConfig(Settings):
     up_rate: float = 1.0
     """LoRA+: the learning rate of the up factors is multiplied by it (Hayou et al. 2024, arXiv:2402.12354, find 16).
     Higher: learns faster."""
-    rates: tuple[tuple[str, float], ...] = ()
-    """(regular expression, factor): the learning rate of adapters whose parameter's path has the pattern is multiplied
-    by the factor; the first that matches counts. E.g. ("^text_encoder", 0.1)."""
     rank_dropout: float = 0.0
     """Share of ranks that a step leaves out of each layer, 0 to below 1; the others are scaled up. Higher: less
     overfitting, slower learning."""
@@ -99,10 +96,7 @@ class AdapterConfig(Settings):
         if self.conv_alpha is not None:
             kinds.check_alpha(self.conv_alpha, "adapter.conv_alpha")
         check_ranges(
-            [
-                ("adapter.conv_rank", self.conv_rank, 1, math.inf),
-                *((f"adapter.rates, {pattern}", factor, 0, math.inf) for pattern, factor in self.rates),
-            ],
+            [("adapter.conv_rank", self.conv_rank, 1, math.inf)],
             below_high=True,
         )
         check_ranges([("adapter.up_rate", self.up_rate, 0, math.inf)], above_low=True)
@@ -140,6 +134,17 @@ class AdapterConfig(Settings):
 def is_window(shape: tuple[int, ...]) -> bool:
     """Whether a kernel is that of a convolution larger than 1×1."""
     return math.prod(shape[:-2]) > 1
+
+
+def kernels_and_biases(layers: Layers, paths: Collection[str]) -> list[str]:
+    """The parameters of these layers, among those at the paths."""
+
+    def is_chosen(path: str) -> bool:
+        module, _, name = path.rpartition("/")
+        kernel = f"{module}/kernel"
+        return name in ("kernel", "bias") and kernel in paths and bool(re.search(_PATTERNS[layers], kernel))
+
+    return [path for path in paths if is_chosen(path)]
 
 
 def selected(config: AdapterConfig, paths: Iterable[str], trainable: tuple[str, ...]) -> list[str]:
@@ -180,10 +185,4 @@ def abstract(
             "adapter.middle, conv_rank and conv_alpha are for convolutions larger than 1×1, of which adapter.layers="
             f"{config.layers.value} selects none. Leave them out, or set adapter.layers=blocks"
         )
-    for pattern, _ in config.rates:
-        if not any(re.search(pattern, path) for path in found):
-            raise InputError(
-                f'adapter.rates has "{pattern}", which matches no adapter. Give patterns of paths such as '
-                f"{next(iter(found)).rpartition('/')[0]}"
-            )
     return found

@@ -10,16 +10,17 @@ kernels and embeddings, not to biases and norms, and is multiplied by the learni
 import enum
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
-from sdxl_jax.arrays import AccumulatorDtype, Params
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.arrays import AccumulatorDtype, Params, flatten, unflatten
+from sdxl_jax.errors import InputError, check_pattern, check_ranges, nearest_first
 
 
 class OptimiserKind(enum.Enum):
@@ -89,9 +90,17 @@ class OptimiserConfig:
     less."""
     accumulate: int = 1
     """Micro-batches per step (gradient accumulation). Higher: less memory for the same batch, a little slower."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """(regular expression, factor): the learning rate of trainable parameters, or of adapters, whose parameter's path
+    has the pattern is multiplied by the factor; the first that matches counts. E.g. ("^text_encoder", 0.1)."""
 
     def check(self) -> None:
         """Raises InputError for numbers out of range, and for hyperparameters that this optimiser does not have."""
+        check_ranges(
+            [(f"optimiser.rates, {pattern}", factor, 0, math.inf) for pattern, factor in self.rates], below_high=True
+        )
+        for pattern, _ in self.rates:
+            check_pattern("optimiser.rates", pattern)
         defaults, kind = DEFAULTS[self.kind], self.kind.value
         below_1 = [("beta1", self.beta1, defaults.beta1), ("beta2", self.beta2, defaults.beta2)]
         positive = [
@@ -186,12 +195,31 @@ def learning_rate(config: OptimiserConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([lambda step: warmup(step + 1), after], [config.warmup_steps])
 
 
+def logged_rates(config: OptimiserConfig, steps: int) -> Callable[[Int[jax.Array, ""]], dict[str, Num[jax.Array, ""]]]:
+    """update, counted from 0 -> the learning rates by the names of metrics: without a factor, and by pattern."""
+    rate = learning_rate(config, steps)
+
+    def at(update: Int[jax.Array, ""]) -> dict[str, Num[jax.Array, ""]]:
+        factors = dict(zip(rate_names(config), (1.0, *(factor for _, factor in config.rates)), strict=True))
+        plain = jnp.asarray(rate(update))
+        return {name: plain if factor == 1 else factor * plain for name, factor in factors.items()}
+
+    return at
+
+
+def rate_names(config: OptimiserConfig) -> tuple[str, ...]:
+    """The names of `logged_rates`."""
+    return ("learning_rate", *(f"learning_rate {pattern}" for pattern, _ in config.rates))
+
+
 def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransformation:
     """The optimiser. Its state contains the parameters' paths, so that the sharding rules match. steps: as for
     `learning_rate`."""
     beta1, beta2, epsilon, weight_decay = config.numbers()
     rate, moment_dtype = learning_rate(config, steps), config.first_moment.dtype
     decay, scale = optax.add_decayed_weights(weight_decay, _decayed), optax.scale_by_learning_rate(rate)
+    if config.rates:
+        scale = optax.chain(scale, _with_factors(config.rates))
     match config.kind:
         case OptimiserKind.ADAMW:
             chosen = optax.chain(optax.scale_by_adam(beta1, beta2, epsilon, mu_dtype=moment_dtype), decay, scale)
@@ -210,7 +238,37 @@ def make_optimiser(config: OptimiserConfig, steps: int) -> optax.GradientTransfo
             chosen = optax.contrib.schedule_free(optax.chain(rms, decay, scale), own_rate, beta1)
         case OptimiserKind.PRODIGY:
             chosen = _prodigy(beta1, beta2, epsilon, weight_decay, rate)
+            chosen = optax.chain(chosen, _with_factors(config.rates)) if config.rates else chosen
     return chosen if config.clip_norm is None else optax.chain(_clip_by_global_norm(config.clip_norm), chosen)
+
+
+_BESIDE = "adapters/"
+"""What the factors of an adapter are below, beside the model's parameters."""
+
+
+def _with_factors(rates: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:
+    """Updates times the factor of the first pattern that their parameter's path has. Raises InputError, when its state
+    is made, for a pattern that no path has."""
+
+    def init(params: Params) -> optax.OptState:
+        paths = [path.removeprefix(_BESIDE) for path in flatten(params)]
+        for pattern, _ in rates:
+            if not any(re.search(pattern, path) for path in paths):
+                raise InputError(
+                    f'optimiser.rates has "{pattern}", which matches nothing that is trained. Give patterns of paths '
+                    f"such as {', '.join(nearest_first(pattern, paths)[:3])}"
+                )
+        return optax.EmptyState()
+
+    def update(updates: Params, state: optax.OptState, _: Params | None = None) -> tuple[Params, optax.OptState]:
+        found = flatten(updates)
+        for path, value in found.items():
+            matching = (factor for pattern, factor in rates if re.search(pattern, path.removeprefix(_BESIDE)))
+            factor = next(matching, 1.0)
+            found[path] = value if factor == 1 else factor * value
+        return unflatten(found), state
+
+    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
 def _clip_by_global_norm(limit: float) -> optax.GradientTransformation:

@@ -122,7 +122,7 @@ def check_frozen(config: TrainConfig) -> None:
     """Raises InputError if a cache is given and an encoder is trainable."""
     if config.data.cache is None:
         return
-    trained, _ = partition(unflatten(abstract_leaves(config.model)), config.training.trainable)
+    trained, _ = partition(unflatten(abstract_leaves(config.model)), config.training.trainable, config.training.layers)
     if trainable := [part for part in encoder_parts(config) if part in trained]:
         raise InputError(
             f"data.cache={config.data.cache} holds the outputs of {', '.join(trainable)} before training, but "

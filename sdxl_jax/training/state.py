@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Int
 
+from sdxl_jax.adapters.targets import Layers, kernels_and_biases
 from sdxl_jax.arrays import Params, flatten, unflatten
-from sdxl_jax.errors import InputError, nearest_first
+from sdxl_jax.errors import InputError, check_pattern, nearest_first
 from sdxl_jax.optim import ema
 from sdxl_jax.optim.ema import EmaConfig
 
@@ -38,26 +39,23 @@ def create(params: Params, optimiser: optax.GradientTransformation, config: EmaC
     return TrainState(jnp.zeros((), jnp.int32), params, ema.start(config, params), optimiser.init(params))
 
 
-def partition(params: Params, trainable: tuple[str, ...]) -> tuple[Params, Params]:
-    """(trainable, frozen): a parameter is trainable if one of the patterns is found in its path.
+def partition(params: Params, trainable: tuple[str, ...], layers: Layers | None = None) -> tuple[Params, Params]:
+    """(trainable, frozen): a parameter is trainable if one of the patterns is found in its path, and it is of these
+    layers.
 
     Raises InputError for a pattern that matches nothing.
     """
     flat = flatten(params)
+    within = list(flat) if layers is None else kernels_and_biases(layers, flat)
     for pattern in trainable:
-        try:
-            re.compile(pattern)
-        except re.error as error:
+        check_pattern("training.trainable", pattern)
+        if not any(re.search(pattern, path) for path in within):
+            of_layers = "" if layers is None else f" of training.layers={layers.value}"
             raise InputError(
-                f'training.trainable has "{pattern}", which is not a regular expression: {error}. Give patterns such '
-                'as "^unet/"'
-            ) from error
-        if not any(re.search(pattern, path) for path in flat):
-            raise InputError(
-                f'training.trainable has "{pattern}", which matches no parameter. Give patterns of paths such as '
-                f"{', '.join(nearest_first(pattern, flat)[:3])}"
+                f'training.trainable has "{pattern}", which matches no parameter{of_layers}. Give patterns of paths '
+                f"such as {', '.join(nearest_first(pattern, within)[:3])}"
             )
-    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in trainable)}
+    chosen = {path for path in within if any(re.search(pattern, path) for pattern in trainable)}
     return (
         unflatten({path: value for path, value in flat.items() if path in chosen}),
         unflatten({path: value for path, value in flat.items() if path not in chosen}),

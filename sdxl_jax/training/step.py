@@ -22,7 +22,7 @@ from sdxl_jax.arrays import Batch, Params
 from sdxl_jax.config import OnNonfinite, RunConfig
 from sdxl_jax.optim import ema
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
-from sdxl_jax.optim.optimiser import learning_rate, own_average, updates_made
+from sdxl_jax.optim.optimiser import logged_rates, own_average, updates_made
 from sdxl_jax.training.state import TrainState
 
 Metrics = dict[str, Num[jax.Array, ""]]
@@ -45,7 +45,7 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
     """The step of a configuration. Pure: compile it with `jax.jit`, donating the state."""
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     optimiser = optax.with_extra_args_support(optimiser)  # rules of an objective may read frozen parameters
-    rate = learning_rate(config.optimiser, config.training.steps)
+    rates = logged_rates(config.optimiser, config.training.steps)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
@@ -64,7 +64,7 @@ def make_step(config: RunConfig, optimiser: optax.GradientTransformation, loss: 
         metrics = {
             "loss": value,
             **terms,
-            "learning_rate": jnp.asarray(rate(update_count)),
+            **rates(update_count),
             "grad_norm": norm,
             "replaced": jnp.sum(batch.replaced),
         }

@@ -12,7 +12,6 @@ Checkpoints, resume, the average and the mesh are those of any training. Formula
 import functools
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,20 +142,18 @@ class AdapterTraining:
         return unflatten(flat)
 
     def updating(self, optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
-        """The optimiser with the learning rates of `rates` and `up_rate`, and the limit of norms."""
+        """The optimiser with the learning rate of `up_rate`, and the limit of norms."""
         rules: list[Any] = []
-        if self._adapter.rates or self._adapter.up_rate != 1:
-            rules.append(optax.stateless(cast(Any, self._with_rates)))
+        if self._adapter.up_rate != 1:
+            rules.append(optax.stateless(cast(Any, self._with_up_rate)))
         if self._adapter.norm_limit is not None:
             rules.append(optax.stateless(cast(Any, self._limited)))
         return optax.chain(optimiser, *rules) if rules else optimiser
 
-    def _with_rates(self, updates: Params, _: Params | None) -> Params:
+    def _with_up_rate(self, updates: Params, _: Params | None) -> Params:
         flat = flatten(updates[ADAPTERS])
         for path, update in flat.items():
-            rate = next((factor for pattern, factor in self._adapter.rates if re.search(pattern, path)), 1.0)
-            rate *= self._adapter.up_rate if path.endswith("/up") else 1.0
-            flat[path] = update if rate == 1 else rate * update
+            flat[path] = self._adapter.up_rate * update if path.endswith("/up") else update
         return {**updates, ADAPTERS: unflatten(flat)}
 
     def _limited(self, updates: Params, params: Params) -> Params:

@@ -26,7 +26,7 @@ from sdxl_jax.models.lpips import lpips as perceptual_distance
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import LearntVaeConfig
 from sdxl_jax.optim import ema
-from sdxl_jax.optim.optimiser import learning_rate, updates_made
+from sdxl_jax.optim.optimiser import logged_rates, updates_made
 from sdxl_jax.training.objectives import adversarial, reconstruction
 from sdxl_jax.training.objectives.adversarial import Adversary, DiscriminatorConfig
 from sdxl_jax.training.objectives.reconstruction import AutoencodingLossConfig
@@ -84,7 +84,7 @@ def _optimised(state: TrainState) -> Params:
 
 def make_step(parts: Parts, config: RunConfig, optimiser: optax.GradientTransformation) -> Step:
     """The step. Pure: compile it with `jax.jit`, donating the state."""
-    rate = learning_rate(config.optimiser, config.training.steps)
+    rates = logged_rates(config.optimiser, config.training.steps)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(config.training.seed), state.step)
@@ -102,7 +102,7 @@ def make_step(parts: Parts, config: RunConfig, optimiser: optax.GradientTransfor
         average = updated_average(config.ema, state.ema, params, moments, update_count, step_key)
         metrics = {
             **found.metrics,
-            "learning_rate": jnp.asarray(rate(update_count)),
+            **rates(update_count),
             "grad_norm": norm,
             "replaced": jnp.sum(batch.replaced),
         }

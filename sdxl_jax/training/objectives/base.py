@@ -26,9 +26,10 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Key, UInt8
 
 from sdxl_jax import flops, sharding
+from sdxl_jax.adapters.targets import Layers
 from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, unflatten
 from sdxl_jax.conditioning.text import Tokenizer
-from sdxl_jax.config import RunConfig
+from sdxl_jax.config import RunConfig, TrainingConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.mixture import Target
 from sdxl_jax.data.pipeline import BucketedDataset
@@ -139,6 +140,8 @@ class Objective(abc.ABC, Generic[Config]):
                     raise InputError(
                         f"data gives {source.folder} {name}, which has no effect on a run of {self.name}. Leave it out"
                     )
+        if self.config.optimiser.rates:  # its state is not made for a pattern without a match
+            self.abstract_state(AbstractMesh((1,) * len(sharding.AXES), sharding.AXES))
         if (every := self.config.checkpoint.export_every_steps) is not None and not self.exports:
             raise InputError(
                 f"checkpoint.export_every_steps={every} has no effect: this run trains no adapter, and its checkpoints "
@@ -189,8 +192,13 @@ class Objective(abc.ABC, Generic[Config]):
     def abstract_state(self, mesh: Mesh | AbstractMesh) -> tuple[TrainState, Params]:
         """Shapes, dtypes and shardings of the state and of the frozen parameters; no array is created."""
         params = unflatten(abstract_leaves(self.initial_config, self.parts))
-        trained, frozen = partition(params, self.config.training.trainable)
+        trained, frozen = partition(params, self.config.training.trainable, self._layers)
         return sharding.placed(mesh, jax.eval_shape(self.create, trained)), sharding.placed(mesh, frozen)
+
+    @property
+    def _layers(self) -> Layers | None:
+        training = self.config.training
+        return training.layers if isinstance(training, TrainingConfig) else None
 
     def create(self, params: Params) -> TrainState:
         """The state before the first step, of trainable parameters. Pure: compiled by `jitted_start`."""
@@ -219,7 +227,7 @@ class Objective(abc.ABC, Generic[Config]):
         """The state before the first step and the frozen parameters. Parameters are taken from `initial`, by path, and
         donated; those that it lacks are random. Each array is created with its sharding."""
         params = self.all_parameters(mesh, initial, progress)
-        trained, frozen = partition(params, self.config.training.trainable)
+        trained, frozen = partition(params, self.config.training.trainable, self._layers)
         return self.jitted_start(abstract)(trained), frozen
 
     def all_parameters(self, mesh: Mesh, initial: dict[str, Float[jax.Array, "..."]], progress: bool = True) -> Params:

@@ -31,7 +31,7 @@ def check(config: TrainConfig) -> None:
     """Raises InputError where `pooled_rows_alone` is set and another parameter is trainable."""
     if config.image_prompt is None or not config.image_prompt.pooled_rows_alone:
         return
-    trained, _ = partition(unflatten(abstract_leaves(config.model)), config.training.trainable)
+    trained, _ = partition(unflatten(abstract_leaves(config.model)), config.training.trainable, config.training.layers)
     if set(flatten(trained)) != {KERNEL}:
         raise InputError(
             f"image_prompt.pooled_rows_alone trains rows of {KERNEL} and nothing else, but training.trainable="
