@@ -150,8 +150,8 @@ def with_marks(
     prediction: the user's, which counts before the file's. remedy: how the user gives it, for messages. Raises
     InputError for a modelspec.prediction_type that is not implemented.
     """
-    if (name := preset_of(metadata)) is not None:
-        sampling = presets.with_preset(weights.config.sampling, name)
+    if said := distilled_for(metadata):
+        sampling = presets.with_stated(weights.config.sampling, said)
         weights = dataclasses.replace(weights, config=dataclasses.replace(weights.config, sampling=sampling))
     marks = {name for _, name in weights.carried}
     if any(name.startswith("edm_") for name in marks):
@@ -186,9 +186,18 @@ def with_marks(
     return dataclasses.replace(weights, config=config, notes=(*weights.notes, note))
 
 
-def preset_of(metadata: Mapping[str, str]) -> str | None:
-    """Name of the preset of few-step weights that a file's metadata names."""
-    return presets.named(metadata.get("modelspec.title"), metadata.get("ss_output_name"))
+def distilled_for(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file's metadata says its weights were distilled for (`presets.stated`): ours, or the preset of published
+    ones that are named there. Raises InputError for ours that cannot be read."""
+    if (text := metadata.get(presets.STATED)) is not None:
+        try:
+            return presets.stated(from_json(json.loads(text), SamplingDefaults))
+        except ValueError as error:
+            raise InputError(
+                f"The metadata {presets.STATED} is no JSON ({error}). Write the file again with this version"
+            ) from error
+    name = presets.named(metadata.get("modelspec.title"), metadata.get("ss_output_name"))
+    return {} if name is None else {"preset": name}
 
 
 # ---- licences --------------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ def remove(model: Model, name: str) -> Model:
             f"{name} rescales or replaces weights, which cannot be undone. Keep the model from before: `add` does not "
             "change it"
         )
-    config, preset = model.config, descriptions.preset_of(adapter.lora.metadata)
-    if preset is not None and config.sampling is not None and config.sampling.preset == preset:
+    config, said = model.config, descriptions.distilled_for(adapter.lora.metadata)
+    if said and config.sampling is not None and config.sampling.preset == said.get("preset"):
         config = replace(config, sampling=presets.with_preset(config.sampling, None))
     return Model(config, changes.merged(model.params, resolved, -adapter.scale), rest)
 
@@ -93,9 +93,9 @@ def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
 
 
 def _with_preset(config: ModelConfig, lora: Lora) -> ModelConfig:
-    """With the preset of a published few-step LoRA, if its metadata names it; otherwise as it was."""
-    name = descriptions.preset_of(lora.metadata)
-    return config if name is None else replace(config, sampling=presets.with_preset(config.sampling, name))
+    """With the preset of a few-step LoRA, if its metadata says it; otherwise as it was."""
+    said = descriptions.distilled_for(lora.metadata)
+    return replace(config, sampling=presets.with_stated(config.sampling, said)) if said else config
 
 
 def listing(model: Model) -> list[str]:

@@ -13,7 +13,7 @@ from sdxl_jax.files.paths import absolute, located
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.models.wavelet import WaveletConfig
-from sdxl_jax.samplers.presets import with_preset
+from sdxl_jax.samplers.presets import stated, with_stated
 from sdxl_jax.weights.lazy import Weights, abstract_leaves, lacking_half, part_configs
 
 
@@ -30,8 +30,7 @@ def with_parts(weights: Weights, other: Weights, path: str | PurePath) -> Weight
         )
     if "unet" in other.parts:
         config = dataclasses.replace(config, unet=other.config.unet)
-        preset = None if other.config.sampling is None else other.config.sampling.preset
-        config = dataclasses.replace(config, sampling=with_preset(config.sampling, preset))
+        config = dataclasses.replace(config, sampling=with_stated(config.sampling, stated(other.config.sampling)))
         if other.noise_is_known:
             config = dataclasses.replace(config, prediction=other.config.prediction, schedule=other.config.schedule)
             config = dataclasses.replace(config, noise=other.config.noise)

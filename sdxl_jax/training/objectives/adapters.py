@@ -34,6 +34,8 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.models.layers import dequantised
+from sdxl_jax.samplers import presets
+from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.state import merge
 from sdxl_jax.weights.adapter_files import export, reading
@@ -199,9 +201,10 @@ class AdapterTraining:
         *,
         is_first: bool,
         bundled: Mapping[str, Float[np.ndarray, "..."]] | None = None,
+        sampling: SamplingDefaults | None = None,
     ) -> None:
         """Writes adapters (`of`) to a file. All processes call it, and the first writes. bundled: embeddings that go
-        into it."""
+        into it. sampling: how the model with the adapter is sampled."""
         on_host = jax.device_get(jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(whole))
         if is_first:
             # One alpha for all: where they differ, diffusers applies the most frequent one to most layers.
@@ -213,6 +216,8 @@ class AdapterTraining:
             }
             dtype = jnp.dtype(self._adapter.file_dtype.value)
             metadata = self._metadata(step)
+            if said := presets.stated(sampling):
+                metadata[presets.STATED] = json.dumps(said)
             export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata, bundled=bundled)
 
     def _metadata(self, step: int) -> dict[str, str]:

@@ -139,7 +139,7 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
         prediction=prediction,
         distilled=distilled,
         noise=noise,
-        sampling=presets.with_preset(sampling, preset),
+        sampling=sampling if preset is None else presets.with_preset(sampling, preset),
         unconditional=UnconditionalKind.ZEROS if zeros else UnconditionalKind.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
     )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import from_json
 from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import FinalSigma, SamplingDefaults
 from sdxl_jax.samplers.steps import Sigmas, Spacing
@@ -146,6 +147,10 @@ _OTHERS += ("shift", "noise_sampler_seed", "s_noise", "invert_sigmas", "stochast
 _KNOWN = {*_FOLLOWED, *_EQUIVALENT, *_UNREAD, *_TRAINED, *_OTHERS}
 
 
+_STATED = "_sdxl_jax"
+"""Field for what the weights were distilled for (`presets.stated`); diffusers ignores those with an underscore."""
+
+
 def read(
     fields: Fields, where: str, zero_terminal_snr: bool, distilled: bool
 ) -> tuple[SamplingDefaults | None, tuple[str, ...]]:
@@ -175,6 +180,9 @@ def read(
         set_alpha_to_one=_flag(complete, "set_alpha_to_one", where, name not in (None, "PNDMScheduler")),
         final_sigma=_final_sigma(complete, where),
     )
+    if isinstance(said := fields.get(_STATED), dict):
+        said = presets.stated(from_json(said, SamplingDefaults))
+        found = presets.with_stated(found, said if said.get("sampler") in (None, sampler) else {}) or own
     if name is not None and kind is None:
         notes.append(f"{where} has _class_name={json.dumps(name)}, which is not implemented: {default_sampler} is used")
     if str(name).startswith("EDM") and found.final_sigma is not FinalSigma.ZERO:
@@ -279,6 +287,7 @@ def written_edm(sampling: SamplingDefaults) -> dict[str, Any]:
 def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distilled: bool) -> dict[str, Any]:
     """The fields about sampling of a model's scheduler_config.json, `_class_name` among them."""
     sampling = sampling or SamplingDefaults()
+    said = presets.stated(sampling)
     if sampling.preset is not None:
         preset = presets.find(sampling.preset)
         sampling = replace(sampling, sampler=preset.sampler, spacing=preset.spacing, sigmas=Sigmas.SCHEDULE)
@@ -305,7 +314,7 @@ def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distille
         fields["use_exponential_sigmas"] = True
     if sampling.final_sigma is not FinalSigma.ZERO:
         fields["final_sigmas_type"] = sampling.final_sigma.value
-    return fields
+    return fields | ({_STATED: said} if said else {})
 
 
 def _name_of(sampler: str) -> str:

@@ -56,13 +56,12 @@ class ProgressiveConfig(DistillationConfig):
     @property
     def student(self) -> ModelConfig:
         before = self.model.sampling or SamplingDefaults()
-        is_guided = self.teacher.guidance is not None or before.preset == presets.PROGRESSIVE
         sampling = replace(
             before,
             sampler="ddim",
             spacing=Spacing.TRAILING,
             set_alpha_to_one=True,
-            preset=presets.PROGRESSIVE if is_guided else None,
+            preset=presets.PROGRESSIVE,
             steps=self.steps,
             guidance=None if self.guidance_dim is None else fitting(GUIDANCE, self.teacher.guidance),
         )
@@ -80,17 +79,21 @@ class ProgressiveConfig(DistillationConfig):
                 "teacher"
             )
         check_guidance_dim(self, self.guidance_dim)
-        if (taught := (self.model.sampling or SamplingDefaults()).steps) is not None and taught != 2 * self.steps:
-            raise InputError(
-                f"steps={self.steps}, but the teacher was distilled for {taught} steps (model.sampling.steps). Set "
-                f"steps={taught // 2}"
-            )
 
 
 class Progressive(Distillation[ProgressiveConfig]):
     """A latent diffusion model of few steps of DDIM."""
 
     name = "progressive distillation"
+
+    def check_teacher(self, teacher: ModelConfig) -> None:
+        steps, taught = self.config.steps, None if teacher.sampling is None else teacher.sampling.steps
+        if taught not in (None, 2 * steps):
+            raise InputError(
+                f"steps={steps}, but the teacher was distilled for {taught} steps. Set steps to {taught // 2}"
+                if taught > 1
+                else "The teacher was distilled for one step, which cannot be halved. Give another teacher"
+            )
 
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[Array, " batch"]

@@ -27,7 +27,7 @@ Of several trained networks, each is a tree like `trained`: the student of other
 import dataclasses
 import functools
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -226,16 +226,22 @@ class Distillation(Denoising[Config]):
     def check_start(self) -> None:
         """Raises InputError also for a teacher that is missing, or of other latents, schedule or conditioning."""
         super().check_start()
-        training, model = self.config.training, self.config.model
-        if "unet" not in check_initial(training, model, self.parts):
+        training, model, given = self.config.training, self.config.model, self.config.teacher
+        found = check_initial(training, model, self.parts)
+        if "unet" not in found:
             raise InputError(
                 f"training.init_from={','.join(training.init_from)} gives no UNet, so there is no teacher. Add the "
                 "model to distil, and unet to training.init_parts if that is given"
             )
-        if self.config.teacher.path is None:
-            return
-        if "unet" not in check_initial(self._loaded_teacher, model, self.parts, field="teacher.path"):
-            raise InputError(f"teacher.path={self.config.teacher.path} has no UNet. Give a whole model, or a UNet")
+        if given.path is not None:
+            found = check_initial(self._loaded_teacher, model, self.parts, field="teacher.path")
+            if "unet" not in found:
+                raise InputError(f"teacher.path={given.path} has no UNet. Give a whole model, or a UNet")
+        self.check_teacher(found["unet"])
+
+    def check_teacher(self, teacher: ModelConfig) -> None:
+        """Raises InputError for a teacher that the method cannot distil: its configuration by its own files, which has
+        the networks of `model`. Here: any is accepted."""
 
     @property
     def _loaded_teacher(self) -> LoopConfig:
@@ -256,21 +262,20 @@ class Distillation(Denoising[Config]):
     def _teacher_dtype(self) -> BaseDtype:
         return self.config.teacher.base_dtype or BaseDtype(self.config.compute.dtype.value)
 
+    def initial_weights(self, mesh: Mesh, progress: bool = True) -> dict[str, Float[Array, "..."]]:
+        options: Any = {"parts": self.parts, "base_dtype": self.base_dtype, "progress": progress}
+        # No notes: how the student is sampled is its own.
+        return initial_weights(self.config.training, self.loaded_config, mesh, **options, notes=False)
+
     def fresh_state(
         self, mesh: Mesh, abstract: TrainState, initial: dict[str, Float[Array, "..."]], progress: bool = True
     ) -> tuple[TrainState, Params]:
         state, frozen = super().fresh_state(mesh, abstract, initial, progress)
         if not self.config.has_copy:
             return state, frozen
-        copy = initial_weights(
-            dataclasses.replace(self._loaded_teacher, init_parts=("unet",)),
-            self.config.model,
-            mesh,
-            parts=("unet",),
-            base_dtype=self._teacher_dtype,
-            progress=progress,
-        )
-        return state, frozen | {TEACHER: unflatten(copy)}
+        only_unet = dataclasses.replace(self._loaded_teacher, init_parts=("unet",))
+        options: Any = {"parts": ("unet",), "base_dtype": self._teacher_dtype, "progress": progress, "notes": False}
+        return state, frozen | {TEACHER: unflatten(initial_weights(only_unet, self.config.model, mesh, **options))}
 
     # The batch
 
