@@ -53,9 +53,9 @@ RULES = (
 )
 """The first matching rule applies."""
 
-_SMALL = re.compile(r"(^|/)(v_row|v_col|discriminator|lpips)/|(^|/)ns_coeffs$|/kernel/\w+$")
+_SMALL = re.compile(r"(^|/)(v_row|v_col|discriminator|lpips|image_features)/|(^|/)ns_coeffs$|/kernel/\w+$")
 """What is small and replicated: Adafactor's means over rows and columns, a thousandth of the parameter whose path they
-have, and Muon's three numbers; the networks of an autoencoder's loss; factors of an adapter, below the kernel that they
+have, and Muon's three numbers; the networks of losses on images; factors of an adapter, below the kernel that they
 change."""
 
 

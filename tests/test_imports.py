@@ -74,9 +74,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training.objectives": {
         *("config", "data", "model", "models", "conditioning", "diffusion", "optim", "sampling", "weights.lazy"),
-        *("adapters", "evaluation", "weights.adapter_files", "weights.eight_bits", "weights.textual_inversion"),
+        *("adapters", "evaluation", "weights.adapter_files", "weights.dinov2", "weights.eight_bits"),
         *("sharding", "flops", "training.encoding", "training.initial", "training.objectives"),
         *("training.processes", "training.state", "training.step"),
+        "weights.textual_inversion",
         *("jsontree", "samplers"),  # a student is distilled for a sampler's timesteps
         *BASE,
     },

@@ -44,8 +44,11 @@ VISITED = {
     "hyper-sd-unet": {1: [800]},
     "dmd2": {1: [399], 4: [999, 749, 499, 249]},
     "progressive": {1: [999], 8: [999, 874, 749, 624, 499, 374, 249, 124]},
+    "dmd": {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749, 624, 499, 374, 249, 124]},
+    "add": {1: [999], 2: [999, 499], 3: [999, 666, 332], 4: [999, 749, 499, 249]},
 }
 SAMPLERS = {"turbo": "euler_ancestral", "lightning": "euler", "hyper-sd": "ddim", "progressive": "ddim"}
+SAMPLERS["add"] = "euler_ancestral"
 
 
 @pytest.mark.parametrize("name", PRESETS)

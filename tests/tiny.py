@@ -16,14 +16,17 @@ from sdxl_jax.conditioning.text import END_OF_TEXT, Tower
 from sdxl_jax.config import CheckpointConfig, TrainConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.model import Model, ModelConfig
-from sdxl_jax.models import clip_vision
+from sdxl_jax.models import clip_vision, dinov2, initialisers
 from sdxl_jax.models.clip import Activation, ClipTextConfig
 from sdxl_jax.models.clip_vision import ClipVisionConfig
+from sdxl_jax.models.dinov2 import DinoV2Config
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.weights import clip_vision as towers
+from sdxl_jax.weights import names
+from sdxl_jax.weights.formats import safetensors
 from sdxl_jax.weights.lazy import Initial, abstract_leaves
 from sdxl_jax.weights.names import Dialect, Naming
 
@@ -47,6 +50,7 @@ MODEL = ModelConfig(
     default_size=(32, 32),
 )
 BUCKETS = ((32, 32), (24, 40))
+DINOV2 = DinoV2Config(width=8, layers=2, heads=2, mlp_width=16, side=28, patch=14)
 
 
 def random_model(config: ModelConfig, seed: int) -> Model:
@@ -72,6 +76,22 @@ def write_image_tower(path: Path, projection: int, seed: int = 0) -> Path:
     leaves = {name: Initial(leaf, name, seed) for name, leaf in flatten(clip_vision.abstract(config)).items()}
     towers.write(towers.ImageTower(config, leaves, Naming(Dialect.OPENCLIP, "visual.")), path, Dialect.OPENCLIP)
     return path
+
+
+def write_dinov2(folder: Path, config: DinoV2Config = DINOV2, seed: int = 0) -> Path:
+    """DINOv2 with random weights, in a new directory as transformers saves it."""
+    folder.mkdir(parents=True)
+    abstract = flatten(dinov2.abstract(config))
+    params = unflatten({path: initialisers.sample(leaf, seed, path) for path, leaf in abstract.items()})
+    tensors = names.to_tensors(names.table(config, Naming(Dialect.TRANSFORMERS)), params)
+    described = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+    with safetensors.Writer(folder / "model.safetensors", described, {"format": "pt"}) as writer:
+        for name, value in tensors.items():
+            writer.put(name, value)
+    fields = {"hidden_size": config.width, "num_hidden_layers": config.layers, "num_attention_heads": config.heads}
+    fields |= {"mlp_ratio": config.mlp_width // config.width, "image_size": config.side, "patch_size": config.patch}
+    (folder / "config.json").write_text(json.dumps({"model_type": "dinov2", **fields}))
+    return folder
 
 
 def make_folder(folder: Path, images: int = 16) -> Path:

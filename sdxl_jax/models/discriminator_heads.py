@@ -48,8 +48,8 @@ def _norm(channels: int) -> Params:
     return {"scale": Parameter((channels,), Distribution(1.0)), "bias": Parameter((channels,), Distribution())}
 
 
-def _convolution(params: Params, x: Positions, stride: int = 1, padding: int = 0) -> Any:
-    """Of one or two axes of positions."""
+def _convolution(params: Params, x: Any, stride: int = 1, padding: int = 0) -> Any:
+    """Of one or two axes of positions: [batch, *positions, channels]."""
     axes = x.ndim - 2
     letters = "HW"[:axes]
     layout = f"N{letters}C", f"{letters}IO", f"N{letters}C"
@@ -100,8 +100,11 @@ class FeatureHeads:
         for name, head in self.abstract().items():
             vectors = {conv: head[conv]["kernel"].shape[-1] for conv in _CONVOLUTIONS}
             # Normal numbers, not ones: a vector without a part along the singular one would never find it.
-            keys = dict(zip(_CONVOLUTIONS, jax.random.split(jax.random.key(0), len(_CONVOLUTIONS)), strict=True))
-            found[name] = {conv: _unit(jax.random.normal(keys[conv], (size,))) for conv, size in vectors.items()}
+            keys = jax.random.split(jax.random.key(0), len(vectors))
+            found[name] = {
+                conv: _unit(jax.random.normal(key, (size,)))
+                for key, (conv, size) in zip(keys, vectors.items(), strict=True)
+            }
         return found
 
     def normalised(self, params: Params, carried: Params) -> tuple[Params, Params]:

@@ -10,7 +10,7 @@ Not here: the heads that judge (`discriminator_heads`), and the features of a UN
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ class Features(NamedTuple):
     """Of the whole image."""
 
 
+@runtime_checkable
 class FeatureNetwork(Protocol):
     """A frozen network that makes features. Hashable; it holds no arrays."""
 
@@ -123,10 +124,10 @@ class DinoV2Features:
     def __call__(self, params: Params, image: Image) -> Features:
         """Images whose sides are not multiples of the patch are made a little smaller (bilinear)."""
         batch, height, width, _ = image.shape
-        patch = self.config.patch
+        patch, found = self.config.patch, jnp.asarray(image)
         size = height // patch * patch, width // patch * patch
         if size != (height, width):
-            image = jax.image.resize(image, (batch, *size, 3), "bilinear")
-        pixels = ((image + 1) / 2 - jnp.array(_MEAN)) / jnp.array(_DEVIATION)
+            found = jax.image.resize(found, (batch, *size, 3), "bilinear")
+        pixels = ((found + 1) / 2 - jnp.array(_MEAN)) / jnp.array(_DEVIATION)
         states = dinov2.encode(self.config, params, pixels)
         return Features(tuple(states.layers[layer][:, 1:] for layer in self.layers), states.embedding)

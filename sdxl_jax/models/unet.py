@@ -356,10 +356,8 @@ def apply(
     if perturbed is not None:
         _check_attends(config, perturbed_parts)
     network = UNet(config, compute, tuple(perturbed_parts))
-    text = {TEXT: context} if isinstance(context, dict) else {}
-    states = None if text else context
-    given = {**variables(params, adapters), **text}
-    return network.apply(given, latent, timestep, states, vector, perturbed, class_embedding, guidance)  # pyright: ignore[reportReturnType]
+    given = latent, timestep, vector, perturbed, class_embedding, guidance
+    return _applied(network, params, adapters, context, *given)
 
 
 def middle_features(
@@ -367,7 +365,7 @@ def middle_features(
     params: Params,
     latent: Float[jax.Array, "batch height width channels_in"],
     timestep: Num[jax.Array, "batch"],
-    context: Float[jax.Array, "batch tokens context"] | None,
+    context: Float[jax.Array, "batch tokens context"] | TextProjections | None,
     vector: Float[jax.Array, "batch vector"] | None = None,
     compute: Compute = Compute(),
     *,
@@ -379,8 +377,16 @@ def middle_features(
     computed. Arguments: as of `apply`."""
     _check_inputs(config, context, vector, class_embedding, guidance)
     network = UNet(config, compute, ends_in_middle=True)
-    given = latent, timestep, context, vector, None, class_embedding, guidance
-    return network.apply(variables(params, adapters), *given)  # pyright: ignore[reportReturnType]
+    return _applied(network, params, adapters, context, latent, timestep, vector, None, class_embedding, guidance)
+
+
+def _applied(
+    network: UNet, params: Params, adapters: Params | None, context: Any, latent: Any, timestep: Any, *inputs: Any
+) -> Any:
+    """inputs: those of the network's call after the text."""
+    text = {TEXT: context} if isinstance(context, dict) else {}
+    states = None if text else context
+    return network.apply({**variables(params, adapters), **text}, latent, timestep, states, *inputs)
 
 
 def _check_inputs(config: UNetConfig, context: Any, vector: Any, class_embedding: Any, guidance: Any) -> None:

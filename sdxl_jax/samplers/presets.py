@@ -12,7 +12,6 @@ Not here: what a preset and the other options make together, and which of them c
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.samplers.defaults import SamplingDefaults, Spacing
@@ -49,6 +48,7 @@ SDXL, SD1, SD2 = "SDXL", "SD 1.x", "SD 2.x"
 CONSISTENCY = "lcm"
 """The preset of a model whose files mark it as a consistency model and say no more."""
 CONSISTENCY_LORA, PROGRESSIVE = "lcm-lora", "progressive"
+DISTRIBUTION_MATCHING, ADVERSARIAL = "dmd", "add"
 """Presets of other students that are distilled here."""
 
 PRESETS = {
@@ -75,6 +75,12 @@ PRESETS = {
     # Salimans & Ho, arXiv:2202.00512: DDIM, as many steps as the last round; with guidance in the weights, or as an
     # input, Meng et al., arXiv:2210.03142.
     PROGRESSIVE: Preset("ddim", tuple(2**n for n in range(10)), spacing=Spacing.TRAILING, input_guidance=5.0),
+    # As dmd2 in four steps, and with as many trailing timesteps in other numbers of steps; any model may be distilled.
+    DISTRIBUTION_MATCHING: Preset(
+        "lcm", (1, 2, 4, 8), timesteps={n: tuple(range(999, 0, -1000 // n)) for n in (1, 2, 4, 8)}
+    ),
+    # As turbo, at the model's own size; any model may be distilled.
+    ADVERSARIAL: Preset("euler_ancestral", (1, 2, 3, 4), spacing=Spacing.TRAILING),
 }
 """By the names of the command line."""
 
@@ -109,33 +115,8 @@ def with_preset(sampling: SamplingDefaults | None, name: str | None) -> Sampling
     """A model's defaults with another preset, or with none."""
     if name == (sampling or SamplingDefaults()).preset:
         return sampling
-    return with_stated(sampling, {} if name is None else {"preset": name})
-
-
-STATED = "sdxl_jax.sampling"
-"""Key of a file's metadata for what `stated` makes of its defaults, as JSON."""
-
-
-def stated(sampling: SamplingDefaults | None) -> dict[str, Any]:
-    """What a model was distilled for, for files that say nothing else of it: preset, steps, guidance. {}: nothing."""
-    given = sampling or SamplingDefaults()
-    found = {name: getattr(given, name) for name in _STATED if getattr(given, name) is not None}
-    # Without a name for it, a UNet with guidance as an input is sampled as a consistency model.
-    named_sampler = found and given.preset is None and given.sampler is not None
-    return found | ({"sampler": given.sampler} if named_sampler else {})
-
-
-def with_stated(sampling: SamplingDefaults | None, said: Mapping[str, Any]) -> SamplingDefaults | None:
-    """Defaults with what another model's files say it was distilled for (`stated`). Raises InputError for an unknown
-    preset."""
-    if said.get("preset") is not None:
-        find(said["preset"])
-    changed = replace(sampling or SamplingDefaults(), **{name: said.get(name) for name in _STATED})
-    changed = replace(changed, sampler=said.get("sampler", changed.sampler))
+    changed = replace(sampling or SamplingDefaults(), preset=name)
     return None if changed == SamplingDefaults() else changed
-
-
-_STATED = ("preset", "steps", "guidance")
 
 
 def listed(steps: tuple[int, ...]) -> str:

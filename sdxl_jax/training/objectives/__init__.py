@@ -9,7 +9,15 @@ from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig, Autoencoding
 from sdxl_jax.training.objectives.base import Objective
 from sdxl_jax.training.objectives.denoising import Denoising
+from sdxl_jax.training.objectives.distillation.adversarial_diffusion import (
+    AdversarialDiffusion,
+    AdversarialDiffusionConfig,
+)
 from sdxl_jax.training.objectives.distillation.consistency import Consistency, ConsistencyConfig
+from sdxl_jax.training.objectives.distillation.distribution_matching import (
+    DistributionMatching,
+    DistributionMatchingConfig,
+)
 from sdxl_jax.training.objectives.distillation.guidance import GuidanceDistillation, GuidanceDistillationConfig
 from sdxl_jax.training.objectives.distillation.progressive import Progressive, ProgressiveConfig
 
@@ -19,6 +27,8 @@ OBJECTIVES: dict[type[RunConfig], type[Objective[Any]]] = {
     GuidanceDistillationConfig: GuidanceDistillation,
     ConsistencyConfig: Consistency,
     ProgressiveConfig: Progressive,
+    DistributionMatchingConfig: DistributionMatching,
+    AdversarialDiffusionConfig: AdversarialDiffusion,
 }
 
 
