@@ -133,6 +133,18 @@ class ImagePromptConfig:
     """Train the rows of add_embedding's first kernel that read the pooled vector, and nothing else."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InpaintingConfig:
+    """Training of a model for inpainting with random masks (training/objectives/inpainting.py)."""
+
+    whole_share: float = 0.25
+    """Share of examples whose image is masked as a whole, 0 to 1; Stable Diffusion's inpainting models: 0.25. Higher:
+    text to image is kept better, surroundings are followed less."""
+    box_share: float = 0.5
+    """Of the other examples, the share whose mask is boxes, 0 to 1; the rest have strokes. LaMa: a half. Higher: more
+    masks of rectangles, fewer of brushes."""
+
+
 class OnFailedSave(enum.Enum):
     """What happens if a checkpoint cannot be written."""
 
@@ -342,6 +354,9 @@ class TrainConfig(RunConfig):
     textual_inversion: TextualInversionConfig | None = None
     """A new token whose embedding vectors are trained beside the model, which is then frozen; None: none. With adapter:
     pivotal tuning."""
+    inpainting: InpaintingConfig | None = None
+    """Random masks, for a model whose UNet sees a mask (model.unet.in_channels is 9); None: the UNet receives the
+    latent alone."""
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -377,12 +392,7 @@ class TrainConfig(RunConfig):
             ]
         )
         self.loss.check(self.model.schedule.timesteps, self.model.noise)
-        if self.model.unet.in_channels != self.model.vae.latent_channels:
-            raise InputError(
-                f"model.unet.in_channels={self.model.unet.in_channels} is not model.vae.latent_channels="
-                f"{self.model.vae.latent_channels}: in training the UNet receives the latent alone. Set it to "
-                f"{self.model.vae.latent_channels}"
-            )
+        self._check_inpainting()
         self._check_data()
         self._check_image_prompt()
         self._check_adapter()
@@ -521,6 +531,32 @@ class TrainConfig(RunConfig):
             raise InputError(
                 "textual_inversion.rate, stop and norm change the updates, which the average of "
                 "optimiser.kind=schedule_free does not allow. Leave them out, or use another optimiser, e.g. adamw"
+            )
+
+    def _check_inpainting(self) -> None:
+        latent, channels = self.model.vae.latent_channels, self.model.unet.in_channels
+        expected = latent if self.inpainting is None else 2 * latent + 1
+        if channels != expected:
+            what = "receives the latent alone"
+            if self.inpainting is not None:
+                what = "receives the latent, a mask and the latent of the masked image (inpainting)"
+            remedy = ", or set inpainting to train a model for inpainting" if self.model.sees_mask else ""
+            raise InputError(
+                f"model.unet.in_channels={channels}, but model.vae.latent_channels={latent}: in this training the UNet "
+                f"{what}. Set it to {expected}{remedy}"
+            )
+        if self.inpainting is None:
+            return
+        check_ranges([(f"inpainting.{name}", value, 0, 1) for name, value in vars(self.inpainting).items()])
+        if self.data.cache is not None:
+            raise InputError(
+                f"data.cache={self.data.cache} holds the latents of whole images, and inpainting encodes masked images "
+                "too, with another mask in each epoch. Leave out data.cache: images are then encoded in every step"
+            )
+        if self.validation.metrics:
+            raise InputError(
+                "validation.metrics compares images sampled from captions alone, which a model for inpainting does not "
+                "make. Leave it out"
             )
 
     def _check_image_prompt(self) -> None:

@@ -339,6 +339,7 @@ def test_configurations_of_a_law_are_read_as_they_were_written() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation", "shared_steps")
 @pytest.mark.parametrize("given", [EDM, FLOW], ids=str)
 def test_a_run_that_was_stopped_repeats_every_digit(given: Law, tmp_path: Path) -> None:
     base = tiny.train_config(tiny.make_folder(tmp_path / "images"), steps=4)

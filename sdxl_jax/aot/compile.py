@@ -203,14 +203,15 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_pa
 
     def sample(compute: Compute) -> Any:
         static: Any = {"config": model, "terms": segment.terms, "stochastic": segment.stochastic, "compute": compute}
-        return functools.partial(program.denoise, known_image=None, mask_channels=None, **static)
+        return functools.partial(program.denoise, **static)
 
     def decode(compute: Compute) -> Any:
         return functools.partial(program.decode, config=model, compute=compute, tile=None)
 
     plain = Compute(dtype=config.compute.dtype, attention=Attention.XLA)
     tokens = jax.eval_shape(lambda: Tokenizer.of(model.text).prompts([""] * images))
-    rows, latent = _rows(mesh, tokens), _abstract_latent(config, mesh, size, images)
+    rows = _rows(mesh, tokens)
+    latent = _abstract_latent(config, mesh, size, images, model.vae.latent_channels)
     micro = jax.eval_shape(lambda: generate.micro_rows(model, options, images, size))
     conditioning = functools.partial(_conditioning, states(plain), config=model, compute=config.compute)
     sampled = (
@@ -220,6 +221,8 @@ def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_pa
         _rows(mesh, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))),
         _whole(mesh, segment_arrays),
         _whole(mesh, program.Strengths(*(np.float32(1),) * 3)),
+        None,  # known image
+        _abstract_latent(config, mesh, size, images, model.vae.latent_channels + 1) if model.sees_mask else None,
     )
     return [
         Program(
@@ -265,11 +268,10 @@ def _whole(mesh: Mesh, tree: Any) -> Any:
     )
 
 
-def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Size, images: int) -> Any:
-    vae = config.model.vae
-    sides = (side // vae.downsampling for side in size)
+def _abstract_latent(config: TrainConfig, mesh: Mesh, size: Size, images: int, channels: int) -> Any:
+    sides = (side // config.model.vae.downsampling for side in size)
     place = sharding.batch_sharding(mesh)
-    return jax.ShapeDtypeStruct((images, *sides, vae.latent_channels), jnp.float32, sharding=place)
+    return jax.ShapeDtypeStruct((images, *sides, channels), jnp.float32, sharding=place)
 
 
 def _abstract_start(mesh: Mesh, segment_arrays: Any, latent: Any) -> Any:

@@ -25,6 +25,7 @@ from sdxl_jax.weights.lazy import (
     Origin,
     SourceLayout,
     Weights,
+    WithZeroInputs,
     abstract_leaves,
     lacking_half,
     part_configs,
@@ -33,6 +34,8 @@ from sdxl_jax.weights.load import load_weights, place
 from sdxl_jax.weights.open import OpenOptions, open_model
 
 _FIELD = "training.init_from"
+FIRST = "unet/conv_in/kernel"
+"""The parameter that has the UNet's inputs."""
 
 
 def check_initial(
@@ -42,11 +45,11 @@ def check_initial(
     *,
     measures_scale: bool = False,
     field: str = _FIELD,
-) -> set[str]:
-    """Raises InputError wherever `initial_weights` would; reads only the files' headers. Returns the parts that are
-    there. field: that the paths are from, for messages."""
+) -> dict[str, ModelConfig]:
+    """Raises InputError wherever `initial_weights` would; reads only the files' headers. Returns the configuration of
+    the model that each part is from. field: that the paths are from, for messages."""
     opened = _opened(training, model, parts, measures_scale, field)
-    return {part for weights in opened for part in weights.parts}
+    return {part: weights.config for weights in opened for part in weights.parts}
 
 
 def initial_weights(
@@ -73,6 +76,10 @@ def initial_weights(
             tqdm.write(
                 f"  note: {path} has other sampling defaults, {'; '.join(lines)} (there -> in this run and the models "
                 "that it saves). Set model.sampling in the configuration to keep them"
+            )
+        if isinstance(weights.leaves.get(FIRST), WithZeroInputs):
+            tqdm.write(
+                f"  note: the UNet of {path} sees the latent alone; its inputs for mask and masked image begin at zero"
             )
         initial |= flatten(load_weights(_kept(weights, base_dtype), mesh, progress).params)
     return initial
@@ -154,14 +161,9 @@ def _opened(
                 f"{path} in {field} holds {', '.join(unknown)}, which this model does not have. Select the "
                 f"parts to load with training.init_parts, from {', '.join(known)}"
             )
-        weights = _only(weights, parts)
+        weights = _with_inputs(_only(weights, parts), model)
         for part in weights.parts:
-            have, want = (to_json(configs[part]) for configs in (part_configs(weights.config), known))
-            if part == "vae" and (measures_scale or not weights.scale_is_known):
-                have["scale"] = want["scale"]
-            if part == "vae" and (half := lacking_half(weights)) is not None:
-                have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # not in the other half's file
-            if different := differences(have, want):
+            if different := _part_differences(part, weights, model, measures_scale):
                 raise InputError(
                     f"The {part} in {path} ({field}) has a different configuration: {'; '.join(different)} "
                     f"(in the file -> in this run). Set {_field_of(part, model, parts)} to the file's configuration, "
@@ -182,6 +184,18 @@ def _opened(
             f"{','.join(training.init_from)}. Add a model that has it, or leave it out"
         )
     return opened
+
+
+def _part_differences(part: str, weights: Weights, model: ModelConfig, measures_scale: bool) -> list[str]:
+    """`field: there -> here` for every field of a part's configuration that differs, as far as the file records it."""
+    have, want = (to_json(part_configs(config)[part]) for config in (weights.config, model))
+    if part == "vae" and (measures_scale or not weights.scale_is_known):
+        have["scale"] = want["scale"]
+    if part == "vae" and (half := lacking_half(weights)) is not None:
+        have[f"{half}_blocks"] = want.get(f"{half}_blocks")  # not in the other half's file
+    if part == "unet" and isinstance(weights.leaves.get(FIRST), WithZeroInputs):
+        have["in_channels"] = want["in_channels"]
+    return differences(have, want)
 
 
 def _meaning_differences(weights: Weights, model: ModelConfig) -> list[str]:
@@ -212,6 +226,15 @@ def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: Mod
             f"this run). Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
             f"purpose: --training.init-changes {' '.join(names)}"
         )
+
+
+def _with_inputs(weights: Weights, model: ModelConfig) -> Weights:
+    """A UNet that sees the latent alone with zeros for the mask and the masked image, if the model's sees them."""
+    alone = weights.config.unet.in_channels == model.vae.latent_channels
+    if not model.sees_mask or FIRST not in weights.leaves or not alone:
+        return weights
+    first = WithZeroInputs(weights.leaves[FIRST], model.unet.in_channels)
+    return dataclasses.replace(weights, leaves={**weights.leaves, FIRST: first})
 
 
 def _only(weights: Weights, parts: Collection[str]) -> Weights:

@@ -162,6 +162,28 @@ class WithRows:
 
 
 @dataclass(frozen=True)
+class WithZeroInputs:
+    """A kernel [..., in, out] with zeros for further input channels after its own."""
+
+    leaf: Leaf
+    channels: int
+    """Input channels in all."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.leaf.shape[:-2], self.channels, self.leaf.shape[-1])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.leaf.dtype
+
+    def read(self, index: Index | None = None) -> Shaped[np.ndarray, "..."]:
+        value = np.zeros(self.shape, self.dtype)
+        value[..., : self.leaf.shape[-2], :] = self.leaf.read()
+        return value if index is None else value[index]
+
+
+@dataclass(frozen=True)
 class FirstLayers:
     """The first layers of a stacked parameter."""
 

@@ -5,7 +5,8 @@
 A batch from a cache starts at "sample": it has the posterior and the text states, and both encoders are skipped.
 `training.trainable` selects what is trained: the UNet, some of its layers, text encoders; with `adapter` it is an
 adapter of these that is trained (`adapters`), with `textual_inversion` embedding vectors of a new token, alone or with
-an adapter (`textual_inversion`). The configuration is `TrainConfig` (sdxl_jax/config.py).
+an adapter (`textual_inversion`). With `inpainting` the UNet sees masks (`inpainting`). The configuration is
+`TrainConfig` (sdxl_jax/config.py).
 """
 
 import dataclasses
@@ -37,9 +38,10 @@ from sdxl_jax.models import unet, vae
 from sdxl_jax.models.layers import Compute
 from sdxl_jax.optim.ema import EmaKind
 from sdxl_jax.sampling import generate
+from sdxl_jax.sizes import Size
 from sdxl_jax.training import encoding
-from sdxl_jax.training.initial import abstract_base
-from sdxl_jax.training.objectives import adapters, image_prompts, textual_inversion
+from sdxl_jax.training.initial import FIRST, abstract_base, check_initial
+from sdxl_jax.training.objectives import adapters, image_prompts, inpainting, textual_inversion
 from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.base import Examples, Grid, Objective, abstract_rows
 from sdxl_jax.training.objectives.textual_inversion import EmbeddingTraining
@@ -111,6 +113,21 @@ class Denoising(Objective[Config]):
         encoding.image_tower(self.config)
         if self._adapters is not None:
             self._adapters.check_start()
+        if self.config.inpainting is not None:
+            self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """Raises InputError where a UNet without inputs for the mask would get them and not learn to use them."""
+        unet = check_initial(self.config.training, self.loaded_config, self.parts).get("unet")
+        if unet is None or unet.sees_mask:
+            return
+        state, _ = self.abstract_state(AbstractMesh((1,) * len(sharding.AXES), sharding.AXES))
+        if FIRST not in arrays.flatten(state.params):
+            raise InputError(
+                f"training.init_from gives a UNet of {unet.unet.in_channels} input channels, and those of the mask "
+                f"and the masked image begin at zero. Here they would stay zero: {FIRST} is not trained. Add it to "
+                "training.trainable, or start from a model for inpainting"
+            )
 
     def check_heads(self, mesh: Mesh) -> None:
         sharding.check_heads(mesh, self.config.model.unet.attention_heads)
@@ -270,22 +287,24 @@ class Denoising(Objective[Config]):
         return validation.every_steps if validation.prompts or validation.classes else None
 
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
-        """Images of `validation.prompts` and `validation.classes` in each size, from the same noise each time. A stop
-        takes effect between two sizes; with a single process, at any time."""
-        del dataset
+        """Images of `validation.prompts` and `validation.classes` in each size, from the same noise each time; with
+        inpainting, of the hidden part of an image of the data, which comes first. A stop takes effect between two
+        sizes; with a single process, at any time."""
         validation = self.config.validation
         options = {"seed": _GRID_SEED, "steps": validation.steps, "guidance": validation.guidance}
         pairs = list(itertools.product(validation.classes or (None,), validation.prompts or ("",)))
         labels, prompts = zip(*pairs, strict=True)
 
         def sample(height: int, width: int) -> list[UInt8[np.ndarray, "height width 3"]]:
-            size = {"height": height, "width": width}
+            given: dict[str, Any] = {"height": height, "width": width, **options}
+            shown = list[UInt8[np.ndarray, "height width 3"]]()
+            if (masks := self.config.inpainting) is not None:
+                image, hidden = inpainting.example(dataset, Size(height, width), masks)
+                given |= {"init_image": image, "mask": hidden}
+                shown.append(inpainting.masked(image, hidden))
             with jax.set_mesh(mesh):
-                return list(
-                    generate.text_to_image(
-                        model, prompts, classes=labels, **size, **options, compute=self.config.compute
-                    )
-                )
+                generated = generate.text_to_image(model, prompts, classes=labels, **given, compute=self.config.compute)
+            return shown + list(generated)
 
         images = list[UInt8[np.ndarray, "_height _width 3"]]()
         for height, width in validation.sizes:
@@ -294,8 +313,9 @@ class Denoising(Objective[Config]):
             # With several processes it must not be abandoned: the others would wait in its collectives.
             images += processes.wait(sample_size) if processes.count == 1 else sample_size()
         weights = "parameters" if self.config.ema.kind is EmaKind.NONE else "ema"
-        captions = [classes.caption(prompt, label) for label, prompt in pairs] * len(validation.sizes)
-        return Grid(images, captions, len(pairs), {"weights": weights, **options})
+        row = [classes.caption(prompt, label) for label, prompt in pairs]
+        row = row if self.config.inpainting is None else ["the masked image", *row]
+        return Grid(images, row * len(validation.sizes), len(row), {"weights": weights, **options})
 
 
 def _united(pairs: Iterable[tuple[Params, Params]]) -> tuple[Params, Params]:
@@ -323,12 +343,17 @@ def batch_loss(
     posterior, prompt = encoded(batch, params, parts, compute, changes)
     latent = vae.scaled_sample(parts.vae, posterior, latent_keys)
     network = _network(params, batch, prompt, dropout_keys, config, empty, changes)
+    channels = None
+    if config.inpainting is not None:
+        channels = inpainting.mask_channels(batch, params, dropout_keys, config)
+        network = inpainting.seeing(network, channels)
     base = None
     if batch.base_target is not None:
         of_token = textual_inversion.without_adapters(changes)
         if set(changes or {}) - {"unet"}:
             prompt = text.encode(parts.text, params, batch.tokens, compute, of_token)
         of_base = _network(params, batch, prompt, dropout_keys, config, empty, of_token)
+        of_base = of_base if channels is None else inpainting.seeing(of_base, channels)
         base = loss.BaseTarget(of_base, jnp.asarray(batch.base_target))
 
     noise = parts.noise or schedule.make(parts.schedule)
@@ -359,7 +384,7 @@ def _network(
 
     def network(
         x_t: Float[jax.Array, "batch height width channels"], timestep: Num[jax.Array, " batch"]
-    ) -> Float[jax.Array, "batch height width channels"]:
+    ) -> Float[jax.Array, "batch height width channels_out"]:
         context, vector, added = conditioning
         beside = (changes or {}).get("unet")
         given = params["unet"], x_t, timestep, context, vector, compute
