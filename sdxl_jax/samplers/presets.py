@@ -12,6 +12,7 @@ Not here: what a preset and the other options make together, and which of them c
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.samplers.defaults import SamplingDefaults, Spacing
@@ -115,8 +116,33 @@ def with_preset(sampling: SamplingDefaults | None, name: str | None) -> Sampling
     """A model's defaults with another preset, or with none."""
     if name == (sampling or SamplingDefaults()).preset:
         return sampling
-    changed = replace(sampling or SamplingDefaults(), preset=name)
+    return with_stated(sampling, {} if name is None else {"preset": name})
+
+
+STATED = "sdxl_jax.sampling"
+"""Key of a file's metadata for what `stated` makes of its defaults, as JSON."""
+
+
+def stated(sampling: SamplingDefaults | None) -> dict[str, Any]:
+    """What a model was distilled for, for files that say nothing else of it: preset, steps, guidance. {}: nothing."""
+    given = sampling or SamplingDefaults()
+    found = {name: getattr(given, name) for name in _STATED if getattr(given, name) is not None}
+    # Without a name for it, a UNet with guidance as an input is sampled as a consistency model.
+    named_sampler = found and given.preset is None and given.sampler is not None
+    return found | ({"sampler": given.sampler} if named_sampler else {})
+
+
+def with_stated(sampling: SamplingDefaults | None, said: Mapping[str, Any]) -> SamplingDefaults | None:
+    """Defaults with what another model's files say it was distilled for (`stated`). Raises InputError for an unknown
+    preset."""
+    if said.get("preset") is not None:
+        find(said["preset"])
+    changed = replace(sampling or SamplingDefaults(), **{name: said.get(name) for name in _STATED})
+    changed = replace(changed, sampler=said.get("sampler", changed.sampler))
     return None if changed == SamplingDefaults() else changed
+
+
+_STATED = ("preset", "steps", "guidance")
 
 
 def listed(steps: tuple[int, ...]) -> str:
