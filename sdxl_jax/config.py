@@ -439,6 +439,14 @@ class TrainConfig(RunConfig):
                 "that number, e.g. 4 (with 1, training sees a single crop of each image)"
             )
 
+    def check_guidance_input(self) -> None:
+        """Raises InputError for a UNet with guidance as an input."""
+        if self.model.unet.guidance_dim is not None:
+            raise InputError(
+                f"model.unet.guidance_dim={self.model.unet.guidance_dim}: denoising has no guidance scale to train "
+                "this input with. Set it to None, or distil a model"
+            )
+
     def _check_classes(self) -> None:
         """Raises InputError for conditions to drop, and prompts and classes to sample, that the model does not have."""
         given, training = self.model, self.training
@@ -453,14 +461,6 @@ class TrainConfig(RunConfig):
                 )
         if self.validation.prompts and not given.text:
             raise InputError(
-    def check_guidance_input(self) -> None:
-        """Raises InputError for a UNet with guidance as an input."""
-        if self.model.unet.guidance_dim is not None:
-            raise InputError(
-                f"model.unet.guidance_dim={self.model.unet.guidance_dim}: denoising has no guidance scale to train "
-                "this input with. Set it to None, or distil a model"
-            )
-
                 "validation.prompts has no effect on a model without text encoders. Give validation.classes instead"
             )
         try:
@@ -470,6 +470,11 @@ class TrainConfig(RunConfig):
 
     def _check_adapter(self) -> None:
         given = self.adapter
+        if self.training.layers is not None and (given or self.textual_inversion) is not None:
+            raise InputError(
+                f"training.layers={self.training.layers.value} has no effect on an adapter or a new token. Leave it "
+                "out (None), or set adapter.layers"
+            )
         if given is None:
             if of_base := [source.folder for source in self.data.sources if source.target is Target.BASE]:
                 raise InputError(
@@ -480,11 +485,6 @@ class TrainConfig(RunConfig):
             return
         given.check()
         if self.image_prompt is not None and self.image_prompt.pooled_rows_alone:
-        if self.training.layers is not None and (given or self.textual_inversion) is not None:
-            raise InputError(
-                f"training.layers={self.training.layers.value} has no effect on an adapter or a new token. Leave it "
-                "out (None), or set adapter.layers"
-            )
             raise InputError(
                 "image_prompt.pooled_rows_alone trains rows of a frozen parameter where adapter is set. Leave one of "
                 "them out (image_prompt.pooled_rows_alone=False, adapter=None)"
@@ -612,6 +612,7 @@ MAY_CHANGE = (
     "logging",
     "model.sampling",
     "processes",
+    "teacher.path",
     "textual_inversion.bundle",
     "training.compilation_cache",
     "training.compile_ahead",
@@ -657,7 +658,6 @@ def load(path: Path, kind: type[_Config] = RunConfig) -> _Config:
             f"{path} fails with {type(error).__name__}: {str(error).rstrip('.')}{_nearest_field(str(error))}. Fix it; "
             "--debug shows where"
         ) from error
-    "teacher.path",
     if not isinstance(config, kind) or type(config) is RunConfig:
         expected = kind.__name__
         if kind is RunConfig:
