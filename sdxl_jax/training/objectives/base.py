@@ -104,11 +104,11 @@ class Objective(abc.ABC, Generic[Config]):
         return self.model_config
 
     @property
-    @property
     def loaded_config(self) -> ModelConfig:
         """The configuration of the model at `training.init_from`. Here: of the one that a run starts from."""
         return self.initial_config
 
+    @property
     def parts(self) -> tuple[str, ...]:
         """The parts of the model that the objective has, trainable or frozen."""
         return tuple(part_configs(self.model_config))
