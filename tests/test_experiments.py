@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from command import call
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
+from sdxl_jax.quickstart import recipe
 from sdxl_jax.sampling import plan
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.training.objectives import objective_of
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import appendix_j  # pyright: ignore[reportMissingImports] (experiments/, put on the path above)
 import cifar10  # pyright: ignore[reportMissingImports] (the same)
 import crop_conditioning  # pyright: ignore[reportMissingImports] (the same)
+import few_steps  # pyright: ignore[reportMissingImports] (the same)
 import figures  # pyright: ignore[reportMissingImports] (the same)
 import image_prompt  # pyright: ignore[reportMissingImports] (the same)
 import offset_noise  # pyright: ignore[reportMissingImports] (the same)
@@ -155,6 +157,26 @@ def test_the_refiner_is_trained_on_low_noise_and_fits_the_base(tmp_path: Path, m
     assert refining.loss.timesteps == refiner.LOW_NOISE and base.loss.timesteps is None
     for option in ({"handoff": refiner.HANDOFF}, {"refine_strength": refiner.STRENGTH}):
         plan.prepare(base.model, refining.model, Options(sampler="ddim", steps=50, **option))
+
+
+def test_the_students_of_few_steps_need_no_guidance_for_the_steps_that_they_are_sampled_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options_of(few_steps, monkeypatch, "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path))
+    models = {tmp_path / "teacher": recipe.model_config()}
+    monkeypatch.setattr(few_steps, "open_model", lambda path: SimpleNamespace(config=models[path]))
+    names = []
+    for method in few_steps.METHODS:
+        for name, config, sampled in few_steps.students(method, options):
+            objective = objective_of(config)
+            objective.config.check()
+            models[tmp_path / name] = objective.model_config
+            for steps in sampled:
+                plan.prepare(objective.model_config, None, Options(steps=steps))
+                guidance = Options(steps=steps).resolved(objective.model_config).guidance
+                assert guidance == 1 or (method == "guidance" and config.student.unet.guidance_dim == 64)
+            names.append(name)
+    assert len(set(names)) == 10 and {"progressive_1", "dmd_4", "add"} <= set(names)
 
 
 def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:

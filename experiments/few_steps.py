@@ -1,0 +1,243 @@
+"""Few steps: students of one small teacher by every method of distillation, and what they cost and are worth.
+
+    sdxl-jax quickstart --run-dir runs/quickstart                # the teacher, about ten minutes
+    python experiments/few_steps.py                              # for two processors
+    python experiments/few_steps.py --methods lcm progressive --steps 200
+
+Not in the paper; its section 3 names distillation as future work. The teacher is the quickstart's model, which draws
+the captions of its images; sampled at 128×128 with guidance it evaluates its network twice in each step. The students
+are distilled on the same images with the teacher's guidance in their weights, so that they evaluate it once:
+
+    guidance      guidance distillation: the teacher's steps at half their cost
+    lcm           consistency distillation, sampled with 1, 2, 4 and 8 steps
+    progressive   five rounds, of 16, 8, 4, 2 and 1 steps, sampled with as many
+    dmd           distribution matching (DMD2), for 4 steps and for 1
+    add           adversarial diffusion distillation, sampled with 4 steps and with 1
+
+Measured are prompt accuracy (the share of samples whose nearest training image has the prompt as its caption), FID and
+KID to samples of the teacher from other noise and to the images themselves, and images per second. The first row is the
+teacher against itself: the least that is possible.
+
+Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). The same command again resumes. Needs
+the weights of `sdxl-jax evaluate --fetch-weights`.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import results
+from cifar10 import Measures
+from small_model import Images, write_images
+
+from sdxl_jax import load_model, train
+from sdxl_jax.config import CheckpointConfig, TrainingConfig, ValidationConfig
+from sdxl_jax.data.buckets import Bucket
+from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.evaluation import scores
+from sdxl_jax.evaluation.curve import check_plots
+from sdxl_jax.evaluation.prompt_accuracy import hits
+from sdxl_jax.evaluation.settings import Metric
+from sdxl_jax.files import atomic
+from sdxl_jax.model import Model
+from sdxl_jax.optim.ema import EmaConfig
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
+from sdxl_jax.quickstart.run import Examples, training_images
+from sdxl_jax.sampling.generate import text_to_image
+from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
+from sdxl_jax.training.objectives.distillation.consistency import ConsistencyConfig
+from sdxl_jax.training.objectives.distillation.critic import CriticConfig
+from sdxl_jax.training.objectives.distillation.distribution_matching import (
+    DistributionMatchingConfig,
+    MiddleHeadConfig,
+)
+from sdxl_jax.training.objectives.distillation.guidance import GuidanceDistillationConfig
+from sdxl_jax.training.objectives.distillation.progressive import ProgressiveConfig
+from sdxl_jax.training.objectives.distillation.teacher import DistillationConfig, TeacherConfig
+from sdxl_jax.weights.open import open_model
+
+PAPER = [{"model": "SDXL", "finding": "distillation is named as future work"}]
+SIDE = 128
+TEACHER_STEPS, GUIDANCE = 30, 3.0
+ROUNDS = (16, 8, 4, 2, 1)
+"""Steps of the rounds of progressive distillation."""
+METHODS = ("guidance", "lcm", "progressive", "dmd", "add")
+TIMED = 16
+"""Images of the batch whose sampling is timed."""
+
+
+class Student(NamedTuple):
+    name: str
+    config: DistillationConfig
+    sampled: tuple[int, ...]
+    """Numbers of steps that it is sampled with."""
+
+
+def student(kind: type[Any], base: Path, options: argparse.Namespace, rate: float = 2e-4, **fields: Any) -> Any:
+    """A configuration of that method. rate: of learning. fields: the method's own."""
+    fields.setdefault("teacher", TeacherConfig(guidance=(GUIDANCE, GUIDANCE)))
+    return kind(
+        data=DataConfig(folder=str(options.out / "data"), buckets=((SIDE, SIDE),), batch_size=options.batch),
+        model=open_model(base).config,
+        optimiser=optimiser(rate, options),
+        ema=EmaConfig(decay=0.95),
+        training=TrainingConfig(
+            steps=options.steps, trainable=("^unet/",), caption_dropout=0.0, init_from=(str(base),)
+        ),
+        checkpoint=CheckpointConfig(every_steps=options.steps, keep=1),
+        validation=ValidationConfig(every_steps=None),
+        **fields,
+    )
+
+
+def optimiser(rate: float, options: argparse.Namespace) -> OptimiserConfig:
+    return OptimiserConfig(
+        learning_rate=rate, warmup_steps=options.steps // 20, decay=Decay.COSINE, beta2=0.99, weight_decay=0.0
+    )
+
+
+def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
+    """What is trained for a method, in order: a later one may begin from an earlier one, which is there by then."""
+    teacher, out = options.teacher, options.out
+    match method:
+        case "guidance":
+            given = TeacherConfig(guidance=(1.0, 5.0))
+            config = student(GuidanceDistillationConfig, teacher, options, teacher=given, guidance_dim=64)
+            yield Student(method, config, (TEACHER_STEPS,))
+        case "lcm":
+            yield Student(method, student(ConsistencyConfig, teacher, options, guidance_dim=None), (1, 2, 4, 8))
+        case "progressive":
+            for steps in ROUNDS:
+                given = TeacherConfig(guidance=(GUIDANCE, GUIDANCE) if steps == ROUNDS[0] else None)
+                about = {"steps": steps, "teacher": given, "guidance_dim": None}
+                yield Student(f"{method}_{steps}", student(ProgressiveConfig, teacher, options, **about), (steps,))
+                teacher = out / f"{method}_{steps}"
+        case "dmd":
+            critic = CriticConfig(updates=2, optimiser=optimiser(2e-4, options))
+            for steps in (4, 1):
+                about = {"steps": steps, "critic": critic, "rate": 1e-4, "head": MiddleHeadConfig(layers=0)}
+                config = student(DistributionMatchingConfig, teacher, options, **about)
+                yield Student(f"{method}_{steps}", config, (steps,))
+        case "add":
+            yield Student(method, student(AdversarialDiffusionConfig, teacher, options), (1, 4))
+
+
+# Sampling and measures
+
+
+def sampled(model: Model, prompts: Sequence[str], file: Path, steps: int, seed: int, **options: Any) -> Images:
+    """One sample of each prompt in the list; kept in a file, with the seconds that `TIMED` of them take."""
+    if not file.exists():
+        given = {"height": SIDE, "width": SIDE, "steps": steps, "batch_size": TIMED, **options}
+        images = text_to_image(model, prompts, seed=seed, progress=True, **given)
+        began = time.monotonic()
+        text_to_image(model, prompts[:TIMED], seed=seed, **given)
+        seconds = time.monotonic() - began
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(file) as partial, partial.open("wb") as opened:
+            np.savez(opened, images=images, seconds=seconds)
+    return np.load(file)["images"]
+
+
+class Scores:
+    """The measures of samples of the prompts, against the teacher's and against the images."""
+
+    def __init__(self, folder: Path, examples: Examples, prompts: Sequence[str], teacher: Images):
+        self._examples, self._prompts = examples, prompts
+        self._teacher = Measures(folder, teacher)
+        self._data = self._teacher.features("data", examples.images)
+
+    def of(self, name: str, images: Images) -> dict[str, float | int]:
+        right = hits(images, self._prompts, *self._examples)
+        to_teacher = self._teacher.of(name, images)
+        to_data = scores.compare(self._teacher.features(name, images), self._data, (Metric.FID, Metric.KID))
+        return {
+            "prompt accuracy": float(np.mean(right)),
+            "FID to teacher": to_teacher["fid"],
+            "KID to teacher": to_teacher["kid"],
+            **{f"{score.name.upper()} to data": score.value for score in to_data if score.name in ("fid", "kid")},
+            "high frequencies": to_teacher["high_frequencies"],
+            "N": len(images),
+        }
+
+
+# All of it
+
+
+def main() -> None:
+    began, options = time.monotonic(), arguments()
+    check_plots()
+    out = options.out
+    examples = training_images(options.teacher / "pictures")[Bucket(SIDE, SIDE)]
+    write_images(out / "data", list(examples.images), text=examples.captions)
+    prompts = [prompt for prompt in sorted(set(examples.captions)) for _ in range(options.samples)]
+    rows, kept = list[dict[str, Any]](), dict[str, Images]()
+
+    def samples(model: Model, name: str, steps: int, seed: int = 1, **given: Any) -> Images:
+        return sampled(model, prompts, out / "samples" / f"{name}.npz", steps, seed, **given)
+
+    def measure(model: Model, name: str, steps: int, evaluations: int, **given: Any) -> None:
+        title = f"{name}, {steps} steps"
+        kept[title] = samples(model, title, steps, **given)
+        speed = TIMED / float(np.load(out / "samples" / f"{title}.npz")["seconds"])
+        about = {"model": name, "steps": steps, "evaluations": evaluations}
+        rows.append({**about, **measures.of(title, kept[title]), "images/s": speed})
+
+    teacher = load_model(options.teacher)
+    reference = samples(teacher, "reference", TEACHER_STEPS, seed=0, guidance=GUIDANCE)
+    measures = Scores(out / "features", examples, prompts, reference)
+    for steps in (TEACHER_STEPS, 8, 4):
+        measure(teacher, "teacher", steps, 2 * steps, guidance=GUIDANCE)
+    for method in options.methods:
+        for name, config, each in students(method, options):
+            train(config, out / name)
+            guided = {"guidance": GUIDANCE} if method == "guidance" else {}
+            for steps in each:
+                measure(load_model(out / name), method, steps, steps, **guided)
+    notes = [
+        f"{options.steps} training steps of {options.batch} images for each student; {SIDE}×{SIDE}",
+        f"FID and KID to {len(prompts)} samples of the teacher from other noise, and to {len(examples.images)} images",
+        f"images/s: a batch of {TIMED}, with text encoders and decoder",
+    ]
+    print(results.write(out, "Few steps, in small", PAPER, rows, notes, began))
+    plot(rows, kept, out / "figure.png")
+
+
+def plot(rows: Sequence[dict[str, Any]], kept: Mapping[str, Images], path: Path) -> None:
+    """Quality over evaluations of the network; samples of the same prompts and noise."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 0.9 * len(rows)))
+    grid = figure.add_gridspec(len(rows), 2, width_ratios=(1, 2))
+    for place, measure in (
+        (grid[: len(rows) // 2, 0], "prompt accuracy"),
+        (grid[len(rows) // 2 :, 0], "FID to teacher"),
+    ):
+        axes: Any = figure.add_subplot(place)
+        for model in dict.fromkeys(row["model"] for row in rows):
+            own = sorted((row["evaluations"], row[measure]) for row in rows if row["model"] == model)
+            axes.plot(*zip(*own, strict=True), marker="o", label=model)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("evaluations of the network")
+        axes.set_ylabel(measure)
+    axes.legend(frameon=False, fontsize=7)
+    results.draw_samples(figure, [grid[number, 1] for number in range(len(rows))], kept)
+    results.save_figure(figure, path)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, default=Path("runs/quickstart"), help="default runs/quickstart")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--steps", type=int, default=500, help="of training each student; default 500")
+    parser.add_argument("--batch", type=int, default=16, help="default 16")
+    parser.add_argument("--samples", type=int, default=8, help="of each caption; default 8")
+    parser.add_argument("--out", type=Path, default=Path("runs/few_steps"), help="folder of the results")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
