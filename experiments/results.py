@@ -55,10 +55,11 @@ def _peak_bytes() -> int:
 
 
 def draw_samples(figure: Any, places: Sequence[Any], kept: Mapping[str, np.ndarray], count: int = 12) -> None:
-    """A strip of `count` images, evenly spread, of each entry. places: one of the figure's grid for each."""
+    """A strip of at most `count` images, evenly spread, of each entry. places: one of the figure's grid for each."""
     for place, (name, images) in zip(places, kept.items(), strict=True):
         axes = figure.add_subplot(place)
-        axes.imshow(np.concatenate(list(images[np.linspace(0, len(images) - 1, count).astype(int)]), axis=1))
+        shown = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
+        axes.imshow(np.concatenate(list(images[shown]), axis=1))
         axes.set_title(name, fontsize=8)
         axes.set_axis_off()
 

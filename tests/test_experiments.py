@@ -33,6 +33,7 @@ import pictures  # pyright: ignore[reportMissingImports] (the same)
 import refiner  # pyright: ignore[reportMissingImports] (the same)
 import results  # pyright: ignore[reportMissingImports] (the same)
 import small_model  # pyright: ignore[reportMissingImports] (the same)
+import subjects  # pyright: ignore[reportMissingImports] (the same)
 import table_2  # pyright: ignore[reportMissingImports] (the same)
 import table_2_probe  # pyright: ignore[reportMissingImports] (the same)
 import table_3  # pyright: ignore[reportMissingImports] (the same)
@@ -177,6 +178,20 @@ def test_the_students_of_few_steps_need_no_guidance_for_the_steps_that_they_are_
                 assert guidance == 1 or (method == "guidance" and config.student.unet.guidance_dim == 64)
             names.append(name)
     assert len(set(names)) == 10 and {"progressive_1", "dmd_4", "add"} <= set(names)
+
+
+def test_samples_of_a_subject_are_those_nearest_to_its_images() -> None:
+    rng = np.random.default_rng(0)
+    mine, other, of_class = rng.integers(0, 256, (3, 4, 32, 32, 3), np.uint8)
+    names = ["mine"] * 4 + ["other"] * 4 + ["class"] * 4
+    like_mine = np.clip(mine.astype(int) + 3, 0, 255).astype(np.uint8)
+    mixed = np.concatenate([mine[:1], of_class[:3]])
+    found = subjects.shares([like_mine, mixed, other], "mine", np.concatenate([mine, other, of_class]), names)
+    assert found == [1.0, 0.25, 0.0]
+    assert subjects.subject("images/a:b:dog") == (Path("images/a:b"), "dog")
+    for text in ("images", "images:", ":dog"):
+        with pytest.raises(argparse.ArgumentTypeError, match="FOLDER:CLASS"):
+            subjects.subject(text)
 
 
 def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:
