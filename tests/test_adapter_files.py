@@ -29,6 +29,7 @@ from sdxl_jax.model import Model
 from sdxl_jax.weights import convert, lora, names
 from sdxl_jax.weights.adapter_files.arithmetic import Limit, combined, extracted, truncated
 from sdxl_jax.weights.adapter_files.export import named, write
+from sdxl_jax.weights.adapter_files.listing import listing
 from sdxl_jax.weights.adapter_files.names import Spelling, known_modules, layers_of, written_modules
 from sdxl_jax.weights.adapter_files.reading import config_of, read, resolve
 from sdxl_jax.weights.adapter_files.tensors import parse
@@ -156,7 +157,10 @@ def test_the_refiners_only_encoder_is_lora_te() -> None:
         ("x.w_norm", ("x", "diff")),
         ("x.b_norm", ("x", "bias")),
         ("x.lora_B.bias", None),
-        ("x.oft_blocks", None),
+        ("x.oft_blocks", ("x", "blocks")),
+        ("x.a1.weight", ("x", "input_up")),
+        ("x.b2.weight", ("x", "down")),
+        ("x.oft_R.default.weight", None),
         ("x.weight", None),
     ],
 )
@@ -317,6 +321,122 @@ def test_every_kind_changes_weights_as_in_lycoris_and_comfyui(
     assert again.keys() - {f"{module}.alpha"} == {f"{module}.{name}" for name in tensors} - {f"{module}.alpha"}
 
 
+def cayley(blocks: np.ndarray, limit: float) -> np.ndarray:
+    skew = blocks - np.swapaxes(blocks, -1, -2)
+    length = np.sqrt((skew**2).sum())
+    skew = skew * (limit / length if 0 < limit < length else 1)
+    one = np.eye(blocks.shape[-1])
+    return (one + skew) @ np.linalg.inv(one - skew)
+
+
+def whole_twin(tensors: Tensors, weight: np.ndarray) -> np.ndarray:
+    """W' of a kind that depends on W, in torch's axes, row by row."""
+    flat, outputs = weight.reshape(len(weight), -1).astype(np.float64), len(weight)
+    if "oft_blocks" in tensors:
+        turns = cayley(tensors["oft_blocks"].astype(np.float64), float(tensors.get("alpha", 0)) * outputs)
+        if turns.ndim == 3:
+            size = turns.shape[-1]
+            flat = np.concatenate([turn.T @ flat[n * size : (n + 1) * size] for n, turn in enumerate(turns)])
+        else:
+            for stage, turn in enumerate(turns):
+                apart, size = 2**stage * turn.shape[-1] // 2, turn.shape[-1]
+                pairs = [(first, first + apart) for first in range(outputs) if first // apart % 2 == 0]
+                rows = [row for pair in pairs for row in pair]
+                mixed = flat[rows].reshape(-1, size, flat.shape[1])
+                flat[rows] = np.concatenate([one @ part for one, part in zip(turn, mixed, strict=True)])
+        flat = flat * tensors["rescale"].reshape(-1, 1) if "rescale" in tensors else flat
+    elif "a1.weight" in tensors:
+        a1, a2, b1, b2 = (tensors[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+        if len(a1) == 3:  # an old file
+            a1, a2, b1, b2 = a2, a1, b2, b1
+        turned = np.einsum("oi...,ij->oj...", weight, a1.reshape(len(a1), -1) @ a2.reshape(len(a2), -1))
+        delta = turned.reshape(flat.shape) + b1.reshape(len(b1), -1) @ b2.reshape(len(b2), -1)
+        flat = flat + float(tensors["alpha"]) / 3 * delta
+    elif tensors["on_input"]:
+        return weight * (1 + tensors["weight"].reshape(1, -1, *[1] * (weight.ndim - 2)))
+    else:
+        return weight * (1 + tensors["weight"].reshape(-1, *[1] * (weight.ndim - 1)))
+    return flat.reshape(weight.shape)
+
+
+def whole_factors(kind: str, shape: tuple[int, ...]) -> Tensors:
+    rng = np.random.default_rng(0)
+    outputs, inputs, *window = shape
+    ones = [1] * len(window)
+    found: dict[str, Any] = {}
+    match kind:
+        case "oft" | "oft, limited":
+            found = {"oft_blocks": rng.standard_normal((outputs // 4, 4, 4))}
+            found |= {"alpha": np.array(0.05), "rescale": rng.uniform(1, 2, (outputs, 1, *ones))} if "," in kind else {}
+        case "boft":
+            found = {"oft_blocks": rng.standard_normal((3, outputs // 4, 4, 4)), "alpha": np.array(0.0)}
+        case "glora" | "glora, old":
+            found = {"a1.weight": rng.standard_normal((inputs, 3, *ones)), "alpha": np.array(5.0)}
+            found |= {"a2.weight": rng.standard_normal((3, inputs, *ones))}
+            found |= {"b1.weight": rng.standard_normal((outputs, 3, *ones))}
+            found |= {"b2.weight": rng.standard_normal((3, inputs, *window))}
+            if "old" in kind:
+                swapped = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+                found = {f"{swapped.get(name[:2], name[:2])}{name[2:]}": value for name, value in found.items()}
+                found["alpha"] = found.pop("alpha", found.get("alpha"))
+        case _:
+            size = inputs if "input" in kind else outputs
+            found = {"weight": rng.standard_normal((1, size, *ones) if window else size)}
+    tensors = {name: np.asarray(value, np.float32) for name, value in found.items()}
+    return tensors | ({"on_input": np.array(int("input" in kind))} if "ia3" in kind else {})
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize(
+    "kind", ["oft", "oft, limited", "boft", "glora", "glora, old", "ia3 of the input", "ia3 of the output"]
+)
+def test_kinds_that_depend_on_the_weight_change_it_as_in_lycoris(
+    tmp_path: Path, base: Model, kind: str, module: str
+) -> None:
+    shape = MODULES[module]
+    if kind == "glora, old" and module == CONVOLUTION:
+        return  # its a2 would be of the window as well, which ComfyUI alone reads
+    tensors, weight = whole_factors(kind, shape), weights_of(base, module)
+    file = save(tmp_path / "x.safetensors", module, tensors)
+    changed = whole_twin(tensors, weight)
+    assert np.abs(changed - weight).max() > 0.1 * np.abs(weight).max()
+    for strength in (1.0, 0.5):
+        found = weights_of(lora.add(base, file, strength), module)
+        expected = weight + strength * (changed - weight)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=5e-6 * np.abs(expected).max())
+    listed = listing(read(file), MODEL)
+    own = kind.split()[0].removesuffix(",")
+    assert listed["kinds"] == {own: 1} and listed["unmatched"] == []
+    resolved = resolve(read(file), MODEL)
+    with pytest.raises(InputError, match="depends on the base model"):
+        combined([(resolved, 1.0)])
+    # Written again: the same tensors, bit for bit; an old GLoRA as a new one.
+    again = named(resolved, MODEL, Spelling.KOHYA)
+    if kind != "glora, old":
+        assert again.keys() == {f"{module}.{name}" for name in tensors}
+        for name, value in tensors.items():
+            np.testing.assert_array_equal(again[f"{module}.{name}"], value)
+    with pytest.raises(InputError, match=rf"has the kind {own}, for which PEFT's"):
+        named(resolved, MODEL, Spelling.PEFT)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"oft_blocks": np.zeros((4, 4, 3), np.float32)}, "has blocks .*, but the model's weight there is"),
+        ({"oft_blocks": np.zeros((3, 4, 4), np.float32)}, "has blocks .*, but the model's weight there is"),
+        ({"oft_blocks": np.zeros((4, 4, 4, 4), np.float32)}, "has stages .*, but the model's weight there is"),
+        ({"oft_blocks": np.zeros((4, 4), np.float32)}, "oft_blocks .*which has no place in a layer"),
+        ({"a1.weight": np.zeros((16, 3), np.float32)}, "has .*a1.weight, but no down and no input_down and no up"),
+        ({"weight": np.zeros(7, np.float32), "on_input": np.array(1)}, "and relative .*, but the model's weight there"),
+    ],
+)
+def test_factors_of_such_kinds_that_do_not_fit_are_refused(tmp_path: Path, change: Tensors, expected: str) -> None:
+    file = save(tmp_path / "x.safetensors", STACKED, change)
+    with pytest.raises(InputError, match=expected):
+        resolve(read(file), MODEL)
+
+
 def test_differences_of_weights_biases_and_norms_are_added(tmp_path: Path, base: Model) -> None:
     rng = np.random.default_rng(0)
     tensors = {
@@ -442,9 +562,9 @@ def test_other_kinds_are_marked_as_lycoris(tmp_path: Path) -> None:
 def test_what_a_spelling_or_a_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
     scale = {"dora_scale": np.ones((1, 16), np.float32)}
     bad: dict[str, Tensors] = {
-        "a loha": factors_of("loha", (16, 16)),
+        "the kind loha": factors_of("loha", (16, 16)),
         "a DoRA along the inputs": factors_of("lora", (16, 16)) | scale,
-        "a difference": {"diff": np.ones((16, 16), np.float32)},
+        "the kind difference": {"diff": np.ones((16, 16), np.float32)},
     }
     for what, tensors in bad.items():
         resolved = resolve(read(save(tmp_path / "x.safetensors", STACKED, tensors)), MODEL)
@@ -612,7 +732,7 @@ def test_models_without_a_difference_or_of_another_shape_are_refused(base: Model
 def test_a_dora_is_not_merged_with_others(tmp_path: Path) -> None:
     tensors = factors_of("lora", (16, 16)) | {"dora_scale": np.ones((1, 16), np.float32)}
     resolved = resolve(read(save(tmp_path / "x.safetensors", STACKED, tensors)), MODEL)
-    with pytest.raises(InputError, match=r"rescaled \(DoRA\).*extract an adapter from the two"):
+    with pytest.raises(InputError, match=r"rescaled \(DoRA, IA³\).*extract an adapter from the two"):
         combined([(resolved, 1.0)], progress=False)
 
 

@@ -344,12 +344,12 @@ def test_files_of_every_precision_keep_it_and_change_weights_in_float32(tmp_path
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
-        ("x.oft_blocks", "an OFT's"),
-        ("x.a1.weight", "a GLoRA's"),
+        ("x.oft_R.default.weight", "an OFT's, in PEFT's spelling"),
+        ("x.ia3_l", "an IA³'s, in PEFT's spelling"),
         ("x.reshape_weight", "an enlarged weight"),
         ("x.lora_B.bias", "the bias of a LoRA's factor"),
         ("x.lora_embedding_A", "a change of an embedding"),
-        ("model.diffusion_model.out.2.weight", "or of a model"),
+        ("model.diffusion_model.out.2.weight", "of a model"),
         ("model.diffusion_model.out.2.bias", "not one of an adapter"),
     ],
 )

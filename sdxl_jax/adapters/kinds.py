@@ -11,11 +11,15 @@ A tree of adapters has the paths of the parameters that it changes, and at each 
 | `LOHA` | down_1, up_1, down_2, up_2, with or without mid_1 and mid_2 |
 | `LOKR` | w1, or w1_down and w1_up; w2, or w2_down and w2_up, with or without w2_mid |
 | `DIFFERENCE` | diff: of any parameter, so also of biases and norms |
-| `REPLACEMENT` | replacement: the parameter itself; of some files, never trained |
+| `OFT`, `BOFT` | blocks, or stages; with or without rescale |
+| `GLORA` | input_down, input_up, down, up, with or without mid |
+| `IA3` | relative [in, 1] or [1, out], with the window's axes of size 1 |
+| `REPLACEMENT` | replacement: the parameter itself |
 
 The names of the factors say the kind. The first three have alpha, which is not trained, and may have a magnitude: that
-is DoRA. Functions here take the factors of one parameter without the axis of stacked layers, numpy or jax arrays;
-`jax.vmap` takes them over layers, as the scan over blocks does. Formulas are in the module of each kind.
+is DoRA. The last five are read from files, and never trained; how they change a parameter depends on it. Functions here
+take the factors of one parameter without the axis of stacked layers, numpy or jax arrays; `jax.vmap` takes them over
+layers, as the scan over blocks does. Formulas are in the module of each kind.
 """
 
 import enum
@@ -28,7 +32,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from sdxl_jax.adapters import dora, loha, lokr, lora
+from sdxl_jax.adapters import dora, glora, loha, lokr, lora, oft
 from sdxl_jax.adapters.lokr import Part
 from sdxl_jax.adapters.lora import Product
 from sdxl_jax.arrays import Distribution, Parameter, type_of_array
@@ -51,19 +55,39 @@ class Kind(enum.Enum):
     """The whole difference."""
     REPLACEMENT = "replacement"
     """The changed parameter itself."""
+    OFT = "oft"
+    """Rotated outputs."""
+    BOFT = "boft"
+    """Outputs that are rotated in stages."""
+    GLORA = "glora"
+    """Low-rank changes of the input and of the product."""
+    IA3 = "ia3"
+    """Rescaled inputs or outputs: W' = W · (1 + relative). Liu et al. 2022, arXiv:2205.05638; LyCORIS
+    `modules/ia3.py`."""
 
 
+TRAINED = (Kind.LORA, Kind.LOHA, Kind.LOKR, Kind.DIFFERENCE)
+"""The kinds that are trained here."""
 FROZEN = ("alpha",)
 """Factors that are not trained."""
 _NAMES = {
+    Kind.GLORA: {"input_down", "input_up"},
+    Kind.OFT: {"blocks"},
+    Kind.BOFT: {"stages"},
+    Kind.IA3: {"relative", "on_input"},
     Kind.LORA: {"down", "up", "mid"},
     Kind.LOHA: {f"{name}_{half}" for name in ("down", "up", "mid") for half in (1, 2)},
     Kind.LOKR: {"w1", "w2", *(f"{part}_{name}" for part in ("w1", "w2") for name in ("down", "up", "mid"))},
     Kind.DIFFERENCE: {"diff"},
     Kind.REPLACEMENT: {"replacement"},
 }
-_SCALED = {Kind.LORA: ("up",), Kind.LOHA: ("up_1",), Kind.LOKR: ("w1", "w1_up")}
-"""The factor that alpha / rank is multiplied into."""
+_SCALED = {
+    Kind.LORA: ("up",),
+    Kind.LOHA: ("up_1",),
+    Kind.LOKR: ("w1", "w1_up"),
+    Kind.GLORA: ("up", "input_up"),
+}
+"""The factors that alpha / rank is multiplied into."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +116,10 @@ class Settings:
 
     def check(self) -> None:
         """Raises InputError for numbers that are out of range."""
-        if self.kind is Kind.REPLACEMENT:
-            raise InputError("A replacement is not trained. Give lora, loha, lokr or difference")
+        if self.kind not in TRAINED:
+            raise InputError(
+                f"{self.kind.value} is not trained, but read from files. Give lora, loha, lokr or difference"
+            )
         if self.rank < 1 or (self.factor is not None and self.factor < 1):
             raise InputError(f"An adapter has rank={self.rank} and factor={self.factor}. Give 1 or more")
         check_alpha(self.alpha, "An adapter")
@@ -168,11 +194,27 @@ def shape_of(factors: Factors) -> tuple[int, ...]:
             found = factors["diff"].shape
         case Kind.REPLACEMENT:
             found = factors["replacement"].shape
+        case Kind.GLORA:
+            found = glora.shape(factors["input_down"], factors["input_up"], *_half(factors))
+        case Kind.OFT | Kind.BOFT | Kind.IA3:
+            raise AssertionError("the factors are of one axis alone")
     if "magnitude" in factors:
         expected = [dora.magnitude_shape(found, axis) for axis in dora.Axis]
         if factors["magnitude"].shape not in expected:
             raise ValueError("magnitudes of another shape")
     return found
+
+
+def check_fits(factors: Factors, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for factors that cannot be of a parameter of this shape."""
+    kind = kind_of(factors)
+    if kind in (Kind.OFT, Kind.BOFT):
+        oft.check_fits(factors, shape[-1])
+    elif kind is Kind.IA3:
+        if factors["relative"].shape not in [dora.magnitude_shape(shape, axis) for axis in dora.Axis]:
+            raise ValueError("factors of another size")
+    elif shape_of(factors) != shape:
+        raise ValueError(f"the weight would be {shape_of(factors)}")
 
 
 def _half(
@@ -198,7 +240,7 @@ def scaled(factors: Factors) -> dict[str, Float[type_of_array, "..."]]:
 
 
 def delta(factors: Factors) -> Float[type_of_array, "..."]:
-    """ΔW, scaled, without the magnitude of a DoRA. Not of a REPLACEMENT."""
+    """ΔW, scaled, without the magnitude of a DoRA. Of the trained kinds."""
     each = scaled(factors)
     match kind_of(each):
         case Kind.LORA:
@@ -209,13 +251,13 @@ def delta(factors: Factors) -> Float[type_of_array, "..."]:
             return lokr.product(*_parts(each))
         case Kind.DIFFERENCE:
             return each["diff"]
-        case Kind.REPLACEMENT:
-            raise AssertionError("a replacement is no sum")
+        case _:
+            raise AssertionError("what is no sum has no ΔW of its own")
 
 
 def is_sum(factors: Mapping[str, object]) -> bool:
     """Whether the changed parameter is W + ΔW, with a ΔW that does not depend on W."""
-    return "magnitude" not in factors and "replacement" not in factors
+    return "magnitude" not in factors and kind_of(factors) in TRAINED
 
 
 def changed(
@@ -223,11 +265,20 @@ def changed(
 ) -> Float[type_of_array, "*shape"]:
     """The changed parameter, float32 as its arguments: W + strength · (W' − W), as ComfyUI has it. A replacement takes
     the parameter's place whatever the strength."""
-    if "replacement" in factors:
-        return factors["replacement"]
-    if "magnitude" not in factors:
+    if is_sum(factors):
         return value + strength * delta(factors)
-    whole = dora.changed(value, delta(factors), factors["magnitude"])
+    match kind_of(factors):
+        case Kind.REPLACEMENT:
+            return factors["replacement"]
+        case Kind.OFT | Kind.BOFT:
+            whole = oft.changed(np.asarray(value), factors)
+        case Kind.GLORA:
+            each = scaled(factors)
+            whole = glora.changed(value, each["input_down"], each["input_up"], *_half(each))
+        case Kind.IA3:
+            whole = value * (1 + factors["relative"])
+        case _:
+            whole = dora.changed(value, delta(factors), factors["magnitude"])
     return whole if strength == 1 else value + strength * (whole - value)
 
 
@@ -246,8 +297,8 @@ def side(
             return lokr.side(x, *_parts(each), convolve)
         case Kind.DIFFERENCE:
             return convolve(x, each["diff"])
-        case Kind.REPLACEMENT:
-            raise AssertionError("a replacement is no sum")
+        case _:
+            raise AssertionError("what is no sum is not applied beside a layer")
 
 
 def applied(

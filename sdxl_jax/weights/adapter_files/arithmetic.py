@@ -223,8 +223,9 @@ def combined(adapters: Sequence[tuple[Resolved, float]], limit: Limit | None = N
             for layer, factors in rows:
                 if not kinds.is_sum(factors):
                     raise InputError(
-                        f"{path} is rescaled (DoRA) or replaced, by what depends on the base model. Merge the file "
-                        "into the base (sdxl-jax convert --lora), and extract an adapter from the two"
+                        f"{path} is rescaled (DoRA, IA³), rotated (OFT, BOFT), changed by a GLoRA or replaced, which "
+                        "depends on the base model. Merge the file into the base (sdxl-jax convert --lora), and "
+                        "extract an adapter from the two"
                     )
                 grouped.setdefault((path, layer), []).append((float32(factors), strength))
     result: Resolved = {}

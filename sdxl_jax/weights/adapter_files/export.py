@@ -4,6 +4,7 @@
 |---|---|---|
 | kohya | LoRA of linear layers and convolutions | ComfyUI, A1111, Forge, sd-scripts, diffusers |
 | kohya | LoHa, LoKr, DoRA, middle factors, differences, in LyCORIS' tensors | ComfyUI, A1111, Forge, LyCORIS |
+| kohya | OFT, BOFT, GLoRA, IA³, in LyCORIS' tensors: converted files | LyCORIS; most by ComfyUI and A1111 |
 | peft | LoRA, and DoRA along the outputs | diffusers, PEFT |
 
 Stacked layers are written one by one. A1111 shows a LoRA with metadata among those of SD 1.x unless
@@ -105,12 +106,13 @@ def _kohya(written: Written, factors: Factors) -> Named:
     tensors = theirs(factors, written.entry)
     if kinds.kind_of(factors) is Kind.LOKR and "alpha" not in tensors:  # of two whole matrices: not used, but expected
         tensors["alpha"] = np.array(1, np.float32)
-    return {f"{written.module}.{suffix(factor, False)}": value for factor, value in tensors.items()}
+    kind = kinds.kind_of(factors)
+    return {f"{written.module}.{suffix(factor, kind=kind)}": value for factor, value in tensors.items()}
 
 
 def _peft(written: Written, factors: Factors) -> Named:
     if kinds.kind_of(factors) is not Kind.LORA:
-        raise InputError(_NO_PLACE.format(module=written.module, what=f"a {kinds.kind_of(factors).value}"))
+        raise InputError(_NO_PLACE.format(module=written.module, what=f"the kind {kinds.kind_of(factors).value}"))
     if "magnitude" in factors and dora.axis_of(factors["magnitude"].shape) is dora.Axis.IN:
         raise InputError(_NO_PLACE.format(module=written.module, what="a DoRA along the inputs"))
     if "mid" in factors:
@@ -138,6 +140,10 @@ def _cast(name: str, value: Shaped[np.ndarray, "*shape"], dtype: np.dtype) -> Sh
 # ---- metadata --------------------------------------------------------------------------------------------------------
 
 
+_ALGORITHMS = (Kind.LOHA, Kind.LOKR, Kind.GLORA, Kind.OFT, Kind.BOFT, Kind.IA3, Kind.LORA)
+"""Whose names LyCORIS' metadata has; the first that there is."""
+
+
 def kohya_metadata(resolved: Resolved, config: ModelConfig, name: str, known: Mapping[str, str]) -> dict[str, str]:
     """The metadata that sd-scripts writes and that other programs read. known: what is known already, which stays where
     it does not speak of the adapter's own shape."""
@@ -146,7 +152,7 @@ def kohya_metadata(resolved: Resolved, config: ModelConfig, name: str, known: Ma
     alphas = Counter(f"{float(factors['alpha']):g}" for factors in rows if "alpha" in factors)
     found = {kinds.kind_of(factors) for factors in rows}
     lycoris = found != {Kind.LORA} or any("mid" in factors or "magnitude" in factors for factors in rows)
-    algorithm = next((kind.value for kind in (Kind.LOHA, Kind.LOKR, Kind.LORA) if kind in found), "full")
+    algorithm = next((kind.value for kind in _ALGORITHMS if kind in found), "full")
     defaults = {
         "ss_base_model_version": family(config)[0],
         "ss_network_args": json.dumps({"algo": algorithm} if lycoris else {}),

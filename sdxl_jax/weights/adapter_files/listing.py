@@ -11,6 +11,8 @@ from sdxl_jax.weights.adapter_files.reading import config_of, describe, kinds_in
 from sdxl_jax.weights.card import family
 from sdxl_jax.weights.lazy import part_configs
 
+_NUMBERS = ("alpha", "on_input")
+"""Factors that are a single number."""
 _LONGEST = 100
 """Characters of a value of metadata that are shown."""
 
@@ -33,7 +35,9 @@ def listing(lora: Lora, config: ModelConfig | None) -> dict[str, Any]:
         "kinds": kinds_in(lora),
         "ranks": _counted(module.rank for module in modules if module.rank is not None),
         "alphas": _counted(_alpha(module) for module in modules if module.rank is not None),
-        "dtypes": _counted(str(v.dtype) for module in modules for name, v in module.factors.items() if name != "alpha"),
+        "dtypes": _counted(
+            str(v.dtype) for module in modules for name, v in module.factors.items() if name not in _NUMBERS
+        ),
         "model": None if config is None else family(config),
         "matched": {} if config is None else _matched(lora, config),
         "problem": problem,

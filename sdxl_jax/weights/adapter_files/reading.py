@@ -1,8 +1,9 @@
-"""Reading adapter files: LoRA, LoHa, LoKr, DoRA, differences; and which of a model's parameters they change.
+"""Reading adapter files: LoRA, LoHa, LoKr, DoRA, OFT, BOFT, GLoRA, IA³, differences; and which of a model's parameters
+they change.
 
 Names of modules are in `names`, tensors in `tensors`, formulas in `adapters`. Embeddings bundled in the file
-(bundle_emb.NAME.clip_l) are for `textual_inversion`. Other contents (OFT, BOFT, GLoRA, …) are refused: a file is read
-completely or not at all.
+(bundle_emb.NAME.clip_l) are for `textual_inversion`. Other contents are refused: a file is read completely or not at
+all.
 """
 
 import contextlib
@@ -26,19 +27,19 @@ from sdxl_jax.files.paths import AnyPath, absolute, in_bucket, located
 from sdxl_jax.files.text import read_text
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.weights.adapter_files.names import PEFT, Target, known_modules, part_of, prefix_of
-from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, ours, parse
+from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, ours, parse, with_our_names
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
 from sdxl_jax.weights.textual_inversion import BUNDLED
 
 SETTINGS = "lora_adapter_metadata"
 """Key of the header's metadata with PEFT's settings, as diffusers writes them."""
 _OTHERS = {  # regular expressions, searched in a tensor's name
-    "oft_": "an OFT's: it rotates the weights",
-    r"\.[ab][12]\.weight$": "a GLoRA's",
+    "oft_": "an OFT's, in PEFT's spelling",
+    "ia3_": "an IA³'s, in PEFT's spelling",
     "reshape_weight": "the size of an enlarged weight",
     "lora_embedding_": "a change of an embedding",
     r"\.lora_.*bias$": "the bias of a LoRA's factor",
-    r"on_input$|\.weight$": "an IA³'s, or of a model",
+    r"\.weight$": "of a model",
 }
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's initialisations that change the base model's weights, which are then not the published ones."""
@@ -81,7 +82,7 @@ def _read(path: AnyPath) -> Lora:
     grouped = _grouped(file, {name: tensor for name, tensor in tensors.items() if name not in bundled})
     modules = {}
     for module, found in grouped.items():
-        factors = {factor: _finite(file, tensor) for factor, tensor in found.items()}
+        factors = with_our_names({factor: _finite(file, tensor) for factor, tensor in found.items()})
         modules[module] = Module(factors, _alpha(module, factors, settings))
         _check_alpha(file, found, modules[module])
     kept = {name: tensor.read() for name, tensor in bundled.items()}
@@ -118,7 +119,7 @@ def _grouped(file: AnyPath, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
     grouped: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for name, tensor in tensors.items():
-        parsed = parse(name)
+        parsed = parse(name, tensors)
         if parsed is None or (parsed[1] == "alpha" and math.prod(tensor.shape) != 1):
             unknown.append(tensor)
             continue
@@ -145,9 +146,9 @@ def _unknown_tensors(file: AnyPath, unknown: Sequence[Tensor]) -> str:
     kind = next((kind for mark, kind in _OTHERS.items() if re.search(mark, unknown[0].name)), "not one of an adapter")
     more = f" (and {len(unknown) - 1} others: {', '.join(each.name for each in unknown[1:4])} …)" if unknown[1:] else ""
     return (
-        f"{file} has the tensor {unknown[0].name} {unknown[0].shape}{more}, which is {kind}. LoRA, LoHa, LoKr, DoRA "
-        "and differences can be merged, and nothing was. Merge this file into a checkpoint with the tool that it was "
-        "made for, and load that"
+        f"{file} has the tensor {unknown[0].name} {unknown[0].shape}{more}, which is {kind}. LoRA, LoHa, LoKr, DoRA, "
+        "OFT, BOFT, GLoRA, IA³ and differences can be merged, and nothing was. Merge this file into a checkpoint with "
+        "the tool that it was made for, and load that"
     )
 
 
@@ -155,7 +156,12 @@ def _check_whole(file: AnyPath, module: str, found: Mapping[str, Tensor]) -> Non
     """Raises InputError for a module with half of a change, or with two of one weight."""
     first = next(iter(found.values()))
     weight = found.keys() - {"alpha", "bias"}
-    if empty := [tensor for tensor in found.values() if 0 in tensor.shape or len(tensor.shape) not in (0, 1, 2, 4)]:
+    axes = {"blocks": (3, 4)}
+    if empty := [
+        tensor
+        for factor, tensor in found.items()
+        if 0 in tensor.shape or len(tensor.shape) not in axes.get(factor, (0, 1, 2, 4))
+    ]:
         raise InputError(f"{file} has {empty[0].name} {empty[0].shape}, which has no place in a layer. {_AGAIN}")
     if not weight and "bias" in found:
         return
@@ -168,7 +174,10 @@ def _check_whole(file: AnyPath, module: str, found: Mapping[str, Tensor]) -> Non
         raise InputError(f"{file} has {one} and {other}, two changes of one weight of {module}. {_AGAIN}")
 
 
-_OPTIONAL = {Kind.LORA: {"mid", "magnitude"}, Kind.LOHA: {"magnitude"}, Kind.LOKR: {"w2_mid", "magnitude"}}
+_OPTIONAL = {
+    **{Kind.LORA: {"mid", "magnitude"}, Kind.LOHA: {"magnitude"}, Kind.LOKR: {"w2_mid", "magnitude"}},
+    **{Kind.OFT: {"rescale"}, Kind.GLORA: {"mid"}},
+}
 """Factors that a kind may have."""
 
 
@@ -187,6 +196,12 @@ def _needed(kind: Kind, found: Collection[str]) -> set[str]:
             return {"diff"}
         case Kind.REPLACEMENT:
             return {"replacement"}
+        case Kind.OFT | Kind.BOFT:
+            return {"blocks"}
+        case Kind.GLORA:
+            return {"input_down", "input_up", "down", "up"}
+        case Kind.IA3:
+            return {"relative", "on_input"}
 
 
 def _finite(file: AnyPath, tensor: Tensor) -> Shaped[np.ndarray, "..."]:
@@ -274,9 +289,7 @@ def _resolve_one(resolved: Resolved, lora: Lora, module: str, target: Target, co
         (place,) = entry.places
         try:
             factors = ours(weight, entry)
-            shape = entry.theirs(np.broadcast_to(np.float32(0), kinds.shape_of(factors))).shape
-            if shape != entry.shape:
-                raise ValueError(f"the weight would be {shape}")
+            kinds.check_fits(factors, entry.ours(np.broadcast_to(np.float32(0), entry.shape)).shape)
         except ValueError as error:
             raise InputError(_misfit(lora, module, target, config, "")) from error
         if (rank := kinds.rank_of(factors)) is not None and "alpha" not in factors:
