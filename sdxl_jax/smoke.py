@@ -18,6 +18,9 @@ from sdxl_jax.models.vae import LearntVaeConfig
 from sdxl_jax.models.wavelet import WaveletConfig
 from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
+from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
+from sdxl_jax.training.objectives.distillation.critic import CriticDistillationConfig
+from sdxl_jax.training.objectives.distillation.distribution_matching import DistributionMatchingConfig
 
 _Config = TypeVar("_Config", bound=RunConfig)
 
@@ -41,6 +44,8 @@ SHRUNK = (
     *("vae.block_channels", "vae.resnets_per_block", "vae.groups"),
     *("vae.channels", "vae.encoder_blocks", "vae.decoder_blocks", "validation.images"),
     *("discriminator.network.base_channels", "discriminator.network.layers", "discriminator.start_step"),
+    *("critic.updates", "head.layers", "discriminator.weights", "discriminator.layers"),
+    *(f"discriminator.dinov2.{name}" for name in ("width", "layers", "heads", "mlp_width", "side")),
 )
 """Fields in which a smoke configuration may differ. In `model.text` these are the towers' widths, layers, heads and
 projections."""
@@ -56,6 +61,8 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
     """
     small, validation, prompt = _small_run(config, root), config.validation, config.image_prompt
     adapter = config.adapter
+    if isinstance(small, CriticDistillationConfig):
+        small = _small_critic(small, root)
     return replace(
         small,
         image_prompt=None if prompt is None else replace(prompt, encoder=str(PurePosixPath(root, prompt.encoder))),
@@ -84,6 +91,19 @@ def smoke_autoencoder(config: AutoencoderConfig, root: str = "smoke") -> Autoenc
         discriminator=discriminator,
         validation=replace(validation, every_steps=every, images=2),
     )
+
+
+def _small_critic(config: CriticDistillationConfig, root: str) -> CriticDistillationConfig:
+    """A distillation with a small critic, that gives the student several updates."""
+    config = replace(config, critic=replace(config.critic, updates=min(2, config.critic.updates)))
+    if isinstance(config, DistributionMatchingConfig) and config.head is not None:
+        return replace(config, head=replace(config.head, layers=0))  # at SDXL's three levels, 128 pixels leave 4
+    if isinstance(config, AdversarialDiffusionConfig) and config.discriminator.dinov2 is not None:
+        given = config.discriminator
+        network = replace(config.discriminator.dinov2, width=16, layers=2, heads=2, mlp_width=32, side=28)
+        weights = None if given.weights is None else str(PurePosixPath(root, given.weights))
+        return replace(config, discriminator=replace(given, dinov2=network, weights=weights, layers=(0, 2)))
+    return config
 
 
 def _small_run(config: _Config, root: str) -> _Config:

@@ -3,18 +3,28 @@ leaves the other alone, and the loop provides what every objective has."""
 
 import dataclasses
 import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from crashing import crash_before
+from jax.sharding import AbstractMesh
 from test_adapter_training import MODEL
 
+from sdxl_jax import config as configuration
 from sdxl_jax import sharding
+from sdxl_jax.adapters.targets import AdapterConfig, Layers
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten, unflatten
+from sdxl_jax.config import OnNonfinite
+from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
@@ -24,6 +34,8 @@ from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.samplers.steps import Spacing, timesteps
 from sdxl_jax.sampling.options import Options
+from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.training import loop
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.distillation import losses
 from sdxl_jax.training.objectives.distillation.adversarial_diffusion import (
@@ -46,6 +58,8 @@ from sdxl_jax.training.objectives.distillation.teacher import Examples, TeacherC
 from sdxl_jax.training.state import TrainState
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.dinov2 import open_dinov2
+from sdxl_jax.weights.formats import orbax
+from sdxl_jax.weights.load import load_model
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
@@ -229,6 +243,44 @@ def test_inputs_are_noise_at_the_first_node_and_the_students_own_images_noised_a
         return objective.inputs({"x": trained}, nothing, examples, jax.random.split(jax.random.key(1), 256))[0].sum()
 
     assert jax.grad(total)(1.0) == 0
+
+
+class Gaussians(DistributionMatching):
+    """The teacher's images are around 0, the student's and those of the fake score around their parameters."""
+
+    def examples(self, frozen: Params, batch: Batch, keys: Any) -> Examples:
+        nothing: Any = Params()
+        return Examples(jnp.zeros((len(keys), 2, 2, 1)), nothing, nothing, nothing, None, keys)
+
+    def _around(self, mean: Any) -> Any:
+        def network(x_t: Any, timestep: Any) -> Any:
+            levels = (self.schedule.alpha, self.schedule.sigma_t)
+            alpha, sigma_t = (jnp.asarray(each, jnp.float32)[timestep][:, None, None, None] for each in levels)
+            return (x_t - alpha * of_gaussian(x_t, alpha, sigma_t, mean)) / sigma_t
+
+        return network
+
+    def teacher(self, frozen: Params, examples: Examples, scale: Any = None) -> Any:
+        return self._around(0.0)
+
+    def student(self, trained: Any, frozen: Params, examples: Examples, *_: Any, **__: Any) -> Any:
+        return self._around(trained["unet"]["bias"])
+
+
+def test_steps_lead_a_student_of_one_gaussian_to_the_teachers(folder: Path) -> None:
+    """The whole step, with five updates of the fake score for one of the student: the score follows the student, and
+    the student goes to the teacher."""
+    rate = dataclasses.replace(RATE, learning_rate=0.05)
+    toy = Gaussians(matching(folder, head=None, optimiser=rate, critic=CriticConfig(updates=5, optimiser=rate)))
+    state = toy.create({"unet": {"bias": jnp.array([2.0])}})
+    state = state._replace(auxiliary=toy._auxiliary(state.params, {}))
+    step, rows, distances = jax.jit(toy.step()), batch(toy, 64), []
+    for _ in range(500):
+        state, _ = step(state, {}, rows)
+        fake = state.auxiliary[CRITIC].params["unet"]["bias"]
+        distances.append(abs(float(fake[0] - state.params["unet"]["bias"][0])))
+    assert abs(float(state.params["unet"]["bias"][0])) < 0.1
+    assert max(distances[50:]) < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -466,3 +518,142 @@ def test_missing_and_wrong_weights_of_features_are_refused_before_training(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(InputError, match=rf"weights of lpips_vgg are missing: there is no {tmp_path}.*--fetch-weights"):
         objective_of(adversarial(folder, discriminator=FeatureDiscriminatorConfig())).check_start()
+
+
+# What the loop provides
+
+
+def both(folder: Path, count: int = 3, **changes: Any) -> list[Any]:
+    return [matching(folder, count=count, **changes), adversarial(folder, count=count, **changes)]
+
+
+KINDS = pytest.mark.parametrize("number", [0, 1], ids=["dmd2", "add"])
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@KINDS
+def test_resumed_run_repeats_every_bit(folder: Path, number: int, tmp_path: Path) -> None:
+    """Losses and counters; student, average, critic, both optimisers, what the critic carries, and the last metrics."""
+    config = both(folder, 4)[number]
+    loop.train(config, whole := tmp_path / "whole", progress=False)
+    with crash_before(3):
+        loop.train(config, stopped := tmp_path / "stopped", progress=False)
+    loop.train(config, stopped, progress=False)
+    for one, other in zip(lines(whole), lines(stopped), strict=True):
+        assert {name: one[name] for name in config.metrics} == {name: other[name] for name in config.metrics}
+    expected, found = (stored(run / "checkpoints" / "4") for run in (whole, stopped))
+    assert expected.keys() == found.keys()
+    assert {name.split("/")[1] for name in expected if name.startswith("auxiliary")} == (
+        {CRITIC, REPORTED} if number == 0 else {CRITIC}
+    )
+    for path, leaf in expected.items():
+        np.testing.assert_array_equal(leaf, found[path], err_msg=path)
+    model = load_model(whole, progress=False)
+    assert Options().resolved(model.config).preset == ("dmd", "add")[number]
+    assert model.params.keys() == {"unet", "text_encoder_2"}
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, by path."""
+    return {name: leaf.read() for name, leaf in orbax.leaves(path, orbax.metadata(path)[0]).items()}
+
+
+@pytest.mark.slow
+def test_flops_of_a_step_are_the_mean_of_steps_with_and_without_the_student(folder: Path) -> None:
+    mesh, found = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), {}
+    for every in (1, 2, 10):
+        objective = objective_of(matching(folder, critic=CriticConfig(updates=every, optimiser=RATE)))
+        state, frozen = objective.abstract_state(mesh)
+        rows = objective.abstract_batch(mesh, Bucket(16, 16), 2)
+        found[every] = objective.model_flops((state, frozen, rows))
+    student = (found[1] - found[2]) * 2
+    assert 0 < student < found[1] and found[10] == pytest.approx(found[1] - 0.9 * student, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_many_devices_take_the_same_steps_as_one(folder: Path, tmp_path: Path) -> None:
+    """Two and four simulated devices, the latter with split parameters. The tolerance is that of float32 sums in
+    another order, through Adam, whose first steps divide by the gradient's own size."""
+    adversarial(folder)
+    program = Path(__file__).with_name("sharded_critic.py")
+    environment = compiling.environment(tmp_path, devices=4)
+    command = [sys.executable, str(program), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for one, *others in json.loads(done.stdout.splitlines()[-1]):
+        for many, step in itertools.product(others, range(len(one))):
+            for name, value in one[step].items():
+                assert many[step][name] == pytest.approx(value, rel=2e-3, abs=1e-5), (step, name)
+
+
+@pytest.mark.slow
+@KINDS
+def test_adapters_are_trained_against_a_critic_beside_one_frozen_base(folder: Path, number: int) -> None:
+    """No copy of the teacher; the fake score is an adapter too; micro-batches and dropout go with it."""
+    adapter = AdapterConfig(rank=2, layers=Layers.LINEAR, rank_dropout=0.2)
+    optimiser = dataclasses.replace(RATE, accumulate=2)
+    objective, state, frozen = fresh(both(folder, adapter=adapter, optimiser=optimiser)[number])
+    assert "teacher" not in frozen and state.params.keys() == {"adapters"}
+    critic = state.auxiliary[CRITIC].params
+    assert critic.keys() == ({"adapters", HEAD} if number == 0 else {DISCRIMINATOR})
+    step = jax.jit(objective.step())
+    after, _ = step(state, frozen, batch(objective, 4))
+    after, metrics = step(after, frozen, batch(objective, 4))
+    assert all(np.isfinite(value) for value in metrics.values())
+    old, new = (flatten(each) for each in (state.params, after.params))
+    assert any("/up" in path for path in old) and all(not np.array_equal(old[path], new[path]) for path in old)
+    if number == 0:
+        old, new = (flatten(each.auxiliary[CRITIC].params) for each in (state, after))
+        assert all(not np.array_equal(old[path], new[path]) for path in old if path.endswith("/up"))
+    model = objective.model(after, frozen)
+    assert not same(model.params["unet"], frozen["unet"])
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_by_both(folder: Path) -> None:
+    base = matching(folder)
+    training = dataclasses.replace(base.training, on_nonfinite=OnNonfinite.SKIP)
+    objective, state, frozen = fresh(dataclasses.replace(base, training=training))
+    step = jax.jit(objective.step())
+    poisoned = state.params["unet"]["conv_in"]["bias"].at[0].set(jnp.nan)
+    bad = state._replace(params={"unet": {**state.params["unet"], "conv_in": {
+        **state.params["unet"]["conv_in"], "bias": poisoned}}})  # fmt: skip
+    after, metrics = step(bad, frozen, batch(objective))
+    assert metrics["skipped"] == 1 and after.step == 1
+    assert same(after._replace(step=bad.step), bad)
+
+
+SIZES = {"dmd2": 2_567_463_684 + 4 * (16 * 1280 * 1280 + 1280) + 4 * 2 * 1280 + 1281, "turbo": 5 * 1_608_064}
+"""Parameters of the critics at full size: another UNet and its head; five heads on DINOv2-S."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dmd2", "turbo"])
+def test_full_size_states_have_the_bytes_of_their_networks(name: str) -> None:
+    """Nothing is computed: shapes alone, on a mesh of eight devices, and those of a whole step."""
+    config = configuration.load(Path(__file__).parents[1] / "configs" / f"{name}.py")
+    objective, mesh = objective_of(config), AbstractMesh((1, 1, 8, 1), sharding.AXES)
+    state, frozen = objective.abstract_state(mesh)
+
+    def count(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    unet = 2_567_463_684
+    assert count(state.params) == unet == count(frozen["teacher"]) and size(frozen["teacher"]) == 2 * unet
+    critic = state.auxiliary[CRITIC]
+    assert count(critic.params) == SIZES[name]
+    whole = size(state)
+    moments = 12 * (unet + SIZES[name])  # parameters and two moments of Adam, all in float32
+    assert moments <= whole < moments + 100_000
+    print(f"\n{name}: state {whole / 2**30:.2f} GiB, frozen {size(frozen) / 2**30:.2f} GiB")
+    rows = objective.abstract_batch(mesh, Bucket(*config.data.buckets[0]), config.data.batch_size)
+    after, metrics = jax.eval_shape(objective.step(), state, frozen, rows)
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
+    assert shapes[0] == shapes[1] and set(config.metrics) <= metrics.keys()

@@ -17,7 +17,7 @@ import safetensors
 from jax.sharding import AbstractMesh
 from PIL import Image
 from test_autoencoder_recipes import AUTOENCODERS
-from tiny import write_image_tower
+from tiny import write_dinov2, write_image_tower
 
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Params, flatten
@@ -36,6 +36,7 @@ from sdxl_jax.smoke import SHRUNK, STEPS, smoke_config
 from sdxl_jax.training.encoding import encode
 from sdxl_jax.training.loop import train
 from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.load import load_model
 from sdxl_jax.weights.open import open_model
@@ -48,7 +49,8 @@ IMAGENET = ("imagenet_512_only", "imagenet_512_nocond", "imagenet_512_size_cond"
 BESIDE = ("lora_1024", "dreambooth_lora", "textual_inversion", "pivotal")
 OF_OTHER_NOISE = ("finetune_edm", "finetune_flow", "finetune_v_pred")
 OTHERS = ("finetune_1024", *BESIDE, *OF_OTHER_NOISE, "inpaint", "sdxl_image_prompt", "sd15", "sd21_v", *IMAGENET)
-NAMES = STAGES + OTHERS
+DISTILLATIONS = ("dmd2", "turbo")
+NAMES = STAGES + OTHERS + DISTILLATIONS
 PUBLISHED = {"sd_xl_base_1.0.safetensors": "sdxl_base_256", "stable-diffusion-v1-2": "sd15"}
 PUBLISHED |= {"stable-diffusion-2": "sd21_v", "cosxl.safetensors": "finetune_edm"}
 """The published weights that recipes start from, each with a recipe that has the same model."""
@@ -201,6 +203,9 @@ def chain(quick_compilation: None, tmp_path_factory: pytest.TempPathFactory) -> 
         convert(Model(config, params), root / "weights" / file, "single-file" if "." in file else "diffusers", False)
     projection = configs["sdxl_image_prompt"].model.text[-1].clip.projection_dim
     write_image_tower(root / "weights" / "clip_vision_g.safetensors", projection or 0)
+    turbo = configs["turbo"]
+    assert isinstance(turbo, AdversarialDiffusionConfig) and turbo.discriminator.dinov2 is not None
+    write_dinov2(root / "weights" / "dinov2-small", turbo.discriminator.dinov2)
     return Chain(root, configs)
 
 

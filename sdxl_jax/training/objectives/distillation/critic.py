@@ -20,10 +20,11 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Bool, Float, Int, Key
 
-from sdxl_jax import sharding
+from sdxl_jax import flops, sharding
 from sdxl_jax.arrays import Batch, Params, flatten
 from sdxl_jax.config import OnNonfinite
 from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.models.layers import Attention, Compute, Remat
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, learning_rate, make_optimiser, updates_made
 from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.objectives.distillation.teacher import Distillation, DistillationConfig
@@ -227,6 +228,20 @@ class CriticDistillation(Distillation[Config]):
             return new, {**metrics, **_counters(new)}
 
         return step
+
+    def model_flops(self, arguments: tuple[Any, ...]) -> float:
+        """Of a step on average: the student has its share of those that move it."""
+        every, whole = self.config.critic.updates, super().model_flops(arguments)
+        if every == 1:
+            return whole
+        plain = Compute(dtype=self.config.compute.dtype, attention=Attention.XLA, remat=Remat.NONE)
+        objective = type(self)(dataclasses.replace(self.config, compute=plain))
+
+        def student(state: TrainState, frozen: Params, batch: Batch) -> _Moving:
+            key = jax.random.key(0)
+            return objective._with_student_moved(state, frozen, (batch, jax.random.split(key, len(batch.example))), key)
+
+        return whole - (1 - 1 / every) * flops.count(student, *arguments).total
 
     def _with_student_moved(self, state: TrainState, frozen: Params, rows: Rows, step_key: Key[Array, ""]) -> _Moving:
         """The student after one update."""
