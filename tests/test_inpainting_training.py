@@ -14,6 +14,7 @@ import tiny
 from PIL import Image
 
 from sdxl_jax import sharding
+from sdxl_jax.aot import compile as aot_compile
 from sdxl_jax.arrays import Batch, MicroConditioning, flatten, unflatten
 from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import InpaintingConfig, TrainConfig
@@ -25,6 +26,7 @@ from sdxl_jax.models import unet
 from sdxl_jax.models.vae import Posterior
 from sdxl_jax.sampling import init_images, program
 from sdxl_jax.sampling.generate import inpaint
+from sdxl_jax.sizes import Size
 from sdxl_jax.training import loop
 from sdxl_jax.training.objectives import denoising, inpainting, objective_of
 from sdxl_jax.weights.convert import convert
@@ -240,3 +242,12 @@ def test_a_run_shows_inpainted_images_resumes_and_is_sampled_with_a_mask(four: P
     (made,) = inpaint(runs[0], ["one"], image, mask, steps=2)
     np.testing.assert_array_equal(made[:, :16], image[:, :16])
     assert (made[:, 16:] != 100).any()
+
+
+@pytest.mark.slow
+def test_the_sampler_of_such_a_configuration_can_be_compiled_ahead() -> None:
+    config = config_of(Path("unused"))
+    _, sampler, _ = aot_compile._sampler_programs(config, sharding.make_mesh(config.mesh), Size(32, 32), 1)
+    mask_channels = sampler.arguments[-1]
+    assert mask_channels.shape == (1, 4, 4, 5)
+    assert "1x4x4x9xf32" in sampler.function.lower(*sampler.arguments).as_text()
