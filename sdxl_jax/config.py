@@ -230,6 +230,8 @@ class ValidationConfig(ValidationMetricsConfig):
     less varied."""
     classes: tuple[int, ...] = ()
     """Classes to sample, of a model with classes: one image per class, prompt (if there are any) and size."""
+    at_start: bool = False
+    """A grid before the first step too: of the model that training starts from."""
 
 
 @dataclass(frozen=True)

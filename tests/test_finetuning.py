@@ -248,7 +248,10 @@ def test_command_trains_shows_and_says_how_to_sample(folder: Path, base: Path, t
     ):
         assert expected in outcome.out + outcome.err, expected
     with Image.open(tmp_path / "dog" / "contact_sheet.png") as sheet:
-        assert sheet.height > 2 * 160, "two rows of images, enlarged"
+        assert sheet.height > 3 * 160, "three rows of images, enlarged: before, and after each step"
+    assert sorted(path.name for path in (tmp_path / "dog" / "samples").iterdir()) == [
+        f"step_{step:08d}.png" for step in range(3)
+    ]
     before = (tmp_path / "dog" / "metrics.jsonl").read_bytes()
     other = finetune(folder, base, *arguments, "--learning-rate", 1)
     assert other.code == 2 and "optimiser.learning_rate" in other.err and "different configuration" in other.err

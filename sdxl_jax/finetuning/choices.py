@@ -101,6 +101,7 @@ def choose(
             every_steps=every,
             prompts=options.validation_prompt or prompts(images.captions, options.class_prompt),
             sizes=(commonest(images.sizes, chosen),),
+            at_start=True,
         ),
     )
     if kind is Kind.DREAMBOOTH:  # half of the examples are of the class

@@ -161,7 +161,7 @@ def table(config: TrainConfig, found: Survey, run_dir: Path, options: Options) -
         ("precision", f"{compute.dtype.value}, recomputed backwards: {compute.remat.value}", "--write-config"),
         (
             "validation",
-            f"{height}×{width}, every {every} steps: {'; '.join(validation.prompts)}",
+            f"{height}×{width}, before and every {every} steps: {'; '.join(validation.prompts)}",
             "--validation-prompt",
         ),
         ("run directory", str(run_dir), "--run-dir"),
@@ -244,8 +244,8 @@ def _results(config: TrainConfig, run_dir: Path, base: str) -> str:
 
 
 def contact_sheet(config: TrainConfig, run_dir: Path) -> Image.Image:
-    """The validation images over time: one row per step, one column per prompt. Those of other prompts or sizes, with
-    which the run was started, are left out."""
+    """The validation images over time: one row per step, the first before training, and one column per prompt. Those of
+    other prompts or sizes, with which the run was started, are left out."""
     prompts, (height, width) = config.validation.prompts, config.validation.sizes[0]
     rows, labels, scale = list[list[UInt8[np.ndarray, "_height _width 3"]]](), list[str](), max(1, width // _TILE)
     for path in sorted((run_dir / "samples").glob("step_*.png")):
@@ -253,5 +253,6 @@ def contact_sheet(config: TrainConfig, run_dir: Path) -> Image.Image:
             images = first_row(grid, len(prompts), height, width)
         if images is not None:
             rows.append([np.asarray(Image.fromarray(image).reduce(scale)) for image in images])
-            labels.append(f"step {int(path.stem.removeprefix('step_'))}")
+            step = int(path.stem.removeprefix("step_"))
+            labels.append(f"step {step}" if step else "before")
     return labelled_grid(rows, prompts, labels)

@@ -367,9 +367,10 @@ class Validator:
             self._validate(step, state)
 
     def write_missing_grid(self, step: int, state: TrainState) -> None:
-        """On resume, if the run was stopped between a checkpoint and the grid of the same step."""
+        """Before the first step, if it is wanted there; on resume, if the run was stopped between a checkpoint and the
+        grid of the same step."""
         run = self._run
-        if step and _due(step, run.objective.validates_every, run.stop):
+        if (step or run.objective.validates_at_start) and _due(step, run.objective.validates_every, run.stop):
             # The first process decides: the others may see an older state of a network file system.
             exists = int((run.directory.path / validation.grid_name(step)).exists())
             if not int(run.processes.gather(str(exists))[0]):

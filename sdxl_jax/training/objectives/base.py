@@ -275,6 +275,11 @@ class Objective(abc.ABC, Generic[Config]):
     def validates_every(self) -> int | None:
         """Steps between validation grids; None: no validation."""
 
+    @property
+    def validates_at_start(self) -> bool:
+        """Whether there is a grid before the first step too. Here: no."""
+        return False
+
     @abc.abstractmethod
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images that show what was learnt. All processes compute them together."""

@@ -288,6 +288,10 @@ class Denoising(Objective[Config]):
 
     def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
         """Images of `validation.prompts` and `validation.classes` in each size, from the same noise each time; with
+    @property
+    def validates_at_start(self) -> bool:
+        return self.config.validation.at_start
+
         inpainting, of the hidden part of an image of the data, which comes first. A stop takes effect between two
         sizes; with a single process, at any time."""
         validation = self.config.validation
