@@ -610,6 +610,7 @@ MAY_CHANGE = (
     "data.sources",
     "data.verify_images",
     "data.workers",
+    "discriminator.weights",
     "image_prompt.encoder",
     "logging",
     "model.sampling",

@@ -60,6 +60,7 @@ from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.dinov2 import open_dinov2
 from sdxl_jax.weights.formats import orbax
 from sdxl_jax.weights.load import load_model
+from sdxl_jax.weights.open import open_model
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
@@ -532,6 +533,21 @@ KINDS = pytest.mark.parametrize("number", [0, 1], ids=["dmd2", "add"])
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@KINDS
+@pytest.mark.parametrize("layout", ["single-file", "diffusers"])
+def test_exports_say_how_the_student_is_sampled(folder: Path, number: int, layout: Any, tmp_path: Path) -> None:
+    """As the run does."""
+    config = both(folder, steps=2)[number].student
+    unet = dataclasses.replace(tiny.MODEL.unet, middle_depth=2)
+    parts = {"unet": unet, "vae": tiny.MODEL.vae, "text": tiny.MODEL.text, "micro": tiny.MODEL.micro}
+    whole = dataclasses.replace(config, **parts)
+    path = tmp_path / ("student.safetensors" if layout == "single-file" else "student")
+    convert(tiny.random_model(whole, 0), path, layout, False)
+    options = Options().resolved(open_model(path).config)
+    assert (options.preset, options.steps, options.guidance) == (("dmd", "add")[number], 2, 1.0)
+    assert options == Options().resolved(config)
 
 
 @pytest.mark.slow
