@@ -96,7 +96,7 @@ def _pixels(height: int, width: int) -> tuple[Float[Array, "{height} 1"], Float[
 def _distance(
     height: int, width: int, start: Float[Array, "lines 2"], end: Float[Array, "lines 2"]
 ) -> Float[Array, "lines {height} {width}"]:
-    """Of each pixel from each line between two points. By coordinates, so that nothing of this size is stored."""
+    """Of each pixel from each line between two points. Elementwise, so that XLA stores nothing of this size."""
     line = (end - start)[:, :, None, None]
     below, beside = (
         place - first for place, first in zip(_pixels(height, width), start.T[:, :, None, None], strict=True)
