@@ -705,6 +705,8 @@ def blocking_differences(old: Any, new: Any) -> list[str]:
     """The differences with which a run must not be resumed."""
     allowed = [*MAY_CHANGE, *SAME_WITHIN_ROUNDING]
     stops_early = (new.get("textual_inversion") or {}).get("stop", 1) < 1
-    if new.get("optimiser", {}).get("decay") != Decay.COSINE.value and not stops_early:
+    networks = new, *(new.get(name) or {} for name in ("critic", "discriminator"))
+    decays = {(each.get("optimiser") or {}).get("decay") for each in networks}
+    if Decay.COSINE.value not in decays and not stops_early:
         allowed.append("training.steps")  # the cosine schedule and the vectors' end depend on the last step, no other
     return [line for line in differences(old, new) if not is_within(line, allowed)]

@@ -28,10 +28,11 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
+from sdxl_jax.jsontree import to_json
 from sdxl_jax.models.discriminator_heads import FeatureHeads
 from sdxl_jax.models.initialisers import sample
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
-from sdxl_jax.optim.optimiser import OptimiserConfig
+from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.samplers.steps import Spacing, timesteps
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sharding import MeshConfig
@@ -533,6 +534,13 @@ KINDS = pytest.mark.parametrize("number", [0, 1], ids=["dmd2", "add"])
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("decay", [Decay.CONSTANT, Decay.COSINE])
+def test_a_critic_whose_rate_ends_with_the_run_keeps_its_number_of_steps(folder: Path, decay: Decay) -> None:
+    critic = CriticConfig(optimiser=dataclasses.replace(RATE, decay=decay))
+    short, long = (to_json(matching(folder, count=count, critic=critic)) for count in (3, 9))
+    assert bool(configuration.blocking_differences(short, long)) is (decay is Decay.COSINE)
 
 
 @KINDS
