@@ -674,7 +674,7 @@ def _nearest_field(message: str) -> str:
     if "unexpected keyword argument" not in message:
         return ""
     class_name, unknown = message.split(".", 1)[0], message.split("'")[1]
-    kinds = [kind for top in RunConfig.__subclasses__() for kind in _dataclasses(top)]
+    kinds = [kind for top in _descendants(RunConfig) for kind in _dataclasses(top)]
     for kind in kinds:
         if kind.__name__ == class_name:
             if new := old_names(kind).get(unknown):
@@ -682,6 +682,11 @@ def _nearest_field(message: str) -> str:
             names = nearest_first(unknown, (field.name for field in dataclasses.fields(kind)))
             return f". Its fields, nearest first: {', '.join(names)}"
     return ""
+
+
+def _descendants(kind: type) -> list[type]:
+    """The subclasses of a class, and theirs."""
+    return [each for child in kind.__subclasses__() for each in (child, *_descendants(child))]
 
 
 def _dataclasses(kind: type) -> list[type]:

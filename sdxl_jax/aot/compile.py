@@ -192,7 +192,7 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_part: int) -> list[Program]:
     """The three programs of `program.staged`: text to states, noise to latents, latents to images."""
-    model, images = config.model, images_per_part * sharding.batch_parts(mesh)
+    model, images = objective_of(config).model_config, images_per_part * sharding.batch_parts(mesh)
     params = sharding.placed(mesh, abstract(model))
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
     (segment,), (segment_arrays,) = plan.plan_segments(model, None, options)
