@@ -460,3 +460,35 @@ def test_the_file_of_a_student_that_is_an_adapter_says_its_preset(folder: Path, 
     made = lora.add(base, tmp_path / "student.safetensors")
     assert resolved(made.config) == ("lcm-lora", "lcm", None, 4, 1.0)
     assert lora.remove(made, made.adapters[0].name).config == base.config
+
+
+@pytest.mark.slow
+def test_a_second_round_has_the_first_one_as_its_teacher_by_one_evaluation(folder: Path) -> None:
+    first = distillation(ProgressiveConfig, folder, steps=4).student
+    convert(tiny.random_model(first, 0), folder / "round", "orbax", False)
+    model = dataclasses.replace(MODEL, unet=first.unet)
+    second = distillation(ProgressiveConfig, folder, model=model, steps=2)
+    second = with_training(second, init_from=(str(folder / "round"),))
+    objective_of(dataclasses.replace(second, adapter=LORA)).check()  # the base has the input
+    objective, state, frozen = fresh(second)
+    objective.check()
+    objective.check_start()
+    assert objective.model_config.sampling == dataclasses.replace(first.sampling or SamplingDefaults(), steps=2)
+    with pytest.raises(InputError, match=r"steps=4, but the teacher was distilled for 4 steps\. Set steps to 2"):
+        objective_of(dataclasses.replace(second, steps=4)).check_start()
+
+    def outputs(state: Any, frozen: Params, batch: Batch) -> Any:
+        examples = objective.examples(frozen, batch, keys())
+        timestep, x = jnp.array([19, 999]), examples.latent
+        teacher, student = (
+            [network(jnp.full(2, scale))(x, timestep) for scale in (2.0, 7.0)]
+            for network in (
+                lambda scale: objective.teacher(frozen, examples, scale),
+                lambda scale: objective.student(state.params, frozen, examples, scale),
+            )
+        )
+        return teacher, student, objective.loss(state.params, frozen, batch, keys())[0]
+
+    teacher, student, value = jax.jit(outputs)(state, frozen, batch(objective))
+    np.testing.assert_array_equal(teacher, student)  # the same weights, which both have the input
+    assert np.abs(teacher[0] - teacher[1]).max() > 1e-3 and np.isfinite(value) and value > 0
