@@ -297,6 +297,7 @@ def matched(folder: Path) -> Any:
     return objective, frozen, states, metrics
 
 
+@pytest.mark.slow
 def test_the_fake_score_begins_as_the_teacher_and_the_head_at_random(matched: Any) -> None:
     _, frozen, (first, *_), _ = matched
     critic = first.auxiliary[CRITIC].params
@@ -305,6 +306,7 @@ def test_the_fake_score_begins_as_the_teacher_and_the_head_at_random(matched: An
     assert np.asarray(critic[HEAD]["conv_0"]["kernel"]).std() > 0
 
 
+@pytest.mark.slow
 def test_each_network_moves_when_it_should(matched: Any) -> None:
     """The critic in every step, the student in every second one, its average and moments with it."""
     objective, _, states, metrics = matched
@@ -413,6 +415,7 @@ def deceived(folder: Path) -> Any:
     return objective, frozen, states, metrics
 
 
+@pytest.mark.slow
 def test_student_and_heads_of_add_move_in_every_step(deceived: Any) -> None:
     objective, _, states, metrics = deceived
     for before, after in itertools.pairwise(states):
@@ -429,6 +432,7 @@ def test_student_and_heads_of_add_move_in_every_step(deceived: Any) -> None:
         assert each["r1"] > 0 and each["distillation"] > 0
 
 
+@pytest.mark.slow
 def test_the_network_of_features_is_frozen_and_not_exported(deceived: Any) -> None:
     objective, frozen, (*_, last), _ = deceived
     assert same(frozen[FEATURES], open_dinov2(objective.config.discriminator.weights).load())
@@ -465,6 +469,7 @@ def test_gradients_reach_the_student_through_decoder_and_features_and_nothing_el
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(jax.jit(jax.grad(of_critic))(state.params)))
 
 
+@pytest.mark.slow
 def test_the_penalty_at_the_heads_inputs_is_that_of_finite_differences() -> None:
     """R1 of ADD's heads, with their norms over the virtual batch, along random directions: the directional derivative
     of the logits' sum is the product with the gradient that R1 is the norm of."""
