@@ -100,8 +100,8 @@ class Options:
     Default: the whole image at once."""
     preset: str | None = None
     """Few-step model that the weights are, or that a LoRA makes of them: turbo, lightning, lcm, lcm-lora, hyper-sd,
-    hyper-sd-unet, dmd2. Sets sampler, timesteps, guidance and, where they are not given, steps and size. Default: as
-    the model's files say; none otherwise."""
+    hyper-sd-unet, dmd2; distilled here: progressive, dmd, add. Sets sampler, timesteps, guidance and, where they are
+    not given, steps and size. Default: as the model's files say; none otherwise."""
 
     def method(self, config: "ModelConfig") -> "Sampler":
         """The sampler of these options for a model."""
