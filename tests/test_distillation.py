@@ -305,6 +305,7 @@ def test_a_progressive_students_step_is_two_of_the_teachers(folder: Path) -> Non
 REFUSED: list[tuple[type[DistillationConfig], dict[str, Any], str]] = [
     (ConsistencyConfig, {"teacher": TeacherConfig(guidance=(5.0, 2.0))}, r"teacher\.guidance=5,2\. Give two numbers"),
     (ConsistencyConfig, {"teacher": TeacherConfig(guidance=None)}, r"guidance_dim=8 with teacher\.guidance=None"),
+    (ConsistencyConfig, {"teacher": TeacherConfig(guidance=(5.0, 5.0))}, r"is always 5: an input that never changes"),
     (ConsistencyConfig, {"adapter": LORA}, r"adapter: the student is to have guidance as an input"),
     (ConsistencyConfig, {"huber_c": 0.0}, r"huber_c=0\.0"),
     (ConsistencyConfig, {"ema": EmaConfig(EmaKind.NONE)}, r"target=average needs an average"),

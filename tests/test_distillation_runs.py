@@ -157,7 +157,7 @@ def test_bytes_of_student_and_teacher_at_full_size(name: str) -> None:
 
 @pytest.mark.tpu_aot
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("name", ["lcm", "lcm_lora", "guidance_distillation", "progressive"])
+@pytest.mark.parametrize("name", ["lcm", "lcm_lora", "guidance_distillation", "progressive", "dmd2", "turbo"])
 def test_the_step_and_the_students_sampler_compile_for_tpus(name: str) -> None:
     config = load(CONFIGS / "smoke" / f"{name}.py", TrainConfig)
     config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))

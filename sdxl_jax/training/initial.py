@@ -61,18 +61,20 @@ def initial_weights(
     measures_scale: bool = False,
     base_dtype: BaseDtype = BaseDtype.FLOAT32,
     progress: bool = True,
+    notes: bool = True,
 ) -> dict[str, Shaped[jax.Array, "..."]]:
     """The parameters that `training.init_from` gives, by path, with their shardings.
 
     model: the model to initialise; only its `parts` are used. measures_scale: whether the latent scale is measured
-    after training, so that the one before it may be any. base_dtype: how they are kept. Raises InputError for a path
-    without a model, and for a part that the model does not have, or has with another configuration.
+    after training, so that the one before it may be any. base_dtype: how they are kept. notes: whether to
+    say how the files' models differ from this one. Raises InputError for a path without a model, and for a part that
+    the model does not have, or has with another configuration.
     """
     initial = dict[str, jax.Array]()
     for path, weights in zip(training.init_from, _opened(training, model, parts, measures_scale), strict=True):
-        for line in _meaning_differences(weights, model):
+        for line in _meaning_differences(weights, model) if notes else ():
             tqdm.write(f"  note: the UNet of {path} was trained with a different {line} (there -> in this run)")
-        if lines := _sampling_differences(weights, model):
+        if notes and (lines := _sampling_differences(weights, model)):
             tqdm.write(
                 f"  note: {path} has other sampling defaults, {'; '.join(lines)} (there -> in this run and the models "
                 "that it saves). Set model.sampling in the configuration to keep them"

@@ -241,7 +241,9 @@ class Denoising(Objective[Config]):
         if self._adapters is not None:
             written["adapter"] = path
             factors = adapters.of(state.sampled, frozen)
-            self._adapters.export(factors, path, step, mesh, is_first=is_first, bundled=bundled)
+            own = self.model_config.sampling  # of what was distilled; a base's own is not in the adapter
+            sampling = None if own == self.config.model.sampling else own
+            self._adapters.export(factors, path, step, mesh, is_first=is_first, bundled=bundled, sampling=sampling)
         return written
 
     def loss(
@@ -286,12 +288,12 @@ class Denoising(Objective[Config]):
         validation = self.config.validation
         return validation.every_steps if validation.prompts or validation.classes else None
 
-    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
-        """Images of `validation.prompts` and `validation.classes` in each size, from the same noise each time; with
     @property
     def validates_at_start(self) -> bool:
         return self.config.validation.at_start
 
+    def validation(self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes) -> Grid:
+        """Images of `validation.prompts` and `validation.classes` in each size, from the same noise each time; with
         inpainting, of the hidden part of an image of the data, which comes first. A stop takes effect between two
         sizes; with a single process, at any time."""
         validation = self.config.validation

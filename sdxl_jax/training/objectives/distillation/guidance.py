@@ -21,7 +21,13 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.sampling.options import GUIDANCE
-from sdxl_jax.training.objectives.distillation.teacher import Distillation, DistillationConfig, fitting, split
+from sdxl_jax.training.objectives.distillation.teacher import (
+    Distillation,
+    DistillationConfig,
+    check_guidance_dim,
+    fitting,
+    split,
+)
 from sdxl_jax.training.step import Metrics
 
 
@@ -51,6 +57,7 @@ class GuidanceDistillationConfig(DistillationConfig):
             )
         if self.teacher.guidance is None:
             raise InputError("teacher.guidance=None leaves no guidance to distil. Give a range of scales, e.g. 1 15")
+        check_guidance_dim(self, self.guidance_dim)
 
 
 class GuidanceDistillation(Distillation[GuidanceDistillationConfig]):

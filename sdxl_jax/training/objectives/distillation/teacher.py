@@ -125,7 +125,7 @@ class DistillationConfig(TrainConfig):
                 "Leave it out, and set the fields of model to those of the teacher"
             )
         for name in ("textual_inversion", "image_prompt", "inpainting"):
-            if getattr(self, name, None) is not None:
+            if getattr(self, name) is not None:
                 raise InputError(f"{name} has no effect on a distillation. Leave it out (None)")
         if self.teacher.base_dtype is not None and not self.has_copy:
             raise InputError(
@@ -429,6 +429,11 @@ def check_guidance_dim(config: DistillationConfig, guidance_dim: int | None) -> 
         raise InputError(
             f"guidance_dim={guidance_dim} with teacher.guidance=None: there is no scale to give to the student. Give a "
             "range, e.g. 4 16, or set guidance_dim=None"
+        )
+    if guidance_dim is not None and config.teacher.guidance is not None and len(set(config.teacher.guidance)) == 1:
+        raise InputError(
+            f"guidance_dim={guidance_dim}, but teacher.guidance is always {config.teacher.guidance[0]:g}: an input that"
+            " never changes has no effect. Give a range, e.g. 4 16, or set guidance_dim=None"
         )
     if config.model.unet.guidance_dim not in (None, guidance_dim):
         raise InputError(
