@@ -59,6 +59,8 @@ CASES: list[tuple[str, int, str, dict[str, Any]]] = [
     ("hyper-sd-unet", 1, "hyper-sd-unet", {"timesteps": [800]}),
     ("dmd2", 1, "dmd2", {"timesteps": [399]}),
     ("dmd2", 4, "dmd2", {"timesteps": [999, 749, 499, 249]}),
+    ("dmd", 2, "dmd2", {"timesteps": [999, 499]}),
+    ("add", 4, "turbo", {}),
 ]
 """Preset, steps, scheduler, and what else diffusers' pipeline is called with."""
 
