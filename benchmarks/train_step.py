@@ -27,8 +27,9 @@ import numpy as np
 from jaxtyping import BFloat16
 
 from sdxl_jax import sharding
+from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.allocator import keep_freed_memory
-from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning
+from sdxl_jax.arrays import Batch, EncodedBatch, MicroConditioning, flatten
 from sdxl_jax.config import TrainConfig, TrainingConfig
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.flops import chip_of
@@ -39,9 +40,9 @@ from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig
 from sdxl_jax.training import setup
 from sdxl_jax.training.objectives.denoising import Denoising
-from sdxl_jax.training.state import create
 from sdxl_jax.weights import names
 from sdxl_jax.weights.formats import diffusers_fields
+from sdxl_jax.weights.lazy import abstract_leaves
 from sdxl_jax.weights.names import Dialect, Naming
 
 SMALL = UNetConfig(
@@ -83,8 +84,11 @@ def batch(options: argparse.Namespace) -> Batch:
     return Batch(None, tokens, micro, np.arange(count, dtype=np.int32), np.zeros(count, bool), encoded)
 
 
-def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Callable[[], float], float]:
-    """(a function that runs one step and returns the loss; its model FLOPs)."""
+def ours(
+    options: argparse.Namespace, unet: UNetConfig, params: Any, adapter: AdapterConfig | None = None
+) -> tuple[Callable[[], float], float]:
+    """(a function that runs one step and returns the loss; its model FLOPs). params: donated. adapter: trained in their
+    place; None: they are."""
     model = ModelConfig(unet=unet, text=TEXT)
     config = TrainConfig(
         data=DataConfig("unused", batch_size=options.batch),
@@ -93,17 +97,18 @@ def ours(options: argparse.Namespace, unet: UNetConfig, params: Any) -> tuple[Ca
         optimiser=OptimiserConfig(learning_rate=RATE, warmup_steps=0, weight_decay=DECAY, clip_norm=CLIP),
         ema=EmaConfig(kind=EmaKind.NONE),
         training=TrainingConfig(caption_dropout=0.0),
+        adapter=adapter,
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     objective = Denoising(config)
-    abstract, abstract_frozen = objective.abstract_state(mesh)
+    abstract, _ = objective.abstract_state(mesh)
     with jax.set_mesh(mesh):
         inputs = sharding.put_batch(mesh, batch(options))
         step = setup.jitted(objective, mesh, abstract)
-        frozen = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_frozen)  # not read
-        state = jax.jit(lambda params: create(params, objective.optimiser, config.ema), donate_argnums=0)(
-            {"unet": params}
-        )
+        given = flatten({"unet": params})
+        absent = {path: leaf for path, leaf in abstract_leaves(model).items() if path not in given}
+        zeros = {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in absent.items()}  # not read
+        state, frozen = objective.fresh_state(mesh, abstract, given | zeros, progress=False)
         program = step.lower(abstract, frozen, inputs).compile()
 
     def run() -> float:
@@ -142,7 +147,8 @@ def their_step(options: argparse.Namespace, model: Any) -> Callable[[], float]:
     if device == "cuda":
         model = model.to(memory_format=torch.channels_last)
     network = model if options.eager else torch.compile(model)
-    optimiser = torch.optim.AdamW(model.parameters(), RATE, eps=EPSILON, weight_decay=DECAY, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained, RATE, eps=EPSILON, weight_decay=DECAY, fused=True)
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> Any:
@@ -167,7 +173,7 @@ def their_step(options: argparse.Namespace, model: Any) -> Callable[[], float]:
             out = network(noised, timestep, context, added_cond_kwargs=conditions, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(out.float(), noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         return loss.item()  # synchronises with the device
