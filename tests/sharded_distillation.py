@@ -22,6 +22,7 @@ from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import setup
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.distillation.consistency import ConsistencyConfig
+from sdxl_jax.training.objectives.distillation.teacher import TEACHER, Distillation
 from sdxl_jax.weights.convert import convert
 
 
@@ -30,11 +31,15 @@ def stepped(config: Any, mesh: Any) -> tuple[float, Any, list[str], Any]:
     # A large epsilon: Adam's first step is else as long whatever the gradient, also for one of rounding alone.
     optimiser = dataclasses.replace(config.optimiser, epsilon=1e-3, warmup_steps=0)
     objective = objective_of(dataclasses.replace(config, optimiser=optimiser))
+    assert isinstance(objective, Distillation)
     with jax.set_mesh(mesh):
         given = objective.initial_weights(mesh, progress=False)
         abstract, abstract_frozen = objective.abstract_state(mesh)
         state, frozen = objective.fresh_state(mesh, abstract, given, progress=False)
-        misplaced = layouts.misplaced((state, frozen), (abstract, abstract_frozen))
+        misplaced = layouts.misplaced(state, abstract)
+        copy, expected = (tree.get(TEACHER, {}) for tree in (frozen, abstract_frozen))
+        places = zip(jax.tree.leaves(copy), jax.tree.leaves(expected), strict=True)
+        misplaced += [TEACHER for leaf, wanted in places if leaf.sharding != wanted.sharding]
         batch = sharding.put_batch(mesh, test_distillation.batch(objective, 4))
         before = jax.tree.map(np.asarray, state.params)
         state, metrics = setup.jitted(objective, mesh, abstract)(state, frozen, batch)

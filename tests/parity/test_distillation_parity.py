@@ -53,6 +53,7 @@ def their_loss(networks: dict[str, Any], inputs: reference.UNetInputs, noise: np
     start, end = nodes[index], torch.clamp(nodes[index] - 20, min=0)
     scheduler.alphas_cumprod = alphas
     noisy = scheduler.add_noise(latent, epsilon, start)
+    assert inputs.numbers is not None and inputs.pooled is not None
     numbers, pooled = to_torch(inputs.numbers), to_torch(inputs.pooled).double()
     context = to_torch(inputs.context).double()
 
