@@ -11,7 +11,7 @@ sampled from nor exported.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import jax
@@ -235,7 +235,7 @@ class CriticDistillation(Distillation[Config]):
         if every == 1:
             return whole
         plain = Compute(dtype=self.config.compute.dtype, attention=Attention.XLA, remat=Remat.NONE)
-        objective = type(self)(dataclasses.replace(self.config, compute=plain))
+        objective = type(self)(replace(self.config, compute=plain))
 
         def student(state: TrainState, frozen: Params, batch: Batch) -> _Moving:
             key = jax.random.key(0)
