@@ -64,6 +64,7 @@ def test_results_are_those_of_the_rounded_kernels(path: Path) -> None:
     assert 1e-4 < np.linalg.norm(found - plain) / np.linalg.norm(plain) < 0.1
 
 
+@pytest.mark.slow
 def test_sdxl_takes_half_of_the_bytes_of_bfloat16() -> None:
     leaves = abstract_leaves(SDXL_BASE, ["unet", "text_encoder", "text_encoder_2"])
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in leaves.items()}
@@ -108,7 +109,10 @@ class Layers(nn.Module):
 
 
 @pytest.mark.parametrize("magnitude", [None, *dora.Axis])
-@pytest.mark.parametrize("kind", [Kind.LORA, Kind.LOHA, Kind.LOKR, Kind.DIFFERENCE])
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.LORA, *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Kind.LOHA, Kind.LOKR, Kind.DIFFERENCE))],
+)
 def test_adapters_beside_kernels_in_eight_bits(kind: Kind, magnitude: dora.Axis | None) -> None:
     """The output, and the gradient of every factor, are those beside the rounded kernels. A DoRA has their norms."""
     if kind is Kind.DIFFERENCE and magnitude is not None:
