@@ -12,7 +12,9 @@ from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.models import vae
-from sdxl_jax.quickstart import autoencoder, recipe, run
+from sdxl_jax.quickstart import autoencoder, recipe, run, student
+from sdxl_jax.sampling.options import Options
+from sdxl_jax.training.objectives import objective_of
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,14 @@ def test_recipe_is_a_valid_model():
     config.model.check()
     assert len(config.data.buckets) >= 3
     assert len(config.model.text) == 2
+
+
+def test_the_student_is_sampled_with_four_steps_and_no_guidance(tmp_path: Path):
+    config = student.get_config(tmp_path, recipe.get_config(), run.GUIDANCE)
+    objective = objective_of(config)
+    objective.config.check()
+    chosen = Options().resolved(objective.model_config)
+    assert (chosen.sampler, chosen.steps, chosen.guidance) == ("lcm", 4, 1)
 
 
 def test_prompt_accuracy_is_one_for_the_training_images_and_none_for_wrong_captions(folder: Path):

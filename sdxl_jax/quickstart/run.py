@@ -6,21 +6,23 @@ All of it calls the same code as the full model; this module has the order of th
 import json
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.buckets import Bucket, assign
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.data.transforms import centred_crop
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.model import Model, init
 from sdxl_jax.progress import tqdm
-from sdxl_jax.quickstart import autoencoder, recipe
+from sdxl_jax.quickstart import autoencoder, recipe, student
 from sdxl_jax.sampling.contact_sheet import contact_sheet, save_png
 from sdxl_jax.sampling.generate import Images, text_to_image
 from sdxl_jax.sizes import Size
@@ -33,7 +35,10 @@ SCORED = {Bucket(96, 160): 6, Bucket(128, 128): 5, Bucket(160, 96): 5}
 """Captions per bucket for prompt accuracy: 16 in all."""
 SHOWN = 8
 """Captions per bucket on the contact sheet."""
-STEPS, GUIDANCE = 20, 3.0
+GUIDANCE = 3.0
+_SAMPLING = {"steps": 20, "guidance": GUIDANCE}
+SHEET, STUDENT = "quickstart.png", "student"
+"""Contact sheet, and run directory of the few-step student, in the run directory."""
 
 
 class Examples(NamedTuple):
@@ -44,11 +49,15 @@ class Examples(NamedTuple):
 
 
 def quickstart(
-    run_dir: Path, train_autoencoder: bool = False, seed: int = 0, compilation_cache: str | None = "user"
+    run_dir: Path,
+    train_autoencoder: bool = False,
+    seed: int = 0,
+    compilation_cache: str | None = "user",
+    few_steps: bool = False,
 ) -> Path:
     """Runs all steps in `run_dir`, resuming an interrupted call. Returns the path of the contact sheet.
 
-    compilation_cache: as `training.compilation_cache`.
+    compilation_cache: as `training.compilation_cache`. few_steps: also distil a student of four steps.
     """
     began = time.monotonic()
     folder = run_dir / "pictures"
@@ -77,38 +86,59 @@ def quickstart(
     untrained = Model(config.model, placed)
 
     _print("4/5  Sampling the contact sheet")
-    examples = training_images(folder)
-    images, captions = [], []
-    for size, (_, known) in examples.items():
-        prompts = sorted(set(known))[:: max(1, len(set(known)) // SHOWN)][:SHOWN]
-        images += list(_sample(model, prompts, size, seed))
-        captions += prompts
-    sheet = run_dir / "quickstart.png"
-    save_png(contact_sheet(images, captions, columns=SHOWN), sheet)
+    examples, sheet = training_images(folder), run_dir / SHEET
+    _save_sheet(model, examples, seed, sheet)
 
     _print("5/5  Measuring prompt accuracy: 16 captions × 4 seeds, trained and untrained")
     trained_score, untrained_score = (_accuracy(each, examples, seed) for each in (model, untrained))
 
     _print_summary(run_dir, trained_score, untrained_score, time.monotonic() - began)
+    if few_steps:
+        _add_student(run_dir, config, examples)
     return sheet
+
+
+def _add_student(run_dir: Path, config: TrainConfig, examples: dict[Bucket, Examples]) -> None:
+    """config: of the quickstart's own run."""
+    _print("Distilling a student for 4 steps. Before the first steps, compiling takes a minute or two again")
+    began, seed, folder = time.monotonic(), config.training.seed, run_dir / STUDENT
+    trained = train(student.get_config(run_dir, config, GUIDANCE), folder)
+    _save_sheet(trained, examples, seed, folder / SHEET, {})
+    score, minutes = _accuracy(trained, examples, seed, {}), (time.monotonic() - began) / 60
+    _print(f"  {minutes:.1f} minutes; prompt accuracy of 4 steps: {score:.0%}; images: {folder / SHEET}")
+    _print(f"Sample while you watch:  sdxl-jax serve {folder}")
 
 
 def _print(line: str) -> None:
     tqdm.write(f"\n{line}")
 
 
-def _sample(model: Model, prompts: list[str], size: Size, seed: int, num_images: int = 1) -> Images:
+def _sample(
+    model: Model, prompts: list[str], size: Size, seed: int, num_images: int = 1, options: Mapping[str, Any] = _SAMPLING
+) -> Images:
+    """options: number of steps and guidance; {}: the model's own."""
     return text_to_image(
         model,
         prompts,
         height=size.height,
         width=size.width,
-        steps=STEPS,
-        guidance=GUIDANCE,
         seed=seed,
         num_images=num_images,
         progress=True,
+        **options,
     )
+
+
+def _save_sheet(
+    model: Model, examples: dict[Bucket, Examples], seed: int, path: Path, options: Mapping[str, Any] = _SAMPLING
+) -> None:
+    """Some captions of each bucket, as a contact sheet."""
+    images, captions = [], []
+    for size, (_, known) in examples.items():
+        prompts = sorted(set(known))[:: max(1, len(set(known)) // SHOWN)][:SHOWN]
+        images += list(_sample(model, prompts, size, seed, options=options))
+        captions += prompts
+    save_png(contact_sheet(images, captions, columns=SHOWN), path)
 
 
 def training_images(folder: Path) -> dict[Bucket, Examples]:
@@ -124,13 +154,15 @@ def training_images(folder: Path) -> dict[Bucket, Examples]:
     return examples
 
 
-def _accuracy(model: Model, examples: dict[Bucket, Examples], seed: int) -> float:
+def _accuracy(
+    model: Model, examples: dict[Bucket, Examples], seed: int, options: Mapping[str, Any] = _SAMPLING
+) -> float:
     """Prompt accuracy over the `SCORED` captions, 0 to 1."""
     correct: list[bool] = []
     for size, (training, captions) in examples.items():
         distinct = sorted(set(captions))
         prompts = np.random.default_rng(0).choice(distinct, SCORED[size], replace=False).tolist()
-        samples = _sample(model, prompts, size, seed + 1, SEEDS)
+        samples = _sample(model, prompts, size, seed + 1, SEEDS, options)
         correct += hits(samples, [prompt for prompt in prompts for _ in range(SEEDS)], training, captions)
     return float(np.mean(correct))
 
@@ -147,7 +179,7 @@ def _print_summary(run_dir: Path, trained: float, untrained: float, seconds: flo
     width = max(map(len, rows))
     _print("\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items()))
     paths = {
-        "contact sheet": run_dir / "quickstart.png",
+        "contact sheet": run_dir / SHEET,
         "validation": run_dir / "samples",
         "checkpoints": run_dir / "checkpoints",
         "metrics": run_dir / "metrics.jsonl",
