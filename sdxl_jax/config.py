@@ -491,9 +491,7 @@ class TrainConfig(RunConfig):
                 "image_prompt.pooled_rows_alone trains rows of a frozen parameter where adapter is set. Leave one of "
                 "them out (image_prompt.pooled_rows_alone=False, adapter=None)"
             )
-        if self.optimiser.kind is OptimiserKind.SCHEDULE_FREE and (
-            given.up_rate != 1 or given.norm_limit is not None
-        ):
+        if self.optimiser.kind is OptimiserKind.SCHEDULE_FREE and (given.up_rate != 1 or given.norm_limit is not None):
             raise InputError(
                 "adapter.up_rate and norm_limit change the updates, which the average of "
                 "optimiser.kind=schedule_free does not allow. Leave them out, or use another optimiser, e.g. adamw"

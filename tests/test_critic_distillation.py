@@ -164,7 +164,7 @@ def test_r1_is_the_norm_of_the_gradient_by_finite_differences() -> None:
         assert float(losses.r1(logits, features)) == pytest.approx(penalty, rel=1e-7)
 
 
-def of_gaussian(x_t: Any, alpha: float, sigma_t: float, mean: float, deviation: float = 0.5) -> Any:
+def of_gaussian(x_t: Any, alpha: Any, sigma_t: Any, mean: float, deviation: float = 0.5) -> Any:
     """E[x₀ | x_t] for x₀ of a normal distribution."""
     variance = deviation**2
     return (variance * alpha * x_t + sigma_t**2 * mean) / (alpha**2 * variance + sigma_t**2)

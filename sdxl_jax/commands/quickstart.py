@@ -27,6 +27,4 @@ def run(arguments: list[str]) -> None:
     options = parsing.parse(Quickstart, arguments, "quickstart")
     from sdxl_jax.quickstart.run import quickstart
 
-    quickstart(
-        options.run_dir, options.train_autoencoder, options.seed, options.compilation_cache, options.few_steps
-    )
+    quickstart(options.run_dir, options.train_autoencoder, options.seed, options.compilation_cache, options.few_steps)

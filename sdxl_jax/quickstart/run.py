@@ -35,8 +35,8 @@ SCORED = {Bucket(96, 160): 6, Bucket(128, 128): 5, Bucket(160, 96): 5}
 """Captions per bucket for prompt accuracy: 16 in all."""
 SHOWN = 8
 """Captions per bucket on the contact sheet."""
-GUIDANCE = 3.0
-_SAMPLING = {"steps": 20, "guidance": GUIDANCE}
+STEPS, GUIDANCE = 20, 3.0
+_SAMPLING = {"steps": STEPS, "guidance": GUIDANCE}
 SHEET, STUDENT = "quickstart.png", "student"
 """Contact sheet, and run directory of the few-step student, in the run directory."""
 

@@ -304,7 +304,7 @@ def continuous_levels(sampler: Sampler, law: ContinuousConfig, steps: int, sigma
     else:
         level = _between(law.sigma_max, law.sigma_min, steps, sigmas)
     alpha, sigma_t = law.level(level)
-    return Levels(noise_input(law, level), np.append(alpha, 1.0), np.append(sigma_t, 0.0))
+    return Levels(np.asarray(noise_input(law, level)), np.append(alpha, 1.0), np.append(sigma_t, 0.0))
 
 
 def _between(first: float, last: float, steps: int, sigmas: Sigmas) -> Float[np.ndarray, " steps"]:
