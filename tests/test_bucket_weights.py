@@ -225,6 +225,7 @@ def test_one_network_is_opened_and_takes_another_ones_place(home: Path, bucket: 
     assert_holds(opened, BASE)
 
 
+@pytest.mark.slow
 def test_a_run_directory_is_opened_at_its_last_complete_checkpoint(home: Path, bucket: str) -> None:
     target = upload(home / "run", f"{bucket}/run")
     assert_holds(open_model(target), BASE, unet=4)

@@ -285,6 +285,7 @@ def test_marks_without_numbers_return(tmp_path: Path) -> None:
 # What a layout has no place for
 
 
+@pytest.mark.slow
 def test_last_layer_of_sd2_is_left_out_of_diffusers_and_reported(tmp_path: Path) -> None:
     path = foreign.single_file(tmp_path / "two.safetensors", STABLE_2, beside=False)
     outcome = call(path, tmp_path / "two", "--to", "diffusers")

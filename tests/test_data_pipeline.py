@@ -457,6 +457,7 @@ def test_scores_reach_the_batch_and_images_without_one_are_refused(config, tmp_p
         open_dataset(config, **given, aesthetic="scor")
 
 
+@pytest.mark.slow
 def test_with_fixed_crops_an_image_has_no_more_than_that_number(config):
     def crops(batches):
         found = {}

@@ -115,9 +115,8 @@ def test_the_middle_of_a_unet_is_what_its_way_up_begins_with() -> None:
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(noticed["up_blocks_0"]))
 
 
-@pytest.mark.parametrize(
-    "network", [TINY_DINO, pytest.param(VggFeatures(), marks=pytest.mark.slow)], ids=["dinov2", "vgg"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [TINY_DINO, VggFeatures()], ids=["dinov2", "vgg"])
 def test_networks_of_features_are_what_they_say(network: FeatureNetwork) -> None:
     """Their channels, axes and embedding; and a gradient that reaches the image from each."""
     params = drawn(network.abstract())

@@ -45,6 +45,7 @@ def test_no_weight_is_off_by_more_than_half_a_scale() -> None:
         assert (values[..., 0] == 0).all(), "a channel of zeros stays zero"
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_rounded_kernels(path: Path) -> None:
     """Through linear layers, convolutions, stacked blocks and the projected text alike."""
     given = flatten(load_model(path, progress=False).params)

@@ -415,6 +415,7 @@ def test_each_process_samples_a_contiguous_part(tmp_path: Path, monkeypatch: pyt
         samples.wait_for_all(tmp_path, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_a_curve_is_one_table_and_one_plot_for_several_models(
     model: Path, prompts: Path, pair: tuple[Path, Path], tmp_path: Path

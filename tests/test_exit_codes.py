@@ -301,6 +301,7 @@ def test_closed_pipe_does_not_end_training(home: Path, compiled: Path) -> None:
     assert len((home / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_closed_pipe_keeps_the_exit_code_of_other_commands(home: Path) -> None:
     for given, code in (([str(home / "images")], 0), (["no-such-folder"], 2)):
         reader, writer = os.pipe()

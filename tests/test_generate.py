@@ -443,7 +443,9 @@ def test_a_non_finite_image_is_named_and_no_image_is_returned(model: Model) -> N
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"callback": lambda seen: None}, {"one_program": True}], ids=["staged", "callback", "one program"]
+    "given",
+    [{}, {"callback": lambda seen: None}, pytest.param({"one_program": True}, marks=pytest.mark.slow)],
+    ids=["staged", "callback", "one program"],
 )
 def test_the_first_non_finite_step_is_reported(given: dict[str, Any], model: Model) -> None:
     """With a sampler whose third step of four overflows float32."""

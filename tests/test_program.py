@@ -119,7 +119,7 @@ def compiled() -> int:
     return sum(function._cache_size() for function in functions)
 
 
-@pytest.mark.parametrize("one_program", [False, True])
+@pytest.mark.parametrize("one_program", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_other_values_of_the_same_shapes_compile_nothing(one_program: bool, model: Model) -> None:
     sample = lambda *prompts, **options: generate(model, list(prompts), one_program=one_program, **options)  # noqa: E731
     sample(*PROMPTS, guidance=3.0, guidance_rescale=0.5, pag=1.0, **SETTINGS)

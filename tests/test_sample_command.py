@@ -335,6 +335,7 @@ def test_a_sweep_samples_every_value_from_the_same_noise(model: Path, sampled: P
     assert grid.shape[1] > 2 * 32
 
 
+@pytest.mark.slow
 def test_sweeps_of_positions_and_of_two_options(model: Path, tmp_path: Path) -> None:
     given = ["--prompt", "a cat", "--sweep", "crop=0,0;0,8", "--sweep", "guidance=1,2"]
     assert run(model, tmp_path / "out", *given).code == 0

@@ -263,11 +263,8 @@ CASES = {
 }
 
 
-QUICK = ("latent-diffusion", "before the discriminator")
-
-
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+    "name", [name if name == "latent-diffusion" else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 )
 def test_loss_and_every_gradient_match_torch(
     name: str, agree: Agree, note: Note, monkeypatch: pytest.MonkeyPatch

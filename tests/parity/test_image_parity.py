@@ -340,7 +340,9 @@ def test_diffusers_draws_the_same_image_from_what_we_write(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("model", CONVERTED)
+@pytest.mark.parametrize(
+    "model", [name if name == "SDXL base" else pytest.param(name, marks=pytest.mark.slow) for name in CONVERTED]
+)
 def test_diffusers_reads_our_single_file(
     model: str, dtype: str, source: Callable[[str], Source], converted: Callable[[str], dict[str, Path]]
 ) -> None:

@@ -42,7 +42,7 @@ FULL_SIZE = {
 }
 
 
-QUICK = ("SDXL base", "SDXL refiner", "SD 2.x")
+QUICK = ("SDXL base", "SD 2.x")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ class Perturbing(PAGMixin):
         self._set_pag_attn_processor(self.pag_applied_layers, do_classifier_free_guidance=True)
 
 
-@pytest.mark.parametrize("parts", [(UNetPart.MIDDLE,), tuple(UNetPart)])
+@pytest.mark.parametrize("parts", [pytest.param((UNetPart.MIDDLE,), marks=pytest.mark.slow), tuple(UNetPart)])
 def test_unet_with_perturbed_rows_matches_diffusers(parts: tuple[UNetPart, ...], agree: Agree) -> None:
     """A batch as diffusers makes it: the negative prompt, the prompt, the prompt perturbed."""
     config = reference.UNET_FOR_GRADIENTS  # stacks of two, all parts with attention, quick to compile
