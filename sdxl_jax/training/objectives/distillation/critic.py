@@ -25,7 +25,14 @@ from sdxl_jax.arrays import Batch, Params, flatten
 from sdxl_jax.config import OnNonfinite
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.models.layers import Attention, Compute, Remat
-from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, learning_rate, make_optimiser, updates_made
+from sdxl_jax.optim.optimiser import (
+    OptimiserConfig,
+    OptimiserKind,
+    logged_rates,
+    make_optimiser,
+    rate_names,
+    updates_made,
+)
 from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.objectives.distillation.teacher import Distillation, DistillationConfig
 from sdxl_jax.training.state import TrainState
@@ -187,7 +194,7 @@ class CriticDistillation(Distillation[Config]):
         params = self.critic_params(trained, networks)
         found: dict[str, Any] = {CRITIC: Critic(params, self.critic_carried, self.critic_optimiser.init(params))}
         if self.config.critic.updates > 1:
-            names = ("loss", *self.config.OF_STUDENT, "grad_norm", "learning_rate")
+            names = ("loss", *self.config.OF_STUDENT, "grad_norm", *rate_names(self.config.optimiser))
             found[REPORTED] = {name: jnp.zeros(()) for name in names}
         return found
 
@@ -257,9 +264,9 @@ class CriticDistillation(Distillation[Config]):
         updates, moments = optimiser.update(gradient, state.optimiser, state.params, frozen=frozen)
         params = cast(Params, optax.apply_updates(state.params, updates))
         average = updated_average(config.ema, state.ema, params, moments, updates_before, step_key)
-        rate = learning_rate(config.optimiser, max(1, config.student_updates))
-        norms = {"grad_norm": optax.tree.norm(gradient), "learning_rate": jnp.asarray(rate(updates_before))}
-        return _Moving(params, average, moments, {"loss": value, **terms, **norms})
+        rates = logged_rates(config.optimiser, max(1, config.student_updates))(updates_before)
+        metrics = {"loss": value, **terms, "grad_norm": optax.tree.norm(gradient), **rates}
+        return _Moving(params, average, moments, metrics)
 
     def _with_critic_moved(self, critic: Critic, trained: Params, frozen: Params, rows: Rows) -> tuple[Critic, Metrics]:
         """The critic after one update, and its metrics."""

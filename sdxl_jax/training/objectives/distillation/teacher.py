@@ -207,7 +207,8 @@ class Distillation(Denoising[Config]):
     def check(self) -> None:
         super().check()
         if self._adapters is None:
-            trained, _ = partition(unflatten(abstract_leaves(self.model_config)), self.config.training.trainable)
+            abstract = unflatten(abstract_leaves(self.model_config))
+            trained, _ = partition(abstract, self.config.training.trainable, self._layers)
         else:
             trained = self._adapters.abstract_trees()[0][adapters.ADAPTERS]
         if others := [part for part in trained if part != "unet"]:
