@@ -1096,7 +1096,7 @@ def _copy(home: Path, tmp_path: Path) -> Path:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
     "name",
-    ["d", *(pytest.param(name, marks=pytest.mark.slow) for name in ("_METADATA", "manifest.ocdbt", "array_metadatas"))],
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("_METADATA", "manifest.ocdbt")), "d", "array_metadatas"],
 )
 def test_damaged_checkpoint_is_refused(home: Path, tmp_path: Path, name: str) -> None:
     path = _copy(home, tmp_path)
