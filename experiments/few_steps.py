@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import results
 from cifar10 import Measures
-from small_model import Images, write_images
+from small_model import Images, write_images, write_samples
 
 from sdxl_jax import load_model, train
 from sdxl_jax.config import CheckpointConfig, TrainingConfig, ValidationConfig
@@ -41,7 +41,6 @@ from sdxl_jax.evaluation import scores
 from sdxl_jax.evaluation.curve import check_plots
 from sdxl_jax.evaluation.prompt_accuracy import hits
 from sdxl_jax.evaluation.settings import Metric
-from sdxl_jax.files import atomic
 from sdxl_jax.model import Model
 from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
@@ -128,18 +127,18 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
 # Sampling and measures
 
 
-def sampled(model: Model, prompts: Sequence[str], file: Path, steps: int, seed: int, **options: Any) -> Images:
-    """One sample of each prompt in the list; kept in a file, with the seconds that `TIMED` of them take."""
+def sampled(
+    model: Model, prompts: Sequence[str], file: Path, steps: int, seed: int, **options: Any
+) -> tuple[Images, float]:
+    """(one sample of each prompt in the list, the seconds that `TIMED` of them take); kept in a file."""
     if not file.exists():
         given = {"height": SIDE, "width": SIDE, "steps": steps, "batch_size": TIMED, **options}
         images = text_to_image(model, prompts, seed=seed, progress=True, **given)
         began = time.monotonic()
         text_to_image(model, prompts[:TIMED], seed=seed, **given)
-        seconds = time.monotonic() - began
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(file) as partial, partial.open("wb") as opened:
-            np.savez(opened, images=images, seconds=seconds)
-    return np.load(file)["images"]
+        write_samples(file, images=images, seconds=time.monotonic() - began)
+    kept = np.load(file)
+    return kept["images"], float(kept["seconds"])
 
 
 class Scores:
@@ -176,27 +175,26 @@ def main() -> None:
     prompts = [prompt for prompt in sorted(set(examples.captions)) for _ in range(options.samples)]
     rows, kept = list[dict[str, Any]](), dict[str, Images]()
 
-    def samples(model: Model, name: str, steps: int, seed: int = 1, **given: Any) -> Images:
+    def samples(model: Model, name: str, steps: int, seed: int = 1, **given: Any) -> tuple[Images, float]:
         return sampled(model, prompts, out / "samples" / f"{name}.npz", steps, seed, **given)
 
     def measure(model: Model, name: str, steps: int, evaluations: int, **given: Any) -> None:
         title = f"{name}, {steps} steps"
-        kept[title] = samples(model, title, steps, **given)
-        speed = TIMED / float(np.load(out / "samples" / f"{title}.npz")["seconds"])
+        kept[title], seconds = samples(model, title, steps, **given)
         about = {"model": name, "steps": steps, "evaluations": evaluations}
-        rows.append({**about, **measures.of(title, kept[title]), "images/s": speed})
+        rows.append({**about, **measures.of(title, kept[title]), "images/s": TIMED / seconds})
 
     teacher = load_model(options.teacher)
-    reference = samples(teacher, "reference", TEACHER_STEPS, seed=0, guidance=GUIDANCE)
+    reference, _ = samples(teacher, "reference", TEACHER_STEPS, seed=0, guidance=GUIDANCE)
     measures = Scores(out / "features", examples, prompts, reference)
     for steps in (TEACHER_STEPS, 8, 4):
         measure(teacher, "teacher", steps, 2 * steps, guidance=GUIDANCE)
     for method in options.methods:
         for name, config, each in students(method, options):
-            train(config, out / name)
+            model = train(config, out / name)
             guided = {"guidance": GUIDANCE} if method == "guidance" else {}
             for steps in each:
-                measure(load_model(out / name), method, steps, steps, **guided)
+                measure(model, method, steps, steps, **guided)
     notes = [
         f"{options.steps} training steps of {options.batch} images for each student; {SIDE}×{SIDE}",
         f"FID and KID to {len(prompts)} samples of the teacher from other noise, and to {len(examples.images)} images",

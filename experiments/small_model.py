@@ -120,7 +120,12 @@ def sampled(model: Model, classes: Sequence[int], file: Path, options: Mapping[s
         classes=list(classes),
         **{"sampler": "ddim", "steps": 50, "batch_size": min(len(classes), 250), "progress": True, **options},
     ).images
+    write_samples(file, images=found)
+    return found
+
+
+def write_samples(file: Path, **arrays: Any) -> None:
+    """An .npz with these arrays, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(file) as partial, partial.open("wb") as opened:
-        np.savez(opened, images=found)
-    return found
+        np.savez(opened, **arrays)

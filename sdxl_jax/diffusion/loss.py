@@ -295,14 +295,15 @@ class _Levels(NamedTuple):
     sigma_t: Float[Array, "batch 1 1 1"]
 
 
-def _at(values: Float[np.ndarray, " timesteps"], timestep: Num[Array, " batch"]) -> Float[Array, "batch 1 1 1"]:
+def at(values: Float[np.ndarray, " timesteps"], timestep: Num[Array, " batch"]) -> Float[Array, "batch 1 1 1"]:
+    """A schedule's numbers at the timesteps of a batch, to multiply latents with."""
     return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
 
 
 def _levels(schedule: Schedule | ContinuousConfig, drawn: Num[Array, " batch"]) -> _Levels:
     """drawn: timesteps, or levels of a law."""
     if isinstance(schedule, Schedule):
-        return _Levels(drawn, _at(schedule.alpha, drawn), _at(schedule.sigma_t, drawn))
+        return _Levels(drawn, at(schedule.alpha, drawn), at(schedule.sigma_t, drawn))
     return _Levels(jnp.asarray(noise_input(schedule, drawn)), *schedule.level(drawn[:, None, None, None]))
 
 
@@ -312,7 +313,7 @@ def _weight(
     if not isinstance(schedule, Schedule):
         return level_weight(config.weighting, schedule, prediction, levels.alpha, levels.sigma_t)
     by_timestep = weights(schedule.snr, config, prediction)
-    return None if by_timestep is None else _at(by_timestep, levels.timestep)
+    return None if by_timestep is None else at(by_timestep, levels.timestep)
 
 
 def diffusion_loss(

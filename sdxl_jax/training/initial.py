@@ -66,9 +66,9 @@ def initial_weights(
     """The parameters that `training.init_from` gives, by path, with their shardings.
 
     model: the model to initialise; only its `parts` are used. measures_scale: whether the latent scale is measured
-    after training, so that the one before it may be any. base_dtype: how they are kept. notes: whether to
-    say how the files' models differ from this one. Raises InputError for a path without a model, and for a part that
-    the model does not have, or has with another configuration.
+    after training, so that the one before it may be any. base_dtype: how they are kept. notes: whether to say how the
+    files' models differ from this one. Raises InputError for a path without a model, and for a part that the model does
+    not have, or has with another configuration.
     """
     initial = dict[str, jax.Array]()
     for path, weights in zip(training.init_from, _opened(training, model, parts, measures_scale), strict=True):

@@ -34,6 +34,7 @@ from jaxtyping import Float, Int, Key
 from sdxl_jax import sharding
 from sdxl_jax.arrays import Batch, Image, Params, flatten, normalise
 from sdxl_jax.conditioning import text
+from sdxl_jax.diffusion.loss import at
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.evaluation import weights
 from sdxl_jax.model import Model, ModelConfig, autoencoder
@@ -55,7 +56,6 @@ from sdxl_jax.training.objectives.distillation.critic import (
 )
 from sdxl_jax.training.objectives.distillation.teacher import (
     Examples,
-    at,
     denoised_by,
     noised,
     normal,

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from sdxl_jax.arrays import Batch, Params
-from sdxl_jax.diffusion.loss import Network
+from sdxl_jax.diffusion.loss import Network, at
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.optim.ema import EmaKind
@@ -32,7 +32,6 @@ from sdxl_jax.samplers.steps import consistency_scales, consistency_timesteps
 from sdxl_jax.training.objectives.distillation.teacher import (
     Distillation,
     DistillationConfig,
-    at,
     check_guidance_dim,
     denoised_by,
     fitting,

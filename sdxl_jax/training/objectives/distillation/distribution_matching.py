@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from sdxl_jax.arrays import Batch, Params
-from sdxl_jax.diffusion.loss import Network
+from sdxl_jax.diffusion.loss import Network, at
 from sdxl_jax.diffusion.parameterisation import target
 from sdxl_jax.errors import InputError, check_ranges
 from sdxl_jax.model import ModelConfig
@@ -43,7 +43,6 @@ from sdxl_jax.training.objectives.distillation.critic import (
 from sdxl_jax.training.objectives.distillation.teacher import (
     Examples,
     TeacherConfig,
-    at,
     denoised_by,
     noised,
     normal,

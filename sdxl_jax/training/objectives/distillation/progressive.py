@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int, Key
 
 from sdxl_jax.arrays import Batch, Params
-from sdxl_jax.diffusion.loss import Network
+from sdxl_jax.diffusion.loss import Network, at
 from sdxl_jax.diffusion.schedule import Schedule
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig
@@ -29,7 +29,6 @@ from sdxl_jax.sampling.options import GUIDANCE
 from sdxl_jax.training.objectives.distillation.teacher import (
     Distillation,
     DistillationConfig,
-    at,
     check_guidance_dim,
     denoised_by,
     fitting,

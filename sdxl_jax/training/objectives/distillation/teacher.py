@@ -31,7 +31,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Float, Int, Int32, Key
 
@@ -41,7 +40,7 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.classes import NO_CLASS
 from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import LoopConfig, TrainConfig
-from sdxl_jax.diffusion.loss import LossConfig, Network
+from sdxl_jax.diffusion.loss import LossConfig, Network, at
 from sdxl_jax.diffusion.parameterisation import Denoised, denoised
 from sdxl_jax.diffusion.schedule import Schedule, make
 from sdxl_jax.errors import InputError
@@ -318,7 +317,7 @@ class Distillation(Denoising[Config]):
         if self._adapters is not None:
             whole = adapters.of(trained, frozen)
             beside = (whole if dropout_keys is None else self._adapters.of_step(whole, dropout_keys)).get("unet")
-        params = merge(trained, {part: frozen[part] for part in ("unet",) if part in frozen})["unet"]
+        params = merge(trained, {"unet": frozen.get("unet", {})})["unet"]
         given = _conditioned(self.model_config, params, examples)
         return self._network(self.model_config, params, given, scale, beside, ends_in_middle)
 
@@ -385,11 +384,6 @@ def _unconditional(config: ModelConfig, params: Params, examples: Examples) -> C
         micro = micro._replace(kept=jnp.zeros((len(examples.latent), len(config.micro.numbers.widths))))
     added = class_embedding(config, params, None if label is None else jnp.full_like(label, NO_CLASS))
     return condition(config, examples.null, micro, added)
-
-
-def at(values: Float[np.ndarray, " timesteps"], timestep: Int[Array, " batch"]) -> Float[Array, "batch 1 1 1"]:
-    """A schedule's numbers at the timesteps of a batch, to multiply latents with."""
-    return jnp.asarray(values, jnp.float32)[timestep][:, None, None, None]
 
 
 def noised(
