@@ -230,7 +230,7 @@ def delete_the_metadata(folder: Path) -> None:
 
 SPOIL = [
     delete_everything,
-    delete_the_largest,
+    pytest.param(delete_the_largest, marks=pytest.mark.slow),
     pytest.param(halve_the_largest, marks=pytest.mark.slow),
     pytest.param(truncate_the_largest, marks=pytest.mark.slow),
     delete_the_metadata,
@@ -548,12 +548,12 @@ def test_images_come_in_order_of_prompts_then_images(home: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     "options",
     [
-        ["--original-size", "16x64"],
         ["--negative-crop", "0,9"],
-        ["--negative-prompt", "blurred"],
         *(
             pytest.param(options, marks=pytest.mark.slow)
             for options in (
+                ["--original-size", "16x64"],
+                ["--negative-prompt", "blurred"],
                 ["--crop", "9,0"],
                 ["--target-size", "64x16"],
                 ["--negative-original-size", "16x64"],

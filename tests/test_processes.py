@@ -247,7 +247,11 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "code"), FAULTS, ids=[type(fault).__name__ for fault, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [*FAULTS[:2], *(pytest.param(*each, marks=pytest.mark.slow) for each in FAULTS[2:])],
+    ids=[type(fault).__name__ for fault, _ in FAULTS],
+)
 def test_all_processes_end_with_the_code_of_the_one_whose_fault_it_was(
     three: list[Processes], codes: list[int], fault: Exception, code: int
 ) -> None:

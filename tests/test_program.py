@@ -392,7 +392,7 @@ def test_refining_an_image_is_image_to_image_with_the_refiner(refiner: Model) ->
     np.testing.assert_array_equal(made, image_to_image(refiner, PROMPTS[:1], photograph(), strength=0.3, **SETTINGS))
 
 
-@pytest.mark.parametrize("strength", [None, 0.5])
+@pytest.mark.parametrize("strength", [pytest.param(None, marks=pytest.mark.slow), 0.5])
 def test_inpainting_keeps_every_pixel_outside_of_the_mask(strength: float | None, model: Model) -> None:
     images = inpaint(model, PROMPTS, photograph(), LEFT, strength=strength, **SETTINGS)
     for image in images:

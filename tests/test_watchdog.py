@@ -47,7 +47,10 @@ def test_steps_within_the_limit_are_not_however_many() -> None:
     assert barked(TimePart.STEP, LIMIT / 2, switches=6) == []
 
 
-@pytest.mark.parametrize("part", [TimePart.COMPILE, TimePart.SAVE, TimePart.EVALUATION])
+@pytest.mark.parametrize(
+    "part",
+    [TimePart.SAVE, *(pytest.param(part, marks=pytest.mark.slow) for part in (TimePart.COMPILE, TimePart.EVALUATION))],
+)
 def test_compilation_checkpoints_and_validation_have_an_allowance_of_their_own(part: TimePart) -> None:
     assert barked(part, 2 * LIMIT) == []
     assert len(barked(part, 10)) == 1
