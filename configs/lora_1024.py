@@ -1,6 +1,6 @@
 """A LoRA of SDXL base 1.0 on your own images, in 40 aspect-ratio buckets of about 1024×1024 pixels.
 
-hardware   none tried at full size; the smoke configuration on CPUs
+hardware   none tried at full size; by the compiler one TPU v5e chip suffices (docs/guides/finetuning.md)
 hours      unknown
 metric     none measured
 command    sdxl-jax train configs/lora_1024.py --run-dir runs/lora_1024 --data.folder IMAGES
