@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
-from small_model import Images
+from small_model import Images, numbered
 
 from sdxl_jax.evaluation import features, image_sets, scores, statistics, weights
 from sdxl_jax.evaluation.features import Network, Wanted
@@ -60,7 +60,7 @@ class Measures:
         self.test, self._test_energy = self.features("test", test), high_frequencies(test)
 
     def features(self, name: str, images: Images) -> Statistics:
-        file = self._folder / f"{name}.npz"
+        file = numbered(self._folder / f"{name}.npz", len(images))
         if file.exists():
             return statistics.load(file)
         given = image_sets.of_array(images, name)

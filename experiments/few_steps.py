@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import results
 from cifar10 import Measures
-from small_model import Images, write_images, write_samples
+from small_model import Images, numbered, write_images, write_samples
 
 from sdxl_jax import load_model, train
 from sdxl_jax.config import CheckpointConfig, TrainingConfig, ValidationConfig
@@ -130,7 +130,8 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
 def sampled(
     model: Model, prompts: Sequence[str], file: Path, steps: int, seed: int, **options: Any
 ) -> tuple[Images, float]:
-    """(one sample of each prompt in the list, the seconds that `TIMED` of them take); kept in a file."""
+    """(one sample of each prompt in the list, the seconds that `TIMED` of them take); kept in `numbered(file)`."""
+    file = numbered(file, len(prompts))
     if not file.exists():
         given = {"height": SIDE, "width": SIDE, "steps": steps, "batch_size": TIMED, **options}
         images = text_to_image(model, prompts, seed=seed, progress=True, **given)

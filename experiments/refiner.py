@@ -1,6 +1,6 @@
 """What the refiner and the averaged weights are worth, measured: FID, KID and sharpness on one held-out set.
 
-    python experiments/refiner.py --cifar10 FOLDER --side 16 --steps 1500                          # for two processors
+    python experiments/refiner.py --cifar10 FOLDER --side 16 --steps 4000 --batch 16               # for two processors
     python experiments/refiner.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000        # for a GPU
 
 The paper (sections 2.5 and 3, figures 1 and 6) trains a second model on the 200 lowest noise levels alone and shows by

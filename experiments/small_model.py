@@ -121,7 +121,9 @@ def write_images(folder: Path, images: Sequence[np.ndarray], **columns: Sequence
 
 
 def sampled(model: Model, classes: Sequence[int], file: Path, options: Mapping[str, Any]) -> Images:
-    """One sample of each class in the list; kept in a file. options: of `generate`, besides DDIM's 50 steps."""
+    """One sample of each class in the list; kept in `numbered(file)`. options: of `generate`, besides DDIM's 50
+    steps."""
+    file = numbered(file, len(classes))
     if file.exists():
         return np.load(file)["images"]
     found = generate(
@@ -132,6 +134,11 @@ def sampled(model: Model, classes: Sequence[int], file: Path, options: Mapping[s
     ).images
     write_samples(file, images=found)
     return found
+
+
+def numbered(file: Path, images: int) -> Path:
+    """The .npz of so many images, so that a run with more of them does not take these for its own."""
+    return file.with_name(f"{file.stem}_{images}.npz")
 
 
 def write_samples(file: Path, **arrays: Any) -> None:

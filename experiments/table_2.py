@@ -1,7 +1,7 @@
 """Table 2 of the paper in small: what conditioning on the original size is worth.
 
     python experiments/table_2.py --cifar10 FOLDER --bound-only                     # on data alone: no training
-    python experiments/table_2.py --cifar10 FOLDER --side 16 --steps 2000           # for two processors
+    python experiments/table_2.py --cifar10 FOLDER --side 16 --steps 6000 --batch 16  # two processors
     python experiments/table_2.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000 --guidance 1 2 3 5
 
 The paper trains three class-conditional models of ImageNet at 512×512: of the images that are that large (70 thousand

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,20 @@ def test_table_2_keeps_70_sharp_images_per_class_and_blurs_the_others(tmp_path: 
     sharp, soft = data.images, table_2.blurred(data.images, sizes[chosen])
     assert soft.shape == sharp.shape
     assert cifar10.high_frequencies(soft) < 0.7 * cifar10.high_frequencies(sharp)
+
+
+def test_samples_that_are_kept_are_not_those_of_another_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with more samples once took those of a run with fewer for its own."""
+    made: list[int] = []
+
+    def generate(model: None, prompts: list[str], **options: Any) -> SimpleNamespace:
+        made.append(len(prompts))
+        return SimpleNamespace(images=np.zeros((len(prompts), 2, 2, 3), np.uint8))
+
+    monkeypatch.setattr(small_model, "generate", generate)
+    for count in (2, 3, 3, 2):
+        assert len(small_model.sampled(None, [0] * count, tmp_path / "samples" / "of.npz", {})) == count
+    assert made == [2, 3]
 
 
 def test_high_frequencies_are_those_above_half_the_nyquist_frequency() -> None:
