@@ -266,7 +266,7 @@ def test_rematerialised_blocks_give_the_same_output_and_gradient() -> None:
     assert worst < 2e-5
 
 
-@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("unroll", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rematerialised_blocks_keep_far_less_for_the_backward_pass(unroll: bool) -> None:
     params = unet.abstract(UNET)
 

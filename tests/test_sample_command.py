@@ -64,7 +64,7 @@ def same(one: Path, other: Path) -> bool:
 # Repeated from a PNG
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 3])
 def test_an_image_is_repeated_from_its_png_text(number: int, model: Path, sampled: Path, tmp_path: Path) -> None:
     image = sampled / f"{number:06d}.png"
     outcome = call("sample", model, "--from-png", image, "--out", tmp_path / "out")
