@@ -240,6 +240,7 @@ def test_average_is_of_the_autoencoder_alone(whole: Path) -> None:
     assert len(moments) == 2  # it is in the autoencoder's optimiser
 
 
+@pytest.mark.slow
 def test_resumed_run_repeats_every_bit(config: AutoencoderConfig, whole: Path, tmp_path: Path) -> None:
     """Losses; both optimisers, the average, the running statistics, LeCam's means and the log-variance."""
     with crash_before(4):

@@ -447,7 +447,10 @@ def dead(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("dead")
-@pytest.mark.parametrize("name", ["convert's destination", "the model", "the cache"])
+@pytest.mark.parametrize(
+    "name",
+    ["the model", *(pytest.param(each, marks=pytest.mark.slow) for each in ("convert's destination", "the cache"))],
+)
 def test_a_bucket_that_does_not_answer_ends_the_command_with_1(
     name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -557,9 +557,8 @@ def test_partial_model_is_written_only_when_asked_and_listed(tmp_path: Path) -> 
 LARGE = UNetConfig((64, 128, 128), 3, (0, 4, 4), 4, (2, 4, 4), 64, None, groups=8)
 
 
-@pytest.mark.parametrize(
-    "to", [Layout.SINGLE_FILE, *(pytest.param(to, marks=pytest.mark.slow) for to in (Layout.ORBAX, Layout.DIFFUSERS))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("to", Layout)
 def test_conversion_needs_little_memory(tmp_path: Path, to: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orbax, "_GROUP_BYTES", 2**22)
     source = component(tmp_path / "source", LARGE)

@@ -165,7 +165,7 @@ def test_the_test_data_covers_damage_captions_crops_and_scores(sources):
     assert len(set(seen[".micro.aesthetic_score"])) > 9
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("stop", STOPS)
 def test_threads_resume_from_any_step_with_any_number_of_processes(sources, uninterrupted, processes, stop):
     assert_processes_resume(sources, uninterrupted(stop), 0, processes, stop)

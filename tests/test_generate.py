@@ -444,7 +444,13 @@ def test_a_non_finite_image_is_named_and_no_image_is_returned(model: Model) -> N
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"callback": lambda seen: None}, pytest.param({"one_program": True}, marks=pytest.mark.slow)],
+    [
+        {},
+        *(
+            pytest.param(given, marks=pytest.mark.slow)
+            for given in ({"callback": lambda seen: None}, {"one_program": True})
+        ),
+    ],
     ids=["staged", "callback", "one program"],
 )
 def test_the_first_non_finite_step_is_reported(given: dict[str, Any], model: Model) -> None:
@@ -466,6 +472,7 @@ def steps_before_overflow(model: Model, **given: Any) -> str:
     return str(refused.value).partition("first ")[2].partition(". ")[0]
 
 
+@pytest.mark.slow
 def test_a_validation_grid_that_is_not_finite_is_noted_and_does_not_end_the_run(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -499,6 +499,7 @@ def real_program(machine: Machine) -> None:
     shutil.copy(shutil.which("sdxl-jax", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "", machine.bin)
 
 
+@pytest.mark.slow
 def test_the_preflight_refuses_a_topology_that_there_is_not(machine: Machine) -> None:
     real_program(machine)
     done = machine.call("tpu-vm.sh", "create", variables=VARIABLES["tpu-vm.sh"] | {"TOPOLOGY": "v5e:4x4x4"})

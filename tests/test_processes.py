@@ -97,7 +97,7 @@ def together(members: list[Processes], program: Any) -> list[Any]:
         return list(pool.map(run, members))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_a_signal_on_any_process_stops_all_after_the_same_step(three: list[Processes], seed: int) -> None:
     rng = np.random.default_rng(seed)
     pauses = rng.uniform(0, 0.02, (3, 1000))

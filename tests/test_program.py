@@ -387,6 +387,7 @@ def test_init_images_of_any_size_are_fitted_and_set_the_default_size(model: Mode
     assert image_to_image(model, PROMPTS[:1], photograph(40, 40), **SETTINGS).shape == (1, 16, 24, 3)
 
 
+@pytest.mark.slow
 def test_refining_an_image_is_image_to_image_with_the_refiner(refiner: Model) -> None:
     made = refine(refiner, PROMPTS[:1], photograph(), **SETTINGS)
     np.testing.assert_array_equal(made, image_to_image(refiner, PROMPTS[:1], photograph(), strength=0.3, **SETTINGS))

@@ -153,7 +153,9 @@ def test_noise_only_ever_goes_down_and_ends_at_none(name: str, spacing: Spacing,
 
 @pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])
 @pytest.mark.parametrize("spacing", Spacing)
-@pytest.mark.parametrize("of", [SDXL, ZERO_SNR], ids=["sdxl", "zero terminal SNR"])
+@pytest.mark.parametrize(
+    "of", [pytest.param(SDXL, marks=pytest.mark.slow), ZERO_SNR], ids=["sdxl", "zero terminal SNR"]
+)
 def test_as_many_steps_as_there_are_timesteps_have_finite_weights(name: str, spacing: Spacing, of: Schedule) -> None:
     # Elsewhere two visits of one timestep divide 0 by 0.
     for count in (999, 1000):

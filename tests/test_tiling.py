@@ -39,7 +39,7 @@ def decoders(config: AnyVaeConfig, compute: Compute = Compute()) -> tuple:
     return whole, jax.jit(functools.partial(vae.decode_tiled, config, compute=compute, tile=TILES[config]))
 
 
-@pytest.mark.parametrize("config", [LARGE, TINY], ids=["large", "tiny"])
+@pytest.mark.parametrize("config", [LARGE, pytest.param(TINY, marks=pytest.mark.slow)], ids=["large", "tiny"])
 @pytest.mark.parametrize("size", [(29, 50), pytest.param((61, 9), marks=pytest.mark.slow)])
 def test_tiles_give_the_image_of_the_whole(config: AnyVaeConfig, size: tuple[int, int]) -> None:
     params, latent = random_params(vae.abstract, config), latent_of(2, *size, 4)

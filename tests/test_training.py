@@ -716,6 +716,7 @@ def test_captions_affect_the_loss_unless_all_are_dropped(
     assert loss_with_captions(batch, keys) != loss_without_captions(batch, keys)
 
 
+@pytest.mark.slow
 def test_dropping_captions_keeps_the_sizes(given: Given, loss_without_captions: Any) -> None:
     batch, keys = given.batch, given.keys
     assert tiny.MODEL.unconditional is UnconditionalKind.ZEROS

@@ -91,7 +91,7 @@ with Watchdog(clock, 0.01, {report}), clock.during(TimePart.STEP):
 """
 
 
-@pytest.mark.parametrize("report", ["print", "storage_that_does_not_answer"])
+@pytest.mark.parametrize("report", [pytest.param("print", marks=pytest.mark.slow), "storage_that_does_not_answer"])
 def test_a_process_that_hangs_ends_with_1_and_its_stacks_even_if_reporting_hangs(report: str) -> None:
     program = HANGING.replace("{report}", report)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

@@ -64,6 +64,7 @@ SD1 = ModelConfig(
     micro=None,
 )
 KINDS = {"SDXL": SDXL, "SD 1.x": SD1}
+EACH_KIND = ["SDXL", pytest.param("SD 1.x", marks=pytest.mark.slow)]
 
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 UNET_LAYERS += ["conv_in", "conv_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -258,7 +259,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.mark.parametrize(
     "scales", [*(pytest.param(alone, marks=pytest.mark.slow) for alone in ((1.0,), (0.5,))), (0.8, -0.4)], ids=str
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_merged_weights_are_those_of_diffusers(
     agree: Agree, files: Files, kind: str, scales: tuple[float, ...]
 ) -> None:
@@ -267,7 +268,7 @@ def test_merged_weights_are_those_of_diffusers(
     compare(agree, what, merge(KINDS[kind], given))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_files_without_metadata_and_old_spellings_are_read_as_diffusers_does(
     agree: Agree, tmp_path: Path, kind: str
 ) -> None:
@@ -296,7 +297,7 @@ def test_kohya_and_diffusers_files_add_up(agree: Agree, files: Files, tmp_path: 
     compare(agree, "SDXL, kohya × 0.3 and diffusers × 0.9", merge(SDXL, [(kohya, 0.3), (files("SDXL", 1), 0.9)]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH_KIND)
 def test_what_is_removed_leaves_the_original_weights(agree: Agree, files: Files, kind: str) -> None:
     merged = merge(KINDS[kind], [(files(kind, 1), 0.8), (files(kind, 2), 0.4)])
     model = lora.remove(lora.remove(merged.ours, "1.safetensors"), "2.safetensors")

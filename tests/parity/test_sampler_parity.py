@@ -158,7 +158,7 @@ WAYS = [
         sigmas,
         id=f"{name}-{spacing.value if spacing else 'own'}-{sigmas.value}",
         # Where Karras's and exponential sigmas begin and end is all that the spacing changes of them.
-        marks=[pytest.mark.slow] if sigmas is not Sigmas.SCHEDULE and spacing is not Spacing.LEADING else [],
+        marks=[] if spacing is Spacing.LEADING or (sigmas is Sigmas.SCHEDULE and name != "lms") else pytest.mark.slow,
     )
     for name, sampler in SAMPLERS.items()
     for spacing in ([None] if sampler.family is Family.CONSISTENCY else Spacing)
