@@ -13,7 +13,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name.startswith("UNet SD 1") else []) for name in MODELS]
+)
 def test_weights_return_bit_for_bit(name: str) -> None:
     build, config = MODELS[name]
     pair = build(config)
