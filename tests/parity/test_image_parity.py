@@ -185,7 +185,8 @@ CASES = (
     Case("SD 1.x", 1, None, 5, "absent"),
     Case("SD 2.x v", 3, (72, 40), 5, "given"),
 )
-"""What is always run of SDXL: every kind of option, in few shapes, because each shape is compiled for seconds."""
+"""What is always run of SDXL, in few shapes, because each shape is compiled for seconds. The other models here are
+slow, and so are all other options: GRID."""
 GUIDANCE = ((1, "absent"), (5, "absent"), (5, "empty"), (5, "given"), (7.5, "given"))
 GRID = [
     Case(model, batch, size, *guidance, geometry)

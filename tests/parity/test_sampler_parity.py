@@ -157,7 +157,8 @@ WAYS = [
         spacing,
         sigmas,
         id=f"{name}-{spacing.value if spacing else 'own'}-{sigmas.value}",
-        # Where Karras's and exponential sigmas begin and end is all that the spacing changes of them.
+        # Where Karras's and exponential sigmas begin and end is all that the spacing changes of them. Of lms, whose
+        # coefficients are integrals, which take long, one spacing is always run.
         marks=[] if spacing is Spacing.LEADING or (sigmas is Sigmas.SCHEDULE and name != "lms") else pytest.mark.slow,
     )
     for name, sampler in SAMPLERS.items()
