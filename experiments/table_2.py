@@ -188,7 +188,8 @@ def over_time(run: Path, kind: str, options: argparse.Namespace, measures: Measu
     """The measures at each checkpoint that is kept, with the first guidance and seed."""
     found = []
     for step in sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()):
-        name, guidance = f"{kind}_step{step}", options.guidance[0]
+        guidance = options.guidance[0]
+        name = f"{kind}_g{guidance:g}_s0" if step == options.steps else f"{kind}_step{step}"  # what main has sampled
         file = options.out / "samples" / f"{name}.npz"
         images = sampled(run / "checkpoints" / str(step), file, options.samples, 0, guidance)
         found.append({"images": kind, "step": step, "guidance": guidance, "seed": 0, **measures.of(name, images)})
