@@ -90,7 +90,7 @@ def test_the_size_is_the_models_own_unless_another_is_given(model: Model, monkey
     sizes: list[Any] = []
 
     def spy(inputs: Inputs, recipe: Recipe, callback: Any) -> SampledBatch:
-        positive, negative = inputs.micro
+        ((positive, negative),) = inputs.micro
         conditioning = np.asarray(positive.original_size)[0].tolist(), np.asarray(negative.target_size)[0].tolist()
         sizes.append((inputs.noise.shape[1:3], *conditioning))
         return finite_batch(inputs, jnp.zeros((1, 8, 8, 3), jnp.uint8), inputs.noise)

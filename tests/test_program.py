@@ -293,7 +293,7 @@ def test_a_refiner_that_is_the_model_itself_changes_nothing_by_taking_over(model
     assert [segment.model for segment in segments] == [0, 1]
     assert len(whole) == 1
     recipe = program.Recipe((MODEL, MODEL), False, segments, Compute(), None)
-    generation = _Generation(model, None, PROMPTS, None, None, (), None, None, None, Options(**SETTINGS))
+    generation = _Generation(model, model, PROMPTS, None, None, (), None, None, None, Options(**SETTINGS))
     inputs = program.Inputs(
         params=(model.params, model.params),
         segment_arrays=segment_arrays,
@@ -321,6 +321,23 @@ def test_a_refiner_changes_the_image_in_both_ways_and_more_if_it_has_more_steps(
     assert unlike(scored, made[1]) > EFFECT
     negative = generate(model, PROMPTS, refiner=refiner, handoff=0.25, negative_aesthetic_score=9.0, **SETTINGS)
     assert unlike(negative, made[1]) > EFFECT
+
+
+def test_each_model_has_the_dropped_conditions_that_it_was_trained_with(model: Model, refiner: Model) -> None:
+    """The refiner's negative prompt once had the base's: none dropped for a base without sizes, and as many as the base
+    has, which need not be the refiner's."""
+    zeros = UnconditionalKind.ALL_ZEROS
+    dropping = refiner._replace(config=dataclasses.replace(REFINER, unconditional=zeros))
+    for base, kept in (
+        (model, [None, 3]),
+        (model._replace(config=dataclasses.replace(MODEL, unconditional=zeros)), [3, 3]),
+    ):
+        options = Options(**SETTINGS, negative_aesthetic_score=2.0)
+        rows = _Generation(base, dropping, PROMPTS, None, None, (), None, None, None, options).rows["micro"]
+        found = [negative.kept for _, negative in rows]
+        assert [None if each is None else each.shape[1] for each in found] == kept
+        assert found[1] is not None and found[1][0].tolist() == [0, 0, 1]
+        assert all(positive.kept is None for positive, _ in rows)
 
 
 def test_one_set_of_text_states_serves_both(model: Model, refiner: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,10 @@ class _Generation:
         self.rows = self._make_rows([row for row in per_prompt for _ in range(options.num_images)], init_noise)
 
     @property
+    def _models(self) -> tuple[Model, ...]:
+        return (self.model,) if self.refiner is None else (self.model, self.refiner)
+
+    @property
     def steps(self) -> int:
         """Rows of all segments: the network evaluations of a batch, guidance aside."""
         return sum(len(each.plan.timestep) for each in self.segment_arrays)
@@ -249,7 +253,7 @@ class _Generation:
             "tokens": tokens,
             "negative_tokens": negative,
             "has_negative": np.array([each is not None for each in negatives], np.float32),
-            "micro": micro_rows(config, options, count, self.size),
+            "micro": tuple(micro_rows(each.config, options, count, self.size) for each in self._models),
             "noise": normal(0) if init_noise is None else jnp.asarray(init_noise, jnp.float32),
             "refiner_noise": normal(2) if renoised else None,
             "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
@@ -259,8 +263,7 @@ class _Generation:
         }
 
     def _label_rows(self, classes: Sequence[int | None]) -> Int32[np.ndarray, " images"] | None:
-        models = (self.model, *(() if self.refiner is None else (self.refiner,)))
-        if all(model.config.unet.classes is None for model in models):
+        if all(model.config.unet.classes is None for model in self._models):
             return None
         return np.array([NO_CLASS if each is None else each for each in classes], np.int32)
 
@@ -293,7 +296,7 @@ class _Generation:
         return InitInputs(repeat(self.init_image), repeat(latent_mask), hidden)
 
     def run(self, compute: Compute, one_program: bool, progress: bool, callback: StepCallback | None) -> Generated:
-        options, models = self.options, [self.model, *([] if self.refiner is None else [self.refiner])]
+        options, models = self.options, self._models
         recipe = Recipe(
             tuple(each.config for each in models),
             self.shares_text,

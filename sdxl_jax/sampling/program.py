@@ -93,8 +93,8 @@ class Inputs(NamedTuple):
     negative_tokens: PromptTokens
     has_negative: Float[Any, " batch"]
     """0 where there is no negative prompt, which is not the same as the empty one; else 1."""
-    micro: tuple[MicroConditioning, MicroConditioning]
-    """Of the prompt and of the negative prompt."""
+    micro: tuple[tuple[MicroConditioning, MicroConditioning], ...]
+    """Of the prompt and of the negative prompt, for each model."""
     noise: Float[Any, "batch latent_height latent_width channels"]
     """Standard normal."""
     scale: Float[Any, ""]
@@ -498,13 +498,15 @@ def _conditioning_of_each_model(recipe: Recipe, inputs: Inputs, stages: Stages) 
             params["unet"],
             each,
             inputs.has_negative,
-            inputs.micro,
+            micro,
             image,
             inputs.label,
             config=config,
             compute=recipe.compute,
         )
-        for config, params, each, image in zip(recipe.models, inputs.params, states, image_prompts, strict=True)
+        for config, params, each, micro, image in zip(
+            recipe.models, inputs.params, states, inputs.micro, image_prompts, strict=True
+        )
     ]
 
 
