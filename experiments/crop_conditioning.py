@@ -1,14 +1,14 @@
-"""What conditioning on the crop does, measured: where the object of an image is, by the crop that the model is told.
+"""What conditioning on the crop does, measured: where the object of an image is, by the crop that the model is given.
 
     python experiments/crop_conditioning.py                      # the pictures of the quickstart, for two processors
 
 The paper (section 2.2, figures 4 and 5) shows objects that are cut off, because training crops, and that crop
-conditioning mends it; it gives no number. Here: pictures of one object in the middle of a wide canvas, 32×64 pixels.
+conditioning avoids it; it gives no number. Here: pictures of one object in the middle of a wide canvas, 32×64 pixels.
 Training takes random crops of 32×32 from it. Two models, with the same pictures, steps and noise:
 
     with      conditioned on original size and crop        without      not conditioned on either
 
-Told the crop (0, left), the object should be where that crop of the canvas has it: cut off at the right for left = 0,
+Given the crop (0, left), the object should be where that crop of the canvas has it: cut off at the right for left = 0,
 in the middle for 16, cut off at the left for 32. Without conditioning it is anywhere. Measured is the middle of what
 differs from the background, and the share of images in which that touches the left or the right edge.
 
@@ -16,6 +16,7 @@ Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). 
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ from sdxl_jax.sizes import Position, Size
 PAPER = [{"model": "SDXL", "finding": "figures 4 and 5 show images; no number is given"}]
 SIDE, WIDTH, OBJECT = 32, 64, 22
 LEFTS = (0, 8, 16, 24, 32)
-"""Crops that the model is told, in pixels."""
+"""Crops that the model is given, in pixels."""
 DIFFERS = 56
 """How far one channel of a pixel must be from the background to be the object's, of 255."""
 
@@ -55,10 +56,11 @@ def canvases(given: Sequence[Picture]) -> list[np.ndarray]:
     return made
 
 
-def config(conditioned: bool, images: Path, classes: int, options: argparse.Namespace) -> TrainConfig:
+def config(conditioned: bool, images: Path, classes: int, options: argparse.Namespace, seed: int = 0) -> TrainConfig:
     # v: where the object is, is decided at high noise levels, where the loss of ε has little weight.
     model = small_model.model_config(SIDE, classes, Numbers.SIZE_CROP if conditioned else None, Prediction.V)
-    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, max_aspect_distance=1.0)
+    given = {"batch": options.batch, "steps": options.steps, "max_aspect_distance": 1.0}
+    return small_model.train_config(images, model, training_seed=seed, **given)
 
 
 def objects(images: Images, given: Sequence[Picture]) -> Bool[np.ndarray, "images side side"]:
@@ -82,12 +84,13 @@ def is_cut(found: Bool[np.ndarray, "images side side"]) -> Bool[np.ndarray, " im
     return (found[:, :, 0].sum(axis=1) > 2) | (found[:, :, -1].sum(axis=1) > 2)
 
 
-def row(name: str, left: int | None, images: Images, given: Sequence[Picture]) -> dict[str, Any]:
+def row(name: str, left: int | None, seed: int | None, images: Images, given: Sequence[Picture]) -> dict[str, Any]:
     found = objects(images, given)
     middle = middles(found)
     return {
         "images": name,
         "crop left": left,
+        "seed": seed,
         "middle": float(np.nanmean(middle)),
         "± of images": float(np.nanstd(middle)),
         "cut off": float(is_cut(found).mean()),
@@ -102,25 +105,28 @@ def main() -> None:
     out, given = options.out, pictures.square_pictures(OBJECT)
     wide = canvases(given)
     small_model.write_images(out / "data", wide, label=range(len(wide)))
-    rows = [row("data", left, np.stack([canvas[:, left : left + SIDE] for canvas in wide]), given) for left in LEFTS]
+    data = [
+        row("data", left, None, np.stack([canvas[:, left : left + SIDE] for canvas in wide]), given) for left in LEFTS
+    ]
     classes = list(range(len(given))) * options.samples
-    kept: dict[str, Images] = {}
-    for name in ("with", "without"):
-        train(config(name == "with", out / "data", len(given), options), out / name)
-        model = load_model(out / name)
+    rows, kept = list[dict[str, Any]](), dict[str, Images]()
+    for name, seed in itertools.product(("with", "without"), range(options.seeds)):
+        run = out / f"{name}_{seed}"
+        train(config(name == "with", out / "data", len(given), options, seed), run)
+        model = load_model(run)
         for left in LEFTS if name == "with" else LEFTS[:1]:
-            told = {"original_size": Size(SIDE, WIDTH), "crop": Position(0, left)} if name == "with" else {}
-            file = out / "samples" / f"{name}_{left}.npz"
-            images = small_model.sampled(model, classes, file, {"guidance": 2.0, **told})
-            kept[f"{name}, left {left}" if told else name] = images
-            rows.append(row(name, left if told else None, images, given * options.samples))
+            crop = {"original_size": Size(SIDE, WIDTH), "crop": Position(0, left)} if name == "with" else {}
+            file = out / "samples" / f"{name}_{left}_{seed}.npz"
+            images = small_model.sampled(model, classes, file, {"guidance": 2.0, "seed": seed, **crop})
+            kept.setdefault(f"{name}, left {left}" if crop else name, images)
+            rows.append(row(name, left if crop else None, seed, images, given * options.samples))
     notes = [f"{len(given)} pictures; the middle of the image is column {(SIDE - 1) / 2:g}"]
-    print(results.write(out, "Crop conditioning, in small", PAPER, rows, notes, began))
-    plot(rows, kept, out / "figure.png")
+    print(results.write(out, "Crop conditioning, in small", PAPER, [*data, *results.over_seeds(rows)], notes, began))
+    plot([*data, *rows], kept, out / "figure.png")
 
 
 def plot(rows: list[dict[str, Any]], kept: dict[str, Images], path: Path) -> None:
-    """Where the object is by the crop, and samples."""
+    """Where the object is by the crop, with the deviation over images (means over seeds), and samples."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5))
@@ -128,12 +134,16 @@ def plot(rows: list[dict[str, Any]], kept: dict[str, Images], path: Path) -> Non
     axes: Any = figure.add_subplot(grid[:, 0])
     for name in ("data", "with"):
         own = [each for each in rows if each["images"] == name]
-        lefts, middle = [each["crop left"] for each in own], [each["middle"] for each in own]
-        axes.errorbar(lefts, middle, [each["± of images"] for each in own], marker="o", capsize=3, label=name)
-    (alone,) = (each for each in rows if each["images"] == "without")
-    axes.axhline(alone["middle"], color="grey", linestyle="--", label="without")
-    axes.axhspan(*(alone["middle"] + sign * alone["± of images"] for sign in (-1, 1)), color="grey", alpha=0.15)
-    axes.set_xlabel("crop that is told, pixels from the left")
+        middle, deviation = (
+            [np.mean([each[column] for each in own if each["crop left"] == left]) for left in LEFTS]
+            for column in ("middle", "± of images")
+        )
+        axes.errorbar(LEFTS, middle, deviation, marker="o", capsize=3, label=name)
+    alone = [each for each in rows if each["images"] == "without"]
+    middle, deviation = (np.mean([each[column] for each in alone]) for column in ("middle", "± of images"))
+    axes.axhline(middle, color="grey", linestyle="--", label="without")
+    axes.axhspan(middle - deviation, middle + deviation, color="grey", alpha=0.15)
+    axes.set_xlabel("crop that is given, pixels from the left")
     axes.set_ylabel("middle of the object, column")
     axes.legend(frameon=False)
     results.draw_samples(figure, [grid[number, 1] for number in range(len(kept))], kept)
@@ -145,6 +155,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=800, help="of each run; default 800")
     parser.add_argument("--batch", type=int, default=16, help="default 16")
     parser.add_argument("--samples", type=int, default=4, help="of each picture and crop; default 4")
+    parser.add_argument("--seeds", type=int, default=1, help="of training and sampling, each one a run; default 1")
     parser.add_argument("--out", type=Path, default=Path("runs/crop_conditioning"), help="folder of the results")
     return parser.parse_args()
 

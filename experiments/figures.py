@@ -3,14 +3,17 @@
     python experiments/figures.py 2 IMAGES                                   # the sizes of a data set, and what is lost
     python experiments/figures.py 3 MODEL --out runs/figure_3                # four original sizes, one noise
     python experiments/figures.py 5 MODEL --out runs/figure_5                # four crops, one noise
-    python experiments/figures.py 13 MODEL … --captions val2017 --clip CLIP  # FID against CLIP score over guidance
+    python experiments/figures.py 13 MODEL … --captions FOLDER --clip CLIP   # FID against CLIP score over guidance
 
 Each prints the `sdxl-jax` command that it runs; whatever follows `--` is appended to it, e.g. `-- --dtype bfloat16`.
 IMAGES is what training reads, MODEL anything that `sdxl-jax sample` opens. For a model that was trained at other sizes
-give --side, the side of its images: original sizes and crops are the paper's fractions of it.
+give --side, the side of its images: original sizes and crops are the paper's fractions of it. A model of classes is
+given --class in place of the paper's prompts.
 
 Figures 3 and 5: DDIM, 50 steps, guidance 8 (appendix on conditioning). Figure 13: the paper gives neither scales nor
-number of images; here are those of Stable Diffusion 1's own curve, 1.5 to 8, 50 steps, 10,000 captions.
+number of images; here are those of Stable Diffusion 1's own curve, 1.5 to 8, 50 steps; 10,000 captions, where FOLDER
+has as many. It has captioned images as training reads them; one caption of each is used, so that COCO's val2017, whose
+annotations are written beside its images first, has 5,000.
 """
 
 import argparse
@@ -44,13 +47,17 @@ def command(options: argparse.Namespace) -> list[str]:
         missing = [name for name in ("captions", "clip") if getattr(options, name) is None]
         if missing:
             sys.exit(f"error: figure 13 needs --{' and --'.join(missing)}")
-        of = ["--captions", str(options.captions), "--clip", str(options.clip), "--prompts", str(options.prompts)]
+        of = ["--captions", str(options.captions), "--clip", str(options.clip), "--resize", "clean"]
+        of += [] if options.prompts is None else ["--prompts", str(options.prompts)]
+        of += [] if options.side is None else ["--height", str(options.side), "--width", str(options.side)]
         return ["evaluate", "curve", *given, "--out", out, *of, *AS_THE_PAPER, *options.more]
     if len(given) != 1:
         sys.exit(f"error: figure {figure} is of one {'data set' if figure == '2' else 'model'}, not of {len(given)}")
     if figure == "2":
         return ["data", "inspect", *given, "--plot", f"{out}.png", *options.more]
-    prompts = [word for prompt in options.prompt or PROMPTS[figure] for word in ("--prompt", prompt)]
+    prompts = [word for number in options.classes for word in ("--class", str(number))]
+    if not prompts:
+        prompts = [word for prompt in options.prompt or PROMPTS[figure] for word in ("--prompt", prompt)]
     side = options.side or SIDES[figure]
     size = ["--height", str(side), "--width", str(side)]
     many = [*AS_THE_PAPER, "--guidance", "8", "--num-images", "4" if figure == "3" else "1"]
@@ -71,10 +78,13 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("figure", choices=("2", "3", "5", "13"), help="number of the paper's figure")
     parser.add_argument("given", nargs="+", help="the data set of figure 2; the model, or models, of the others")
     parser.add_argument("--prompt", action="append", help="figures 3 and 5: in place of the paper's; may be repeated")
-    parser.add_argument("--side", type=int, help="figures 3 and 5: of the images; default 512 and 1024")
-    parser.add_argument("--captions", type=Path, help="figure 13: folder of captioned images, e.g. COCO's val2017")
+    parser.add_argument(
+        "--class", dest="classes", type=int, action="append", default=[], help="figures 3 and 5: in place of prompts"
+    )
+    parser.add_argument("--side", type=int, help="of the images; default 512, 1024, and of figure 13 the model's own")
+    parser.add_argument("--captions", type=Path, help="figure 13: folder of captioned images")
     parser.add_argument("--clip", type=Path, help="figure 13: CLIP with both towers")
-    parser.add_argument("--prompts", type=int, default=10_000, help="figure 13: number of captions; default 10000")
+    parser.add_argument("--prompts", type=int, help="figure 13: number of captions; default: all")
     parser.add_argument("--out", type=Path, help="folder, of figure 2 the file without .png; default runs/figure_N")
     options = parser.parse_args(own)
     options.more = more

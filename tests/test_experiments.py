@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import real_data
 from command import call
+from image_sources import encoded, write_folder
 
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.files.trees import differences
@@ -47,8 +48,17 @@ def test_results_are_a_table_and_json(tmp_path: Path) -> None:
     assert "| model | rfid | N | seed |" in text and "| a\\|b | 4.1235 | 5000 | – |" in text and "- said" in text
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["rows"] == rows and found["paper"] == table_3.PAPER
-    assert set(found) >= {"name", "versions", "commit", "hardware", "seconds"}
+    assert set(found) >= {"name", "arguments", "versions", "commit", "hardware", "seconds"}
     assert 0.01 < found["memory_gib"] < 1000
+
+
+def test_rows_that_differ_in_their_seed_alone_have_a_mean_and_a_deviation() -> None:
+    def row(model: str, seed: int, fid: float, guidance: float = 1.0) -> dict[str, Any]:
+        return {"model": model, "guidance": guidance, "seed": seed, "fid": fid, "N": 8}
+
+    rows = [row("a", 0, 2.0), row("b", 0, 5.0), row("a", 1, 4.0), row("b", 0, 6.0, guidance=2.0)]
+    mean, deviation = {**rows[0], "seed": "mean", "fid": 3.0}, {**rows[0], "seed": "±", "fid": pytest.approx(2**0.5)}
+    assert results.over_seeds(rows) == [rows[0], rows[2], mean, deviation, rows[1], rows[3]]
 
 
 @pytest.mark.parametrize("name", appendix_j.RUNS)
@@ -104,6 +114,36 @@ def test_table_2_keeps_70_sharp_images_per_class_and_blurs_the_others(tmp_path: 
     assert cifar10.high_frequencies(soft) < 0.7 * cifar10.high_frequencies(sharp)
 
 
+def test_table_2_draws_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = [{"images": f"data_{name}", "fid": 20.0} for name in ("only", "blurred", "sharp")]
+    of = [{"images": kind, "fid": 30.0, "high_frequencies": 1.0, "N": 8, "seed": 0} for kind in table_2.RUNS]
+    curve = [{**row, "guidance": scale} for row in of for scale in (1.0, 2.0)]
+    steps = [{**row, "guidance": 1.0, "step": step} for row in of for step in (10, 20)]
+    sizes = [{**of[-1], "size given": size} for size in (7, 16)]
+    drawn: list[list[tuple[int, int]]] = []
+
+    def keep(figure: Any, path: Path) -> None:
+        drawn.append([(len(axes.lines), len(axes.patches)) for axes in figure.axes])
+
+    monkeypatch.setattr(results, "save_figure", keep)
+    table_2.plot(table_2.Parts(bound, curve, [], [], []), tmp_path)
+    table_2.plot(table_2.Parts(bound, curve, steps, curve[::2], sizes), tmp_path)
+    # Three models and two lines of the data; three bars; the sizes that are given, and the test images' 1.
+    assert drawn == [[(5, 0), (2, 0), (0, 0), (2, 0)], [(5, 0), (5, 0), (0, 3), (2, 0)]]
+
+
+def test_a_folder_without_cifar_10_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"has no data_batch_1\.png\. Give the folder of the unpacked npm package"):
+        cifar10.read(tmp_path, "train", 16)
+
+
+def test_image_prompts_of_the_quickstart_have_no_twins(tmp_path: Path) -> None:
+    for _ in range(2):  # the second as a resumed call
+        image_prompt.unpack(tmp_path)
+    images = image_prompt.read_images(tmp_path)
+    assert len(images.captions) == len(set(images.captions)) == 60
+
+
 def test_samples_that_are_kept_are_not_those_of_another_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run with more samples once took those of a run with fewer for its own."""
     made: list[int] = []
@@ -148,7 +188,7 @@ def test_where_an_object_is_and_whether_it_is_cut_off_are_those_of_the_crop() ->
     middles, cut = [], []
     for left in crop_conditioning.LEFTS:
         crops = np.stack([canvas[:, left : left + crop_conditioning.SIDE] for canvas in wide])
-        row = crop_conditioning.row("data", left, crops, given)
+        row = crop_conditioning.row("data", left, None, crops, given)
         assert row["without object"] == 0
         middles.append(row["middle"])
         cut.append(row["cut off"])
@@ -216,6 +256,15 @@ def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:
         outcome = call(*words)
         assert outcome.code == 2 and "There is nothing at" in outcome.err, outcome
     assert "crop=0,0;0,32;32,0;64,64" in words and words[-1] == "bfloat16"
+    words = figures.command(figures.arguments(["5", str(tmp_path / "none"), "--class", "7", "--class", "9"]))
+    assert "--prompt" not in words and call(*words).code == 2
+    images = write_folder(
+        tmp_path / "images", {"a.png": encoded("PNG"), "a.txt": b"a", "b.png": encoded("PNG", 20), "b.txt": b"b"}
+    )
+    words = figures.command(figures.arguments(["13", "MODEL", "--captions", str(images), "--clip", str(tmp_path)]))
+    outcome = call(*words)  # after the captions
+    assert outcome.code == 2 and "has no model.safetensors" in outcome.err, outcome
+    assert words[words.index("--resize") + 1] == "clean" and "--prompts" not in words
     words = figures.command(figures.arguments(["3", "MODEL"]))
     assert "original-size=64x64,128x128,256x256,512x512" in words
     with pytest.raises(SystemExit, match="figure 13 needs --clip"):

@@ -35,7 +35,7 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
     """Counts of the images that training would use, ready for JSON.
 
     `images_found` counts image files; `refused` also has captions and lines of metadata without an image. `too_small`
-    counts the images that `data.min_size` leaves out. `notes` are the warnings of the sources. Each of `buckets` is a
+    counts the images that `data.min_size` leaves out. `notes` are warnings about the images. Each of `buckets` is a
     pipeline.BucketReport, each of `sources` a mixture.Share. `numbers` are the names of the numeric fields that every
     source has. `classes`, with data.label, are their number and the images of the rarest and of the commonest.
     `epoch_steps` sums the batches.
@@ -46,7 +46,7 @@ def inspect(dataset: BucketedDataset) -> dict[str, Any]:
         "images_found": dataset.source.found,
         "images_usable": sum(bucket["images"] for bucket in buckets),
         "refused": [entry._asdict() for entry in refused],
-        "notes": list(dataset.source.notes()),
+        "notes": list(dataset.notes()),
         "too_small": dataset.too_small_count(),
         "sources": [share._asdict() for share in dataset.shares()],
         "numbers": sorted(set.intersection(*(set(source.numbers) for source in dataset.source.sources))),

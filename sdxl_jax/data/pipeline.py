@@ -359,6 +359,17 @@ class BucketedDataset:
         """Length of `too_small`."""
         return len(self._grouping.too_small)
 
+    def notes(self) -> Iterator[str]:
+        """Warnings about the images, one sentence each, which `data inspect` and the start of a run print."""
+        yield from self.source.notes()
+        used = self.source.sizes[np.unique(self.order.numbers)]
+        if len(used) > 1 and (used == used[0]).all():
+            height, width = used[0]
+            yield (
+                f"all {len(used):,} images are {height}×{width}: a model that is conditioned on the original size "
+                "learns nothing about it from them"
+            )
+
     def reading(self, cache: Cache) -> "BucketedDataset":
         """The same data set, read from a cache that was made from it."""
         assert len(cache) == len(self.order.numbers) and cache.crops == self.config.crops_per_image

@@ -45,7 +45,7 @@ def announce(
     if len(shares := dataset.shares()) > 1:
         for share in shares:
             tqdm.write(f"  source {share.folder}: {share.images} images, {share.share:.1%} of each epoch")
-    for note in dataset.source.notes():
+    for note in dataset.notes():
         tqdm.write(f"  {note}")
     if small := dataset.too_small_count():
         tqdm.write(f"  {small} images below data.min_size={dataset.config.min_size} left out")
