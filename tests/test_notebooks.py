@@ -5,6 +5,7 @@ Not tested: installation, and the full size, which need a network and an acceler
 
 import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import compiling
 import nbformat
+import numpy as np
 import pytest
+import real_data
 import tiny
 from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode, v4
+from PIL import Image
 from test_docs import links, replaced_words
 
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.config import TrainConfig, load
+from sdxl_jax.evaluation import weights
 from sdxl_jax.smoke import smoke_config
 from sdxl_jax.weights.convert import convert
 
@@ -81,11 +86,12 @@ def test_the_list_of_notebooks_is_complete() -> None:
         "train_on_your_images",
         "finetune_a_lora",
         "size_and_crop_conditioning",
+        "table_2_in_small",
         "weights_in_and_out",
         "captions_to_shards",
         "before_you_pay",
     ]
-    assert len(PATHS) == 8
+    assert len(PATHS) == 9
 
 
 @each_notebook
@@ -219,6 +225,32 @@ def test_quickstart_and_those_that_begin_from_its_model_run(run: Run, tmp_path: 
     notebook = run("finetune_a_lora", "STEPS = 5", "SIDE = 64", "SAMPLING_STEPS = 2", folder=folder)
     assert images(notebook) == 5
     assert "56 modules of unet, rank 16" in text_of(notebook, "list")
+
+
+def write_cifar(folder: Path) -> None:
+    """CIFAR-10 as table 2 reads it, of noise: 800 images to train with and 50 others."""
+    rng, numbers = np.random.default_rng(0), {"train": 800, "test": 50}
+    folder.mkdir()
+    for part, files in (("train", [f"data_batch_{number}" for number in range(1, 6)]), ("test", ["test_batch"])):
+        count = numbers[part] // len(files)
+        for file in files:
+            image = rng.integers(0, 256, (count, 32 * 32, 3), np.uint8)
+            Image.fromarray(image).save(folder / f"{file}.png")
+        labels = [number % 10 for number in range(numbers[part])]
+        (folder / f"{part}_lables.json").write_text(json.dumps(labels))
+
+
+@pytest.mark.slow
+def test_table_2_in_small_runs(run: Run, tmp_path: Path) -> None:
+    inception = real_data.metric_file("inception.safetensors")
+    weights.folder().mkdir(parents=True, exist_ok=True)
+    weights.path_of("inception").symlink_to(inception)
+    write_cifar(tmp_path / "cifar")
+    few = ["CIFAR10 = 'cifar'", "STEPS = 8", "SAMPLES = 20", "REFERENCE = 50", "GUIDANCE = '1 2'", "FINAL = 2"]
+    notebook = run("table_2_in_small", f"EXPERIMENTS = {str(ROOT / 'experiments')!r}", *few)
+    assert "data_blurred" in text_of(notebook, "bound-table")
+    assert text_of(notebook, "table").count("nocond") == 2 + 5  # two scales; three seeds, their mean and deviation
+    assert images(notebook) == 3
 
 
 @pytest.mark.slow
