@@ -85,8 +85,9 @@ def _run_build(options: Build, pipeline: list[str] | None) -> None:
         pipeline=pipeline,
     )
     done = "was finished already" if built.was_finished else "finished"
+    captions = f"{built.captions} captions, " if options.captions else ""
     print(
-        f"{options.destination} {done}: {built.images} images, {built.captions} captions, {built.refused} refused "
+        f"{options.destination} {done}: {built.images} images, {captions}{built.refused} refused "
         f"(refused.jsonl), {built.duplicates} exact duplicates {'left out' if options.drop_duplicates else 'counted'}"
     )
 

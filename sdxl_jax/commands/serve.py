@@ -79,9 +79,11 @@ def run(arguments: list[str]) -> None:
 
     with _folder(serve.out) as folder:
         sample = as_sample(serve)
-        model, refiner = load(sample, opened(sample))
-        compute = Compute(dtype=Dtype(serve.dtype))
-        preview, encode_image = _preview(serve, model.config), _image_encoder(serve, model.config, compute)
+        weights, compute = opened(sample), Compute(dtype=Dtype(serve.dtype))
+        # First what may not fit: the model takes longer.
+        config = weights[0].config
+        preview, encode_image = _preview(serve, config), _image_encoder(serve, config, compute)
+        model, refiner = load(sample, weights)
         session = Session(
             model,
             Path(folder),
