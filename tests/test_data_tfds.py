@@ -21,6 +21,7 @@ def tfds_folder(tmp_path_factory) -> Path:
     tfds: Any = pytest.importorskip("tensorflow_datasets")
     nested = tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()})
     features = {"image": tfds.features.Image(), "captions": nested, "score": np.float32, "name": tfds.features.Text()}
+    features["label"] = tfds.features.ClassLabel(num_classes=3)
 
     class TinyCaptions(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version("1.0.0")
@@ -34,7 +35,7 @@ def tfds_folder(tmp_path_factory) -> Path:
         def _generate_examples(self):
             for number in range(5):
                 texts = [{"id": 1, "text": f"é{number}"}, {"id": 2, "text": " b "}] if number else []
-                fields = {"captions": texts, "score": number / 2, "name": "n"}
+                fields = {"captions": texts, "score": number / 2, "name": "n", "label": number % 3}
                 yield number, {"image": encoded("PNG", seed=number), **fields}
 
     folder = tmp_path_factory.mktemp("tfds")
@@ -49,6 +50,7 @@ def test_tfds_is_read_without_tensorflow(tfds_folder):
     assert list(bad.values()) == ["empty caption"]
     assert sorted(record.captions for record in good.values()) == [(f"é{number}", "b") for number in range(1, 5)]
     assert sorted(record.numbers["score"] for record in good.values()) == [0.5, 1.0, 1.5, 2.0]
+    assert sorted(record.numbers["label"] for record in good.values()) == [0, 1, 1, 2]
     assert {record.size for record in good.values()} == {(8, 12)}
     whole = everything(f"tfds:{tfds_folder}:train")
     assert everything(f"tfds:{tfds_folder}:train[1:3]") == whole[1:3]
