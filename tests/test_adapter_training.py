@@ -69,6 +69,8 @@ OTHERS = {
     "loha": AdapterConfig(Kind.LOHA, 2, layers=Layers.BLOCKS, conv_rank=1, rank_dropout=0.5),
     "lokr": AdapterConfig(Kind.LOKR, 1, layers=Layers.BLOCKS, middle=True, module_dropout=0.3, biases_and_norms=True),
     "dora": AdapterConfig(rank=2, magnitude=dora.Axis.IN, norm_limit=0.05),
+    "lokr, full": AdapterConfig(Kind.LOKR, 2, full_matrix=True, module_dropout=0.3, norm_limit=0.05),
+    "lokr, large": AdapterConfig(Kind.LOKR, 2, layers=Layers.BLOCKS, conv_rank=1, rank_dropout=0.5, module_dropout=0.3),
     "differences": AdapterConfig(Kind.DIFFERENCE, layers=Layers.ALL, biases_and_norms=True, norm_limit=0.05),
     "bfloat16": AdapterConfig(rank=2, layers=Layers.BLOCKS, base_dtype=BaseDtype.BFLOAT16),
     "int8": AdapterConfig(rank=2, layers=Layers.BLOCKS, base_dtype=BaseDtype.INT8),
@@ -353,6 +355,12 @@ def test_presets_of_layers_of_unet_and_text_encoders() -> None:
         ({"up_rate": 0.0}, ("^unet/",), r"adapter\.up_rate=0\.0"),
         ({"norm_limit": 0.0}, ("^unet/",), r"adapter\.norm_limit=0\.0"),
         ({"rank_dropout": 1.0}, ("^unet/",), r"adapter\.rank_dropout=1\.0"),
+        (
+            {"kind": Kind.LOKR, "rank_dropout": 0.1},
+            ("^unet/",),
+            r"rank_dropout=0\.1 has no effect: none of the .* ranks",
+        ),
+        ({"biases_and_norms": True, "rank_dropout": 0.1}, ("^unet/.*bias",), r"rank_dropout=0\.1 has no effect: none"),
         ({"magnitude": dora.Axis.IN, "module_dropout": 0.1}, ("^unet/",), r"module_dropout has no effect with .*=in\."),
         ({"init_from": "nothing.safetensors"}, ("^unet/",), r"nothing\.safetensors"),
     ],
@@ -442,27 +450,54 @@ def test_what_has_no_effect_on_a_run_is_refused(base: TrainConfig) -> None:
 # The step's parts
 
 
-def test_dropout_is_of_whole_ranks_and_layers_and_keeps_the_mean() -> None:
-    given = adapter_training(AdapterConfig(rank=4, layers=Layers.BLOCKS, rank_dropout=0.5, module_dropout=0.5))
+DROPPED = {
+    "lora": AdapterConfig(rank=4),
+    "loha": AdapterConfig(Kind.LOHA, 4),
+    "lokr": AdapterConfig(Kind.LOKR, 1, decompose_both=True),
+    "lokr, full": AdapterConfig(Kind.LOKR, full_matrix=True),
+    "lokr, large": AdapterConfig(Kind.LOKR, 2),
+    "differences": AdapterConfig(Kind.DIFFERENCE),
+}
+"""Adapters of every kind; the LoKrs named full and large, and differences, have no ranks."""
+
+
+SOME_SLOW = [name if name in ("lora", "lokr, full") else pytest.param(name, marks=pytest.mark.slow) for name in DROPPED]
+
+
+@pytest.mark.parametrize("name", [*SOME_SLOW[:1], *(pytest.param(n, marks=pytest.mark.slow) for n in ("loha", "lokr"))])
+def test_dropout_of_ranks_is_of_whole_ranks_and_keeps_the_mean(name: str) -> None:
+    given = adapter_training(dataclasses.replace(DROPPED[name], layers=Layers.BLOCKS, rank_dropout=0.5))
     whole = unflatten(random_adapters(given))
     keys = jax.random.split(jax.random.key(0), 2)
     one, other, third = (flatten(given.of_step(whole, each)) for each in (keys, keys, keys[1:]))
-    before, differs = flatten(whole), False
-    kept_layers, kept_ranks = [], []
+    before, differs, kept = flatten(whole), False, list[Any]()
     for path, value in one.items():
         np.testing.assert_array_equal(value, other[path])
         differs |= not np.array_equal(value, third[path])
-        if path.endswith("alpha"):
-            kept_layers.append(np.asarray(value).reshape(-1) / before[path].reshape(-1))
-        elif path.endswith("up"):
+        if path.endswith(("/up", "/up_1", "/w2_up")):
             ratio = np.asarray(value) / before[path]
             np.testing.assert_allclose(ratio, np.broadcast_to(ratio[..., :1], ratio.shape), atol=1e-6)
-            kept_ranks.append(ratio[..., 0].reshape(-1))
+            kept.append(ratio[..., 0].reshape(-1))
         else:
             np.testing.assert_array_equal(value, before[path])
-    layers, ranks = np.concatenate(kept_layers), np.concatenate(kept_ranks)
-    assert differs and set(layers.round(6)) == {0, 1} and set(ranks.round(5)) == {0, 2}
-    assert 0.2 < layers.mean() < 0.8 and 0.35 < (ranks > 0).mean() < 0.65
+    ranks = np.concatenate(kept)
+    assert differs and set(ranks.round(5)) == {0, 2}
+    assert 0.35 < (ranks > 0).mean() < 0.65
+
+
+@pytest.mark.parametrize("name", SOME_SLOW)
+def test_dropout_of_layers_leaves_out_their_whole_change(name: str) -> None:
+    given = adapter_training(dataclasses.replace(DROPPED[name], module_dropout=0.5))
+    whole = unflatten(random_adapters(given))
+    found = given.of_step(whole, jax.random.split(jax.random.key(0), 2))
+    before, after = (changes.untree(tree, given.layers) for tree in (whole, found))
+    kept = list[bool]()
+    for path, rows in before.items():
+        for (_, one), (_, other) in zip(rows, after[path], strict=True):
+            delta = kinds.delta(other)
+            kept.append(bool(np.any(delta)))
+            np.testing.assert_array_equal(delta, kept[-1] * kinds.delta(one))
+    assert 0.2 < np.mean(kept) < 0.8
 
 
 def test_rates_multiply_the_updates_of_matching_adapters_and_of_up_factors() -> None:
@@ -484,7 +519,11 @@ def test_rates_multiply_the_updates_of_matching_adapters_and_of_up_factors() -> 
     "adapter",
     [
         AdapterConfig(rank=2),
-        *(pytest.param(OTHERS[name], marks=pytest.mark.slow) for name in ("loha", "lokr", "differences")),
+        AdapterConfig(Kind.LOKR, full_matrix=True),
+        *(
+            pytest.param(OTHERS[name], marks=pytest.mark.slow)
+            for name in ("loha", "lokr", "lokr, large", "differences")
+        ),
     ],
 )
 def test_no_change_is_longer_than_the_limit_after_a_step(adapter: AdapterConfig) -> None:

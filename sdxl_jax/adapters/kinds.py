@@ -25,7 +25,7 @@ layers, as the scan over blocks does. Formulas are in the module of each kind.
 import enum
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -86,8 +86,11 @@ _SCALED = {
     Kind.LOHA: ("up_1",),
     Kind.LOKR: ("w1", "w1_up"),
     Kind.GLORA: ("up", "input_up"),
+    Kind.DIFFERENCE: ("diff",),
 }
-"""The factors that alpha / rank is multiplied into."""
+"""The factors that alpha / rank is multiplied into. Of the trained kinds one of them is there: ΔW is linear in it."""
+_OF_RANKS = ("up", "up_1", "w2_up", "w1_up")
+"""Factors whose last axis but one is that of ranks, the one whose rank alpha is divided by first."""
 
 
 @dataclass(frozen=True)
@@ -170,15 +173,26 @@ def _factors(settings: Settings, path: str, shape: tuple[int, ...]) -> dict[str,
     return (lora if settings.kind is Kind.LORA else loha).abstract(shape, rank, middle)
 
 
-def kind_of(factors: Mapping[str, object]) -> Kind:
+def kind_of(factors: Collection[str]) -> Kind:
     """By the names of the factors, of which some may be missing."""
-    return next((kind for kind, names in _NAMES.items() if names & factors.keys()), Kind.LORA)
+    return next((kind for kind, names in _NAMES.items() if not names.isdisjoint(factors)), Kind.LORA)
+
+
+def with_ranks(factors: Collection[str]) -> str | None:
+    """The factor whose last axis but one is that of the ranks; None for kinds without, and a LOKR of two whole
+    matrices."""
+    return next((name for name in _OF_RANKS if name in factors), None)
+
+
+def linear_in(factors: Collection[str]) -> str:
+    """The factor in which ΔW is linear, of a trained kind: ΔW is scaled where it is."""
+    return next(name for name in _SCALED[kind_of(factors)] if name in factors)
 
 
 def rank_of(factors: Factors) -> int | None:
     """The rank that alpha is divided by; None for kinds without one, and a LOKR of two whole matrices."""
-    narrow = next((factors[name] for name in ("up", "up_1", "w2_up", "w1_up") if name in factors), None)
-    return None if narrow is None else narrow.shape[-2]
+    name = with_ranks(factors)
+    return None if name is None else factors[name].shape[-2]
 
 
 def shape_of(factors: Factors) -> tuple[int, ...]:

@@ -171,15 +171,23 @@ def abstract(
     """The factors of a new adapter by path, "unet/…/kernel/down", none of them made.
 
     parameters: of the model. layers: of each, how many are stacked; None for one that is not. Raises InputError for
-    patterns that select nothing, a rank above a layer's width, and settings of convolutions where there are none.
+    patterns that select nothing, a rank above a layer's width, and settings of convolutions, or of ranks, where there
+    are none.
     """
-    found, has_windows = dict[str, Parameter](), False
+    found, has_windows, has_ranks = dict[str, Parameter](), False, False
     for path in selected(config, parameters, trainable):
         count = layers[path]
         shape = parameters[path].shape if count is None else parameters[path].shape[1:]
         has_windows |= path.endswith("kernel") and is_window(shape)
         factors = kinds.abstract(config.of(path, shape), path, shape, count)
+        has_ranks |= kinds.with_ranks(factors) is not None
         found |= {f"{path}/{name}": factor for name, factor in factors.items()}
+    if config.rank_dropout and not has_ranks:
+        raise InputError(
+            f"adapter.rank_dropout={config.rank_dropout} has no effect: none of the {len(found)} factors has ranks "
+            "(whole matrices of a LoKr, differences of biases and norms). Leave it out, set adapter.module_dropout, or "
+            "lower adapter.rank"
+        )
     if not has_windows and (config.middle or config.conv_rank is not None or config.conv_alpha is not None):
         raise InputError(
             "adapter.middle, conv_rank and conv_alpha are for convolutions larger than 1×1, of which adapter.layers="

@@ -130,13 +130,13 @@ class AdapterTraining:
         of_ranks, of_layers = jax.random.split(jax.random.fold_in(keys[0], _DROPOUT))
         groups = changes.by_parameter(flat)
         if adapter.rank_dropout:
-            names = {one: next((name for name in _NARROW if name in factors), None) for one, factors in groups.items()}
+            names = {parameter: kinds.with_ranks(factors) for parameter, factors in groups.items()}
             paths = [f"{parameter}/{name}" for parameter, name in names.items() if name is not None]
             masks = _kept(of_ranks, adapter.rank_dropout, [flat[path].shape[:-1] for path in paths])
             for path, kept in zip(paths, masks, strict=True):
                 flat[path] = flat[path] * kept[..., None] / (1 - adapter.rank_dropout)
         if adapter.module_dropout:
-            paths = [f"{one}/{'alpha' if 'alpha' in factors else 'diff'}" for one, factors in groups.items()]
+            paths = [f"{parameter}/{kinds.linear_in(factors)}" for parameter, factors in groups.items()]
             counts = [self.layers[parameter] for parameter in groups]
             masks = _kept(of_layers, adapter.module_dropout, [() if count is None else (count,) for count in counts])
             for path, kept in zip(paths, masks, strict=True):
@@ -249,8 +249,6 @@ class AdapterTraining:
         return {name: str(value) for name, value in values.items()}
 
 
-_NARROW = ("up", "up_1", "w2_up", "w1_up")
-"""Factors whose last axis but one is that of ranks; the first that there is has its ranks dropped."""
 _LIMITED = {
     Kind.LORA: ("down", "up"),
     Kind.LOHA: ("up_1",),
@@ -310,6 +308,8 @@ def _changed(
 
 def _kept(key: Key[jax.Array, ""], dropout: float, shapes: Sequence[tuple[int, ...]]) -> list[Bool[jax.Array, "..."]]:
     """Masks that keep the share 1 − dropout, from one draw: a draw for each would be most of the program."""
+    if not shapes:
+        return []
     sizes = [math.prod(shape) for shape in shapes]
     drawn = jax.random.bernoulli(key, 1 - dropout, (sum(sizes),))
     parts = jnp.split(drawn, np.cumsum(sizes)[:-1])
