@@ -21,12 +21,15 @@ from safetensors.numpy import load_file, save_file
 from tiny import MODEL, random_model
 
 from sdxl_jax import model as models
-from sdxl_jax.adapters import changes, kinds
+from sdxl_jax.adapters import changes, dora, kinds, targets
 from sdxl_jax.adapters.changes import Resolved
+from sdxl_jax.adapters.kinds import Kind, Settings
+from sdxl_jax.adapters.targets import AdapterConfig, Layers
 from sdxl_jax.arrays import flatten, unflatten
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.weights import convert, lora, names
+from sdxl_jax.weights.adapter_files import readers
 from sdxl_jax.weights.adapter_files.arithmetic import Limit, combined, extracted, truncated
 from sdxl_jax.weights.adapter_files.export import named, write
 from sdxl_jax.weights.adapter_files.listing import listing
@@ -97,6 +100,51 @@ def test_a1111_finds_every_layer_that_we_write() -> None:
             assert f"1_model_transformer_resblocks_{match[1]}_{layer}" in known, name
     assert found == {f"1_model_transformer_resblocks_{n}_attn": {"q", "k", "v", "out"} for n in range(32)}
     assert found.keys() <= known
+
+
+LOKR = [{"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"}, {"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"}]
+A1111_TYPES = [
+    {"lora_up.weight", "lora_down.weight"},
+    {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    *({*one, *two} for one in LOKR[:2] for two in LOKR[2:]),
+    {"diff"},
+    {"w_norm", "b_norm"},
+]
+"""The tensors by which A1111 knows a module of the kinds that are trained; a module without any fails the file."""
+READS_BIASES = ({"diff"}, {"w_norm", "b_norm"})
+
+
+@pytest.mark.parametrize("layers", [Layers.ATTENTION, pytest.param(Layers.ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [Kind.LORA, *(pytest.param(k, marks=pytest.mark.slow) for k in kinds.TRAINED[1:])])
+@pytest.mark.parametrize("trainable", [None, "/(kernel|bias|scale)$", "/(kernel|scale)$", "norm/|norm1/"])
+def test_what_a1111_does_not_read_is_said(kind: Kind, layers: Layers, trainable: str | None) -> None:
+    """trainable: with biases and norms, those that match."""
+    adapter = AdapterConfig(kind=kind, rank=1, layers=layers, biases_and_norms=trainable is not None)
+    declared = targets.abstract(adapter, abstract_leaves(MODEL), layers_of(MODEL), (trainable or "^unet/",))
+    factors = unflatten({path: np.zeros(each.shape, np.float32) for path, each in declared.items()})
+    modules: dict[str, set[str]] = {}
+    for name in named(changes.untree(factors, layers_of(MODEL)), MODEL, Spelling.KOHYA):
+        module, _, tensor = name.partition(".")
+        modules.setdefault(module, set()).add(tensor)
+    types = [next((each for each in A1111_TYPES if each <= tensors), None) for tensors in modules.values()]
+    biases = [known for known, tensors in zip(types, modules.values(), strict=True) if "diff_b" in tensors]
+    said = " ".join(readers.notes(changes.by_parameter(declared), Spelling.KOHYA))
+    assert (None in types) == ("A1111 and Forge do not load the file" in said)
+    assert any(each not in (None, *READS_BIASES) for each in biases) == ("A1111 and Forge leave out the biases" in said)
+    assert (kind is Kind.LORA and trainable is None) == (not said)
+
+
+def test_what_diffusers_and_comfyui_do_not_read_is_said() -> None:
+    def said(spelling: Spelling, **settings: Any) -> str:
+        declared = kinds.abstract(Settings(rank=2, **settings), "x", (3, 3, 8, 8))
+        return " ".join(readers.notes({"unet/x/kernel": declared}, spelling))
+
+    assert said(Spelling.KOHYA) == ""
+    assert said(Spelling.KOHYA, kind=Kind.LOHA) == "diffusers does not read the file: it has the kind loha"
+    assert said(Spelling.KOHYA, middle=True).endswith("it has middle factors")
+    assert said(Spelling.KOHYA, magnitude=dora.Axis.IN).endswith("it has a DoRA along the inputs")
+    assert said(Spelling.KOHYA, magnitude=dora.Axis.OUT).endswith("outputs; it reads this DoRA in PEFT's spelling")
+    assert "ComfyUI does not read the UNet's attention" in said(Spelling.PEFT)
 
 
 def comfyui(sgm: str, diffusers: str) -> list[str]:

@@ -69,7 +69,7 @@ class AdapterConfig(Settings):
     """Alpha of convolutions larger than 1×1; None: as `alpha`."""
     biases_and_norms: bool = False
     """Biases and norms that `training.trainable` matches are trained too, as differences. diffusers does not read
-    them."""
+    them; A1111 and Forge those of norms alone, and do not load a file with the bias of a layer that has no adapter."""
     init_from: str | None = None
     """An adapter file, or an earlier run, whose adapter is trained on; None: a new one. Its kind, layers and rank must
     be those given here."""

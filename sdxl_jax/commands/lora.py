@@ -255,6 +255,7 @@ def _finish(
     """Writes the file, and says what it is. dtype: where none is asked for; None: as the tensors are."""
     import numpy as np
 
+    from sdxl_jax.weights.adapter_files import readers
     from sdxl_jax.weights.adapter_files.export import write
     from sdxl_jax.weights.adapter_files.names import Spelling
     from sdxl_jax.weights.lazy import DTYPES
@@ -282,5 +283,7 @@ def _finish(
             f"{len(alphas)} different alphas: diffusers takes the most frequent for attention and text layers. For "
             "diffusers use --to peft, or sdxl-jax lora resize, which writes one alpha"
         )
+    for note in readers.notes({path: rows[0][1] for path, rows in result.resolved.items()}, spelling):
+        _note(note)
     if result.narrower:
         _note(f"{result.narrower} layers are narrower than the rank and are exact")

@@ -331,6 +331,8 @@ class Exporter:
             for what, file in self._write(step, state, name).items():
                 if self._run.progress:
                     tqdm.write(f"the {what} is in {self._run.directory.path / file}")
+            for note in self._run.objective.export_notes() if self._run.progress else ():
+                tqdm.write(f"note: {note}")
 
     def _write(self, step: int, state: TrainState, name: PurePath) -> dict[str, Path]:
         """The files that were written, in the run directory, by what they are."""

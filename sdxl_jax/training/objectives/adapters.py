@@ -38,8 +38,8 @@ from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.state import merge
-from sdxl_jax.weights.adapter_files import export, reading
-from sdxl_jax.weights.adapter_files.names import layers_of
+from sdxl_jax.weights.adapter_files import export, readers, reading
+from sdxl_jax.weights.adapter_files.names import Spelling, layers_of
 from sdxl_jax.weights.eight_bits import scale_path
 from sdxl_jax.weights.lazy import Initial, abstract_leaves
 
@@ -219,6 +219,10 @@ class AdapterTraining:
             if said := presets.stated(sampling):
                 metadata[presets.STATED] = json.dumps(said)
             export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata, bundled=bundled)
+
+    def export_notes(self) -> list[str]:
+        """Which programs do not read the file."""
+        return readers.notes(changes.by_parameter(self.abstract), Spelling.KOHYA)
 
     def _metadata(self, step: int) -> dict[str, str]:
         """What sd-scripts writes of a training, as far as it is known here; the writer adds what the adapter is."""

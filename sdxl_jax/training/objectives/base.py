@@ -303,6 +303,10 @@ class Objective(abc.ABC, Generic[Config]):
         first writes. Returns the files by what they are, "adapter"."""
         raise NotImplementedError
 
+    def export_notes(self) -> Sequence[str]:
+        """What the user is told of the files: who does not read them. Here: nothing."""
+        return ()
+
     def measure(
         self, model: Model, dataset: BucketedDataset, mesh: Mesh, processes: Processes, progress: bool = True
     ) -> Measured | None:

@@ -246,6 +246,9 @@ class Denoising(Objective[Config]):
             self._adapters.export(factors, path, step, mesh, is_first=is_first, bundled=bundled, sampling=sampling)
         return written
 
+    def export_notes(self) -> Sequence[str]:
+        return () if self._adapters is None else self._adapters.export_notes()
+
     def loss(
         self, trained: Params, frozen: Params, batch: Batch, keys: Key[jax.Array, " batch"]
     ) -> tuple[Float[jax.Array, ""], Metrics]:
