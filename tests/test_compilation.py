@@ -300,6 +300,8 @@ def test_errors_of_the_compiler_about_the_configuration_name_the_remedy() -> Non
     full = RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error.\nRan out of memory: 20G of 16G hbm")
     error = compilation.explained("the step", full)
     assert isinstance(error, InputError) and "20G of 16G hbm. To need less memory: raise mesh.fsdp" in str(error)
+    for field in ("adapter.base_dtype", "textual_inversion.base_dtype", "int8", "adapter.rank", "adapter.layers"):
+        assert field in str(error)
     assert compilation.explained("the step", other := ValueError("")) is other
 
 

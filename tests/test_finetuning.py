@@ -120,6 +120,14 @@ def test_new_token_is_kept_at_the_norm_of_words() -> None:
     assert (config.training.trainable, config.adapter, config.optimiser.learning_rate) == ((), None, 3e-4)
 
 
+@pytest.mark.parametrize("kind", [Kind.LORA, Kind.TEXTUAL_INVERSION])
+def test_base_is_in_eight_bits_where_asked(kind: Kind) -> None:
+    config = chosen(kind=kind, options=Options(quantize="int8"))
+    assert config.base_dtype is BaseDtype.INT8
+    with pytest.raises(InputError, match=r"--quantize int8 has no effect with --kind full\. Leave it out, or"):
+        Options(quantize="int8").check(Kind.FULL)
+
+
 def test_every_second_example_of_dreambooth_is_of_the_class() -> None:
     config = chosen(kind=Kind.DREAMBOOTH, options=Options(class_prompt="a dog", class_images=60))
     assert config.data.folder is None
@@ -389,7 +397,12 @@ def test_out_of_memory_names_the_options_that_help(
     monkeypatch.setattr(run, "train", full)
     outcome = finetune(folder, base, "--run-dir", tmp_path / "run", "--batch-size", 2)
     assert outcome.code == 2
-    assert "does not fit. Of finetune: --batch-size below 2, --size below 16; --write-config" in outcome.err
+    assert (
+        "does not fit. Of finetune: --batch-size below 2, --quantize int8, --rank below 8, --size below 16; "
+        in outcome.err
+    )
+    outcome = finetune(folder, base, "--run-dir", tmp_path / "small", "--quantize", "int8", "--rank", 1)
+    assert "does not fit. Of finetune: --batch-size below 4, --size below 16; --write-config" in outcome.err
 
 
 def test_images_of_a_contact_sheet_are_found_again() -> None:

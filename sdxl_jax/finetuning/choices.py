@@ -120,6 +120,7 @@ def _is_large(model: ModelConfig) -> bool:
 def _beside_the_base(common: TrainConfig, kind: Kind, count: int, options: Options) -> TrainConfig:
     """Training of a file of its own beside the frozen base, which is copied to every device."""
     base_dtype = BaseDtype.BFLOAT16 if _is_large(common.model) else BaseDtype.FLOAT32
+    base_dtype = base_dtype if options.quantize is None else BaseDtype(options.quantize)
     exports = replace(common.checkpoint, export_every_steps=common.checkpoint.every_steps)
     if kind is not Kind.TEXTUAL_INVERSION:
         rank = options.rank or rank_for(count, common.model)

@@ -4,6 +4,7 @@
 import enum
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from sdxl_jax.errors import InputError, check_ranges
 
@@ -38,6 +39,9 @@ class Options:
     images on; these two higher for UNets with fewer than 320 channels, in proportion."""
     rank: int | None = None
     """Rank of the adapter, and its alpha. Default: 8 for up to 10 images, 16 for up to 50, 32 for more."""
+    quantize: Literal["int8"] | None = None
+    """Keep the frozen base in eight bits, in half of bfloat16's memory. Default: bfloat16 for a UNet with 1024 channels
+    or more, else float32."""
     batch_size: int | None = None
     """Images per step, over all devices. Default: 1 per device, 4 for a UNet with fewer than 1024 channels."""
     size: int | None = None
@@ -83,6 +87,7 @@ class Options:
 
 _OF_KINDS = {
     "rank": (Kind.LORA, Kind.DREAMBOOTH),
+    "quantize": (Kind.LORA, Kind.DREAMBOOTH, Kind.TEXTUAL_INVERSION),
     "vectors": (Kind.TEXTUAL_INVERSION,),
     "initial": (Kind.TEXTUAL_INVERSION,),
     "class_prompt": (Kind.DREAMBOOTH,),

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.compilation import compilation_cache
 from sdxl_jax.config import ProcessesConfig, TrainConfig
 from sdxl_jax.data.buckets import assign
@@ -176,11 +177,11 @@ def _trained(config: TrainConfig) -> tuple[str, str]:
     adapter, token = config.adapter, config.textual_inversion
     if adapter is not None:
         beside = f"beside the base in {adapter.base_dtype.value}"
-        return f"LoRA of the UNet's attention, rank {adapter.rank}, {beside}", "--kind --rank"
+        return f"LoRA of the UNet's attention, rank {adapter.rank}, {beside}", "--kind --rank --quantize"
     if token is not None:
         begin = "random" if token.initial is None else f"at first {token.initial!r}"
         what = f"{token.vectors} vectors of the new token {token.token} in each text encoder, {begin}"
-        return f"{what}, beside the base in {token.base_dtype.value}", "--kind --vectors --initial"
+        return f"{what}, beside the base in {token.base_dtype.value}", "--kind --vectors --initial --quantize"
     return "the whole UNet", "--kind"
 
 
@@ -202,9 +203,12 @@ def _notes(config: TrainConfig, found: Survey) -> list[str]:
 def _smaller(config: TrainConfig) -> str:
     """What of this command needs less memory."""
     height, width = config.validation.sizes[0]
+    adapter, token = config.adapter, config.textual_inversion
+    beside = adapter or token
     options = [
         f"--batch-size below {config.data.batch_size}" if config.data.batch_size > 1 else "",
-        "--kind lora" if config.training.trainable and config.adapter is None else "",
+        "--kind lora" if beside is None else "--quantize int8" if beside.base_dtype is not BaseDtype.INT8 else "",
+        f"--rank below {adapter.rank}" if adapter is not None and adapter.rank > 1 else "",
         f"--size below {round((height * width) ** 0.5)}",
     ]
     return f"Of finetune: {', '.join(filter(None, options))}; --write-config FILE.py for the fields"

@@ -52,8 +52,9 @@ _PATIENCE_SECONDS = 60.0
 
 REMEDIES = (
     "To need less memory: raise mesh.fsdp, set compute.remat to dots, then block, raise optimiser.accumulate, lower "
-    "data.batch_size, store ema.dtype, optimiser.first_moment or, beside an adapter, adapter.base_dtype as bfloat16, "
-    "use smaller data.buckets"
+    "data.batch_size, store ema.dtype or optimiser.first_moment as bfloat16, use smaller data.buckets. Beside an "
+    "adapter or a new token: set adapter.base_dtype or textual_inversion.base_dtype to bfloat16, then int8; lower "
+    "adapter.rank, and give fewer layers an adapter (adapter.layers, training.trainable)"
 )
 
 
