@@ -597,6 +597,7 @@ _Config = TypeVar("_Config", bound=RunConfig)
 MAY_CHANGE = (
     "adapter.file_dtype",
     "adapter.init_from",
+    "adapter.trigger_phrase",
     "checkpoint",
     "data.cache",
     "data.cache_of_other_code",

@@ -26,6 +26,7 @@ from sdxl_jax.adapters.changes import Resolved
 from sdxl_jax.adapters.kinds import Kind, Settings
 from sdxl_jax.adapters.targets import AdapterConfig, Layers
 from sdxl_jax.arrays import flatten, unflatten
+from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model
 from sdxl_jax.weights import convert, lora, names
@@ -33,6 +34,7 @@ from sdxl_jax.weights.adapter_files import readers
 from sdxl_jax.weights.adapter_files.arithmetic import Limit, combined, extracted, truncated
 from sdxl_jax.weights.adapter_files.export import named, write
 from sdxl_jax.weights.adapter_files.listing import listing
+from sdxl_jax.weights.adapter_files.metadata import modelspec
 from sdxl_jax.weights.adapter_files.names import Spelling, known_modules, layers_of, written_modules
 from sdxl_jax.weights.adapter_files.reading import config_of, read, resolve
 from sdxl_jax.weights.adapter_files.tensors import parse
@@ -592,6 +594,9 @@ def test_the_metadata_is_what_other_programs_look_for(tmp_path: Path) -> None:
     assert json.loads(found["ss_network_args"]) == {}
     assert found["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert found["modelspec.prediction_type"] == "epsilon"
+    for prediction, name in ((Prediction.V, "v"), (Prediction.EDM, "edm"), (Prediction.FLOW, "flow")):
+        said = modelspec(dataclasses.replace(MODEL, prediction=prediction), "lora")
+        assert said["modelspec.prediction_type"] == name
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     assert found["sshs_model_hash"] == hashlib.sha256(content[start:]).hexdigest()

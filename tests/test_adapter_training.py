@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import safe_open
 
 from sdxl_jax import sharding
 from sdxl_jax.adapters import changes, dora, kinds, targets
+from sdxl_jax.adapters.embeddings import TextualInversionConfig
 from sdxl_jax.adapters.kinds import Kind
 from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers
 from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, flatten, unflatten
@@ -30,6 +32,7 @@ from sdxl_jax.data.images import read_image
 from sdxl_jax.data.mixture import Source, Target
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
+from sdxl_jax.diffusion.loss import LossConfig, Weighting
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SDXL_BASE, Model, ModelConfig
 from sdxl_jax.models import unet
@@ -40,7 +43,7 @@ from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import OptimiserConfig, OptimiserKind, make_optimiser
 from sdxl_jax.sharding import AXES
 from sdxl_jax.training import checkpoint, loop
-from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives import adapter_metadata, objective_of
 from sdxl_jax.training.objectives.adapters import AdapterTraining
 from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
 from sdxl_jax.weights import lora, names
@@ -210,8 +213,33 @@ def test_files_are_written_while_training_with_the_metadata_of_the_run(trained: 
         metadata, names = opened.metadata(), list(opened.keys())
     assert (metadata["ss_steps"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("3", "2", "3")
     assert (metadata["ss_output_name"], metadata["ss_network_module"]) == ("run", "networks.lora")
+    assert (metadata["ss_unet_lr"], metadata["ss_text_encoder_lr"]) == ("0.01", "0.005")
+    assert (metadata["ss_resolution"], metadata["ss_num_train_images"], metadata["ss_v2"]) == ("(16, 16)", "16", "False")
+    assert (metadata["ss_num_epochs"], metadata["ss_epoch"], metadata["ss_num_batches_per_epoch"]) == ("1", "0", "8")
+    assert json.loads(metadata["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [16, 16], "count": 16}}}
+    assert "modelspec.trigger_phrase" not in metadata
     assert any(name.startswith("lora_unet_") for name in names)
     assert any(name.startswith("lora_te_") for name in names)
+
+
+def test_metadata_is_what_is_known_of_a_training(base: TrainConfig) -> None:
+    """Learning rates that differ within a part are left out; the trigger is the adapter's, the data's, or the token."""
+
+    def of(**fields: Any) -> dict[str, str]:
+        config = dataclasses.replace(base, adapter=LORA, **fields)
+        return adapter_metadata.of_training(config, LORA, ("unet/a/kernel/up", "unet/b/kernel/up"), 3, None)
+
+    loss = LossConfig(weighting=Weighting.MIN_SNR)
+    sources = (Source("a"), Source("of the class", loss_weight=0.5))
+    data = dataclasses.replace(base.data, folder=None, sources=sources, trigger="sks dog")
+    rates = dataclasses.replace(base.optimiser, rates=(("^unet/a", 0.5),))
+    token = TextualInversionConfig(token="<zwx>")
+    found = of(loss=loss, data=data, optimiser=rates, textual_inversion=token)
+    assert (found["ss_min_snr_gamma"], found["ss_prior_loss_weight"]) == ("5.0", "0.5")
+    assert "ss_unet_lr" not in found and of()["ss_unet_lr"] == "0.01" and "ss_text_encoder_lr" not in of()
+    assert of()["ss_min_snr_gamma"] == "None" and "ss_prior_loss_weight" not in of()
+    assert found["modelspec.trigger_phrase"] == "sks dog"
+    assert of(textual_inversion=token)["modelspec.trigger_phrase"] == "<zwx>"
 
 
 def adapter_training(adapter: AdapterConfig, trainable: tuple[str, ...] = ("^unet/",)) -> AdapterTraining:

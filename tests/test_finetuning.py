@@ -128,6 +128,11 @@ def test_base_is_in_eight_bits_where_asked(kind: Kind) -> None:
         Options(quantize="int8").check(Kind.FULL)
 
 
+def test_trigger_is_that_of_the_file() -> None:
+    adapter = chosen(options=Options(trigger=" zwx ")).adapter
+    assert adapter is not None and adapter.trigger_phrase == "zwx"
+
+
 def test_every_second_example_of_dreambooth_is_of_the_class() -> None:
     config = chosen(kind=Kind.DREAMBOOTH, options=Options(class_prompt="a dog", class_images=60))
     assert config.data.folder is None

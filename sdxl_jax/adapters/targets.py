@@ -78,6 +78,9 @@ class AdapterConfig(Settings):
     quarters it and rounds each weight by up to a 254th of its output channel's largest."""
     file_dtype: FileDtype = FileDtype.FLOAT16
     """Dtype of the tensors in the files that are written."""
+    trigger_phrase: str | None = None
+    """Words that call what is learnt, written to the files (modelspec.trigger_phrase); None: data.trigger, or the new
+    token of textual_inversion."""
     up_rate: float = 1.0
     """LoRA+: the learning rate of the up factors is multiplied by it (Hayou et al. 2024, arXiv:2402.12354, find 16).
     Higher: learns faster."""

@@ -64,6 +64,10 @@ def _fitting(law: ContinuousConfig | None) -> tuple[Weighting, ...]:
             return Weighting.UNIFORM, Weighting.X0, Weighting.COSMAP
 
 
+MIN_SNR_GAMMA = 5.0
+"""γ of min-SNR-γ where none is given, as published."""
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """How the error is weighted, and how timesteps and noise are drawn."""
@@ -178,7 +182,9 @@ def weights(
         case Weighting.UNIFORM:
             return None
         case Weighting.MIN_SNR:
-            return min_snr_weight(snr, 5.0 if config.min_snr_gamma is None else config.min_snr_gamma, prediction)
+            return min_snr_weight(
+                snr, MIN_SNR_GAMMA if config.min_snr_gamma is None else config.min_snr_gamma, prediction
+            )
         case Weighting.DEBIASED:
             return debiased_weight(snr, prediction)
         case Weighting.X0 | Weighting.INVERSE_SQUARE | Weighting.COSMAP:

@@ -124,10 +124,11 @@ def _beside_the_base(common: TrainConfig, kind: Kind, count: int, options: Optio
     exports = replace(common.checkpoint, export_every_steps=common.checkpoint.every_steps)
     if kind is not Kind.TEXTUAL_INVERSION:
         rank = options.rank or rank_for(count, common.model)
+        trigger = None if options.trigger is None else options.trigger.strip()
         return replace(
             common,
             training=replace(common.training, caption_dropout=0.05),
-            adapter=AdapterConfig(rank=rank, alpha=float(rank), base_dtype=base_dtype),
+            adapter=AdapterConfig(rank=rank, alpha=float(rank), base_dtype=base_dtype, trigger_phrase=trigger),
             checkpoint=exports,
         )
     assert options.trigger is not None

@@ -339,7 +339,8 @@ class Exporter:
         run = self._run
         with self._clock.during(TimePart.SAVE):
             self._writer.flush()
-            written = run.objective.export(state, run.frozen, run.run_dir / name, step, run.mesh, run.processes)
+            path, given = run.run_dir / name, (run.mesh, run.processes, run.dataset)
+            written = run.objective.export(state, run.frozen, path, step, *given)
         if run.processes.is_first and (failed := _push(run, self._writer)):
             tqdm.write(f"  {name} is not in the bucket yet: {failed}")
         return {what: path.relative_to(run.run_dir) for what, path in written.items()}

@@ -31,12 +31,14 @@ from sdxl_jax.adapters.kinds import Factors, Kind
 from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.arrays import BaseDtype, Parameter, Params, flatten, type_of_array, unflatten
 from sdxl_jax.config import TrainConfig
+from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
 from sdxl_jax.models.layers import dequantised
 from sdxl_jax.samplers import presets
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.training.initial import placed_network
+from sdxl_jax.training.objectives import adapter_metadata
 from sdxl_jax.training.state import merge
 from sdxl_jax.weights.adapter_files import export, readers, reading
 from sdxl_jax.weights.adapter_files.names import Spelling, layers_of
@@ -202,9 +204,10 @@ class AdapterTraining:
         is_first: bool,
         bundled: Mapping[str, Float[np.ndarray, "..."]] | None = None,
         sampling: SamplingDefaults | None = None,
+        dataset: BucketedDataset | None = None,
     ) -> None:
         """Writes adapters (`of`) to a file. All processes call it, and the first writes. bundled: embeddings that go
-        into it. sampling: how the model with the adapter is sampled."""
+        into it. sampling: how the model with the adapter is sampled. dataset: what was trained on, if that is known."""
         on_host = jax.device_get(jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))(whole))
         if is_first:
             # One alpha for all: where they differ, diffusers applies the most frequent one to most layers.
@@ -215,7 +218,7 @@ class AdapterTraining:
                 for parameter, rows in changes.untree(on_host, self.layers).items()
             }
             dtype = jnp.dtype(self._adapter.file_dtype.value)
-            metadata = self._metadata(step)
+            metadata = adapter_metadata.of_training(self._config, self._adapter, self.abstract, step, dataset)
             if said := presets.stated(sampling):
                 metadata[presets.STATED] = json.dumps(said)
             export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata, bundled=bundled)
@@ -223,34 +226,6 @@ class AdapterTraining:
     def export_notes(self) -> list[str]:
         """Which programs do not read the file."""
         return readers.notes(changes.by_parameter(self.abstract), Spelling.KOHYA)
-
-    def _metadata(self, step: int) -> dict[str, str]:
-        """What sd-scripts writes of a training, as far as it is known here; the writer adds what the adapter is."""
-        config, adapter, training = self._config, self._adapter, self._config.training
-        sizes = {f"{width}x{height}" for height, width in config.data.buckets}
-        values = {
-            "ss_steps": step,
-            "ss_max_train_steps": training.steps,
-            "ss_learning_rate": config.optimiser.learning_rate,
-            "ss_optimizer": config.optimiser.kind.value,
-            "ss_lr_scheduler": config.optimiser.decay.value,
-            "ss_lr_warmup_steps": config.optimiser.warmup_steps,
-            "ss_mixed_precision": {"float32": "no", "bfloat16": "bf16"}[config.compute.dtype.value],
-            "ss_seed": training.seed,
-            "ss_total_batch_size": config.data.batch_size,
-            "ss_gradient_accumulation_steps": config.optimiser.accumulate,
-            "ss_max_grad_norm": config.optimiser.clip_norm,
-            "ss_noise_offset": config.loss.offset_noise,
-            "ss_zero_terminal_snr": config.model.schedule.zero_terminal_snr,
-            "ss_caption_dropout_rate": training.caption_dropout,
-            "ss_scale_weight_norms": adapter.norm_limit,
-            "ss_loss_weighting": config.loss.weighting.value,
-            "ss_bucket_sizes": json.dumps(sorted(sizes)),
-            "ss_sd_model_name": Path(training.init_from[-1]).name if training.init_from else None,
-        }
-        if config.data.trigger is not None:
-            values["modelspec.trigger_phrase"] = config.data.trigger
-        return {name: str(value) for name, value in values.items()}
 
 
 _LIMITED = {

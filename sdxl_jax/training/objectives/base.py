@@ -297,10 +297,17 @@ class Objective(abc.ABC, Generic[Config]):
         return False
 
     def export(
-        self, state: TrainState, frozen: Params, path: Path, step: int, mesh: Mesh, processes: Processes
+        self,
+        state: TrainState,
+        frozen: Params,
+        path: Path,
+        step: int,
+        mesh: Mesh,
+        processes: Processes,
+        dataset: BucketedDataset | None = None,
     ) -> dict[str, Path]:
         """Writes what was trained as files of their own: `path`, or beside it. All processes call it together, and the
-        first writes. Returns the files by what they are, "adapter"."""
+        first writes. Returns the files by what they are, "adapter". dataset: for what a file says of its training."""
         raise NotImplementedError
 
     def export_notes(self) -> Sequence[str]:

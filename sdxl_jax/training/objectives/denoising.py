@@ -226,7 +226,14 @@ class Denoising(Objective[Config]):
         return bool(self._beside)
 
     def export(
-        self, state: TrainState, frozen: Params, path: Path, step: int, mesh: Mesh, processes: Processes
+        self,
+        state: TrainState,
+        frozen: Params,
+        path: Path,
+        step: int,
+        mesh: Mesh,
+        processes: Processes,
+        dataset: BucketedDataset | None = None,
     ) -> dict[str, Path]:
         """The averaged adapter and vectors, as files for other programs. Beside an adapter's, that of the vectors has
         _emb in its name."""
@@ -243,7 +250,8 @@ class Denoising(Objective[Config]):
             factors = adapters.of(state.sampled, frozen)
             own = self.model_config.sampling  # of what was distilled; a base's own is not in the adapter
             sampling = None if own == self.config.model.sampling else own
-            self._adapters.export(factors, path, step, mesh, is_first=is_first, bundled=bundled, sampling=sampling)
+            given = {"bundled": bundled, "sampling": sampling, "dataset": dataset}
+            self._adapters.export(factors, path, step, mesh, is_first=is_first, **given)
         return written
 
     def export_notes(self) -> Sequence[str]:

@@ -36,7 +36,7 @@ def modelspec(config: ModelConfig, kind: str) -> dict[str, str]:
         "modelspec.architecture": f"{family(config)[1]}/{kind}",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "modelspec.prediction_type": "v" if config.prediction is Prediction.V else "epsilon",
+        "modelspec.prediction_type": "v" if config.prediction is Prediction.V else config.prediction.value,
         "modelspec.resolution": "x".join(map(str, reversed(config.default_size))),
     }
 
