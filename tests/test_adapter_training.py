@@ -214,7 +214,11 @@ def test_files_are_written_while_training_with_the_metadata_of_the_run(trained: 
     assert (metadata["ss_steps"], metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("3", "2", "3")
     assert (metadata["ss_output_name"], metadata["ss_network_module"]) == ("run", "networks.lora")
     assert (metadata["ss_unet_lr"], metadata["ss_text_encoder_lr"]) == ("0.01", "0.005")
-    assert (metadata["ss_resolution"], metadata["ss_num_train_images"], metadata["ss_v2"]) == ("(16, 16)", "16", "False")
+    assert (metadata["ss_resolution"], metadata["ss_num_train_images"], metadata["ss_v2"]) == (
+        "(16, 16)",
+        "16",
+        "False",
+    )
     assert (metadata["ss_num_epochs"], metadata["ss_epoch"], metadata["ss_num_batches_per_epoch"]) == ("1", "0", "8")
     assert json.loads(metadata["ss_bucket_info"]) == {"buckets": {"0": {"resolution": [16, 16], "count": 16}}}
     assert "modelspec.trigger_phrase" not in metadata
@@ -376,6 +380,8 @@ def test_presets_of_layers_of_unet_and_text_encoders() -> None:
         ({"alpha": -1.0}, ("^unet/",), r"alpha -1\. Give a number above 0"),
         ({"conv_alpha": 0.0}, ("^unet/",), r"adapter\.conv_alpha has alpha 0"),
         ({}, ("^unet/", "attn3"), r'training\.trainable has "attn3", which matches no parameter that adapter\.layers='),
+        ({}, ("(",), r'training\.trainable has "\(", which is not a regular expression: '),
+        ({}, (), r"training\.trainable=\(\) gives no layer to the adapter"),
         ({}, ("^vae/",), r'training\.trainable has "\^vae/", which matches no parameter'),
         ({"conv_rank": 2}, ("^unet/",), r"conv_rank and conv_alpha are for convolutions larger than 1×1, of which"),
         ({"factor": 4}, ("^unet/",), r"adapter\.factor has no effect with adapter\.kind=lora"),

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from sdxl_jax.adapters import kinds
 from sdxl_jax.adapters.kinds import Kind, Settings
 from sdxl_jax.arrays import BaseDtype, Parameter
-from sdxl_jax.errors import InputError, check_ranges
+from sdxl_jax.errors import InputError, check_pattern, check_ranges
 
 
 class Layers(enum.Enum):
@@ -151,11 +151,17 @@ def kernels_and_biases(layers: Layers, paths: Collection[str]) -> list[str]:
 
 
 def selected(config: AdapterConfig, paths: Iterable[str], trainable: tuple[str, ...]) -> list[str]:
-    """The parameters that get an adapter. Raises InputError for a pattern that selects none of them."""
+    """The parameters that get an adapter. Raises InputError for no pattern, and for one that selects none of them."""
     pattern = _PATTERNS[config.layers] + (r"|/(bias|scale)$" if config.biases_and_norms else "")
     paths = [path for path in paths if not path.startswith("vae/")]
     fitting = [path for path in paths if re.search(pattern, path)]
+    if not trainable:
+        raise InputError(
+            "training.trainable=() gives no layer to the adapter, so that nothing would be trained. Give patterns of "
+            'paths, e.g. "^unet/", or leave out adapter (None)'
+        )
     for each in trainable:
+        check_pattern("training.trainable", each)
         if not any(re.search(each, path) for path in fitting):
             raise InputError(
                 f'training.trainable has "{each}", which matches no parameter that adapter.layers='
