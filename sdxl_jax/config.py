@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from sdxl_jax.adapters.embeddings import Norm, TextualInversionConfig
-from sdxl_jax.adapters.targets import AdapterConfig, Layers
+from sdxl_jax.adapters.targets import AdapterConfig, Layers, Spelling
 from sdxl_jax.arrays import BaseDtype
 from sdxl_jax.conditioning.classes import check as check_classes
 from sdxl_jax.conditioning.prompts import check_text
@@ -525,6 +525,11 @@ class TrainConfig(RunConfig):
                     f"textual_inversion.{name} has no effect {'without' if self.adapter is None else 'beside'} an "
                     f"adapter. Leave it out, or {remedy}"
                 )
+        if given.bundle and self.adapter is not None and self.adapter.file_spelling is Spelling.PEFT:
+            raise InputError(
+                "textual_inversion.bundle has no place in adapter.file_spelling=peft: diffusers refuses a LoRA with "
+                "tensors that it does not know. Leave it out; the vectors have a file of their own"
+            )
         if self.optimiser.kind is OptimiserKind.SCHEDULE_FREE and (
             given.rate != 1 or given.stop != 1 or given.norm is not Norm.FREE
         ):
@@ -596,6 +601,7 @@ _Config = TypeVar("_Config", bound=RunConfig)
 
 MAY_CHANGE = (
     "adapter.file_dtype",
+    "adapter.file_spelling",
     "adapter.init_from",
     "adapter.trigger_phrase",
     "checkpoint",

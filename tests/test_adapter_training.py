@@ -22,7 +22,7 @@ from sdxl_jax import sharding
 from sdxl_jax.adapters import changes, dora, kinds, targets
 from sdxl_jax.adapters.embeddings import TextualInversionConfig
 from sdxl_jax.adapters.kinds import Kind
-from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers
+from sdxl_jax.adapters.targets import AdapterConfig, FileDtype, Layers, Spelling
 from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, flatten, unflatten
 from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.text import TextConditioning
@@ -396,6 +396,21 @@ def test_presets_of_layers_of_unet_and_text_encoders() -> None:
         ),
         ({"biases_and_norms": True, "rank_dropout": 0.1}, ("^unet/.*bias",), r"rank_dropout=0\.1 has no effect: none"),
         ({"magnitude": dora.Axis.IN, "module_dropout": 0.1}, ("^unet/",), r"module_dropout has no effect with .*=in\."),
+        (
+            {"kind": Kind.LOHA, "file_spelling": Spelling.PEFT},
+            ("^unet/",),
+            r"=peft has no place for adapter\.kind=loha",
+        ),
+        (
+            {"magnitude": dora.Axis.IN, "file_spelling": Spelling.PEFT},
+            ("^unet/",),
+            r"no place for adapter\.magnitude=in",
+        ),
+        (
+            {"biases_and_norms": True, "file_spelling": Spelling.PEFT},
+            ("^unet/",),
+            r"place for adapter\.biases_and_norms",
+        ),
         ({"init_from": "nothing.safetensors"}, ("^unet/",), r"nothing\.safetensors"),
     ],
 )
@@ -759,6 +774,23 @@ def test_training_on_from_a_file_begins_with_its_change(tmp_path: Path) -> None:
     for path, rows in one.items():
         for (_, a), (_, b) in zip(rows, other[path], strict=True):
             np.testing.assert_allclose(kinds.delta(b), kinds.delta(a), rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_in_pefts_spelling_has_the_same_change(tmp_path: Path) -> None:
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    settings = AdapterConfig(rank=2, magnitude=dora.Axis.OUT, file_dtype=FileDtype.FLOAT32)
+    whole = unflatten(random_adapters(adapter_training(settings)))
+    found = {}
+    for spelling in Spelling:
+        given, path = adapter_training(dataclasses.replace(settings, file_spelling=spelling)), tmp_path / spelling.value
+        given.export(whole, path.with_suffix(".safetensors"), 1, mesh, is_first=True)
+        found[spelling] = reading.read(path.with_suffix(".safetensors"))
+    assert all(name.startswith("unet.") for name in found[Spelling.PEFT].modules)
+    one, other = (reading.resolve(file, MODEL) for file in found.values())
+    assert one.keys() == other.keys()
+    for path, rows in one.items():
+        for (_, a), (_, b) in zip(rows, other[path], strict=True):
+            np.testing.assert_array_equal(kinds.delta(a), kinds.delta(b))
 
 
 def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from sdxl_jax.adapters import kinds
+from sdxl_jax.adapters import dora, kinds
 from sdxl_jax.adapters.kinds import Kind, Settings
 from sdxl_jax.arrays import BaseDtype, Parameter
 from sdxl_jax.errors import InputError, check_pattern, check_ranges
@@ -56,6 +56,15 @@ class FileDtype(enum.Enum):
     """2 bytes, with fewer digits and a wider range."""
 
 
+class Spelling(enum.Enum):
+    """How an adapter file that is written names its modules."""
+
+    KOHYA = "kohya"
+    """sd-scripts': what ComfyUI, A1111, Forge, sd-scripts and diffusers read."""
+    PEFT = "peft"
+    """diffusers' own, of PEFT's LoRA layers: plain LoRA, and DoRA along the outputs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Settings):
     """Training of an adapter (LoRA and its kin) beside a frozen model. `training.trainable` says of which parts and
@@ -78,6 +87,9 @@ class AdapterConfig(Settings):
     quarters it and rounds each weight by up to a 254th of its output channel's largest."""
     file_dtype: FileDtype = FileDtype.FLOAT16
     """Dtype of the tensors in the files that are written."""
+    file_spelling: Spelling = Spelling.KOHYA
+    """How the files name their modules: as most programs read them, or as diffusers does. `sdxl-jax lora convert`
+    writes the other."""
     trigger_phrase: str | None = None
     """Words that call what is learnt, written to the files (modelspec.trigger_phrase); None: data.trigger, or the new
     token of textual_inversion."""
@@ -106,6 +118,7 @@ class AdapterConfig(Settings):
         check_ranges([("adapter.norm_limit", self.norm_limit, 0, math.inf)], above_low=True)
         dropouts = ("rank_dropout", "module_dropout")
         check_ranges([(f"adapter.{name}", getattr(self, name), 0, 1) for name in dropouts], below_high=True)
+        self._check_spelling()
         is_lokr, is_low_rank = self.kind is Kind.LOKR, self.kind is not Kind.DIFFERENCE
         for name, given, has_effect, remedy in (
             ("factor", self.factor is not None, is_lokr, "adapter.kind=lokr"),
@@ -121,6 +134,19 @@ class AdapterConfig(Settings):
                     f"adapter.{name} has no effect with adapter.kind={self.kind.value}"
                     f"{'' if self.magnitude is None else f' and adapter.magnitude={self.magnitude.value}'}. Leave it "
                     f"out, or set {remedy}"
+                )
+
+    def _check_spelling(self) -> None:
+        """Raises InputError for what PEFT's LoRA files have no place for."""
+        for given, what in (
+            (self.kind is not Kind.LORA, f"adapter.kind={self.kind.value}"),
+            (self.magnitude is dora.Axis.IN, "adapter.magnitude=in"),
+            (self.biases_and_norms, "adapter.biases_and_norms"),
+        ):
+            if given and self.file_spelling is Spelling.PEFT:
+                raise InputError(
+                    f"adapter.file_spelling=peft has no place for {what}. Leave it out, or set "
+                    "adapter.file_spelling=kohya"
                 )
 
     def of(self, path: str, shape: tuple[int, ...]) -> Settings:

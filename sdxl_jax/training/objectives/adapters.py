@@ -41,7 +41,7 @@ from sdxl_jax.training.initial import placed_network
 from sdxl_jax.training.objectives import adapter_metadata
 from sdxl_jax.training.state import merge
 from sdxl_jax.weights.adapter_files import export, readers, reading
-from sdxl_jax.weights.adapter_files.names import Spelling, layers_of
+from sdxl_jax.weights.adapter_files.names import layers_of
 from sdxl_jax.weights.eight_bits import scale_path
 from sdxl_jax.weights.lazy import Initial, abstract_leaves
 
@@ -221,11 +221,12 @@ class AdapterTraining:
             metadata = adapter_metadata.of_training(self._config, self._adapter, self.abstract, step, dataset)
             if said := presets.stated(sampling):
                 metadata[presets.STATED] = json.dumps(said)
-            export.write(path, resolved, self._config.model, dtype=dtype, metadata=metadata, bundled=bundled)
+            spelling = self._adapter.file_spelling
+            export.write(path, resolved, self._config.model, spelling, dtype, metadata, bundled)
 
     def export_notes(self) -> list[str]:
         """Which programs do not read the file."""
-        return readers.notes(changes.by_parameter(self.abstract), Spelling.KOHYA)
+        return readers.notes(changes.by_parameter(self.abstract), self._adapter.file_spelling)
 
 
 _LIMITED = {

@@ -16,11 +16,11 @@ the model's modules with every prefix is made, in which a file's names are looke
 `extensions-builtin/Lora/networks.py`.
 """
 
-import enum
 import functools
 import re
 from typing import Any, NamedTuple
 
+from sdxl_jax.adapters.targets import Spelling
 from sdxl_jax.model import ModelConfig
 from sdxl_jax.weights import names
 from sdxl_jax.weights.lazy import part_configs
@@ -50,15 +50,6 @@ _DIALECTS = {
 }
 # diffusers until 0.22: attn1.processor.to_out_lora, self_attn.to_q_lora. Reading drops the _lora.
 _OLD = ((r"(attn\d\.to_out)\.0$", r"\1"), (r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1"))
-
-
-class Spelling(enum.Enum):
-    """How an adapter file that we write names its modules."""
-
-    KOHYA = "kohya"
-    """sd-scripts': what ComfyUI, A1111, Forge, sd-scripts and diffusers read."""
-    PEFT = "peft"
-    """diffusers' own, of PEFT's LoRA layers."""
 
 
 class Target(NamedTuple):
