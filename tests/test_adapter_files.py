@@ -530,6 +530,20 @@ def test_what_is_not_a_sum_is_not_removed(tmp_path: Path, base: Model) -> None:
         lora.remove(model, "x.safetensors")
 
 
+def test_a_weight_is_not_enlarged(tmp_path: Path) -> None:
+    """ComfyUI's reshape_weight, where it is the shape that the weight has."""
+    tensors = factors_of("lora", MODULES[CONVOLUTION])
+    plain = resolve(read(save(tmp_path / "x.safetensors", CONVOLUTION, tensors)), MODEL)
+    tensors["reshape_weight"] = np.array(MODULES[CONVOLUTION], np.int64)
+    assert_equal_changes(resolve(read(save(tmp_path / "x.safetensors", CONVOLUTION, tensors)), MODEL), plain, 0)
+    tensors["reshape_weight"] = np.array((16, 32, 3, 3), np.int64)
+    file = read(save(tmp_path / "x.safetensors", CONVOLUTION, tensors))
+    with pytest.raises(
+        InputError, match=r"enlarged to \(16, 32, 3, 3\) \(reshape_weight\), and the model's is \(16, 16"
+    ):
+        resolve(file, MODEL)
+
+
 def test_a_bias_that_the_layer_lacks_and_factors_of_another_shape_are_refused(tmp_path: Path) -> None:
     bad: dict[str, tuple[str, Tensors]] = {
         "has no bias in the model": (STACKED, {"diff_b": np.ones(16, np.float32)}),

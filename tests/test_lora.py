@@ -346,7 +346,6 @@ def test_files_of_every_precision_keep_it_and_change_weights_in_float32(tmp_path
     [
         ("x.oft_R.default.weight", "an OFT's, in PEFT's spelling"),
         ("x.ia3_l", "an IA³'s, in PEFT's spelling"),
-        ("x.reshape_weight", "an enlarged weight"),
         ("x.lora_B.bias", "the bias of a LoRA's factor"),
         ("x.lora_embedding_A", "a change of an embedding"),
         ("model.diffusion_model.out.2.weight", "of a model"),

@@ -27,7 +27,7 @@ from sdxl_jax.files.paths import AnyPath, absolute, in_bucket, located
 from sdxl_jax.files.text import read_text
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.weights.adapter_files.names import PEFT, Target, known_modules, part_of, prefix_of
-from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, ours, parse, with_our_names
+from sdxl_jax.weights.adapter_files.tensors import MAGNITUDE, RESHAPED, ours, parse, with_our_names
 from sdxl_jax.weights.formats.safetensors import Tensor, open_file
 from sdxl_jax.weights.textual_inversion import BUNDLED
 
@@ -36,7 +36,6 @@ SETTINGS = "lora_adapter_metadata"
 _OTHERS = {  # regular expressions, searched in a tensor's name
     "oft_": "an OFT's, in PEFT's spelling",
     "ia3_": "an IA³'s, in PEFT's spelling",
-    "reshape_weight": "the size of an enlarged weight",
     "lora_embedding_": "a change of an embedding",
     r"\.lora_.*bias$": "the bias of a LoRA's factor",
     r"\.weight$": "of a model",
@@ -155,7 +154,7 @@ def _unknown_tensors(file: AnyPath, unknown: Sequence[Tensor]) -> str:
 def _check_whole(file: AnyPath, module: str, found: Mapping[str, Tensor]) -> None:
     """Raises InputError for a module with half of a change, or with two of one weight."""
     first = next(iter(found.values()))
-    weight = found.keys() - {"alpha", "bias"}
+    weight = found.keys() - {"alpha", "bias", RESHAPED}
     axes = {"blocks": (3, 4)}
     if empty := [
         tensor
@@ -283,7 +282,9 @@ def _are_equal(one: Module, other: Module) -> bool:
 def _resolve_one(resolved: Resolved, lora: Lora, module: str, target: Target, config: ModelConfig) -> None:
     """Adds the changes of one module."""
     found = lora.modules[module]
-    weight = {name: value for name, value in found.factors.items() if name != "bias"}
+    weight = {name: value for name, value in found.factors.items() if name not in ("bias", RESHAPED)}
+    if RESHAPED in found.factors:
+        _check_size(lora, module, target, found.factors[RESHAPED])
     if weight.keys() - {"alpha"}:
         entry = target.weight
         (place,) = entry.places
@@ -302,6 +303,17 @@ def _resolve_one(resolved: Resolved, lora: Lora, module: str, target: Target, co
         (place,) = entry.places
         row = (place.layer, {"diff": value.reshape(entry.shape)})
         resolved.setdefault(f"{target.part}/{place.path}", []).append(row)
+
+
+def _check_size(lora: Lora, module: str, target: Target, given: Shaped[np.ndarray, "..."]) -> None:
+    """Raises InputError for a change of an enlarged weight. given: the shape that it has."""
+    given_shape, shape = (np.trim_zeros(np.ravel(sizes) - 1, "b") + 1 for sizes in (given, target.weight.shape))
+    if not np.array_equal(given_shape, shape):  # but for the ones of a 1×1 convolution
+        raise InputError(
+            f"{lora.name}: {module} changes a weight that is enlarged to {tuple(np.ravel(given).tolist())} "
+            f"({RESHAPED}), and the model's is {target.weight.shape}. Give the adapter to a model of that shape. "
+            "Nothing was merged"
+        )
 
 
 def _misfit(lora: Lora, module: str, target: Target, config: ModelConfig, what: str) -> str:

@@ -57,6 +57,8 @@ _SIDE = re.compile(
 )
 MAGNITUDE = "lora_magnitude_vector"
 """PEFT's name of magnitudes, which are [out], of a convolution [1, out, 1, 1]."""
+RESHAPED = "reshape_weight"
+"""ComfyUI's name of the shape that a weight is enlarged to before it is changed. It is no factor."""
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(?:\.(?!weight$)[^.]+)?(?:\.weight)?")
 _WINDOWED = ("down", "mid", "down_1", "mid_1", "down_2", "mid_2", "w2", "w2_down", "w2_mid")
 """Factors that have the window of a convolution, unless a middle factor has it."""
@@ -75,6 +77,8 @@ def parse(name: str, beside: Collection[str] = ()) -> tuple[str, str] | None:
         return match["module"], match["diffusers"] or {"A": "down", "B": "up"}[match["peft"]]
     if match := _MAGNITUDE.fullmatch(name):
         return match["module"], "magnitude"
+    if name.endswith(f".{RESHAPED}"):
+        return name.removesuffix(f".{RESHAPED}"), RESHAPED
     if (module := name.removesuffix(".weight")) != name and f"{module}.on_input" in beside:
         return module, "relative"
     return None
