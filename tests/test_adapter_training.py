@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,13 @@ def test_presets_of_layers_of_unet_and_text_encoders() -> None:
             r"rank_dropout=0\.1 has no effect: none of the .* ranks",
         ),
         ({"biases_and_norms": True, "rank_dropout": 0.1}, ("^unet/.*bias",), r"rank_dropout=0\.1 has no effect: none"),
+        (
+            {"kind": Kind.DIFFERENCE},
+            ("^unet/",),
+            r"adapter\.rank has no effect with adapter\.kind=difference\. Leave it",
+        ),
+        ({"up_rate": math.inf}, ("^unet/",), r"adapter\.up_rate=inf is out of range"),
+        ({"kind": Kind.LOKR, "rank": 64}, ("^unet/",), r"at most 8\. Give a rank up to 8, set full_matrix=True"),
         ({"magnitude": dora.Axis.IN, "module_dropout": 0.1}, ("^unet/",), r"module_dropout has no effect with .*=in\."),
         (
             {"kind": Kind.LOHA, "file_spelling": Spelling.PEFT},
@@ -423,6 +431,16 @@ def test_settings_that_do_not_fit_are_refused(
     with pytest.raises(InputError, match=expected):
         objective.check()
         objective.check_start()
+
+
+def test_settings_of_ranks_are_refused_where_there_are_none() -> None:
+    settings = {"middle": True, "rank_stabilised": True, "conv_rank": 2, "conv_alpha": 2.0, "rank_dropout": 0.5}
+    for name, value in {**settings, "rank": 2, "alpha": 2.0}.items():
+        with pytest.raises(InputError, match=rf"adapter\.{name} has no effect with adapter\.kind=difference"):
+            AdapterConfig(**{"kind": Kind.DIFFERENCE, name: value}).check()
+    for name, value in {**settings, "decompose_both": True}.items():
+        with pytest.raises(InputError, match=rf"adapter\.{name} has no effect with adapter\.full_matrix: whole"):
+            AdapterConfig(**{"kind": Kind.LOKR, "full_matrix": True, name: value}).check()
 
 
 def test_a_rate_or_layers_without_effect_are_refused(base: TrainConfig) -> None:

@@ -245,6 +245,7 @@ def test_trees_of_some_layers_and_of_mixed_kinds_are_refused() -> None:
     [
         (Settings(rank=13), r"rank 13 .* unet/x/kernel \(12, 20\), whose own rank is at most 12"),
         (Settings(Kind.LOHA, rank=13), "at most 12"),
+        (Settings(Kind.LOKR, rank=13), "at most 12. Give a rank up to 12, set full_matrix=True for whole matrices, or"),
         (Settings(rank=0), "rank=0"),
         (Settings(alpha=0.0), "alpha 0. Give a number above 0"),
         (Settings(alpha=-1.0), "alpha -1"),
@@ -259,8 +260,10 @@ def test_settings_out_of_range_are_refused(settings: Settings, message: str) -> 
         kinds.abstract(settings, "unet/x/kernel", LINEAR)
 
 
-def test_a_rank_above_the_width_is_a_whole_matrix_in_a_lokr() -> None:
-    assert set(kinds.abstract(Settings(Kind.LOKR, rank=10000), "x", LINEAR)) == {"w1", "w2", "alpha"}
+def test_a_rank_of_half_the_width_is_a_whole_matrix_in_a_lokr() -> None:
+    """As in LyCORIS. There any larger rank is too; here one above the layer's width is refused, as of other kinds."""
+    for settings in (Settings(Kind.LOKR, rank=3), Settings(Kind.LOKR, rank=10000, full_matrix=True)):
+        assert set(kinds.abstract(settings, "x", LINEAR)) == {"w1", "w2", "alpha"}
 
 
 def test_factors_that_do_not_fit_together_are_refused() -> None:

@@ -162,14 +162,15 @@ def abstract(settings: Settings, path: str, shape: tuple[int, ...], layers: int 
 
 def _factors(settings: Settings, path: str, shape: tuple[int, ...]) -> dict[str, Parameter]:
     rank, middle = settings.rank, settings.middle
+    if rank > (width := min(math.prod(shape[:-1]), shape[-1])) and not settings.full_matrix:
+        whole = ", set full_matrix=True for whole matrices" if settings.kind is Kind.LOKR else ""
+        raise InputError(
+            f"An adapter of rank {rank} is to change {path} {shape}, whose own rank is at most {width}. Give a rank up "
+            f"to {width}{whole}, or leave this layer out"
+        )
     if settings.kind is Kind.LOKR:
         options = settings.factor, settings.full_matrix, settings.decompose_both, middle
         return lokr.abstract(shape, rank, *options)
-    if rank > (width := min(math.prod(shape[:-1]), shape[-1])):
-        raise InputError(
-            f"An adapter of rank {rank} is to change {path} {shape}, whose own rank is at most {width}. Give a rank up "
-            f"to {width}, or leave this layer out"
-        )
     return (lora if settings.kind is Kind.LORA else loha).abstract(shape, rank, middle)
 
 

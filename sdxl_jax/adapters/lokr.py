@@ -63,7 +63,7 @@ def abstract(
     """The factors of a kernel and how they begin, as in LyCORIS: w2 or w2_up … is zero, and so is ΔW.
 
     factor: of `split`, for both axes. full_matrix: w1 and w2 whole. decompose_both: w1 as factors too. A part whose
-    half width the rank reaches is whole. middle: w2 with a middle factor, for windows above 1×1.
+    half width the rank reaches is whole, as in LyCORIS. middle: w2 with a middle factor, for windows above 1×1.
     """
     *window, inputs, outputs = shape
     (in_1, in_2), (out_1, out_2) = split(inputs, factor), split(outputs, factor)

@@ -114,8 +114,8 @@ class AdapterConfig(Settings):
             [("adapter.conv_rank", self.conv_rank, 1, math.inf)],
             below_high=True,
         )
-        check_ranges([("adapter.up_rate", self.up_rate, 0, math.inf)], above_low=True)
-        check_ranges([("adapter.norm_limit", self.norm_limit, 0, math.inf)], above_low=True)
+        factors = [("adapter.up_rate", self.up_rate, 0, math.inf), ("adapter.norm_limit", self.norm_limit, 0, math.inf)]
+        check_ranges(factors, above_low=True, below_high=True)
         dropouts = ("rank_dropout", "module_dropout")
         check_ranges([(f"adapter.{name}", getattr(self, name), 0, 1) for name in dropouts], below_high=True)
         self._check_spelling()
@@ -124,8 +124,7 @@ class AdapterConfig(Settings):
             ("factor", self.factor is not None, is_lokr, "adapter.kind=lokr"),
             ("full_matrix", self.full_matrix, is_lokr, "adapter.kind=lokr"),
             ("decompose_both", self.decompose_both, is_lokr, "adapter.kind=lokr"),
-            ("rank_stabilised", self.rank_stabilised, is_low_rank, "another adapter.kind"),
-            ("rank_dropout", bool(self.rank_dropout), is_low_rank, "another adapter.kind"),
+            *((name, self._is_given(name), is_low_rank, "another adapter.kind") for name in _OF_RANKS),
             ("up_rate", self.up_rate != 1, self.kind is Kind.LORA, "adapter.kind=lora"),
             ("module_dropout", bool(self.module_dropout), self.magnitude is None, "adapter.magnitude=None"),
         ):
@@ -135,6 +134,16 @@ class AdapterConfig(Settings):
                     f"{'' if self.magnitude is None else f' and adapter.magnitude={self.magnitude.value}'}. Leave it "
                     f"out, or set {remedy}"
                 )
+        for name in _OF_PRODUCTS if self.full_matrix else ():
+            if self._is_given(name):
+                raise InputError(
+                    f"adapter.{name} has no effect with adapter.full_matrix: whole matrices have no rank. Leave one of "
+                    "them out"
+                )
+
+    def _is_given(self, name: str) -> bool:
+        """Whether a field has another value than its default."""
+        return getattr(self, name) != getattr(AdapterConfig, name)
 
     def _check_spelling(self) -> None:
         """Raises InputError for what PEFT's LoRA files have no place for."""
@@ -158,6 +167,12 @@ class AdapterConfig(Settings):
             own["rank"] = self.conv_rank or self.rank
             own["alpha"] = self.conv_alpha or self.alpha
         return Settings(**own)
+
+
+_OF_PRODUCTS = ("middle", "rank_stabilised", "decompose_both", "conv_rank", "conv_alpha", "rank_dropout")
+"""Settings of products of narrow factors. A LoKr of whole matrices may have rank and alpha, which are not used."""
+_OF_RANKS = ("rank", "alpha", "middle", "rank_stabilised", "conv_rank", "conv_alpha", "rank_dropout")
+"""Settings that a whole difference does not have."""
 
 
 def is_window(shape: tuple[int, ...]) -> bool:
