@@ -134,9 +134,14 @@ def train(config: TrainConfig, folder: Path, stop_before: int | None = None) -> 
 
 
 def assert_resumes(config: TrainConfig, straight: Path, stopped: Path) -> None:
-    """Stopped after the first and the second step, the run ends with the state and the file of the straight one."""
+    """Stopped after the first and the second step, the run ends with the state and the files of the straight one, also
+    where the second stop was between the checkpoint and the file of its step."""
+    of_step = "adapters/run-00000002.safetensors"
     for stop_before in (2, 3, None):
         train(config, stopped, stop_before)
+        if stop_before == 3:
+            (stopped / of_step).unlink()
+    assert (straight / of_step).read_bytes() == (stopped / of_step).read_bytes()
     abstract, _ = objective_of(config).abstract_state(sharding.make_mesh(config.mesh))
     one, other = (checkpoint.restore(each / "checkpoints", STEPS, abstract) for each in (straight, stopped))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):

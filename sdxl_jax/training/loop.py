@@ -102,6 +102,7 @@ def _loop(run: Run, tools: "Tools") -> TrainState:
     """Batch, step, log, save, validate, until all steps are done. Returns the last state."""
     state, step = run.state, run.first
     try:
+        tools.exporter.write_missing(step, state)
         tools.validator.write_missing_grid(step, state)
         while step < run.stop:
             with tools.saver.save_on_error(step, state):
@@ -320,9 +321,25 @@ class Exporter:
         self._run, self._clock, self._writer = run, clock, writer
 
     def if_due(self, step: int, state: TrainState) -> None:
+        if self._is_due(step):
+            self._write(step, state, self._name(step))
+
+    def write_missing(self, step: int, state: TrainState) -> None:
+        """On resume, if the run was stopped between a checkpoint and the files of the same step."""
+        run = self._run
+        if step and self._is_due(step):
+            # The first process decides, as for validation images.
+            exists = int((run.directory.path / self._name(step)).exists())
+            if not int(run.processes.gather(str(exists))[0]):
+                self._write(step, state, self._name(step))
+
+    def _is_due(self, step: int) -> bool:
+        """Whether files are written after this step, besides those of the end."""
         every = self._run.config.checkpoint.export_every_steps
-        if every is not None and step % every == 0 and step < self._run.stop:
-            self._write(step, state, PurePath("adapters", f"{self._run.directory.path.name}-{step:08d}.safetensors"))
+        return every is not None and step % every == 0 and step < self._run.stop
+
+    def _name(self, step: int) -> PurePath:
+        return PurePath("adapters", f"{self._run.directory.path.name}-{step:08d}.safetensors")
 
     def at_the_end(self, step: int, state: TrainState) -> None:
         """After the last step, also of a run that had finished before."""
