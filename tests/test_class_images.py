@@ -20,6 +20,7 @@ from sdxl_jax.evaluation.class_images import sample_class_images
 from sdxl_jax.model import Model
 from sdxl_jax.sampling.generate import Generated
 from sdxl_jax.sampling.options import Options
+from sdxl_jax.weights import lora
 from sdxl_jax.weights.convert import convert
 from sdxl_jax.weights.lazy import Origin, SourceLayout, Weights
 from sdxl_jax.weights.open import OpenOptions
@@ -98,13 +99,21 @@ def test_folders_with_other_images_and_prompts_without_a_class_are_refused(
         sample_class_images(model, tmp_path / "mine", PROMPT, OPTIONS)
 
 
-def test_command_samples_and_says_what_was_there(model: str, sampled: list[int], tmp_path: Path) -> None:
+def test_command_samples_and_says_what_was_there(
+    model: str, sampled: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size = ("--height", 32, "--width", 32, "--steps", 2, "--num-images", 2)
     for now in (2, 0):
         outcome = call("data", "class-images", model, tmp_path / "class", "--prompt", PROMPT, *size)
         assert outcome.code == 0 and f"2 images of 'a photo of a dog', {now} of them sampled now" in outcome.out
-    refused = call("data", "class-images", model, tmp_path / "other", "--prompt", PROMPT, "--lora", "x.safetensors")
-    assert refused.code == 2 and "--lora x.safetensors has no effect on class images" in refused.err
+    merged = list[Any]()
+    monkeypatch.setattr(lora, "read", lambda path: str(path))
+    monkeypatch.setattr(lora, "merge", lambda weights, *given: merged.append(given) or weights)
+    with_adapter = ("--prompt", PROMPT, *size, "--lora", "x.safetensors:0.5")
+    refused = call("data", "class-images", model, tmp_path / "class", *with_adapter)
+    assert refused.code == 2 and "holds other images" in refused.err
+    assert call("data", "class-images", model, tmp_path / "other", *with_adapter).code == 0
+    assert merged == [("x.safetensors", 0.5)] * 2
 
 
 @pytest.mark.slow

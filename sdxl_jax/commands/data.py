@@ -223,10 +223,6 @@ class ClassImages(parsing.OpenFlags):
 
 def _class_images(arguments: list[str]) -> None:
     options = parsing.parse(ClassImages, arguments, "data class-images")
-    if options.lora:
-        raise InputError(
-            f"--lora {options.lora[0]} has no effect on class images. Merge it with `sdxl-jax convert --lora`"
-        )
     with signals.stop():
         _run_class_images(options)
 
@@ -246,5 +242,6 @@ def _run_class_images(options: ClassImages) -> None:
         dtype=Dtype(options.dtype),
         opening=options.open_options(),
         parts_from=options.parts_from,
+        loras=options.lora,
     )
     print(f"{options.folder}: {options.options.num_images} images of {options.prompt!r}, {sampled} of them sampled now")

@@ -26,6 +26,7 @@ from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import check_prompts, prepare
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.weights import lora
 from sdxl_jax.weights.lazy import cast
 from sdxl_jax.weights.load import load_weights
 from sdxl_jax.weights.open import OpenOptions, open_model
@@ -47,21 +48,24 @@ def sample_class_images(
     dtype: Dtype = Dtype.FLOAT32,
     opening: OpenOptions = OpenOptions(),
     parts_from: Sequence[str | AnyPath] = (),
+    loras: Sequence[str] = (),
 ) -> int:
     """Samples the images that the folder lacks, with a progress bar, and returns their number; 0: it was complete, and
     no weights were read.
 
     prompt: of the class, "a photo of a dog", the caption of every image. options: `num_images` is the number of images
-    in the folder. opening, parts_from: as of `open_model`.
+    in the folder. opening, parts_from: as of `open_model`. loras: adapters to merge, each FILE or FILE:SCALE.
 
     Raises InputError: no prompt; options that the model does not take; a folder with images of another model, prompt or
-    settings, with more of them, or with captions of other images; and as `open_model`.
+    settings, with more of them, or with captions of other images; and as `open_model` and `lora.merge`.
     """
     if not prompt.strip():
         raise InputError('The prompt of the class is empty. Give the class, e.g. "a photo of a dog"')
     if options.first_index:
         raise InputError(f"first_index={options.first_index} has no effect on class images. Leave it out")
     weights = open_model(model, opening, parts_from)
+    for path, scale in map(lora.parse_option, loras):
+        weights = lora.merge(weights, lora.read(path), scale)
     prepare(weights.config, None, options)
     check_prompts(weights.config, [prompt, negative_prompt], [])
     resolved = {name: value for name, value in vars(options.resolved(weights.config)).items() if value is not None}
@@ -69,6 +73,7 @@ def sample_class_images(
     settings |= {"model": printable(model), "prompt": prompt, "dtype": dtype.value}
     settings |= {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     settings |= {"parts_from": json.dumps([str(each) for each in parts_from])} if parts_from else {}
+    settings |= {"lora": json.dumps(list(loras))} if loras else {}
     given = {name: value for name, value in vars(opening).items() if value != getattr(OpenOptions(), name)}
     settings |= {name: str(value) for name, value in given.items()}
     settings = {name: value for name, value in settings.items() if name not in _OF_THE_FOLDER}
