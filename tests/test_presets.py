@@ -136,6 +136,12 @@ REFUSED: list[tuple[dict[str, Any], ModelConfig, str]] = [
         dataclasses.replace(SDXL_BASE, prediction=Prediction.V),
         "of weights that predict epsilon; this model predicts v_prediction",
     ),
+    (
+        {"preset": "lightning"},
+        with_file_preset("turbo"),
+        "preset=lightning contradicts preset=turbo of the model's files, .* Leave preset out, or give weights of light",
+    ),
+    ({"preset": "hyper-sd-unet"}, with_file_preset("hyper-sd"), "contradicts preset=hyper-sd of the model's files"),
     ({"steps": 30}, with_file_preset("turbo"), "preset=turbo of the model's files .* Give a sampler to sample it in"),
 ]
 
@@ -144,6 +150,16 @@ REFUSED: list[tuple[dict[str, Any], ModelConfig, str]] = [
 def test_what_contradicts_a_preset_is_refused(given: dict[str, Any], config: ModelConfig, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Options(**given).check(config)
+
+
+@pytest.mark.parametrize("kind", [("lcm", "lcm-lora"), ("dmd2", "dmd"), ("turbo", "add")], ids="-".join)
+def test_presets_of_one_method_stand_for_each_other(kind: tuple[str, str]) -> None:
+    for stated, given in (kind, kind[::-1]):
+        config = dataclasses.replace(with_file_preset(stated), distilled="lcm" in kind)
+        Options(preset=given).check(config)
+        metadata = {"sdxl_jax.sampling": json.dumps({"preset": given})}
+        added = lora.add(Model(config, {}), Lora("x.safetensors", {}, metadata=metadata))
+        assert added.config.sampling == SamplingDefaults(preset=given)
 
 
 def test_a_refiner_beside_a_preset_is_refused() -> None:
@@ -230,6 +246,24 @@ def test_metadata_of_a_lora_and_another_unet_bring_their_preset() -> None:
     assert lora.remove(added, "x.safetensors").config == MODEL
     assert with_parts(merged, weights, "there").config.sampling is None, "the preset was of the UNet that is replaced"
     assert with_preset(SamplingDefaults("ddim"), "dmd2") == SamplingDefaults("ddim", preset="dmd2")
+
+
+def test_a_few_step_lora_of_another_preset_than_the_models_is_refused() -> None:
+    """Turbo with a Lightning LoRA, and two few-step LoRAs."""
+    lightning, hyper = (Lora(name, {}, metadata={"ss_output_name": name}) for name in ("sdxl_lightning", "hyper-sdxl"))
+    base = Model(SDXL_BASE, {})
+    for model, second in (
+        (base._replace(config=with_file_preset("turbo")), lightning),
+        (lora.add(base, lightning), hyper),
+    ):
+        with pytest.raises(InputError, match=rf"{second.name} is of preset .*Leave the LoRA out"):
+            lora.add(model, second)
+        weights = Weights(model.config, {}, Origin(SourceLayout.PART))
+        with pytest.raises(InputError, match="weights distilled in two ways do not add up"):
+            lora.merge(weights, second, 1.0)
+    assert lora.add(lora.add(base, lightning), Lora("style", {})).config.sampling == SamplingDefaults(
+        preset="lightning"
+    )
 
 
 # Where options are given

@@ -85,6 +85,9 @@ PRESETS = {
 }
 """By the names of the command line."""
 
+_KINDS = ({CONSISTENCY, CONSISTENCY_LORA}, {"dmd2", DISTRIBUTION_MATCHING}, {"turbo", ADVERSARIAL})
+"""Presets of one method, which may stand for each other: published weights, and students that are distilled here."""
+
 _NAMES = {
     r"\bsd(xl|_xl)?[-_ ]turbo": "turbo",
     r"\bsdxl[-_ ]lightning": "lightning",
@@ -103,6 +106,11 @@ def find(name: str) -> Preset:
         known = ", ".join(nearest_first(name, PRESETS))
         raise InputError(f"There is no preset {name!r}. Known, nearest first: {known}")
     return PRESETS[name]
+
+
+def same_kind(one: str, other: str) -> bool:
+    """Whether weights of one preset may be sampled by the other: they are of one method."""
+    return one == other or any({one, other} <= kind for kind in _KINDS)
 
 
 def named(*titles: object) -> str | None:

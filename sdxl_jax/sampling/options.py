@@ -235,7 +235,16 @@ class Options:
 
     def _check_preset(self, name: str, preset: presets.Preset, config: "ModelConfig") -> None:
         """Raises InputError for options that contradict a preset, and for models that it is not for."""
-        said, other = f"preset={name}", "Give another preset, or none"
+        said, other, stated = (
+            f"preset={name}",
+            "Give another preset, or none",
+            config.sampling and config.sampling.preset,
+        )
+        if stated is not None and not presets.same_kind(name, stated):
+            raise InputError(
+                f"{said} contradicts preset={stated} of the model's files, which is of weights that were distilled in "
+                f"another way. Leave preset out, or give weights of {name}; or a sampler without preset"
+            )
         if self.preset is None:
             said, other = f"preset={name} of the model's files", "Give a sampler to sample it in another way"
         _check_model_of(said, preset, config, other)

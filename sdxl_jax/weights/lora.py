@@ -27,7 +27,8 @@ def add(model: Model, lora: Lora | str | PurePath, scale: float = 1.0, name: str
     scale: strength, 1 as trained; several LoRAs add up. name: for `remove`, default the file's. Sums are float32;
     parameters keep their dtype and sharding.
 
-    Raises InputError for what `read` and `resolve` refuse, and for a name that the model has already.
+    Raises InputError for what `read` and `resolve` refuse, for a name that the model has already, and for a few-step
+    LoRA of another preset than the model's.
     """
     lora = lora if isinstance(lora, Lora) else read(lora)
     name = lora.name if name is None else name
@@ -69,8 +70,8 @@ def remove(model: Model, name: str) -> Model:
 
 
 def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
-    """Merges a LoRA into lazy weights: each parameter is changed when it is read. Raises InputError as `resolve`, and
-    for a part that is missing."""
+    """Merges a LoRA into lazy weights: each parameter is changed when it is read. Raises InputError as `resolve`, for
+    a part that is missing, and for a few-step LoRA of another preset than the model's."""
     resolved = resolve(lora, weights.config)
     if absent := [path for path in resolved if path not in weights.leaves]:
         raise InputError(
@@ -93,8 +94,16 @@ def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
 
 
 def _with_preset(config: ModelConfig, lora: Lora) -> ModelConfig:
-    """With the preset of a few-step LoRA, if its metadata says it; otherwise as it was."""
+    """With the preset of a few-step LoRA, if its metadata says it; otherwise as it was. Raises InputError for a model
+    that has another one already."""
     said = descriptions.distilled_for(lora.metadata)
+    own, given = None if config.sampling is None else config.sampling.preset, said.get("preset")
+    if own is not None and given is not None and not presets.same_kind(own, given):
+        raise InputError(
+            f"{lora.name} is of preset {given} by its metadata, but the model is of preset {own} already, by its files "
+            "or another LoRA: weights distilled in two ways do not add up. Leave the LoRA out, or give a base without "
+            f"preset {own}"
+        )
     return replace(config, sampling=presets.with_stated(config.sampling, said)) if said else config
 
 
