@@ -1,6 +1,7 @@
 """Distillation: teacher and student, losses on networks that can be solved, what is refused, and what is exported."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sdxl_jax.adapters.embeddings import TextualInversionConfig
 from sdxl_jax.adapters.targets import AdapterConfig, Layers
 from sdxl_jax.arrays import BaseDtype, Batch, MicroConditioning, Params, flatten
 from sdxl_jax.config import ValidationConfig
+from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.diffusion.continuous import EdmConfig
 from sdxl_jax.diffusion.loss import LossConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
@@ -25,11 +27,14 @@ from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.samplers.defaults import SamplingDefaults
+from sdxl_jax.samplers.presets import STATED, stated, with_stated
 from sdxl_jax.samplers.steps import Spacing, find, make_levels
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.training import initial
 from sdxl_jax.training.objectives import objective_of
+from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
 from sdxl_jax.training.objectives.distillation.consistency import Consistency, ConsistencyConfig, ConsistencyTarget
+from sdxl_jax.training.objectives.distillation.distribution_matching import DistributionMatchingConfig
 from sdxl_jax.training.objectives.distillation.guidance import GuidanceDistillation, GuidanceDistillationConfig
 from sdxl_jax.training.objectives.distillation.progressive import ProgressiveConfig
 from sdxl_jax.training.objectives.distillation.teacher import (
@@ -43,6 +48,7 @@ from sdxl_jax.training.objectives.distillation.teacher import (
 from sdxl_jax.training.processes import Processes
 from sdxl_jax.weights import lora
 from sdxl_jax.weights.convert import convert
+from sdxl_jax.weights.descriptions import distilled_for
 from sdxl_jax.weights.formats import diffusers_sampling
 from sdxl_jax.weights.formats.diffusers_fields import is_distilled, scheduler_fields
 from sdxl_jax.weights.lazy import Initial, Origin, SourceLayout, Weights, abstract_leaves
@@ -453,13 +459,34 @@ def test_a_student_and_its_diffusers_directory_are_sampled_as_it_was_distilled(
     assert resolved(dataclasses.replace(student, sampling=found, distilled=is_distilled(fields))) == expected
 
 
+@pytest.mark.parametrize("kind", [*METHODS, DistributionMatchingConfig, AdversarialDiffusionConfig])
+@pytest.mark.parametrize(
+    ("buckets", "expected"),
+    [
+        (((512, 512),), (512, 512)),
+        (((512, 768), (640, 576), (768, 512)), (640, 576)),
+        (((64, 64), MODEL.default_size), MODEL.default_size),
+    ],
+)
+def test_a_student_is_sampled_at_a_size_that_it_was_trained_at(
+    kind: Any, buckets: tuple[tuple[int, int], ...], expected: tuple[int, int]
+) -> None:
+    student = kind(data=DataConfig(folder="images", buckets=buckets), model=MODEL).student
+    assert student.default_size == Options().default_size(student) == expected
+    # What is known of it beside another model, where its weights go without the size of their own.
+    said = with_stated(None, distilled_for({STATED: json.dumps(stated(student.sampling))}))
+    assert Options().default_size(dataclasses.replace(MODEL, sampling=said)) == expected
+
+
 def test_the_file_of_a_student_that_is_an_adapter_says_its_preset(folder: Path, tmp_path: Path) -> None:
-    objective, state, frozen = fresh(lora_student(folder))
+    model = dataclasses.replace(MODEL, default_size=(32, 32))
+    objective, state, frozen = fresh(lora_student(folder, model=model))
     mesh = sharding.make_mesh(objective.config.mesh, jax.devices()[:1])
     objective.export(state, frozen, tmp_path / "student.safetensors", 3, mesh, Processes(1.0))
-    base = tiny.random_model(MODEL, 0)
+    base = tiny.random_model(model, 0)
     made = lora.add(base, tmp_path / "student.safetensors")
     assert resolved(made.config) == ("lcm-lora", "lcm", None, 4, 1.0)
+    assert Options().default_size(made.config) == (16, 16), "the size of its only bucket"
     assert lora.remove(made, made.adapters[0].name).config == base.config
 
 

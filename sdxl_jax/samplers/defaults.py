@@ -62,6 +62,8 @@ class SamplingDefaults:
     """Number of steps that the model was distilled for; None: the preset's, or 30."""
     guidance: float | None = None
     """Guidance scale of a model that has it as an input; None: the preset's, or 5."""
+    size: tuple[int, int] | None = None
+    """(height, width) in pixels that the model was distilled at; None: the preset's, or the model's `default_size`."""
 
     def sampler_of(self, zero_terminal_snr: bool, distilled: bool) -> str:
         """The sampler of a model with these properties."""

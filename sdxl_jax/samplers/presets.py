@@ -132,7 +132,8 @@ STATED = "sdxl_jax.sampling"
 
 
 def stated(sampling: SamplingDefaults | None) -> dict[str, Any]:
-    """What a model was distilled for, for files that say nothing else of it: preset, steps, guidance. {}: nothing."""
+    """What a model was distilled for, for files that say nothing else of it: preset, steps, guidance, size.
+    {}: nothing."""
     given = sampling or SamplingDefaults()
     found = {name: getattr(given, name) for name in _STATED if getattr(given, name) is not None}
     # Without a name for it, a UNet with guidance as an input is sampled as a consistency model.
@@ -150,7 +151,7 @@ def with_stated(sampling: SamplingDefaults | None, said: Mapping[str, Any]) -> S
     return None if changed == SamplingDefaults() else changed
 
 
-_STATED = ("preset", "steps", "guidance")
+_STATED = ("preset", "steps", "guidance", "size")
 
 
 def listed(steps: tuple[int, ...]) -> str:

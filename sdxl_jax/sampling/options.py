@@ -157,9 +157,10 @@ class Options:
         return None if other or self.sigmas not in (None, Sigmas.SCHEDULE) else name
 
     def default_size(self, config: "ModelConfig") -> tuple[int, int]:
-        """(height, width) in pixels where neither they nor an init image is given: the preset's, or the model's own."""
-        name = self._preset_of(config)
-        return (None if name is None else presets.find(name).size) or config.default_size
+        """(height, width) in pixels where neither they nor an init image is given: what the model was distilled at, the
+        preset's, or the model's own."""
+        name, distilled_at = self._preset_of(config), config.sampling and config.sampling.size
+        return distilled_at or (None if name is None else presets.find(name).size) or config.default_size
 
     def network_of(self, config: "ModelConfig") -> "ModelConfig":
         """The model as these options sample it: with the prediction of a preset's network of one step."""

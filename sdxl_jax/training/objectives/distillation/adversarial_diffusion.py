@@ -197,9 +197,7 @@ class AdversarialDiffusionConfig(CriticDistillationConfig):
     @property
     def student(self) -> ModelConfig:
         sampling = self.model.sampling or SamplingDefaults()
-        return replace(
-            self.model, sampling=replace(sampling, preset=presets.ADVERSARIAL, steps=self.steps, guidance=None)
-        )
+        return self.as_student(replace(sampling, preset=presets.ADVERSARIAL, steps=self.steps, guidance=None))
 
     @property
     def nodes(self) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ class ConsistencyConfig(DistillationConfig):
             guidance = fitting(presets.find(preset).input_guidance or math.inf, self.teacher.guidance)
         sampling = replace(self.model.sampling or SamplingDefaults(), preset=preset, steps=None, guidance=guidance)
         unet = replace(self.model.unet, guidance_dim=self.guidance_dim)
-        return replace(self.model, unet=unet, distilled=True, sampling=sampling)
+        return self.as_student(sampling, unet=unet, distilled=True)
 
     def check(self) -> None:
         super().check()

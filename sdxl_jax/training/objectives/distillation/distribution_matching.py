@@ -95,10 +95,7 @@ class DistributionMatchingConfig(CriticDistillationConfig):
     @property
     def student(self) -> ModelConfig:
         sampling = self.model.sampling or SamplingDefaults()
-        return replace(
-            self.model,
-            sampling=replace(sampling, preset=presets.DISTRIBUTION_MATCHING, steps=self.steps, guidance=None),
-        )
+        return self.as_student(replace(sampling, preset=presets.DISTRIBUTION_MATCHING, steps=self.steps, guidance=None))
 
     @property
     def nodes(self) -> tuple[int, ...]:

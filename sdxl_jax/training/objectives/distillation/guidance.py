@@ -46,7 +46,7 @@ class GuidanceDistillationConfig(DistillationConfig):
         # Named: a UNet with this input and no sampler is taken for a consistency model.
         sampler = before.sampler_of(self.model.schedule.zero_terminal_snr, distilled=False)
         sampling = replace(before, sampler=sampler, guidance=fitting(GUIDANCE, self.teacher.guidance))
-        return replace(self.model, unet=replace(self.model.unet, guidance_dim=self.guidance_dim), sampling=sampling)
+        return self.as_student(sampling, unet=replace(self.model.unet, guidance_dim=self.guidance_dim))
 
     def check(self) -> None:
         super().check()

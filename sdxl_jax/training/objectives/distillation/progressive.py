@@ -64,7 +64,7 @@ class ProgressiveConfig(DistillationConfig):
             steps=self.steps,
             guidance=None if self.guidance_dim is None else fitting(GUIDANCE, self.teacher.guidance),
         )
-        return replace(self.model, unet=replace(self.model.unet, guidance_dim=self.guidance_dim), sampling=sampling)
+        return self.as_student(sampling, unet=replace(self.model.unet, guidance_dim=self.guidance_dim))
 
     def check(self) -> None:
         super().check()

@@ -26,6 +26,7 @@ Of several trained networks, each is a tree like `trained`: the student of other
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -49,6 +50,7 @@ from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig, UnconditionalKind, class_embedding, condition, unconditional_text
 from sdxl_jax.models import unet, vae
 from sdxl_jax.samplers import guidance
+from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.guidance import Conditioning
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.training.initial import abstract_base, check_initial, initial_weights
@@ -104,6 +106,15 @@ class DistillationConfig(TrainConfig):
         """The model that is sampled from or exported: `model` with what the student has of its own, and how it is
         sampled."""
         raise NotImplementedError
+
+    def as_student(self, sampling: SamplingDefaults, **changes: Any) -> ModelConfig:
+        """`model` with what the student has of its own, and with a size that the student is trained at: the model's if
+        that is a bucket, else the squarest bucket. The size goes into sampling too, if it is not the model's."""
+        own, buckets = self.model.default_size, self.data.buckets
+        squarest = min(buckets, key=lambda bucket: abs(math.log(bucket[0] / bucket[1])), default=own)
+        height, width = own if own in buckets else squarest
+        sampling = dataclasses.replace(sampling, size=None if (height, width) == own else (height, width))
+        return dataclasses.replace(self.model, default_size=(height, width), sampling=sampling, **changes)
 
     @property
     def has_copy(self) -> bool:
