@@ -388,6 +388,10 @@ TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
         {"sampling": SamplingDefaults("ddim", steps=4)},
         r"the teacher was distilled for 4 steps\. Set steps to 2",
     ),
+    "guidance": (
+        {"sampling": SamplingDefaults(preset="turbo")},
+        r"teacher\.guidance=4,16, but the teacher has guidance in its weights .* Set teacher\.guidance=None",
+    ),
 }
 """What is different about a model, and what is said of it as a teacher."""
 
@@ -414,6 +418,20 @@ def test_teachers_of_another_kind_are_refused_before_work_starts(
     assert "init_from" not in str(refused.value)
     with pytest.raises(InputError, match=message):
         objective_of(with_training(config, init_from=(name,))).check_start()
+
+
+def test_a_teacher_with_guidance_in_its_weights_is_not_guided_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(initial, "open_model", opened)
+    config = with_training(distillation(ProgressiveConfig, folder, steps=4, guidance_dim=None), init_from=("guidance",))
+    for scales in (None, (1.0, 1.0)):
+        objective_of(dataclasses.replace(config, teacher=TeacherConfig(guidance=scales))).check_start()
+    objective, given_by_input = objective_of(config), dataclasses.replace(MODEL.unet, guidance_dim=8)
+    assert isinstance(objective, Distillation)
+    with pytest.raises(InputError, match="files say preset lcm"):
+        objective.check_teacher(dataclasses.replace(MODEL, distilled=True))
+    objective.check_teacher(dataclasses.replace(MODEL, unet=given_by_input, sampling=SamplingDefaults(preset="lcm")))
 
 
 def test_a_teacher_that_is_missing_is_said(folder: Path) -> None:

@@ -86,6 +86,7 @@ class Progressive(Distillation[ProgressiveConfig]):
     name = "progressive distillation"
 
     def check_teacher(self, teacher: ModelConfig) -> None:
+        super().check_teacher(teacher)
         steps, taught = self.config.steps, None if teacher.sampling is None else teacher.sampling.steps
         if taught not in (None, 2 * steps):
             raise InputError(

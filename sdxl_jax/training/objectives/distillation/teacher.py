@@ -49,7 +49,7 @@ from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.model import Model, ModelConfig, UnconditionalKind, class_embedding, condition, unconditional_text
 from sdxl_jax.models import unet, vae
-from sdxl_jax.samplers import guidance
+from sdxl_jax.samplers import guidance, presets
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.guidance import Conditioning
 from sdxl_jax.sampling.options import Options
@@ -252,7 +252,16 @@ class Distillation(Denoising[Config]):
 
     def check_teacher(self, teacher: ModelConfig) -> None:
         """Raises InputError for a teacher that the method cannot distil: its configuration by its own files, which has
-        the networks of `model`. Here: any is accepted."""
+        the networks of `model`. Here: one that would be guided twice."""
+        preset, scales = teacher.sampling and teacher.sampling.preset, self.config.teacher.guidance
+        preset = presets.CONSISTENCY if preset is None and teacher.distilled else preset
+        has_guidance = preset is not None and teacher.unet.guidance_dim is None
+        if has_guidance and scales not in (None, (1.0, 1.0)):
+            low, high = scales
+            raise InputError(
+                f"teacher.guidance={low:g},{high:g}, but the teacher has guidance in its weights already: its files "
+                f"say preset {preset}. Set teacher.guidance=None, or give another teacher"
+            )
 
     @property
     def _loaded_teacher(self) -> LoopConfig:
