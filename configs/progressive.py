@@ -9,10 +9,10 @@ last run   never at full size; the tests run the smoke configuration configs/smo
 Salimans & Ho 2022, arXiv:2202.00512, with guidance as an input, stage 2 of Meng et al., arXiv:2210.03142. A round is a
 run, which starts from the one before; the next two rounds, of 32 and 16 steps:
 
-    sdxl-jax train configs/progressive.py --run-dir runs/progressive_32 --steps 32 --model.unet.guidance-dim 256 \\
-        --training.init-from runs/progressive --data.folder IMAGES
-    sdxl-jax train configs/progressive.py --run-dir runs/progressive_16 --steps 16 --model.unet.guidance-dim 256 \\
-        --training.init-from runs/progressive_32 --data.folder IMAGES
+    sdxl-jax train configs/progressive.py --run-dir runs/progressive_32 --steps 32 --validation.steps 32 \\
+        --model.unet.guidance-dim 256 --training.init-from runs/progressive --data.folder IMAGES
+    sdxl-jax train configs/progressive.py --run-dir runs/progressive_16 --steps 16 --validation.steps 16 \\
+        --model.unet.guidance-dim 256 --training.init-from runs/progressive_32 --data.folder IMAGES
 
 Guidance of 1 to 15 (w of 0 to 14) is what the second paper has for Stable Diffusion; all other numbers are ours.
 """

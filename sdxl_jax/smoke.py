@@ -21,6 +21,7 @@ from sdxl_jax.training.objectives.autoencoding import AutoencoderConfig
 from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
 from sdxl_jax.training.objectives.distillation.critic import CriticDistillationConfig
 from sdxl_jax.training.objectives.distillation.distribution_matching import DistributionMatchingConfig
+from sdxl_jax.training.objectives.distillation.progressive import ProgressiveConfig
 
 _Config = TypeVar("_Config", bound=RunConfig)
 
@@ -44,7 +45,7 @@ SHRUNK = (
     *("vae.block_channels", "vae.resnets_per_block", "vae.groups"),
     *("vae.channels", "vae.encoder_blocks", "vae.decoder_blocks", "validation.images"),
     *("discriminator.network.base_channels", "discriminator.network.layers", "discriminator.start_step"),
-    *("critic.updates", "head.layers", "discriminator.weights", "discriminator.layers"),
+    *("steps", "critic.updates", "head.layers", "discriminator.weights", "discriminator.layers"),
     *(f"discriminator.dinov2.{name}" for name in ("width", "layers", "heads", "mlp_width", "side")),
 )
 """Fields in which a smoke configuration may differ. In `model.text` these are the towers' widths, layers, heads and
@@ -60,6 +61,8 @@ def smoke_config(config: TrainConfig, root: str = "smoke") -> TrainConfig:
     Of the buckets it keeps the widest, the squarest and the tallest.
     """
     small, validation, prompt = _small_run(config, root), config.validation, config.image_prompt
+    if isinstance(small, ProgressiveConfig | DistributionMatchingConfig):
+        small = replace(small, steps=2)  # which its validation has to have
     adapter = config.adapter
     if isinstance(small, CriticDistillationConfig):
         small = _small_critic(small, root)

@@ -176,17 +176,37 @@ def test_numbers_of_steps_in_words() -> None:
 
 def test_names_of_published_weights_are_known_and_those_of_merges_are_not() -> None:
     known = {
-        "stabilityai/sdxl-turbo": "turbo",
-        "sd_xl_turbo_1.0_fp16": "turbo",
-        "SDXL-Lightning": "lightning",
-        "sdxl_lightning_4step_lora": "lightning",
-        "latent-consistency/lcm-lora-sdxl": "lcm-lora",
-        "Hyper-SDXL-8steps-lora": "hyper-sd",
-        "Hyper-SDXL-1step-Unet": "hyper-sd-unet",
-        "dmd2_sdxl_4step_unet_fp16": "dmd2",
+        "stabilityai/sdxl-turbo": ("turbo", None),
+        "sd_xl_turbo_1.0_fp16": ("turbo", None),
+        "sd_xl_turbo, 4 steps": ("turbo", None),
+        "SDXL-Lightning": ("lightning", None),
+        "sdxl_lightning_4step_lora": ("lightning", 4),
+        "sdxl_lightning_1step_x0": ("lightning", 1),
+        "sdxl_lightning_3step": ("lightning", None),
+        "latent-consistency/lcm-lora-sdxl": ("lcm-lora", None),
+        "Hyper-SDXL-8steps-lora": ("hyper-sd", 8),
+        "Hyper-SDXL-1step-Unet": ("hyper-sd-unet", None),
+        "dmd2_sdxl_4step_unet_fp16": ("dmd2", 4),
+        "dmd2_sdxl_1step_unet": ("dmd2", 1),
     }
-    assert {name: named(name) for name in known} == known
-    assert named(None, 3, "Hyper-SDXL-8steps-CFG-lora", "DreamTurbo XL v2", "turbovision", "lightningmix") is None
+    assert {name: (named(name).get("preset"), named(name).get("steps")) for name in known} == known
+    assert named(None, 3, "Hyper-SDXL-8steps-CFG-lora", "DreamTurbo XL v2", "turbovision", "lightningmix") == {}
+
+
+@pytest.mark.parametrize(("name", "given"), [("lightning", "lightning"), ("dmd2", "dmd"), ("progressive", None)])
+def test_the_number_of_steps_of_the_files_is_the_weights_where_they_are_of_one_number(
+    name: str, given: str | None
+) -> None:
+    config = dataclasses.replace(SDXL_BASE, sampling=SamplingDefaults(preset=name, steps=1))
+    assert Options(preset=given).resolved(config).steps == 1
+    Options(preset=given, steps=1).check(config)
+    with pytest.raises(InputError, match=r"steps=4, but the model's files say .* for 1, .* give the weights of 4"):
+        Options(preset=given, steps=4).check(config)
+    other = {"sampler": "euler", "timestep_spacing": Spacing.LEADING}
+    Options(steps=4, **other).check(config)
+    for free in ("turbo", "lcm-lora", "add"):
+        any_number = dataclasses.replace(SDXL_BASE, sampling=SamplingDefaults(preset=free, steps=1))
+        Options(steps=4).check(any_number)
 
 
 def test_a_preset_of_the_files_is_a_default_that_options_override() -> None:
@@ -239,10 +259,10 @@ def test_metadata_of_a_lora_and_another_unet_bring_their_preset() -> None:
     weights = Weights(MODEL, unet, Origin(SourceLayout.PART), noise_is_known=False)
     named_lora = Lora("x.safetensors", {}, metadata={"ss_output_name": "sdxl_lightning_4step_lora"})
     merged = lora.merge(weights, named_lora, 1.0)
-    assert merged.config.sampling == SamplingDefaults(preset="lightning")
+    assert merged.config.sampling == SamplingDefaults(preset="lightning", steps=4)
     assert lora.merge(weights, Lora("x.safetensors", {}), 1.0).config == MODEL
     added = lora.add(Model(MODEL, {}), named_lora)
-    assert added.config.sampling == SamplingDefaults(preset="lightning")
+    assert added.config.sampling == SamplingDefaults(preset="lightning", steps=4)
     assert lora.remove(added, "x.safetensors").config == MODEL
     assert with_parts(merged, weights, "there").config.sampling is None, "the preset was of the UNet that is replaced"
     assert with_preset(SamplingDefaults("ddim"), "dmd2") == SamplingDefaults("ddim", preset="dmd2")

@@ -38,6 +38,8 @@ class Preset:
     """Guidance scale of models that have it as an input, by default; None: there are none of this kind."""
     size: tuple[int, int] | None = None
     """(height, width) in pixels; None: the model's own."""
+    of_one_number: bool = False
+    """Whether there are other weights for each number of steps; otherwise the same ones serve for all of `steps`."""
     one_step_predicts_x0: bool = False
     """Whether the network of one step predicts x₀, and the others ε."""
     families: tuple[str, ...] = ()
@@ -58,7 +60,14 @@ PRESETS = {
     "turbo": Preset("euler_ancestral", (1, 2, 3, 4), spacing=Spacing.TRAILING, size=(512, 512), families=(SDXL, SD2)),
     # Lin et al., arXiv:2402.13929: Euler, trailing, no guidance; one step predicts x₀. Weights of 1, 2, 4 and 8 steps,
     # as UNets and (but for 1) as LoRAs.
-    "lightning": Preset("euler", (1, 2, 4, 8), spacing=Spacing.TRAILING, one_step_predicts_x0=True, families=(SDXL,)),
+    "lightning": Preset(
+        "euler",
+        (1, 2, 4, 8),
+        spacing=Spacing.TRAILING,
+        of_one_number=True,
+        one_step_predicts_x0=True,
+        families=(SDXL,),
+    ),
     # Luo et al., arXiv:2310.04378: the guidance scale is an input; 50 timesteps, of which few are visited. 8.5 is the
     # default of diffusers' LatentConsistencyModelPipeline.
     CONSISTENCY: Preset("lcm", tuple(range(1, 51)), input_guidance=8.5),
@@ -67,18 +76,23 @@ PRESETS = {
     CONSISTENCY_LORA: Preset("lcm", tuple(range(1, 51)), most_guidance=2.0),
     # Ren et al., arXiv:2404.13686; sampler and steps from memory of the card: DDIM, trailing, no guidance for the LoRAs
     # of 1, 2, 4 and 8 steps. (For that of 1 step the card has TCD with η = 1, which is DDIM for one step.)
-    "hyper-sd": Preset("ddim", (1, 2, 4, 8), spacing=Spacing.TRAILING, families=(SDXL, SD1)),
+    "hyper-sd": Preset("ddim", (1, 2, 4, 8), spacing=Spacing.TRAILING, of_one_number=True, families=(SDXL, SD1)),
     # The same, from memory of the card: the UNet of one step, at timestep 800.
     "hyper-sd-unet": Preset("lcm", (1,), 1, timesteps={1: (800,)}, families=(SDXL,)),
     # Yin et al., arXiv:2405.14867: nodes of the four-step generator, and the timestep of the one-step generator, which
     # is conditioned on 399 from noise alone. Fresh noise between the steps, which is the sampler lcm.
-    "dmd2": Preset("lcm", (1, 4), timesteps={1: (399,), 4: (999, 749, 499, 249)}, families=(SDXL,)),
+    "dmd2": Preset("lcm", (1, 4), timesteps={1: (399,), 4: (999, 749, 499, 249)}, of_one_number=True, families=(SDXL,)),
     # Salimans & Ho, arXiv:2202.00512: DDIM, as many steps as the last round; with guidance in the weights, or as an
     # input, Meng et al., arXiv:2210.03142.
-    PROGRESSIVE: Preset("ddim", tuple(2**n for n in range(10)), spacing=Spacing.TRAILING, input_guidance=5.0),
+    PROGRESSIVE: Preset(
+        "ddim", tuple(2**n for n in range(10)), spacing=Spacing.TRAILING, input_guidance=5.0, of_one_number=True
+    ),
     # As dmd2 in four steps, and with as many trailing timesteps in other numbers of steps; any model may be distilled.
     DISTRIBUTION_MATCHING: Preset(
-        "lcm", (1, 2, 4, 8), timesteps={n: tuple(range(999, 0, -1000 // n)) for n in (1, 2, 4, 8)}
+        "lcm",
+        (1, 2, 4, 8),
+        timesteps={n: tuple(range(999, 0, -1000 // n)) for n in (1, 2, 4, 8)},
+        of_one_number=True,
     ),
     # As turbo, at the model's own size; any model may be distilled.
     ADVERSARIAL: Preset("euler_ancestral", (1, 2, 3, 4), spacing=Spacing.TRAILING),
@@ -113,11 +127,20 @@ def same_kind(one: str, other: str) -> bool:
     return one == other or any({one, other} <= kind for kind in _KINDS)
 
 
-def named(*titles: object) -> str | None:
-    """Name of the preset of published weights that one of these titles, from a file's metadata, is of; None for others,
-    and for what is not a text."""
+_STEPS = re.compile(r"(\d+)[-_ ]?steps?(?![a-z])")
+
+
+def named(*titles: object) -> dict[str, Any]:
+    """What one of these titles, from a file's metadata, says if it is of published weights: the preset, and the number
+    of steps where weights are of one number. {} for others, and for what is not a text."""
     texts = [title.lower() for title in titles if isinstance(title, str)]
-    return next((name for text in texts for pattern, name in _NAMES.items() if re.search(pattern, text)), None)
+    found = ((text, name) for text in texts for pattern, name in _NAMES.items() if re.search(pattern, text))
+    if (first := next(found, None)) is None:
+        return {}
+    (text, name), preset = first, find(first[1])
+    steps = _STEPS.search(text)
+    known = steps is not None and preset.of_one_number and int(steps[1]) in preset.steps
+    return {"preset": name, "steps": int(steps[1])} if known else {"preset": name}
 
 
 def with_preset(sampling: SamplingDefaults | None, name: str | None) -> SamplingDefaults | None:

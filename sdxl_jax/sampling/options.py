@@ -116,7 +116,7 @@ class Options:
 
         defaults, zero_terminal_snr = config.sampling or SamplingDefaults(), config.schedule.zero_terminal_snr
         name = self._preset_of(config)
-        own = defaults if name == defaults.preset else SamplingDefaults()
+        own = _own_defaults(name, defaults)
         if name is not None:
             preset = presets.find(name)
             defaults = dataclasses.replace(
@@ -236,11 +236,8 @@ class Options:
 
     def _check_preset(self, name: str, preset: presets.Preset, config: "ModelConfig") -> None:
         """Raises InputError for options that contradict a preset, and for models that it is not for."""
-        said, other, stated = (
-            f"preset={name}",
-            "Give another preset, or none",
-            config.sampling and config.sampling.preset,
-        )
+        said, other = f"preset={name}", "Give another preset, or none"
+        stated = config.sampling and config.sampling.preset
         if stated is not None and not presets.same_kind(name, stated):
             raise InputError(
                 f"{said} contradicts preset={stated} of the model's files, which is of weights that were distilled in "
@@ -273,6 +270,12 @@ class Options:
                 f"steps={self.steps}, but {said} is of weights for {presets.listed(preset.steps)} steps. Give one of "
                 f"these numbers, or leave steps out. {other}"
             )
+        taught = _own_defaults(name, config.sampling or SamplingDefaults()).steps
+        if preset.of_one_number and taught is not None and self.steps not in (None, taught):
+            raise InputError(
+                f"steps={self.steps}, but the model's files say that it was distilled for {taught}, and {said} has "
+                f"other weights for each number of steps. Leave steps out, or give the weights of {self.steps}"
+            )
         if self.guidance is not None and self.guidance > preset.most_guidance and not has_input:
             most = "" if preset.most_guidance == 1 else f" but for a scale of up to {preset.most_guidance:g}"
             raise InputError(
@@ -296,6 +299,13 @@ class Options:
         if unused:
             return [*found, f"{off}. No effect: {', '.join(unused)}"]
         return [*found, off] if given is not None and 0 < given < 1 else found
+
+
+def _own_defaults(name: str | None, defaults: SamplingDefaults) -> SamplingDefaults:
+    """A model's defaults if they are of this preset, or of another one of its method; otherwise none."""
+    stated = defaults.preset
+    of_method = name is not None and stated is not None and presets.same_kind(name, stated)
+    return defaults if name == stated or of_method else SamplingDefaults()
 
 
 def _check_model_of(said: str, preset: presets.Preset, config: "ModelConfig", other: str) -> None:

@@ -196,8 +196,7 @@ def distilled_for(metadata: Mapping[str, str]) -> dict[str, Any]:
             raise InputError(
                 f"The metadata {presets.STATED} is no JSON ({error}). Write the file again with this version"
             ) from error
-    name = presets.named(metadata.get("modelspec.title"), metadata.get("ss_output_name"))
-    return {} if name is None else {"preset": name}
+    return presets.named(metadata.get("modelspec.title"), metadata.get("ss_output_name"))
 
 
 # ---- licences --------------------------------------------------------------------------------------------------------

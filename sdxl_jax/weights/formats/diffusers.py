@@ -126,9 +126,11 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
     noise = noise_config(scheduling, scheduler)
     distilled = is_distilled(scheduling)
     sampling = diffusers_sampling.read(scheduling, scheduler, schedule.zero_terminal_snr, distilled)[0]
-    preset = presets.named(index.get("_name_or_path"), fields.get("_name_or_path"))
-    if preset is None and is_xl and diffusers_sampling.is_turbo(scheduling, height, width):
-        preset = "turbo"
+    said = presets.named(index.get("_name_or_path"), fields.get("_name_or_path"))
+    if not said and is_xl and diffusers_sampling.is_turbo(scheduling, height, width):
+        said = {"preset": "turbo"}
+    if said and (sampling is None or sampling.preset != said["preset"]):
+        sampling = presets.with_stated(sampling, said)
     zeros = is_xl and index.get("force_zeros_for_empty_prompt", True)
     config = ModelConfig(
         unet=unet,
@@ -139,7 +141,7 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
         prediction=prediction,
         distilled=distilled,
         noise=noise,
-        sampling=sampling if preset is None else presets.with_preset(sampling, preset),
+        sampling=sampling,
         unconditional=UnconditionalKind.ZEROS if zeros else UnconditionalKind.EMPTY,
         default_size=(height * vae.downsampling, width * vae.downsampling),
     )
