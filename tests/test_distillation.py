@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import tiny
+from safetensors.numpy import load_file, save_file
 from test_adapter_training import MODEL
 
 from sdxl_jax import sharding
@@ -28,8 +30,9 @@ from sdxl_jax.models.layers import Compute, Dtype
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.presets import STATED, stated, with_stated
-from sdxl_jax.samplers.steps import Spacing, find, make_levels
+from sdxl_jax.samplers.steps import Levels, Spacing, find, make_levels
 from sdxl_jax.sampling.options import Options
+from sdxl_jax.sampling.plan import levels_of
 from sdxl_jax.training import initial
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
@@ -52,6 +55,7 @@ from sdxl_jax.weights.descriptions import distilled_for
 from sdxl_jax.weights.formats import diffusers_sampling
 from sdxl_jax.weights.formats.diffusers_fields import is_distilled, scheduler_fields
 from sdxl_jax.weights.lazy import Initial, Origin, SourceLayout, Weights, abstract_leaves
+from sdxl_jax.weights.parts import with_parts
 
 pytestmark = pytest.mark.usefixtures("shared_steps", "quick_compilation")
 
@@ -506,6 +510,38 @@ def test_the_file_of_a_student_that_is_an_adapter_says_its_preset(folder: Path, 
     assert resolved(made.config) == ("lcm-lora", "lcm", None, 4, 1.0)
     assert Options().default_size(made.config) == (16, 16), "the size of its only bucket"
     assert lora.remove(made, made.adapters[0].name).config == base.config
+
+    # The same factors as those of a progressive student, which ends at the finished image; its base does not.
+    changes = {"adapter": LORA, "guidance_dim": None, "steps": 4, "model": model}
+    student = distillation(ProgressiveConfig, folder, **changes).student
+    with safetensors.safe_open(tmp_path / "student.safetensors", "numpy") as file:
+        metadata = {**file.metadata(), STATED: json.dumps(stated(student.sampling))}
+    factors = load_file(tmp_path / "student.safetensors")
+    save_file(factors, tmp_path / "progressive.safetensors", metadata)
+    visited = [levels(config) for config in (student, lora.add(base, tmp_path / "progressive.safetensors").config)]
+    jax.tree.map(np.testing.assert_array_equal, *visited)
+    assert visited[0].alpha[-1] == 1 > levels(base.config, sampler="ddim").alpha[-1]
+
+
+def levels(config: ModelConfig, **given: Any) -> Levels:
+    """The noise levels that a model is sampled at by default."""
+    return levels_of(config, Options(**given).resolved(config), config.sampling)
+
+
+def test_a_progressive_student_ends_at_the_finished_image_in_the_place_of_a_models_parts(folder: Path) -> None:
+    """With --parts-from, with --preset, and where a model with its adapter is converted to a diffusers directory."""
+    student = distillation(ProgressiveConfig, folder, steps=4, guidance_dim=None).student
+    leaves = {path: Initial(leaf, path, 0) for path, leaf in abstract_leaves(MODEL, ["unet"]).items()}
+    base, unet = (
+        Weights(config, leaves, Origin(SourceLayout.PART), noise_is_known=False) for config in (MODEL, student)
+    )
+    joined = with_parts(base, unet, "there").config
+    named = dataclasses.replace(MODEL, sampling=SamplingDefaults(preset="progressive", steps=4))
+    fields = scheduler_fields(named.schedule, named.prediction, named.distilled, named.sampling)
+    converted = dataclasses.replace(MODEL, sampling=diffusers_sampling.read(fields, "here", False, False)[0])
+    for config, given in ((joined, {}), (MODEL, {"preset": "progressive"}), (named, {}), (converted, {})):
+        jax.tree.map(np.testing.assert_array_equal, levels(config, **given), levels(student))
+    assert fields["set_alpha_to_one"] is True
 
 
 @pytest.mark.slow

@@ -38,6 +38,8 @@ class Preset:
     """Guidance scale of models that have it as an input, by default; None: there are none of this kind."""
     size: tuple[int, int] | None = None
     """(height, width) in pixels; None: the model's own."""
+    ends_at_image: bool = False
+    """Whether the last step always leads to the finished image; otherwise, with ddim, as the model's files say."""
     of_one_number: bool = False
     """Whether there are other weights for each number of steps; otherwise the same ones serve for all of `steps`."""
     one_step_predicts_x0: bool = False
@@ -83,9 +85,14 @@ PRESETS = {
     # is conditioned on 399 from noise alone. Fresh noise between the steps, which is the sampler lcm.
     "dmd2": Preset("lcm", (1, 4), timesteps={1: (399,), 4: (999, 749, 499, 249)}, of_one_number=True, families=(SDXL,)),
     # Salimans & Ho, arXiv:2202.00512: DDIM, as many steps as the last round; with guidance in the weights, or as an
-    # input, Meng et al., arXiv:2210.03142.
+    # input, Meng et al., arXiv:2210.03142. Its last step is trained to end at the finished image.
     PROGRESSIVE: Preset(
-        "ddim", tuple(2**n for n in range(10)), spacing=Spacing.TRAILING, input_guidance=5.0, of_one_number=True
+        "ddim",
+        tuple(2**n for n in range(10)),
+        spacing=Spacing.TRAILING,
+        input_guidance=5.0,
+        ends_at_image=True,
+        of_one_number=True,
     ),
     # As dmd2 in four steps, and with as many trailing timesteps in other numbers of steps; any model may be distilled.
     DISTRIBUTION_MATCHING: Preset(
@@ -138,9 +145,9 @@ def named(*titles: object) -> dict[str, Any]:
     if (first := next(found, None)) is None:
         return {}
     (text, name), preset = first, find(first[1])
-    steps = _STEPS.search(text)
-    known = steps is not None and preset.of_one_number and int(steps[1]) in preset.steps
-    return {"preset": name, "steps": int(steps[1])} if known else {"preset": name}
+    number = _STEPS.search(text)
+    steps = None if number is None else int(number[1])
+    return {"preset": name} | ({"steps": steps} if preset.of_one_number and steps in preset.steps else {})
 
 
 def with_preset(sampling: SamplingDefaults | None, name: str | None) -> SamplingDefaults | None:

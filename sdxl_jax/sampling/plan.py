@@ -174,6 +174,7 @@ def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults 
         sigmas = options.sigmas or Sigmas.SCHEDULE
         return continuous_levels(find(options.sampler or ""), config.noise, options.steps or 0, sigmas)
     defaults, sampler, steps = defaults or SamplingDefaults(), options.sampler or "", options.steps or 0
+    preset = None if options.preset is None else presets.find(options.preset)
     return make_levels(
         find(sampler),
         schedule.make(config.schedule),
@@ -181,8 +182,8 @@ def levels_of(config: ModelConfig, options: Options, defaults: SamplingDefaults 
         options.timestep_spacing,
         options.sigmas or Sigmas.SCHEDULE,
         offset=defaults.steps_offset,
-        ends_at_first=defaults.ends_at_first(sampler),
-        chosen=None if options.preset is None else presets.find(options.preset).timesteps.get(steps),
+        ends_at_first=defaults.ends_at_first(sampler) and not (preset is not None and preset.ends_at_image),
+        chosen=None if preset is None else preset.timesteps.get(steps),
     )
 
 

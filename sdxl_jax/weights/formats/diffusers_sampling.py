@@ -291,6 +291,7 @@ def written(sampling: SamplingDefaults | None, zero_terminal_snr: bool, distille
     if sampling.preset is not None:
         preset = presets.find(sampling.preset)
         sampling = replace(sampling, sampler=preset.sampler, spacing=preset.spacing, sigmas=Sigmas.SCHEDULE)
+        sampling = replace(sampling, set_alpha_to_one=sampling.set_alpha_to_one or preset.ends_at_image)
     # LCM's class is what marks a model as distilled.
     sampler = "lcm" if distilled else sampling.sampler_of(zero_terminal_snr, distilled)
     name = "DPMSolverMultistepScheduler" if sampler == "dpmpp_2m_sde" else _name_of(sampler)
