@@ -34,7 +34,7 @@ FLOW = dataclasses.replace(SDXL_BASE, noise=FlowConfig(3.0), prediction=Predicti
 PLAYGROUND = dataclasses.replace(
     EDM,
     vae=VaeConfig(scale=0.5, latent_mean=(-1.5, 0.25, 2.0, 0.5), latent_std=(8.0, 10.0, 11.5, 7.0)),
-    sampling=SamplingDefaults("dpmpp_2m"),
+    sampling=SamplingDefaults("dpmpp_2m", guidance=3.0),
 )
 
 X0, EPSILON = np.random.default_rng(0).standard_normal((2, 5, 3))
@@ -242,6 +242,8 @@ def test_marks_in_a_single_file_say_its_noise_levels() -> None:
     assert Options().resolved(cosxl).sigmas is Sigmas.EXPONENTIAL
     playground = opened(edm_marks(PLAYGROUND))
     assert playground == PLAYGROUND
+    assert [Options().resolved(each).guidance for each in (playground, cosxl)] == [3.0, 5.0]
+    assert Options(guidance=4.0).resolved(playground).guidance == 4.0
     assert edm_marks(SDXL_BASE) == edm_marks(FLOW) == {}
     assert edm_marks(COSXL).keys() == {"edm_vpred.sigma_max", "edm_vpred.sigma_min"}
 

@@ -61,7 +61,7 @@ class SamplingDefaults:
     steps: int | None = None
     """Number of steps that the model was distilled for; None: the preset's, or 30."""
     guidance: float | None = None
-    """Guidance scale of a model that has it as an input; None: the preset's, or 5."""
+    """Guidance scale, of a model that is guided or has it as an input; None: the preset's, or 5."""
     size: tuple[int, int] | None = None
     """(height, width) in pixels that the model was distilled at; None: the preset's, or the model's `default_size`."""
 
@@ -88,6 +88,8 @@ class SamplingDefaults:
         return sampler in _ENDS_AT_ANY and self.final_sigma is FinalSigma.SIGMA_MIN
 
 
+PLAYGROUND_GUIDANCE = 3.0
+"""Of Playground v2.5, by its card: its files do not say it."""
 _ANY_SIGMAS = ("euler", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
 """Samplers whose schedulers in diffusers have use_karras_sigmas and the like."""
 _ENDS_AT_ANY = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")

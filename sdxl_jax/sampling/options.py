@@ -43,7 +43,8 @@ class Options:
     """Fraction of fresh noise in each step of sampler ddim, 0 to 1; 1 is ddpm."""
     guidance: float | None = None
     """Scale of classifier-free guidance, 0 to 1000; 5 to 10 is usual. Up to 1 it is off, which halves the cost.
-    Default: 5; 1 for a distilled model. Of a model that has it as an input, every scale costs the same."""
+    Default: the one in the model's files, otherwise 5; 1 for a distilled model. Of a model that has it as an input,
+    every scale costs the same."""
     guidance_rescale: float = 0.0
     """Guidance rescale, 0 to 1: fraction by which the guided output is rescaled to the deviation of the prompt's own.
     Higher: less over-exposure by strong guidance."""
@@ -140,7 +141,7 @@ class Options:
         """own: the model's defaults, if they are of this preset."""
         if config.unet.guidance_dim is not None:
             return own.guidance or (None if preset is None else presets.find(preset).input_guidance) or GUIDANCE
-        return 1.0 if config.distilled or preset is not None else GUIDANCE
+        return 1.0 if config.distilled or preset is not None else own.guidance or GUIDANCE
 
     def _preset_of(self, config: "ModelConfig") -> str | None:
         """Name of the preset: the user's, or the one of the model's files, unless other timesteps are asked for."""

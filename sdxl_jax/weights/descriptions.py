@@ -25,7 +25,7 @@ from sdxl_jax.model import ModelConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.samplers import presets
-from sdxl_jax.samplers.defaults import SamplingDefaults, Sigmas
+from sdxl_jax.samplers.defaults import PLAYGROUND_GUIDANCE, SamplingDefaults, Sigmas
 from sdxl_jax.weights.detect import FoundPart
 from sdxl_jax.weights.lazy import SourceLayout, Weights, part_configs
 from sdxl_jax.weights.names import Naming
@@ -116,7 +116,7 @@ def _with_edm(weights: Weights) -> Weights:
         vae = dataclasses.replace(config.vae, scale=_PLAYGROUND_SCALE, latent_mean=mean, latent_std=std)
         vae.check("model.vae")
         config = dataclasses.replace(config, vae=vae, noise=EdmConfig(), prediction=Prediction.EDM)
-        config = dataclasses.replace(config, sampling=SamplingDefaults("dpmpp_2m"))
+        config = dataclasses.replace(config, sampling=SamplingDefaults("dpmpp_2m", guidance=PLAYGROUND_GUIDANCE))
     else:
         # sigma_min has a default in ComfyUI, too; levels even in log σ are diffusers' and its own for CosXL.
         low = values[_VPRED[1]][0] if _VPRED[1] in values else EdmConfig().sigma_min

@@ -11,13 +11,15 @@ from typing import Any
 
 from sdxl_jax.conditioning.micro import MicroConfig, Numbers
 from sdxl_jax.conditioning.text import ContextState, Tower, clip_vocabulary
+from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.clip import ClipTextConfig
 from sdxl_jax.models.unet import UNetConfig
-from sdxl_jax.models.vae import AnyVaeConfig
+from sdxl_jax.models.vae import AnyVaeConfig, VaeConfig
 from sdxl_jax.samplers import presets
+from sdxl_jax.samplers.defaults import PLAYGROUND_GUIDANCE, SamplingDefaults
 from sdxl_jax.weights.formats import diffusers_sampling, json_files, tokenizers
 from sdxl_jax.weights.formats.diffusers_fields import (
     VERSION,
@@ -131,6 +133,8 @@ def read_model_config(directory: AnyPath) -> ModelConfig:
         said = {"preset": "turbo"}
     if said and (sampling is None or sampling.preset != said["preset"]):
         sampling = presets.with_stated(sampling, said)
+    if prediction is Prediction.EDM and isinstance(vae, VaeConfig) and vae.latent_mean is not None:
+        sampling = replace(sampling or SamplingDefaults(), guidance=PLAYGROUND_GUIDANCE)
     zeros = is_xl and index.get("force_zeros_for_empty_prompt", True)
     config = ModelConfig(
         unet=unet,
