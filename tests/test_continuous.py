@@ -10,6 +10,7 @@ import pytest
 
 from sdxl_jax.diffusion.continuous import ContinuousConfig, EdmConfig, FlowConfig, noise_input, predicted, scales
 from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.jsontree import from_json, to_json
 from sdxl_jax.model import SDXL_BASE, SDXL_REFINER, ModelConfig
@@ -203,9 +204,28 @@ def test_a_directory_is_read_as_it_was_written(config: ModelConfig, kind: str, t
     assert diffusers.unfollowed(tmp_path) == ()
 
 
+def test_solvers_with_flow_sigmas_are_of_flow_matching() -> None:
+    fields = {"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    for given, shift in (({}, 1.0), ({"flow_shift": 3}, 3.0)):
+        schedule, prediction = diffusers_fields.schedule_config(fields | given, "file")
+        assert diffusers_fields.noise_config(fields | given, "file") == FlowConfig(shift)
+        assert (schedule, prediction) == (ScheduleConfig(), Prediction.FLOW)
+    sampling, notes = diffusers_sampling.read(fields, "file", False, False)
+    assert Options().resolved(dataclasses.replace(FLOW, sampling=sampling)).sampler == "unipc" and notes == ()
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+                "use_dynamic_shifting": True,
+            },
+            "use_dynamic_shifting=true",
+        ),
         ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "implemented is EDMEulerScheduler or EDMDPM"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting=true"),
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, 'prediction_type="sample"'),

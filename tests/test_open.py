@@ -29,8 +29,9 @@ from sdxl_jax.arrays import flatten
 from sdxl_jax.conditioning.text import ContextState, Tower
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data.settings import DataConfig
-from sdxl_jax.diffusion.continuous import EdmConfig
+from sdxl_jax.diffusion.continuous import EdmConfig, FlowConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import SD1, SD2, SDXL_BASE, SDXL_REFINER, ModelConfig
 from sdxl_jax.models.clip import CLIP_BIGG, CLIP_H, CLIP_L, ClipTextConfig
@@ -38,6 +39,7 @@ from sdxl_jax.models.initialisers import Distribution, Parameter, sample
 from sdxl_jax.models.taesd import TinyVaeConfig
 from sdxl_jax.models.unet import UNetConfig
 from sdxl_jax.models.vae import VaeConfig
+from sdxl_jax.sampling.options import Options
 from sdxl_jax.weights import detect, lazy, names
 from sdxl_jax.weights.convert import Layout, convert
 from sdxl_jax.weights.formats import diffusers, safetensors
@@ -884,8 +886,13 @@ def test_model_of_continuous_noise_levels_is_opened_with_them(
     config = open_model(path).config
     assert isinstance(config.noise, EdmConfig)
     assert config.prediction is prediction
-    with pytest.raises(InputError, match="prediction=sample does not go with model"):
-        open_model(path, OpenOptions(prediction=Prediction.X0))
+    assert open_model(path, OpenOptions(prediction=prediction)).config == config
+    other = Prediction.EPSILON if prediction is Prediction.V else Prediction.V
+    message = (
+        rf"--prediction {other.value} contradicts .* EdmConfig noise .* {prediction.value}. Leave --prediction out"
+    )
+    with pytest.raises(InputError, match=message):
+        open_model(path, OpenOptions(prediction=other))
 
 
 def test_model_of_unknown_noise_levels_is_refused_and_no_way_around_is_offered(tmp_path: Path) -> None:
@@ -900,9 +907,24 @@ def test_model_of_unknown_noise_levels_is_refused_and_no_way_around_is_offered(t
 def test_prediction_that_is_not_implemented_is_refused_unless_the_user_knows_better(tmp_path: Path) -> None:
     path = foreign.single_file(tmp_path / "model.safetensors", BASE)
     arrays = foreign.read(path)
-    foreign.save(path, arrays, {"modelspec.prediction_type": "rectified_flow"})
-    refusal(path, r"predicts rectified_flow \(modelspec.prediction_type\), which is not implemented")
-    assert open_model(path, OpenOptions(prediction=Prediction.V)).config.prediction is Prediction.V
+    for unknown in ("x_prediction", "velocity"):
+        foreign.save(path, arrays, {"modelspec.prediction_type": unknown})
+        refusal(path, rf"predicts {unknown} \(modelspec.prediction_type\), which is not known")
+        assert open_model(path, OpenOptions(prediction=Prediction.V)).config.prediction is Prediction.V
+
+
+def test_flow_matching_in_one_file_is_opened_by_its_metadata_or_by_the_flag(tmp_path: Path) -> None:
+    path = foreign.single_file(tmp_path / "model.safetensors", BASE)
+    arrays, flow = foreign.read(path), OpenOptions(prediction=Prediction.FLOW)
+    marked = {"v_pred": np.zeros(0, np.float32), "ztsnr": np.zeros(0, np.float32)}
+    given = [open_model(path, flow), open_model(foreign.save(tmp_path / "v.safetensors", arrays | marked), flow)]
+    for said in ("flow", "rectified_flow", "Flow-Matching"):
+        given.append(open_model(foreign.save(path, arrays, {"modelspec.prediction_type": said})))
+    assert open_model(path, OpenOptions(prediction=Prediction.EPSILON)).config.noise is None
+    for config in (opened.config for opened in given):
+        config.check()
+        assert (config.prediction, config.noise) == (Prediction.FLOW, FlowConfig())
+        assert (Options().resolved(config).sampler, config.schedule) == ("euler", ScheduleConfig())
 
 
 def test_unmarked_file_whose_groups_nothing_tells_is_refused(tmp_path: Path) -> None:

@@ -289,8 +289,8 @@ class OpenFlags:
     """FILE or FILE:SCALE: a LoRA to merge into the weights."""
     variant: str | None = None
     """Variant of a diffusers directory's weights: fp16 for *.fp16.safetensors. Default: the files without a variant."""
-    prediction: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """Prediction type of the UNet, for files that do not say."""
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
+    """Prediction type of the UNet, for files that do not say. flow: of flow matching, without a shift."""
     allow_partial: bool = False
     """Load a model although some of its tensors do not fit. Those keep their initial values, and are listed."""
     weights: Literal["averaged", "raw"] = "averaged"

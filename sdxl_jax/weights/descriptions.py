@@ -1,7 +1,8 @@
 """What files say of the model that they hold: our own metadata, modelspec, marks among the tensors, licence files.
 
 our own files          metadata under the key "sdxl_jax": the whole configuration
-other people's files   modelspec.prediction_type in the metadata; empty tensors v_pred and ztsnr, as in ComfyUI;
+other people's files   modelspec.prediction_type in the metadata: epsilon, v, flow;
+                       empty tensors v_pred and ztsnr, as in ComfyUI;
                        edm_vpred.sigma_max, edm_mean, … of EDM's noise levels;
                        titles of published few-step models (`samplers.presets.named`);
                        for SD 2.x neither: there ComfyUI's test of one norm decides
@@ -11,13 +12,15 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from sdxl_jax.diffusion.continuous import EdmConfig
+from sdxl_jax.diffusion.continuous import EdmConfig, FlowConfig
 from sdxl_jax.diffusion.parameterisation import Prediction
+from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.paths import AnyPath
 from sdxl_jax.jsontree import from_json, to_json
@@ -142,13 +145,39 @@ def edm_marks(config: ModelConfig) -> dict[str, Float[np.ndarray, "..."]]:
     return found
 
 
+def predicting(config: ModelConfig, prediction: Prediction, path: str | PurePath) -> ModelConfig:
+    """A model with the prediction that the user gives for it, which overrides the files'. Flow matching has the noise
+    levels with it. path: for messages. Raises InputError for another one than that of continuous noise levels that the
+    files say."""
+    if config.noise is not None and prediction is not config.prediction:
+        raise InputError(
+            f"--prediction {prediction.value} contradicts {path}, whose files say {type(config.noise).__name__} noise "
+            f"levels with prediction {config.prediction.value}. Leave --prediction out (in Python: prediction=)"
+        )
+    if config.noise is None and prediction is Prediction.FLOW:
+        # Nothing of a discrete schedule stays: samplers of the files may visit whole timesteps.
+        changes: Any = {"noise": FlowConfig(), "schedule": ScheduleConfig(), "distilled": False, "sampling": None}
+        return dataclasses.replace(config, prediction=prediction, **changes)
+    config = dataclasses.replace(config, prediction=prediction)
+    config.check_noise()
+    return config
+
+
+_PREDICTIONS = {
+    **dict.fromkeys(("epsilon", "eps"), Prediction.EPSILON),
+    **dict.fromkeys(("v", "v_pred", "vpred"), Prediction.V),
+    **dict.fromkeys(("flow", "flow_matching", "rectified_flow"), Prediction.FLOW),
+}
+"""Of modelspec.prediction_type, in small letters, with underscores, and without "_prediction" at the end."""
+
+
 def with_marks(
     weights: Weights, metadata: Mapping[str, str], path: AnyPath, prediction: Prediction | None, remedy: str
 ) -> Weights:
     """A file's weights with the preset, the prediction and the schedule that its metadata, its marks or a norm imply.
 
     prediction: the user's, which counts before the file's. remedy: how the user gives it, for messages. Raises
-    InputError for a modelspec.prediction_type that is not implemented.
+    InputError for a modelspec.prediction_type that is not known.
     """
     if said := distilled_for(metadata):
         sampling = presets.with_stated(weights.config.sampling, said)
@@ -157,14 +186,17 @@ def with_marks(
     if any(name.startswith("edm_") for name in marks):
         return _with_edm(weights)
     stated = metadata.get("modelspec.prediction_type", "")
-    if stated and prediction is None and "unet" in weights.parts and not stated.startswith(("eps", "v")):
+    predicted = _PREDICTIONS.get(stated.lower().replace("-", "_").removesuffix("_prediction"))
+    if stated and predicted is None and prediction is None and "unet" in weights.parts:
         raise InputError(
-            f"{path} says in its metadata that it predicts {stated} (modelspec.prediction_type), which is not "
-            f"implemented; implemented are epsilon and v. If it is wrong, {remedy}"
+            f"{path} says in its metadata that it predicts {stated} (modelspec.prediction_type), which is not known; "
+            f"known are epsilon, v and flow. If it is one of these, or if the metadata is wrong, {remedy}"
         )
+    if predicted is Prediction.FLOW and prediction in (None, predicted):
+        return dataclasses.replace(weights, config=predicting(weights.config, predicted, path), noise_is_known=True)
     network = weights.config.unet
     is_sd2 = network.vector_dim is None and not network.conv_projection
-    if "v_pred" in marks or stated.startswith("v"):
+    if "v_pred" in marks or predicted is Prediction.V:
         schedule = dataclasses.replace(weights.config.schedule, zero_terminal_snr="ztsnr" in marks)
         size = (768, 768) if is_sd2 else weights.config.default_size
         config = dataclasses.replace(weights.config, prediction=Prediction.V, schedule=schedule, default_size=size)

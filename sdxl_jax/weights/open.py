@@ -100,9 +100,7 @@ def open_model(
         raise InputError(f"--weights raw has no effect on {path}, which is not a training run. Leave it out")
     if options.prediction is None:
         return weights
-    # The user's word overrides the files'.
-    config = dataclasses.replace(weights.config, prediction=options.prediction)
-    config.check_noise()
+    config = descriptions.predicting(weights.config, options.prediction, path)
     return dataclasses.replace(weights, config=config)
 
 

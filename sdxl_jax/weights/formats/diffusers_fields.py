@@ -180,6 +180,14 @@ _FLOW_MATCH = _Known(
 )
 
 
+_FLOW_SOLVER = _Known(
+    read={"flow_shift": 1.0},
+    only={**_each("num_train_timesteps", 1000), **_each("use_dynamic_shifting", False, None)},
+    skipped="",
+)
+"""Of solvers whose files have both prediction_type=flow_prediction and use_flow_sigmas=true."""
+
+
 def _refused(where: str, name: str, value: Any, accepted: str) -> InputError:
     return InputError(
         f"{where} has {name}={json.dumps(value)}, which is not implemented; implemented is {accepted}. Use a model "
@@ -368,6 +376,8 @@ def noise_config(fields: Fields, where: str) -> EdmConfig | FlowConfig | None:
     ones."""
     kind = str(fields.get("_class_name"))
     known = _FLOW_MATCH if kind in _FLOW_CLASSES else _EDM if kind in _EDM_CLASSES else None
+    if fields.get("prediction_type") == "flow_prediction" and fields.get("use_flow_sigmas") is True:
+        known = _FLOW_SOLVER
     if known is None:
         if kind.startswith(("EDM", "FlowMatch")):
             raise _refused(where, "_class_name", kind, " or ".join((*_EDM_CLASSES, *_FLOW_CLASSES)))
@@ -377,7 +387,7 @@ def noise_config(fields: Fields, where: str) -> EdmConfig | FlowConfig | None:
         if type(given[name]) not in (int, float):
             raise _refused(where, name, given[name], "a number")
     numbers = {name: float(given[name]) for name in known.read}
-    noise = FlowConfig(**numbers) if known is _FLOW_MATCH else EdmConfig(**numbers)
+    noise = EdmConfig(**numbers) if known is _EDM else FlowConfig(*numbers.values())
     noise.check(where)
     return noise
 
