@@ -387,7 +387,7 @@ TEACHERS: dict[str, tuple[dict[str, Any], str]] = {
     "distilled": ({"distilled": True}, r"was trained with a different distilled: True -> False"),
     "conditioning": ({"unconditional": UnconditionalKind.EMPTY}, r"was trained with a different unconditional"),
     "input": ({"unet": dataclasses.replace(MODEL.unet, guidance_dim=8)}, r"different configuration: guidance_dim"),
-    "latents": ({"vae": tiny.MODEL.vae}, r"holds vae, which this model does not have"),
+    "networks": ({"vae": tiny.MODEL.vae}, r"holds vae, which this model does not have"),
     "steps": (
         {"sampling": SamplingDefaults("ddim", steps=4)},
         r"the teacher was distilled for 4 steps\. Set steps to 2",
@@ -419,7 +419,7 @@ def test_teachers_of_another_kind_are_refused_before_work_starts(
     own = dataclasses.replace(config, teacher=TeacherConfig(path=name))
     with pytest.raises(InputError, match=message) as refused:
         objective_of(own).check_start()
-    assert "init_from" not in str(refused.value)
+    assert "training." not in str(refused.value), "the fields of initial weights have no effect on a teacher"
     with pytest.raises(InputError, match=message):
         objective_of(with_training(config, init_from=(name,))).check_start()
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 from sdxl_jax.arrays import type_of_array
 from sdxl_jax.diffusion.parameterisation import Denoised, Prediction, denoised
@@ -137,7 +137,7 @@ def target(
 def predicted(
     network: Callable[[Any, Any], Float[Array, "batch height width channels"]],
     x_t: Float[Array, "batch height width channels"],
-    timestep: Numbers,
+    timestep: Shaped[type_of_array, "..."] | float,
     prediction: Prediction,
     law: ContinuousConfig | None,
     alpha: Float[type_of_array, "..."],

@@ -34,6 +34,8 @@ from sdxl_jax.weights.load import load_weights, place
 from sdxl_jax.weights.open import OpenOptions, open_model
 
 _FIELD = "training.init_from"
+_OF_MODEL = "Give one that was trained as the configuration's model: the same networks, latents and noise schedule"
+"""Remedy for a model that the run reads beside its initial weights, a teacher."""
 FIRST = "unet/conv_in/kernel"
 """The parameter that has the UNet's inputs."""
 
@@ -159,17 +161,19 @@ def _opened(
             weights = _only(weights, selected)
             missing -= set(weights.parts)
         if unknown := [part for part in weights.parts if part not in known]:
+            remedy = f"Select the parts to load with training.init_parts, from {', '.join(known)}"
             raise InputError(
-                f"{path} in {field} holds {', '.join(unknown)}, which this model does not have. Select the "
-                f"parts to load with training.init_parts, from {', '.join(known)}"
+                f"{path} in {field} holds {', '.join(unknown)}, which this model does not have. "
+                f"{remedy if field == _FIELD else _OF_MODEL}"
             )
         weights = _with_inputs(_only(weights, parts), model)
         for part in weights.parts:
             if different := _part_differences(part, weights, model, measures_scale):
+                remedy = f"Set {_field_of(part, model, parts)} to the file's configuration, "
+                remedy += f"or leave the {part} out of training.init_parts"
                 raise InputError(
                     f"The {part} in {path} ({field}) has a different configuration: {'; '.join(different)} "
-                    f"(in the file -> in this run). Set {_field_of(part, model, parts)} to the file's configuration, "
-                    f"or leave the {part} out of training.init_parts"
+                    f"(in the file -> in this run). {remedy if field == _FIELD else _OF_MODEL}"
                 )
         _check_meaning(path, weights, training, model, field)
         opened.append(weights)
@@ -223,10 +227,11 @@ def _check_meaning(path: str, weights: Weights, training: LoopConfig, model: Mod
     changed = [line for line in _meaning_differences(weights, model) if not is_within(line, training.init_changes)]
     if changed:
         names = dict.fromkeys(re.split(r"[.:]", line)[0] for line in changed)
+        remedy = f"Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
+        remedy += f"purpose: --training.init-changes {' '.join(names)}"
         raise InputError(
             f"The UNet of {path} ({field}) was trained with a different {'; '.join(changed)} (there -> in "
-            f"this run). Set {' and '.join(f'model.{name}' for name in names)} to the value there. To change it on "
-            f"purpose: --training.init-changes {' '.join(names)}"
+            f"this run). {remedy if field == _FIELD else _OF_MODEL}"
         )
 
 

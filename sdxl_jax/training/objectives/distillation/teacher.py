@@ -41,8 +41,9 @@ from sdxl_jax.conditioning import text
 from sdxl_jax.conditioning.classes import NO_CLASS
 from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import LoopConfig, TrainConfig
+from sdxl_jax.diffusion.continuous import predicted
 from sdxl_jax.diffusion.loss import LossConfig, Network, at
-from sdxl_jax.diffusion.parameterisation import Denoised, denoised
+from sdxl_jax.diffusion.parameterisation import Denoised
 from sdxl_jax.diffusion.schedule import Schedule, make
 from sdxl_jax.errors import InputError
 from sdxl_jax.files.trees import differences
@@ -425,7 +426,7 @@ def denoised_by(
 ) -> Denoised:
     """x₀ and ε by a network at x_t. config: its model."""
     alpha, sigma_t = at(schedule.alpha, timestep), at(schedule.sigma_t, timestep)
-    return denoised(config.prediction, network(x_t, timestep), x_t, alpha, sigma_t)
+    return predicted(network, x_t, timestep, config.prediction, None, alpha, sigma_t)
 
 
 def split(keys: Key[Array, " batch"], count: int) -> Key[Array, "count batch"]:
