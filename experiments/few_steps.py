@@ -10,9 +10,15 @@ are distilled on the same images with the teacher's guidance in their weights, s
 
     guidance      guidance distillation: the teacher's steps at half their cost
     lcm           consistency distillation, sampled with 1, 2, 4 and 8 steps
+    lcm_lora      the same as an adapter of rank 16 (LCM-LoRA), sampled with as many
     progressive   five rounds, of 16, 8, 4, 2 and 1 steps, sampled with as many
     dmd           distribution matching (DMD2), for 4 steps and for 1
     add           adversarial diffusion distillation, sampled with 4 steps and with 1
+
+Not every method has students of all of 1, 2, 4 and 8 steps: dmd and add have those of the ends, 1 and 4, since each
+student of dmd is a training of its own, and add is for 4 at most. DMD2's fake score is updated twice per update of the
+student, where its paper has five times, so that the student has half of so few training steps instead of a fifth. All
+students have the same number of training steps, progressive in each round.
 
 Measured are prompt accuracy (the share of samples whose nearest training image has the prompt as its caption), FID and
 KID to samples of the teacher from other noise and to the images themselves, and images per second. The first row is the
@@ -34,6 +40,7 @@ from cifar10 import Measures
 from small_model import Images, numbered, write_images, write_samples
 
 from sdxl_jax import load_model, train
+from sdxl_jax.adapters.targets import AdapterConfig
 from sdxl_jax.config import CheckpointConfig, TrainingConfig, ValidationConfig
 from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.data.settings import DataConfig
@@ -47,7 +54,7 @@ from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.quickstart.run import Examples, training_images
 from sdxl_jax.sampling.generate import text_to_image
 from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
-from sdxl_jax.training.objectives.distillation.consistency import ConsistencyConfig
+from sdxl_jax.training.objectives.distillation.consistency import ConsistencyConfig, ConsistencyTarget
 from sdxl_jax.training.objectives.distillation.critic import CriticConfig
 from sdxl_jax.training.objectives.distillation.distribution_matching import (
     DistributionMatchingConfig,
@@ -63,7 +70,7 @@ SIDE = 128
 TEACHER_STEPS, GUIDANCE = 30, 3.0
 ROUNDS = (16, 8, 4, 2, 1)
 """Steps of the rounds of progressive distillation."""
-METHODS = ("guidance", "lcm", "progressive", "dmd", "add")
+METHODS = ("guidance", "lcm", "lcm_lora", "progressive", "dmd", "add")
 TIMED = 16
 """Images of the batch whose sampling is timed."""
 
@@ -108,6 +115,9 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
             yield Student(method, config, (TEACHER_STEPS,))
         case "lcm":
             yield Student(method, student(ConsistencyConfig, teacher, options, guidance_dim=None), (1, 2, 4, 8))
+        case "lcm_lora":
+            about = {"guidance_dim": None, "adapter": AdapterConfig(rank=16), "target": ConsistencyTarget.STUDENT}
+            yield Student(method, student(ConsistencyConfig, teacher, options, rate=1e-3, **about), (1, 2, 4, 8))
         case "progressive":
             for steps in ROUNDS:
                 given = TeacherConfig(guidance=(GUIDANCE, GUIDANCE) if steps == ROUNDS[0] else None)

@@ -232,7 +232,7 @@ def test_the_students_of_few_steps_need_no_guidance_for_the_steps_that_they_are_
                 guidance = Options(steps=steps).resolved(objective.model_config).guidance
                 assert guidance == 1 or (method == "guidance" and config.student.unet.guidance_dim == 64)
             names.append(name)
-    assert len(set(names)) == 10 and {"progressive_1", "dmd_4", "add"} <= set(names)
+    assert len(set(names)) == 11 and {"progressive_1", "dmd_4", "add", "lcm_lora"} <= set(names)
 
 
 def test_samples_of_a_subject_are_those_nearest_to_its_images() -> None:
