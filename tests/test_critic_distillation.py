@@ -22,6 +22,8 @@ from test_adapter_training import MODEL
 from sdxl_jax import config as configuration
 from sdxl_jax import sharding
 from sdxl_jax.adapters.targets import AdapterConfig, Layers
+from sdxl_jax.aot.compile import inputs_by_use
+from sdxl_jax.aot.report import shard_bytes
 from sdxl_jax.arrays import Batch, MicroConditioning, Params, flatten, unflatten
 from sdxl_jax.config import OnNonfinite
 from sdxl_jax.data.buckets import Bucket
@@ -589,6 +591,22 @@ def test_resumed_run_repeats_every_bit(folder: Path, number: int, tmp_path: Path
 def stored(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint, by path."""
     return {name: leaf.read() for name, leaf in orbax.leaves(path, orbax.metadata(path)[0]).items()}
+
+
+@KINDS
+def test_the_report_of_a_step_has_a_row_for_each_network_beside_the_student(folder: Path, number: int) -> None:
+    """Of `sdxl-jax compile`; together they are all inputs."""
+    config = both(folder)[number]
+    objective, mesh = objective_of(config), AbstractMesh((1, 1, 1, 1), sharding.AXES)
+    state, frozen = objective.abstract_state(mesh)
+    rows = objective.abstract_batch(mesh, Bucket(16, 16), 2)
+    counted = {name: shard_bytes(tree) for name, tree in inputs_by_use(objective, state, frozen, rows).items()}
+    assert sum(counted.values()) == shard_bytes((state._replace(step=()), frozen, rows))
+    assert counted["teacher"] == shard_bytes(frozen["teacher"]) > 0
+    assert counted["critic"] == shard_bytes(state.auxiliary[CRITIC]) > counted["teacher"] * (number == 0)
+    assert counted.get("image features", 0) == shard_bytes(frozen.get(FEATURES, {}))
+    assert counted["frozen"] == shard_bytes(frozen["text_encoder_2"])
+    assert counted["auxiliary"] == shard_bytes(state.auxiliary.get(REPORTED, {})) < 100
 
 
 @pytest.mark.slow

@@ -164,5 +164,7 @@ def test_the_step_and_the_students_sampler_compile_for_tpus(name: str) -> None:
     (step,) = aot_compile.compile_step(config, "v5p:2x2x1", progress=False)
     assert isinstance(step, Report) and step.fits
     assert step.bytes_by_use["frozen"] > 0
+    assert ("teacher" in step.bytes_by_use) == (name != "lcm_lora")
+    assert ("critic" in step.bytes_by_use) == (name in ("dmd2", "turbo"))
     made = aot_compile.compile_sampler(config, "v5p:2x2x1", progress=False)
     assert [each.program.split()[0] for each in made] == ["text", "sampler", "decoder"]

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sdxl_jax import flops, sharding
 from sdxl_jax.aot import gpus, report, topologies
 from sdxl_jax.aot.report import ProgramInfo, Report, TooLarge
+from sdxl_jax.arrays import Batch, Params
 from sdxl_jax.conditioning.text import Tokenizer
 from sdxl_jax.config import RunConfig, TrainConfig
 from sdxl_jax.data.buckets import Bucket, check_buckets
@@ -170,24 +171,35 @@ def _step_program(objective: Objective[Any], mesh: Mesh, bucket: Bucket, batch_s
     """The train step of one bucket."""
     state, frozen = objective.abstract_state(mesh)
     batch = objective.abstract_batch(mesh, bucket, batch_size)
-    inputs = {
-        "parameters": state.params,
-        "average": state.ema,
-        "optimiser": state.optimiser,
-        "auxiliary": state.auxiliary,
-        "frozen": frozen,
-        "batch": batch,
-    }
     return Program(
         name=f"train step {bucket.height}×{bucket.width}",
         function=setup.jitted(objective, mesh, state),
-        inputs=inputs,
+        inputs=inputs_by_use(objective, state, frozen, batch),
         arguments=(state, frozen, batch),
         images=batch_size,
         model_flops=objective.model_flops((state, frozen, batch)),
         # Nobody has seen training on a GPU read a program that was compiled without one: it is not kept.
         programs=None if mesh.devices.flat[0].platform == "gpu" else setup.programs(objective.config, mesh),
     )
+
+
+def inputs_by_use(objective: Objective[Any], state: Any, frozen: Params, batch: Batch) -> dict[str, Any]:
+    """The inputs of a train step as rows of the report. Networks that are no parts of the model have rows of their own:
+    frozen ones (teacher, image features, lpips), and trained ones with their optimisers (critic, discriminator). state:
+    the training state."""
+    own = (*objective.parts, *state.params)  # of an adapter, a part is frozen: its alphas
+    auxiliary: dict[str, Any] = state.auxiliary or {}
+    trained = [name for name, tree in auxiliary.items() if any(leaf.shape for leaf in jax.tree.leaves(tree))]
+    return {
+        "parameters": state.params,
+        "average": state.ema,
+        "optimiser": state.optimiser,
+        **{name.replace("_", " "): auxiliary[name] for name in trained},
+        "auxiliary": {name: tree for name, tree in auxiliary.items() if name not in trained},
+        "frozen": {name: params for name, params in frozen.items() if name in own},
+        **{name.replace("_", " "): params for name, params in frozen.items() if name not in own},
+        "batch": batch,
+    }
 
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_part: int) -> list[Program]:

@@ -40,7 +40,8 @@ class ProgramInfo:
     """Per execution, over all chips."""
     chip: Chip
     bytes_by_use: dict[str, int]
-    """Inputs on one chip: parameters, average, optimiser, frozen, batch."""
+    """Inputs on one chip: parameters, average, optimiser, auxiliary (numbers beside a critic), frozen (parts of the
+    model), batch; and networks beside the model by name: teacher, image features, critic with its optimiser."""
     model_flops: float
     """Of the mathematics per execution, over all chips."""
 
