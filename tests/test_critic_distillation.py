@@ -30,8 +30,10 @@ from sdxl_jax.data.buckets import Bucket
 from sdxl_jax.diffusion.parameterisation import Prediction
 from sdxl_jax.diffusion.schedule import ScheduleConfig
 from sdxl_jax.errors import InputError
+from sdxl_jax.evaluation import weights as evaluation_weights
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.models.discriminator_heads import FeatureHeads
+from sdxl_jax.models.image_features import VggFeatures
 from sdxl_jax.models.initialisers import sample
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
@@ -272,15 +274,17 @@ class Gaussians(DistributionMatching):
 
 
 def test_steps_lead_a_student_of_one_gaussian_to_the_teachers(folder: Path) -> None:
-    """The whole step, with five updates of the fake score for one of the student: the score follows the student, and
-    the student goes to the teacher."""
-    rate = dataclasses.replace(RATE, learning_rate=0.05)
-    toy = Gaussians(matching(folder, head=None, optimiser=rate, critic=CriticConfig(updates=5, optimiser=rate)))
+    """The whole step, with as many updates of the fake score as by default, five for one of the student: the score
+    follows the student, and the student goes to the teacher."""
+    rate, usual = dataclasses.replace(RATE, learning_rate=0.05), configured(DistributionMatchingConfig, folder).critic
+    critic = dataclasses.replace(usual, optimiser=rate)
+    toy = Gaussians(matching(folder, head=None, optimiser=rate, critic=critic))
     state = toy.create({"unet": {"bias": jnp.array([2.0])}})
     state = state._replace(auxiliary=toy._auxiliary(state.params, {}))
     step, rows, distances = jax.jit(toy.step()), batch(toy, 64), []
-    for _ in range(500):
-        state, _ = step(state, {}, rows)
+    for number in range(500):
+        state, metrics = step(state, {}, rows)
+        assert (metrics["critic_updates"], metrics["student_updates"]) == (number + 1, number // 5 + 1)
         fake = state.auxiliary[CRITIC].params["unet"]["bias"]
         distances.append(abs(float(fake[0] - state.params["unet"]["bias"][0])))
     assert abs(float(state.params["unet"]["bias"][0])) < 0.1
@@ -432,6 +436,23 @@ def test_student_and_heads_of_add_move_in_every_step(deceived: Any) -> None:
         assert float(each["loss"]) == pytest.approx(float(each["deception"] + 2.5 * each["distillation"]), rel=1e-5)
         assert float(each["critic"]) == pytest.approx(float(each["discrimination"] + 1e-5 * each["r1"]), rel=1e-5)
         assert each["r1"] > 0 and each["distillation"] > 0
+
+
+@pytest.mark.slow
+def test_student_and_heads_of_add_move_with_features_of_vgg16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is used without DINOv2's weights, here with random ones."""
+    leaves = flatten(VggFeatures().abstract())
+    backbone = unflatten({path: np.asarray(sample(leaf, 0, path)) for path, leaf in leaves.items()})
+    monkeypatch.setattr(evaluation_weights, "check", lambda name: None)
+    monkeypatch.setattr(evaluation_weights, "load", lambda name: {"backbone": backbone})
+    config = adversarial(folder, discriminator=FeatureDiscriminatorConfig())
+    objective_of(config).check()
+    objective, state, frozen = fresh(config)
+    after, metrics = jax.jit(objective.step())(state, frozen, batch(objective))
+    assert all(np.isfinite(value) for value in metrics.values()) and metrics["r1"] > 0
+    assert not same(after.params, state.params)
+    assert not same(after.auxiliary[CRITIC].params, state.auxiliary[CRITIC].params)
+    assert same(frozen[FEATURES], backbone)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from sdxl_jax.diffusion.schedule import ScheduleConfig, make
 from sdxl_jax.errors import InputError
 from sdxl_jax.model import ModelConfig, UnconditionalKind
 from sdxl_jax.models.layers import Compute, Dtype
+from sdxl_jax.models.vae import VaeConfig
 from sdxl_jax.optim.ema import EmaConfig, EmaKind
 from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.samplers.presets import STATED, stated, with_stated
@@ -422,6 +423,32 @@ def test_teachers_of_another_kind_are_refused_before_work_starts(
     assert "training." not in str(refused.value), "the fields of initial weights have no effect on a teacher"
     with pytest.raises(InputError, match=message):
         objective_of(with_training(config, init_from=(name,))).check_start()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scale": 0.5}, r"different configuration: scale: 0\.5 -> "),
+        ({"latent_mean": (0.5,) * 12, "latent_std": (2.0,) * 12}, r"different configuration: latent_mean: "),
+    ],
+    ids=["scale", "mean"],
+)
+def test_a_teacher_of_other_latents_is_refused_before_work_starts(
+    change: dict[str, Any], message: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = VaeConfig(block_channels=(8,), resnets_per_block=1, latent_channels=12, groups=2)
+    own = dataclasses.replace(MODEL, vae=small)
+
+    def opened(path: str, options: Any) -> Weights:
+        vae = dataclasses.replace(small, **change) if path == "other" else small
+        leaves = {path: Initial(leaf, path, 0) for path, leaf in abstract_leaves(own).items()}
+        return Weights(dataclasses.replace(own, vae=vae), leaves, Origin(SourceLayout.MEMORY))
+
+    monkeypatch.setattr(initial, "open_model", opened)
+    config = with_training(distillation(ProgressiveConfig, folder, model=own, steps=4), init_from=("same",))
+    objective_of(config).check_start()
+    with pytest.raises(InputError, match=rf"The vae in other \(teacher\.path\) has a {message}.*Give one that was"):
+        objective_of(dataclasses.replace(config, teacher=TeacherConfig(path="other"))).check_start()
 
 
 def test_a_teacher_with_guidance_in_its_weights_is_not_guided_again(
