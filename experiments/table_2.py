@@ -194,9 +194,8 @@ def main() -> None:
         train(config(kind, out / "data", options), run)
         curve += [measured(run, kind, options.samples, 0, scale, images=kind) for scale in options.guidance]
         for step in checkpoints(run) if options.over_time else ():
-            # The last is what the curve begins with.
-            path, name = (run, kind) if step == options.steps else (run / "checkpoints" / str(step), f"{kind}_{step}")
-            over_time.append(measured(path, name, options.samples, 0, main_scale, images=kind, step=step))
+            path, about = run / "checkpoints" / str(step), {"images": kind, "step": step}
+            over_time.append(measured(path, f"{kind}_{step}", options.over_time, 0, main_scale, **about))
         for seed in range(options.seeds if options.final is not None else 0):
             final.append(measured(run, kind, options.final_samples, seed, options.final, images=kind))
         for share in GIVEN if kind == "size" else ():
@@ -235,12 +234,13 @@ def plot(parts: Parts, path: Path) -> None:
     figure = Figure(figsize=(13, 3.4))
     panels: list[Any] = [figure.add_subplot(1, 4, number) for number in range(1, 5)]
     for axes, rows, along in ((panels[0], parts.curve, "guidance"), (panels[1], parts.over_time, "step")):
+        count = f", N = {rows[0]['N']:,}" if rows else ""
         for kind in dict.fromkeys(row["images"] for row in rows):
             own = sorted((row[along], row["fid"]) for row in rows if row["images"] == kind)
             axes.plot(*zip(*own, strict=True), marker="o", label=kind)
-        axes.set_xlabel(along)
+        axes.set_xlabel(f"{along}{count}")
     panels[0].legend(frameon=False)
-    panels[0].set_ylabel(f"FID, N = {parts.curve[0]['N']:,}")
+    panels[0].set_ylabel("FID")
     for number, kind in enumerate(dict.fromkeys(row["images"] for row in parts.final)):
         values = [row["fid"] for row in parts.final if row["images"] == kind]
         panels[2].bar(number, np.mean(values), yerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=4)
@@ -275,7 +275,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--final-samples", type=int, default=2000, help="of each model and seed; default 2000")
     parser.add_argument("--seeds", type=int, default=3, help="of --final; default 3")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images; default 0")
-    parser.add_argument("--over-time", action="store_true", help="also measure at each quarter of the training")
+    parser.add_argument("--over-time", type=int, metavar="N", help="also measure N samples at each quarter of training")
     parser.add_argument("--out", type=Path, default=Path("runs/table_2"), help="folder of the results")
     return parser.parse_args()
 
