@@ -196,8 +196,9 @@ def main() -> None:
         for step in checkpoints(run) if options.over_time else ():
             path, about = run / "checkpoints" / str(step), {"images": kind, "step": step}
             over_time.append(measured(path, f"{kind}_{step}", options.over_time, 0, main_scale, **about))
-        for seed in range(options.seeds if options.final is not None else 0):
-            final.append(measured(run, kind, options.final_samples, seed, options.final, images=kind))
+        if options.final is not None:
+            count, scale, seeds = options.final_samples, options.final, range(options.seeds)
+            final += [measured(run, kind, count, seed, scale, images=kind) for seed in seeds]
         for share in GIVEN if kind == "size" else ():
             name = kind if share == 1 else f"{kind}_given{share:g}"
             about = {"images": kind, "size given": round(share * side)}

@@ -14,7 +14,6 @@ from command import Outcome, call
 from PIL import Image
 from tiny import MODEL, random_model, write_image_tower
 
-from sdxl_jax import commands
 from sdxl_jax.commands.sample import file_and_strength, read_text
 from sdxl_jax.commands.serve import Serve, _image_encoder, as_sample, describe
 from sdxl_jax.conditioning.image import ImageConditioning, alpha_bar, in_place_of_pooled, summed
@@ -260,7 +259,7 @@ def test_a_tower_that_does_not_fit_is_said_before_the_page_loads_the_model(
     def load(*given: object) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr(commands.serve, "load", load)
+    monkeypatch.setattr("sdxl_jax.commands.serve.load", load)
     write_image_tower(other := tmp_path / "other.safetensors", 12)
     outcome = call("serve", saved, "--image-encoder", other, "--port", "0")
     assert outcome.code == 2 and "embeddings have a width of 12, the model's pooled" in outcome.err
