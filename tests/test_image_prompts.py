@@ -148,7 +148,8 @@ def test_a_refiner_is_conditioned_on_the_text() -> None:
     recipe = program.Recipe((MODEL, MODEL), False, (), Compute(), None)
     image = ImageConditioning(prompt(0).embedding[None], np.ones(1, np.float32))
     params = {"unet": {}, **{tower.name: {} for tower in MODEL.text}}
-    fields: dict[str, Any] = dict.fromkeys(program.Inputs._fields) | {"params": (params, params), "image_prompt": image}
+    fields: dict[str, Any] = dict.fromkeys(program.Inputs._fields)
+    fields |= {"params": (params, params), "micro": (None, None), "image_prompt": image}
     program._conditioning_of_each_model(recipe, program.Inputs(**fields), stages)
     assert seen == [image, None]
 

@@ -24,6 +24,7 @@ from command import call
 from PIL import Image
 from tiny import MODEL, random_model, write_image_tower
 
+from sdxl_jax import serving
 from sdxl_jax.commands import parsing
 from sdxl_jax.commands.preview import Previews
 from sdxl_jax.commands.sample import Sample, load, opened, read_text
@@ -313,6 +314,7 @@ def test_without_nicegui_the_command_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "sdxl_jax.serving.page", None)
     monkeypatch.setitem(sys.modules, "nicegui", None)
     monkeypatch.delitem(sys.modules, "sdxl_jax.serving.page")
+    monkeypatch.delattr(serving, "page", raising=False)  # if another test has imported it
     outcome = call("serve", "absent")
     assert outcome.code == 2
     assert "pip install -e '.[serve]'" in outcome.err
