@@ -1,10 +1,10 @@
 """Table 2 of the paper in small: what conditioning on the original size is worth.
 
     python experiments/table_2.py --cifar10 FOLDER --bound-only                     # on data alone: no training
-    python experiments/table_2.py --cifar10 FOLDER --side 16 --steps 6000 --batch 16 --reference 4000 --final 1.5 \\
-        --final-samples 1000                                                         # two processors
+    python experiments/table_2.py --cifar10 FOLDER --side 16 --steps 6000 --batch 16 --samples 1000 --reference 4000 \\
+        --guidance 1 2.5 --over-time 250                                             # two processors
     python experiments/table_2.py --cifar10 FOLDER --steps 30000 --batch 128 --samples 5000 --guidance 1 2 3 5 \\
-        --workers 8                                                                  # one GPU
+        --final 2 --workers 8                                                        # one GPU
 
 The paper trains three class-conditional models of ImageNet at 512×512: of the images that are that large (70 thousand
 of 1.28 million), of all of them upscaled, and of all conditioned on their original size. Here: CIFAR-10 (FOLDER is the
@@ -29,7 +29,9 @@ the weights of `sdxl-jax evaluate --fetch-weights`.
 """
 
 import argparse
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -228,35 +230,56 @@ class Parts(NamedTuple):
 
 
 def plot(parts: Parts, path: Path) -> None:
-    """FID over guidance, over training, and at the last scale with its deviation over seeds; high frequencies over the
-    size that is given. The data's own as lines."""
+    """What there are rows of: FID over guidance, with the data's own as lines, and over training; FID at the last scale
+    with its deviation over seeds; high frequencies over the size that is given."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 3.4))
-    panels: list[Any] = [figure.add_subplot(1, 4, number) for number in range(1, 5)]
-    for axes, rows, along in ((panels[0], parts.curve, "guidance"), (panels[1], parts.over_time, "step")):
-        count = f", N = {rows[0]['N']:,}" if rows else ""
-        for kind in dict.fromkeys(row["images"] for row in rows):
-            own = sorted((row[along], row["fid"]) for row in rows if row["images"] == kind)
-            axes.plot(*zip(*own, strict=True), marker="o", label=kind)
-        axes.set_xlabel(f"{along}{count}")
-    panels[0].legend(frameon=False)
-    panels[0].set_ylabel("FID")
-    for number, kind in enumerate(dict.fromkeys(row["images"] for row in parts.final)):
-        values = [row["fid"] for row in parts.final if row["images"] == kind]
-        panels[2].bar(number, np.mean(values), yerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=4)
-        panels[2].annotate(kind, (number, 0), ha="center", va="bottom")
-        panels[2].set_xlabel(f"guidance {parts.final[0]['guidance']:g}, N = {parts.final[0]['N']:,}")
-    panels[2].set_xticks([])
-    for axes in panels[:2]:
-        for row in parts.bound[1:]:
-            axes.axhline(row["fid"], linestyle="--", linewidth=0.8, color="grey")
-            axes.annotate(row["images"], (1, row["fid"]), xycoords=("axes fraction", "data"), fontsize=7, ha="right")
-    panels[3].plot([row["size given"] for row in parts.given], [row["high_frequencies"] for row in parts.given], "o-")
-    panels[3].axhline(1, linestyle="--", linewidth=0.8, color="grey")
-    panels[3].set_xlabel("original size that is given, pixels")
-    panels[3].set_ylabel("high frequencies, ratio to test images")
+    drawn = [(of, rows) for of, rows in zip(_PANELS, parts[1:], strict=True) if rows]
+    figure = Figure(figsize=(3.4 * len(drawn), 3.4))
+    for number, (of, rows) in enumerate(drawn, 1):
+        of(axes := figure.add_subplot(1, len(drawn), number), rows)
+        if rows is parts.curve:
+            for row in parts.bound[1:]:
+                axes.axhline(row["fid"], linestyle="--", linewidth=0.8, color="grey")
+                axes.annotate(
+                    row["images"], (1, row["fid"]), xycoords=("axes fraction", "data"), fontsize=7, ha="right"
+                )
     results.save_figure(figure, path)
+
+
+def _draw_fid(axes: Any, rows: list[dict[str, Any]], along: str) -> None:
+    for kind in dict.fromkeys(row["images"] for row in rows):
+        own = sorted((row[along], row["fid"]) for row in rows if row["images"] == kind)
+        axes.plot(*zip(*own, strict=True), marker="o", label=kind)
+    axes.set_xlabel(f"{along}, N = {rows[0]['N']:,}")
+    axes.set_ylabel("FID")
+    axes.legend(frameon=False)
+
+
+def _draw_seeds(axes: Any, rows: list[dict[str, Any]]) -> None:
+    kinds = list(dict.fromkeys(row["images"] for row in rows))
+    for number, kind in enumerate(kinds):
+        values = [row["fid"] for row in rows if row["images"] == kind]
+        axes.bar(number, np.mean(values), yerr=np.std(values, ddof=1) if len(values) > 1 else None, capsize=4)
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set_xlabel(f"guidance {rows[0]['guidance']:g}, N = {rows[0]['N']:,}")
+    axes.set_ylabel("FID")
+
+
+def _draw_given(axes: Any, rows: list[dict[str, Any]]) -> None:
+    axes.plot([row["size given"] for row in rows], [row["high_frequencies"] for row in rows], "o-")
+    axes.axhline(1, linestyle="--", linewidth=0.8, color="grey")
+    axes.set_xlabel("original size that is given, pixels")
+    axes.set_ylabel("high frequencies, ratio to test images")
+
+
+_PANELS: tuple[Callable[[Any, list[dict[str, Any]]], None], ...] = (
+    functools.partial(_draw_fid, along="guidance"),
+    functools.partial(_draw_fid, along="step"),
+    _draw_seeds,
+    _draw_given,
+)
+"""Of the fields of `Parts` after the first."""
 
 
 def arguments() -> argparse.Namespace:

@@ -128,8 +128,8 @@ def test_table_2_draws_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(results, "save_figure", keep)
     table_2.plot(table_2.Parts(bound, curve, [], [], []), tmp_path)
     table_2.plot(table_2.Parts(bound, curve, steps, curve[::2], sizes), tmp_path)
-    # Three models and two lines of the data; three bars; the sizes that are given, and the test images' 1.
-    assert drawn == [[(5, 0), (2, 0), (0, 0), (2, 0)], [(5, 0), (5, 0), (0, 3), (2, 0)]]
+    # Three models and two lines of the data; three models; three bars; the sizes that are given, and a line at 1.
+    assert drawn == [[(5, 0)], [(5, 0), (3, 0), (0, 3), (2, 0)]]
 
 
 def test_a_folder_without_cifar_10_is_said(tmp_path: Path) -> None:
