@@ -50,6 +50,7 @@ from sdxl_jax.config import TrainConfig
 from sdxl_jax.evaluation import distances
 from sdxl_jax.evaluation.curve import check_plots
 from sdxl_jax.evaluation.statistics import Statistics
+from sdxl_jax.model import Model
 from sdxl_jax.sizes import Size
 
 PAPER = [
@@ -96,10 +97,8 @@ def config(kind: str, images: Path, options: argparse.Namespace) -> TrainConfig:
     return small_model.train_config(images, model, **given)
 
 
-def sampled(run: Path, file: Path, count: int, seed: int, guidance: float, given: float) -> Images:
-    """`count` samples of a run, evenly over the classes. given: the size, as a fraction of the side."""
-    model = load_model(run)
-    side = round(given * model.config.default_size[0])
+def sampled(model: Model, file: Path, count: int, seed: int, guidance: float, side: int) -> Images:
+    """`count` samples, evenly over the classes. side: of the size that is given, pixels."""
     size = None if model.config.micro is None else Size(side, side)
     classes = [number * CLASSES // count for number in range(count)]
     return small_model.sampled(model, classes, file, {"guidance": guidance, "seed": seed, "original_size": size})
@@ -184,27 +183,28 @@ def main() -> None:
     reduced_images = [resized(image, int(size)) for image, size in zip(data.images, sizes, strict=True)]
     small_model.write_images(out / "data", reduced_images, label=data.labels.tolist())
 
-    def measured(run: Path, name: str, count: int, seed: int, guidance: float, **about: Any) -> dict[str, Any]:
-        """A row of so many samples of a run, or of a checkpoint."""
-        name, share = f"{name}_g{guidance:g}_s{seed}", about.get("size given", side) / side
-        images = sampled(run, out / "samples" / f"{name}.npz", count, seed, guidance, share)
+    def measured(model: Model, name: str, count: int, seed: int, guidance: float, **about: Any) -> dict[str, Any]:
+        """A row of so many samples."""
+        name, given = f"{name}_g{guidance:g}_s{seed}", about.get("size given", side)
+        images = sampled(model, out / "samples" / f"{name}.npz", count, seed, guidance, given)
         return {**about, "guidance": guidance, "seed": seed, **measures.of(name, images)}
 
     curve, over_time, final, given = ([] for _ in range(4))
     for kind in options.runs:
         run = out / kind
         train(config(kind, out / "data", options), run)
-        curve += [measured(run, kind, options.samples, 0, scale, images=kind) for scale in options.guidance]
+        model = load_model(run)
+        curve += [measured(model, kind, options.samples, 0, scale, images=kind) for scale in options.guidance]
         for step in checkpoints(run) if options.over_time else ():
-            path, about = run / "checkpoints" / str(step), {"images": kind, "step": step}
-            over_time.append(measured(path, f"{kind}_{step}", options.over_time, 0, main_scale, **about))
+            earlier, about = load_model(run / "checkpoints" / str(step)), {"images": kind, "step": step}
+            over_time.append(measured(earlier, f"{kind}_{step}", options.over_time, 0, main_scale, **about))
         if options.final is not None:
             count, scale, seeds = options.final_samples, options.final, range(options.seeds)
-            final += [measured(run, kind, count, seed, scale, images=kind) for seed in seeds]
+            final += [measured(model, kind, count, seed, scale, images=kind) for seed in seeds]
         for share in GIVEN if kind == "size" else ():
             name = kind if share == 1 else f"{kind}_given{share:g}"
             about = {"images": kind, "size given": round(share * side)}
-            given.append(measured(run, name, options.samples, 0, main_scale, **about))
+            given.append(measured(model, name, options.samples, 0, main_scale, **about))
     parts = Parts(rows, curve, over_time, final, given)
     found = [*rows, *curve, *over_time, *results.over_seeds(final), *given]
     print(results.write(out, "Table 2, in small", PAPER, found, notes, began))

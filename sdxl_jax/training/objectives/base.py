@@ -311,7 +311,7 @@ class Objective(abc.ABC, Generic[Config]):
         raise NotImplementedError
 
     def export_notes(self) -> Sequence[str]:
-        """What the user is told of the files: who does not read them. Here: nothing."""
+        """Notes for the user on the files: who does not read them. Here: none."""
         return ()
 
     def measure(
