@@ -2,7 +2,8 @@
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python sharded_distillation.py SCRATCH_FOLDER
 
-One step of consistency distillation, of a whole student and of an adapter, on one device and on a mesh of four.
+One step of consistency distillation, of a whole student and of an adapter, and one of guidance and of progressive
+distillation, on one device and on a mesh of four.
 """
 
 import dataclasses
@@ -22,6 +23,8 @@ from sdxl_jax.sharding import MeshConfig
 from sdxl_jax.training import setup
 from sdxl_jax.training.objectives import objective_of
 from sdxl_jax.training.objectives.distillation.consistency import ConsistencyConfig
+from sdxl_jax.training.objectives.distillation.guidance import GuidanceDistillationConfig
+from sdxl_jax.training.objectives.distillation.progressive import ProgressiveConfig
 from sdxl_jax.training.objectives.distillation.teacher import TEACHER, Distillation
 from sdxl_jax.weights.convert import convert
 
@@ -54,6 +57,8 @@ def main(folder: Path) -> dict[str, Any]:
     configs = {
         "student": test_distillation.distillation(ConsistencyConfig, folder),
         "adapter": test_distillation.lora_student(folder),
+        "guidance": test_distillation.distillation(GuidanceDistillationConfig, folder),
+        "progressive": test_distillation.distillation(ProgressiveConfig, folder, steps=4),
     }
     for name, config in configs.items():
         one = stepped(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))

@@ -108,7 +108,7 @@ def sharded(compiled: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("name", ["student", "adapter"])
+@pytest.mark.parametrize("name", ["student", "adapter", "guidance", "progressive"])
 def test_a_step_on_a_mesh_is_that_of_one_device(sharded: dict[str, Any], name: str) -> None:
     # Roundings of float32 in another order, in the loss and in the gradient.
     assert sharded["devices"] == 4

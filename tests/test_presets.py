@@ -162,6 +162,19 @@ def test_presets_of_one_method_stand_for_each_other(kind: tuple[str, str]) -> No
         assert added.config.sampling == SamplingDefaults(preset=given)
 
 
+def test_a_lora_for_another_number_of_steps_is_refused_where_weights_are_of_one_number() -> None:
+    def added(preset: str, steps: int) -> SamplingDefaults | None:
+        given = {"preset": preset, "steps": steps}
+        file = Lora("x.safetensors", {}, metadata={"sdxl_jax.sampling": json.dumps(given)})
+        config = dataclasses.replace(SDXL_BASE, sampling=SamplingDefaults(preset=preset, steps=4))
+        return lora.add(Model(config, {}), file).config.sampling
+
+    assert added("lightning", 4) == SamplingDefaults(preset="lightning", steps=4)
+    assert added("turbo", 1) == SamplingDefaults(preset="turbo", steps=1)
+    with pytest.raises(InputError, match="of preset lightning with 8 steps .* is of preset lightning with 4 steps"):
+        added("lightning", 8)
+
+
 def test_a_refiner_beside_a_preset_is_refused() -> None:
     with pytest.raises(InputError, match="preset=turbo is of a few-step model, and refiners take many steps"):
         prepare(SDXL_BASE, SDXL_REFINER, Options(preset="turbo"))

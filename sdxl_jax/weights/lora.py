@@ -14,6 +14,7 @@ from sdxl_jax.errors import InputError, nearest_first
 from sdxl_jax.files.paths import AnyPath, located
 from sdxl_jax.model import Adapter, Model, ModelConfig
 from sdxl_jax.samplers import presets
+from sdxl_jax.samplers.defaults import SamplingDefaults
 from sdxl_jax.weights import descriptions
 from sdxl_jax.weights.adapter_files.reading import describe, notes, read, resolve
 from sdxl_jax.weights.lazy import Changed, Leaf, Weights
@@ -95,16 +96,23 @@ def merge(weights: Weights, lora: Lora, scale: float) -> Weights:
 
 def _with_preset(config: ModelConfig, lora: Lora) -> ModelConfig:
     """With the preset of a few-step LoRA, if its metadata says it; otherwise as it was. Raises InputError for a model
-    that has another one already."""
+    that has another one already, or the same for another number of steps."""
     said = descriptions.distilled_for(lora.metadata)
-    own, given = None if config.sampling is None else config.sampling.preset, said.get("preset")
-    if own is not None and given is not None and not presets.same_kind(own, given):
-        raise InputError(
-            f"{lora.name} is of preset {given} by its metadata, but the model is of preset {own} already, by its files "
-            "or another LoRA: weights distilled in two ways do not add up. Leave the LoRA out, or give a base without "
-            f"preset {own}"
-        )
+    before, given = config.sampling or SamplingDefaults(), said.get("preset")
+    if before.preset is not None and given is not None:
+        own, its = _distilled_for(before.preset, before.steps), _distilled_for(given, said.get("steps"))
+        numbers = {before.steps, said.get("steps")} - {None}
+        if not presets.same_kind(before.preset, given) or presets.find(given).of_one_number and len(numbers) > 1:
+            raise InputError(
+                f"{lora.name} is of {its} by its metadata, but the model is of {own} already, by its files or another "
+                "LoRA: weights distilled in two ways do not add up. Leave the LoRA out, or give a base without "
+                f"preset {before.preset}"
+            )
     return replace(config, sampling=presets.with_stated(config.sampling, said)) if said else config
+
+
+def _distilled_for(preset: str, steps: int | None) -> str:
+    return f"preset {preset}" + ("" if steps is None else f" with {steps} steps")
 
 
 def listing(model: Model) -> list[str]:
