@@ -17,8 +17,9 @@ are distilled on the same images with the teacher's guidance in their weights, s
 
 Not every method has students of all of 1, 2, 4 and 8 steps: dmd and add have those of the ends, 1 and 4, since each
 student of dmd is a training of its own, and add is for 4 at most. DMD2's fake score is updated twice per update of the
-student, where its paper has five times, so that the student has half of so few training steps instead of a fifth. All
-students have the same number of training steps, progressive in each round.
+student, where its paper has five times, so that the student has half of so few training steps instead of a fifth. ADD
+is without R1, the penalty that takes most of its time on a processor. All students have the same number of training
+steps, progressive in each round.
 
 Measured are prompt accuracy (the share of samples whose nearest training image has the prompt as its caption), FID and
 KID to samples of the teacher from other noise and to the images themselves, and images per second. The first row is the
@@ -53,7 +54,10 @@ from sdxl_jax.optim.ema import EmaConfig
 from sdxl_jax.optim.optimiser import Decay, OptimiserConfig
 from sdxl_jax.quickstart.run import Examples, training_images
 from sdxl_jax.sampling.generate import text_to_image
-from sdxl_jax.training.objectives.distillation.adversarial_diffusion import AdversarialDiffusionConfig
+from sdxl_jax.training.objectives.distillation.adversarial_diffusion import (
+    AdversarialDiffusionConfig,
+    FeatureDiscriminatorConfig,
+)
 from sdxl_jax.training.objectives.distillation.consistency import ConsistencyConfig, ConsistencyTarget
 from sdxl_jax.training.objectives.distillation.critic import CriticConfig
 from sdxl_jax.training.objectives.distillation.distribution_matching import (
@@ -131,7 +135,10 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
                 config = student(DistributionMatchingConfig, teacher, options, **about)
                 yield Student(f"{method}_{steps}", config, (steps,))
         case "add":
-            yield Student(method, student(AdversarialDiffusionConfig, teacher, options), (1, 4))
+            config = student(
+                AdversarialDiffusionConfig, teacher, options, discriminator=FeatureDiscriminatorConfig(r1_weight=0)
+            )
+            yield Student(method, config, (1, 4))
 
 
 # Sampling and measures

@@ -102,7 +102,7 @@ def _with_preset(config: ModelConfig, lora: Lora) -> ModelConfig:
     if before.preset is not None and given is not None:
         own, its = _distilled_for(before.preset, before.steps), _distilled_for(given, said.get("steps"))
         numbers = {before.steps, said.get("steps")} - {None}
-        if not presets.same_kind(before.preset, given) or presets.find(given).of_one_number and len(numbers) > 1:
+        if not presets.same_kind(before.preset, given) or (presets.find(given).of_one_number and len(numbers) > 1):
             raise InputError(
                 f"{lora.name} is of {its} by its metadata, but the model is of {own} already, by its files or another "
                 "LoRA: weights distilled in two ways do not add up. Leave the LoRA out, or give a base without "
