@@ -18,6 +18,7 @@ from sdxl_jax.models.discriminator_heads import FeatureHeads, MiddleHead
 from sdxl_jax.models.image_features import DinoV2Features, FeatureNetwork, VggFeatures
 from sdxl_jax.models.initialisers import sample
 from sdxl_jax.models.layers import count
+from sdxl_jax.training.objectives.distillation import losses
 
 TINY_DINO = DinoV2Features(DinoV2Config(width=8, layers=2, heads=2, mlp_width=16, side=28, patch=14), (0, 2))
 
@@ -88,6 +89,30 @@ def test_convolutions_go_around_the_edge() -> None:
     moved = heads.logits(normalised, tuple(jnp.roll(each, 5, axis=1) for each in features), condition)
     for one, other in zip(heads.logits(normalised, features, condition), moved, strict=True):
         np.testing.assert_allclose(jnp.roll(one, 5, axis=1), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [(9,), (3, 2), (1, 1)])
+def test_sums_of_products_are_convolutions(reach: tuple[int, ...]) -> None:
+    x = normal(2, *(12, 10)[: len(reach)], 3)
+    params = {"kernel": normal(*reach, 3, 5, seed=1), "bias": normal(5, seed=2)}
+    letters = "HW"[: len(reach)]
+    layout = f"N{letters}C", f"{letters}IO", f"N{letters}C"
+    wanted = jax.lax.conv_general_dilated(x, params["kernel"], (1,) * len(reach), "VALID", dimension_numbers=layout)
+    found = discriminator_heads.sum_of_products(params, x)
+    np.testing.assert_allclose(found, wanted + params["bias"], atol=1e-5)  # sums of up to 27 products in another order
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_r1_needs_no_second_derivative_of_a_convolution_which_is_slow_on_cpus(axes: int) -> None:
+    heads, params, features, condition = heads_with(axes, 3)
+    normalised, _ = heads.normalised(params, heads.carried())
+
+    def penalty(normalised: Params) -> jax.Array:
+        return jnp.asarray(losses.r1(lambda given: heads.logits(normalised, given, condition), features))
+
+    operations = str(jax.make_jaxpr(jax.grad(penalty))(normalised))
+    assert "dot_general" in operations
+    assert "conv_general_dilated" not in operations
 
 
 def test_the_head_on_the_middle_has_the_published_sizes() -> None:

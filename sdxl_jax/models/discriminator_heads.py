@@ -57,7 +57,7 @@ def _convolution(params: Params, x: Any, stride: int, padding: int) -> Any:
     return x + params["bias"]
 
 
-def _sum_of_products(params: Params, x: Any) -> Any:
+def sum_of_products(params: Params, x: Positions) -> Any:
     """A convolution of one or two axes of positions, without padding, as one product for each position of the kernel.
     R1 needs its second derivative, for which XLA has no fast convolution on CPUs: 15 times slower."""
     kernel = params["kernel"]
@@ -146,7 +146,7 @@ class FeatureHeads:
             head = normalised[f"head_{number}"]
             x = _activated(head, "1", x, 0)
             x = (x + _activated(head, "9", x, head["conv_9"]["kernel"].shape[0] // 2)) / math.sqrt(2)
-            x = _sum_of_products(head["logits"], x).reshape(len(x), -1, head["logits"]["kernel"].shape[-1])
+            x = sum_of_products(head["logits"], x).reshape(len(x), -1, head["logits"]["kernel"].shape[-1])
             if condition is not None:
                 wanted = condition @ head["condition"]["kernel"] + head["condition"]["bias"]
                 x = jnp.einsum("bpf,bf->bp", x, wanted) / math.sqrt(_PROJECTION)
@@ -161,7 +161,7 @@ def _unit(vector: Float[jax.Array, " size"]) -> Float[jax.Array, " size"]:
 def _activated(head: Params, name: str, x: Positions, padding: int) -> Any:
     """Convolution around the edge, batch norm, LeakyReLU."""
     around = [(0, 0), *[(padding, padding)] * (x.ndim - 2), (0, 0)]
-    x = _sum_of_products(head[f"conv_{name}"], jnp.pad(x, around, mode="wrap") if padding else x)
+    x = sum_of_products(head[f"conv_{name}"], jnp.pad(x, around, mode="wrap") if padding else x)
     x = _virtual_batch_norm(head[f"norm_{name}"], x)
     return jnp.where(x > 0, x, _SLOPE * x)
 
@@ -210,4 +210,4 @@ class MiddleHead:
             last = number == self.layers
             x = _convolution(params[f"conv_{number}"], x, stride=4 if last else 2, padding=0 if last else 1)
             x = jax.nn.silu(group_norm(params[f"norm_{number}"], x))
-        return _sum_of_products(params["conv_out"], x).reshape(len(x), -1)
+        return sum_of_products(params["conv_out"], x).reshape(len(x), -1)
