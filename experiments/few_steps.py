@@ -217,7 +217,7 @@ def main() -> None:
             for steps in each:
                 measure(model, method, steps, steps, **guided)
     notes = [
-        f"{options.steps} training steps of {options.batch} images for each student; {SIDE}×{SIDE}",
+        f"{options.steps} training steps of {options.batch} images for each student, half for add; {SIDE}×{SIDE}",
         f"FID and KID to {len(prompts)} samples of the teacher from other noise, and to {len(examples.images)} images",
         f"images/s: a batch of {TIMED}, with text encoders and decoder",
     ]
@@ -229,21 +229,18 @@ def plot(rows: Sequence[dict[str, Any]], kept: Mapping[str, Images], path: Path)
     """Quality over evaluations of the network; samples of the same prompts and noise."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 0.9 * len(rows)))
-    grid = figure.add_gridspec(len(rows), 2, width_ratios=(1, 2))
-    for place, measure in (
-        (grid[: len(rows) // 2, 0], "prompt accuracy"),
-        (grid[len(rows) // 2 :, 0], "FID to teacher"),
-    ):
-        axes: Any = figure.add_subplot(place)
+    figure = Figure(figsize=(12, 0.6 * len(rows)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    for axes, measure in zip(left.subplots(2), ("prompt accuracy", "FID to teacher"), strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             own = sorted((row["evaluations"], row[measure]) for row in rows if row["model"] == model)
             axes.plot(*zip(*own, strict=True), marker="o", label=model)
         axes.set_xscale("log", base=2)
         axes.set_xlabel("evaluations of the network")
         axes.set_ylabel(measure)
-    axes.legend(frameon=False, fontsize=7)
-    results.draw_samples(figure, [grid[number, 1] for number in range(len(rows))], kept)
+        axes.legend(frameon=False, fontsize=7)
+    grid = right.add_gridspec(len(rows), 1)
+    results.draw_samples(right, [grid[number, 0] for number in range(len(rows))], kept)
     results.save_figure(figure, path)
 
 

@@ -101,13 +101,14 @@ def draw_samples(figure: Any, places: Sequence[Any], kept: Mapping[str, np.ndarr
         axes = figure.add_subplot(place)
         shown = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int)
         axes.imshow(np.concatenate(list(images[shown]), axis=1))
-        axes.set_title(name, fontsize=8)
+        axes.text(-0.01, 0.5, name, transform=axes.transAxes, ha="right", va="center", fontsize=8)
         axes.set_axis_off()
 
 
 def save_figure(figure: Any, path: Path) -> None:
     """As PNG."""
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout()
     with atomic.replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
