@@ -135,7 +135,7 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
                 config = student(DistributionMatchingConfig, teacher, options, **about)
                 yield Student(f"{method}_{steps}", config, (steps,))
         case "add":
-            judge = FeatureDiscriminatorConfig(r1_weight=0)
+            judge = FeatureDiscriminatorConfig(r1_weight=0.0)
             half = argparse.Namespace(**{**vars(options), "steps": options.steps // 2})
             config = student(AdversarialDiffusionConfig, teacher, half, discriminator=judge)
             yield Student(method, config, (1, 4))
@@ -230,7 +230,8 @@ def plot(rows: Sequence[dict[str, Any]], kept: Mapping[str, Images], path: Path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 0.6 * len(rows)), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2))
+    parts: Any = figure.subfigures(1, 2, width_ratios=(1, 2))
+    left, right = parts
     for axes, measure in zip(left.subplots(2), ("prompt accuracy", "FID to teacher"), strict=True):
         for model in dict.fromkeys(row["model"] for row in rows):
             own = sorted((row["evaluations"], row[measure]) for row in rows if row["model"] == model)
