@@ -171,7 +171,7 @@ def test_a_lora_for_another_number_of_steps_is_refused_where_weights_are_of_one_
 
     assert added("lightning", 4) == SamplingDefaults(preset="lightning", steps=4)
     assert added("turbo", 1) == SamplingDefaults(preset="turbo", steps=1)
-    with pytest.raises(InputError, match="of preset lightning with 8 steps .* is of preset lightning with 4 steps"):
+    with pytest.raises(InputError, match=r"of preset lightning with 8 steps .* is of preset lightning with 4 steps"):
         added("lightning", 8)
 
 
