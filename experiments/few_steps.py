@@ -229,7 +229,7 @@ def plot(rows: Sequence[dict[str, Any]], kept: Mapping[str, Images], path: Path)
     """Quality over evaluations of the network; samples of the same prompts and noise."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 0.6 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(12, 0.6 * len(rows)))
     parts: Any = figure.subfigures(1, 2, width_ratios=(1, 2))
     left, right = parts
     for axes, measure in zip(left.subplots(2), ("prompt accuracy", "FID to teacher"), strict=True):

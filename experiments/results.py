@@ -107,8 +107,7 @@ def draw_samples(figure: Any, places: Sequence[Any], kept: Mapping[str, np.ndarr
 
 def save_figure(figure: Any, path: Path) -> None:
     """As PNG."""
-    if figure.get_layout_engine() is None:
-        figure.tight_layout()
+    figure.set_layout_engine("constrained")
     with atomic.replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
