@@ -18,8 +18,8 @@ are distilled on the same images with the teacher's guidance in their weights, s
 Not every method has students of all of 1, 2, 4 and 8 steps: dmd and add have those of the ends, 1 and 4, since each
 student of dmd is a training of its own, and add is for 4 at most. DMD2's fake score is updated twice per update of the
 student, where its paper has five times, so that the student has half of so few training steps instead of a fifth. ADD
-is without R1, and has half as many training steps as the others: VGG16, whose features it judges, takes ten times as
-long as the student. Apart from it all students have the same number, progressive in each round.
+is without R1, and has half as many training steps as the others, because each takes about ten times as long with VGG16,
+whose features it judges. Apart from it all students have the same number, progressive in each round.
 
 Measured are prompt accuracy (the share of samples whose nearest training image has the prompt as its caption), FID and
 KID to samples of the teacher from other noise and to the images themselves, and images per second. The first row is the
@@ -152,12 +152,10 @@ def sampled(
     if not file.exists():
         given = {"height": SIDE, "width": SIDE, "steps": steps, "batch_size": TIMED, **options}
         images = text_to_image(model, prompts, seed=seed, progress=True, **given)
-        seconds = 0.0
-        for _ in range(2):  # the first compiles: without a bar it is another program
-            began = time.monotonic()
-            text_to_image(model, prompts[:TIMED], seed=seed, **given)
-            seconds = time.monotonic() - began
-        write_samples(file, images=images, seconds=seconds)
+        text_to_image(model, prompts[:TIMED], seed=seed, **given)  # compiles: without a bar it is another program
+        began = time.monotonic()
+        text_to_image(model, prompts[:TIMED], seed=seed, **given)
+        write_samples(file, images=images, seconds=time.monotonic() - began)
     kept = np.load(file)
     return kept["images"], float(kept["seconds"])
 
