@@ -19,7 +19,9 @@ Not every method has students of all of 1, 2, 4 and 8 steps: dmd and add have th
 student of dmd is a training of its own, and add is for 4 at most. DMD2's fake score is updated twice per update of the
 student, where its paper has five times, so that the student has half of so few training steps instead of a fifth. ADD
 is without R1, and has half as many training steps as the others, because each takes about ten times as long with VGG16,
-whose features it judges. Apart from it all students have the same number, progressive in each round.
+whose features it judges; so few teach its heads little, and the distance to the teacher's image weighs 20 times as much
+as in the paper, about as much as what the heads say. Apart from it all students have the same number, progressive in
+each round.
 
 Measured are prompt accuracy (the share of samples whose nearest training image has the prompt as its caption), FID and
 KID to samples of the teacher from other noise and to the images themselves, and images per second. The first row is the
@@ -137,7 +139,8 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
         case "add":
             judge = FeatureDiscriminatorConfig(r1_weight=0.0)
             half = argparse.Namespace(**{**vars(options), "steps": options.steps // 2})
-            config = student(AdversarialDiffusionConfig, teacher, half, discriminator=judge)
+            about = {"discriminator": judge, "distillation_weight": 50.0, "rate": 5e-5}
+            config = student(AdversarialDiffusionConfig, teacher, half, **about)
             yield Student(method, config, (1, 4))
 
 
