@@ -88,26 +88,27 @@ class Student(NamedTuple):
     """Numbers of steps that it is sampled with."""
 
 
-def student(kind: type[Any], base: Path, options: argparse.Namespace, rate: float = 2e-4, **fields: Any) -> Any:
-    """A configuration of that method. rate: of learning. fields: the method's own."""
+def student(
+    kind: type[Any], base: Path, options: argparse.Namespace, rate: float = 2e-4, share: float = 1.0, **fields: Any
+) -> Any:
+    """A configuration of that method. rate: of learning. share: of the training steps. fields: the method's own."""
+    steps = round(options.steps * share)
     fields.setdefault("teacher", TeacherConfig(guidance=(GUIDANCE, GUIDANCE)))
     return kind(
         data=DataConfig(folder=str(options.out / "data"), buckets=((SIDE, SIDE),), batch_size=options.batch),
         model=open_model(base).config,
-        optimiser=optimiser(rate, options),
+        optimiser=optimiser(rate, steps),
         ema=EmaConfig(decay=0.95),
-        training=TrainingConfig(
-            steps=options.steps, trainable=("^unet/",), caption_dropout=0.0, init_from=(str(base),)
-        ),
-        checkpoint=CheckpointConfig(every_steps=options.steps, keep=1),
+        training=TrainingConfig(steps=steps, trainable=("^unet/",), caption_dropout=0.0, init_from=(str(base),)),
+        checkpoint=CheckpointConfig(every_steps=steps, keep=1),
         validation=ValidationConfig(every_steps=None),
         **fields,
     )
 
 
-def optimiser(rate: float, options: argparse.Namespace) -> OptimiserConfig:
+def optimiser(rate: float, steps: int) -> OptimiserConfig:
     return OptimiserConfig(
-        learning_rate=rate, warmup_steps=options.steps // 20, decay=Decay.COSINE, beta2=0.99, weight_decay=0.0
+        learning_rate=rate, warmup_steps=steps // 20, decay=Decay.COSINE, beta2=0.99, weight_decay=0.0
     )
 
 
@@ -131,16 +132,15 @@ def students(method: str, options: argparse.Namespace) -> Iterator[Student]:
                 yield Student(f"{method}_{steps}", student(ProgressiveConfig, teacher, options, **about), (steps,))
                 teacher = out / f"{method}_{steps}"
         case "dmd":
-            critic = CriticConfig(updates=2, optimiser=optimiser(2e-4, options))
+            critic = CriticConfig(updates=2, optimiser=optimiser(2e-4, options.steps))
             for steps in (4, 1):
                 about = {"steps": steps, "critic": critic, "rate": 1e-4, "head": MiddleHeadConfig(layers=0)}
                 config = student(DistributionMatchingConfig, teacher, options, **about)
                 yield Student(f"{method}_{steps}", config, (steps,))
         case "add":
             judge = FeatureDiscriminatorConfig(r1_weight=0.0)
-            half = argparse.Namespace(**{**vars(options), "steps": options.steps // 2})
-            about = {"discriminator": judge, "distillation_weight": 50.0, "rate": 5e-5}
-            config = student(AdversarialDiffusionConfig, teacher, half, **about)
+            about = {"discriminator": judge, "distillation_weight": 50.0, "rate": 5e-5, "share": 0.5}
+            config = student(AdversarialDiffusionConfig, teacher, options, **about)
             yield Student(method, config, (1, 4))
 
 
