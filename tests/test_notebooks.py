@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 LIMIT_BYTES = 300_000
-TEXT_LIMIT = 2500
+TEXT_LIMIT = 2000
 """Characters that a cell may keep."""
 LOCAL = r"(?<![\w.:/~])/(?:home|root|tmp|work|usr|opt|mnt|content|Users|var|dev)\b|\b[A-Z]:\\|localhost|127\.0\.0\.1"
 """Absolute paths and names of machines."""
