@@ -211,14 +211,10 @@ def measure(
     others = [images.captions[(number + count // 2) % count] for number in range(count)]
 
     def sample(prompts: Sequence[str | None], with_images: bool) -> UInt8[np.ndarray, "images height width 3"]:
-        common = {"steps": run.STEPS, "guidance": run.GUIDANCE, "seed": seed, "height": SIDE, "width": SIDE}
-        if not with_images:
-            return text_to_image(model, prompts, batch_size=16, **common)
-        each = [
-            text_to_image(model, [prompt], image_prompts=[ImagePrompt(embedding)], first_index=number, **common)
-            for number, (prompt, embedding) in enumerate(zip(prompts, tqdm(embeddings, "sampling"), strict=True))
-        ]
-        return np.concatenate(each)
+        given = {"image_prompts": [[ImagePrompt(each)] for each in embeddings]} if with_images else {}
+        size = {"height": SIDE, "width": SIDE}
+        settings = {"steps": run.STEPS, "guidance": run.GUIDANCE, "seed": seed, "batch_size": 16, **size}
+        return text_to_image(model, prompts, progress=True, **given, **settings)
 
     def right(
         samples: UInt8[np.ndarray, "images height width 3"], wanted: Sequence[str]

@@ -83,7 +83,7 @@ def test_the_noise_schedule_is_the_cosine_one() -> None:
 def test_image_prompts_are_added_up_with_their_strengths() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     embeddings = np.stack([prompt(0).embedding, prompt(1).embedding])
-    found = summed(embeddings, np.array([0.5, -2.0], np.float32), 0.0, keys)
+    found = summed(np.tile(embeddings, (3, 1, 1)), np.tile([0.5, -2.0], (3, 1)), 0.0, keys)
     np.testing.assert_allclose(found, np.tile(0.5 * embeddings[0] - 2 * embeddings[1], (3, 1)), rtol=1e-6)
 
 
@@ -91,7 +91,7 @@ def test_noise_keeps_the_share_of_its_level_and_is_multiplied_by_the_strength() 
     """Level round(999 · 0.3) = 300: mean √ᾱ · strength · embedding, deviation √(1 − ᾱ) · strength."""
     keys = jax.random.split(jax.random.key(0), 4000)
     embedding = prompt(0).embedding
-    found = np.asarray(summed(embedding[None], np.array([2.0], np.float32), 0.3, keys))
+    found = np.asarray(summed(np.tile(embedding, (4000, 1, 1)), np.full((4000, 1), 2.0), 0.3, keys))
     kept = alpha_bar(300)
     # Three standard errors of 4,000 samples, and a little for the largest of eight.
     np.testing.assert_allclose(found.mean(axis=0), 2 * math.sqrt(kept) * embedding, atol=0.08)
@@ -134,6 +134,23 @@ def test_an_image_prompt_alone_is_not_one_with_an_empty_text(model: Model) -> No
         assert np.abs(different - alone).max() > least
     halves = sample(model, [None, ""], prompt(0, 0.25), prompt(0, 0.75)).latents[0]
     np.testing.assert_allclose(halves, alone, atol=least / 10)
+
+
+def test_each_prompt_may_have_image_prompts_of_its_own(model: Model) -> None:
+    """The same as prompts one by one, noise included, although the one has fewer images than the other."""
+    images, options = [[prompt(0)], [prompt(1, 0.5), prompt(2, -0.5)]], {**SETTINGS, "noise_augmentation": 0.3}
+    both = generate(model, [None, "a"], image_prompts=images, **options).latents
+    for number, (text, own) in enumerate(zip([None, "a"], images, strict=True)):
+        alone = generate(model, [text], image_prompts=own, first_index=number, **options).latents
+        # float32 sums in another order
+        np.testing.assert_allclose(both[number], alone[0], atol=1e-4 * np.abs(alone).max())
+
+
+def test_image_prompts_for_some_prompts_alone_are_refused(model: Model) -> None:
+    with pytest.raises(InputError, match="Prompt 2 has no image prompt, and others have"):
+        generate(model, ["a", "b"], image_prompts=[[prompt(0)], []], **SETTINGS)
+    with pytest.raises(InputError, match="1 lists of image prompts for 2 prompts"):
+        generate(model, ["a", "b"], image_prompts=[[prompt(0)]], **SETTINGS)
 
 
 def test_a_refiner_is_conditioned_on_the_text() -> None:

@@ -41,23 +41,28 @@ def in_place_of_pooled(text: TextConditioning, image: ImageConditioning) -> Text
 
 
 def summed(
-    embeddings: Float[type_of_array, "prompts projection"],
-    strengths: Float[type_of_array, " prompts"],
+    embeddings: Float[type_of_array, "batch prompts projection"],
+    strengths: Float[type_of_array, "batch prompts"],
     noise: float,
     keys: Key[jax.Array, " batch"],
 ) -> Float[jax.Array, "batch projection"]:
     """Image prompts as one vector per image: each with noise, times its strength, added up.
 
-    noise: 0 to 1, the fraction of the noise schedule; 0: none. keys: one per image.
+    noise: 0 to 1, the fraction of the noise schedule; 0: none. keys: one per image. Further prompts with strength 0
+    change nothing, not even the others' noise.
     """
 
-    def one(key: Key[jax.Array, ""]) -> Float[jax.Array, " projection"]:
+    def one(
+        embeddings: Float[jax.Array, "prompts projection"],
+        strengths: Float[jax.Array, " prompts"],
+        key: Key[jax.Array, ""],
+    ) -> Float[jax.Array, " projection"]:
         fresh = jax.random.normal(key, embeddings.shape)
         kept = alpha_bar(round(noise * (_LEVELS - 1)))
         noised = math.sqrt(kept) * embeddings + math.sqrt(1 - kept) * fresh if noise else embeddings
         return jnp.einsum("nd,n->d", noised, strengths, precision=jax.lax.Precision.HIGHEST)
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(jnp.asarray(embeddings, jnp.float32), jnp.asarray(strengths, jnp.float32), keys)
 
 
 def alpha_bar(level: int) -> float:

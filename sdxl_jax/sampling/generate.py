@@ -41,7 +41,7 @@ from sdxl_jax.progress import tqdm
 from sdxl_jax.samplers.loop import State
 from sdxl_jax.samplers.steps import find, initial_scale
 from sdxl_jax.sampling import init_images, nonfinite, program
-from sdxl_jax.sampling.image_prompts import ImagePrompt
+from sdxl_jax.sampling.image_prompts import ImagePrompt, ImagePrompts, of_each_prompt
 from sdxl_jax.sampling.options import Options
 from sdxl_jax.sampling.plan import SegmentStart, check_prompts, levels_of, prepare
 from sdxl_jax.sampling.program import InitInputs, Inputs, Recipe, RowCallback, SampledBatch, Strengths
@@ -89,7 +89,7 @@ def generate(
     *,
     negative_prompts: Sequence[str | None] | None = None,
     classes: Sequence[int | None] | None = None,
-    image_prompts: Sequence[ImagePrompt] = (),
+    image_prompts: ImagePrompts = (),
     refiner: Model | None = None,
     init_image: UInt8[np.ndarray, "init_height init_width 3"] | None = None,
     mask: Bool[np.ndarray, "mask_height mask_width"] | None = None,
@@ -108,8 +108,8 @@ def generate(
         negative_prompts: one per prompt; None, or a None in the list: no negative prompt, which is not the same as "".
         classes: of a model with classes, one per prompt: the number of the class, from 0; None: no class, as in the
             unconditional half of guidance.
-        image_prompts: images that every prompt is conditioned on besides its text, in the place of the pooled text; the
-            refiner is not.
+        image_prompts: images that every prompt is conditioned on besides its text, in the place of the pooled text; or
+            one list per prompt. The refiner is not conditioned on them.
         refiner: runs the last steps (`handoff`), or refines the finished latent (`refine_strength`). It may lack its
             own text encoder, if the model has the same.
         init_image: 0..255; the image that sampling starts from. It is resized to cover height × width and cropped at
@@ -174,7 +174,7 @@ class _Generation:
         prompts: Sequence[str | None],
         negatives: Sequence[str | None] | None,
         classes: Sequence[int | None] | None,
-        image_prompts: Sequence[ImagePrompt],
+        image_prompts: ImagePrompts,
         init_image: UInt8[np.ndarray, "init_height init_width 3"] | None,
         mask: Bool[np.ndarray, "mask_height mask_width"] | None,
         init_noise: Float[np.ndarray, "images latent_height latent_width channels"] | None,
@@ -188,23 +188,24 @@ class _Generation:
             raise InputError("There are no prompts. Give at least one")
         negatives = [None] * len(prompts) if negatives is None else negatives
         classes = [None] * len(prompts) if classes is None else classes
-        for name, rows in (("negative prompts", negatives), ("classes", classes)):
+        images = of_each_prompt(image_prompts, len(prompts))
+        for name, rows in (("negative prompts", negatives), ("classes", classes), ("lists of image prompts", images)):
             if len(rows) != len(prompts):
                 raise InputError(f"{len(rows)} {name} for {len(prompts)} prompts. Give one per prompt, or none")
         check_prompts(config, [*prompts, *negatives], classes)
-        for number, (prompt, negative) in enumerate(zip(prompts, negatives, strict=True), 1):
-            if prompt is None and config.text and not image_prompts:
+        for number, (prompt, negative, own) in enumerate(zip(prompts, negatives, images, strict=True), 1):
+            if prompt is None and config.text and not own:
                 raise InputError(f"Prompt {number} is None, and there is no image prompt. Give a text, or images")
             check_text(prompt or "", f"Prompt {number}")
             check_text(negative or "", f"Negative prompt {number}")
         _check_parts(model, *config.parts)
         self.shares_text = False if refiner is None else _shares_text(model, refiner)
-        width = _width(image_prompts)
+        width = _width(images)
         prepared = prepare(config, None if refiner is None else refiner.config, options, init_image, mask, width)
         self.size, self.init_image, self.mask, self.segments, self.segment_arrays = prepared
-        self.model, self.refiner, self.options, self.image_prompts = model, refiner, options, image_prompts
+        self.model, self.refiner, self.options = model, refiner, options
         self.count = len(prompts) * options.num_images
-        per_prompt = zip(prompts, negatives, classes, strict=True)
+        per_prompt = zip(prompts, negatives, classes, images, strict=True)
         self.rows = self._make_rows([row for row in per_prompt for _ in range(options.num_images)], init_noise)
 
     @property
@@ -218,12 +219,12 @@ class _Generation:
 
     def _make_rows(
         self,
-        rows: list[tuple[str | None, str | None, int | None]],
+        rows: list[tuple[str | None, str | None, int | None, Sequence[ImagePrompt]]],
         init_noise: Float[np.ndarray, "_images _latent_height _latent_width _channels"] | None,
     ) -> dict[str, Any]:
-        """The fields of `Inputs` that differ from image to image, one row per image. rows: prompt, negative prompt and
-        class of each."""
-        prompts, negatives, classes = map(list, zip(*rows, strict=True))
+        """The fields of `Inputs` that differ from image to image, one row per image. rows: prompt, negative prompt,
+        class and image prompts of each."""
+        prompts, negatives, classes, image_prompts = map(list, zip(*rows, strict=True))
         config, options, count = self.model.config, self.options, len(rows)
         factor = config.vae.downsampling
         latent = (self.size.height // factor, self.size.width // factor, config.vae.latent_channels)
@@ -258,7 +259,7 @@ class _Generation:
             "refiner_noise": normal(2) if renoised else None,
             "keys": jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys),
             "init_inputs": self._init_rows(),
-            "image_prompt": self._image_rows(prompts, keys),
+            "image_prompt": self._image_rows(prompts, image_prompts, keys),
             "label": self._label_rows(classes),
         }
 
@@ -267,13 +268,20 @@ class _Generation:
             return None
         return np.array([NO_CLASS if each is None else each for each in classes], np.int32)
 
-    def _image_rows(self, prompts: list[str | None], keys: Key[jax.Array, " images"]) -> ImageConditioning | None:
-        if not self.image_prompts:
+    def _image_rows(
+        self, prompts: list[str | None], image_prompts: list[Sequence[ImagePrompt]], keys: Key[jax.Array, " images"]
+    ) -> ImageConditioning | None:
+        if not image_prompts[0]:
             return None
-        embeddings, strengths = zip(*self.image_prompts, strict=True)
+        most, width = max(map(len, image_prompts)), len(image_prompts[0][0].embedding)
+        embeddings = np.zeros((len(prompts), most, width), np.float32)
+        strengths = np.zeros((len(prompts), most), np.float32)
+        for row, images in enumerate(image_prompts):
+            for number, image in enumerate(images):
+                embeddings[row, number], strengths[row, number] = image
         embedding = image_conditioning.summed(
-            jnp.asarray(np.stack(embeddings), jnp.float32),
-            jnp.asarray(strengths, jnp.float32),
+            embeddings,
+            strengths,
             self.options.noise_augmentation or 0.0,
             jax.vmap(lambda key: jax.random.fold_in(key, 3))(keys),
         )
@@ -390,14 +398,19 @@ def micro_rows(
     return positive, negative
 
 
-def _width(image_prompts: Sequence[ImagePrompt]) -> int | None:
-    """Of the embeddings. Raises InputError for several widths, and for strengths that are not finite."""
-    if len(widths := {len(each.embedding) for each in image_prompts}) > 1:
+def _width(image_prompts: Sequence[Sequence[ImagePrompt]]) -> int | None:
+    """Of the embeddings of all prompts. Raises InputError for several widths, for strengths that are not finite, and
+    where some prompts have images and some have none."""
+    if any(image_prompts) and not all(image_prompts):
+        number = next(number for number, images in enumerate(image_prompts, 1) if not images)
+        raise InputError(f"Prompt {number} has no image prompt, and others have. Sample it on its own")
+    every = [image for images in image_prompts for image in images]
+    if len(widths := {len(each.embedding) for each in every}) > 1:
         raise InputError(
             f"The image prompts have embeddings of widths {', '.join(map(str, sorted(widths)))}. Encode all of them "
             "with one image encoder"
         )
-    if wrong := [each.strength for each in image_prompts if not np.isfinite(each.strength)]:
+    if wrong := [each.strength for each in every if not np.isfinite(each.strength)]:
         raise InputError(f"An image prompt has the strength {wrong[0]}. Give a finite number, e.g. 1")
     return next(iter(widths), None)
 

@@ -5,7 +5,7 @@ is at a path is `weights.clip_vision`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import numpy as np
@@ -27,6 +27,17 @@ class ImagePrompt(NamedTuple):
     """By the image tower that belongs to the model's last text encoder; see `encode_images`."""
     strength: float = 1.0
     """Factor of the embedding. Higher: more of this image; below 0: away from it."""
+
+
+ImagePrompts = Sequence[ImagePrompt] | Sequence[Sequence[ImagePrompt]]
+"""Those of every prompt, or one list per prompt."""
+
+
+def of_each_prompt(given: ImagePrompts, prompts: int) -> list[Sequence[ImagePrompt]]:
+    """One list per prompt: as it is given, or the same for each. prompts: their number."""
+    if all(isinstance(each, ImagePrompt) for each in given):
+        return [cast("Sequence[ImagePrompt]", given)] * prompts
+    return list(cast("Sequence[Sequence[ImagePrompt]]", given))
 
 
 _encode = jax.jit(clip_vision.encode, static_argnames=("config", "compute"))
