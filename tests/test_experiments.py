@@ -14,6 +14,7 @@ import pytest
 import real_data
 from command import call
 from image_sources import encoded, write_folder
+from PIL import Image
 
 from sdxl_jax.data.folders import open_folder
 from sdxl_jax.files.trees import differences
@@ -266,7 +267,7 @@ def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:
     assert outcome.code == 2 and "has no model.safetensors" in outcome.err, outcome
     assert words[words.index("--resize") + 1] == "clean" and "--prompts" not in words
     words = figures.command(figures.arguments(["3", "MODEL"]))
-    assert "original-size=64x64,128x128,256x256,512x512" in words
+    assert "original-size=64x64;128x128;256x256;512x512" in words
     with pytest.raises(SystemExit, match="figure 13 needs --clip"):
         figures.command(figures.arguments(["13", "MODEL", "--captions", "x"]))
     with pytest.raises(SystemExit, match="figure 3 is of one model, not of 2"):
@@ -274,6 +275,63 @@ def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:
     words = figures.command(figures.arguments(["2", str(tmp_path / "none")]))
     outcome = call(*words)
     assert outcome.code == 2 and str(tmp_path / "none") in outcome.err, outcome
+
+
+def test_figure_2_tells_what_each_minimum_size_discards(tmp_path: Path) -> None:
+    images = write_folder(
+        tmp_path / "images",
+        {"a.png": encoded("PNG", 300, 300), "a.txt": b"a", "b.png": encoded("PNG", 100, 100), "b.txt": b"b"},
+    )
+    out = tmp_path / "figure"
+    assert figures.draw(figures.arguments(["2", str(images), "--out", str(out)])) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["smaller than, pixels"], row["discarded"]) for row in rows] == [
+        (64, 0.0),
+        (128, 0.5),
+        (256, 0.5),
+        (512, 1.0),
+        (1024, 1.0),
+    ]
+    assert "0.39" in (out / "table.md").read_text() and np.asarray(Image.open(out / "figure.png")).size > 1000
+
+
+def test_figure_3_measures_the_images_of_each_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of four strengths in the place of a model's images: energy grows with the square."""
+
+    def sample(words: list[str]) -> int:
+        folder = Path(words[words.index("--out") + 1])
+        folder.mkdir(parents=True)
+        noise = np.random.default_rng(0).standard_normal((8, 8, 3))
+        for column, strength in enumerate((10, 20, 10, 30)):
+            for number in range(2):
+                pixels = (128 + strength * noise).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{2 * column + number:06d}.png")
+        Image.new("RGB", (40, 20)).save(folder / "sweep.png")
+        return 0
+
+    monkeypatch.setattr(figures, "run", sample)
+    assert figures.draw(figures.arguments(["3", "MODEL", "--side", "64", "--out", str(tmp_path)])) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["original-size"] for row in rows] == ["8x8", "16x16", "32x32", "64x64"]
+    assert [row["high frequencies"] for row in rows] == pytest.approx([1, 4, 1, 9], rel=0.1)
+    assert all(row["N"] == 2 for row in rows) and np.asarray(Image.open(tmp_path / "figure.png")).shape == (20, 40, 3)
+
+
+def test_figure_13_keeps_the_points_of_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(words: list[str]) -> int:
+        assert "--json" in words
+        scores = [{"name": "FID", "value": 20.5}, {"name": "CLIP score", "value": None}]
+        print(json.dumps([{"model": "a", "guidance": 3.0, "images": 10, "scores": scores}]))
+        Image.new("RGB", (40, 20)).save(tmp_path / "curve.png")
+        return 0
+
+    monkeypatch.setattr(figures, "run", evaluate)
+    given = ["13", "MODEL", "--captions", "C", "--clip", "D", "--out", str(tmp_path)]
+    assert figures.draw(figures.arguments(given)) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert found == [{"model": "a", "guidance": 3.0, "FID": 20.5, "CLIP score": None, "N": 10}]
+    monkeypatch.setattr(figures, "run", lambda words: 2)
+    assert figures.draw(figures.arguments(given)) == 2
 
 
 def test_the_models_of_image_prompts_fit_each_other(tmp_path: Path) -> None:
