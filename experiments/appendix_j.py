@@ -16,7 +16,6 @@ the weights of `sdxl-jax evaluate --fetch-weights`.
 """
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +85,8 @@ def config(images: Path, run: Run, steps: int, seed: int) -> AutoencoderConfig:
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("runs", "seeds", "count"))
     check_plots()
     for name in ("inception", "lpips_vgg", "lpips_alex"):
         weights.load(name)

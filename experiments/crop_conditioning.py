@@ -17,7 +17,6 @@ Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). 
 
 import argparse
 import itertools
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,8 @@ def row(name: str, left: int | None, seed: int | None, images: Images, given: Se
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("samples", "seeds"))
     check_plots()
     out, given = options.out, pictures.square_pictures(OBJECT)
     wide = canvases(given)

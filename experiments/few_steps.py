@@ -189,7 +189,8 @@ class Scores:
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("methods", "samples"))
     check_plots()
     out = options.out
     examples = training_images(options.teacher / "pictures")[Bucket(SIDE, SIDE)]

@@ -130,7 +130,7 @@ def rows_of_curve(printed: str) -> list[results.Row]:
             "model": point["model"],
             "guidance": point["guidance"],
             **{score["name"]: score["value"] for score in point["scores"]},
-            "N": point["images"],
+            "N": point["scores"][0]["images"],
         }
         for point in json.loads(printed)
     ]

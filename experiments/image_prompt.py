@@ -22,7 +22,6 @@ Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). 
 import argparse
 import dataclasses
 import json
-import time
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,9 +192,10 @@ def split(images: Images, folder: Path) -> Path:
     """A folder with every second image: the tuning set."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for file, caption in list(zip(images.files, images.captions, strict=True))[::2]:
-        (folder / file.name).write_bytes(file.read_bytes())
-        lines.append(json.dumps({"file_name": file.name, "text": caption}))
+    for number, (file, caption) in list(enumerate(zip(images.files, images.captions, strict=True)))[::2]:
+        name = f"{number:05d}{file.suffix}"
+        (folder / name).write_bytes(file.read_bytes())
+        lines.append(json.dumps({"file_name": name, "text": caption}))
     atomic.write_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
     return folder
 
@@ -233,7 +233,8 @@ def measure(
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("seeds",))
     check_plots()
     folder = options.images or options.out / "images"
     if options.images is None:

@@ -14,7 +14,6 @@ Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). 
 
 import argparse
 import itertools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,8 @@ def row(name: str, seed: int | None, images: Images) -> dict[str, Any]:
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("strengths", "samples", "seeds"))
     check_plots()
     out = options.out
     each = [versions(picture.pixels) for picture in pictures.square_pictures(SIDE)]

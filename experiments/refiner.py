@@ -20,7 +20,6 @@ the weights of `sdxl-jax evaluate --fetch-weights`.
 """
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,8 @@ def config(kind: str, images: Path, options: argparse.Namespace) -> TrainConfig:
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("cifar10", "samples", "reference", "seeds", "workers"))
     check_plots()
     out, data = options.out, cifar10.read(options.cifar10, "train", options.side)
     test = cifar10.read(options.cifar10, "test", options.side).images[: options.reference]

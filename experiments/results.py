@@ -5,12 +5,13 @@ of the last call, which resumes what others left: seconds, and the most memory t
 read data.
 """
 
+import argparse
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ from sdxl_jax.training.run_directory import commit, versions
 
 Row = Mapping[str, str | float | int | None]
 """One line of a table, by column."""
+
+
+def begin(options: argparse.Namespace, more: Collection[str]) -> float:
+    """Begins an experiment in `options.out`, or resumes it; returns `time.monotonic()`. more: options that may change
+    from call to call, because what they name is made beside what is there. Any other must stay as it was: samples and
+    features are kept, and would be taken for those of other options. Raises SystemExit where one has changed."""
+    path = options.out / "options.json"
+    given = {name: str(value) for name, value in vars(options).items() if name not in ("out", *more)}
+    before: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    if changed := [name for name, value in given.items() if before.get(name, value) != value]:
+        was, now = (", ".join(f"--{name.replace('_', '-')} {of[name]}" for name in changed) for of in (before, given))
+        sys.exit(f"error: {options.out} has results of {was}, not {now}. Give the same, or another folder with --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(path, json.dumps(before | given, indent=1) + "\n")
+    return time.monotonic()
 
 
 def write(

@@ -13,7 +13,6 @@ Ends with OUT/table.md, OUT/results.json and OUT/figure.png (needs matplotlib). 
 """
 
 import argparse
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,7 +85,8 @@ def trained(each: Subject, seed: int, options: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    began = results.begin(options, ("subjects", "samples", "seeds"))
     check_plots()
     side, rows, strips = options.side, list[dict[str, Any]](), dict[str, Images]()
     subjects = {each.name: images_of(each.folder, side) for each in options.subjects}

@@ -30,7 +30,6 @@ the weights of `sdxl-jax evaluate --fetch-weights`.
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,7 +161,10 @@ def reduced(sizes: Int[np.ndarray, " images"], side: int, count: int) -> Int[np.
 
 
 def main() -> None:
-    began, options = time.monotonic(), arguments()
+    options = arguments()
+    more = ("cifar10", "bound_only", "runs", "samples", "reference", "guidance", "final", "final_samples", "seeds")
+    of_training = ("steps", "batch") if options.bound_only else ()
+    began = results.begin(options, (*more, "workers", "over_time", *of_training))
     check_plots()
     out, side, main_scale = options.out, options.side, options.guidance[0]
     data = cifar10.read(options.cifar10, "train", side)

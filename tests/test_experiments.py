@@ -3,6 +3,7 @@ of."""
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from image_sources import encoded, write_folder
 from PIL import Image
 
 from sdxl_jax.data.folders import open_folder
+from sdxl_jax.evaluation import report
+from sdxl_jax.evaluation.scores import Evaluation, Score
 from sdxl_jax.files.trees import differences
 from sdxl_jax.jsontree import to_json
 from sdxl_jax.quickstart import recipe
@@ -277,6 +280,19 @@ def test_figures_are_commands_that_there_are(tmp_path: Path) -> None:
     assert outcome.code == 2 and str(tmp_path / "none") in outcome.err, outcome
 
 
+def test_an_experiment_is_resumed_with_the_same_options_alone(tmp_path: Path) -> None:
+    def begin(**options: Any) -> float:
+        return results.begin(argparse.Namespace(out=tmp_path, guidance=1.0, seeds=1, **options), ("seeds",))
+
+    begin(steps=10)
+    assert begin(steps=10) <= time.monotonic()
+    with pytest.raises(SystemExit, match=r"has results of --steps 10, not --steps 20\. Give the same"):
+        begin(steps=20)
+    results.begin(argparse.Namespace(out=tmp_path, seeds=3), ("seeds",))
+    with pytest.raises(SystemExit, match=r"--guidance 1\.0, not --guidance 2\.0"):
+        results.begin(argparse.Namespace(out=tmp_path, guidance=2.0), ())
+
+
 def test_figure_2_tells_what_each_minimum_size_discards(tmp_path: Path) -> None:
     images = write_folder(
         tmp_path / "images",
@@ -320,8 +336,9 @@ def test_figure_3_measures_the_images_of_each_column(tmp_path: Path, monkeypatch
 def test_figure_13_keeps_the_points_of_the_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def evaluate(words: list[str]) -> int:
         assert "--json" in words
-        scores = [{"name": "FID", "value": 20.5}, {"name": "CLIP score", "value": None}]
-        print(json.dumps([{"model": "a", "guidance": 3.0, "images": 10, "scores": scores}]))
+        scores = [Score(name, value, None, 10, 9, "clean", "") for name, value in (("FID", 20.5), ("CLIP", math.nan))]
+        evaluation = Evaluation("some/folder", "captions", scores, None, [])
+        print(json.dumps([{"model": "a", "guidance": 3.0, **report.as_json(evaluation)}]))
         Image.new("RGB", (40, 20)).save(tmp_path / "curve.png")
         return 0
 
@@ -329,7 +346,7 @@ def test_figure_13_keeps_the_points_of_the_curves(tmp_path: Path, monkeypatch: p
     given = ["13", "MODEL", "--captions", "C", "--clip", "D", "--out", str(tmp_path)]
     assert figures.draw(figures.arguments(given)) == 0
     found = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert found == [{"model": "a", "guidance": 3.0, "FID": 20.5, "CLIP score": None, "N": 10}]
+    assert found == [{"model": "a", "guidance": 3.0, "FID": 20.5, "CLIP": None, "N": 10}]
     monkeypatch.setattr(figures, "run", lambda words: 2)
     assert figures.draw(figures.arguments(given)) == 2
 

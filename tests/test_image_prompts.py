@@ -149,6 +149,9 @@ def test_each_prompt_may_have_image_prompts_of_its_own(model: Model) -> None:
 def test_image_prompts_for_some_prompts_alone_are_refused(model: Model) -> None:
     with pytest.raises(InputError, match="Prompt 2 has no image prompt, and others have"):
         generate(model, ["a", "b"], image_prompts=[[prompt(0)], []], **SETTINGS)
+    mixed: Any = [prompt(0), [prompt(1)]]
+    with pytest.raises(InputError, match="in part lists and in part none"):
+        generate(model, ["a", "b"], image_prompts=mixed, **SETTINGS)
     with pytest.raises(InputError, match="1 lists of image prompts for 2 prompts"):
         generate(model, ["a", "b"], image_prompts=[[prompt(0)]], **SETTINGS)
 
@@ -192,6 +195,7 @@ def test_models_that_an_image_cannot_condition_are_refused(model: Model) -> None
     [
         ([None], [], {}, "Prompt 1 is None, and there is no image prompt"),
         (["a"], [prompt(0, math.nan)], {}, "An image prompt has the strength nan"),
+        (["a"], [ImagePrompt(np.full(8, math.nan))], {}, "An image prompt's embedding has non-finite values"),
         (["a"], [prompt(0), ImagePrompt(np.zeros(3, np.float32))], {}, "embeddings of widths 3, 8"),
         (["a"], [], {"noise_augmentation": 0.0}, "noise_augmentation=0 has no effect without an image prompt"),
         (["a"], [prompt(0)], {"noise_augmentation": 1.5}, "noise_augmentation"),

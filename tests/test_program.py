@@ -28,7 +28,7 @@ from sdxl_jax.errors import InputError
 from sdxl_jax.model import Model, ModelConfig, UnconditionalKind
 from sdxl_jax.models import vae
 from sdxl_jax.models.layers import Compute, Dtype
-from sdxl_jax.models.unet import UNetPart
+from sdxl_jax.models.unet import ClassConfig, UNetPart
 from sdxl_jax.samplers.steps import SAMPLERS, Family, Sigmas, Spacing
 from sdxl_jax.sampling import program
 from sdxl_jax.sampling.generate import Generated, StepState, _Generation, generate, image_to_image, inpaint, refine
@@ -573,6 +573,15 @@ def test_refiners_and_bases_are_not_taken_for_each_other(model: Model, refiner: 
     for handoff, who in ((1.0, "the refiner"), (0.0, "the base")):
         with pytest.raises(InputError, match=f"leaves {who} none of the 4 steps"):
             generate(model, PROMPTS, refiner=refiner, handoff=handoff, **SETTINGS)
+
+
+def test_a_refiner_of_other_classes_is_refused(model: Model, refiner: Model) -> None:
+    def of_classes(given: Model, number: int) -> Model:
+        unet = dataclasses.replace(given.config.unet, classes=ClassConfig(number))
+        return given._replace(config=dataclasses.replace(given.config, unet=unet))
+
+    with pytest.raises(InputError, match="The model has 10 classes, the refiner 5"):
+        generate(of_classes(model, 10), PROMPTS, refiner=of_classes(refiner, 5), **SETTINGS)
 
 
 def test_out_of_memory_is_an_error_with_what_to_change(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ KEY = {
 
 
 def save(path: Path, choices: dict[str, str], page: str = "p", voter: str = "") -> Path:
-    path.write_text(json.dumps({"page": page, "voter": voter, "votes": choices}))
+    path.write_text(json.dumps({"page": page, "ballot": f"of {voter}", "voter": voter, "votes": choices}))
     return path
 
 
@@ -248,9 +248,11 @@ def test_files_that_the_page_has_not_saved_are_refused(content: Any, expected: s
 
 
 def test_votes_that_are_given_twice_are_refused(tmp_path: Path) -> None:
-    first, again = (save(tmp_path / name, {"0": "left"}, voter="A") for name in ("first.json", "again.json"))
-    with pytest.raises(InputError, match="have the same votes of the same voter"):
-        votes.read_votes(KEY, [first, again])
+    """Also where the voter went on between the two."""
+    first = save(tmp_path / "first.json", {"0": "left"}, voter="A")
+    later = save(tmp_path / "later.json", {"0": "left", "1": "same"}, voter="A")
+    with pytest.raises(InputError, match=r"later.json and .*first.json are of the same voter"):
+        votes.read_votes(KEY, [first, later])
 
 
 def test_counting_writes_a_table_and_a_plot(prompts: Path, folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -240,6 +240,8 @@ _TAIL = """<footer>
 <script>
 const store = "votes-" + page;
 const votes = JSON.parse(localStorage.getItem(store) || "{}");
+const ballot = localStorage.getItem("ballot-" + page) || `${Date.now()}-${Math.random()}`;
+localStorage.setItem("ballot-" + page, ballot);
 const show = () => document.getElementById("count").textContent = `${Object.keys(votes).length} of ${pairs}`;
 for (const [number, choice] of Object.entries(votes)) {
   const input = document.querySelector(`input[name="pair-${number}"][value="${choice}"]`);
@@ -253,7 +255,7 @@ document.addEventListener("change", event => {
 });
 document.getElementById("save").addEventListener("click", () => {
   const voter = document.getElementById("voter").value;
-  const content = JSON.stringify({page, voter, votes}, null, 1);
+  const content = JSON.stringify({page, ballot, voter, votes}, null, 1);
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([content], {type: "application/json"}));
   link.download = `votes-${page}${voter ? "-" + voter.replace(/[^A-Za-z0-9]+/g, "_") : ""}.json`;

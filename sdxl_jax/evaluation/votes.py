@@ -63,9 +63,9 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[Path]) -> list[tuple[int,
     """(number of a pair, "a", "b" or "same") for each vote in files that the page has saved.
 
     Raises InputError for files of another page, for votes that the page cannot give, for a file without votes, and for
-    one that is given twice.
+    two that one browser has saved.
     """
-    found, seen = list[tuple[int, str]](), dict[str, Path]()
+    found, seen = list[tuple[int, str]](), dict[Any, Path]()
     for path in paths:
         content = _read_json(path)
         if content.get("page") != key["page"]:
@@ -76,8 +76,11 @@ def read_votes(key: Mapping[str, Any], paths: Sequence[Path]) -> list[tuple[int,
         votes = content.get("votes")
         if not isinstance(votes, dict) or not votes:
             raise InputError(f"{path} has no votes. Vote on the page, save the votes, and give that file")
-        if (same := seen.setdefault(json.dumps([content.get("voter"), votes], sort_keys=True), path)) is not path:
-            raise InputError(f"{path} and {same} have the same votes of the same voter. Give each file once")
+        if (other := seen.setdefault(content.get("ballot", path), path)) is not path:
+            raise InputError(
+                f"{path} and {other} are of the same voter: one browser has saved both, and its later file has all of "
+                "its votes. Give the later one alone"
+            )
         for number, choice in votes.items():
             if not number.isdecimal() or int(number) >= len(key["pairs"]) or choice not in _CHOICES:
                 raise InputError(

@@ -399,8 +399,8 @@ def micro_rows(
 
 
 def _width(image_prompts: Sequence[Sequence[ImagePrompt]]) -> int | None:
-    """Of the embeddings of all prompts. Raises InputError for several widths, for strengths that are not finite, and
-    where some prompts have images and some have none."""
+    """Of the embeddings of all prompts. Raises InputError for several widths, for strengths and embeddings that are
+    not finite, and where some prompts have images and some have none."""
     if any(image_prompts) and not all(image_prompts):
         number = next(number for number, images in enumerate(image_prompts, 1) if not images)
         raise InputError(f"Prompt {number} has no image prompt, and others have. Sample it on its own")
@@ -412,6 +412,11 @@ def _width(image_prompts: Sequence[Sequence[ImagePrompt]]) -> int | None:
         )
     if wrong := [each.strength for each in every if not np.isfinite(each.strength)]:
         raise InputError(f"An image prompt has the strength {wrong[0]}. Give a finite number, e.g. 1")
+    if not all(np.isfinite(each.embedding).all() for each in every):
+        raise InputError(
+            "An image prompt's embedding has non-finite values (NaN or inf). Give that of a valid image by a valid "
+            "image encoder"
+        )
     return next(iter(widths), None)
 
 

@@ -34,9 +34,16 @@ ImagePrompts = Sequence[ImagePrompt] | Sequence[Sequence[ImagePrompt]]
 
 
 def of_each_prompt(given: ImagePrompts, prompts: int) -> list[Sequence[ImagePrompt]]:
-    """One list per prompt: as it is given, or the same for each. prompts: their number."""
-    if all(isinstance(each, ImagePrompt) for each in given):
+    """One list per prompt: as it is given, or the same for each. prompts: their number. Raises InputError where image
+    prompts and lists are mixed."""
+    single = [isinstance(each, ImagePrompt) for each in given]
+    if all(single):
         return [cast("Sequence[ImagePrompt]", given)] * prompts
+    if any(single):
+        raise InputError(
+            "The image prompts are in part lists and in part none. Give image prompts, which every prompt has, or one "
+            "list of them per prompt"
+        )
     return list(cast("Sequence[Sequence[ImagePrompt]]", given))
 
 

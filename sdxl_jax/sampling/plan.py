@@ -352,3 +352,8 @@ def _check_refiner(config: ModelConfig, refiner: ModelConfig | None, options: Op
             f"The model's latent has {config.vae.latent_channels} channels, the refiner's "
             f"{refiner.vae.latent_channels}. Give a refiner of the same latent space"
         )
+    numbers = [each.unet.classes.number for each in (config, refiner) if each.unet.classes is not None]
+    if len(set(numbers)) > 1:
+        raise InputError(
+            f"The model has {numbers[0]} classes, the refiner {numbers[1]}. Give a refiner of the same classes"
+        )
