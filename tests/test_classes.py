@@ -25,6 +25,7 @@ from sdxl_jax.conditioning.text import TextConditioning
 from sdxl_jax.config import TrainConfig
 from sdxl_jax.data import inspection
 from sdxl_jax.data.build.build import build
+from sdxl_jax.data.mixture import Source
 from sdxl_jax.data.pipeline import BucketedDataset
 from sdxl_jax.data.settings import DataConfig
 from sdxl_jax.data.shards import open_shards
@@ -250,6 +251,31 @@ def test_diffusers_has_classes_beside_the_timestep_alone(tmp_path: Path) -> None
 def test_subfolders_are_classes(folder: Path) -> None:
     assert labels(opened(folder)) == EXPECTED
     assert inspection.inspect(opened(folder))["classes"] == {"found": 3, "fewest": 1, "most": 3}
+
+
+def test_subfolders_of_one_name_are_one_class_in_all_sources(tmp_path: Path) -> None:
+    folders = {"a": ("ape", "bee"), "b": ("bee", "cow")}
+    for folder, names in folders.items():
+        write_folder(tmp_path / folder, {f"{name}/0.png": encoded("PNG", SIDE, SIDE) for name in names})
+    sources = tuple(Source(str(tmp_path / folder)) for folder in folders)
+    settings: dict[str, Any] = {"buckets": ((SIDE, SIDE),), "batch_size": 2, "label": "folder"}
+    dataset = BucketedDataset(DataConfig(sources=sources, **settings), None)
+    found = {str(Path(path).relative_to(tmp_path)): number for path, number in labels(dataset).items()}
+    assert found == {"a/ape/0.png": 0, "a/bee/0.png": 1, "b/bee/0.png": 1, "b/cow/0.png": 2}
+    assert not any("shard sets" in note for note in dataset.notes())
+    build(str(tmp_path / "a"), tmp_path / "shards", workers=0, progress=False, captions=False, class_folders=True)
+    mixed = (Source(str(tmp_path / "shards")), Source(str(tmp_path / "b")))
+    assert any(
+        "classes of shard sets are the numbers" in note
+        for note in BucketedDataset(DataConfig(sources=mixed, **settings), None).notes()
+    )
+
+
+def test_an_image_that_is_refused_changes_no_number_of_a_class(folder: Path) -> None:
+    (folder / "bat").mkdir()
+    (folder / "bat" / "0.png").write_bytes(b"not an image")
+    numbers = labels(opened(folder, on_refused=OnRefused.SKIP))
+    assert numbers == {path: number + (number > 0) for path, number in EXPECTED.items()}
 
 
 def as_metadata(path: Path) -> Path:

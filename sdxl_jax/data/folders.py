@@ -28,7 +28,7 @@ import json
 import os
 import posixpath
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +53,7 @@ from sdxl_jax.data.images import WHITE, read_image, usable_size
 from sdxl_jax.data.masks import ALPHA, Masks, list_masks, read_mask
 from sdxl_jax.data.sources import (
     BYTES_LIMIT,
+    ImageSource,
     OnRefused,
     RawExample,
     Refusals,
@@ -224,6 +225,8 @@ class Listing(NamedTuple):
     refused: list[Refused]
     found: int
     """Number of images, usable or not."""
+    classes: tuple[str, ...] = ()
+    """The subfolders that are classes, by their numbers."""
 
 
 def list_images(folder: AnyPath, names: list[str], captioned: bool = True, class_folders: bool = False) -> Listing:
@@ -243,19 +246,25 @@ def list_images(folder: AnyPath, names: list[str], captioned: bool = True, class
     else:
         listed, refused = _images_with_files_beside(names, images, list(refused_images))
     usable = [listed[name] for name in images if name in listed]
+    classes = _subfolders(folder, [*images, *refused_images]) if class_folders else ()
     if class_folders:
-        usable = _with_classes(folder, usable)
-    return Listing(usable, [*refused, *refused_images.values()], len(images) + len(refused_images))
+        usable = _with_classes(classes, usable)
+    return Listing(usable, [*refused, *refused_images.values()], len(images) + len(refused_images), classes)
 
 
-def _with_classes(folder: AnyPath, images: list[ListedImage]) -> list[ListedImage]:
-    """The images with the number of their subfolder; those in no subfolder have no class."""
-    classes = sorted({image.name.split("/")[0] for image in images if "/" in image.name})
-    if not classes:
+def _subfolders(folder: AnyPath, images: list[str]) -> tuple[str, ...]:
+    """The subfolders with images, usable or not, so that an image that is refused changes no number of a class."""
+    found = tuple(sorted({name.split("/")[0] for name in images if "/" in name}))
+    if not found:
         raise InputError(
             f"{folder} has no subfolders with images, which the classes would be. Put the images of each class into a "
             "subfolder, or name another field of the data"
         )
+    return found
+
+
+def _with_classes(classes: tuple[str, ...], images: list[ListedImage]) -> list[ListedImage]:
+    """The images with the number of their subfolder; those in no subfolder have no class."""
     numbers = {name: float(number) for number, name in enumerate(classes)}
     return [
         image._replace(numbers={**image.numbers, FOLDER: numbers[top]})
@@ -387,7 +396,7 @@ def pieces(
     folder: AnyPath, names: list[str], captioned: bool = True, class_folders: bool = False
 ) -> Iterator[tuple[str, FolderPiece | Refusals]]:
     """The pieces of a folder, each with its name; arguments and errors of `list_images`."""
-    images, refused, _ = list_images(folder, names, captioned, class_folders)
+    images, refused, *_ = list_images(folder, names, captioned, class_folders)
     if refused:
         yield "refused when listed", Refusals(tuple(refused))
     for start in range(0, len(images), _PIECE_IMAGES):
@@ -415,6 +424,8 @@ class FolderSource:
     """Whether captions come from .txt files, so that `CaptionLines` has an effect."""
     notes: tuple[str, ...]
     """Warnings about the folder, one sentence each."""
+    classes: tuple[str, ...]
+    """The subfolders that are classes, by their numbers; (): they are not."""
     _captions: list[tuple[str, ...]] = dataclasses.field(repr=False)
     _lengths: list[int] = dataclasses.field(repr=False)
     """Bytes of the image files."""
@@ -467,6 +478,22 @@ class FolderSource:
         if self.masks is not None:
             rows.append({"masks": [None if file is None else file.stat().st_size for file in self._masks]})
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def with_common_classes(sources: Sequence[ImageSource]) -> list[ImageSource]:
+    """The sources with the classes of subfolders numbered over all folders among them, so that subfolders of one name
+    are one class. Shard sets keep the numbers that they were built with."""
+    names = sorted({name for source in sources if isinstance(source, FolderSource) for name in source.classes})
+
+    def renumbered(source: ImageSource) -> ImageSource:
+        if not isinstance(source, FolderSource):
+            return source
+        table = np.array([*map(names.index, source.classes), np.nan], np.float32)
+        own = source.numbers[FOLDER]
+        new = table[np.where(np.isnan(own), -1, own).astype(np.int32)]
+        return dataclasses.replace(source, numbers={**source.numbers, FOLDER: new})
+
+    return list(map(renumbered, sources))
 
 
 def _notes(
@@ -617,6 +644,7 @@ def open_folder(
         numbers=_columns([image.numbers for image in usable]),
         reads_text_files=any(image.of_text_file for image in usable),
         notes=_notes(names, usable, caption_lines, listed),
+        classes=listing.classes,
         _captions=[image.captions for image in usable],
         _lengths=[image.length for image in usable],
         _refused=refused,

@@ -34,7 +34,7 @@ from sdxl_jax.arrays import Batch
 from sdxl_jax.data.buckets import Bucket, check_buckets
 from sdxl_jax.data.cache import Cache
 from sdxl_jax.data.captions import CAPTION, TRIGGER, CaptionLines, with_trigger
-from sdxl_jax.data.folders import open_folder
+from sdxl_jax.data.folders import FOLDER, open_folder, with_common_classes
 from sdxl_jax.data.grouping import Grouping, group, merge_small, refusals, too_small
 from sdxl_jax.data.loader import DecodedExample, Loader
 from sdxl_jax.data.mixture import Mixture, Share, Source
@@ -187,7 +187,7 @@ def open_mixture(config: DataConfig, captioned: bool = True) -> Mixture:
             f"data.caption_lines={config.caption_lines.value} has no effect on {folders}: no caption is read from a "
             ".txt. Build shards with `sdxl-jax data build --caption-lines whole`, or leave it out"
         )
-    return Mixture(opened, sources)
+    return Mixture(with_common_classes(opened) if config.label == FOLDER else opened, sources)
 
 
 def _with_triggers(config: DataConfig, captioned: bool) -> list[Source]:
@@ -362,6 +362,12 @@ class BucketedDataset:
     def notes(self) -> Iterator[str]:
         """Warnings about the images, one sentence each, which `data inspect` and the start of a run print."""
         yield from self.source.notes()
+        sources = self.source.sources
+        if self.config.label == FOLDER and len(sources) > 1 and any(source.built for source in sources):
+            yield (
+                "the classes of shard sets are the numbers that they were built with: beside other sources they are "
+                "right only if all were built from the same subfolders"
+            )
         used = self.source.sizes[np.unique(self.order.numbers)]
         if len(used) > 1 and (used == used[0]).all():
             height, width = used[0]

@@ -63,8 +63,8 @@ class DataConfig:
     without it are refused."""
     label: str | None = None
     """Name of the numeric field that holds the number of each image's class, 0, 1, …, on which a class-conditional
-    model is conditioned; "folder": the classes are the subfolders, in alphabetical order (in a shard set, if it was
-    built with --class-folders). Images without a class are refused."""
+    model is conditioned; "folder": the classes are the subfolders, of all sources, in alphabetical order (in a shard
+    set, if it was built with --class-folders). Images without a class are refused."""
     cache: str | None = None
     """Cache written by `sdxl-jax data encode`, which may be in a bucket (gs://…): latents and text states are read from
     it, and no image is decoded."""
