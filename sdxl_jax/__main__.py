@@ -103,8 +103,13 @@ _COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "data": (_data, "build: shards from folders, tars, tables; inspect: what training sees; encode: latents once"),
 }
 
-_COMPUTING = ("quickstart", "train", "finetune", "sample", "serve", "evaluate")
-"""Commands that run a network, many times."""
+_COMPUTING = ("quickstart", "train", "finetune", "sample", "serve", "evaluate", "data encode", "data class-images")
+
+
+def computes(arguments: Sequence[str]) -> bool:
+    """Whether the command runs a network, many times."""
+    words = [argument for argument in arguments if argument != "--debug"]
+    return any(" ".join(words[:length]) in _COMPUTING for length in (1, 2))
 
 
 def _usage() -> str:
@@ -163,7 +168,7 @@ def program() -> None:
     """`main` as a process, which ends even while a step is being compiled in the background."""
     pipes.may_close()
     signals.print_stacks_on_sigusr1()
-    if sys.argv[1:2] and sys.argv[1] in _COMPUTING:
+    if computes(sys.argv[1:]):
         keep_freed_memory()
     try:
         code = main()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdxl_jax import allocator
+from sdxl_jax.__main__ import computes
 
 FAULTS = """
 import resource, sys, threading
@@ -42,6 +43,21 @@ def test_freed_memory_is_used_again_without_page_faults():
 @pytest.mark.parametrize("own", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])
 def test_what_the_user_chose_stays(own: str):
     assert not allocator.keep_freed_memory({own: "1"})
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        (["train", "config.py"], True),
+        (["--debug", "train", "config.py"], True),
+        (["data", "encode", "config.py"], True),
+        (["data", "inspect", "images"], False),
+        (["convert", "a", "b"], False),
+        ([], False),
+    ],
+)
+def test_commands_that_run_a_network_keep_memory(words: list[str], kept: bool):
+    assert computes(words) == kept
 
 
 @pytest.mark.parametrize("device", ["dev/accel0", "dev/vfio/0", "proc/driver/nvidia/gpus/0000:01:00.0"])

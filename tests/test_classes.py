@@ -255,8 +255,8 @@ def test_subfolders_are_classes(folder: Path) -> None:
 
 def test_subfolders_of_one_name_are_one_class_in_all_sources(tmp_path: Path) -> None:
     folders = {"a": ("ape", "bee"), "b": ("bee", "cow")}
-    for folder, names in folders.items():
-        write_folder(tmp_path / folder, {f"{name}/0.png": encoded("PNG", SIDE, SIDE) for name in names})
+    for folder, inside in folders.items():
+        write_folder(tmp_path / folder, {f"{name}/0.png": encoded("PNG", SIDE, SIDE) for name in inside})
     sources = tuple(Source(str(tmp_path / folder)) for folder in folders)
     settings: dict[str, Any] = {"buckets": ((SIDE, SIDE),), "batch_size": 2, "label": "folder"}
     dataset = BucketedDataset(DataConfig(sources=sources, **settings), None)

@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import compiling
 import jax
@@ -98,6 +99,21 @@ def test_a_full_disk_is_said_once_and_harmless(
     monkeypatch.setattr(compilation_cache.atomic, "write_bytes", full)
     assert [compiled(number) for number in (1.0, 2.0)] == [1, 2]
     assert capsys.readouterr().err.count("cannot be written to: [Errno 28] No space left on device") == 1
+
+
+def test_a_cache_that_cannot_be_read_is_said_once_and_harmless(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    compilation_cache.use(tmp_path)
+    cache = compilation_cache.current()
+    assert cache is not None
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    monkeypatch.setattr(Path, "exists", broken)
+    assert cache.get("a") is None and cache.get("b") is None and not cache.has("a")
+    assert capsys.readouterr().err.count("cannot be read: [Errno 5] Input/output error") == 1
 
 
 @pytest.mark.parametrize("damage", ["cut short", "changed"])

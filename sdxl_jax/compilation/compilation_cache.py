@@ -79,7 +79,8 @@ def current() -> "FolderCache | None":
 
 class FolderCache(CacheInterface):
     """Entries in a folder, which is made. With a limit on the bytes of all files in `whole`, those not used for longest
-    are removed. An error of writing is told once; after it, nothing more is written."""
+    are removed. An error of writing is told once; after it, nothing more is written. What cannot be read counts as
+    missing, which is told once too: a program is compiled again rather than a run ended."""
 
     def __init__(self, folder: AnyPath, limit_bytes: int | None = None, whole: Path | None = None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,9 @@ class FolderCache(CacheInterface):
         try:
             value = path.read_bytes()
         except FileNotFoundError:
+            return None
+        except Exception as error:  # whatever the file system, or the bucket, raises
+            self._say_unreadable(error)
             return None
         if not in_bucket(path):
             with contextlib.suppress(OSError):  # only the order of removal depends on it
@@ -113,7 +117,14 @@ class FolderCache(CacheInterface):
 
     def has(self, key: str) -> bool:
         """Whether there is an entry."""
-        return self._entry(key).exists()
+        try:
+            return self._entry(key).exists()
+        except Exception as error:  # as above
+            self._say_unreadable(error)
+            return False
+
+    def _say_unreadable(self, error: Exception) -> None:
+        _say(f"The compilation cache {full(self.folder)} cannot be read: {error}. Its programs are compiled again")
 
     def remove(self, key: str) -> None:
         """Removes an entry, if it is there."""
