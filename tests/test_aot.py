@@ -23,8 +23,9 @@ from sdxl_jax.aot import compile as aot_compile
 from sdxl_jax.aot import hlo, report, smallest, topologies
 from sdxl_jax.errors import InputError
 from sdxl_jax.models import attention
-from sdxl_jax.models.layers import Attention, Compute, Remat
+from sdxl_jax.models.layers import Attention, Compute, Dtype, Remat
 from sdxl_jax.sharding import MeshConfig
+from sdxl_jax.sizes import Size
 from sdxl_jax.training.objectives import objective_of
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -349,6 +350,16 @@ def test_the_sampler_and_the_decoder_compile(tmp_path: Path) -> None:
     made = aot_compile.compile_sampler(config, "v5e:2x2", images=2, progress=False)
     assert [each.program for each in made] == ["text encoders", "sampler 32×32, 3 steps", "decoder"]
     assert all(each.fits and each.images == 8 and each.model_flops > 0 for each in made)
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+def test_the_samplers_weights_have_the_dtype_of_compute(dtype: Dtype, tmp_path: Path) -> None:
+    config = tiny.train_config(tmp_path)
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype=dtype))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    programs = aot_compile._sampler_programs(config, mesh, Size(32, 32), 1)
+    found = {leaf.dtype.name for each in programs for leaf in jax.tree.leaves(each.inputs["parameters"])}
+    assert len(programs) == 3 and found == {dtype.value}
 
 
 @pytest.mark.slow

@@ -203,9 +203,11 @@ def inputs_by_use(objective: Objective[Any], state: Any, frozen: Params, batch: 
 
 
 def _sampler_programs(config: TrainConfig, mesh: Mesh, size: Size, images_per_part: int) -> list[Program]:
-    """The three programs of `program.staged`: text to states, noise to latents, latents to images."""
+    """The three programs of `program.staged`: text to states, noise to latents, latents to images. Weights have the
+    dtype of `compute.dtype`, as with `sdxl-jax sample --dtype`."""
     model, images = objective_of(config).model_config, images_per_part * sharding.batch_parts(mesh)
-    params = sharding.placed(mesh, abstract(model))
+    dtype = jnp.dtype(config.compute.dtype.value)
+    params = jax.tree.map(lambda leaf: leaf.update(dtype=dtype), sharding.placed(mesh, abstract(model)))
     options = Options(steps=config.validation.steps, guidance=config.validation.guidance)
     (segment,), (segment_arrays,) = plan.plan_segments(model, None, options)
     towers = {tower.name: params[tower.name] for tower in model.text}
