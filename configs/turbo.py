@@ -48,7 +48,12 @@ def get_config() -> AdversarialDiffusionConfig:
             batch_size=128,
         ),
         model=SDXL_BASE,
-        compute=Compute(dtype=Dtype.BFLOAT16, attention=Attention.AUTO, remat=Remat.BLOCK),
+        compute=Compute(
+            dtype=Dtype.BFLOAT16,
+            attention=Attention.AUTO,
+            remat=Remat.BLOCK,
+            compiler_options=("xla_tpu_scoped_vmem_limit_kib=65536",),  # without it v5p's compiler refuses the step
+        ),
         mesh=MeshConfig(data=-1, fsdp=8),
         optimiser=OptimiserConfig(learning_rate=1e-5, warmup_steps=100),
         ema=EmaConfig(EmaKind.NONE),

@@ -74,9 +74,7 @@ def quickstart(
         _print("2/5  Training the autoencoder, about an hour")
         autoencoder.train_autoencoder(folder, run_dir / "autoencoder", weights, seed, cache=compilation_cache)
 
-    _print(
-        "3/5  Training a small SDXL. Before the first steps, compiling for three aspect ratios takes a minute or two"
-    )
+    _print("3/5  Training a small SDXL. Before the first step, compiling takes half a minute or more")
     config = recipe.get_config(str(folder), weights, seed)
     config = replace(config, training=replace(config.training, compilation_cache=compilation_cache))
     model = train(config, run_dir)
