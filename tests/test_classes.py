@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from command import call
 from image_sources import encoded, write_folder, write_parquet, write_tar
+from PIL import Image
 
 from sdxl_jax import model as models
 from sdxl_jax.arrays import Batch, MicroConditioning
@@ -490,6 +492,13 @@ def test_command_samples_classes_and_its_images_say_so(model: Model, tmp_path: P
     again = sample._parsed(["m", "--from-png", str(tmp_path / "out/000001.png"), "--out", "o"])
     assert (again.class_, again.prompt) == ((0,), ("",))
     lines = tmp_path / "classes.jsonl"
+    lines.write_text('{"class": 2}\n{"class": 0}\n{"class": 1}\n')
+    measured = ["--reference", tmp_path / "out", "--out", tmp_path / "evaluated", "--metrics", "psnr", "--json"]
+    outcome = call("evaluate", "model", *given, "--prompts-file", lines, *measured)
+    assert outcome.code == 0, outcome
+    for name in ("000000.png", "000001.png", "000002.png"):
+        sampled, evaluated = (np.asarray(Image.open(tmp_path / folder / name)) for folder in ("out", "evaluated"))
+        np.testing.assert_array_equal(sampled, evaluated)
     lines.write_text('{"class": 1}\n{"class": 7}\n')
     with pytest.raises(InputError, match="Class 7 is asked for, but the model has the classes 0 to 2"):
         sample.run([*given, "--prompts-file", str(lines), "--out", str(tmp_path / "c")])
