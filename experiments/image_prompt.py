@@ -179,7 +179,7 @@ def tuned_config(base: TrainConfig, images: Path, folder: Path, steps: int) -> T
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, folder=str(images), crops_per_image=1, cache=str(folder / "cache")),
-        optimiser=OptimiserConfig(learning_rate=1e-3, warmup_steps=20, weight_decay=0.0),
+        optimiser=OptimiserConfig(learning_rate=1e-4, warmup_steps=20, weight_decay=0.0),
         ema=EmaConfig(decay=0.99),
         training=dataclasses.replace(
             base.training, steps=steps, trainable=("^unet/add_embedding/",), init_from=(str(folder / "base"),)
